@@ -1,0 +1,201 @@
+"""What is served and how: the model's shape and the pipeline's settings, checked once and frozen. Stdlib only.
+
+Knows nothing of files, devices or Ray: `checkpoint` reads a `ModelConfig`, `stages` turns a `PipelineConfig` into stages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptj_dist.errors import CheckpointError, ConfigurationError
+
+DeviceKind = Literal["cpu", "cuda"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES: Mapping[DTypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+BLOCK_SIZE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of one GPT-J: a `config.json` of the Hugging Face layout, less what inference does not read."""
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    rotary_dim: int
+    d_ff: int
+    context_length: int
+    eos_token_id: int
+    dtype: DTypeName = "float32"
+    layer_norm_eps: float = 1e-5
+    has_tied_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    def kv_bytes_per_token(self, num_layers: int, dtype: DTypeName) -> int:
+        """Bytes of keys and values that one token takes over `num_layers` layers."""
+        return 2 * num_layers * self.d_model * DTYPE_BYTES[dtype]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Reads the fields of a Hugging Face `config.json`.
+
+        Raises:
+            CheckpointError: not a GPT-J, a field is missing, or the numbers contradict each other.
+        """
+        if config.get("model_type") != "gptj":
+            raise CheckpointError(f"config.json: model_type is {config.get('model_type')!r}, only 'gptj' is served")
+        if config.get("activation_function", "gelu_new") != "gelu_new":
+            raise CheckpointError(f"config.json: unknown activation_function {config['activation_function']!r}")
+        missing = [k for k in ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions") if k not in config]
+        if missing:
+            raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+        d_model = _positive_int(config, "n_embd")
+        num_heads = _positive_int(config, "n_head")
+        if d_model % num_heads:
+            raise CheckpointError(f"config.json: n_embd {d_model} is not a multiple of n_head {num_heads}")
+        rotary_dim = config.get("rotary_dim") or d_model // num_heads
+        if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= d_model // num_heads:
+            raise CheckpointError(
+                f"config.json: rotary_dim {rotary_dim!r} must be even and at most {d_model // num_heads}"
+            )
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        if dtype not in DTYPE_BYTES:
+            raise CheckpointError(f"config.json: unknown dtype {dtype!r}")
+        eos = config.get("eos_token_id", 50256)
+        return cls(
+            vocab_size=_positive_int(config, "vocab_size"),
+            num_layers=_positive_int(config, "n_layer"),
+            d_model=d_model,
+            num_heads=num_heads,
+            rotary_dim=rotary_dim,
+            d_ff=config.get("n_inner") or 4 * d_model,
+            context_length=_positive_int(config, "n_positions"),
+            eos_token_id=int(eos[0] if isinstance(eos, list) else eos),
+            dtype=dtype,
+            layer_norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+            has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """The layers [start, stop) of stage `stage` out of `num_stages`."""
+
+    stage: int
+    num_stages: int
+    start: int
+    stop: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+
+def _positive_int(config: Mapping[str, Any], key: str) -> int:
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json: {key} must be a positive whole number, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """How one model is cut, placed and run: the one set of settings behind the command line, `LLM` and Serve configs.
+
+    Args:
+        model: `demo`, a directory in the Hugging Face layout, or a hub name.
+        revision: branch, tag or commit on the hub.
+        stages: number of stages; the planner cuts the layers by cost. None means 1, or as many as `layers` has.
+        layers: layers of each stage, first to last; overrides the planner.
+        device: `auto` takes GPUs where there are any.
+        dtype: `auto` takes the checkpoint's, unless the device is bad at it.
+        threads_per_stage: torch threads of a CPU stage; None shares the machine's cores evenly.
+        cpus_per_stage, gpus_per_stage: what each stage asks of Ray; None fits the device.
+        max_model_len: the most tokens of prompt and output together; None is the model's context.
+        kv_cache_gb: KV cache of the whole pipeline in 10**9 bytes; None (`auto`) takes what is free, less a margin.
+        max_batch_size: the most requests that run at once; more wait.
+        max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
+
+    Raises:
+        ConfigurationError: a value is out of range, or two contradict each other.
+    """
+
+    model: str
+    revision: str | None = None
+    stages: int | None = None
+    layers: tuple[int, ...] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads_per_stage: int | None = None
+    cpus_per_stage: float | None = None
+    gpus_per_stage: float | None = None
+    max_model_len: int | None = None
+    kv_cache_gb: float | None = None
+    max_batch_size: int = 64
+    max_chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigurationError("model must name a directory, a hub repository or 'demo'")
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("dtype", self.dtype, ("auto", *DTYPE_BYTES))
+        _at_least_one("stages", self.stages)
+        _at_least_one("layers", *(self.layers or ()))
+        _at_least_one("threads_per_stage", self.threads_per_stage)
+        _at_least_one("max_model_len", self.max_model_len)
+        _at_least_one("max_batch_size", self.max_batch_size)
+        _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
+        if self.layers == ():
+            raise ConfigurationError("layers must name at least one stage")
+        if self.layers is not None and self.stages not in (None, len(self.layers)):
+            raise ConfigurationError(f"layers names {len(self.layers)} stages, but stages is {self.stages}")
+        for name, value in (("kv_cache_gb", self.kv_cache_gb), ("cpus_per_stage", self.cpus_per_stage)):
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"{name} must be positive, got {value}")
+        if self.gpus_per_stage is not None and self.gpus_per_stage < 0:
+            raise ConfigurationError(f"gpus_per_stage must not be negative, got {self.gpus_per_stage}")
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.layers) if self.layers is not None else (self.stages or 1)
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _at_least_one(name: str, *values: int | None) -> None:
+    for value in values:
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
+
+
+def refuse_unknown_keys(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses a settings key that does not exist, and names the nearest one that does.
+
+    Raises:
+        ConfigurationError: `given` holds a key that `known` lacks.
+    """
+    known = sorted(known)
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+            raise ConfigurationError(f"unknown setting {key!r}: {hint}")

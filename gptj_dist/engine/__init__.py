@@ -1,0 +1,1 @@
+"""Decides what the pipeline computes next. Stdlib only: knows no tensors, no text, no Ray."""

@@ -1,0 +1,49 @@
+"""Every error that gptj-dist raises on purpose, in one tree. Knows nothing about HTTP or Ray.
+
+    GPTJDistError
+    ├── ConfigurationError      the settings cannot work: nothing was started
+    │   └── CheckpointError     the model's files are missing, broken or not GPT-J
+    ├── InvalidRequestError     the request cannot be served as it stands; `param` names the culprit
+    │   └── RequestTooLongError prompt and output exceed the context window or the whole KV cache
+    ├── NotReadyError           no pipeline can make a token right now; trying again may help
+    └── StageFailedError        a stage died with the request in flight; trying again may help
+
+All of them survive pickling, because they cross process borders.
+"""
+
+
+class GPTJDistError(Exception):
+    """Base class: `except GPTJDistError` catches whatever this package raises on purpose."""
+
+
+class ConfigurationError(GPTJDistError):
+    """The settings cannot work. Raised before any process, actor or file is created."""
+
+
+class CheckpointError(ConfigurationError):
+    """The model's files are missing, broken, or do not describe a GPT-J."""
+
+
+class InvalidRequestError(GPTJDistError):
+    """The request cannot be served as it stands.
+
+    Args:
+        message: what is wrong, in the caller's words.
+        param: name of the request field at fault, or None when it is the request as a whole.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class RequestTooLongError(InvalidRequestError):
+    """Prompt and requested output together exceed the context window or the whole KV cache."""
+
+
+class NotReadyError(GPTJDistError):
+    """No pipeline can make a token right now: stages are loading or restarting."""
+
+
+class StageFailedError(GPTJDistError):
+    """A stage died while the request was in flight; its tokens so far are all there will be."""
