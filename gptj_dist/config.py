@@ -1,6 +1,7 @@
 """What is served and how: the model's shape and the pipeline's settings, checked once and frozen. Stdlib only.
 
-Knows nothing of files, devices or Ray: `checkpoint` reads a `ModelConfig`, `stages` turns a `PipelineConfig` into stages.
+Knows nothing of files, devices or Ray: `checkpoint` reads a `ModelConfig`, `stages` turns a `PipelineConfig` into
+stages.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from gptj_dist.errors import CheckpointError, ConfigurationError
 
@@ -17,6 +18,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: Mapping[DTypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 BLOCK_SIZE_TOKENS = 16
+GPTJ_EOS_TOKEN_ID = 50256
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,6 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
-
-    def kv_bytes_per_token(self, num_layers: int, dtype: DTypeName) -> int:
-        """Bytes of keys and values that one token takes over `num_layers` layers."""
-        return 2 * num_layers * self.d_model * DTYPE_BYTES[dtype]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -69,17 +67,20 @@ class ModelConfig:
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(f"config.json: unknown dtype {dtype!r}")
-        eos = config.get("eos_token_id", 50256)
+        d_ff = config["n_inner"] if config.get("n_inner") is not None else 4 * d_model
+        eos = config.get("eos_token_id", GPTJ_EOS_TOKEN_ID)
+        if not isinstance(eos, int) or not isinstance(d_ff, int) or d_ff < 1:
+            raise CheckpointError(f"config.json: eos_token_id {eos!r} and n_inner {d_ff!r} must be whole numbers")
         return cls(
             vocab_size=_positive_int(config, "vocab_size"),
             num_layers=_positive_int(config, "n_layer"),
             d_model=d_model,
             num_heads=num_heads,
             rotary_dim=rotary_dim,
-            d_ff=config.get("n_inner") or 4 * d_model,
+            d_ff=d_ff,
             context_length=_positive_int(config, "n_positions"),
-            eos_token_id=int(eos[0] if isinstance(eos, list) else eos),
-            dtype=dtype,
+            eos_token_id=eos,
+            dtype=cast(DTypeName, dtype),
             layer_norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
             has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )

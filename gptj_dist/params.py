@@ -8,6 +8,7 @@ from gptj_dist.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63
+MAX_TOP_K = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class SamplingParams:
         _check(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
         _check(0 <= self.temperature <= 100, "temperature", "must be from 0 to 100", self.temperature)
         _check(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
-        _check(self.top_k >= -1, "top_k", "must be -1, 0 (both: all tokens) or larger", self.top_k)
+        _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", f"must be from -1 (all tokens, as 0) to {MAX_TOP_K}", self.top_k)
         _check(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]", self.min_p)
         _check(1 <= self.n <= 128, "n", "must be from 1 to 128", self.n)
         _check(self.seed is None or -MAX_SEED <= self.seed < MAX_SEED, "seed", "must fit in 64 bits", self.seed)

@@ -1,4 +1,4 @@
-"""Cuts a model's layers into stages so that the slowest stage is as fast as can be. Stdlib only; knows no devices by name.
+"""Cuts a model's layers into stages so that the slowest stage is as fast as can be. Stdlib only; knows no devices.
 
 The cost of a stage is that of its layers, plus `lm_head` on the last one. In decode a layer's cost is the weights it
 streams from memory, and `lm_head` streams `vocab_size / 12 / d_model` times as many (1.03 layers for GPT-J-6B); in
@@ -39,7 +39,7 @@ def plan_partition(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
     if num_stages > model.num_layers:
         raise ConfigurationError(f"cannot cut {model.num_layers} layers into {num_stages} stages")
     return min(
-        (_even(model.num_layers - last, num_stages - 1) + (last,) for last in _last_stage_sizes(model, num_stages)),
+        ((*_even(model.num_layers - last, num_stages - 1), last) for last in _last_stage_sizes(model, num_stages)),
         key=lambda layers: (max(stage_costs(model, layers)), -layers[-1]),
     )
 

@@ -1,1 +1,1 @@
-"""Reads GPT-J checkpoints: where they lie, what they hold, and the tensors of one stage. Knows no layers, only names."""
+"""Reads GPT-J checkpoints: where they lie, what they hold, and the tensors of one stage. Knows names, not layers."""

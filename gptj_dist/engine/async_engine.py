@@ -1,0 +1,214 @@
+"""Turns prompts into streams of tokens: owns the scheduler, drives the executor. Knows no text, no HTTP and no devices.
+
+Everything runs on one event loop. A stream is an async iterator, and closing it is the only way to cancel: the
+request's blocks are free before `aclose()` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+from gptj_dist.engine.executor import Executor
+from gptj_dist.engine.request import FinishReason, Request
+from gptj_dist.engine.scheduler import Scheduler, TokenOutput
+from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError
+from gptj_dist.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a request is checked against before it is queued.
+
+    Args:
+        vocab_size: token ids are below this.
+        max_model_len: the most tokens of prompt and output together.
+    """
+
+    vocab_size: int
+    max_model_len: int
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
+        if not prompt_ids:
+            raise InvalidRequestError("prompt has no tokens: GPT-J continues a text, so give it at least one", "prompt")
+        if not all(0 <= token_id < self.vocab_size for token_id in prompt_ids):
+            wrong = next(token_id for token_id in prompt_ids if not 0 <= token_id < self.vocab_size)
+            raise InvalidRequestError(
+                f"prompt holds token id {wrong}, the vocabulary ends at {self.vocab_size - 1}", "prompt"
+            )
+        if len(prompt_ids) + params.max_tokens > self.max_model_len:
+            raise RequestTooLongError(
+                f"the prompt's {len(prompt_ids)} tokens and max_tokens {params.max_tokens} together exceed the context "
+                f"window of {self.max_model_len} tokens",
+                "max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a stream has to say: one or more new tokens; `finish_reason` comes with the last."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+class _Mailbox:
+    """Holds the tokens that a stream's reader has not taken yet; a slow reader finds several at once."""
+
+    def __init__(self) -> None:
+        self._token_ids: list[int] = []
+        self._finish_reason: FinishReason | None = None
+        self._error: GPTJDistError | None = None
+        self._filled = asyncio.Event()
+
+    def put(self, output: TokenOutput) -> None:
+        self._token_ids.append(output.token_id)
+        self._finish_reason = output.finish_reason
+        self._filled.set()
+
+    def fail(self, error: GPTJDistError) -> None:
+        self._error = error
+        self._filled.set()
+
+    async def take(self) -> Delta:
+        await self._filled.wait()
+        self._filled.clear()
+        if self._token_ids:
+            delta = Delta(tuple(self._token_ids), self._finish_reason)
+            self._token_ids.clear()
+            if self._error is not None:
+                self._filled.set()
+            return delta
+        assert self._error is not None, "a mailbox is filled by tokens or by an error"
+        raise self._error
+
+
+class AsyncEngine:
+    """A scheduler and its executor as one object that makes token streams.
+
+    Args:
+        scheduler: decides; the engine is its only caller.
+        executor: computes; replaced by `resume` after a failure.
+        limits: what requests are checked against.
+        clock: seconds; for `last_token_s`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        limits: EngineLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor: Executor | None = executor
+        self._limits = limits
+        self._clock = clock
+        self._mailboxes: dict[int, _Mailbox] = {}
+        self._next_request_id = 0
+        self._is_pump_due = False
+        self.last_token_s: float | None = None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int = 0
+    ) -> AsyncGenerator[Delta, None]:
+        """Streams one completion of the prompt; `params.n` is the caller's business, which numbers its choices.
+
+        Raises:
+            InvalidRequestError: the request can never be served; nothing was queued.
+            NotReadyError: the pipeline is down; nothing was queued.
+            StageFailedError: the pipeline died under way.
+        """
+        request, mailbox = self._admit(prompt_ids, params, choice)
+        try:
+            while True:
+                delta = await mailbox.take()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._forget(request)
+
+    async def run(self) -> None:
+        """Drives the pipeline until cancelled.
+
+        Raises:
+            StageFailedError: the executor died; every stream has been told. Call `resume`, then `run` again.
+        """
+        executor = self._executor
+        if executor is None:
+            raise NotReadyError("the pipeline has no executor: resume() comes before run()")
+        self._pump()
+        try:
+            while True:
+                result = await executor.receive()
+                for output in self._scheduler.update(result):
+                    self.last_token_s = self._clock()
+                    self._mailboxes[output.request.request_id].put(output)
+                self._pump()
+        except GPTJDistError as error:
+            self._fail_all(error)
+            raise
+
+    def resume(self, executor: Executor) -> None:
+        """Goes on with a fresh executor, after `run` has raised."""
+        self._executor = executor
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises InvalidRequestError if the request can never be served."""
+        self._limits.check(prompt_ids, params)
+        self._scheduler.check_fits(len(prompt_ids), params.max_tokens)
+
+    def _admit(self, prompt_ids: Sequence[int], params: SamplingParams, choice: int) -> tuple[Request, _Mailbox]:
+        self.check(prompt_ids, params)
+        if self._executor is None:
+            raise NotReadyError("the pipeline is restarting after the loss of a stage; try again shortly")
+        request = Request(self._next_request_id, tuple(prompt_ids), params, noise_key(params.seed, choice))
+        self._scheduler.add(request)
+        self._next_request_id += 1
+        mailbox = self._mailboxes[request.request_id] = _Mailbox()
+        self._pump_soon()
+        return request, mailbox
+
+    def _forget(self, request: Request) -> None:
+        self._scheduler.abort(request.request_id)
+        del self._mailboxes[request.request_id]
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """Requests that arrive in the same turn of the loop go into the same micro-batch."""
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Submits plans until enough are in flight or there is nothing to do."""
+        self._is_pump_due = False
+        if self._executor is None:
+            return
+        while (plan := self._scheduler.schedule()) is not None:
+            self._executor.submit(plan)
+        if not self._scheduler.has_requests:
+            self._scheduler.check_integrity()
+
+    def _fail_all(self, error: GPTJDistError) -> None:
+        self._executor = None
+        for request in self._scheduler.drain():
+            self._mailboxes[request.request_id].fail(error)
+
+
+def noise_key(seed: int | None, choice: int) -> int:
+    """64 bits that determine a completion's sampling noise; without a seed, fresh ones."""
+    if seed is None:
+        return secrets.randbits(64)
+    digest = hashlib.blake2b(seed.to_bytes(8, "little", signed=True) + choice.to_bytes(8, "little"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")

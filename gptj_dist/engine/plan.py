@@ -1,0 +1,68 @@
+"""What crosses the border between the coordinator and the stages: one plan out, one result back. Plain data.
+
+A plan carries a new request in full once and only the difference later. Every stage sees the plans in the same order,
+so a block that one plan releases may be written by the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What the last stage must know of a request to sample for it.
+
+    Args:
+        request_id: unique in the life of the pipeline.
+        noise_key: 64 bits; with the position of a token they determine the noise that samples it.
+        min_position: first position at which end of text may be sampled.
+    """
+
+    request_id: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    noise_key: int
+    min_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of tokens of one request, to be computed in one micro-batch.
+
+    Args:
+        start: position of the first token.
+        token_ids: the tokens, one or more.
+        new_blocks: KV blocks that the request gets with this chunk, behind those it has.
+        samples: whether the last token's logits are to be sampled.
+    """
+
+    request_id: int
+    start: int
+    token_ids: tuple[int, ...]
+    new_blocks: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One micro-batch: `released` requests are forgotten, then `new_requests` are met, then `chunks` are computed."""
+
+    plan_id: int
+    released: tuple[int, ...]
+    new_requests: tuple[NewRequest, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The tokens that the last stage sampled for a plan: one for each chunk with `samples`, in the plan's order."""
+
+    plan_id: int
+    token_ids: tuple[int, ...]

@@ -1,0 +1,78 @@
+"""One sequence to be continued, as the scheduler sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gptj_dist.engine.plan import NewRequest
+from gptj_dist.params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and how far it has got.
+
+    Args:
+        request_id: unique, and larger for a later arrival.
+        prompt_ids: one or more tokens.
+        params: how to sample; `params.n` is for the caller, this is one completion.
+        noise_key: 64 bits that determine all of the request's sampling noise.
+
+    Attributes:
+        token_ids: the prompt and what was generated so far.
+        num_computed: tokens whose keys and values are computed, or will be by plans in flight.
+        blocks: KV blocks held, in order of position.
+        is_awaiting_token: a plan in flight samples the request's next token.
+    """
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    noise_key: int
+    token_ids: list[int] = field(init=False)
+    num_computed: int = field(init=False, default=0)
+    blocks: list[int] = field(init=False, default_factory=list)
+    is_awaiting_token: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    def append(self, token_id: int, eos_token_id: int) -> FinishReason | None:
+        """Takes a sampled token; returns the reason if the request ends with it."""
+        self.token_ids.append(token_id)
+        self.is_awaiting_token = False
+        if token_id == eos_token_id and not self.params.ignore_eos:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output_tokens == self.params.max_tokens else None
+
+    def introduction(self) -> NewRequest:
+        """The request as the stages are told of it."""
+        return NewRequest(
+            request_id=self.request_id,
+            temperature=self.params.temperature,
+            top_p=self.params.top_p,
+            top_k=self.params.top_k,
+            min_p=self.params.min_p,
+            noise_key=self.noise_key,
+            min_position=len(self.prompt_ids) + self.params.min_tokens,
+        )

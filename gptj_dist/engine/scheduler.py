@@ -1,0 +1,333 @@
+"""Decides what goes into each micro-batch. Knows no tensors, no clock and no transport.
+
+There is no prefill phase and no decode phase: every request has a number of computed tokens that catches up with its
+number of tokens. Chunked prefill and recomputation after a preemption both fall out of that rule.
+
+Requests run in order of arrival. When KV blocks run out, the youngest running request gives up its blocks and goes back
+to the head of the queue; the oldest can always go on, so all of them finish.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+from gptj_dist.engine.request import FinishReason, Request
+from gptj_dist.errors import RequestTooLongError
+
+MIN_CHUNK_TOKENS = 32
+MAX_CHUNK_TOKENS = 512
+CHUNKS_PER_STAGE = 4
+"""A backlog is cut into this many chunks a stage: with 4, stages idle 1/5 of a lone prompt's time at worst."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one pipeline.
+
+    Args:
+        num_stages: micro-batches needed in flight to keep every stage busy.
+        num_blocks: KV blocks, of `block_size` tokens each.
+        max_batch_size: the most requests that run at once.
+        eos_token_id: the token that ends a text.
+        max_chunk_tokens: the most prompt tokens in a micro-batch; None fits them to the backlog.
+    """
+
+    num_stages: int
+    num_blocks: int
+    block_size: int
+    max_batch_size: int
+    eos_token_id: int
+    max_chunk_tokens: int | None = None
+
+    @property
+    def max_in_flight(self) -> int:
+        """One micro-batch a stage, and one on the way to hide the coordinator's own time."""
+        return self.num_stages + 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One new token of a request; `finish_reason` comes with the last."""
+
+    request: Request
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The micro-batch being put together."""
+
+    new_requests: list[NewRequest] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    requests: set[Request] = field(default_factory=set)
+    has_decodes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A plan on its way, and whom its sampled tokens belong to."""
+
+    plan_id: int
+    has_decodes: bool
+    sampled_ids: tuple[int, ...]
+
+
+class Scheduler:
+    """The one place that decides for a pipeline. Not thread-safe: one owner calls it."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._pool = BlockPool(config.num_blocks, config.block_size)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._by_id: dict[int, Request] = {}
+        self._released: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._next_plan_id = 0
+        self._chunk_tokens = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self._config.num_blocks - self._pool.num_free
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._by_id)
+
+    def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raises RequestTooLongError if such a request could never fit the KV cache, however long it waited."""
+        num_tokens = num_prompt_tokens + max_tokens - 1  # the last one is never computed
+        if self._pool.blocks_for(num_tokens) > self._config.num_blocks:
+            capacity = self._config.num_blocks * self._config.block_size
+            raise RequestTooLongError(
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} need room for {num_tokens} "
+                f"tokens, but the KV cache holds {capacity} in all",
+                param="max_tokens",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestTooLongError: it could never fit the KV cache.
+        """
+        self.check_fits(len(request.prompt_ids), request.params.max_tokens)
+        self._by_id[request.request_id] = request
+        self._waiting.append(request)
+        self._fit_chunks_to_backlog()
+
+    def abort(self, request_id: int) -> None:
+        """Forgets a request and frees its blocks at once; plans in flight may go on with it. Unknown ids pass."""
+        request = self._by_id.get(request_id)
+        if request is not None:
+            self._remove(request)
+
+    def schedule(self) -> Plan | None:
+        """The next micro-batch, or None when there is nothing to do or enough is in flight."""
+        if len(self._in_flight) >= self._config.max_in_flight:
+            return None
+        draft = _Draft()
+        self._draft_decodes(draft)
+        self._draft_prefills(draft)
+        return self._commit(draft) if draft.chunks else None
+
+    def update(self, result: Result) -> list[TokenOutput]:
+        """Takes back the oldest plan in flight; returns the new tokens, in the plan's order.
+
+        Raises:
+            ValueError: results came out of order.
+        """
+        if not self._in_flight or self._in_flight[0].plan_id != result.plan_id:
+            expected = self._in_flight[0].plan_id if self._in_flight else None
+            raise ValueError(f"result of plan {result.plan_id} arrived, expected {expected}")
+        landed = self._in_flight.popleft()
+        pairs = zip(landed.sampled_ids, result.token_ids, strict=True)
+        return [self._take_token(self._by_id[id_], token) for id_, token in pairs if id_ in self._by_id]
+
+    def drain(self) -> list[Request]:
+        """Forgets all requests and plans, for a pipeline that has died; returns the requests in order of arrival.
+
+        Each keeps its tokens: added again to a scheduler, it would be recomputed and go on where it was.
+        """
+        requests = [*self._running, *self._waiting]
+        for request in requests:
+            self._remove(request)
+            request.is_awaiting_token = False
+        self._in_flight.clear()
+        self._released.clear()
+        return requests
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if any invariant is broken. Costs time in proportion to the number of blocks."""
+        held = [block for request in self._running for block in request.blocks]
+        _invariant(len(held) == len(set(held)), "a block has two holders")
+        _invariant(self._pool.free_blocks.isdisjoint(held), "a held block is free")
+        _invariant(len(held) + self._pool.num_free == self._config.num_blocks, "a block is lost")
+        _invariant(len(self._pool.free_blocks) == self._pool.num_free, "a block is free twice")
+        everyone = [*self._running, *self._waiting]
+        ids = [request.request_id for request in everyone]
+        _invariant(self._running == sorted(self._running, key=_age), "running requests are out of order")
+        _invariant(list(self._waiting) == sorted(self._waiting, key=_age), "waiting requests are out of order")
+        _invariant(set(ids) == set(self._by_id) and len(ids) == len(self._by_id), "a request is lost")
+        _invariant(len(self._running) <= self._config.max_batch_size, "too many requests run")
+        _invariant(len(self._in_flight) <= self._config.max_in_flight, "too many plans in flight")
+        awaited = [id_ for plan in self._in_flight for id_ in plan.sampled_ids if id_ in self._by_id]
+        _invariant(len(awaited) == len(set(awaited)), "two plans in flight sample for one request")
+        for request in everyone:
+            _invariant(request.is_awaiting_token == (request.request_id in awaited), "a token is awaited in vain")
+            _invariant(request.num_uncomputed >= 0, "more tokens computed than there are")
+            fits = len(request.blocks) == self._pool.blocks_for(request.num_computed)
+            _invariant(fits, "blocks do not match computed tokens")
+        _invariant(not any(request.num_computed for request in self._waiting), "a waiting request holds something")
+
+    def _draft_decodes(self, draft: _Draft) -> None:
+        """Shares the requests with one token to compute evenly over as many micro-batches as there are stages."""
+        decoding = [request for request in self._running if request.num_uncomputed <= 1]
+        ready = [request for request in decoding if not request.is_awaiting_token]
+        num_groups_free = self._config.num_stages - sum(plan.has_decodes for plan in self._in_flight)
+        if not ready or num_groups_free <= 0:
+            return
+        share = min(_ceil_div(len(ready), num_groups_free), _ceil_div(len(decoding), self._config.num_stages))
+        for request in ready[:share]:
+            if self._is_running(request):  # an older one of the share may have preempted it
+                self._draft_chunk(draft, request, 1)
+        draft.has_decodes = bool(draft.chunks)
+
+    def _draft_prefills(self, draft: _Draft) -> None:
+        """Fills up with prompt tokens: of running requests first, then of waiting ones."""
+        room = self._config.max_chunk_tokens or self._chunk_tokens
+        for request in [r for r in self._running if r.num_uncomputed > 1]:
+            if room and self._is_running(request):  # an older one may have preempted it
+                room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
+        while room and (head := self._admissible()) is not None:
+            self._waiting.popleft()
+            insort(self._running, head, key=_age)
+            draft.new_requests.append(head.introduction())
+            room -= self._draft_chunk(draft, head, min(room, head.num_uncomputed))
+        if not self._backlog():
+            self._chunk_tokens = 0
+
+    def _admissible(self) -> Request | None:
+        """The head of the queue if it may run now: none overtakes it, and it needs room for all its present tokens."""
+        if not self._waiting or len(self._running) >= self._config.max_batch_size:
+            return None
+        request = self._waiting[0]
+        has_room = self._pool.blocks_for(request.num_tokens) <= self._pool.num_free
+        return request if has_room and not request.is_awaiting_token else None
+
+    def _draft_chunk(self, draft: _Draft, request: Request, num_tokens: int) -> int:
+        """Adds the request's next tokens to the draft; returns how many: 0 if there are no blocks for them."""
+        start, stop = request.num_computed, request.num_computed + num_tokens
+        num_new_blocks = self._pool.blocks_for(stop) - len(request.blocks)
+        if not self._make_room(num_new_blocks, request, draft):
+            return 0
+        new_blocks = self._pool.take(num_new_blocks)
+        request.blocks.extend(new_blocks)
+        request.num_computed = stop
+        request.is_awaiting_token = stop == request.num_tokens
+        tokens = tuple(request.token_ids[start:stop])
+        draft.chunks.append(Chunk(request.request_id, start, tokens, tuple(new_blocks), request.is_awaiting_token))
+        draft.requests.add(request)
+        return num_tokens
+
+    def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
+        """Preempts requests younger than this one, the youngest first, until the blocks are free; all or nothing."""
+        victims: list[Request] = []
+        num_free = self._pool.num_free
+        for victim in reversed(self._running):
+            if num_free >= num_blocks or victim is request:
+                break
+            if victim not in draft.requests and victim.blocks:
+                victims.append(victim)
+                num_free += len(victim.blocks)
+        if num_free < num_blocks:
+            return False
+        for victim in victims:
+            self._preempt(victim)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Takes the blocks away; the request queues by age, and will be recomputed from its first token."""
+        self._running.remove(request)
+        self._free(request)
+        insort(self._waiting, request, key=_age)
+        self.num_preemptions += 1
+        self._fit_chunks_to_backlog()
+
+    def _fit_chunks_to_backlog(self) -> None:
+        """Sizes chunks so that the backlog keeps every stage busy, and holds that size until the backlog is gone.
+
+        A pipeline of one stage has nothing to overlap: its chunks are as large as they may be.
+        """
+        wanted = _ceil_div(self._backlog(), CHUNKS_PER_STAGE * self._config.num_stages)
+        if self._config.num_stages == 1:
+            wanted = MAX_CHUNK_TOKENS
+        self._chunk_tokens = max(self._chunk_tokens, min(max(wanted, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS))
+
+    def _backlog(self) -> int:
+        """Tokens still to be computed, but for those of requests that are down to one a step."""
+        running = sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
+        return running + sum(r.num_uncomputed for r in self._waiting)
+
+    def _commit(self, draft: _Draft) -> Plan:
+        plan = Plan(self._next_plan_id, tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
+        self._released.clear()
+        self._next_plan_id += 1
+        sampled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.samples)
+        self._in_flight.append(_InFlight(plan.plan_id, draft.has_decodes, sampled_ids))
+        return plan
+
+    def _take_token(self, request: Request, token_id: int) -> TokenOutput:
+        reason = request.append(token_id, self._config.eos_token_id)
+        if reason is not None:
+            self._remove(request)
+        return TokenOutput(request, token_id, reason)
+
+    def _remove(self, request: Request) -> None:
+        del self._by_id[request.request_id]
+        if self._is_running(request):
+            self._running.remove(request)
+            self._free(request)
+        else:
+            self._waiting.remove(request)
+
+    def _free(self, request: Request) -> None:
+        self._pool.give_back(request.blocks)
+        self._released.append(request.request_id)
+        request.blocks = []
+        request.num_computed = 0
+
+    def _is_running(self, request: Request) -> bool:
+        return request in self._running
+
+
+def _age(request: Request) -> int:
+    """Sorts by arrival."""
+    return request.request_id
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _invariant(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)

@@ -1,0 +1,170 @@
+"""The offline face: prompts in, completions out, in one process and without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, fields
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.completion import TextDelta, stream_text
+from gptj_dist.config import PipelineConfig, refuse_unknown_keys
+from gptj_dist.engine.request import FinishReason
+from gptj_dist.errors import GPTJDistError
+from gptj_dist.params import SamplingParams
+from gptj_dist.stages.local import LoadedPipeline, load_local, make_engine
+from gptj_dist.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One continuation of a prompt.
+
+    Args:
+        text: what was generated; a stop string and what follows it are cut.
+        token_ids: the tokens behind the text, end of text or a stop string's included.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What became of one prompt: `params.n` completions."""
+
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+
+    @property
+    def text(self) -> str:
+        """The first completion's text."""
+        return self.completions[0].text
+
+
+class LLM:
+    """A GPT-J and its engine in this process.
+
+    Args:
+        model: `demo`, a directory in the Hugging Face layout, or a hub name.
+        settings: fields of `PipelineConfig`, such as `stages=2` or `dtype="float32"`.
+
+    Raises:
+        ConfigurationError: the settings or the checkpoint will not do.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        refuse_unknown_keys(settings, [field.name for field in fields(PipelineConfig)])
+        config = PipelineConfig(model, **settings)
+        self.pipeline: LoadedPipeline
+        self.pipeline, runners = load_local(config)
+        self.tokenizer = Tokenizer.load(resolve_model(config.model, config.revision))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gptj-dist-llm", daemon=True)
+        self._thread.start()
+        self._engine, self._executor = make_engine(self.pipeline, runners)
+        self._driver = self._run(self._start())
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Output]:
+        """Completes prompts, all at once.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+
+        Raises:
+            InvalidRequestError: a prompt does not fit; none of them is completed.
+        """
+        params = params or SamplingParams()
+        prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
+        return self._run(self._complete_all(prompt_ids, params))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Completes one prompt once, yielding its text as it comes. Closing the iterator cancels."""
+        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        coroutine = self._pour(self._encode(prompt), params or SamplingParams(), pieces)
+        pouring = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            pouring.cancel()
+
+    def close(self) -> None:
+        """Ends the engine and its threads."""
+        self._run(self._shut_down())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._executor.close()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.eos_token_id)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _complete_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Output]:
+        for prompt_ids in prompts:
+            self._engine.check(prompt_ids, params)
+        choices = range(params.n)
+        completions = await asyncio.gather(*(self._complete(p, params, choice) for p in prompts for choice in choices))
+        return [
+            Output(tuple(prompt), tuple(completions[i * params.n : (i + 1) * params.n]))
+            for i, prompt in enumerate(prompts)
+        ]
+
+    async def _complete(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> Completion:
+        deltas = [delta async for delta in self._stream(prompt_ids, params, choice)]
+        finish_reason = deltas[-1].finish_reason
+        assert finish_reason is not None, "a stream ends with a reason"
+        token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
+        return Completion("".join(delta.text for delta in deltas), token_ids, finish_reason)
+
+    def _stream(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> AsyncGenerator[TextDelta, None]:
+        return stream_text(self._engine.generate(prompt_ids, params, choice), self.tokenizer, params)
+
+    async def _pour(
+        self, prompt_ids: list[int], params: SamplingParams, pieces: SimpleQueue[str | BaseException | None]
+    ) -> None:
+        try:
+            async with aclosing(self._stream(prompt_ids, params, choice=0)) as deltas:
+                async for delta in deltas:
+                    pieces.put(delta.text)
+        except GPTJDistError as error:
+            pieces.put(error)
+        finally:
+            pieces.put(None)
+
+    async def _start(self) -> asyncio.Task[None]:
+        return asyncio.create_task(self._engine.run())
+
+    async def _shut_down(self) -> None:
+        self._driver.cancel()
+        await asyncio.gather(self._driver, return_exceptions=True)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if all(isinstance(item, int) for item in prompts):
+        return [[item for item in prompts if isinstance(item, int)]]
+    return [item for item in prompts if not isinstance(item, int)]

@@ -1,0 +1,170 @@
+"""The layers of one stage, with embedding and head where the stage has them. Knows no requests but through the cache.
+
+GPT-J's layer feeds one LayerNorm to attention and MLP and adds both to its input. So a layer is two matrix products:
+one makes queries, keys, values and the MLP's inner row together, one more takes the attended values and the inner row
+back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.model.attention import GatheredAttention, TiledAttention
+from gptj_dist.model.inputs import MicroBatch
+from gptj_dist.model.kv_cache import KVCache
+from gptj_dist.model.linear import Linear
+from gptj_dist.model.rotary import RotaryTable, rotate_
+
+GetTensor = Callable[[str], Tensor]
+"""Gives a checkpoint's tensor by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """Normalises each row; Ba et al. 2016."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One of GPT-J's layers.
+
+    Args:
+        fan_in: [3 * d_model + d_ff, d_model]: q, k, v and fc_in.
+        fan_out: [d_model, d_model + d_ff]: out_proj and fc_out.
+    """
+
+    norm: LayerNorm
+    fan_in: Linear
+    fan_out: Linear
+
+
+class StageModel:
+    """The layers of one stage on one device.
+
+    Args:
+        get: gives a tensor of the checkpoint; called once a tensor, layer by layer, so that nothing is held twice.
+        on_layer: called as each layer is ready, with the number that are.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerRange,
+        get: GetTensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_layer: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._is_exact = dtype == torch.float32
+        self._rotary = RotaryTable(config.context_length, config.rotary_dim, device)
+        self._attention = (
+            TiledAttention(config.head_dim, self._is_exact) if device.type == "cpu" else GatheredAttention()
+        )
+        place = _Placer(get, dtype, device)
+        self._embedding = place("transformer.wte.weight") if layers.is_first else None
+        self._layers = []
+        for index in range(layers.start, layers.stop):
+            self._layers.append(_build_layer(place, f"transformer.h.{index}", config))
+            on_layer(len(self._layers))
+        self._head = _build_head(place, config) if layers.is_last else None
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The first stage's input: int64 [rows] -> [rows, d_model]."""
+        if self._embedding is None:
+            raise ValueError("only the first stage embeds")
+        return self._embedding[token_ids.to(self._device)]
+
+    def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache) -> Tensor:
+        """Runs the stage's layers over [rows, d_model], writing keys and values to the cache."""
+        cos, sin = self._rotary.at(batch.positions.to(self._device))
+        for index, layer in enumerate(self._layers):
+            hidden = self._run_layer(index, layer, hidden, batch, cache, cos, sin)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The last stage's output: [rows, d_model] -> float32 [rows, vocab_size]."""
+        if self._head is None:
+            raise ValueError("only the last stage has logits")
+        norm, projection = self._head
+        return projection(norm(hidden)).float()
+
+    def _run_layer(
+        self, index: int, layer: Layer, hidden: Tensor, batch: MicroBatch, cache: KVCache, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        d_model, num_heads = self._config.d_model, self._config.num_heads
+        fanned = layer.fan_in(layer.norm(hidden))
+        heads = fanned[:, : 3 * d_model].view(hidden.shape[0], 3, num_heads, -1)
+        queries_and_keys = heads[:, :2].to(torch.float32, copy=True).flatten(1, 2)
+        rotate_(queries_and_keys, cos, sin)
+        queries, keys = queries_and_keys[:, :num_heads], queries_and_keys[:, num_heads:]
+        for span in batch.spans:
+            cache.write(index, span, keys[span.rows], heads[span.rows, 2])
+        # The values' columns are free now, and stand right before the MLP's: attention writes its result there.
+        self._attention(index, cache, batch.spans, queries, out=heads[:, 2])
+        fanned[:, 3 * d_model :] = self._gelu(fanned[:, 3 * d_model :])
+        return hidden + layer.fan_out(fanned[:, 2 * d_model :])
+
+    def _gelu(self, x: Tensor) -> Tensor:
+        """GELU in its tanh form, Hendrycks & Gimpel 2016.
+
+        torch's fused one rounds the last elements of a run differently, which the exact mode cannot have.
+        """
+        if not self._is_exact:
+            return F.gelu(x, approximate="tanh")
+        inner = (x * x * x * 0.044715).add_(x).mul_(math.sqrt(2 / math.pi))
+        return inner.tanh_().add_(1).mul_(x).mul_(0.5)
+
+
+class _Placer:
+    """Fetches tensors by name, in the stage's type and on its device."""
+
+    def __init__(self, get: GetTensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._get = get
+        self._dtype = dtype
+        self._device = device
+
+    def __call__(self, *names: str, dim: int = 0) -> Tensor:
+        """One tensor, or several joined along `dim`."""
+        tensors = [self._get(name).to(self._dtype) for name in names]
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)).to(self._device)
+
+    def zeros(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=self._dtype, device=self._device)
+
+
+def _build_layer(place: _Placer, name: str, config: ModelConfig) -> Layer:
+    inner_bias = torch.cat([place.zeros(3 * config.d_model), place(f"{name}.mlp.fc_in.bias")])
+    projections = [f"{name}.attn.{x}_proj.weight" for x in "qkv"]
+    return Layer(
+        norm=_build_norm(place, f"{name}.ln_1", config),
+        fan_in=Linear(place(*projections, f"{name}.mlp.fc_in.weight"), inner_bias),
+        fan_out=Linear(
+            place(f"{name}.attn.out_proj.weight", f"{name}.mlp.fc_out.weight", dim=1), place(f"{name}.mlp.fc_out.bias")
+        ),
+    )
+
+
+def _build_norm(place: _Placer, name: str, config: ModelConfig) -> LayerNorm:
+    return LayerNorm(place(f"{name}.weight"), place(f"{name}.bias"), config.layer_norm_eps)
+
+
+def _build_head(place: _Placer, config: ModelConfig) -> tuple[LayerNorm, Linear]:
+    weight = place("transformer.wte.weight" if config.has_tied_embeddings else "lm_head.weight")
+    return _build_norm(place, "transformer.ln_f", config), Linear(weight, place("lm_head.bias"))

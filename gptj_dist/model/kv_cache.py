@@ -1,0 +1,142 @@
+"""Keys and values of the tokens computed so far: two layouts, one for each kind of memory.
+
+On a CPU memory that was never touched costs nothing, so each request has a contiguous region as long as the context and
+attention reads it in place. A GPU gives out memory when it is asked for, so there requests hold blocks, listed in a
+table. Neither decides who gets what: accounting is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gptj_dist.model.inputs import Span
+
+MAP_NORESERVE = 0x4000
+"""Linux's flag for "do not count this memory as used until it is touched"; Python's mmap does not name it."""
+
+
+class KVCache(Protocol):
+    """Where a stage keeps keys and values. Tensors of keys and values are [num_heads, tokens, head_dim]."""
+
+    def add(self, request_id: int) -> None:
+        """Meets a request that has no tokens yet."""
+
+    def extend(self, request_id: int, blocks: Iterable[int]) -> None:
+        """Gives the request more blocks, behind those it has."""
+
+    def release(self, request_id: int) -> None:
+        """Forgets the request; its memory may be given to the next one at once."""
+
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
+        """Stores what a span's tokens have, [tokens, num_heads, head_dim] each."""
+
+    def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the request's first tokens; a view of the cache where the layout allows it."""
+
+
+class RegionCache:
+    """A contiguous region for each request, in float32, touched only as far as tokens are written. For CPUs.
+
+    float32 whatever the model's type: this CPU multiplies float32 straight out of the cache, and bfloat16 only after a
+    copy (one query row, 512 tokens of 16 heads x 256: 0.39 ms against 3.9 ms).
+
+    Args:
+        num_regions: the most requests at once.
+        max_tokens: the most tokens of a request; `read` may ask for as many, even unwritten ones, which are zeros.
+    """
+
+    def __init__(self, num_layers: int, num_regions: int, max_tokens: int, num_heads: int, head_dim: int) -> None:
+        shape = (num_regions, num_layers, 2, num_heads, max_tokens, head_dim)
+        self._memory = _lazy_memory(4 * num_regions * num_layers * 2 * num_heads * max_tokens * head_dim)
+        self._regions = torch.frombuffer(self._memory, dtype=torch.float32).view(shape)
+        self._region_bytes = self._regions[0].nbytes
+        self._free = list(range(num_regions - 1, -1, -1))
+        self._region_of: dict[int, int] = {}
+
+    def add(self, request_id: int) -> None:
+        self._region_of[request_id] = self._free.pop()
+
+    def extend(self, request_id: int, blocks: Iterable[int]) -> None:
+        """Nothing to do: a region is as long as it can get."""
+
+    def release(self, request_id: int) -> None:
+        region = self._region_of.pop(request_id)
+        self._free.append(region)
+        self._give_back(region)
+
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
+        region = self._regions[self._region_of[span.request_id], layer]
+        region[0, :, span.start : span.stop] = keys.transpose(0, 1)
+        region[1, :, span.start : span.stop] = values.transpose(0, 1)
+
+    def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        region = self._regions[self._region_of[request_id], layer]
+        return region[0, :, :num_tokens], region[1, :, :num_tokens]
+
+    def _give_back(self, region: int) -> None:
+        """Returns the region's pages to the machine; they read as zeros from now on.
+
+        Zeros also keep one request's infinities from ever reaching another through the masked columns of a tile.
+        """
+        start, stop = region * self._region_bytes, (region + 1) * self._region_bytes
+        first_page, last_page = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        flat = self._regions[region].view(-1)
+        if first_page >= last_page:
+            flat.zero_()
+            return
+        self._memory.madvise(mmap.MADV_DONTNEED, first_page, last_page - first_page)
+        flat[: (first_page - start) // 4].zero_()
+        flat[(last_page - start) // 4 :].zero_()
+
+
+class BlockCache:
+    """Blocks of tokens and a block table for each request, in the model's type. For GPUs; right on any device.
+
+    Args:
+        num_blocks, block_size: blocks in all, and tokens in each.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, 2, num_blocks * block_size, num_heads, head_dim)
+        self._slots = torch.empty(shape, dtype=dtype, device=device)
+        self._block_size = block_size
+        self._slots_of: dict[int, Tensor] = {}
+
+    def add(self, request_id: int) -> None:
+        self._slots_of[request_id] = torch.empty(0, dtype=torch.int64, device=self._slots.device)
+
+    def extend(self, request_id: int, blocks: Iterable[int]) -> None:
+        first_slots = torch.tensor(list(blocks), dtype=torch.int64)[:, None] * self._block_size
+        slots = (first_slots + torch.arange(self._block_size)).view(-1).to(self._slots.device)
+        self._slots_of[request_id] = torch.cat([self._slots_of[request_id], slots])
+
+    def release(self, request_id: int) -> None:
+        del self._slots_of[request_id]
+
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
+        slots = self._slots_of[span.request_id][span.start : span.stop]
+        self._slots[layer, 0, slots] = keys.to(self._slots.dtype)
+        self._slots[layer, 1, slots] = values.to(self._slots.dtype)
+
+    def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        slots = self._slots_of[request_id][:num_tokens]
+        return self._slots[layer, 0, slots].transpose(0, 1), self._slots[layer, 1, slots].transpose(0, 1)
+
+
+def _lazy_memory(num_bytes: int) -> mmap.mmap:
+    """Zeros that take no memory until they are written, even if there are more of them than the machine has memory."""
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)

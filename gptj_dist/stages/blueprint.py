@@ -1,0 +1,192 @@
+"""From settings to stages: reads the model's description, cuts its layers, sizes its KV cache. Computes nothing itself.
+
+A blueprint is drawn before any process exists, so that a wrong setting or a broken checkpoint is told at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptj_dist.checkpoint.hub import local_directory, resolve_model
+from gptj_dist.checkpoint.index import check_checkpoint, expected_tensors, read_model_config
+from gptj_dist.config import (
+    BLOCK_SIZE_TOKENS,
+    DTYPE_BYTES,
+    DeviceKind,
+    DTypeName,
+    LayerRange,
+    ModelConfig,
+    PipelineConfig,
+)
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.partition import explicit_partition, layer_ranges, plan_partition
+from gptj_dist.text.tokenizer import Tokenizer
+
+FREE_MEMORY_USED: dict[DeviceKind, float] = {"cpu": 0.5, "cuda": 0.9}
+"""What `auto` takes of the memory that is free once all weights are loaded. A machine's memory has other users."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """All that a stage must know before it looks at its device.
+
+    Args:
+        model, revision: as the user gave them; each node finds its own copy.
+        unsampled_ids: tokens that the last stage never samples.
+        num_threads: torch threads of a CPU stage; None leaves torch's own choice.
+    """
+
+    model: str
+    revision: str | None
+    config: ModelConfig
+    layers: LayerRange
+    device: DeviceKind
+    num_threads: int | None
+    max_model_len: int
+    max_batch_size: int
+    unsampled_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What a stage found where it was placed.
+
+    Args:
+        name: for people, such as `cpu` or `NVIDIA T4`.
+        memory_pool: stages with the same name share one memory.
+        fast_dtypes: types that the device is good at.
+    """
+
+    name: str
+    memory_pool: str
+    fast_dtypes: tuple[DTypeName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """A loaded stage.
+
+    Args:
+        free_bytes: what was free in its memory pool after loading.
+        kv_bytes_per_token: what a token costs it in the KV cache.
+    """
+
+    layers: LayerRange
+    device: DeviceReport
+    kind: DeviceKind
+    dtype: DTypeName
+    weight_bytes: int
+    free_bytes: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A pipeline as planned: checked, but not yet anywhere."""
+
+    config: PipelineConfig
+    model: ModelConfig
+    layers: tuple[LayerRange, ...]
+    max_model_len: int
+    unsampled_ids: tuple[int, ...]
+
+    def stage_specs(self, device: DeviceKind, num_threads: int | None) -> tuple[StageSpec, ...]:
+        """The stages, first to last."""
+        return tuple(
+            StageSpec(
+                model=self.config.model,
+                revision=self.config.revision,
+                config=self.model,
+                layers=layers,
+                device=device,
+                num_threads=self.config.threads_per_stage or num_threads,
+                max_model_len=self.max_model_len,
+                max_batch_size=self.config.max_batch_size,
+                unsampled_ids=self.unsampled_ids,
+            )
+            for layers in self.layers
+        )
+
+
+def draw_blueprint(config: PipelineConfig) -> Blueprint:
+    """Checks the settings against the model, and cuts it.
+
+    Raises:
+        CheckpointError: the model's files are missing, broken or not a GPT-J's.
+        ConfigurationError: the settings do not suit the model.
+    """
+    directory = resolve_model(config.model, config.revision)
+    model = read_model_config(directory)
+    tokenizer = Tokenizer.load(directory)
+    if local_directory(config.model) is not None:  # of a hub model, each stage fetches and checks its own files
+        check_checkpoint(directory, model)
+    if config.layers is not None:
+        layers = explicit_partition(model, config.layers)
+    else:
+        layers = plan_partition(model, config.num_stages)
+    max_model_len = config.max_model_len or model.context_length
+    if max_model_len > model.context_length:
+        raise ConfigurationError(f"max_model_len {max_model_len} exceeds the model's context of {model.context_length}")
+    return Blueprint(
+        config, model, layer_ranges(layers), max_model_len, tuple(tokenizer.unsampled_ids(model.vocab_size))
+    )
+
+
+def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[DeviceReport]) -> DTypeName:
+    """The type that all stages compute in.
+
+    `auto` is the checkpoint's if every device is good at it; else float32, which holds every number of the other two.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    return model.dtype if all(model.dtype in device.fast_dtypes for device in devices) else "float32"
+
+
+def weight_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> int:
+    """Bytes of a stage's weights."""
+    num_weights = sum(math.prod(shape) for shape in expected_tensors(model, layers).values())
+    return num_weights * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(model: ModelConfig, num_layers: int, dtype: DTypeName, kind: DeviceKind) -> int:
+    """Bytes that one token takes in a stage's KV cache. A CPU stage keeps float32 (see `model.kv_cache`)."""
+    return 2 * num_layers * model.d_model * (DTYPE_BYTES["float32"] if kind == "cpu" else DTYPE_BYTES[dtype])
+
+
+def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int:
+    """How many KV blocks every stage shall hold: the same number, as each token needs room in all of them.
+
+    Raises:
+        ConfigurationError: not even one block fits, or `kv_cache_gb` is more than there is.
+    """
+    most_useful = blueprint.config.max_batch_size * blueprint.max_model_len
+    free_tokens = min(_free_tokens_by_pool(reports, blueprint.config.kv_cache_gb is None))
+    if blueprint.config.kv_cache_gb is None:
+        num_tokens = min(free_tokens, most_useful)
+    else:
+        num_tokens = int(blueprint.config.kv_cache_gb * 1e9) // sum(report.kv_bytes_per_token for report in reports)
+        if num_tokens > free_tokens:
+            raise ConfigurationError(
+                f"kv_cache_gb {blueprint.config.kv_cache_gb} is room for {num_tokens} tokens, but the memory left is "
+                f"enough for {free_tokens}"
+            )
+    if num_tokens < BLOCK_SIZE_TOKENS:
+        raise ConfigurationError(
+            f"the KV cache has room for {num_tokens} tokens, at least {BLOCK_SIZE_TOKENS} are needed"
+        )
+    return num_tokens // BLOCK_SIZE_TOKENS
+
+
+def _free_tokens_by_pool(reports: Sequence[StageReport], has_margin: bool) -> list[int]:
+    """Tokens that fit each memory; stages that share one divide it."""
+    pools: dict[str, list[StageReport]] = defaultdict(list)
+    for report in reports:
+        pools[report.device.memory_pool].append(report)
+    return [
+        int(min(r.free_bytes for r in pool) * (FREE_MEMORY_USED[pool[0].kind] if has_margin else 1))
+        // sum(r.kv_bytes_per_token for r in pool)
+        for pool in pools.values()
+    ]

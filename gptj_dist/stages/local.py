@@ -1,0 +1,104 @@
+"""A whole pipeline in one process, without Ray: its stages take turns on one thread. Also how it runs on a bare machine."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, PipelineConfig
+from gptj_dist.engine.async_engine import AsyncEngine, EngineLimits
+from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.errors import StageFailedError
+from gptj_dist.stages.blueprint import Blueprint, StageReport, choose_dtype, count_kv_blocks, draw_blueprint
+from gptj_dist.stages.runner import StageRunner
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPipeline:
+    """Stages that are ready to compute.
+
+    Args:
+        num_blocks: KV blocks, the same number on every stage.
+    """
+
+    blueprint: Blueprint
+    reports: tuple[StageReport, ...]
+    num_blocks: int
+
+    def make_scheduler(self) -> Scheduler:
+        """An idle scheduler of the pipeline's size."""
+        config = self.blueprint.config
+        return Scheduler(
+            SchedulerConfig(
+                num_stages=len(self.reports),
+                num_blocks=self.num_blocks,
+                block_size=BLOCK_SIZE_TOKENS,
+                max_batch_size=config.max_batch_size,
+                eos_token_id=self.blueprint.model.eos_token_id,
+                max_chunk_tokens=config.max_chunk_tokens,
+            )
+        )
+
+    def limits(self) -> EngineLimits:
+        """What requests are checked against."""
+        return EngineLimits(self.blueprint.model.vocab_size, self.blueprint.max_model_len)
+
+
+class LocalExecutor:
+    """Computes plans on a thread of its own, each through all stages before the next."""
+
+    def __init__(self, runners: tuple[StageRunner, ...]) -> None:
+        self._runners = runners
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stages")
+        self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
+
+    def submit(self, plan: Plan) -> None:
+        self._results.put_nowait(asyncio.get_running_loop().run_in_executor(self._thread, self._compute, plan))
+
+    async def receive(self) -> Result:
+        result = await self._results.get()
+        try:
+            return await result
+        except Exception as error:
+            raise StageFailedError(f"a stage failed: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Waits for the plan being computed; forgets those behind it."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _compute(self, plan: Plan) -> Result:
+        output: torch.Tensor | Result | None = None
+        for runner in self._runners:
+            assert not isinstance(output, Result), "only the last stage gives a result"
+            output = runner.step(plan, output)
+        assert isinstance(output, Result), "the last stage gives a result"
+        return output
+
+
+def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunner, ...]]:
+    """Loads all stages on this machine's device, one after the other.
+
+    Raises:
+        ConfigurationError: the settings, the checkpoint or the device will not do.
+    """
+    blueprint = draw_blueprint(config)
+    kind: DeviceKind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.device != "auto":
+        kind = config.device
+    runners = tuple(StageRunner(spec) for spec in blueprint.stage_specs(kind, num_threads=None))
+    dtype = choose_dtype(config, blueprint.model, [runner.describe_device() for runner in runners])
+    reports = tuple(runner.load(dtype) for runner in runners)
+    num_blocks = count_kv_blocks(blueprint, reports)
+    for runner in runners:
+        runner.allocate(num_blocks, dtype)
+    return LoadedPipeline(blueprint, reports, num_blocks), runners
+
+
+def make_engine(pipeline: LoadedPipeline, runners: tuple[StageRunner, ...]) -> tuple[AsyncEngine, LocalExecutor]:
+    """An engine over local stages, and its executor, to be closed in the end."""
+    executor = LocalExecutor(runners)
+    return AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits()), executor

@@ -1,0 +1,164 @@
+"""One stage of a pipeline: loads its weights, then turns plans into hidden states or tokens. Knows neither Ray nor sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
+from gptj_dist.checkpoint.loader import StageTensors
+from gptj_dist.config import BLOCK_SIZE_TOKENS, DTypeName
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+from gptj_dist.model.attention import EXACT_TILE_ROWS
+from gptj_dist.model.gptj import StageModel
+from gptj_dist.model.inputs import MicroBatch, Span
+from gptj_dist.model.kv_cache import BlockCache, KVCache, RegionCache
+from gptj_dist.model.sampler import Sampler, SampleSpec
+from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, kv_bytes_per_token, weight_bytes
+from gptj_dist.stages.device import describe_device, free_bytes, open_device
+
+
+class StageRunner:
+    """A stage on its device. Call `load`, then `allocate`, then `step` for each plan, in order, from one thread.
+
+    Args:
+        spec: what the stage is.
+
+    Raises:
+        ConfigurationError: the device that the spec wants is not there.
+    """
+
+    def __init__(self, spec: StageSpec) -> None:
+        self._spec = spec
+        self._device = open_device(spec.device)
+        if spec.num_threads is not None:
+            torch.set_num_threads(spec.num_threads)
+        self._requests: dict[int, NewRequest] = {}
+        self._model: StageModel | None = None
+        self._cache: KVCache | None = None
+        self._sampler = Sampler(spec.unsampled_ids, spec.config.eos_token_id, self._device)
+
+    @property
+    def spec(self) -> StageSpec:
+        return self._spec
+
+    def describe_device(self) -> DeviceReport:
+        """Where the stage is."""
+        return describe_device(self._device)
+
+    def load(self, dtype: DTypeName, on_layer: Callable[[int], None] = lambda _: None) -> StageReport:
+        """Reads and packs the stage's weights.
+
+        Args:
+            on_layer: called with the number of layers ready.
+
+        Raises:
+            CheckpointError: the stage's tensors are not all there.
+        """
+        spec = self._spec
+        directory = resolve_model(spec.model, spec.revision)
+        fetch_weights(spec.model, directory, spec.layers, spec.config)
+        with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
+            self._model = StageModel(
+                spec.config, spec.layers, tensors.get, _torch_dtype(dtype), self._device, on_layer
+            )
+        return StageReport(
+            layers=spec.layers,
+            device=self.describe_device(),
+            kind=spec.device,
+            dtype=dtype,
+            weight_bytes=weight_bytes(spec.config, spec.layers, dtype),
+            free_bytes=free_bytes(self._device),
+            kv_bytes_per_token=kv_bytes_per_token(spec.config, spec.layers.num_layers, dtype, spec.device),
+        )
+
+    def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
+        """Makes the KV cache: room for `num_blocks` blocks in all."""
+        config, num_layers = self._spec.config, self._spec.layers.num_layers
+        if self._device.type == "cpu":
+            whole_tiles = -(-self._spec.max_model_len // EXACT_TILE_ROWS) * EXACT_TILE_ROWS
+            self._cache = RegionCache(
+                num_layers, self._spec.max_batch_size, whole_tiles, config.num_heads, config.head_dim
+            )
+        else:
+            self._cache = BlockCache(
+                num_layers,
+                num_blocks,
+                BLOCK_SIZE_TOKENS,
+                config.num_heads,
+                config.head_dim,
+                _torch_dtype(dtype),
+                self._device,
+            )
+
+    @torch.inference_mode()
+    def step(self, plan: Plan, hidden: Tensor | None) -> Tensor | Result:
+        """Computes one plan.
+
+        Args:
+            hidden: [rows, d_model] of the stage before; None on the first stage.
+
+        Returns:
+            The hidden states for the stage behind, or the tokens if this is the last.
+        """
+        logits = self.forward(plan, hidden)
+        if not self._spec.layers.is_last:
+            return logits
+        specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
+        return Result(plan.plan_id, tuple(self._sampler(logits, specs)) if specs else ())
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan, hidden: Tensor | None) -> Tensor:
+        """As `step`, but on the last stage gives the logits, float32, of the rows to be sampled."""
+        if self._model is None or self._cache is None:
+            raise RuntimeError("load() and allocate() come before the first plan")
+        self._register(plan, self._cache)
+        batch = _micro_batch(plan.chunks)
+        if hidden is None:
+            hidden = self._model.embed(torch.tensor([t for chunk in plan.chunks for t in chunk.token_ids]))
+        hidden = self._model.forward(hidden.to(self._device), batch, self._cache)
+        if not self._spec.layers.is_last:
+            return hidden
+        sampled = [span.row + span.num_tokens - 1 for span, c in zip(batch.spans, plan.chunks, strict=True) if
+        c.samples] return self._model.logits(hidden[sampled]) if sampled else hidden.new_empty(0,
+        self._spec.config.vocab_size)
+
+    def _register(self, plan: Plan, cache: KVCache) -> None:
+        """Keeps the stage's view of requests in step with the coordinator's."""
+        for request_id in plan.released:
+            del self._requests[request_id]
+            cache.release(request_id)
+        for request in plan.new_requests:
+            self._requests[request.request_id] = request
+            cache.add(request.request_id)
+        for chunk in plan.chunks:
+            if chunk.new_blocks:
+                cache.extend(chunk.request_id, chunk.new_blocks)
+
+    def _sample_spec(self, chunk: Chunk) -> SampleSpec:
+        request = self._requests[chunk.request_id]
+        position = chunk.start + len(chunk.token_ids)
+        return SampleSpec(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            noise_key=request.noise_key,
+            position=position,
+            may_end=position >= request.min_position,
+        )
+
+
+def _micro_batch(chunks: Sequence[Chunk]) -> MicroBatch:
+    spans, row = [], 0
+    for chunk in chunks:
+        spans.append(Span(chunk.request_id, row, chunk.start, len(chunk.token_ids)))
+        row += len(chunk.token_ids)
+    positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+    return MicroBatch(tuple(spans), positions)
+
+
+def _torch_dtype(dtype: DTypeName) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

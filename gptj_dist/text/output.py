@@ -1,0 +1,48 @@
+"""The text of one completion, from its tokens: characters whole, stop strings cut, tokens counted. Knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gptj_dist.text.detokenizer import Detokenizer
+from gptj_dist.text.stop_strings import StopStrings
+from gptj_dist.text.tokenizer import Tokenizer
+
+
+class TextOutput:
+    """Turns the tokens of one completion into text as they come.
+
+    Args:
+        stops: strings that end the text; not looked for in the text of the first `min_tokens` tokens.
+
+    Attributes:
+        num_tokens: tokens that the text was made of, the one that completed a stop string included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], min_tokens: int) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(stops)
+        self._min_tokens = min_tokens
+        self.num_tokens = 0
+
+    def push(self, token_ids: Sequence[int], is_last: bool) -> tuple[str, bool]:
+        """Takes tokens, one by one, so that the result does not depend on how many come at once.
+
+        Returns:
+            The text that can be shown now, and whether a stop string has ended it.
+        """
+        released = []
+        for token_id in token_ids:
+            self.num_tokens += 1
+            text, is_stopped = self._watch(self._detokenizer.push([token_id]))
+            released.append(text)
+            if is_stopped:
+                return "".join(released), True
+        if not is_last:
+            return "".join(released), False
+        text, is_stopped = self._watch(self._detokenizer.finish())
+        released += [text, "" if is_stopped else self._stops.finish()]
+        return "".join(released), is_stopped
+
+    def _watch(self, text: str) -> tuple[str, bool]:
+        return self._stops.push(text) if self.num_tokens > self._min_tokens else (text, False)

@@ -1,0 +1,348 @@
+"""Checkpoints on disk: what they hold, what is refused, reading a stage, writing random ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPTJForCausalLM
+
+from gptj_dist.checkpoint.hub import DEMO, resolve_model
+from gptj_dist.checkpoint.index import CheckpointIndex, check_checkpoint, expected_tensors, read_model_config
+from gptj_dist.checkpoint.loader import StageTensors
+from gptj_dist.checkpoint.synthetic import write_checkpoint
+from gptj_dist.config import DTypeName, LayerRange, ModelConfig
+from gptj_dist.errors import CheckpointError
+
+CONFIG = ModelConfig(
+    vocab_size=40,
+    num_layers=4,
+    d_model=16,
+    num_heads=2,
+    rotary_dim=4,
+    d_ff=64,
+    context_length=32,
+    eos_token_id=0,
+)
+TIED = replace(CONFIG, has_tied_embeddings=True)
+WHOLE = LayerRange(0, 1, 0, 4)
+FIRST, LAST = LayerRange(0, 2, 0, 2), LayerRange(1, 2, 2, 4)
+SHARD_BYTES = 8192
+
+EditTensors = Callable[[dict[str, torch.Tensor]], object]
+
+
+def _read_stage(directory: Path, layers: LayerRange, config: ModelConfig = CONFIG) -> dict[str, torch.Tensor]:
+    with StageTensors(directory, config, layers) as tensors:
+        return {name: tensors.get(name) for name in expected_tensors(config, layers)}
+
+
+def _edit(directory: Path, edit: EditTensors) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _shards(directory: Path) -> set[str]:
+    return {path.name for path in directory.glob("model-*.safetensors")}
+
+
+# What a checkpoint holds
+
+
+def test_expected_tensors_of_the_stages_make_up_the_model_once() -> None:
+    first, last = expected_tensors(CONFIG, FIRST), expected_tensors(CONFIG, LAST)
+
+    assert not first.keys() & last.keys()
+    assert first | last == expected_tensors(CONFIG, WHOLE)
+    assert "transformer.wte.weight" in first
+    assert first["transformer.h.1.mlp.fc_in.weight"] == (64, 16)
+    assert last["lm_head.bias"] == (40,)
+    assert len(first | last) == 1 + 4 * 10 + 4
+
+
+def test_tied_embeddings_go_to_the_first_and_to_the_last_stage() -> None:
+    first, last = expected_tensors(TIED, FIRST), expected_tensors(TIED, LAST)
+
+    assert first["transformer.wte.weight"] == last["transformer.wte.weight"] == (40, 16)
+    assert "lm_head.weight" not in last
+
+
+def test_config_survives_the_way_through_config_json(tmp_path: Path) -> None:
+    for config in (CONFIG, replace(TIED, dtype="bfloat16", d_ff=48)):
+        write_checkpoint(tmp_path, config)
+        assert read_model_config(tmp_path) == config
+
+
+def test_the_demo_checkpoint_is_whole() -> None:
+    directory = resolve_model(DEMO)
+
+    check_checkpoint(directory, read_model_config(directory))
+
+
+# Reading
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, SHARD_BYTES])
+def test_stages_read_the_same_bytes_as_safetensors_does(tmp_path: Path, max_shard_bytes: int | None) -> None:
+    write_checkpoint(tmp_path, CONFIG, max_shard_bytes=max_shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_bytes is not None)
+    truth = {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+    check_checkpoint(tmp_path, CONFIG)
+    read = _read_stage(tmp_path, FIRST) | _read_stage(tmp_path, LAST)
+
+    assert read.keys() == truth.keys()
+    assert all(torch.equal(read[name], truth[name]) for name in truth)
+
+
+@pytest.mark.parametrize("dtype", get_args(DTypeName))
+def test_tensors_keep_the_dtype_of_the_checkpoint(tmp_path: Path, dtype: DTypeName) -> None:
+    write_checkpoint(tmp_path, CONFIG, dtype=dtype)
+    truth = load_file(tmp_path / "model.safetensors")
+
+    assert read_model_config(tmp_path).dtype == dtype
+    for name, tensor in _read_stage(tmp_path, WHOLE).items():
+        assert str(tensor.dtype) == f"torch.{dtype}"
+        assert torch.equal(tensor, truth[name])
+
+
+def test_stage_needs_only_the_files_of_its_own_tensors(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, max_shard_bytes=SHARD_BYTES)
+    needed = CheckpointIndex(tmp_path).files(expected_tensors(CONFIG, LAST))
+    others = _shards(tmp_path) - set(needed)
+    assert needed
+    assert others
+    for file in others:
+        (tmp_path / file).unlink()
+
+    assert len(_read_stage(tmp_path, LAST)) == len(expected_tensors(CONFIG, LAST))
+    with pytest.raises(CheckpointError, match=min(others)):
+        check_checkpoint(tmp_path, CONFIG)
+
+
+def test_tensor_outlives_its_file_and_belongs_to_its_reader(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    with StageTensors(tmp_path, CONFIG, FIRST) as tensors:
+        mine, again = tensors.get("transformer.wte.weight"), tensors.get("transformer.wte.weight")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    mine.zero_()
+
+    assert again.count_nonzero() == again.numel()
+
+
+def test_stage_does_not_give_out_tensors_of_other_stages(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    with StageTensors(tmp_path, CONFIG, FIRST) as tensors, pytest.raises(KeyError):
+        tensors.get("lm_head.bias")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes the advice")
+def test_pages_of_a_tensor_that_was_read_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    advice: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *args: advice.append(args))
+    header = CheckpointIndex(tmp_path).headers(["lm_head.weight"])["lm_head.weight"]
+
+    with StageTensors(tmp_path, CONFIG, LAST) as tensors:
+        tensors.get("lm_head.weight")
+
+    assert advice == [(header.offset_bytes, 40 * 16 * 4, os.POSIX_FADV_DONTNEED)]
+
+
+def test_tied_checkpoint_without_a_head_bias_has_a_bias_of_zeros(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, TIED, dtype="float16")
+    _edit(tmp_path, lambda tensors: tensors.pop("lm_head.bias"))
+
+    check_checkpoint(tmp_path, TIED)
+    bias = _read_stage(tmp_path, LAST, TIED)["lm_head.bias"]
+
+    assert torch.equal(bias, torch.zeros(40, dtype=torch.float16))
+
+
+def test_untied_checkpoint_without_a_head_bias_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    _edit(tmp_path, lambda tensors: tensors.pop("lm_head.bias"))
+
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.bias$"):
+        StageTensors(tmp_path, CONFIG, LAST)
+
+
+# Refusing
+
+
+def test_all_problems_are_reported_together_by_name(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["transformer.ln_f.bias"]
+        tensors["transformer.h.9.ln_1.bias"] = torch.zeros(16)
+        tensors["transformer.wte.weight"] = torch.zeros(39, 16)
+        tensors["lm_head.weight"] = torch.zeros(40, 16, dtype=torch.float64)
+
+    write_checkpoint(tmp_path, CONFIG)
+    _edit(tmp_path, spoil)
+
+    with pytest.raises(CheckpointError) as error:
+        check_checkpoint(tmp_path, CONFIG)
+
+    assert str(error.value).partition(": ")[2] == (
+        "missing: transformer.ln_f.bias; unexpected: transformer.h.9.ln_1.bias; "
+        "misshapen: transformer.wte.weight is [39, 16], not [40, 16]; unreadable: lm_head.weight is F64"
+    )
+
+
+def test_long_lists_of_problems_are_cut(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+
+    with pytest.raises(CheckpointError, match=r"missing: transformer\.h\.4\..* and 12 more$") as error:
+        check_checkpoint(tmp_path, replace(CONFIG, num_layers=6))
+    assert str(error.value).count("transformer.h.") == 8
+
+
+def test_names_without_the_prefix_of_the_whole_model_are_refused(tmp_path: Path) -> None:
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    write_checkpoint(tmp_path, CONFIG)
+    _edit(tmp_path, strip)
+
+    with pytest.raises(CheckpointError, match=r"missing: transformer\.wte.*unexpected: "):
+        check_checkpoint(tmp_path, CONFIG)
+
+
+def test_legacy_buffers_are_passed_over(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, legacy_buffers=True)
+    assert "transformer.h.0.attn.masked_bias" in CheckpointIndex(tmp_path).file_of
+
+    check_checkpoint(tmp_path, CONFIG)
+    assert len(_read_stage(tmp_path, WHOLE)) == len(expected_tensors(CONFIG, WHOLE))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 100, -1])
+def test_truncated_file_is_refused(tmp_path: Path, num_bytes: int) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        check_checkpoint(tmp_path, CONFIG)
+
+
+def test_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    with StageTensors(tmp_path, CONFIG, WHOLE) as tensors:
+        os.truncate(tmp_path / "model.safetensors", 1000)
+        with pytest.raises(CheckpointError, match="truncated while"):
+            tensors.get("lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{not json",
+        "[]",
+        '{"a": 1}',
+        '{"a": {"dtype": "F32", "shape": [2]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}}',
+    ],
+)
+def test_corrupt_header_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has a corrupt header"):
+        CheckpointIndex(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../../secret.safetensors"}}']
+)
+def test_broken_index_is_refused_by_its_name(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+        CheckpointIndex(tmp_path)
+
+
+def test_tensor_that_is_not_in_the_file_that_the_index_names_is_missing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, max_shard_bytes=SHARD_BYTES)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.bias"] = index["weight_map"]["transformer.wte.weight"]
+    path.write_text(json.dumps(index))
+
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.bias$"):
+        check_checkpoint(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "llama"}'])
+def test_missing_or_broken_config_is_refused_by_its_name(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_model_config(tmp_path)
+
+
+def test_directory_of_pickles_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+
+    with pytest.raises(CheckpointError, match=r"pickles .* safetensors are needed .*refs/pr/40"):
+        CheckpointIndex(tmp_path)
+
+
+def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        CheckpointIndex(tmp_path)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED])
+@pytest.mark.parametrize("max_shard_bytes", [None, SHARD_BYTES])
+def test_transformers_loads_a_synthetic_checkpoint_in_full(
+    tmp_path: Path, config: ModelConfig, max_shard_bytes: int | None
+) -> None:
+    write_checkpoint(tmp_path, config, max_shard_bytes=max_shard_bytes)
+
+    model, info = GPTJForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+
+    assert not any(info.values())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in _read_stage(tmp_path, WHOLE, config).items())
+
+
+def test_synthetic_weights_depend_on_the_seed_and_not_on_the_shards(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", CONFIG)
+    write_checkpoint(tmp_path / "b", CONFIG, max_shard_bytes=SHARD_BYTES)
+    write_checkpoint(tmp_path / "c", CONFIG, seed=1)
+    a, b, c = (_read_stage(tmp_path / name, WHOLE) for name in "abc")
+
+    assert all(torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_synthetic_biases_are_not_zero_and_layer_norms_not_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, init_std=0.1)
+
+    for name, tensor in _read_stage(tmp_path, WHOLE).items():
+        centre = 1.0 if name.endswith(("ln_1.weight", "ln_f.weight")) else 0.0
+        assert (tensor != centre).all()
+        assert (tensor - centre).abs().max() < 0.6
+
+
+def test_no_shard_exceeds_its_limit(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, max_shard_bytes=SHARD_BYTES)
+
+    for file in tmp_path.glob("*.safetensors"):
+        assert sum(tensor.nbytes for tensor in load_file(file).values()) <= SHARD_BYTES

@@ -1,0 +1,317 @@
+"""The completions protocol: what is refused and with which `param`, what responses look like, what errors become."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+from openai.types import Completion, Model
+from pydantic import ValidationError
+
+from gptj_dist.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    NotReadyError,
+    RequestTooLongError,
+    StageFailedError,
+)
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving import protocol
+from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
+from gptj_dist.serving.protocol import NEUTRAL_STREAM_OPTIONS, NEUTRAL_VALUES, CompletionRequest, parse_completion
+from gptj_dist.serving.sse import SSE_DONE, sse_frame
+
+
+def parse(**fields: Any) -> CompletionRequest:
+    return parse_completion(json.dumps({"prompt": "x", **fields}).encode())
+
+
+def refusal(**fields: Any) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as raised:
+        parse(**fields)
+    assert "\n" not in str(raised.value)
+    return raised.value
+
+
+class TestRequests:
+    def test_a_prompt_is_enough(self) -> None:
+        request = parse_completion(b'{"prompt": "Once"}')
+        assert request.prompts() == ["Once"]
+        assert request.sampling_params() == SamplingParams()
+        assert (request.model, request.user, request.stream) == (None, None, False)
+
+    def test_every_sampling_field_takes_effect(self) -> None:
+        fields: dict[str, Any] = {
+            "max_tokens": 9,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 40,
+            "min_p": 0.1,
+            "seed": -7,
+            "n": 3,
+            "min_tokens": 2,
+            "ignore_eos": True,
+        }
+        assert parse(**fields, stop=["a", "b"]).sampling_params() == SamplingParams(**fields, stop=("a", "b"))
+
+    def test_a_null_is_the_default(self) -> None:
+        optional = dict.fromkeys(set(CompletionRequest.model_fields) - {"prompt"})
+        assert parse(**optional) == parse()
+        assert parse(stream=True, stream_options={"include_usage": None}).is_usage_streamed is False
+
+    def test_whole_numbers_are_numbers(self) -> None:
+        assert parse(temperature=0, top_p=1).sampling_params().is_greedy
+
+    @pytest.mark.parametrize(("stop", "expected"), [("\n", ("\n",)), (["a", "b"], ("a", "b")), ([], ()), (None, ())])
+    def test_stop_is_a_string_or_a_list(self, stop: object, expected: tuple[str, ...]) -> None:
+        assert parse(stop=stop).sampling_params().stop == expected
+
+    @pytest.mark.parametrize(
+        ("prompt", "expected"),
+        [
+            ("text", ["text"]),
+            ("", [""]),
+            (["a", "b"], ["a", "b"]),
+            ([1, 2, 3], [[1, 2, 3]]),
+            ([[1], [2, 3]], [[1], [2, 3]]),
+        ],
+    )
+    def test_a_prompt_has_four_forms(self, prompt: object, expected: object) -> None:
+        assert parse(prompt=prompt).prompts() == expected
+
+    def test_usage_is_streamed_when_asked_for(self) -> None:
+        assert parse(stream=True, stream_options={"include_usage": True}).is_usage_streamed
+        assert not parse(stream=True).is_usage_streamed
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "prompt",
+        [[], [[]], [[1], []], [-1], [[1], [-2]], ["a", 1], [1, "a"], [1, [2]], [1.5], [True], [None], 7, {}, True],
+    )
+    def test_a_bad_prompt_is_explained_in_one_sentence(self, prompt: object) -> None:
+        error = refusal(prompt=prompt)
+        assert error.param == "prompt"
+        assert str(error).startswith("prompt must be a string, a list of strings, a list of token ids")
+
+    @pytest.mark.parametrize("body", [b"{}", b'{"prompt": null}'])
+    def test_a_missing_prompt_is_named(self, body: bytes) -> None:
+        with pytest.raises(InvalidRequestError, match="prompt is required") as raised:
+            parse_completion(body)
+        assert raised.value.param == "prompt"
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("model", 1),
+            ("max_tokens", "16"),
+            ("max_tokens", True),
+            ("max_tokens", 16.0),
+            ("max_tokens", 0),
+            ("temperature", "1"),
+            ("temperature", True),
+            ("temperature", -0.1),
+            ("temperature", 10**400),
+            ("top_p", 0),
+            ("top_p", 1.1),
+            ("top_p", []),
+            ("top_k", -2),
+            ("top_k", 1.5),
+            ("min_p", -1),
+            ("seed", 2**63),
+            ("seed", "a"),
+            ("n", 0),
+            ("n", 10**6),
+            ("stop", 5),
+            ("stop", ["a", 1]),
+            ("stop", [""]),
+            ("stop", ""),
+            ("stop", ["a"] * 17),
+            ("stream", "true"),
+            ("stream", 1),
+            ("stream_options", True),
+            ("stream_options", {"include_usage": True}),
+            ("user", 3),
+            ("ignore_eos", 0),
+            ("min_tokens", 17),
+            ("min_tokens", -1),
+        ],
+    )
+    def test_a_bad_value_is_refused_by_the_name_of_its_field(self, field: str, value: object) -> None:
+        error = refusal(**{field: value})
+        assert error.param == field
+        assert field in str(error)
+
+    @pytest.mark.parametrize(
+        ("options", "param"),
+        [
+            ({"include_usage": "yes"}, "stream_options.include_usage"),
+            ({"include_usages": True}, "stream_options.include_usages"),
+            ({"continuous_usage_stats": True}, "stream_options.continuous_usage_stats"),
+        ],
+    )
+    def test_a_bad_option_is_refused_by_its_dotted_name(self, options: object, param: str) -> None:
+        error = refusal(stream=True, stream_options=options)
+        assert error.param == param
+        assert param in str(error)
+
+    def test_an_unknown_field_is_refused_with_the_nearest_name(self) -> None:
+        error = refusal(temprature=1)
+        assert error.param == "temprature"
+        assert "did you mean 'temperature'?" in str(error)
+        assert "mean" not in str(refusal(zzzzzz=1))
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b"{",
+            b"prompt=x",
+            b"\xff\xfe",
+            b"[]",
+            b'"prompt"',
+            b"null",
+            b'{"prompt": "\\ud800"}',
+            b'{"prompt": "x", "temperature": NaN}',
+            b'{"prompt": "x", "top_p": Infinity}',
+            b'{"prompt": ' + b"[" * 100_000,
+            b'{"prompt": "x", "n": 1' + b"0" * 5000 + b"}",
+        ],
+    )
+    def test_a_body_that_is_not_a_json_object_has_no_param(self, body: bytes) -> None:
+        with pytest.raises(InvalidRequestError, match="the body") as raised:
+            parse_completion(body)
+        assert raised.value.param is None
+
+    def test_a_number_too_large_for_a_float_is_refused(self) -> None:
+        with pytest.raises(InvalidRequestError, match="finite") as raised:
+            parse_completion(b'{"prompt": "x", "temperature": 1e999}')
+        assert raised.value.param == "temperature"
+
+    def test_messages_stay_short_however_long_the_input(self) -> None:
+        assert len(str(refusal(prompt=["a"] * 1000 + [1]))) < 300
+        assert len(str(refusal(user=["a" * 10_000]))) < 300
+
+
+class TestFieldsWithoutEffect:
+    @pytest.mark.parametrize(("field", "values"), NEUTRAL_VALUES.items())
+    def test_neutral_values_are_accepted_and_change_nothing(self, field: str, values: tuple[object, ...]) -> None:
+        for value in (*values, None):
+            assert parse(**{field: value}) == parse()
+
+    @pytest.mark.parametrize("field", NEUTRAL_VALUES)
+    @pytest.mark.parametrize("value", ["other", [7], {"7": 1}, 7])
+    def test_other_values_are_refused(self, field: str, value: object) -> None:
+        error = refusal(**{field: value})
+        assert error.param == field
+        assert "not supported yet" in str(error)
+
+    @pytest.mark.parametrize(("field", "value"), [("echo", 0), ("presence_penalty", False), ("best_of", True)])
+    def test_a_neutral_value_of_the_wrong_type_is_refused(self, field: str, value: object) -> None:
+        assert refusal(**{field: value}).param == field
+
+    def test_zero_is_neutral_however_it_is_written(self) -> None:
+        assert parse(presence_penalty=0.0) == parse()
+
+    @pytest.mark.parametrize(("field", "values"), NEUTRAL_STREAM_OPTIONS.items())
+    def test_neutral_stream_options_are_accepted(self, field: str, values: tuple[object, ...]) -> None:
+        for value in values:
+            assert parse(stream=True, stream_options={field: value}) == parse(stream=True, stream_options={})
+
+    def test_best_of_n_out_of_n_leaves_nothing_to_choose(self) -> None:
+        assert parse(n=3, best_of=3) == parse(n=3)
+        assert refusal(n=2, best_of=3).param == "best_of"
+
+    def test_no_field_is_both_supported_and_not(self) -> None:
+        assert not set(CompletionRequest.model_fields) & set(NEUTRAL_VALUES)
+
+
+class TestResponses:
+    head = protocol.completion_head("7", 1_700_000_000, "demo")
+
+    def test_a_response_is_openais(self) -> None:
+        choices = [protocol.completion_choice(0, " a", "stop"), protocol.completion_choice(1, " b", "length")]
+        body = protocol.completion_response(self.head, choices, protocol.usage(3, 4))
+        completion = Completion.model_validate(body)
+        assert completion.model_dump(exclude_unset=True) == body
+        assert completion.id == "cmpl-7"
+        assert completion.usage is not None
+        assert completion.usage.total_tokens == 7
+
+    def test_chunks_are_openais(self) -> None:
+        chunk = protocol.completion_chunk(self.head, 0, "x", "length", is_usage_streamed=False)
+        assert Completion.model_validate(chunk).model_dump(exclude_unset=True) == chunk
+        assert "usage" not in chunk
+
+    def test_a_chunk_before_the_last_has_a_null_finish_reason_as_openai_sends_it(self) -> None:
+        chunk = protocol.completion_chunk(self.head, 0, "x", None, is_usage_streamed=False)
+        # The client's type says the reason is never null, although the server it was made for sends null here.
+        with pytest.raises(ValidationError) as raised:
+            Completion.model_validate(chunk)
+        assert [error["loc"] for error in raised.value.errors()] == [("choices", 0, "finish_reason")]
+
+    def test_usage_comes_last_and_is_null_before(self) -> None:
+        chunk = protocol.completion_chunk(self.head, 0, "x", "stop", is_usage_streamed=True)
+        last = protocol.usage_chunk(self.head, protocol.usage(1, 1))
+        assert chunk["usage"] is None
+        assert last["choices"] == []
+        assert Completion.model_validate(chunk).usage is None
+        assert Completion.model_validate(last).usage is not None
+
+    def test_the_list_of_models_is_openais(self) -> None:
+        body = protocol.model_list(["demo", "other"], 1_700_000_000)
+        assert body["object"] == "list"
+        assert [Model.model_validate(entry).id for entry in body["data"]] == ["demo", "other"]
+
+    def test_a_frame_is_one_line_for_any_reader(self) -> None:
+        payload = {"text": "a\n\r\x85\u2028\u2029\x1c👩"}
+        frame = sse_frame(payload)
+        assert frame.endswith(b"\n\n")
+        assert len(frame.decode().splitlines()) == 2
+        assert json.loads(frame.removeprefix(b"data: ")) == payload
+        assert SSE_DONE == b"data: [DONE]\n\n"
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "status", "type", "code"),
+        [
+            (InvalidRequestError("no", "top_p"), 400, "invalid_request_error", None),
+            (RequestTooLongError("no", "prompt"), 400, "invalid_request_error", "context_length_exceeded"),
+            (UnknownModelError("no", "model"), 404, "invalid_request_error", "model_not_found"),
+            (BodyTooLargeError("no"), 413, "invalid_request_error", None),
+            (NotReadyError("no"), 503, "service_unavailable", "not_ready"),
+            (StageFailedError("no"), 503, "service_unavailable", "stage_failed"),
+        ],
+    )
+    def test_every_error_has_its_status(self, error: Exception, status: int, type: str, code: str | None) -> None:
+        param = error.param if isinstance(error, InvalidRequestError) else None
+        expected = (status, {"error": {"message": "no", "type": type, "param": param, "code": code}})
+        assert error_response(error) == expected
+        assert error_response(pickle.loads(pickle.dumps(error))) == expected
+
+    @pytest.mark.parametrize("error", [ValueError("/secret"), CheckpointError("/secret"), KeyError(), OSError(2, "x")])
+    def test_what_was_not_meant_for_clients_is_a_500_that_says_nothing(self, error: Exception) -> None:
+        status, body = error_response(error)
+        assert status == 500
+        assert body["error"]["type"] == "internal_error"
+        assert "secret" not in json.dumps(body)
+
+    def test_an_error_out_of_an_actor_does_not_show_the_remote_traceback(self) -> None:
+        class RayTaskErrorLike(StageFailedError):
+            """As `RayTaskError.as_instanceof_cause` builds it: args hold the cause, the text is the traceback."""
+
+            def __str__(self) -> str:
+                return 'Traceback: File "/secret.py"'
+
+        status, body = error_response(RayTaskErrorLike(StageFailedError("stage 1 died")))
+        assert status == 503
+        assert body["error"]["message"] == "stage 1 died"
+
+    def test_only_what_may_pass_by_itself_is_to_be_retried(self) -> None:
+        assert retry_after_s(NotReadyError("no")) is not None
+        assert retry_after_s(StageFailedError("no")) is not None
+        assert retry_after_s(InvalidRequestError("no")) is None
+        assert retry_after_s(ValueError("no")) is None
