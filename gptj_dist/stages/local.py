@@ -1,4 +1,4 @@
-"""A whole pipeline in one process, without Ray: its stages take turns on one thread. Also how it runs on a bare machine."""
+"""A whole pipeline in one process, without Ray: its stages take turns on one thread."""
 
 from __future__ import annotations
 

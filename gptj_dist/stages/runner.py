@@ -1,4 +1,4 @@
-"""One stage of a pipeline: loads its weights, then turns plans into hidden states or tokens. Knows neither Ray nor sockets."""
+"""One stage of a pipeline: loads its weights, then turns plans into hidden states or tokens. Knows no Ray, no sockets."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ class StageRunner:
         directory = resolve_model(spec.model, spec.revision)
         fetch_weights(spec.model, directory, spec.layers, spec.config)
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
-            self._model = StageModel(
-                spec.config, spec.layers, tensors.get, _torch_dtype(dtype), self._device, on_layer
-            )
+            self._model = StageModel(spec.config, spec.layers, tensors.get, _torch_dtype(dtype), self._device, on_layer)
         return StageReport(
             layers=spec.layers,
             device=self.describe_device(),
@@ -103,11 +101,11 @@ class StageRunner:
         Returns:
             The hidden states for the stage behind, or the tokens if this is the last.
         """
-        logits = self.forward(plan, hidden)
+        output = self.forward(plan, hidden)
         if not self._spec.layers.is_last:
-            return logits
+            return output
         specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
-        return Result(plan.plan_id, tuple(self._sampler(logits, specs)) if specs else ())
+        return Result(plan.plan_id, tuple(self._sampler(output, specs)) if specs else ())
 
     @torch.inference_mode()
     def forward(self, plan: Plan, hidden: Tensor | None) -> Tensor:
@@ -121,9 +119,10 @@ class StageRunner:
         hidden = self._model.forward(hidden.to(self._device), batch, self._cache)
         if not self._spec.layers.is_last:
             return hidden
-        sampled = [span.row + span.num_tokens - 1 for span, c in zip(batch.spans, plan.chunks, strict=True) if
-        c.samples] return self._model.logits(hidden[sampled]) if sampled else hidden.new_empty(0,
-        self._spec.config.vocab_size)
+        spans = [span for span, chunk in zip(batch.spans, plan.chunks, strict=True) if chunk.samples]
+        if not spans:
+            return torch.empty(0, self._spec.config.vocab_size)
+        return self._model.logits(hidden[[span.row + span.num_tokens - 1 for span in spans]])
 
     def _register(self, plan: Plan, cache: KVCache) -> None:
         """Keeps the stage's view of requests in step with the coordinator's."""
