@@ -17,7 +17,8 @@ from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError
 from gptj_dist.params import SamplingParams
-from gptj_dist.stages.local import LoadedPipeline, load_local, make_engine
+from gptj_dist.stages.blueprint import LoadedPipeline
+from gptj_dist.stages.local import load_local, make_engine
 from gptj_dist.text.tokenizer import Tokenizer
 
 T = TypeVar("T")

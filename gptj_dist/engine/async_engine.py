@@ -14,39 +14,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from gptj_dist.engine.executor import Executor
+from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.request import FinishReason, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
-from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError
+from gptj_dist.errors import GPTJDistError, NotReadyError
 from gptj_dist.params import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What a request is checked against before it is queued.
-
-    Args:
-        vocab_size: token ids are below this.
-        max_model_len: the most tokens of prompt and output together.
-    """
-
-    vocab_size: int
-    max_model_len: int
-
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
-        if not prompt_ids:
-            raise InvalidRequestError("prompt has no tokens: GPT-J continues a text, so give it at least one", "prompt")
-        if not all(0 <= token_id < self.vocab_size for token_id in prompt_ids):
-            wrong = next(token_id for token_id in prompt_ids if not 0 <= token_id < self.vocab_size)
-            raise InvalidRequestError(
-                f"prompt holds token id {wrong}, the vocabulary ends at {self.vocab_size - 1}", "prompt"
-            )
-        if len(prompt_ids) + params.max_tokens > self.max_model_len:
-            raise RequestTooLongError(
-                f"the prompt's {len(prompt_ids)} tokens and max_tokens {params.max_tokens} together exceed the context "
-                f"window of {self.max_model_len} tokens",
-                "max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +138,6 @@ class AsyncEngine:
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises InvalidRequestError if the request can never be served."""
         self._limits.check(prompt_ids, params)
-        self._scheduler.check_fits(len(prompt_ids), params.max_tokens)
 
     def _admit(self, prompt_ids: Sequence[int], params: SamplingParams, choice: int) -> tuple[Request, _Mailbox]:
         self.check(prompt_ids, params)

@@ -14,9 +14,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
 from gptj_dist.engine.request import FinishReason, Request
-from gptj_dist.errors import RequestTooLongError
 
 MIN_CHUNK_TOKENS = 32
 MAX_CHUNK_TOKENS = 512
@@ -112,24 +112,14 @@ class Scheduler:
     def has_requests(self) -> bool:
         return bool(self._by_id)
 
-    def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Raises RequestTooLongError if such a request could never fit the KV cache, however long it waited."""
-        num_tokens = num_prompt_tokens + max_tokens - 1  # the last one is never computed
-        if self._pool.blocks_for(num_tokens) > self._config.num_blocks:
-            capacity = self._config.num_blocks * self._config.block_size
-            raise RequestTooLongError(
-                f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} need room for {num_tokens} "
-                f"tokens, but the KV cache holds {capacity} in all",
-                param="max_tokens",
-            )
-
     def add(self, request: Request) -> None:
         """Queues a request.
 
         Raises:
             RequestTooLongError: it could never fit the KV cache.
         """
-        self.check_fits(len(request.prompt_ids), request.params.max_tokens)
+        kv_tokens = self._config.num_blocks * self._config.block_size
+        check_fits_cache(len(request.prompt_ids), request.params.max_tokens, kv_tokens)
         self._by_id[request.request_id] = request
         self._waiting.append(request)
         self._fit_chunks_to_backlog()

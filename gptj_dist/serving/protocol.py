@@ -10,11 +10,12 @@ import difflib
 import json
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
@@ -235,7 +236,6 @@ def _first_problem(error: ValidationError) -> InvalidRequestError:
     return InvalidRequestError(f"{param} must be {rule}; got {reprlib.repr(problem['input'])}", param)
 
 
-FinishReason = Literal["stop", "length"]
 JsonObject: TypeAlias = dict[str, Any]
 
 

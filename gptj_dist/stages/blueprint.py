@@ -21,6 +21,8 @@ from gptj_dist.config import (
     ModelConfig,
     PipelineConfig,
 )
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.partition import explicit_partition, layer_ranges, plan_partition
 from gptj_dist.text.tokenizer import Tokenizer
@@ -36,7 +38,6 @@ class StageSpec:
     Args:
         model, revision: as the user gave them; each node finds its own copy.
         unsampled_ids: tokens that the last stage never samples.
-        num_threads: torch threads of a CPU stage; None leaves torch's own choice.
     """
 
     model: str
@@ -44,7 +45,6 @@ class StageSpec:
     config: ModelConfig
     layers: LayerRange
     device: DeviceKind
-    num_threads: int | None
     max_model_len: int
     max_batch_size: int
     unsampled_ids: tuple[int, ...]
@@ -57,11 +57,13 @@ class DeviceReport:
     Args:
         name: for people, such as `cpu` or `NVIDIA T4`.
         memory_pool: stages with the same name share one memory.
+        num_cores: CPU cores of the machine.
         fast_dtypes: types that the device is good at.
     """
 
     name: str
     memory_pool: str
+    num_cores: int
     fast_dtypes: tuple[DTypeName, ...]
 
 
@@ -93,7 +95,7 @@ class Blueprint:
     max_model_len: int
     unsampled_ids: tuple[int, ...]
 
-    def stage_specs(self, device: DeviceKind, num_threads: int | None) -> tuple[StageSpec, ...]:
+    def stage_specs(self, device: DeviceKind) -> tuple[StageSpec, ...]:
         """The stages, first to last."""
         return tuple(
             StageSpec(
@@ -102,7 +104,6 @@ class Blueprint:
                 config=self.model,
                 layers=layers,
                 device=device,
-                num_threads=self.config.threads_per_stage or num_threads,
                 max_model_len=self.max_model_len,
                 max_batch_size=self.config.max_batch_size,
                 unsampled_ids=self.unsampled_ids,
@@ -133,6 +134,42 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     return Blueprint(
         config, model, layer_ranges(layers), max_model_len, tuple(tokenizer.unsampled_ids(model.vocab_size))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPipeline:
+    """Stages that are ready to compute.
+
+    Args:
+        num_blocks: KV blocks, the same number on every stage.
+    """
+
+    blueprint: Blueprint
+    reports: tuple[StageReport, ...]
+    num_blocks: int
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_blocks * BLOCK_SIZE_TOKENS
+
+    def make_scheduler(self) -> Scheduler:
+        """An idle scheduler of the pipeline's size."""
+        config = self.blueprint.config
+        return Scheduler(
+            SchedulerConfig(
+                num_stages=len(self.reports),
+                num_blocks=self.num_blocks,
+                block_size=BLOCK_SIZE_TOKENS,
+                max_batch_size=config.max_batch_size,
+                eos_token_id=self.blueprint.model.eos_token_id,
+                max_chunk_tokens=config.max_chunk_tokens,
+            )
+        )
+
+    def limits(self) -> EngineLimits:
+        """What requests are checked against."""
+        return EngineLimits(self.blueprint.model.vocab_size, self.blueprint.max_model_len, self.num_kv_tokens)
 
 
 def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[DeviceReport]) -> DTypeName:

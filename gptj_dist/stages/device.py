@@ -29,18 +29,19 @@ def open_device(kind: DeviceKind) -> torch.device:
 
 def describe_device(device: torch.device) -> DeviceReport:
     """What the device is and is good at: bfloat16 wants compute capability 8.0, or AVX-512 BF16 or AMX on a CPU."""
-    host = socket.gethostname()
+    host, num_cores = socket.gethostname(), len(os.sched_getaffinity(0))
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         fast: tuple[DTypeName, ...] = ("float32", "float16")
         return DeviceReport(
             name=properties.name,
             memory_pool=f"{host}/{properties.uuid}",
+            num_cores=num_cores,
             fast_dtypes=(*fast, "bfloat16") if properties.major >= 8 else fast,
         )
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     is_bf16_fast = any(flag in flags for flag in _CPU_BF16_FLAGS)
-    return DeviceReport("cpu", f"{host}/cpu", ("float32", "bfloat16") if is_bf16_fast else ("float32",))
+    return DeviceReport("cpu", f"{host}/cpu", num_cores, ("float32", "bfloat16") if is_bf16_fast else ("float32",))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -4,48 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
-from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, PipelineConfig
-from gptj_dist.engine.async_engine import AsyncEngine, EngineLimits
+from gptj_dist.config import DeviceKind, PipelineConfig
+from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.plan import Plan, Result
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import StageFailedError
-from gptj_dist.stages.blueprint import Blueprint, StageReport, choose_dtype, count_kv_blocks, draw_blueprint
+from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint
 from gptj_dist.stages.runner import StageRunner
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedPipeline:
-    """Stages that are ready to compute.
-
-    Args:
-        num_blocks: KV blocks, the same number on every stage.
-    """
-
-    blueprint: Blueprint
-    reports: tuple[StageReport, ...]
-    num_blocks: int
-
-    def make_scheduler(self) -> Scheduler:
-        """An idle scheduler of the pipeline's size."""
-        config = self.blueprint.config
-        return Scheduler(
-            SchedulerConfig(
-                num_stages=len(self.reports),
-                num_blocks=self.num_blocks,
-                block_size=BLOCK_SIZE_TOKENS,
-                max_batch_size=config.max_batch_size,
-                eos_token_id=self.blueprint.model.eos_token_id,
-                max_chunk_tokens=config.max_chunk_tokens,
-            )
-        )
-
-    def limits(self) -> EngineLimits:
-        """What requests are checked against."""
-        return EngineLimits(self.blueprint.model.vocab_size, self.blueprint.max_model_len)
 
 
 class LocalExecutor:
@@ -89,9 +56,9 @@ def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunne
     kind: DeviceKind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if config.device != "auto":
         kind = config.device
-    runners = tuple(StageRunner(spec) for spec in blueprint.stage_specs(kind, num_threads=None))
+    runners = tuple(StageRunner(spec) for spec in blueprint.stage_specs(kind))
     dtype = choose_dtype(config, blueprint.model, [runner.describe_device() for runner in runners])
-    reports = tuple(runner.load(dtype) for runner in runners)
+    reports = tuple(runner.load(dtype, config.threads_per_stage) for runner in runners)
     num_blocks = count_kv_blocks(blueprint, reports)
     for runner in runners:
         runner.allocate(num_blocks, dtype)

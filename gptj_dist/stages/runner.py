@@ -1,4 +1,4 @@
-"""One stage of a pipeline: loads its weights, then turns plans into hidden states or tokens. Knows no Ray, no sockets."""
+"""One stage of a pipeline: loads its weights, then turns plans into hidden states or tokens. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ class StageRunner:
     def __init__(self, spec: StageSpec) -> None:
         self._spec = spec
         self._device = open_device(spec.device)
-        if spec.num_threads is not None:
-            torch.set_num_threads(spec.num_threads)
         self._requests: dict[int, NewRequest] = {}
         self._model: StageModel | None = None
         self._cache: KVCache | None = None
@@ -48,16 +46,21 @@ class StageRunner:
         """Where the stage is."""
         return describe_device(self._device)
 
-    def load(self, dtype: DTypeName, on_layer: Callable[[int], None] = lambda _: None) -> StageReport:
+    def load(
+        self, dtype: DTypeName, num_threads: int | None, on_layer: Callable[[int], None] = lambda _: None
+    ) -> StageReport:
         """Reads and packs the stage's weights.
 
         Args:
+            num_threads: torch threads of this process; None leaves torch's own choice.
             on_layer: called with the number of layers ready.
 
         Raises:
             CheckpointError: the stage's tensors are not all there.
         """
         spec = self._spec
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         directory = resolve_model(spec.model, spec.revision)
         fetch_weights(spec.model, directory, spec.layers, spec.config)
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():

@@ -1,0 +1,52 @@
+"""What a request is checked against before it is queued, so that none waits for what can never be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptj_dist.errors import InvalidRequestError, RequestTooLongError
+from gptj_dist.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a request is checked against before it is queued.
+
+    Args:
+        vocab_size: token ids are below this.
+        max_model_len: the most tokens of prompt and output together.
+        kv_tokens: tokens that the KV cache holds.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    kv_tokens: int
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
+        if not prompt_ids:
+            raise InvalidRequestError("prompt has no tokens: GPT-J continues a text, so give it at least one", "prompt")
+        if not all(0 <= token_id < self.vocab_size for token_id in prompt_ids):
+            wrong = next(token_id for token_id in prompt_ids if not 0 <= token_id < self.vocab_size)
+            raise InvalidRequestError(
+                f"prompt holds token id {wrong}, the vocabulary ends at {self.vocab_size - 1}", "prompt"
+            )
+        if len(prompt_ids) + params.max_tokens > self.max_model_len:
+            raise RequestTooLongError(
+                f"the prompt's {len(prompt_ids)} tokens and max_tokens {params.max_tokens} together exceed the context "
+                f"window of {self.max_model_len} tokens",
+                "max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
+            )
+        check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
+
+
+def check_fits_cache(num_prompt_tokens: int, max_tokens: int, kv_tokens: int) -> None:
+    """Raises RequestTooLongError if such a request could never fit the KV cache, however long it waited."""
+    num_tokens = num_prompt_tokens + max_tokens - 1  # the last one is never computed
+    if num_tokens > kv_tokens:
+        raise RequestTooLongError(
+            f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} need room for {num_tokens} tokens, "
+            f"but the KV cache holds {kv_tokens} in all",
+            "max_tokens",
+        )

@@ -1,0 +1,222 @@
+"""The deployment in front: HTTP, text and streaming. Starts in seconds, holds no weights, knows pipelines by a handle.
+
+Annotations are not postponed here: FastAPI reads those of the routes.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.completion import TextDelta, stream_text
+from gptj_dist.engine.async_engine import Delta
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.errors import GPTJDistError, NotReadyError
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
+from gptj_dist.serving.loopback import keep_replica_on_node_address
+from gptj_dist.serving.merge import merge
+from gptj_dist.serving.protocol import (
+    CompletionRequest,
+    completion_choice,
+    completion_chunk,
+    completion_head,
+    completion_response,
+    model_list,
+    parse_completion,
+    usage,
+    usage_chunk,
+)
+from gptj_dist.serving.settings import AppConfig
+from gptj_dist.serving.sse import SSE_DONE, sse_frame
+from gptj_dist.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 4_000_000
+READY_TIMEOUT_S = 5.0
+
+api = FastAPI(title="gptj-dist", docs_url=None, redoc_url=None)
+
+
+@serve.ingress(api)
+class Ingress:
+    """Takes HTTP requests, and has pipelines continue their prompts.
+
+    Args:
+        pipeline: handle to the deployment whose replicas are pipelines.
+    """
+
+    def __init__(self, config: AppConfig, pipeline: DeploymentHandle) -> None:
+        keep_replica_on_node_address()
+        directory = resolve_model(config.pipeline.model, config.pipeline.revision)
+        self._model_name = config.model_name
+        self._eos_token_id = read_model_config(directory).eos_token_id
+        self._tokenizer = Tokenizer.load(directory)
+        self._pipeline = pipeline
+        self._created = int(time.time())
+        self._limits: EngineLimits | None = None
+        self._meeting = asyncio.get_running_loop().create_task(self._meet_pipeline())
+
+    @api.get("/health")
+    async def health(self) -> Response:
+        """Whether this process lives."""
+        return JSONResponse({"status": "ok"})
+
+    @api.get("/ready")
+    async def ready(self) -> Response:
+        """Whether a token can be made."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                self._require_pipeline()
+                await self._pipeline.prove_ready.remote()
+        except (GPTJDistError, RayTaskError, TimeoutError) as error:
+            reason = NotReadyError("no token in time") if isinstance(error, TimeoutError) else error
+            return _refusal(reason)
+        return JSONResponse({"status": "ready"})
+
+    @api.get("/v1/models")
+    async def models(self) -> Response:
+        """The one model that is served."""
+        return JSONResponse(model_list([self._model_name], self._created))
+
+    @api.post("/v1/completions")
+    async def completions(self, request: Request) -> Response:
+        """OpenAI's completions."""
+        try:
+            completion = parse_completion(await _read_body(request))
+            return await self._complete(completion)
+        except Exception as error:
+            if not isinstance(error, GPTJDistError):
+                logger.exception("completion failed")
+            return _refusal(error)
+
+    async def _complete(self, request: CompletionRequest) -> Response:
+        if request.model not in (None, self._model_name):
+            raise UnknownModelError(f"model {request.model!r} is not served here; {self._model_name!r} is", "model")
+        params = request.sampling_params()
+        prompts = [self._tokenizer.encode_prompt(prompt, self._eos_token_id) for prompt in request.prompts()]
+        limits = self._require_pipeline()
+        for prompt_ids in prompts:
+            limits.check(prompt_ids, params)
+        head = completion_head(uuid.uuid4().hex, int(time.time()), self._model_name)
+        streams = [
+            stream_text(self._generate(prompt_ids, params, choice), self._tokenizer, params)
+            for prompt_ids in prompts
+            for choice in range(params.n)
+        ]
+        num_prompt_tokens = sum(map(len, prompts))
+        if not request.stream:
+            return JSONResponse(await _collect(head, streams, num_prompt_tokens))
+        events = _events(request, head, streams, num_prompt_tokens)
+        first = await anext(events)  # an error before the first token still gets a status of its own
+        return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+
+    async def _generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int
+    ) -> AsyncGenerator[Delta, None]:
+        """`Pipeline.generate` of whichever replica Serve chooses."""
+        deltas = self._pipeline.options(stream=True).generate.remote(prompt_ids, params, choice)
+        try:
+            async for delta in deltas:
+                yield delta
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, GPTJDistError) else error from None
+        finally:
+            deltas.cancel()
+
+    def _require_pipeline(self) -> EngineLimits:
+        if self._limits is None:
+            raise NotReadyError("the model is still loading; try again shortly")
+        return self._limits
+
+    async def _meet_pipeline(self) -> None:
+        """Waits for the first pipeline. Serve holds calls back until there is one, which a client must not feel."""
+        while self._limits is None:
+            try:
+                self._limits = (await self._pipeline.status.remote()).limits
+            except Exception:
+                logger.exception("no pipeline yet")
+                await asyncio.sleep(1)
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body, refused as soon as it is known to be too large."""
+    declared = request.headers.get("content-length", "0")
+    body = bytearray()
+    if not declared.isdigit() or int(declared) <= MAX_BODY_BYTES:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                break
+        else:
+            return bytes(body)
+    raise BodyTooLargeError(f"the request's body is larger than {MAX_BODY_BYTES} bytes")
+
+
+async def _collect(
+    head: dict[str, Any], streams: Sequence[AsyncGenerator[TextDelta, None]], num_prompt_tokens: int
+) -> dict[str, Any]:
+    """The response that is not streamed."""
+    texts: list[list[str]] = [[] for _ in streams]
+    reasons: list[Any] = [None] * len(streams)
+    num_tokens = 0
+    async with aclosing(merge(streams)) as deltas:
+        async for index, delta in deltas:
+            texts[index].append(delta.text)
+            reasons[index] = delta.finish_reason
+            num_tokens += len(delta.token_ids)
+    choices = [completion_choice(i, "".join(text), reasons[i]) for i, text in enumerate(texts)]
+    return completion_response(head, choices, usage(num_prompt_tokens, num_tokens))
+
+
+async def _events(
+    request: CompletionRequest,
+    head: dict[str, Any],
+    streams: Sequence[AsyncGenerator[TextDelta, None]],
+    num_prompt_tokens: int,
+) -> AsyncGenerator[bytes, None]:
+    """The streamed response, frame by frame. A failure under way is the last frame, and no `[DONE]` follows."""
+    num_tokens = 0
+    try:
+        async with aclosing(merge(streams)) as deltas:
+            async for index, delta in deltas:
+                num_tokens += len(delta.token_ids)
+                if delta.text or delta.finish_reason is not None:
+                    yield sse_frame(
+                        completion_chunk(
+                            head, index, delta.text, delta.finish_reason, is_usage_streamed=request.is_usage_streamed
+                        )
+                    )
+    except Exception as error:
+        if num_tokens == 0:
+            raise
+        yield sse_frame(error_response(error)[1])
+        return
+    if request.is_usage_streamed:
+        yield sse_frame(usage_chunk(head, usage(num_prompt_tokens, num_tokens)))
+    yield SSE_DONE
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
+
+
+def _refusal(error: BaseException) -> Response:
+    status, body = error_response(error)
+    retry = retry_after_s(error)
+    return JSONResponse(body, status, headers={"Retry-After": str(retry)} if retry is not None else None)

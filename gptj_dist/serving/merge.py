@@ -1,0 +1,47 @@
+"""Several async streams as one, in the order that their items come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Yields (index of the stream, item). The first error ends all; closing it closes all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for only_item in stream:
+                yield 0, only_item
+        return
+    items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pour(index, stream, items)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await items.get()
+            if item is None:
+                num_open -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pour(
+    index: int, stream: AsyncGenerator[T, None], items: asyncio.Queue[tuple[int, T] | Exception | None]
+) -> None:
+    try:
+        async with aclosing(stream):
+            async for item in stream:
+                items.put_nowait((index, item))
+        items.put_nowait(None)
+    except Exception as error:
+        items.put_nowait(error)

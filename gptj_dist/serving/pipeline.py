@@ -1,0 +1,151 @@
+"""The deployment that autoscales: a replica is one pipeline, coordinator and stages. Knows tokens, no text, no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+
+from gptj_dist.config import DeviceKind, PipelineConfig
+from gptj_dist.engine.async_engine import AsyncEngine, Delta
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving.loopback import keep_replica_on_node_address
+from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
+from gptj_dist.stages.group import Placement, StageGroup
+
+logger = logging.getLogger(__name__)
+
+PROOF_LIFETIME_S = 10.0
+"""How long a token that came through all stages proves that another can be made."""
+
+MAX_RESTARTS_IN_A_ROW = 3
+RESTART_DELAY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStatus:
+    """What a pipeline says of itself.
+
+    Args:
+        name: the replica's.
+        num_used_blocks: KV blocks in use now, of `num_blocks`.
+        num_restarts: how often its stages were replaced.
+    """
+
+    name: str
+    limits: EngineLimits
+    stages: tuple[StageReport, ...]
+    num_blocks: int
+    num_used_blocks: int
+    num_running: int
+    num_waiting: int
+    num_restarts: int
+
+
+class Pipeline:
+    """Coordinator of one pipeline: starts its stages, feeds them, replaces them when one dies.
+
+    The constructor returns when a token can be made, because Serve sends requests from then on.
+
+    Args:
+        device, cpus_per_stage, gpus_per_stage: how the replica's placement group was cut.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits the constructor
+        self, config: PipelineConfig, device: DeviceKind, cpus_per_stage: float, gpus_per_stage: float
+    ) -> None:
+        keep_replica_on_node_address()
+        self._blueprint = draw_blueprint(config)
+        self._placement = Placement(
+            group=ray.util.get_current_placement_group(),
+            device=device,
+            cpus=cpus_per_stage,
+            gpus=gpus_per_stage,
+            name=serve.get_replica_context().replica_id.to_full_id_str(),
+        )
+        self._epoch = 0
+        self._is_lost = False
+        self._group: StageGroup
+        self._loaded: LoadedPipeline
+        self._group, self._loaded = await StageGroup.start(self._blueprint, self._placement, self._epoch)
+        self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
+        self._driver = asyncio.create_task(self._drive())
+        await self.prove_ready()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int
+    ) -> AsyncGenerator[Delta, None]:
+        """As `AsyncEngine.generate`; Serve's cancellation closes it."""
+        async with aclosing(self._engine.generate(prompt_ids, params, choice)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def prove_ready(self) -> None:
+        """Returns when a token has been through every stage lately; makes one if need be.
+
+        Raises:
+            NotReadyError, StageFailedError: it cannot.
+        """
+        last = self._engine.last_token_s
+        if last is not None and time.monotonic() - last < PROOF_LIFETIME_S and not self._is_lost:
+            return
+        params = SamplingParams(max_tokens=1, temperature=0)
+        async with aclosing(self._engine.generate([self._blueprint.model.eos_token_id], params)) as deltas:
+            async for _ in deltas:
+                pass
+
+    async def status(self) -> PipelineStatus:
+        """A look inside."""
+        scheduler = self._engine.scheduler
+        return PipelineStatus(
+            name=self._placement.name,
+            limits=self._loaded.limits(),
+            stages=self._loaded.reports,
+            num_blocks=self._loaded.num_blocks,
+            num_used_blocks=scheduler.num_used_blocks,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_restarts=self._epoch,
+        )
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica if this raises: when new stages would not start either."""
+        if self._is_lost:
+            raise StageFailedError("the stages could not be restarted")
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica has drained."""
+        self._driver.cancel()
+        await self._group.stop()
+
+    async def _drive(self) -> None:
+        """Runs the engine, and brings the stages back each time that one dies."""
+        while not self._is_lost:
+            try:
+                await self._engine.run()
+            except GPTJDistError as error:
+                logger.error("the pipeline lost a stage and restarts: %s", error)
+                self._group.kill()
+                await self._restart()
+
+    async def _restart(self) -> None:
+        for attempt in range(MAX_RESTARTS_IN_A_ROW):
+            self._epoch += 1
+            try:
+                self._group, self._loaded = await StageGroup.start(self._blueprint, self._placement, self._epoch)
+            except GPTJDistError:
+                logger.exception("restart %d of %d failed", attempt + 1, MAX_RESTARTS_IN_A_ROW)
+                await asyncio.sleep(RESTART_DELAY_S * 2**attempt)
+            else:
+                self._engine.resume(self._group)
+                logger.info("the pipeline is back, epoch %d", self._epoch)
+                return
+        self._is_lost = True

@@ -1,0 +1,99 @@
+"""A stage as a Ray actor: a thin shell that gives a `StageRunner` its edges. torch is imported in the actor alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import ray
+
+from gptj_dist.config import DTypeName
+from gptj_dist.engine.plan import Result
+from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
+from gptj_dist.stages.transport.codec import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
+from gptj_dist.stages.transport.zeromq import Inbound, Outbound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+END_LINGER_MS = 1000
+
+
+@ray.remote(concurrency_groups={"run": 1, "progress": 1})
+class Stage:
+    """One stage of one pipeline, for the time of one epoch. Its life: `load`, `allocate`, `run`.
+
+    Args:
+        epoch: the pipeline's incarnation; frames of another one are dropped.
+    """
+
+    def __init__(self, spec: StageSpec, epoch: int) -> None:
+        from gptj_dist.stages.runner import StageRunner
+
+        self._runner = StageRunner(spec)
+        self._epoch = epoch
+        self._inbound = Inbound(ray.util.get_node_ip_address(), epoch)
+        self._num_layers_loaded = 0
+
+    def describe(self) -> tuple[DeviceReport, str]:
+        """Where the stage is, and the address of its receiving end."""
+        return self._runner.describe_device(), self._inbound.address
+
+    def load(self, dtype: DTypeName, num_threads: int | None) -> StageReport:
+        """As `StageRunner.load`."""
+
+        def note(num_layers: int) -> None:
+            self._num_layers_loaded = num_layers
+
+        return self._runner.load(dtype, num_threads, on_layer=note)
+
+    @ray.method(concurrency_group="progress")
+    def num_layers_loaded(self) -> int:
+        """How far `load` has got; answered while it runs."""
+        return self._num_layers_loaded
+
+    def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
+        """As `StageRunner.allocate`."""
+        self._runner.allocate(num_blocks, dtype)
+
+    @ray.method(concurrency_group="run")
+    def run(self, next_address: str) -> None:
+        """Computes frames until one says that it is the last. Whoever holds its reference sees the stage die."""
+        outbound = Outbound(next_address, self._epoch)
+        try:
+            while not isinstance(frame := self._inbound.receive(), EndFrame):
+                outbound.send(self._compute(frame))
+            outbound.send(frame)
+        finally:
+            outbound.close(END_LINGER_MS)
+            self._inbound.close()
+
+    def _compute(self, frame: Frame) -> Frame:
+        if not isinstance(frame, PlanFrame):
+            raise TypeError(f"a stage takes plans, not a {type(frame).__name__}")
+        output = self._runner.step(frame.plan, _to_tensor(frame.hidden))
+        return ResultFrame(output) if isinstance(output, Result) else PlanFrame(frame.plan, _to_wire(output))
+
+
+def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:
+    import torch
+
+    if hidden is None:
+        return None
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[hidden.dtype]
+    return torch.frombuffer(bytearray(hidden.data), dtype=dtype).view(hidden.shape)
+
+
+def _to_wire(hidden: Tensor) -> HiddenStates:
+    import torch
+
+    names: dict[torch.dtype, DTypeName] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    rows, d_model = hidden.shape
+    data = hidden.cpu().contiguous().view(torch.uint8).numpy().data
+    return HiddenStates(names[hidden.dtype], (rows, d_model), data)

@@ -1,0 +1,171 @@
+"""The stages of one pipeline as Ray actors, seen from its coordinator: placed, loaded, fed, watched. Imports no torch.
+
+Ray does placement, lifecycle and liveness; plans and results go over ZeroMQ edges, in a ring through the coordinator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gptj_dist.config import DeviceKind
+from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.stages.actor import Stage
+from gptj_dist.stages.blueprint import (
+    Blueprint,
+    DeviceReport,
+    LoadedPipeline,
+    choose_dtype,
+    count_kv_blocks,
+)
+from gptj_dist.stages.transport.codec import EndFrame, PlanFrame, ResultFrame
+from gptj_dist.stages.transport.zeromq import AsyncInbound, Outbound
+
+logger = logging.getLogger(__name__)
+
+ACTOR_NAME_PREFIX = "gptj-dist"
+END_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where stages go.
+
+    Args:
+        group: a placement group whose bundle 0 is the coordinator's and bundle i + 1 is stage i's.
+        cpus, gpus: what each stage takes of its bundle.
+        name: unique to the pipeline; its actors' names begin with it.
+    """
+
+    group: PlacementGroup
+    device: DeviceKind
+    cpus: float
+    gpus: float
+    name: str
+
+
+class StageGroup:
+    """Running stages: an `engine.Executor` over actors. Made by `start`."""
+
+    def __init__(self, stages: Sequence[Any], inbound: AsyncInbound, outbound: Outbound, sentinels: Sequence[Any]):
+        self._stages = stages
+        self._inbound = inbound
+        self._outbound = outbound
+        self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
+        self._tasks = [asyncio.create_task(self._collect())]
+        self._tasks += [asyncio.create_task(self._watch(i, sentinel)) for i, sentinel in enumerate(sentinels)]
+
+    @classmethod
+    async def start(cls, blueprint: Blueprint, placement: Placement, epoch: int) -> tuple[StageGroup, LoadedPipeline]:
+        """Creates the actors, loads their weights, sizes their caches and joins them to a ring.
+
+        Raises:
+            ConfigurationError: the devices or the checkpoint will not do.
+            StageFailedError: a stage died on the way.
+        """
+        stages = [
+            _stage_options(placement, index, epoch).remote(spec, epoch)
+            for index, spec in enumerate(blueprint.stage_specs(placement.device))
+        ]
+        try:
+            return await cls._join(blueprint, stages, epoch)
+        except BaseException as error:
+            for stage in stages:
+                ray.kill(stage)
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, GPTJDistError):
+                raise error.cause from None
+            if isinstance(error, ray.exceptions.RayError):
+                raise StageFailedError(f"a stage died while loading: {_first_line(error)}") from error
+            raise
+
+    @classmethod
+    async def _join(cls, blueprint: Blueprint, stages: Sequence[Any], epoch: int) -> tuple[StageGroup, LoadedPipeline]:
+        described = await asyncio.gather(*(stage.describe.remote() for stage in stages))
+        devices = [device for device, _ in described]
+        dtype = choose_dtype(blueprint.config, blueprint.model, devices)
+        num_threads = [blueprint.config.threads_per_stage or n for n in _share_cores(devices)]
+        reports = await asyncio.gather(
+            *(stage.load.remote(dtype, n) for stage, n in zip(stages, num_threads, strict=True))
+        )
+        pipeline = LoadedPipeline(blueprint, tuple(reports), count_kv_blocks(blueprint, reports))
+        await asyncio.gather(*(stage.allocate.remote(pipeline.num_blocks, dtype) for stage in stages))
+        inbound = AsyncInbound(ray.util.get_node_ip_address(), epoch)
+        addresses = [address for _, address in described]
+        outbound = Outbound(addresses[0], epoch)
+        next_addresses = [*addresses[1:], inbound.address]
+        sentinels = [stage.run.remote(address) for stage, address in zip(stages, next_addresses, strict=True)]
+        return cls(stages, inbound, outbound, sentinels), pipeline
+
+    def submit(self, plan: Plan) -> None:
+        self._outbound.send(PlanFrame(plan, None))
+
+    async def receive(self) -> Result:
+        result = await self._results.get()
+        if isinstance(result, GPTJDistError):
+            raise result
+        return result
+
+    async def stop(self) -> None:
+        """Ends the stages: by a last frame if they still listen, by a kill if not."""
+        self._outbound.send(EndFrame())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await asyncio.gather(*self._tasks[1:])
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the stages at once; for those that are dead already, forgets them."""
+        for task in self._tasks:
+            task.cancel()
+        for stage in self._stages:
+            ray.kill(stage)
+        self._outbound.close()
+        self._inbound.close()
+
+    async def _collect(self) -> None:
+        while isinstance(frame := await self._inbound.receive(), ResultFrame):
+            self._results.put_nowait(frame.result)
+
+    async def _watch(self, index: int, sentinel: Any) -> None:
+        """Waits for the end of a stage's `run`, which in its right mind comes only after `stop`."""
+        try:
+            await sentinel
+        except ray.exceptions.RayError as error:
+            logger.exception("stage %d failed", index)
+            self._results.put_nowait(StageFailedError(f"stage {index} failed: {_first_line(error)}"))
+
+
+def _stage_options(placement: Placement, index: int, epoch: int) -> Any:
+    actor_class: Any = Stage  # what `ray.remote` made of it
+    return actor_class.options(
+        name=f"{ACTOR_NAME_PREFIX}/{placement.name}/{epoch}/stage-{index}",
+        num_cpus=placement.cpus,
+        num_gpus=placement.gpus,
+        max_restarts=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=index + 1),
+    )
+
+
+def _share_cores(devices: Sequence[DeviceReport]) -> list[int]:
+    """Threads for each stage: its machine's cores, shared evenly by the stages on that machine."""
+    stages_on = Counter(_machine(device) for device in devices)
+    return [max(1, device.num_cores // stages_on[_machine(device)]) for device in devices]
+
+
+def _machine(device: DeviceReport) -> str:
+    return device.memory_pool.partition("/")[0]
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"

@@ -1,0 +1,109 @@
+"""Frames as bytes: a msgpack header, and for hidden states their raw bytes behind it. No pickle, no torch.
+
+Every frame carries the epoch of the pipeline that it belongs to; frames of another epoch are leftovers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import msgpack
+
+from gptj_dist.config import DTypeName
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """A tensor on the wire.
+
+    Args:
+        shape: rows, d_model.
+        data: its bytes, row by row.
+    """
+
+    dtype: DTypeName
+    shape: tuple[int, int]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFrame:
+    """Towards the next stage; stage 0 gets no hidden states."""
+
+    plan: Plan
+    hidden: HiddenStates | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFrame:
+    """From the last stage to the coordinator."""
+
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class EndFrame:
+    """Nothing will follow: a stage passes it on and ends."""
+
+
+Frame = PlanFrame | ResultFrame | EndFrame
+
+
+def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
+    """The parts of the frame's message."""
+    match frame:
+        case PlanFrame(plan, hidden):
+            if hidden is None:
+                return [_pack(epoch, "plan", _plan_to_wire(plan), None)]
+            return [_pack(epoch, "plan", _plan_to_wire(plan), (hidden.dtype, hidden.shape)), hidden.data]
+        case ResultFrame(result):
+            return [_pack(epoch, "result", (result.plan_id, result.token_ids))]
+        case EndFrame():
+            return [_pack(epoch, "end")]
+    assert_never(frame)
+
+
+def decode(parts: list[bytes], epoch: int) -> Frame | None:
+    """The frame of a message, or None if it belongs to another epoch.
+
+    Raises:
+        ValueError: not a message of ours.
+    """
+    frame_epoch, kind, *body = msgpack.unpackb(parts[0], use_list=False)
+    if frame_epoch != epoch:
+        return None
+    match kind, body:
+        case "plan", [plan, None]:
+            return PlanFrame(_plan_from_wire(plan), None)
+        case "plan", [plan, (dtype, shape)]:
+            return PlanFrame(_plan_from_wire(plan), HiddenStates(dtype, shape, parts[1]))
+        case "result", [(plan_id, token_ids)]:
+            return ResultFrame(Result(plan_id, token_ids))
+        case "end", []:
+            return EndFrame()
+    raise ValueError(f"unknown kind of frame: {kind!r}")
+
+
+def _pack(*fields: object) -> bytes:
+    packed: bytes = msgpack.packb(fields)
+    return packed
+
+
+def _plan_to_wire(plan: Plan) -> tuple[object, ...]:
+    new_requests = [
+        (r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position) for r in plan.new_requests
+    ]
+    chunks = [(c.request_id, c.start, c.token_ids, c.new_blocks, c.samples) for c in plan.chunks]
+    return plan.plan_id, plan.released, new_requests, chunks
+
+
+def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[object, ...]], list[tuple[object, ...]]]) -> Plan:
+    plan_id, released, new_requests, chunks = wire
+    return Plan(
+        plan_id,
+        released,
+        tuple(NewRequest(*fields) for fields in new_requests),  # type: ignore[arg-type]
+        tuple(Chunk(*fields) for fields in chunks),  # type: ignore[arg-type]
+    )

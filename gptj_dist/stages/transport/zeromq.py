@@ -1,0 +1,75 @@
+"""Edges of the ring over ZeroMQ: a receiver binds a free port, its sender connects. A socket belongs to one thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from gptj_dist.stages.transport.codec import Frame, decode, encode
+
+
+class Inbound:
+    """The receiving end of an edge, for a thread that waits.
+
+    Args:
+        host: the address to bind; the port is a free one.
+    """
+
+    def __init__(self, host: str, epoch: int) -> None:
+        self._epoch = epoch
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self.address = _bind(self._socket, host)
+
+    def receive(self) -> Frame:
+        """Waits for the next frame of this epoch."""
+        while (frame := decode(self._socket.recv_multipart(), self._epoch)) is None:
+            pass
+        return frame
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class AsyncInbound:
+    """The receiving end of an edge, for an event loop."""
+
+    def __init__(self, host: str, epoch: int) -> None:
+        self._epoch = epoch
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self.address = _bind(self._socket, host)
+
+    async def receive(self) -> Frame:
+        """Waits for the next frame of this epoch."""
+        while (frame := decode(await self._socket.recv_multipart(), self._epoch)) is None:
+            pass
+        return frame
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class Outbound:
+    """The sending end of an edge; frames queue while the other end is slow or not there yet."""
+
+    def __init__(self, address: str, epoch: int) -> None:
+        self._epoch = epoch
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.connect(address)
+
+    def send(self, frame: Frame) -> None:
+        """Hands the frame over; never blocks."""
+        self._socket.send_multipart(encode(self._epoch, frame), flags=zmq.NOBLOCK)
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Gives frames not yet on their way `linger_ms` to leave."""
+        self._socket.close(linger=linger_ms)
+
+
+def _bind(socket: zmq.Socket[Any], host: str) -> str:
+    address = f"[{host}]" if ":" in host else host
+    if ":" in host:
+        socket.setsockopt(zmq.IPV6, 1)
+    return f"tcp://{address}:{socket.bind_to_random_port(f'tcp://{address}')}"

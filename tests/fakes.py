@@ -1,0 +1,143 @@
+"""Stand-ins for a pipeline of stages: they check every plan as stages would have to, and compute tokens without a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+from gptj_dist.errors import GPTJDistError, StageFailedError
+
+FAKE_VOCAB_SIZE = 1000
+FAKE_EOS_TOKEN_ID = 0
+
+
+@dataclass(slots=True)
+class HeldRequest:
+    """What stages hold of one request: the tokens they have computed, and the blocks those lie in."""
+
+    introduction: NewRequest
+    token_ids: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+
+
+class FakeStages:
+    """What every stage holds after the plans so far. Knows plans only, nothing of the scheduler that makes them.
+
+    Args:
+        num_blocks, block_size: the KV cache.
+        max_requests: the most requests that a stage has room for at once.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, max_requests: int) -> None:
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._max_requests = max_requests
+        self._next_plan_id = 0
+        self._holders: dict[int, int] = {}
+        self.requests: dict[int, HeldRequest] = {}
+
+    def apply(self, plan: Plan) -> None:
+        """Carries out a plan. Raises AssertionError if stages could not."""
+        assert plan.plan_id >= self._next_plan_id, "plans go backwards"
+        self._next_plan_id = plan.plan_id + 1
+        for request_id in plan.released:
+            assert request_id in self.requests, f"request {request_id} is released, but no stage knows it"
+            for block in self.requests.pop(request_id).blocks:
+                del self._holders[block]
+        for new in plan.new_requests:
+            assert new.request_id not in self.requests, f"request {new.request_id} is introduced twice"
+            self.requests[new.request_id] = HeldRequest(new)
+        assert len(self.requests) <= self._max_requests, "more requests than stages have room for"
+        computed = [chunk.request_id for chunk in plan.chunks]
+        assert computed, "a plan with nothing to compute"
+        assert len(computed) == len(set(computed)), "two chunks of one request in a plan"
+        assert {new.request_id for new in plan.new_requests} <= set(computed), "an introduction without a chunk"
+        for chunk in plan.chunks:
+            self._compute(chunk)
+
+    def _compute(self, chunk: Chunk) -> None:
+        assert chunk.request_id in self.requests, f"request {chunk.request_id} was never introduced"
+        held = self.requests[chunk.request_id]
+        assert chunk.token_ids, "an empty chunk"
+        assert chunk.start == len(held.token_ids), "a chunk does not continue where its request was"
+        for block in chunk.new_blocks:
+            assert 0 <= block < self._num_blocks, "no such block"
+            assert block not in self._holders, f"block {block} has two holders"
+            self._holders[block] = chunk.request_id
+        held.blocks.extend(chunk.new_blocks)
+        held.token_ids.extend(chunk.token_ids)
+        num_needed = -(-len(held.token_ids) // self._block_size)
+        assert len(held.blocks) == num_needed, "blocks do not cover the positions, or there are too many"
+
+
+def fake_token(noise_key: int, position: int) -> int:
+    """The token that fake stages sample; never end of text."""
+    return 1 + (noise_key * 7919 + position * 104729) % (FAKE_VOCAB_SIZE - 1)
+
+
+class FakeExecutor:
+    """An `Executor` whose tokens are `fake_token`, so that each stream's are known beforehand.
+
+    Args:
+        stages: checks the plans.
+        is_paused: hold results back until `step` or `go_on`.
+        end_positions: where end of text is sampled instead, in any request.
+
+    Attributes:
+        plans: all that was submitted.
+    """
+
+    def __init__(self, stages: FakeStages, is_paused: bool = False, end_positions: frozenset[int] = frozenset()) -> None:
+        self._stages = stages
+        self._is_paused = is_paused
+        self._end_positions = end_positions
+        self._computed: deque[Result] = deque()
+        self._arrived: deque[Result] = deque()
+        self._failure: GPTJDistError | None = None
+        self._has_news = asyncio.Event()
+        self.plans: list[Plan] = []
+
+    def submit(self, plan: Plan) -> None:
+        self._stages.apply(plan)
+        self.plans.append(plan)
+        tokens = tuple(self._sample(chunk) for chunk in plan.chunks if chunk.samples)
+        self._computed.append(Result(plan.plan_id, tokens))
+        if not self._is_paused:
+            self.step()
+
+    async def receive(self) -> Result:
+        await asyncio.sleep(0)  # a turn of the loop, as any transport takes
+        while not self._arrived:
+            if self._failure is not None:
+                raise self._failure
+            self._has_news.clear()
+            await self._has_news.wait()
+        return self._arrived.popleft()
+
+    def step(self) -> None:
+        """Lets the oldest result arrive that is still on its way."""
+        self.inject(self._computed.popleft())
+
+    def go_on(self) -> None:
+        """Lets all results arrive, from now on at once."""
+        self._is_paused = False
+        while self._computed:
+            self.step()
+
+    def inject(self, result: Result) -> None:
+        """Lets a result arrive, whatever was submitted."""
+        self._arrived.append(result)
+        self._has_news.set()
+
+    def fail(self, message: str = "stage 1 died") -> None:
+        """No result arrives any more, but for those that have arrived already."""
+        self._failure = StageFailedError(message)
+        self._has_news.set()
+
+    def _sample(self, chunk: Chunk) -> int:
+        position = chunk.start + len(chunk.token_ids)
+        if position in self._end_positions:
+            return FAKE_EOS_TOKEN_ID
+        return fake_token(self._stages.requests[chunk.request_id].introduction.noise_key, position)
