@@ -18,6 +18,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: Mapping[DTypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 BLOCK_SIZE_TOKENS = 16
+DEFAULT_MAX_BATCH_SIZE = 64
 GPTJ_EOS_TOKEN_ID = 50256
 
 
@@ -148,7 +149,7 @@ class PipelineConfig:
     gpus_per_stage: float | None = None
     max_model_len: int | None = None
     kv_cache_gb: float | None = None
-    max_batch_size: int = 64
+    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
     max_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:

@@ -89,7 +89,9 @@ class FakeExecutor:
         plans: all that was submitted.
     """
 
-    def __init__(self, stages: FakeStages, is_paused: bool = False, end_positions: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, stages: FakeStages, is_paused: bool = False, end_positions: frozenset[int] = frozenset()
+    ) -> None:
         self._stages = stages
         self._is_paused = is_paused
         self._end_positions = end_positions

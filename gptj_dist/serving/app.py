@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -42,16 +43,10 @@ def make_application(config: AppConfig, scaling: Mapping[str, Any] | None = None
     Raises:
         ConfigurationError: as `build`.
     """
-    blueprint = draw_blueprint(config.pipeline)
-    device = _device(config.pipeline)
-    gpus = config.pipeline.gpus_per_stage
-    if gpus is None:
-        gpus = 1.0 if device == "cuda" else 0.0
-    cpus = config.pipeline.cpus_per_stage or _default_cpus(len(blueprint.layers))
-    stage_bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    size = size_pipeline(config.pipeline)
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(
         ray_actor_options={"num_cpus": COORDINATOR_CPUS},
-        placement_group_bundles=[{"CPU": COORDINATOR_CPUS}, *[stage_bundle] * len(blueprint.layers)],
+        placement_group_bundles=size.bundles,
         placement_group_strategy="PACK",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         **(scaling or {"num_replicas": 1}),
@@ -59,16 +54,43 @@ def make_application(config: AppConfig, scaling: Mapping[str, Any] | None = None
     ingress = serve.deployment(Ingress, name="Ingress").options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING_REQUESTS
     )
-    return ingress.bind(config, pipelines.bind(config.pipeline, device, cpus, gpus))
+    return ingress.bind(config, pipelines.bind(config.pipeline, size.device, size.cpus_per_stage, size.gpus_per_stage))
 
 
-def _device(config: PipelineConfig) -> DeviceKind:
-    if config.device != "auto":
-        return config.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+@dataclass(frozen=True, slots=True)
+class PipelineSize:
+    """What one pipeline asks of Ray."""
+
+    num_stages: int
+    device: DeviceKind
+    cpus_per_stage: float
+    gpus_per_stage: float
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Bundle 0 is the coordinator's, bundle i + 1 is stage i's."""
+        stage = {"CPU": self.cpus_per_stage} | ({"GPU": self.gpus_per_stage} if self.gpus_per_stage else {})
+        return [{"CPU": COORDINATOR_CPUS}, *[stage] * self.num_stages]
 
 
-def _default_cpus(num_stages: int) -> float:
-    """At most one CPU a stage, and less where the whole cluster has fewer."""
-    share = CLUSTER_SHARE * ray.cluster_resources().get("CPU", 1.0) / num_stages
-    return min(1.0, math.floor(share * 100) / 100) or 0.01
+def size_pipeline(config: PipelineConfig) -> PipelineSize:
+    """What a pipeline will ask for. Looks at the cluster that Ray is connected to only for what the settings leave open.
+
+    Raises:
+        ConfigurationError: the settings or the checkpoint will not do.
+    """
+    num_stages = len(draw_blueprint(config).layers)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if _num_in_cluster("GPU") else "cpu"
+    cpus, gpus = config.cpus_per_stage, config.gpus_per_stage
+    if cpus is None:  # at most one, and less where the whole cluster has fewer
+        share = CLUSTER_SHARE * _num_in_cluster("CPU") / num_stages
+        cpus = min(1.0, max(math.floor(share * 100) / 100, 0.01))
+    if gpus is None:  # one each, or as many stages to a GPU as it takes
+        gpus = 1.0 / math.ceil(num_stages / max(_num_in_cluster("GPU"), 1)) if device == "cuda" else 0.0
+    return PipelineSize(num_stages, device, cpus, gpus)
+
+
+def _num_in_cluster(resource: str) -> float:
+    return float(ray.cluster_resources().get(resource, 0.0))

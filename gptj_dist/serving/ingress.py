@@ -1,7 +1,6 @@
-"""The deployment in front: HTTP, text and streaming. Starts in seconds, holds no weights, knows pipelines by a handle.
+"""The deployment in front: HTTP, text, streaming. Starts in seconds, holds no weights, knows pipelines by a handle."""
 
-Annotations are not postponed here: FastAPI reads those of the routes.
-"""
+from __future__ import annotations
 
 import asyncio
 import logging
@@ -11,11 +10,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
@@ -47,10 +49,8 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4_000_000
 READY_TIMEOUT_S = 5.0
 
-api = FastAPI(title="gptj-dist", docs_url=None, redoc_url=None)
 
-
-@serve.ingress(api)
+@serve.ingress()
 class Ingress:
     """Takes HTTP requests, and has pipelines continue their prompts.
 
@@ -69,13 +69,23 @@ class Ingress:
         self._limits: EngineLimits | None = None
         self._meeting = asyncio.get_running_loop().create_task(self._meet_pipeline())
 
-    @api.get("/health")
-    async def health(self) -> Response:
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """Called by Serve after the constructor."""
+        return Starlette(
+            routes=[
+                Route("/health", self.health),
+                Route("/ready", self.ready),
+                Route("/v1/models", self.models),
+                Route("/v1/completions", self.completions, methods=["POST"]),
+            ],
+            exception_handlers={HTTPException: _no_such_route},
+        )
+
+    async def health(self, _: Request) -> Response:
         """Whether this process lives."""
         return JSONResponse({"status": "ok"})
 
-    @api.get("/ready")
-    async def ready(self) -> Response:
+    async def ready(self, _: Request) -> Response:
         """Whether a token can be made."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
@@ -86,12 +96,10 @@ class Ingress:
             return _refusal(reason)
         return JSONResponse({"status": "ready"})
 
-    @api.get("/v1/models")
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         """The one model that is served."""
         return JSONResponse(model_list([self._model_name], self._created))
 
-    @api.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         """OpenAI's completions."""
         try:
@@ -214,6 +222,13 @@ async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterat
         yield first
         async for event in rest:
             yield event
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    message = f"{request.method} {request.url.path} is not served here; POST /v1/completions is"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_found"}
+    return JSONResponse({"error": body}, status)
 
 
 def _refusal(error: BaseException) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,16 @@ def open_device(kind: DeviceKind) -> torch.device:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(f"device is cuda, but torch {torch.__version__} sees no GPU on {socket.gethostname()}")
     return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+
+
+def local_device(choice: Literal["auto", "cpu", "cuda"]) -> tuple[DeviceKind, torch.device]:
+    """This machine's device for stages that share one process.
+
+    Raises:
+        ConfigurationError: as `open_device`.
+    """
+    kind: DeviceKind = ("cuda" if torch.cuda.is_available() else "cpu") if choice == "auto" else choice
+    return kind, open_device(kind)
 
 
 def describe_device(device: torch.device) -> DeviceReport:

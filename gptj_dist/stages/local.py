@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from gptj_dist.config import DeviceKind, PipelineConfig
+from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import StageFailedError
 from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint
+from gptj_dist.stages.device import local_device
 from gptj_dist.stages.runner import StageRunner
 
 
@@ -53,9 +54,7 @@ def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunne
         ConfigurationError: the settings, the checkpoint or the device will not do.
     """
     blueprint = draw_blueprint(config)
-    kind: DeviceKind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if config.device != "auto":
-        kind = config.device
+    kind, _ = local_device(config.device)
     runners = tuple(StageRunner(spec) for spec in blueprint.stage_specs(kind))
     dtype = choose_dtype(config, blueprint.model, [runner.describe_device() for runner in runners])
     reports = tuple(runner.load(dtype, config.threads_per_stage) for runner in runners)

@@ -280,9 +280,7 @@ def test_chunks_change_no_bit(demo: Model, demo_alone: Run, num_stages: int, max
 @pytest.mark.parametrize(
     ("num_stages", "max_chunk_tokens"), [(1, WHOLE), (2, 7), (4, 64), (7, 1), (14, None), (28, WHOLE)]
 )
-def test_preemption_changes_no_bit(
-    demo: Model, demo_alone: Run, num_stages: int, max_chunk_tokens: int | None
-) -> None:
+def test_preemption_changes_no_bit(demo: Model, demo_alone: Run, num_stages: int, max_chunk_tokens: int | None) -> None:
     run = demo.run(
         _make_works(demo.config), layers=_cut(28, num_stages), max_chunk_tokens=max_chunk_tokens, num_blocks=12
     )
@@ -338,6 +336,10 @@ def test_the_reference_covers_every_step(model_name: str, request: pytest.Fixtur
     }
     assert alone.logits.keys() == steps
     assert all(row.std() > 0.5 and row.isfinite().all() for row in alone.logits.values())
-    generated = {token for id_, work in _make_works(model.config).items() for token in alone.token_ids[id_][len(work.prompt_ids):]}
+    generated = {
+        token
+        for id_, work in _make_works(model.config).items()
+        for token in alone.token_ids[id_][len(work.prompt_ids) :]
+    }
     assert len(generated) > 20
     assert generated.isdisjoint({5, model.config.vocab_size - 1})

@@ -10,6 +10,7 @@ import pytest
 from openai.types import Completion, Model
 from pydantic import ValidationError
 
+from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import (
     CheckpointError,
     InvalidRequestError,
@@ -232,7 +233,10 @@ class TestResponses:
     head = protocol.completion_head("7", 1_700_000_000, "demo")
 
     def test_a_response_is_openais(self) -> None:
-        choices = [protocol.completion_choice(0, " a", "stop"), protocol.completion_choice(1, " b", "length")]
+        choices = [
+            protocol.completion_choice(0, " a", FinishReason.STOP),
+            protocol.completion_choice(1, " b", FinishReason.LENGTH),
+        ]
         body = protocol.completion_response(self.head, choices, protocol.usage(3, 4))
         completion = Completion.model_validate(body)
         assert completion.model_dump(exclude_unset=True) == body
@@ -241,7 +245,7 @@ class TestResponses:
         assert completion.usage.total_tokens == 7
 
     def test_chunks_are_openais(self) -> None:
-        chunk = protocol.completion_chunk(self.head, 0, "x", "length", is_usage_streamed=False)
+        chunk = protocol.completion_chunk(self.head, 0, "x", FinishReason.LENGTH, is_usage_streamed=False)
         assert Completion.model_validate(chunk).model_dump(exclude_unset=True) == chunk
         assert "usage" not in chunk
 
@@ -253,7 +257,7 @@ class TestResponses:
         assert [error["loc"] for error in raised.value.errors()] == [("choices", 0, "finish_reason")]
 
     def test_usage_comes_last_and_is_null_before(self) -> None:
-        chunk = protocol.completion_chunk(self.head, 0, "x", "stop", is_usage_streamed=True)
+        chunk = protocol.completion_chunk(self.head, 0, "x", FinishReason.STOP, is_usage_streamed=True)
         last = protocol.usage_chunk(self.head, protocol.usage(1, 1))
         assert chunk["usage"] is None
         assert last["choices"] == []

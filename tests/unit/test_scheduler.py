@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from fakes import FakeStages
@@ -212,16 +212,16 @@ def land(scheduler: Scheduler, plan: Plan, token: int = 1) -> list[TokenOutput]:
     return outputs
 
 
-def plans_until_idle(scheduler: Scheduler) -> list[Plan]:
-    """Drives the scheduler until nothing is left to do; returns all plans, in order."""
-    plans: list[Plan] = []
-    in_flight = deque(fill(scheduler))
-    while in_flight:
-        plans.append(in_flight.popleft())
-        land(scheduler, plans[-1])
-        in_flight.extend(fill(scheduler))
+def plans_until_idle(scheduler: Scheduler, in_flight: Iterable[Plan] = ()) -> list[Plan]:
+    """Drives the scheduler until nothing is left to do; returns all plans, those in flight first."""
+    waiting, landed = deque(in_flight), list[Plan]()
+    waiting.extend(fill(scheduler))
+    while waiting:
+        landed.append(waiting.popleft())
+        land(scheduler, landed[-1])
+        waiting.extend(fill(scheduler))
     assert not scheduler.has_requests
-    return plans
+    return landed
 
 
 def chunk_sizes(plans: list[Plan]) -> list[int]:
@@ -238,29 +238,332 @@ def test_decodes_are_split_evenly_and_keep_every_stage_busy(num_stages: int, sur
     for turn in range(9 * num_stages):
         if turn == 3 * num_stages:
             scheduler.add(make_request(1000, num_prompt_tokens=1))
-        if turn > 6 * num_stages or 2 * num_stages <= turn < 3 * num_stages:
-            sizes = [len(plan.chunks) for plan in in_flight]
-            assert len(sizes) >= num_stages
-            assert max(sizes) - min(sizes) <= 1
+        has_settled = 2 * num_stages <= turn < 3 * num_stages or turn >= 6 * num_stages
+        sizes = [len(plan.chunks) for plan in in_flight]
+        assert not has_settled or (len(sizes) >= num_stages and max(sizes) - min(sizes) <= 1)
         land(scheduler, in_flight.popleft())
         in_flight.extend(fill(scheduler))
+
+
+@pytest.mark.parametrize("num_stages", STAGE_COUNTS)
+def test_decodes_are_even_again_after_some_have_ended(num_stages: int) -> None:
+    scheduler = make_scheduler(num_stages)
+    for request_id in range(3 * num_stages):
+        scheduler.add(make_request(request_id, num_prompt_tokens=1))
+    in_flight = deque(fill(scheduler))
+    for turn in range(12 * num_stages):
+        if turn == 3 * num_stages:
+            for chunk in in_flight[-1].chunks[1:]:
+                scheduler.abort(chunk.request_id)
+        land(scheduler, in_flight.popleft())
+        in_flight.extend(fill(scheduler))
+    sizes = [len(plan.chunks) for plan in in_flight]
+    assert len(sizes) == num_stages
+    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("num_stages", STAGE_COUNTS[1:])
 def test_one_long_prompt_is_cut_into_equal_chunks_that_keep_every_stage_busy(num_stages: int) -> None:
     scheduler = make_scheduler(num_stages)
     scheduler.add(make_request(0, 1000, SamplingParams(max_tokens=1)))
-    plans = fill(scheduler)
-    assert len(plans) == num_stages + 1
-    land(scheduler, plans[0])
-    sizes = chunk_sizes(plans + [plan for plan in fill(scheduler)])
-    for plan in plans[1:]:
-        land(scheduler, plan)
-    sizes += chunk_sizes(plans_until_idle_after(scheduler, num_landed=num_stages + 1))
+    in_flight = fill(scheduler)
+    assert len(in_flight) == num_stages + 1
+    sizes = chunk_sizes(plans_until_idle(scheduler, in_flight))
     assert sum(sizes) == 1000
     assert len(set(sizes[:-1])) == 1
-    assert 0 < sizes[-1] <= sizes[0]
+    assert sizes[-1] <= sizes[0]
 
 
-def plans_until_idle_after(scheduler: Scheduler, num_landed: int) -> list[Plan]:
-    raise NotImplementedError
+def test_one_stage_takes_prompts_whole_up_to_the_largest_chunk() -> None:
+    scheduler = make_scheduler(num_stages=1)
+    scheduler.add(make_request(0, MAX_CHUNK_TOKENS, SamplingParams(max_tokens=1)))
+    assert chunk_sizes(plans_until_idle(scheduler)) == [MAX_CHUNK_TOKENS]
+    scheduler.add(make_request(1, MAX_CHUNK_TOKENS + 9, SamplingParams(max_tokens=1)))
+    assert chunk_sizes(plans_until_idle(scheduler)) == [MAX_CHUNK_TOKENS, 9]
+
+
+def test_a_chunk_size_holds_until_the_backlog_is_gone_and_is_chosen_afresh_then() -> None:
+    scheduler = make_scheduler(num_stages=4)
+    scheduler.add(make_request(0, 1600, SamplingParams(max_tokens=1)))
+    in_flight = fill(scheduler)
+    scheduler.add(make_request(1, 50, SamplingParams(max_tokens=1)))
+    assert set(chunk_sizes(plans_until_idle(scheduler, in_flight))[:-1]) == {100}
+    scheduler.add(make_request(2, 10 * MIN_CHUNK_TOKENS, SamplingParams(max_tokens=1)))
+    assert chunk_sizes(plans_until_idle(scheduler)) == [MIN_CHUNK_TOKENS] * 10
+
+
+def test_a_larger_backlog_makes_larger_chunks_at_once() -> None:
+    scheduler = make_scheduler(num_stages=2)
+    scheduler.add(make_request(0, 800))
+    assert chunk_sizes(fill(scheduler)) == [100] * 3
+    scheduler.abort(0)
+    scheduler.add(make_request(1, 1600))
+    land(scheduler, Plan(0, (), (), ()))
+    assert chunk_sizes(fill(scheduler)) == [200]
+
+
+@pytest.mark.parametrize("end", ["abort", "drain"])
+def test_a_backlog_that_went_away_no_longer_sizes_chunks(end: str) -> None:
+    scheduler = make_scheduler(num_stages=4)
+    scheduler.add(make_request(0, 8000))
+    if end == "abort":
+        scheduler.abort(0)
+    else:
+        scheduler.drain()
+    scheduler.add(make_request(1, 800))
+    assert chunk_sizes(fill(scheduler)) == [50] * 5
+
+
+def test_a_chunk_limit_holds_for_all_prompts_of_a_micro_batch_together() -> None:
+    scheduler = make_scheduler(max_chunk_tokens=10)
+    for request_id in range(3):
+        scheduler.add(make_request(request_id, 6))
+    first, second, *_ = fill(scheduler)
+    assert [(chunk.request_id, chunk.start, len(chunk.token_ids)) for chunk in first.chunks] == [(0, 0, 6), (1, 0, 4)]
+    assert [(chunk.request_id, chunk.start, len(chunk.token_ids)) for chunk in second.chunks] == [(1, 4, 2), (2, 0, 6)]
+    assert [chunk.samples for chunk in (*first.chunks, *second.chunks)] == [True, False, True, True]
+
+
+def test_no_more_requests_run_than_the_batch_may_hold_and_none_overtakes() -> None:
+    scheduler = make_scheduler(max_batch_size=2)
+    for request_id in range(5):
+        scheduler.add(make_request(request_id, 4, SamplingParams(max_tokens=3)))
+    introduced: list[int] = []
+    for plan in plans_until_idle(scheduler):
+        introduced += [new.request_id for new in plan.new_requests]
+        assert len({chunk.request_id for chunk in plan.chunks}) <= 2
+    assert introduced == [0, 1, 2, 3, 4]
+
+
+def test_a_request_that_could_never_fit_is_refused_and_one_that_just_fits_is_served() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    with pytest.raises(RequestTooLongError, match="16") as refusal:
+        scheduler.add(make_request(0, 10, SamplingParams(max_tokens=8)))
+    assert refusal.value.param == "max_tokens"
+    assert not scheduler.has_requests
+    scheduler.add(make_request(1, 10, SamplingParams(max_tokens=7)))
+    assert sum(chunk.samples for plan in plans_until_idle(scheduler) for chunk in plan.chunks) == 7
+
+
+def test_a_result_out_of_order_is_refused() -> None:
+    scheduler = make_scheduler()
+    with pytest.raises(ValueError, match="expected None"):
+        scheduler.update(Result(0, ()))
+    scheduler.add(make_request(0, 500))
+    first, second, *_ = fill(scheduler)
+    with pytest.raises(ValueError, match=f"result of plan {second.plan_id} arrived, expected {first.plan_id}"):
+        scheduler.update(Result(second.plan_id, ()))
+    assert scheduler.update(Result(first.plan_id, ())) == []
+
+
+def test_abort_frees_blocks_at_once_and_drops_the_token_on_its_way() -> None:
+    scheduler = make_scheduler(num_blocks=10, block_size=4)
+    scheduler.add(make_request(0, 10))
+    scheduler.add(make_request(1, 10))
+    [plan] = fill(scheduler)
+    assert scheduler.num_used_blocks == 6
+    scheduler.abort(0)
+    assert scheduler.num_used_blocks == 3
+    scheduler.check_integrity()
+    assert [output.request.request_id for output in land(scheduler, plan)] == [1]
+    assert fill(scheduler)[0].released == (0,)
+    scheduler.abort(1)
+    assert scheduler.num_used_blocks == 0
+    assert not scheduler.has_requests
+
+
+def test_aborting_a_request_that_waits_or_is_unknown_tells_stages_nothing() -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    scheduler.add(make_request(0, 4))
+    scheduler.add(make_request(1, 4))
+    [plan] = fill(scheduler)
+    scheduler.abort(1)
+    scheduler.abort(7)
+    land(scheduler, plan)
+    [plan] = fill(scheduler)
+    assert plan.released == ()
+    assert [chunk.request_id for chunk in plan.chunks] == [0]
+
+
+def test_a_preempted_requests_token_on_its_way_is_kept_and_not_sampled_twice() -> None:
+    scheduler = make_scheduler(num_stages=2, num_blocks=10, block_size=1)
+    old, young = (make_request(request_id, 4, SamplingParams(max_tokens=5)) for request_id in range(2))
+    scheduler.add(old)
+    scheduler.add(young)
+    [prefill] = fill(scheduler)
+    land(scheduler, prefill, token=11)
+    old_decode, young_decode = fill(scheduler)
+    land(scheduler, old_decode, token=12)
+    [old_decode] = fill(scheduler)
+    assert old_decode.released == (young.request_id,)
+    assert (scheduler.num_preemptions, scheduler.num_waiting, young.is_awaiting_token) == (1, 1, True)
+    [output] = land(scheduler, young_decode, token=13)
+    assert (output.request, output.token_id) == (young, 13)
+    scheduler.abort(old.request_id)
+    [again] = fill(scheduler)
+    assert again.new_requests == (young.introduction(),)
+    [chunk] = again.chunks
+    assert (chunk.start, chunk.token_ids, chunk.samples) == (0, (*young.prompt_ids, 11, 13), True)
+    plans = plans_until_idle(scheduler, [old_decode, again])
+    assert young.token_ids[len(young.prompt_ids) :] == [11, 13, 1, 1, 1]
+    assert sum(chunk.samples for plan in plans[1:] for chunk in plan.chunks) == 3
+
+
+def test_the_oldest_request_is_never_preempted() -> None:
+    scheduler = make_scheduler(num_blocks=12, block_size=1, max_batch_size=4)
+    for request_id in range(6):
+        scheduler.add(make_request(request_id, 3, SamplingParams(max_tokens=9)))
+    plans = plans_until_idle(scheduler)
+    introduced = [new.request_id for plan in plans for new in plan.new_requests]
+    assert scheduler.num_preemptions > 0
+    assert introduced.count(0) == 1
+    assert len(introduced) == 6 + scheduler.num_preemptions
+
+
+@pytest.mark.parametrize(
+    ("sampled", "ignore_eos", "expected"),
+    [
+        ([5, EOS], False, [None, FinishReason.STOP]),
+        ([5, 5, 5], False, [None, None, FinishReason.LENGTH]),
+        ([5, 5, EOS], False, [None, None, FinishReason.STOP]),
+        ([EOS, 5, EOS], True, [None, None, FinishReason.LENGTH]),
+    ],
+)
+def test_a_request_ends_at_end_of_text_or_at_its_length(
+    sampled: list[int], ignore_eos: bool, expected: list[FinishReason | None]
+) -> None:
+    scheduler = make_scheduler()
+    request = make_request(0, 4, SamplingParams(max_tokens=3, ignore_eos=ignore_eos))
+    scheduler.add(request)
+    for token, reason in zip(sampled, expected, strict=True):
+        [plan] = fill(scheduler)
+        assert land(scheduler, plan, token) == [TokenOutput(request, token, reason)]
+    assert fill(scheduler) == []
+    assert not scheduler.has_requests
+    assert scheduler.num_used_blocks == 0
+
+
+def test_an_introduction_says_how_to_sample_and_where_end_of_text_may_come() -> None:
+    params = SamplingParams(max_tokens=9, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, min_tokens=3)
+    scheduler = make_scheduler()
+    scheduler.add(Request(3, (1, 2, 3, 4), params, noise_key=99))
+    [plan] = fill(scheduler)
+    assert plan.new_requests == (NewRequest(3, 0.5, 0.9, 7, 0.1, 99, min_position=7),)
+
+
+def test_drained_requests_go_on_in_a_fresh_scheduler_with_their_tokens() -> None:
+    dead = make_scheduler(max_batch_size=1)
+    begun, queued = (make_request(request_id, 4, SamplingParams(max_tokens=4)) for request_id in range(2))
+    dead.add(begun)
+    dead.add(queued)
+    for token in (11, 12):
+        [plan] = fill(dead)
+        land(dead, plan, token)
+    fill(dead)
+    assert dead.drain() == [begun, queued]
+    dead.check_integrity()
+    assert (dead.num_in_flight, dead.num_used_blocks, dead.has_requests) == (0, 0, False)
+    fresh = make_scheduler(max_batch_size=1)
+    fresh.add(begun)
+    fresh.add(queued)
+    [plan] = fill(fresh)
+    assert plan.chunks[0].token_ids == (*begun.prompt_ids, 11, 12)
+    plans_until_idle(fresh, [plan])
+    assert begun.token_ids == [*begun.prompt_ids, 11, 12, 1, 1]
+    assert queued.num_output_tokens == 4
+
+
+def busy_scheduler() -> Scheduler:
+    """Two requests run, one of them with a token on its way, and two wait."""
+    scheduler = make_scheduler(num_blocks=30, block_size=4, max_batch_size=2)
+    for request_id in range(4):
+        scheduler.add(make_request(request_id, 9))
+    [plan] = fill(scheduler)
+    land(scheduler, plan)
+    assert scheduler.schedule() is not None
+    scheduler.check_integrity()
+    return scheduler
+
+
+def corrupt_two_holders(scheduler: Scheduler) -> None:
+    scheduler._running[1].blocks[0] = scheduler._running[0].blocks[0]
+
+
+def corrupt_held_block_is_free(scheduler: Scheduler) -> None:
+    scheduler._pool.give_back(scheduler._running[0].blocks[:1])
+
+
+def corrupt_lost_block(scheduler: Scheduler) -> None:
+    scheduler._pool.take(1)
+
+
+def corrupt_block_free_twice(scheduler: Scheduler) -> None:
+    scheduler._pool._free[0] = scheduler._pool._free[1]
+
+
+def corrupt_running_order(scheduler: Scheduler) -> None:
+    scheduler._running.reverse()
+
+
+def corrupt_waiting_order(scheduler: Scheduler) -> None:
+    scheduler._waiting.reverse()
+
+
+def corrupt_lost_request(scheduler: Scheduler) -> None:
+    scheduler._waiting.pop()
+
+
+def corrupt_batch_size(scheduler: Scheduler) -> None:
+    scheduler._running.append(scheduler._waiting.popleft())
+
+
+def corrupt_too_many_in_flight(scheduler: Scheduler) -> None:
+    scheduler._in_flight.extend([scheduler._in_flight[0]] * 3)
+
+
+def corrupt_two_samplings(scheduler: Scheduler) -> None:
+    scheduler._in_flight.append(scheduler._in_flight[0])
+
+
+def corrupt_awaited_in_vain(scheduler: Scheduler) -> None:
+    scheduler._running[1].is_awaiting_token = True
+
+
+def corrupt_too_much_computed(scheduler: Scheduler) -> None:
+    scheduler._running[0].num_computed += 1
+
+
+def corrupt_missing_block(scheduler: Scheduler) -> None:
+    scheduler._pool.give_back([scheduler._running[0].blocks.pop()])
+
+
+def corrupt_waiting_request_holds(scheduler: Scheduler) -> None:
+    scheduler._waiting[0].num_computed = 1
+    scheduler._waiting[0].blocks = scheduler._pool.take(1)
+    scheduler._running[0].blocks = []
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "message"),
+    [
+        (corrupt_two_holders, "two holders"),
+        (corrupt_held_block_is_free, "held block is free"),
+        (corrupt_lost_block, "block is lost"),
+        (corrupt_block_free_twice, "free twice"),
+        (corrupt_running_order, "running requests are out of order"),
+        (corrupt_waiting_order, "waiting requests are out of order"),
+        (corrupt_lost_request, "request is lost"),
+        (corrupt_batch_size, "too many requests run"),
+        (corrupt_too_many_in_flight, "too many plans in flight"),
+        (corrupt_two_samplings, "two plans in flight sample"),
+        (corrupt_awaited_in_vain, "awaited in vain"),
+        (corrupt_too_much_computed, "more tokens computed"),
+        (corrupt_missing_block, "blocks do not match"),
+        (corrupt_waiting_request_holds, ""),
+    ],
+)
+def test_check_integrity_catches_corruption(corrupt: Callable[[Scheduler], None], message: str) -> None:
+    scheduler = busy_scheduler()
+    corrupt(scheduler)
+    with pytest.raises(AssertionError, match=message):
+        scheduler.check_integrity()

@@ -1,0 +1,31 @@
+"""The command line: one module a verb. A verb imports what it needs when it is called, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from gptj_dist.cli.generate import generate
+from gptj_dist.cli.plan import plan
+from gptj_dist.cli.serve import serve
+from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
+
+app = typer.Typer(
+    help="Serves GPT-J, and every checkpoint of its architecture, as a pipeline of stages.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(generate)
+app.command()(plan)
+
+
+def main() -> None:
+    """Entry point of `gptj-dist`: what the user can mend ends in one line and exit code 2, other known failures in 1."""
+    try:
+        app()
+    except GPTJDistError as error:
+        print(f"gptj-dist: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigurationError | InvalidRequestError) else 1)

@@ -1,0 +1,104 @@
+"""`gptj-dist plan`: the partition, its memory and the reason for it, without loading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gptj_dist.cli.options import (
+    Device,
+    DType,
+    KVCacheGB,
+    Layers,
+    MaxBatchSize,
+    MaxModelLen,
+    Model,
+    Revision,
+    Stages,
+    parse_kv_cache_gb,
+    parse_layers,
+)
+from gptj_dist.config import DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
+from gptj_dist.partition import PREFILL_SPEEDUP, PROMPT_TOKENS_PER_OUTPUT_TOKEN, lm_head_cost_layers, stage_costs
+
+if TYPE_CHECKING:
+    from gptj_dist.stages.blueprint import Blueprint, StageReport
+
+
+def plan(
+    model: Model,
+    stages: Stages = None,
+    layers: Layers = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_gb: KVCacheGB = "auto",
+    max_batch_size: MaxBatchSize = DEFAULT_MAX_BATCH_SIZE,
+    revision: Revision = None,
+) -> None:
+    """Show how a model would be cut into stages on this machine, and why. Loads nothing."""
+    from rich.console import Console
+
+    from gptj_dist.config import BLOCK_SIZE_TOKENS
+    from gptj_dist.serving.tables import bytes_text, stage_table
+    from gptj_dist.stages.blueprint import count_kv_blocks, draw_blueprint
+
+    config = PipelineConfig(
+        model,
+        revision=revision,
+        stages=stages,
+        layers=parse_layers(layers),
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_gb=parse_kv_cache_gb(kv_cache_gb),
+        max_batch_size=max_batch_size,
+    )
+    blueprint = draw_blueprint(config)
+    reports = _foresee(blueprint)
+    num_kv_tokens = count_kv_blocks(blueprint, reports) * BLOCK_SIZE_TOKENS
+    console = Console()
+    console.print(stage_table(reports, num_kv_tokens))
+    weights = sum(report.weight_bytes for report in reports)
+    kv_bytes = sum(report.kv_bytes_per_token for report in reports)
+    console.print(f"All stages on this machine: {bytes_text(weights)} of weights, {bytes_text(kv_bytes)} a KV token.")
+    for line in _reasons(blueprint.model, tuple(r.num_layers for r in blueprint.layers), config.layers is not None):
+        console.print(line)
+
+
+def _foresee(blueprint: Blueprint) -> list[StageReport]:
+    """The reports that stages would give after loading, all of them on this machine's first device."""
+    from gptj_dist.stages.blueprint import StageReport, choose_dtype, kv_bytes_per_token, weight_bytes
+    from gptj_dist.stages.device import describe_device, free_bytes, local_device
+
+    kind, device = local_device(blueprint.config.device)
+    description = describe_device(device)
+    dtype = choose_dtype(blueprint.config, blueprint.model, [description])
+    reports = [
+        StageReport(
+            layers=layers,
+            device=description,
+            kind=kind,
+            dtype=dtype,
+            weight_bytes=weight_bytes(blueprint.model, layers, dtype),
+            free_bytes=0,
+            kv_bytes_per_token=kv_bytes_per_token(blueprint.model, layers.num_layers, dtype, kind),
+        )
+        for layers in blueprint.layers
+    ]
+    left = max(0, free_bytes(device) - sum(report.weight_bytes for report in reports))
+    return [replace(report, free_bytes=left) for report in reports]
+
+
+def _reasons(model: ModelConfig, layers: tuple[int, ...], is_explicit: bool) -> list[str]:
+    costs = stage_costs(model, layers)
+    balance = sum(costs) / len(costs) / max(costs)
+    lines = [
+        f"lm_head counts as {lm_head_cost_layers(model):.2f} layers: {PROMPT_TOKENS_PER_OUTPUT_TOKEN} prompt tokens "
+        f"assumed for each output token, a prompt token {PREFILL_SPEEDUP} times as cheap.",
+        f"Cost of the stages, in layers: {', '.join(f'{cost:.2f}' for cost in costs)}; "
+        f"the slowest leaves {balance:.0%} of the ideal speed.",
+    ]
+    if is_explicit:
+        lines.append("The layers were given; without --layers the planner makes the slowest stage as cheap as can be.")
+    return lines

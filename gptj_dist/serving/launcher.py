@@ -1,0 +1,242 @@
+"""Runs the application for a person at a terminal: starts or joins Ray, shows progress, tells the address, cleans up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from gptj_dist.errors import ConfigurationError, StageFailedError
+from gptj_dist.serving.settings import AppConfig
+
+APP_NAME = "gptj-dist"
+DRAIN_S = 5.0
+POLL_S = 0.05
+PROGRESS_S = 0.5
+
+LOCAL_RAY_ENVIRONMENT = {
+    # Ray listens on all interfaces unless it takes the machine for a desktop (see `docs/decisions`).
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to run and where.
+
+    Args:
+        scaling: Serve's `num_replicas` or `autoscaling_config`.
+        address: the Ray cluster to join; None starts a local one.
+    """
+
+    app: AppConfig
+    scaling: Mapping[str, Any]
+    host: str
+    port: int
+    address: str | None
+
+
+def run_until_interrupted(launch: Launch) -> None:
+    """Serves until SIGINT or SIGTERM, then drains and leaves nothing behind.
+
+    Raises:
+        ConfigurationError: the port is taken, the cluster is not there or has no room.
+        StageFailedError: the pipelines would not start.
+    """
+    console = Console()
+    signal.signal(signal.SIGTERM, _interrupt)
+    begin = time.monotonic()
+    try:
+        with _ray(launch, console), _application(launch, console) as (host, port):
+            base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+            _await_ready(base, console)
+            _announce(launch, base, time.monotonic() - begin, console)
+            signal.pause()
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+
+
+@contextmanager
+def _ray(launch: Launch, console: Console) -> Iterator[None]:
+    """A connection to Ray; a local one ends with it."""
+    if launch.address is None:
+        _require_free_port(launch.host, launch.port)
+        os.environ.update(LOCAL_RAY_ENVIRONMENT)
+        console.print("Starting Ray on this machine ...")
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if launch.address is None:
+            ray.init(address="local", _node_ip_address="127.0.0.1", dashboard_host="127.0.0.1", **quiet)
+        else:
+            ray.init(address=launch.address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"cannot join Ray at {launch.address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _application(launch: Launch, console: Console) -> Iterator[tuple[str, int]]:
+    """The application, deployed; gives the host and port that Serve listens at. Drains it in the end."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    from gptj_dist.serving.app import make_application
+
+    _require_room(launch)
+    application = make_application(
+        launch.app, {**launch.scaling, "graceful_shutdown_timeout_s": DRAIN_S, "graceful_shutdown_wait_loop_s": 0.2}
+    )
+    _require_no_other(launch, console)
+    serve.start(http_options=HTTPOptions(host=launch.host, port=launch.port))
+    try:
+        serve.run_many(
+            [serve.RunTarget(application, name=APP_NAME)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        yield _http_address()
+    finally:
+        with suppress(KeyboardInterrupt):
+            console.print("Draining ...")
+            serve.delete(APP_NAME)
+
+
+def _http_address() -> tuple[str, int]:
+    """Where Serve really listens: on a cluster that runs Serve already, host and port were decided when it started."""
+    from ray.serve.context import _get_global_client
+
+    http = _get_global_client().http_config
+    return http.host, http.port
+
+
+def _require_free_port(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port") from None
+
+
+def _require_room(launch: Launch) -> None:
+    """A local cluster does not grow: what does not fit now never will."""
+    import ray
+
+    from gptj_dist.serving.app import size_pipeline
+
+    if launch.address is not None:
+        return
+    scale = launch.scaling.get("autoscaling_config", {}).get("min_replicas", launch.scaling.get("num_replicas", 1))
+    size, available = size_pipeline(launch.app.pipeline), ray.cluster_resources()
+    for resource in ("CPU", "GPU"):
+        wanted = scale * sum(bundle.get(resource, 0.0) for bundle in size.bundles)
+        if wanted > available.get(resource, 0.0):
+            raise ConfigurationError(
+                f"{scale} pipeline(s) of {size.num_stages} stages ask Ray for {wanted:g} {resource}s, this machine has "
+                f"{available.get(resource, 0.0):g}; try --{resource.lower()}s-per-stage"
+            )
+
+
+def _require_no_other(launch: Launch, console: Console) -> None:
+    """On a cluster that runs Serve already, refuses to replace an application, and says whose address counts."""
+    import ray
+    from ray import serve
+
+    if launch.address is None:
+        return
+    with suppress(ValueError):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        if APP_NAME in serve.status().applications:
+            raise ConfigurationError(f"the cluster at {launch.address} already serves an application {APP_NAME!r}")
+        console.print("Serve runs on this cluster already: its host and port are used, not --host and --port.")
+
+
+def _await_ready(base: str, console: Console) -> None:
+    """Returns when a token can be made; shows meanwhile how far the stages have got.
+
+    Raises:
+        StageFailedError: the deployment failed for good.
+    """
+    told, next_progress_s = "", 0.0
+    with console.status("Starting Serve ...") as status:
+        while not _is_ready(base):
+            if time.monotonic() >= next_progress_s:
+                next_progress_s = time.monotonic() + PROGRESS_S
+                _raise_if_failed()
+                progress = _progress()
+                status.update(progress)
+                if progress != told and not console.is_terminal:
+                    console.print(progress)
+                told = progress
+            time.sleep(POLL_S)
+
+
+def _is_ready(base: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{base}/ready", timeout=10) as response:
+            return bool(json.load(response)["status"] == "ready")
+    except (OSError, ValueError):
+        return False
+
+
+def _raise_if_failed() -> None:
+    from ray import serve
+
+    application = serve.status().applications.get(APP_NAME)
+    if application is not None and application.status == "DEPLOY_FAILED":
+        messages = [deployment.message for deployment in application.deployments.values()]
+        lines = [line for message in [*messages, application.message] for line in message.strip().splitlines()]
+        errors = [line.strip() for line in lines if "Error" in line]
+        raise StageFailedError(f"the pipelines would not start: {(errors or lines or ['no reason known'])[-1]}")
+
+
+def _progress() -> str:
+    """`Loading: stage 0 9/14, stage 1 8/14 layers`."""
+    import ray
+
+    from gptj_dist.stages.group import ACTOR_NAME_PREFIX
+
+    actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(ACTOR_NAME_PREFIX)]
+    parts = []
+    for actor in sorted(actors, key=lambda a: str(a["name"])):
+        with suppress(ray.exceptions.RayError, ValueError):
+            handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
+            num_layers = ray.get(handle.num_layers_loaded.remote(), timeout=PROGRESS_S)
+            parts.append(f"{actor['name'].rpartition('/')[2]}: {num_layers} layers")
+    return f"Loading the model ({', '.join(parts)}) ..." if parts else "Placing the stages ..."
+
+
+def _announce(launch: Launch, base: str, elapsed_s: float, console: Console) -> None:
+    """Prints the stages, the address and a request to copy."""
+    from ray import serve
+
+    from gptj_dist.serving.pipeline import PipelineStatus
+    from gptj_dist.serving.tables import stage_table
+
+    status: PipelineStatus = serve.get_deployment_handle("Pipeline", APP_NAME).status.remote().result()
+    console.print(stage_table(status.stages, status.limits.kv_tokens))
+    body = {"prompt": "The state of the Union is", "max_tokens": 40, "stream": True}
+    console.print(f"Ready after {elapsed_s:.1f} s: {launch.app.model_name} at {base}", highlight=False)
+    console.print(f"\n  curl -N {base}/v1/completions -d '{json.dumps(body)}'\n", highlight=False, soft_wrap=True)
+    console.print("Ctrl-C stops.")
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

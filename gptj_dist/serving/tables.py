@@ -1,0 +1,45 @@
+"""Tables of stages for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gptj_dist.config import LayerRange
+from gptj_dist.stages.blueprint import StageReport
+
+
+def stage_table(reports: Sequence[StageReport], num_kv_tokens: int) -> Table:
+    """One line a stage: layers, device, memory, KV cache."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "layers", "device"):
+        table.add_column(column)
+    for column in ("weights", "KV cache", "KV tokens"):
+        table.add_column(column, justify="right")
+    for report in reports:
+        table.add_row(
+            str(report.layers.stage),
+            layers_text(report.layers),
+            f"{report.device.name}, {report.dtype}",
+            bytes_text(report.weight_bytes),
+            bytes_text(report.kv_bytes_per_token * num_kv_tokens),
+            f"{num_kv_tokens:,}",
+        )
+    return table
+
+
+def layers_text(layers: LayerRange) -> str:
+    """`embed + 0-13 (14)`: the layers, and what stands before and behind them."""
+    parts = ["embed"] * layers.is_first + [f"{layers.start}-{layers.stop - 1} ({layers.num_layers})"]
+    return " + ".join(parts + ["head"] * layers.is_last)
+
+
+def bytes_text(num_bytes: float) -> str:
+    """`12.1 GB`: three digits and a decimal unit."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} GB"
