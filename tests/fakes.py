@@ -1,4 +1,4 @@
-"""Stand-ins for a pipeline of stages: they check every plan as stages would have to, and compute tokens without a model."""
+"""Stand-ins for a pipeline of stages: they check plans as stages would, and compute tokens without a model."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ app.command()(plan)
 
 
 def main() -> None:
-    """Entry point of `gptj-dist`: what the user can mend ends in one line and exit code 2, other known failures in 1."""
+    """Entry point of `gptj-dist`: what the user can mend ends in one line and exit code 2, other failures in 1."""
     try:
         app()
     except GPTJDistError as error:

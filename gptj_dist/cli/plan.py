@@ -83,6 +83,7 @@ def _foresee(blueprint: Blueprint) -> list[StageReport]:
             weight_bytes=weight_bytes(blueprint.model, layers, dtype),
             free_bytes=0,
             kv_bytes_per_token=kv_bytes_per_token(blueprint.model, layers.num_layers, dtype, kind),
+            pid=0,
         )
         for layers in blueprint.layers
     ]

@@ -68,6 +68,9 @@ class AsyncEngine:
         executor: computes; replaced by `resume` after a failure.
         limits: what requests are checked against.
         clock: seconds; for `last_token_s`.
+
+    Attributes:
+        last_token_s: when a token last came through all stages of the present executor; None before the first.
     """
 
     def __init__(
@@ -173,6 +176,7 @@ class AsyncEngine:
 
     def _fail_all(self, error: GPTJDistError) -> None:
         self._executor = None
+        self.last_token_s = None
         for request in self._scheduler.drain():
             self._mailboxes[request.request_id].fail(error)
 

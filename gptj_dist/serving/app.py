@@ -74,7 +74,7 @@ class PipelineSize:
 
 
 def size_pipeline(config: PipelineConfig) -> PipelineSize:
-    """What a pipeline will ask for. Looks at the cluster that Ray is connected to only for what the settings leave open.
+    """What a pipeline will ask for. Looks at the connected cluster only for what the settings leave open.
 
     Raises:
         ConfigurationError: the settings or the checkpoint will not do.

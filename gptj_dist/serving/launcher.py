@@ -1,4 +1,4 @@
-"""Runs the application for a person at a terminal: starts or joins Ray, shows progress, tells the address, cleans up."""
+"""Runs the application for a person at a terminal: starts or joins Ray, shows progress, tells where, cleans up."""
 
 from __future__ import annotations
 

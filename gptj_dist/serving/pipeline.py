@@ -95,7 +95,7 @@ class Pipeline:
             NotReadyError, StageFailedError: it cannot.
         """
         last = self._engine.last_token_s
-        if last is not None and time.monotonic() - last < PROOF_LIFETIME_S and not self._is_lost:
+        if last is not None and time.monotonic() - last < PROOF_LIFETIME_S:
             return
         params = SamplingParams(max_tokens=1, temperature=0)
         async with aclosing(self._engine.generate([self._blueprint.model.eos_token_id], params)) as deltas:

@@ -74,6 +74,7 @@ class StageReport:
     Args:
         free_bytes: what was free in its memory pool after loading.
         kv_bytes_per_token: what a token costs it in the KV cache.
+        pid: its process, on the machine named in `device.memory_pool`.
     """
 
     layers: LayerRange
@@ -83,6 +84,7 @@ class StageReport:
     weight_bytes: int
     free_bytes: int
     kv_bytes_per_token: int
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)

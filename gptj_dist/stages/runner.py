@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -73,6 +74,7 @@ class StageRunner:
             weight_bytes=weight_bytes(spec.config, spec.layers, dtype),
             free_bytes=free_bytes(self._device),
             kv_bytes_per_token=kv_bytes_per_token(spec.config, spec.layers.num_layers, dtype, spec.device),
+            pid=os.getpid(),
         )
 
     def allocate(self, num_blocks: int, dtype: DTypeName) -> None:

@@ -1,0 +1,89 @@
+"""Starts several Ray nodes on this one machine, to try out what is meant for several machines. Loopback only.
+
+    python cluster/local_nodes.py 2
+
+The nodes are real ones (a raylet, an object store and an agent each), so Serve, placement groups and stages behave as
+on N machines; only the resources are logical: N nodes share the cores, and `--gpus-per-node` counts GPUs that nobody
+looks for. Ctrl-C or SIGTERM ends these nodes and nothing else (`ray stop` would end every Ray of this machine); if this
+process is killed, the nodes end, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 100_000_000  # a node's; the stages' tensors do not go through it
+
+
+def main() -> None:
+    """Starts the nodes, tells where, and waits to be interrupted."""
+    args = parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    # Before Ray is imported: it listens on all interfaces unless it takes the machine for a desktop.
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()  # ends its processes at exit as well, should the start fail
+    try:
+        cluster.add_node(**head_options(args))
+        for _ in range(args.nodes - 1):
+            cluster.add_node(**node_options(args))
+        announce(args.nodes, cluster)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("Stopping the nodes ...", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        cluster.shutdown()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Start several Ray nodes on this machine, on loopback, until Ctrl-C.")
+    parser.add_argument("nodes", type=int, metavar="N", help="number of nodes, the head included")
+    parser.add_argument("--cpus-per-node", type=int, help="default: this machine's cores, shared; at least 1")
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
+    parser.add_argument("--no-dashboard", action="store_true", help="without it `serve deploy` has nobody to talk to")
+    args = parser.parse_args()
+    if args.nodes < 1:
+        parser.error(f"N must be at least 1, got {args.nodes}")
+    if args.cpus_per_node is None:
+        args.cpus_per_node = max(1, (os.cpu_count() or 1) // args.nodes)
+    return args
+
+
+def node_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What each node gets."""
+    return {
+        "node_ip_address": LOOPBACK,
+        "num_cpus": args.cpus_per_node,
+        "num_gpus": args.gpus_per_node,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+
+
+def head_options(args: argparse.Namespace) -> dict[str, Any]:
+    return node_options(args) | {"include_dashboard": not args.no_dashboard, "dashboard_host": LOOPBACK}
+
+
+def announce(num_nodes: int, cluster: Any) -> None:
+    """Prints what to give to whom."""
+    print(f"{num_nodes} Ray nodes at {cluster.address}\n")
+    print(f"  gptj-dist serve demo --stages {num_nodes} --address {cluster.address}")
+    print(f"  export RAY_ADDRESS={cluster.address}")
+    if cluster.webui_url:
+        print(f"  serve deploy deployments/demo.yaml --address http://{cluster.webui_url}")
+    print("\nCtrl-C stops them.", flush=True)
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

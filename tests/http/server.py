@@ -1,0 +1,124 @@
+"""A real Ray Serve for a test module: its own local Ray, a free port, always shut down."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from gptj_dist.serving.pipeline import PipelineStatus
+from tests.waiting import wait_until
+
+APP_NAME = "under-test"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Serve that listens at `base`.
+
+    Args:
+        base: URL without a path.
+        client: a client of it, for short requests.
+    """
+
+    base: str
+    client: httpx.Client
+
+    def complete(self, **fields: Any) -> dict[str, Any]:
+        """The body of a completion that must succeed."""
+        response = self.client.post("/v1/completions", json=fields)
+        assert response.status_code == 200, response.text
+        body: dict[str, Any] = response.json()
+        return body
+
+    def is_ready(self) -> bool:
+        try:
+            return self.client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def status(self) -> PipelineStatus:
+        """What one of the pipelines says of itself."""
+        from ray import serve
+
+        status: PipelineStatus = serve.get_deployment_handle("Pipeline", APP_NAME).status.remote().result(timeout_s=30)
+        return status
+
+    def wait_until_idle(self) -> None:
+        """Until no pipeline request holds a block."""
+        wait_until(lambda: self.status().num_used_blocks == 0, "no KV block is in use", timeout_s=20)
+
+
+def free_port() -> int:
+    """A port that nobody listens at right now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def local_ray(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
+    """A Ray cluster of one node with logical resources."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def serve_http() -> Iterator[Server]:
+    """A Serve on the connected Ray, without an application yet."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    port = free_port()
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    base = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=base, timeout=60) as client:
+            yield Server(base, client)
+    finally:
+        serve.shutdown()
+
+
+@contextmanager
+def serving(args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None, num_cpus: int = 4) -> Iterator[Server]:
+    """An application of these settings, ready, on a Ray of its own."""
+    with local_ray(num_cpus), serve_http() as server:
+        deploy(args, scaling)
+        wait_until(server.is_ready, "the server is ready")
+        yield server
+
+
+def deploy(args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None) -> None:
+    """Deploys the application without waiting for it."""
+    from ray import serve
+
+    from gptj_dist.serving.app import make_application
+    from gptj_dist.serving.settings import parse_settings
+
+    options = {
+        **(scaling or {"num_replicas": 1}),
+        "graceful_shutdown_timeout_s": 5,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    serve.run_many(
+        [serve.RunTarget(make_application(parse_settings(args), options), name=APP_NAME)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )

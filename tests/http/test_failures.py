@@ -1,0 +1,118 @@
+"""Clients that vanish and stages that die, against a real Ray Serve."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.http.server import Server, deploy, local_ray, serve_http, serving
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.ray
+
+CLIENT = """
+import sys, httpx
+with httpx.stream("POST", sys.argv[1] + "/v1/completions", content=sys.argv[2], timeout=120) as response:
+    for line in response.iter_lines():
+        print(line, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving({"model": "demo", "stages": 2, "device": "cpu"}) as server:
+        yield server
+
+
+def start_client(server: Server, **fields: Any) -> subprocess.Popen[str]:
+    """A client in a process of its own, on a completion that takes a while."""
+    body = {"prompt": "My fellow citizens", "max_tokens": 900, "ignore_eos": True, "n": 4, **fields}
+    return subprocess.Popen(
+        [sys.executable, "-c", CLIENT, server.base, json.dumps(body)], stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_killed_leaves_zero_blocks_in_use(server: Server, stream: bool) -> None:
+    client = start_client(server, stream=stream)
+    wait_until(lambda: server.status().num_running == 4, "the request runs")
+    client.kill()
+    client.wait()
+    server.wait_until_idle()
+    status = server.status()
+    assert (status.num_running, status.num_waiting, status.num_used_blocks) == (0, 0, 0)
+
+
+def test_a_killed_client_does_not_disturb_another(server: Server) -> None:
+    request = {"prompt": "Call me Ishmael.", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    alone = server.complete(**request)["choices"][0]["text"]
+    client = start_client(server, stream=True)
+    wait_until(lambda: server.status().num_running == 4, "the request runs")
+    texts: list[str] = []
+    other = threading.Thread(target=lambda: texts.append(server.complete(**request)["choices"][0]["text"]))
+    other.start()
+    client.kill()
+    client.wait()
+    other.join(timeout=60)
+    assert texts == [alone]
+    server.wait_until_idle()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stage_that_dies_fails_its_requests_clearly_and_the_pipeline_comes_back(server: Server, victim: int) -> None:
+    num_restarts = server.status().num_restarts
+    client = start_client(server, stream=True, n=1)
+    assert client.stdout is not None
+    first_line = client.stdout.readline()
+    assert first_line.startswith("data: ")
+    pid = server.status().stages[victim].pid
+    os.kill(pid, signal.SIGKILL)
+    events = [line.removeprefix("data: ") for line in client.stdout.read().splitlines() if line]
+    client.wait(timeout=30)
+    error = json.loads(events[-1])["error"]
+    assert (error["type"], error["code"]) == ("service_unavailable", "stage_failed")
+    assert f"stage {victim}" in error["message"]
+    assert "[DONE]" not in events
+    wait_until(server.is_ready, "the pipeline is back")
+    status = server.status()
+    assert status.num_restarts == num_restarts + 1
+    assert status.num_used_blocks == 0
+    assert pid not in [stage.pid for stage in status.stages]
+    assert server.complete(prompt="Call me", max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_while_a_pipeline_restarts_requests_get_a_503_to_try_again(server: Server) -> None:
+    os.kill(server.status().stages[0].pid, signal.SIGKILL)
+
+    def refused() -> httpx.Response | None:
+        response = server.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+        return response if response.status_code == 503 else None
+
+    response = wait_until(refused, "a request is refused")
+    assert int(response.headers["retry-after"]) > 0
+    assert response.json()["error"]["type"] == "service_unavailable"
+    wait_until(server.is_ready, "the pipeline is back")
+
+
+def test_ready_is_503_while_stages_load_and_health_is_200() -> None:
+    import ray
+
+    ray.shutdown()
+    with local_ray(num_cpus=4), serve_http() as server:
+        deploy({"model": "demo", "stages": 4, "device": "cpu"})
+        wait_until(lambda: server.client.get("/health").status_code == 200, "the ingress is up")
+        response = server.client.get("/ready")
+        assert response.status_code == 503
+        refused = server.client.post("/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+        assert "retry-after" in refused.headers
+        wait_until(server.is_ready, "the stages have loaded")

@@ -1,0 +1,23 @@
+"""Waiting for something to become true, with a limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 60.0) -> T:
+    """Polls until `condition` gives something true, and returns it.
+
+    Raises:
+        TimeoutError: it did not within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"gave up waiting until {what}, after {timeout_s:.0f} s")
+        time.sleep(0.05)
+    return value
