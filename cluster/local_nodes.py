@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -23,23 +26,33 @@ OBJECT_STORE_BYTES = 100_000_000  # a node's; the stages' tensors do not go thro
 def main() -> None:
     """Starts the nodes, tells where, and waits to be interrupted."""
     args = parse_args()
-    signal.signal(signal.SIGTERM, interrupt)
     # Before Ray is imported: it listens on all interfaces unless it takes the machine for a desktop.
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(prefix="ray-nodes-", dir="/tmp") as directory:  # short: Ray puts sockets there
+        # In Ray's usual place it would note these nodes as "the" cluster, which whoever names none then joins.
+        os.environ["RAY_TMPDIR"] = directory
+        try:
+            with running_nodes(args) as cluster:
+                announce(args.nodes, cluster, directory)
+                signal.pause()
+        except KeyboardInterrupt:
+            print("Stopped.")
+
+
+@contextmanager
+def running_nodes(args: argparse.Namespace) -> Iterator[Any]:
+    """The nodes, as Ray's own tests start them; their processes end with the context."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster()  # ends its processes at exit as well, should the start fail
+    catch_signals()
+    cluster = Cluster()
     try:
         cluster.add_node(**head_options(args))
         for _ in range(args.nodes - 1):
             cluster.add_node(**node_options(args))
-        announce(args.nodes, cluster)
-        signal.pause()
-    except KeyboardInterrupt:
-        print("Stopping the nodes ...", flush=True)
+        catch_signals()  # again: Ray has put its own handler of SIGTERM there
+        yield cluster
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cluster.shutdown()
 
 
@@ -71,9 +84,9 @@ def head_options(args: argparse.Namespace) -> dict[str, Any]:
     return node_options(args) | {"include_dashboard": not args.no_dashboard, "dashboard_host": LOOPBACK}
 
 
-def announce(num_nodes: int, cluster: Any) -> None:
+def announce(num_nodes: int, cluster: Any, directory: str) -> None:
     """Prints what to give to whom."""
-    print(f"{num_nodes} Ray nodes at {cluster.address}\n")
+    print(f"{num_nodes} Ray nodes at {cluster.address}, logs in {directory} until they stop\n")
     print(f"  gptj-dist serve demo --stages {num_nodes} --address {cluster.address}")
     print(f"  export RAY_ADDRESS={cluster.address}")
     if cluster.webui_url:
@@ -81,8 +94,16 @@ def announce(num_nodes: int, cluster: Any) -> None:
     print("\nCtrl-C stops them.", flush=True)
 
 
-def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def catch_signals() -> None:
+    """Makes the first SIGINT or SIGTERM a `KeyboardInterrupt`; later ones must not keep the nodes from being ended."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 if __name__ == "__main__":

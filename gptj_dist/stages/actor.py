@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 END_LINGER_MS = 1000
 
 
-@ray.remote(concurrency_groups={"run": 1, "progress": 1})
 class Stage:
     """One stage of one pipeline, for the time of one epoch. Its life: `load`, `allocate`, `run`.
 
@@ -97,3 +96,6 @@ def _to_wire(hidden: Tensor) -> HiddenStates:
     rows, d_model = hidden.shape
     data = hidden.cpu().contiguous().view(torch.uint8).numpy().data
     return HiddenStates(names[hidden.dtype], (rows, d_model), data)
+
+
+StageActor = ray.remote(concurrency_groups={"run": 1, "progress": 1})(Stage)

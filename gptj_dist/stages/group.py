@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from gptj_dist.config import DeviceKind
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
-from gptj_dist.stages.actor import Stage
+from gptj_dist.stages.actor import StageActor
 from gptj_dist.stages.blueprint import (
     Blueprint,
     DeviceReport,
@@ -146,8 +146,7 @@ class StageGroup:
 
 
 def _stage_options(placement: Placement, index: int, epoch: int) -> Any:
-    actor_class: Any = Stage  # what `ray.remote` made of it
-    return actor_class.options(
+    return StageActor.options(
         name=f"{ACTOR_NAME_PREFIX}/{placement.name}/{epoch}/stage-{index}",
         num_cpus=placement.cpus,
         num_gpus=placement.gpus,

@@ -1,0 +1,54 @@
+# `make serve` and `make test` set up all that they need in .venv; a second call installs nothing.
+
+VENV ?= .venv
+# The interpreter that makes the environment: 3.11 or 3.12.
+PYTHON ?= $(firstword $(foreach v,3.11 3.12,$(shell command -v python$(v))) python3)
+# Without an NVIDIA GPU this CPU build of torch is installed first. Where the default index has none for your Python,
+# name one that has: make serve TORCH_INDEX="--index-url <URL of PyTorch's CPU wheels>"
+TORCH_VERSION ?= 2.13.0
+TORCH_INDEX ?=
+PORT ?= 8000
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUNTIME := $(VENV)/.runtime-$(TORCH_VERSION)
+DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
+
+.PHONY: serve test quick lint bench clean
+
+serve: $(RUNTIME)
+	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
+
+test: lint
+	$(BIN)/python -m pytest
+
+# Everything that starts no Ray.
+quick: lint
+	$(BIN)/python -m pytest -m "not ray"
+
+lint: $(DEVELOPMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEVELOPMENT)
+	$(BIN)/python -m benchmarks.http
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml | $(VENV)/bin/python
+	if ! nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install --quiet --dry-run --ignore-installed --no-deps --report - $(TORCH_INDEX) torch==$(TORCH_VERSION) \
+			| $(BIN)/python cluster/require_cpu_build.py && \
+		$(PIP) install --quiet $(TORCH_INDEX) torch==$(TORCH_VERSION); \
+	fi
+	$(PIP) install --quiet --editable .
+	touch $@
+
+$(DEVELOPMENT): $(RUNTIME)
+	$(PIP) install --quiet --editable ".[dev]"
+	touch $@

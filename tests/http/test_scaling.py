@@ -1,0 +1,87 @@
+"""Whole pipelines as Serve replicas: several answer, and their number follows the load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import httpx
+import pytest
+import ray
+
+from tests.http.server import APP_NAME, Server, serving
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.ray
+
+SETTINGS = {"model": "demo", "stages": 2, "device": "cpu", "cpus_per_stage": 0.5}
+
+
+def actor_names() -> list[str]:
+    """Named actors that are alive: Serve's, and the stages."""
+    return sorted(actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True))
+
+
+def num_pipelines() -> int:
+    from ray import serve
+
+    deployment = serve.status().applications[APP_NAME].deployments["Pipeline"]
+    return deployment.replica_states.get("RUNNING", 0)
+
+
+def test_with_two_replicas_both_answer() -> None:
+    with serving(SETTINGS, {"num_replicas": 2}) as server:
+        wait_until(lambda: num_pipelines() == 2, "both pipelines run")
+        names = wait_until(lambda: _seen_names(server), "both have been asked")
+        assert len(names) == 2
+        texts = {server.complete(prompt="Call me", max_tokens=8, temperature=0)["choices"][0]["text"] for _ in range(8)}
+        assert len(texts) == 1
+        stages = [name for name in actor_names() if "stage-" in name]
+        assert Counter(name.rpartition("/")[2] for name in stages) == {"stage-0": 2, "stage-1": 2}
+
+
+def _seen_names(server: Server) -> set[str] | None:
+    names = {server.status().name for _ in range(10)}
+    return names if len(names) == 2 else None
+
+
+def test_the_autoscaler_goes_from_one_to_two_under_load_and_back_and_no_request_fails() -> None:
+    scaling = {
+        "autoscaling_config": {
+            "min_replicas": 1,
+            "max_replicas": 2,
+            "target_ongoing_requests": 2,
+            "upscale_delay_s": 0.5,
+            "downscale_delay_s": 2,
+            "metrics_interval_s": 0.2,
+            "look_back_period_s": 1,
+        }
+    }
+    with serving(SETTINGS, scaling) as server:
+        num_actors = len(actor_names())
+        statuses = asyncio.run(_load_until_two(server))
+        assert len(statuses) >= 12
+        assert set(statuses) == {200}
+        wait_until(lambda: num_pipelines() == 1, "one pipeline is left", timeout_s=60)
+        wait_until(lambda: len(actor_names()) == num_actors, "its actors are gone", timeout_s=30)
+        assert server.complete(prompt="Call me", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+async def _load_until_two(server: Server) -> list[int]:
+    """Twelve clients that go on until there are two pipelines, and a little longer; the status of each response."""
+    statuses: list[int] = []
+    is_over = asyncio.Event()
+
+    async def client(http: httpx.AsyncClient, number: int) -> None:
+        while not is_over.is_set():
+            body = {"prompt": "My fellow citizens", "max_tokens": 60, "seed": number, "ignore_eos": True}
+            statuses.append((await http.post("/v1/completions", json=body)).status_code)
+
+    async with httpx.AsyncClient(base_url=server.base, timeout=120) as http, asyncio.TaskGroup() as group:
+        for number in range(12):
+            group.create_task(client(http, number))
+        await asyncio.to_thread(wait_until, lambda: num_pipelines() == 2, "a second pipeline runs", 90)
+        num_before = len(statuses)
+        await asyncio.to_thread(wait_until, lambda: len(statuses) > num_before + 24, "both have worked", 60)
+        is_over.set()
+    return statuses

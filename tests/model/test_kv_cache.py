@@ -1,0 +1,152 @@
+"""Both caches hold what was written, for whom it was written; the CPU's takes memory late and gives it back."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptj_dist.model.inputs import Span
+from gptj_dist.model.kv_cache import BlockCache, KVCache, RegionCache
+
+CPU = torch.device("cpu")
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 3, 5
+MAX_TOKENS, NUM_REQUESTS, BLOCK_SIZE = 40, 4, 4
+MEGABYTE = 2**20
+
+
+def _regions(max_tokens: int = MAX_TOKENS, head_dim: int = HEAD_DIM) -> RegionCache:
+    return RegionCache(NUM_LAYERS, NUM_REQUESTS, max_tokens, NUM_HEADS, head_dim)
+
+
+def _blocks(dtype: torch.dtype = torch.float32) -> BlockCache:
+    num_blocks = NUM_REQUESTS * MAX_TOKENS // BLOCK_SIZE
+    return BlockCache(NUM_LAYERS, num_blocks, BLOCK_SIZE, NUM_HEADS, HEAD_DIM, dtype, CPU)
+
+
+def _keys_and_values(seed: int, num_tokens: int, head_dim: int = HEAD_DIM) -> tuple[Tensor, Tensor]:
+    """[tokens, heads, head_dim] each."""
+    both = torch.randn(2, num_tokens, NUM_HEADS, head_dim, generator=torch.Generator().manual_seed(seed))
+    return both[0], both[1]
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("kind", ["regions", "blocks"])
+def test_a_random_walk_reads_back_what_it_wrote(kind: str) -> None:
+    """Requests come, grow by chunks and go, in every order; each reads its own tokens, in every layer."""
+    chooser = random.Random(0)
+    cache: KVCache = _regions() if kind == "regions" else _blocks()
+    free = list(range(NUM_REQUESTS * MAX_TOKENS // BLOCK_SIZE))
+    chooser.shuffle(free)
+    blocks: dict[int, list[int]] = {}
+    num_written: dict[int, int] = {}
+    for step in range(600):
+        if len(blocks) < NUM_REQUESTS and (not blocks or chooser.random() < 0.2):
+            cache.add(step)
+            blocks[step], num_written[step] = [], 0
+        id_ = chooser.choice(list(blocks))
+        start = num_written[id_]
+        stop = min(start + chooser.choice((1, 1, 2, 3, 7, 20)), MAX_TOKENS)
+        if start == stop or chooser.random() < 0.1:
+            cache.release(id_)
+            free += blocks.pop(id_)
+            chooser.shuffle(free)
+            continue
+        num_new = -(-stop // BLOCK_SIZE) - len(blocks[id_])
+        new, free = free[:num_new], free[num_new:]
+        cache.extend(id_, new)
+        blocks[id_] += new
+        num_written[id_] = stop
+        for layer in range(NUM_LAYERS):
+            keys, values = _keys_and_values(NUM_LAYERS * id_ + layer, MAX_TOKENS)
+            span = Span(id_, row=0, start=start, num_tokens=stop - start)
+            cache.write(layer, span, keys[start:stop], values[start:stop])
+        for other in blocks:
+            for layer in range(NUM_LAYERS):
+                expected = _keys_and_values(NUM_LAYERS * other + layer, MAX_TOKENS)
+                for read, written in zip(cache.read(layer, other, num_written[other]), expected, strict=True):
+                    assert torch.equal(read, written[: num_written[other]].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_are_kept_in_the_models_type(dtype: torch.dtype) -> None:
+    cache = _blocks(dtype)
+    cache.add(0)
+    cache.extend(0, [3, 1])
+    keys, values = _keys_and_values(0, 6)
+    cache.write(1, Span(0, 0, 0, 6), keys, values)
+    for read, written in zip(cache.read(1, 0, 6), (keys, values), strict=True):
+        assert read.dtype == dtype
+        assert torch.equal(read, written.to(dtype).transpose(0, 1))
+
+
+def test_a_span_may_cross_scattered_blocks() -> None:
+    cache = _blocks()
+    cache.add(7)
+    keys, values = _keys_and_values(0, 10)
+    cache.extend(7, [9])
+    cache.write(0, Span(7, 0, 0, 3), keys[:3], values[:3])
+    cache.extend(7, (0, 5))
+    cache.write(0, Span(7, 0, 3, 7), keys[3:], values[3:])
+    assert torch.equal(cache.read(0, 7, 10)[0], keys.transpose(0, 1))
+    assert torch.equal(cache.read(0, 7, 10)[1], values.transpose(0, 1))
+
+
+def test_regions_are_read_in_place() -> None:
+    cache = _regions()
+    cache.add(0)
+    keys, _ = cache.read(0, 0, 5)
+    new_keys, new_values = _keys_and_values(0, 5)
+    cache.write(0, Span(0, 0, 0, 5), new_keys, new_values)
+    assert torch.equal(keys, new_keys.transpose(0, 1))
+
+
+@pytest.mark.parametrize(("max_tokens", "head_dim"), [(8, 1), (40, 5), (203, 15), (512, 16), (1024, 33)])
+def test_a_region_is_all_zeros_for_the_next_request(max_tokens: int, head_dim: int) -> None:
+    """Whether it is less than a page, borders on pages or lies across them; and the regions beside it stay."""
+    cache = _regions(max_tokens, head_dim)
+    dirt = torch.full((max_tokens, NUM_HEADS, head_dim), torch.inf)
+    for id_ in range(NUM_REQUESTS):
+        cache.add(id_)
+        for layer in range(NUM_LAYERS):
+            cache.write(layer, Span(id_, 0, 0, max_tokens), dirt, dirt)
+    for id_ in range(NUM_REQUESTS):
+        cache.release(id_)
+        cache.add(100 + id_)
+        for layer in range(NUM_LAYERS):
+            assert all(bool((part == 0).all()) for part in cache.read(layer, 100 + id_, max_tokens))
+            for other in range(id_ + 1, NUM_REQUESTS):
+                assert all(bool((part == torch.inf).all()) for part in cache.read(layer, other, max_tokens))
+
+
+def test_tokens_that_were_never_written_read_as_zeros() -> None:
+    cache = _regions()
+    cache.add(0)
+    cache.write(0, Span(0, 0, 0, 3), *_keys_and_values(0, 3))
+    assert all(bool((part[:, 3:] == 0).all()) for part in cache.read(0, 0, MAX_TOKENS))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_memory_is_taken_by_tokens_written_and_given_back_by_release() -> None:
+    """A cache of far more than the machine has costs what is written to it, and nothing once that is released."""
+    max_tokens, head_dim = 2048, 256
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    region_bytes = 4 * 2 * 16 * max_tokens * head_dim
+    num_regions = 2 * machine_bytes // region_bytes
+    before = _resident_bytes()
+    cache = RegionCache(1, num_regions, max_tokens, 16, head_dim)
+    cache.add(0)
+    assert _resident_bytes() - before < 16 * MEGABYTE
+    rows = torch.ones(1024, 16, head_dim)
+    cache.write(0, Span(0, 0, 0, 1024), rows, rows)
+    with_rows = _resident_bytes()
+    assert with_rows - before > 30 * MEGABYTE
+    cache.release(0)
+    assert with_rows - _resident_bytes() > 30 * MEGABYTE

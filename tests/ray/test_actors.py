@@ -1,0 +1,203 @@
+"""Stages as Ray actors joined by ZeroMQ: the same bits as in one process, however many there are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from gptj_dist import LLM, SamplingParams
+from gptj_dist.config import PipelineConfig
+from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.plan import Result
+from gptj_dist.engine.request import Request
+from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.errors import CheckpointError, StageFailedError
+from gptj_dist.stages.actor import Stage, _to_tensor, _to_wire
+from gptj_dist.stages.blueprint import draw_blueprint
+from gptj_dist.stages.group import Placement, StageGroup
+from gptj_dist.stages.local import load_local
+from gptj_dist.stages.transport.codec import EndFrame, Frame, PlanFrame
+from gptj_dist.stages.transport.zeromq import Inbound, Outbound
+from tests.http.server import local_ray
+
+pytestmark = pytest.mark.ray
+
+PROMPTS = ["The state of the Union is", "Call me Ishmael. " * 8, "It is", "My fellow citizens, the whale " * 3]
+NUM_BLOCKS = 7
+"""Little enough that requests are preempted."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=8):
+        yield
+
+
+class LogitsStage(Stage):
+    """A stage whose last one sends logits where it would send tokens."""
+
+    def _compute(self, frame: Frame) -> Frame:
+        assert isinstance(frame, PlanFrame)
+        return PlanFrame(frame.plan, _to_wire(self._runner.forward(frame.plan, _to_tensor(frame.hidden))))
+
+
+Logits = dict[tuple[int, int], torch.Tensor]
+"""By request and position."""
+
+
+class Recorder:
+    """Drives a scheduler over `compute`, and keeps every row of logits; tokens are the greedy ones."""
+
+    def __init__(self, num_stages: int, prompts: list[list[int]]) -> None:
+        self.scheduler = Scheduler(SchedulerConfig(num_stages, NUM_BLOCKS, 16, 8, eos_token_id=0, max_chunk_tokens=7))
+        params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        for request_id, prompt in enumerate(prompts):
+            self.scheduler.add(Request(request_id, tuple(prompt), params, noise_key=0))
+        self.logits: Logits = {}
+
+    def land(self, plan: Any, logits: torch.Tensor) -> None:
+        chunks = [chunk for chunk in plan.chunks if chunk.samples]
+        for chunk, row in zip(chunks, logits, strict=True):
+            self.logits[chunk.request_id, chunk.start + len(chunk.token_ids)] = row.clone()
+        self.scheduler.update(Result(plan.plan_id, tuple(logits.argmax(dim=-1).tolist())))
+
+
+def logits_in_one_process(prompts: list[list[int]]) -> Logits:
+    _, (runner,) = load_local(PipelineConfig("demo", device="cpu", dtype="float32"))
+    recorder = Recorder(1, prompts)
+    while (plan := recorder.scheduler.schedule()) is not None:
+        recorder.land(plan, runner.forward(plan, None))
+    return recorder.logits
+
+
+def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
+    blueprint = draw_blueprint(PipelineConfig("demo", stages=num_stages, device="cpu"))
+    actor_class = ray.remote(concurrency_groups={"run": 1, "progress": 1})(LogitsStage)
+    stages = [actor_class.options(num_cpus=0.5).remote(spec, 3) for spec in blueprint.stage_specs("cpu")]
+    addresses = [address for _, address in ray.get([stage.describe.remote() for stage in stages])]
+    ray.get([stage.load.remote("float32", 1) for stage in stages])
+    ray.get([stage.allocate.remote(NUM_BLOCKS, "float32") for stage in stages])
+    inbound, outbound = Inbound("127.0.0.1", epoch=3), Outbound(addresses[0], epoch=3)
+    runs = [stage.run.remote(address) for stage, address in zip(stages, [*addresses[1:], inbound.address], strict=True)]
+    recorder = Recorder(num_stages, prompts)
+    with contextlib.closing(inbound), contextlib.closing(outbound):
+        while recorder.scheduler.has_requests:
+            while (plan := recorder.scheduler.schedule()) is not None:
+                outbound.send(PlanFrame(plan, None))
+            frame = inbound.receive()
+            assert isinstance(frame, PlanFrame)
+            assert frame.hidden is not None
+            has_rows = frame.hidden.shape[0] > 0
+            logits = _to_tensor(frame.hidden) if has_rows else torch.empty(frame.hidden.shape)
+            assert logits is not None
+            recorder.land(frame.plan, logits)
+        assert recorder.scheduler.num_preemptions > 0
+        outbound.send(EndFrame())
+        ray.get(runs, timeout=20)
+    return recorder.logits
+
+
+def test_logits_of_actors_over_zeromq_have_the_bits_of_one_process() -> None:
+    with LLM("demo", device="cpu") as llm:
+        prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
+    expected = logits_in_one_process(prompts)
+    assert len(expected) == 12 * len(PROMPTS)
+    for num_stages in (1, 2, 4):
+        found = logits_of_actors(num_stages, prompts)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), f"{num_stages} stages"
+
+
+@asynccontextmanager
+async def running_group(config: PipelineConfig, epoch: int = 0) -> AsyncIterator[tuple[StageGroup, AsyncEngine]]:
+    """A started group in a placement group of its own, and an engine over it that is being driven."""
+    blueprint = draw_blueprint(config)
+    bundles = placement_group([{"CPU": 0.1}, *[{"CPU": 0.5}] * len(blueprint.layers)])
+    placement = Placement(bundles, "cpu", cpus=0.5, gpus=0, name=f"test-{epoch}-{len(blueprint.layers)}")
+    try:
+        group, pipeline = await StageGroup.start(blueprint, placement, epoch)
+        engine = AsyncEngine(pipeline.make_scheduler(), group, pipeline.limits())
+        driver = asyncio.create_task(engine.run())
+        try:
+            yield group, engine
+        finally:
+            driver.cancel()
+            await asyncio.gather(driver, return_exceptions=True)
+            await group.stop()
+    finally:
+        remove_placement_group(bundles)
+
+
+async def complete(engine: AsyncEngine, prompt: list[int], params: SamplingParams, choice: int) -> tuple[int, ...]:
+    tokens = [delta.token_ids async for delta in engine.generate(prompt, params, choice)]
+    return tuple(token for ids in tokens for token in ids)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_greedy_and_seeded_tokens_of_actors_are_those_of_one_process(num_stages: int) -> None:
+    all_params = [SamplingParams(max_tokens=15, temperature=0), SamplingParams(max_tokens=15, seed=5, top_p=0.95)]
+    with LLM("demo", device="cpu", dtype="float32") as llm:
+        prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
+        expected = [
+            output.completions[0].token_ids for params in all_params for output in llm.generate(prompts, params)
+        ]
+
+    async def run() -> list[tuple[int, ...]]:
+        async with running_group(PipelineConfig("demo", stages=num_stages, dtype="float32")) as (_, engine):
+            return await asyncio.gather(
+                *(complete(engine, prompt, params, 0) for params in all_params for prompt in prompts)
+            )
+
+    assert asyncio.run(run()) == expected
+
+
+async def _exhaust(stream: AsyncIterator[Any]) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_a_stage_that_dies_is_seen_and_named() -> None:
+    async def run() -> None:
+        async with running_group(PipelineConfig("demo", stages=2), epoch=1) as (group, engine):
+            stream = engine.generate([1, 2, 3], SamplingParams(max_tokens=900, ignore_eos=True))
+            await anext(stream)
+            ray.kill(group._stages[1])
+            with pytest.raises(StageFailedError, match="stage 1"):
+                await asyncio.wait_for(_exhaust(stream), timeout=20)
+
+    asyncio.run(run())
+
+
+def test_a_checkpoint_that_breaks_while_loading_is_told_and_leaves_no_actor(tmp_path: Any) -> None:
+    from gptj_dist.checkpoint.synthetic import write_checkpoint
+    from gptj_dist.config import ModelConfig
+
+    write_checkpoint(tmp_path, ModelConfig(4128, 4, 16, 2, 8, 64, 64, 0))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((draw_path() / name).read_bytes())
+    blueprint = draw_blueprint(PipelineConfig(str(tmp_path), stages=2))
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.5}, {"CPU": 0.5}])
+    before = set(map(str, ray.util.list_named_actors(all_namespaces=True)))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        asyncio.run(_start(blueprint, Placement(bundles, "cpu", 0.5, 0, "broken")))
+    remove_placement_group(bundles)
+    assert set(map(str, ray.util.list_named_actors(all_namespaces=True))) == before
+
+
+async def _start(blueprint: Any, placement: Placement) -> None:
+    await StageGroup.start(blueprint, placement, epoch=9)
+
+
+def draw_path() -> Any:
+    from gptj_dist.checkpoint.hub import resolve_model
+
+    return resolve_model("demo")

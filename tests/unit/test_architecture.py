@@ -1,0 +1,164 @@
+"""The layering of design section 2, read off the imports; and that what must stay light does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import gptj_dist
+
+PACKAGE = Path(gptj_dist.__file__).parent
+ROOT_UNIT = "gptj_dist"
+
+LEVELS = [
+    {ROOT_UNIT, "errors", "config", "params"},
+    {"partition", "engine", "text", "model", "checkpoint"},
+    {"stages"},
+    {"completion", "llm"},
+    {"serving"},
+    {"cli"},
+]
+"""Units, that is, modules and packages right below `gptj_dist`. Imports go to lower levels only."""
+
+LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
+UNITS_THAT_SHARE_THEIR_LEVEL = LEVELS[0] | {"completion", "llm"}
+UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "params"}
+
+STDLIB_ONLY: set[str] = set()
+THIRD_PARTY_OF = {
+    **dict.fromkeys(["engine", "errors", "config", "params", "partition", "completion"], STDLIB_ONLY),
+    "text": {"tokenizers"},
+    "model": {"torch"},
+    "checkpoint": {"torch", "safetensors", "huggingface_hub"},
+}
+RAY_MODULES = {"stages.actor", "stages.group"}
+RAY_UNITS = {"serving", "cli"}
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One import statement's target.
+
+    Args:
+        module: who imports, without the leading `gptj_dist.`; the root module is `gptj_dist`.
+        target: the full name of what is imported, such as `torch.nn` or `gptj_dist.errors.CheckpointError`.
+        is_lazy: within a function.
+    """
+
+    module: str
+    target: str
+    is_lazy: bool
+
+    @property
+    def unit(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def top_level(self) -> str:
+        return self.target.partition(".")[0]
+
+    @property
+    def target_unit(self) -> str:
+        """The unit of `gptj_dist` that is imported."""
+        name = [*self.target.split("."), ""][1]
+        return UNIT_OF_ROOT_NAME.get(name, name if name in LEVEL_OF else ROOT_UNIT)
+
+    def __str__(self) -> str:
+        return f"{self.module} imports {self.target}"
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """All modules of the package, by their names below it."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__") or ROOT_UNIT
+        yield name, ast.parse(path.read_text(), filename=str(path))
+
+
+def imports_of(module: str, node: ast.AST, is_lazy: bool = False) -> Iterator[Import]:
+    """All imports within a node, those in functions and under `TYPE_CHECKING` included."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(module, alias.name, is_lazy) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{module} has a relative import"
+            yield from (Import(module, f"{child.module}.{alias.name}", is_lazy) for alias in child.names)
+        else:
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports_of(module, child, is_lazy or is_function)
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    return [imported for name, tree in modules() for imported in imports_of(name, tree)]
+
+
+def may_import(unit: str, target: str) -> bool:
+    if unit == ROOT_UNIT:  # the package's face: everything but `params` it imports lazily
+        return target in {"params", "llm"}
+    is_neighbour = {unit, target} <= UNITS_THAT_SHARE_THEIR_LEVEL and LEVEL_OF[unit] == LEVEL_OF[target]
+    return target == unit or LEVEL_OF[target] < LEVEL_OF[unit] or is_neighbour
+
+
+def may_import_ray(imported: Import) -> bool:
+    is_allowed = imported.module in RAY_MODULES or imported.unit in RAY_UNITS
+    return is_allowed and (imported.is_lazy or imported.unit != "cli")
+
+
+def test_every_unit_has_a_level(imports: list[Import]) -> None:
+    assert {imported.unit for imported in imports} <= set(LEVEL_OF)
+
+
+def test_imports_within_the_package_only_go_down(imports: list[Import]) -> None:
+    inner = [imported for imported in imports if imported.top_level == "gptj_dist"]
+    assert len(inner) > 50
+    assert [str(imported) for imported in inner if not may_import(imported.unit, imported.target_unit)] == []
+
+
+def test_ray_is_imported_only_where_actors_are_and_transformers_nowhere(imports: list[Import]) -> None:
+    ray = [imported for imported in imports if imported.top_level == "ray"]
+    assert [str(imported) for imported in ray if not may_import_ray(imported)] == []
+    assert [str(imported) for imported in imports if imported.top_level == "transformers"] == []
+
+
+def test_light_units_import_no_third_party_package_but_their_own(imports: list[Import]) -> None:
+    outer = [
+        imported
+        for imported in imports
+        if imported.top_level not in sys.stdlib_module_names and imported.top_level != "gptj_dist"
+    ]
+    assert [
+        str(imported)
+        for imported in outer
+        if imported.unit in THIRD_PARTY_OF and imported.top_level not in THIRD_PARTY_OF[imported.unit]
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["gptj_dist", "gptj_dist.engine.scheduler, gptj_dist.engine.async_engine", "gptj_dist.completion", "gptj_dist.cli"],
+)
+def test_importing_what_must_be_light_loads_neither_torch_nor_ray(names: str) -> None:
+    code = f"import sys, {names}; print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_no_public_module_class_or_function_lacks_a_docstring() -> None:
+    undocumented = [
+        f"{name}:{getattr(node, 'name', 'module')}"
+        for name, tree in modules()
+        for node in [tree, *tree.body]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and not getattr(node, "name", "").startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert undocumented == []

@@ -1,0 +1,92 @@
+"""Cutting layers into stages: against every possible cut, and for GPT-J-6B's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+
+import pytest
+
+from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.partition import explicit_partition, layer_ranges, lm_head_cost_layers, plan_partition, stage_costs
+
+
+def make_model(num_layers: int, vocab_size: int = 50400, d_model: int = 4096) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=16,
+        rotary_dim=64,
+        d_ff=4 * d_model,
+        context_length=2048,
+        eos_token_id=0,
+    )
+
+
+GPTJ_6B = make_model(28)
+VOCAB_SIZES = (16, 12 * 4096, 50400, 150_000, 600_000)
+"""`lm_head` then costs from next to nothing to nearly nine layers."""
+
+
+def all_cuts(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
+    for borders in combinations(range(1, num_layers), num_stages - 1):
+        yield tuple(stop - start for start, stop in pairwise((0, *borders, num_layers)))
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("num_layers", range(1, 11))
+def test_no_cut_has_a_faster_slowest_stage_than_the_planned_one(num_layers: int, vocab_size: int) -> None:
+    model = make_model(num_layers, vocab_size)
+    for num_stages in range(1, num_layers + 1):
+        planned = plan_partition(model, num_stages)
+        cuts = list(all_cuts(num_layers, num_stages))
+        least = min(max(stage_costs(model, layers)) for layers in cuts)
+        assert planned in cuts
+        assert max(stage_costs(model, planned)) == least
+        assert planned[-1] == max(layers[-1] for layers in cuts if max(stage_costs(model, layers)) == least)
+
+
+def test_a_stage_costs_its_layers_and_the_last_one_lm_head_too() -> None:
+    # lm_head streams 50400 x 4096 weights, a layer 12 x 4096**2; an output token comes with 4 prompt tokens, 10 times
+    # cheaper each.
+    expected = 50400 / (12 * 4096) / (1 + 4 / 10)
+    assert lm_head_cost_layers(GPTJ_6B) == pytest.approx(expected)
+    assert stage_costs(GPTJ_6B, (8, 7, 7, 6)) == pytest.approx((8, 7, 7, 6 + expected))
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "layers"),
+    [
+        (1, (28,)),
+        (2, (14, 14)),
+        (3, (10, 9, 9)),
+        (4, (7, 7, 7, 7)),
+        (7, (4,) * 7),
+        (14, (2,) * 14),
+        (28, (1,) * 28),
+    ],
+)
+def test_gptj_6b_is_cut_evenly(num_stages: int, layers: tuple[int, ...]) -> None:
+    assert plan_partition(GPTJ_6B, num_stages) == layers
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="cannot cut 28 layers into 29 stages"):
+        plan_partition(GPTJ_6B, 29)
+
+
+def test_explicit_layers_must_add_up_to_the_models() -> None:
+    assert explicit_partition(GPTJ_6B, (8, 7, 7, 6)) == (8, 7, 7, 6)
+    with pytest.raises(ConfigurationError, match="add up to 27, but the model has 28"):
+        explicit_partition(GPTJ_6B, (7, 7, 7, 6))
+
+
+def test_layer_ranges_cover_the_model_without_gap_or_overlap() -> None:
+    assert layer_ranges((8, 7, 7, 6)) == (
+        LayerRange(0, 4, 0, 8),
+        LayerRange(1, 4, 8, 15),
+        LayerRange(2, 4, 15, 22),
+        LayerRange(3, 4, 22, 28),
+    )
