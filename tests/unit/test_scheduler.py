@@ -475,30 +475,29 @@ def test_drained_requests_go_on_in_a_fresh_scheduler_with_their_tokens() -> None
     assert queued.num_output_tokens == 4
 
 
-def test_drained_requests_come_in_order_of_arrival_even_when_a_younger_one_runs_and_an_older_one_waits() -> None:
+def scheduler_where_an_older_request_waits(stages: FakeStages) -> tuple[Scheduler, deque[Plan]]:
+    """Requests 2 and 4 run and 3 waits: 4 was in the very plan for which 3 was preempted. Plans in flight come along.
+
+    Walks hardly ever get there.
+    """
     scheduler = make_scheduler(num_blocks=89, block_size=1, max_batch_size=16, max_chunk_tokens=40)
-    requests = [
-        make_request(request_id, num_prompt_tokens, SamplingParams(max_tokens=7))
-        for request_id, num_prompt_tokens in enumerate([4, 2, 80, 1, 1])
-    ]
-    scheduler.add(requests[0])
-    scheduler.add(requests[1])
-    in_flight = deque(fill(scheduler))
-    for turn in range(14):
-        if turn == 2:  # its prompt finds no room for its second chunk, so those behind it run, too
-            for request in requests[2:]:
-                scheduler.add(request)
-        if turn == 11:  # now it finds room, if it preempts request 3; request 4 is in the same plan already
+    in_flight: deque[Plan] = deque()
+    for turn in range(15):
+        if turn == 0:
+            for request_id, num_prompt_tokens in ((0, 4), (1, 2)):
+                scheduler.add(make_request(request_id, num_prompt_tokens, SamplingParams(max_tokens=7)))
+        if turn == 2:  # there is no room for the second chunk of 2, so 3 and 4 run as well
+            for request_id, num_prompt_tokens in ((2, 80), (3, 1), (4, 1)):
+                scheduler.add(make_request(request_id, num_prompt_tokens, SamplingParams(max_tokens=7)))
+        if turn == 11:  # now there is room for that chunk, if 3 gives up its blocks
             scheduler.abort(1)
-        in_flight.extend(fill(scheduler))
-        land(scheduler, in_flight.popleft())
-        in_flight.extend(fill(scheduler))
-    drained = scheduler.drain()
-    assert [request.request_id for request in drained] == [2, 3, 4]
-    fresh = make_scheduler(num_blocks=89, block_size=1)
-    for request in drained:
-        fresh.add(request)
-    fresh.check_integrity()
+        plans = fill(scheduler)
+        if turn < 14 and in_flight:
+            plans = [*plans, *(land(scheduler, in_flight.popleft()) and ())]
+        for plan in plans:
+            stages.apply(plan)
+        in_flight.extend(plans)
+    return scheduler, in_flight
 
 
 def busy_scheduler() -> Scheduler:

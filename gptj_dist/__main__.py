@@ -1,0 +1,5 @@
+"""`python -m gptj_dist` is `gptj-dist`."""
+
+from gptj_dist.cli import main
+
+main()
