@@ -1,6 +1,6 @@
 """What a client feels: seconds until ready, time to first token, tokens/s of 1, 8 and 32 streams.
 
-    python -m benchmarks.http                                    starts `gptj-dist serve demo --stages 2` and measures it
+    python -m benchmarks.http                                    starts `gptj-dist serve demo`, measures it
     python -m benchmarks.http --base http://127.0.0.1:9000       measures a server that runs already (any OpenAI API)
 
 The last line on standard output is one JSON document. Times are medians; streams all begin at once.
@@ -100,7 +100,9 @@ async def measure(base: str, model: str, load: Load) -> dict[str, Any]:
             "first_token_ms_median": round(statistics.median(first_ms), 2),
             "first_token_ms_p90": round(statistics.quantiles(first_ms, n=10)[-1], 2),
         }
-        print(f"first token after {figures['first_token_ms_median']} ms (p90 {figures['first_token_ms_p90']})", flush=True)
+        print(
+            f"first token after {figures['first_token_ms_median']} ms (p90 {figures['first_token_ms_p90']})", flush=True
+        )
         for num_streams in load.streams:
             rates = [await rate(client, model, num_streams, load.max_tokens) for _ in range(load.rounds)]
             figures[f"tokens_per_s_{num_streams}"] = round(statistics.median(rates), 1)

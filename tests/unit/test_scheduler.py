@@ -374,6 +374,19 @@ def test_abort_frees_blocks_at_once_and_drops_the_token_on_its_way() -> None:
     assert not scheduler.has_requests
 
 
+def test_a_request_does_not_wait_for_the_plan_of_one_that_was_aborted() -> None:
+    scheduler = make_scheduler(num_stages=2)
+    scheduler.add(make_request(0, 4))
+    scheduler.add(make_request(1, 4))
+    [prefill] = fill(scheduler)
+    land(scheduler, prefill)
+    first, _second = fill(scheduler)
+    land(scheduler, first)
+    scheduler.abort(1)
+    [plan] = fill(scheduler)
+    assert [chunk.request_id for chunk in plan.chunks] == [0]
+
+
 def test_aborting_a_request_that_waits_or_is_unknown_tells_stages_nothing() -> None:
     scheduler = make_scheduler(max_batch_size=1)
     scheduler.add(make_request(0, 4))
@@ -475,29 +488,57 @@ def test_drained_requests_go_on_in_a_fresh_scheduler_with_their_tokens() -> None
     assert queued.num_output_tokens == 4
 
 
-def scheduler_where_an_older_request_waits(stages: FakeStages) -> tuple[Scheduler, deque[Plan]]:
-    """Requests 2 and 4 run and 3 waits: 4 was in the very plan for which 3 was preempted. Plans in flight come along.
+def fill_stages(scheduler: Scheduler, stages: FakeStages, in_flight: deque[Plan]) -> None:
+    """As `fill`, and the stages check the plans."""
+    for plan in fill(scheduler):
+        stages.apply(plan)
+        in_flight.append(plan)
 
-    Walks hardly ever get there.
-    """
+
+def scheduler_where_an_older_request_waits(stages: FakeStages, in_flight: deque[Plan]) -> Scheduler:
+    """Requests 2 and 4 run, 3 waits: it was preempted for a plan that had 4 in it already. Walks hardly get there."""
     scheduler = make_scheduler(num_blocks=89, block_size=1, max_batch_size=16, max_chunk_tokens=40)
-    in_flight: deque[Plan] = deque()
-    for turn in range(15):
+    params = SamplingParams(max_tokens=7)
+    for turn in range(14):
+        fill_stages(scheduler, stages, in_flight)
         if turn == 0:
-            for request_id, num_prompt_tokens in ((0, 4), (1, 2)):
-                scheduler.add(make_request(request_id, num_prompt_tokens, SamplingParams(max_tokens=7)))
-        if turn == 2:  # there is no room for the second chunk of 2, so 3 and 4 run as well
-            for request_id, num_prompt_tokens in ((2, 80), (3, 1), (4, 1)):
-                scheduler.add(make_request(request_id, num_prompt_tokens, SamplingParams(max_tokens=7)))
+            scheduler.add(make_request(0, 4, params))
+            scheduler.add(make_request(1, 2, params))
+        if turn == 2:  # there is no room for the second chunk of 2, so 3 and 4 run, too
+            scheduler.add(make_request(2, 80, params))
+            scheduler.add(make_request(3, 1, params))
+            scheduler.add(make_request(4, 1, params))
         if turn == 11:  # now there is room for that chunk, if 3 gives up its blocks
             scheduler.abort(1)
-        plans = fill(scheduler)
-        if turn < 14 and in_flight:
-            plans = [*plans, *(land(scheduler, in_flight.popleft()) and ())]
-        for plan in plans:
-            stages.apply(plan)
-        in_flight.extend(plans)
-    return scheduler, in_flight
+        fill_stages(scheduler, stages, in_flight)
+        land(scheduler, in_flight.popleft())
+    fill_stages(scheduler, stages, in_flight)
+    assert scheduler.num_preemptions == 1
+    assert sorted(stages.requests) == [2, 4]
+    return scheduler
+
+
+def test_drained_requests_come_in_order_of_arrival_even_where_an_older_one_waits() -> None:
+    scheduler = scheduler_where_an_older_request_waits(FakeStages(89, 1, 16), deque())
+    drained = scheduler.drain()
+    assert [request.request_id for request in drained] == [2, 3, 4]
+    fresh = make_scheduler(num_blocks=89, block_size=1)
+    for request in drained:
+        fresh.add(request)
+    fresh.check_integrity()
+
+
+def test_an_older_request_that_waits_runs_again_before_any_newcomer() -> None:
+    stages, in_flight = FakeStages(89, 1, 16), deque[Plan]()
+    scheduler = scheduler_where_an_older_request_waits(stages, in_flight)
+    scheduler.add(make_request(5, 1, SamplingParams(max_tokens=7)))
+    scheduler.abort(2)
+    plans = list(in_flight)
+    while scheduler.has_requests:
+        fill_stages(scheduler, stages, in_flight)
+        plans.append(in_flight[0])
+        land(scheduler, in_flight.popleft())
+    assert [new.request_id for plan in plans for new in plan.new_requests] == [3, 5]
 
 
 def busy_scheduler() -> Scheduler:

@@ -1,0 +1,78 @@
+"""`gptj-dist serve` as a person runs it: a process of its own, and everything that it starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+STOP_LIMIT_S = 10.0
+
+
+@dataclass
+class Command:
+    """A running command.
+
+    Args:
+        mark: stands in the environment of the process and of all its descendants.
+    """
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    log: IO[bytes] = field(repr=False)
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return Path(self.log.name).read_text()
+
+    def family(self) -> list[int]:
+        """Processes that are alive and descend from the command, however they were started."""
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._is_ours(path)]
+
+    def wait_for(self, pattern: str, timeout_s: float = 120.0) -> str:
+        """Until the output matches; the first group of the match."""
+
+        def find() -> re.Match[str] | None:
+            assert self.process.poll() is None, f"it has ended:\n{self.output()}"
+            return re.search(pattern, self.output())
+
+        return wait_until(find, f"{pattern!r} is printed", timeout_s).group(1)
+
+    def interrupt(self) -> None:
+        """As Ctrl-C at a terminal does: to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
+            return self.mark.encode() in (path / "environ").read_bytes()
+        except OSError:
+            return False
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator[Command]:
+    """Starts the command in a process group of its own; whatever is left of it in the end is killed."""
+    mark = f"GPTJ_DIST_TEST={uuid.uuid4().hex}"
+    environment = {**os.environ, "COLUMNS": "120", mark.partition("=")[0]: mark.partition("=")[2]}
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=0
+        )
+        started = Command(process, mark, log)
+        try:
+            yield started
+        finally:
+            for pid in started.family():
+                os.kill(pid, signal.SIGKILL)
+            process.wait()

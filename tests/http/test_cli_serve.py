@@ -1,0 +1,132 @@
+"""`gptj-dist serve` from start to end: what it prints, what it leaves, how it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gptj_dist.checkpoint.hub import resolve_model
+from tests.http.command import STOP_LIMIT_S, Command, running
+from tests.http.server import free_port
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.ray
+
+SERVE = [sys.executable, "-m", "gptj_dist", "serve"]
+
+
+def wait_until_gone(command: Command) -> None:
+    command.process.wait(timeout=STOP_LIMIT_S)
+    wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
+
+
+def test_it_serves_says_where_and_leaves_nothing_behind_even_in_mid_stream() -> None:
+    port = free_port()
+    with running([*SERVE, "demo", "--stages", "2", "--port", str(port), "--served-model-name", "tiny"]) as command:
+        base = command.wait_for(r"Ready after [\d.]+ s: tiny at (http://127\.0\.0\.1:\d+)")
+        command.wait_for(r"(Ctrl-C stops)")
+        output = command.output()
+        assert base.endswith(str(port))
+        assert "embed + 0-14 (15)" in output
+        assert "15-27 (13) + head" in output
+        curl = next(line.strip() for line in output.splitlines() if "curl" in line)
+        answer = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True).stdout
+        assert answer.rstrip().endswith("data: [DONE]")
+        lines: list[str] = []
+        reader = threading.Thread(target=_read_stream, args=(base, lines))
+        reader.start()
+        wait_until(lambda: len(lines) > 3, "the stream flows")
+        command.interrupt()
+        wait_until_gone(command)
+        reader.join(timeout=STOP_LIMIT_S)
+        assert command.process.returncode == 0
+        assert "Traceback" not in command.output()
+
+
+def _read_stream(base: str, lines: list[str]) -> None:
+    body = {"prompt": "Call me", "max_tokens": 1000, "ignore_eos": True, "stream": True, "n": 8}
+    try:
+        with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as response:
+            lines.extend(line for line in response.iter_lines() if line)
+    except httpx.TransportError:
+        lines.append("cut")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_loading_it_leaves_nothing_behind(signal_number: int) -> None:
+    with running([*SERVE, "demo", "--port", str(free_port())]) as command:
+        command.wait_for(r"(Starting Ray)")
+        wait_until(lambda: len(command.family()) > 3, "Ray has processes")
+        command.process.send_signal(signal_number)
+        wait_until_gone(command)
+        assert "Traceback" not in command.output()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/model"], "there is no directory /no/such/model"),
+        (["demo", "--layers", "20,20"], "add up to 40"),
+        (["demo", "--stages", "29"], "cannot cut 28 layers into 29 stages"),
+        (["demo", "--max-model-len", "5000"], "exceeds the model's context of 1024"),
+        (["demo", "--kv-cache-gb", "much"], "--kv-cache-gb takes a number or 'auto'"),
+        (["demo", "--min-replicas", "3", "--max-replicas", "2"], "contradict"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_exit_code_2_before_anything_starts(
+    arguments: list[str], message: str
+) -> None:
+    with running([*SERVE, *arguments]) as command:
+        assert command.process.wait(timeout=30) == 2
+        lines = command.output().strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("gptj-dist: ")
+        assert message in lines[0]
+        assert command.family() == []
+
+
+def test_a_broken_checkpoint_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    for file in resolve_model("demo").iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes()[: 5_000_000 if "safetensors" in file.name else None])
+    with running([*SERVE, str(tmp_path)]) as command:
+        assert command.process.wait(timeout=30) == 2
+        assert "model.safetensors" in command.output()
+        assert len(command.output().strip().splitlines()) == 1
+
+
+def test_a_port_in_use_is_said_before_ray_starts() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        running([*SERVE, "demo", "--port", str(other.getsockname()[1])]) as command,
+    ):
+        assert command.process.wait(timeout=30) == 2
+        assert "choose another --port" in command.output()
+        assert command.family() == []
+
+
+def test_more_than_the_machine_has_is_refused_with_a_hint_and_ray_is_ended() -> None:
+    with running([*SERVE, "demo", "--port", str(free_port()), "--cpus-per-stage", "500"]) as command:
+        assert command.process.wait(timeout=60) == 2
+        assert "try --cpus-per-stage" in command.output()
+        wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
+
+
+def test_the_benchmark_measures_a_running_server_and_ends_in_one_json_document() -> None:
+    port = free_port()
+    with running([*SERVE, "demo", "--port", str(port)]) as command:
+        base = command.wait_for(r"Ready after .* at (http://\S+)")
+        arguments = ["--streams", "1,2", "--max-tokens", "4", "--rounds", "1", "--first-tokens", "4", "--base", base]
+        result = subprocess.run(
+            [sys.executable, "-m", "benchmarks.http", *arguments], capture_output=True, text=True, check=True
+        )
+        figures = json.loads(result.stdout.splitlines()[-1])
+        assert {"first_token_ms_median", "tokens_per_s_1", "tokens_per_s_2"} <= figures.keys()

@@ -1,0 +1,123 @@
+"""Every command and example of the README does what the README says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.http.command import ROOT, STOP_LIMIT_S, Command, running
+from tests.http.server import free_port
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.ray
+
+README = (ROOT / "README.md").read_text()
+ENVIRONMENT = Path(sys.prefix)
+BIN = ENVIRONMENT / "bin"
+DEFAULT_ADDRESS = "127.0.0.1:8000"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+SERVE_COMMANDS = [command for command in COMMANDS if command.startswith("gptj-dist serve")]
+
+
+def run(command: str) -> str:
+    """Runs a command line in the repository; its standard output."""
+    line = f'export PATH="{BIN}:$PATH"; {command}'
+    return subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Command, str]]:
+    """`make serve`, ready, on a free port."""
+    assert "make serve" in COMMANDS
+    port = free_port()
+    with running(["make", "serve", f"PORT={port}", f"VENV={ENVIRONMENT}"]) as command:
+        command.wait_for(r"(Ctrl-C stops)", timeout_s=300)
+        yield command, f"127.0.0.1:{port}"
+        command.interrupt()
+        command.process.wait(timeout=STOP_LIMIT_S)
+        wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
+
+
+def test_make_serve_installs_nothing_the_second_time_and_prints_the_table(served: tuple[Command, str]) -> None:
+    command, _ = served
+    assert "pip" not in command.output()
+    table = next(block for block in blocks("text") if "KV tokens" in block)
+    for row in table.splitlines()[2:]:
+        stage, *cells = re.split(r" {2,}", row.strip())
+        printed = next(line for line in command.output().splitlines() if line.strip().startswith(f"{stage} "))
+        assert cells[0] in printed  # the layers; memory depends on the machine
+
+
+def test_the_curl_line_answers(served: tuple[Command, str]) -> None:
+    _, address = served
+    (curl,) = [command for command in COMMANDS if command.startswith("curl")]
+    assert json.loads(run(curl.replace(DEFAULT_ADDRESS, address)))["usage"]["completion_tokens"] == 40
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_the_python_examples_run(served: tuple[Command, str], index: int) -> None:
+    _, address = served
+    code = blocks("python")[index].replace(DEFAULT_ADDRESS, address)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip()
+
+
+def test_generate_prints_what_the_readme_shows() -> None:
+    (command,) = [command for command in COMMANDS if command.startswith("gptj-dist generate")]
+    (shown,) = re.findall(r"<!-- output of the command above -->\n```text\n(.*?)```", README, re.DOTALL)
+    assert run(command) == shown
+
+
+def test_plan_shows_the_stages() -> None:
+    (command,) = [command for command in COMMANDS if command.startswith("gptj-dist plan")]
+    assert "22-27 (6) + head" in run(command)
+
+
+@pytest.mark.parametrize("command", SERVE_COMMANDS)
+def test_each_way_to_serve_becomes_ready(command: str) -> None:
+    arguments = [*command.replace("gptj-dist", "gptj_dist").split(), "--port", str(free_port())]
+    with running([sys.executable, "-m", *arguments]) as started:
+        started.wait_for(r"(Ready after)")
+
+
+def test_the_make_targets_exist() -> None:
+    targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
+    assert {"serve", "quick", "test", "bench"} == set(targets)
+    for target in targets:
+        run(f"make --dry-run {target}")
+
+
+def test_every_command_is_covered() -> None:
+    """Either by a test above, or by one that is named here."""
+    elsewhere = {
+        "serve run deployments/demo.yaml": "test_deployments.py",
+        "serve build examples.bound_app:app": "test_deployments.py",
+    }
+    here: tuple[Callable[[str], bool], ...] = (
+        lambda command: command.startswith((". .venv", "make ", "curl ", "gptj-dist plan", "gptj-dist generate")),
+        SERVE_COMMANDS.__contains__,
+    )
+    for command in COMMANDS:
+        if command in elsewhere:
+            assert command.split()[-1] in (ROOT / "tests/http" / elsewhere[command]).read_text(), command
+        else:
+            assert any(covers(command) for covers in here), command
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    named = re.findall(r"`((?:cluster|deployments|docs|tests|gptj_dist)/[\w./-]+)`", README)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
