@@ -87,10 +87,12 @@ def head_options(args: argparse.Namespace) -> dict[str, Any]:
 def announce(num_nodes: int, cluster: Any, directory: str) -> None:
     """Prints what to give to whom."""
     print(f"{num_nodes} Ray nodes at {cluster.address}, logs in {directory} until they stop\n")
-    print(f"  gptj-dist serve demo --stages {num_nodes} --address {cluster.address}")
+    # Without the first line Ray takes 127.0.0.1 for this machine's address on the network, where no node listens.
+    print("  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0")
     print(f"  export RAY_ADDRESS={cluster.address}")
     if cluster.webui_url:
-        print(f"  serve deploy deployments/demo.yaml --address http://{cluster.webui_url}")
+        print(f"  export RAY_DASHBOARD_ADDRESS=http://{cluster.webui_url}")
+    print(f"  gptj-dist serve demo --stages {num_nodes}")
     print("\nCtrl-C stops them.", flush=True)
 
 

@@ -17,7 +17,7 @@ from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.request import FinishReason, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
-from gptj_dist.errors import GPTJDistError, NotReadyError
+from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 
 
@@ -87,6 +87,7 @@ class AsyncEngine:
         self._mailboxes: dict[int, _Mailbox] = {}
         self._next_request_id = 0
         self._is_pump_due = False
+        self._broken: asyncio.Future[None] | None = None
         self.last_token_s: float | None = None
 
     @property
@@ -117,22 +118,22 @@ class AsyncEngine:
         """Drives the pipeline until cancelled.
 
         Raises:
-            StageFailedError: the executor died; every stream has been told. Call `resume`, then `run` again.
+            StageFailedError: the executor died, or the coordinator itself failed; every stream has been told. Call
+                `resume`, then `run` again.
         """
-        executor = self._executor
-        if executor is None:
+        if self._executor is None:
             raise NotReadyError("the pipeline has no executor: resume() comes before run()")
-        self._pump()
+        self._broken = asyncio.get_running_loop().create_future()
+        self._pump_soon()
         try:
             while True:
-                result = await executor.receive()
-                for output in self._scheduler.update(result):
-                    self.last_token_s = self._clock()
-                    self._mailboxes[output.request.request_id].put(output)
-                self._pump()
-        except GPTJDistError as error:
-            self._fail_all(error)
-            raise
+                await self._take_result(self._executor, self._broken)
+        except Exception as error:
+            failure = (
+                error if isinstance(error, GPTJDistError) else StageFailedError(f"the coordinator failed: {error!r}")
+            )
+            self._fail_all(failure)
+            raise failure from error
 
     def resume(self, executor: Executor) -> None:
         """Goes on with a fresh executor, after `run` has raised."""
@@ -158,15 +159,37 @@ class AsyncEngine:
         del self._mailboxes[request.request_id]
         self._pump_soon()
 
+    async def _take_result(self, executor: Executor, broken: asyncio.Future[None]) -> None:
+        """Waits for one result, and hands out its tokens."""
+        receiving = asyncio.ensure_future(executor.receive())
+        try:
+            await asyncio.wait((receiving, broken), return_when=asyncio.FIRST_COMPLETED)
+            if broken.done():
+                broken.result()
+            for output in self._scheduler.update(receiving.result()):
+                self.last_token_s = self._clock()
+                self._mailboxes[output.request.request_id].put(output)
+            self._pump()
+        finally:
+            receiving.cancel()
+
     def _pump_soon(self) -> None:
         """Requests that arrive in the same turn of the loop go into the same micro-batch."""
         if not self._is_pump_due:
             self._is_pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self._pump_or_break)
+
+    def _pump_or_break(self) -> None:
+        """Outside `run` there is nobody to raise an error to, so `run` is told."""
+        self._is_pump_due = False
+        try:
+            self._pump()
+        except Exception as error:
+            if self._broken is not None and not self._broken.done():
+                self._broken.set_exception(error)
 
     def _pump(self) -> None:
         """Submits plans until enough are in flight or there is nothing to do."""
-        self._is_pump_due = False
         if self._executor is None:
             return
         while (plan := self._scheduler.schedule()) is not None:

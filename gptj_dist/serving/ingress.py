@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,7 +24,7 @@ from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.completion import TextDelta, stream_text
 from gptj_dist.engine.async_engine import Delta
 from gptj_dist.engine.limits import EngineLimits
-from gptj_dist.errors import GPTJDistError, NotReadyError
+from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
 from gptj_dist.serving.loopback import keep_replica_on_node_address
@@ -44,9 +44,10 @@ from gptj_dist.serving.settings import AppConfig
 from gptj_dist.serving.sse import SSE_DONE, sse_frame
 from gptj_dist.text.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
 MAX_BODY_BYTES = 4_000_000
+MAX_CHOICES = 1024
 READY_TIMEOUT_S = 5.0
 
 
@@ -91,9 +92,9 @@ class Ingress:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 self._require_pipeline()
                 await self._pipeline.prove_ready.remote()
-        except (GPTJDistError, RayTaskError, TimeoutError) as error:
-            reason = NotReadyError("no token in time") if isinstance(error, TimeoutError) else error
-            return _refusal(reason)
+        except (RayError, TimeoutError, GPTJDistError) as error:
+            known = isinstance(error, GPTJDistError)
+            return _refusal(error if known else NotReadyError("no pipeline makes a token right now"))
         return JSONResponse({"status": "ready"})
 
     async def models(self, _: Request) -> Response:
@@ -115,10 +116,14 @@ class Ingress:
             raise UnknownModelError(f"model {request.model!r} is not served here; {self._model_name!r} is", "model")
         params = request.sampling_params()
         prompts = [self._tokenizer.encode_prompt(prompt, self._eos_token_id) for prompt in request.prompts()]
+        num_choices = len(prompts) * params.n
+        if num_choices > MAX_CHOICES:
+            raise InvalidRequestError(f"{num_choices} completions in one request, at most {MAX_CHOICES} are made", "n")
         limits = self._require_pipeline()
         for prompt_ids in prompts:
             limits.check(prompt_ids, params)
         head = completion_head(uuid.uuid4().hex, int(time.time()), self._model_name)
+        logger.info("%s: %d choices, user %r", head["id"], num_choices, request.user)
         streams = [
             stream_text(self._generate(prompt_ids, params, choice), self._tokenizer, params)
             for prompt_ids in prompts
@@ -141,6 +146,8 @@ class Ingress:
                 yield delta
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, GPTJDistError) else error from None
+        except RayActorError as error:
+            raise StageFailedError("the pipeline's coordinator died") from error
         finally:
             deltas.cancel()
 

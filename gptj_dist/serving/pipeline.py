@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -21,7 +22,7 @@ from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
 PROOF_LIFETIME_S = 10.0
 """How long a token that came through all stages proves that another can be made."""
@@ -38,6 +39,7 @@ class PipelineStatus:
         name: the replica's.
         num_used_blocks: KV blocks in use now, of `num_blocks`.
         num_restarts: how often its stages were replaced.
+        pid: the coordinator's process.
     """
 
     name: str
@@ -48,6 +50,7 @@ class PipelineStatus:
     num_running: int
     num_waiting: int
     num_restarts: int
+    pid: int
 
 
 class Pipeline:
@@ -114,6 +117,7 @@ class Pipeline:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_restarts=self._epoch,
+            pid=os.getpid(),
         )
 
     def check_health(self) -> None:

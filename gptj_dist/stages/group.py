@@ -6,7 +6,6 @@ Ray does placement, lifecycle and liveness; plans and results go over ZeroMQ edg
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,8 +29,6 @@ from gptj_dist.stages.blueprint import (
 )
 from gptj_dist.stages.transport.codec import EndFrame, PlanFrame, ResultFrame
 from gptj_dist.stages.transport.zeromq import AsyncInbound, Outbound
-
-logger = logging.getLogger(__name__)
 
 ACTOR_NAME_PREFIX = "gptj-dist"
 END_TIMEOUT_S = 2.0
@@ -141,7 +138,6 @@ class StageGroup:
         try:
             await sentinel
         except ray.exceptions.RayError as error:
-            logger.exception("stage %d failed", index)
             self._results.put_nowait(StageFailedError(f"stage {index} failed: {_first_line(error)}"))
 
 

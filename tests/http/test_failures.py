@@ -103,6 +103,28 @@ def test_while_a_pipeline_restarts_requests_get_a_503_to_try_again(server: Serve
     wait_until(server.is_ready, "the pipeline is back")
 
 
+def test_a_coordinator_that_dies_fails_its_requests_clearly_and_serve_brings_a_pipeline_back(server: Server) -> None:
+    client = start_client(server, stream=True, n=1)
+    assert client.stdout is not None
+    assert client.stdout.readline().startswith("data: ")
+    before = server.status()
+    os.kill(before.pid, signal.SIGKILL)
+    events = [line.removeprefix("data: ") for line in client.stdout.read().splitlines() if line]
+    client.wait(timeout=30)
+    assert json.loads(events[-1])["error"]["code"] == "stage_failed"
+    wait_until(lambda: not any(is_alive(stage.pid) for stage in before.stages), "its stages are gone")
+    wait_until(server.is_ready, "a new pipeline is there")
+    assert server.status().pid != before.pid
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_ready_is_503_while_stages_load_and_health_is_200() -> None:
     import ray
 

@@ -23,6 +23,7 @@ LEVELS = [
     {"completion", "llm"},
     {"serving"},
     {"cli"},
+    {"__main__"},
 ]
 """Units, that is, modules and packages right below `gptj_dist`. Imports go to lower levels only."""
 
