@@ -7,6 +7,7 @@ stages.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -69,11 +70,17 @@ class ModelConfig:
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(f"config.json: unknown dtype {dtype!r}")
         d_ff = config["n_inner"] if config.get("n_inner") is not None else 4 * d_model
+        vocab_size = _positive_int(config, "vocab_size")
         eos = config.get("eos_token_id", GPTJ_EOS_TOKEN_ID)
         if not isinstance(eos, int) or not isinstance(d_ff, int) or d_ff < 1:
             raise CheckpointError(f"config.json: eos_token_id {eos!r} and n_inner {d_ff!r} must be whole numbers")
+        if not 0 <= eos < vocab_size:
+            raise CheckpointError(f"config.json: eos_token_id {eos} is not below vocab_size {vocab_size}")
+        layer_norm_eps = config.get("layer_norm_epsilon", 1e-5)
+        if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
+            raise CheckpointError(f"config.json: layer_norm_epsilon {layer_norm_eps!r} must be a small positive number")
         return cls(
-            vocab_size=_positive_int(config, "vocab_size"),
+            vocab_size=vocab_size,
             num_layers=_positive_int(config, "n_layer"),
             d_model=d_model,
             num_heads=num_heads,
@@ -82,7 +89,7 @@ class ModelConfig:
             context_length=_positive_int(config, "n_positions"),
             eos_token_id=eos,
             dtype=cast(DTypeName, dtype),
-            layer_norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+            layer_norm_eps=layer_norm_eps,
             has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
@@ -168,9 +175,9 @@ class PipelineConfig:
         if self.layers is not None and self.stages not in (None, len(self.layers)):
             raise ConfigurationError(f"layers names {len(self.layers)} stages, but stages is {self.stages}")
         for name, value in (("kv_cache_gb", self.kv_cache_gb), ("cpus_per_stage", self.cpus_per_stage)):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigurationError(f"{name} must be positive, got {value}")
-        if self.gpus_per_stage is not None and self.gpus_per_stage < 0:
+        if self.gpus_per_stage is not None and not 0 <= self.gpus_per_stage < math.inf:
             raise ConfigurationError(f"gpus_per_stage must not be negative, got {self.gpus_per_stage}")
 
     @property

@@ -57,6 +57,7 @@ class SamplingParams:
             self.min_tokens,
         )
         _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", len(self.stop))
+        _check(not isinstance(self.stop, str), "stop", "must be a tuple of strings", self.stop)
         _check(all(self.stop), "stop", "must not hold an empty string", self.stop)
 
     @property

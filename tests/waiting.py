@@ -9,15 +9,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 60.0) -> T:
+def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
     """Polls until `condition` gives something true, and returns it.
 
     Raises:
         TimeoutError: it did not within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"gave up waiting until {what}, after {timeout_s:.0f} s")
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
         time.sleep(0.05)
-    return value
+    raise TimeoutError(f"gave up waiting until {what}, after {timeout_s:.0f} s")

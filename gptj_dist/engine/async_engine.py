@@ -135,9 +135,11 @@ class AsyncEngine:
             self._fail_all(failure)
             raise failure from error
 
-    def resume(self, executor: Executor) -> None:
-        """Goes on with a fresh executor, after `run` has raised."""
+    def resume(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
+        """Goes on with a fresh executor and what fits it, after `run` has raised."""
+        self._scheduler = scheduler
         self._executor = executor
+        self._limits = limits
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises InvalidRequestError if the request can never be served."""

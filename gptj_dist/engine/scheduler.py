@@ -65,7 +65,7 @@ class _Draft:
     new_requests: list[NewRequest] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     requests: set[Request] = field(default_factory=set)
-    has_decodes: bool = False
+    num_decodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class _InFlight:
     """A plan on its way, and whom its sampled tokens belong to."""
 
     plan_id: int
-    has_decodes: bool
+    num_decodes: int
     sampled_ids: tuple[int, ...]
 
 
@@ -157,7 +157,7 @@ class Scheduler:
 
         Each keeps its tokens: added again to a scheduler, it would be recomputed and go on where it was.
         """
-        requests = [*self._running, *self._waiting]
+        requests = sorted([*self._running, *self._waiting], key=_age)
         for request in requests:
             self._remove(request)
             request.is_awaiting_token = False
@@ -192,14 +192,17 @@ class Scheduler:
         """Shares the requests with one token to compute evenly over as many micro-batches as there are stages."""
         decoding = [request for request in self._running if request.num_uncomputed <= 1]
         ready = [request for request in decoding if not request.is_awaiting_token]
-        num_groups_free = self._config.num_stages - sum(plan.has_decodes for plan in self._in_flight)
+        groups = [plan.num_decodes for plan in self._in_flight if plan.num_decodes]
+        num_groups_free = self._config.num_stages - len(groups)
         if not ready or num_groups_free <= 0:
             return
-        share = min(_ceil_div(len(ready), num_groups_free), _ceil_div(len(decoding), self._config.num_stages))
+        size, num_larger = divmod(len(decoding), self._config.num_stages)
+        is_larger = sum(group > size for group in groups) < num_larger
+        share = max(1, min(_ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
             if self._is_running(request):  # an older one of the share may have preempted it
                 self._draft_chunk(draft, request, 1)
-        draft.has_decodes = bool(draft.chunks)
+        draft.num_decodes = len(draft.chunks)
 
     def _draft_prefills(self, draft: _Draft) -> None:
         """Fills up with prompt tokens: of running requests first, then of waiting ones."""
@@ -212,8 +215,7 @@ class Scheduler:
             insort(self._running, head, key=_age)
             draft.new_requests.append(head.introduction())
             room -= self._draft_chunk(draft, head, min(room, head.num_uncomputed))
-        if not self._backlog():
-            self._chunk_tokens = 0
+        self._forget_size_of_no_backlog()
 
     def _admissible(self) -> Request | None:
         """The head of the queue if it may run now: none overtakes it, and it needs room for all its present tokens."""
@@ -272,6 +274,10 @@ class Scheduler:
             wanted = MAX_CHUNK_TOKENS
         self._chunk_tokens = max(self._chunk_tokens, min(max(wanted, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS))
 
+    def _forget_size_of_no_backlog(self) -> None:
+        if not self._backlog():
+            self._chunk_tokens = 0
+
     def _backlog(self) -> int:
         """Tokens still to be computed, but for those of requests that are down to one a step."""
         running = sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
@@ -282,7 +288,7 @@ class Scheduler:
         self._released.clear()
         self._next_plan_id += 1
         sampled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.samples)
-        self._in_flight.append(_InFlight(plan.plan_id, draft.has_decodes, sampled_ids))
+        self._in_flight.append(_InFlight(plan.plan_id, draft.num_decodes, sampled_ids))
         return plan
 
     def _take_token(self, request: Request, token_id: int) -> TokenOutput:
@@ -298,6 +304,7 @@ class Scheduler:
             self._free(request)
         else:
             self._waiting.remove(request)
+        self._forget_size_of_no_backlog()
 
     def _free(self, request: Request) -> None:
         self._pool.give_back(request.blocks)

@@ -149,7 +149,7 @@ class Pipeline:
                 logger.exception("restart %d of %d failed", attempt + 1, MAX_RESTARTS_IN_A_ROW)
                 await asyncio.sleep(RESTART_DELAY_S * 2**attempt)
             else:
-                self._engine.resume(self._group)
+                self._engine.resume(self._loaded.make_scheduler(), self._group, self._loaded.limits())
                 logger.info("the pipeline is back, epoch %d", self._epoch)
                 return
         self._is_lost = True

@@ -41,13 +41,13 @@ class Command:
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._is_ours(path)]
 
     def wait_for(self, pattern: str, timeout_s: float = 120.0) -> str:
-        """Until the output matches; the first group of the match."""
+        """Until the output matches; the group of the first match."""
 
-        def find() -> re.Match[str] | None:
+        def find() -> list[str]:
             assert self.process.poll() is None, f"it has ended:\n{self.output()}"
-            return re.search(pattern, self.output())
+            return re.findall(pattern, self.output())
 
-        return wait_until(find, f"{pattern!r} is printed", timeout_s).group(1)
+        return wait_until(find, f"{pattern!r} is printed", timeout_s)[0]
 
     def interrupt(self) -> None:
         """As Ctrl-C at a terminal does: to the whole process group."""

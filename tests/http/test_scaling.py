@@ -26,7 +26,7 @@ def num_pipelines() -> int:
     from ray import serve
 
     deployment = serve.status().applications[APP_NAME].deployments["Pipeline"]
-    return deployment.replica_states.get("RUNNING", 0)
+    return int(deployment.replica_states.get("RUNNING", 0))
 
 
 def test_with_two_replicas_both_answer() -> None:

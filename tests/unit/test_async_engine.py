@@ -43,14 +43,19 @@ class Rig:
         await until(lambda: len(self.executor.plans) >= num_plans)
 
 
+LIMITS = EngineLimits(FAKE_VOCAB_SIZE, MAX_MODEL_LEN, kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
+
+
 def make_executor(is_paused: bool = False, end_positions: frozenset[int] = frozenset()) -> FakeExecutor:
     return FakeExecutor(FakeStages(NUM_BLOCKS, BLOCK_SIZE, MAX_BATCH_SIZE), is_paused, end_positions)
 
 
 def make_engine(executor: FakeExecutor, clock: Callable[[], float] = lambda: 0.0) -> AsyncEngine:
-    config = SchedulerConfig(2, NUM_BLOCKS, BLOCK_SIZE, MAX_BATCH_SIZE, FAKE_EOS_TOKEN_ID)
-    limits = EngineLimits(FAKE_VOCAB_SIZE, MAX_MODEL_LEN, kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
-    return AsyncEngine(Scheduler(config), executor, limits, clock)
+    return AsyncEngine(make_scheduler(), executor, LIMITS, clock)
+
+
+def make_scheduler() -> Scheduler:
+    return Scheduler(SchedulerConfig(2, NUM_BLOCKS, BLOCK_SIZE, MAX_BATCH_SIZE, FAKE_EOS_TOKEN_ID))
 
 
 @asynccontextmanager
@@ -252,7 +257,7 @@ def test_a_failure_reaches_every_stream_after_its_tokens_and_the_engine_resumes(
             with pytest.raises(NotReadyError):
                 await rig.engine.run()
             assert not rig.scheduler.has_requests
-            rig.engine.resume(make_executor())
+            rig.engine.resume(make_scheduler(), make_executor(), LIMITS)
             rig.driver = asyncio.create_task(rig.engine.run())
             assert await collect(rig.engine.generate(PROMPT, params)) == expected_tokens(PROMPT, params)
 
