@@ -1,4 +1,4 @@
-"""Reads pip's installation report from standard input, and refuses a torch that would bring gigabytes of CUDA packages."""
+"""Reads pip's installation report from standard input; refuses a torch that would bring gigabytes of CUDA packages."""
 
 import json
 import sys
