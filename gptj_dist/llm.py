@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from queue import SimpleQueue
@@ -15,7 +16,7 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.completion import TextDelta, stream_text
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.request import FinishReason
-from gptj_dist.errors import GPTJDistError
+from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import load_local, make_engine
@@ -23,6 +24,8 @@ from gptj_dist.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
+
+_CLOSED = "the LLM has been closed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Completes one prompt once, yielding its text as it comes. Closing the iterator cancels."""
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-        coroutine = self._pour(self._encode(prompt), params or SamplingParams(), pieces)
-        pouring = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        pouring = self._submit(self._pour(self._encode(prompt), params or SamplingParams(), pieces))
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
@@ -102,7 +104,9 @@ class LLM:
             pouring.cancel()
 
     def close(self) -> None:
-        """Ends the engine and its threads."""
+        """Ends the engine, its streams and its threads. A second call does nothing."""
+        if self._loop.is_closed():
+            return
         self._run(self._shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -121,7 +125,13 @@ class LLM:
         return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.eos_token_id)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return self._submit(coroutine).result()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise NotReadyError(_CLOSED)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _complete_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Output]:
         for prompt_ids in prompts:
@@ -160,12 +170,17 @@ class LLM:
 
     async def _shut_down(self) -> None:
         self._driver.cancel()
-        await asyncio.gather(self._driver, return_exceptions=True)
+        self._engine.fail(NotReadyError(_CLOSED))
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if all(isinstance(item, int) for item in prompts):
-        return [[item for item in prompts if isinstance(item, int)]]
-    return [item for item in prompts if not isinstance(item, int)]
+    ids = [item for item in prompts if isinstance(item, int)]
+    if not ids:
+        return [item for item in prompts if not isinstance(item, int)]
+    if len(ids) < len(prompts):
+        raise InvalidRequestError("prompts mixes token ids with prompts", "prompt")
+    return [ids]

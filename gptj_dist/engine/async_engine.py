@@ -132,8 +132,15 @@ class AsyncEngine:
             failure = (
                 error if isinstance(error, GPTJDistError) else StageFailedError(f"the coordinator failed: {error!r}")
             )
-            self._fail_all(failure)
+            self.fail(failure)
             raise failure from error
+
+    def fail(self, error: GPTJDistError) -> None:
+        """Ends every stream with `error`, and takes no new ones until `resume`."""
+        self._executor = None
+        self.last_token_s = None
+        for request in self._scheduler.drain():
+            self._mailboxes[request.request_id].fail(error)
 
     def resume(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
         """Goes on with a fresh executor and what fits it, after `run` has raised."""
@@ -198,12 +205,6 @@ class AsyncEngine:
             self._executor.submit(plan)
         if not self._scheduler.has_requests:
             self._scheduler.check_integrity()
-
-    def _fail_all(self, error: GPTJDistError) -> None:
-        self._executor = None
-        self.last_token_s = None
-        for request in self._scheduler.drain():
-            self._mailboxes[request.request_id].fail(error)
 
 
 def noise_key(seed: int | None, choice: int) -> int:

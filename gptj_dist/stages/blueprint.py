@@ -201,7 +201,8 @@ def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int
     Raises:
         ConfigurationError: not even one block fits, or `kv_cache_gb` is more than there is.
     """
-    most_useful = blueprint.config.max_batch_size * blueprint.max_model_len
+    blocks_per_request = -(-blueprint.max_model_len // BLOCK_SIZE_TOKENS)
+    most_useful = blueprint.config.max_batch_size * blocks_per_request * BLOCK_SIZE_TOKENS
     free_tokens = min(_free_tokens_by_pool(reports, blueprint.config.kv_cache_gb is None))
     if blueprint.config.kv_cache_gb is None:
         num_tokens = min(free_tokens, most_useful)

@@ -41,7 +41,19 @@ ODD = ModelConfig(
     context_length=203,
     eos_token_id=3,
 )
-"""Nothing is a multiple of anything: not heads of 15, not the inner row of 398, not the context."""
+"""Nothing is a multiple of anything: not heads of 15, not the inner row, not the context."""
+
+WIDE = ModelConfig(
+    vocab_size=97,
+    num_layers=3,
+    d_model=520,
+    num_heads=4,
+    rotary_dim=64,
+    d_ff=2043,
+    context_length=160,
+    eos_token_id=3,
+)
+"""Sums long enough for the matrix library to cut them: it does so otherwise for one row than for more."""
 
 
 class RecordingRunner(StageRunner):
@@ -202,6 +214,13 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(str(directory))
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    directory: Path = tmp_path_factory.mktemp("wide")
+    write_checkpoint(directory, WIDE, seed=1, init_std=0.05)
+    return Model(str(directory))
+
+
 def _alone(model: Model) -> Run:
     """Every request by itself, in one stage, its prompt whole: what all else is compared with."""
     runs = [model.run({id_: work}) for id_, work in _make_works(model.config).items()]
@@ -221,6 +240,11 @@ def demo_alone(demo: Model) -> Run:
 @pytest.fixture(scope="module")
 def odd_alone(odd: Model) -> Run:
     return _alone(odd)
+
+
+@pytest.fixture(scope="module")
+def wide_alone(wide: Model) -> Run:
+    return _alone(wide)
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +342,27 @@ def test_odd_sizes_change_no_bit(
     _assert_same(run, odd_alone)
 
 
+@pytest.mark.parametrize(
+    ("num_stages", "max_chunk_tokens", "num_blocks"), [(1, WHOLE, PLENTY), (1, 1, PLENTY), (2, 7, 12), (3, 64, PLENTY)]
+)
+def test_long_sums_change_no_bit(
+    wide: Model, wide_alone: Run, num_stages: int, max_chunk_tokens: int, num_blocks: int
+) -> None:
+    layers = _cut(3, num_stages)
+    run = wide.run(_make_works(WIDE), layers=layers, max_chunk_tokens=max_chunk_tokens, num_blocks=num_blocks)
+    _assert_same(run, wide_alone)
+
+
+@pytest.mark.parametrize("max_chunk_tokens", [1, WHOLE])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_lone_request_with_long_sums_has_the_same_bits(
+    wide: Model, wide_alone: Run, max_chunk_tokens: int, num_threads: int
+) -> None:
+    torch.set_num_threads(num_threads)
+    run = wide.run({0: _make_works(WIDE)[0]}, layers=(2, 1), max_chunk_tokens=max_chunk_tokens)
+    _assert_same(run, wide_alone)
+
+
 def test_a_repeated_run_has_the_same_bits(odd: Model, odd_alone: Run) -> None:
     _assert_same(_alone(odd), odd_alone)
 
@@ -325,7 +370,7 @@ def test_a_repeated_run_has_the_same_bits(odd: Model, odd_alone: Run) -> None:
 # What makes the comparisons above worth something
 
 
-@pytest.mark.parametrize("model_name", ["demo", "odd"])
+@pytest.mark.parametrize("model_name", ["demo", "odd", "wide"])
 def test_the_reference_covers_every_step(model_name: str, request: pytest.FixtureRequest) -> None:
     model: Model = request.getfixturevalue(model_name)
     alone: Run = request.getfixturevalue(f"{model_name}_alone")
