@@ -91,12 +91,18 @@ def test_kuberays_ray_is_the_one_that_is_tested() -> None:
     assert read(ROOT / "cluster" / "kuberay.yaml")["spec"]["rayClusterConfig"]["rayVersion"] == ray.__version__
 
 
+def as_ray_up_reads_it(config: dict[str, Any]) -> dict[str, Any]:
+    """The launcher config with Ray's defaults for AWS; raises what does not fit `ray/autoscaler/ray-schema.json`."""
+    prepared: dict[str, Any] = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
 def test_the_launcher_config_is_of_rays_schema() -> None:
     config = read(ROOT / "cluster" / "ray-cluster.yaml")
-    validate_config(config)  # against ray/autoscaler/ray-schema.json
-    validate_config(prepare_config(copy.deepcopy(config)))  # with Ray's defaults for AWS, as `ray up` does
+    assert as_ray_up_reads_it(config)["head_node_type"] == "head"
     with pytest.raises(ValidationError, match="no_such_field"):
-        validate_config(config | {"no_such_field": 1})
+        as_ray_up_reads_it(config | {"no_such_field": 1})
 
 
 def test_the_launcher_has_a_gpu_worker_for_each_stage_and_uses_the_tested_ray() -> None:
