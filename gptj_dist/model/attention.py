@@ -1,6 +1,6 @@
 """Causal attention of a micro-batch's rows over their requests' keys and values. Knows no weights.
 
-On a CPU in the exact mode the rows of a request are computed in tiles of `EXACT_TILE_ROWS` at fixed positions: the row
+In the exact mode on a CPU the rows of a request are computed in tiles of `EXACT_TILE_ROWS` at fixed positions: the row
 of position p is always row p mod 8 of a product of the same shape over the same keys, so it has the same bits whether
 it comes alone or in a chunk. What else is in the tile cannot reach it: later columns are masked, other rows are other
 sums.
@@ -9,76 +9,106 @@ sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gptj_dist.model.inputs import Span
+from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.kv_cache import KVCache
 
 EXACT_TILE_ROWS = 8
 
 
-class TiledAttention:
-    """Two matrix products a tile, in float32, straight out of a `RegionCache`.
+class Attention(Protocol):
+    """Attends for all rows of one micro-batch, layer after layer."""
 
-    Args:
-        is_exact: tiles at fixed positions; otherwise a span is one tile, which is faster and good to rounding.
-    """
-
-    def __init__(self, head_dim: int, is_exact: bool) -> None:
-        self._scale = 1.0 / math.sqrt(head_dim)
-        self._is_exact = is_exact
-
-    def __call__(self, layer: int, cache: KVCache, spans: Sequence[Span], queries: Tensor, out: Tensor) -> None:
-        """Attends for every row.
+    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
+        """Attends for every row in one layer, whose keys and values are in the cache already.
 
         Args:
-            queries: float32 [rows, num_heads, head_dim].
+            queries: float32 [rows, num_heads, head_dim], scaled by 1 / sqrt(head_dim).
             out: [rows, num_heads, head_dim], written.
         """
-        for span in spans:
-            for first, stop in self._tiles(span):
-                keys, values = cache.read(layer, span.request_id, stop)
-                self._attend(span, first, stop, keys, values, queries, out)
 
-    def _tiles(self, span: Span) -> Iterator[tuple[int, int]]:
-        """First and last position of each tile that the span has rows in."""
-        if not self._is_exact:
-            yield span.start, span.stop
-            return
-        for first in range(span.start // EXACT_TILE_ROWS * EXACT_TILE_ROWS, span.stop, EXACT_TILE_ROWS):
-            yield first, first + EXACT_TILE_ROWS
 
-    def _attend(
-        self, span: Span, first: int, stop: int, keys: Tensor, values: Tensor, queries: Tensor, out: Tensor
-    ) -> None:
-        begin, end = max(first, span.start), min(stop, span.stop)
-        rows = slice(span.row + begin - span.start, span.row + end - span.start)
-        in_tile = slice(begin - first, end - first)
-        tile = queries.new_zeros(queries.shape[1], stop - first, queries.shape[2])
-        tile[:, in_tile] = queries[rows].transpose(0, 1)
-        scores = torch.bmm(tile, keys.transpose(1, 2)).mul_(self._scale)
-        if stop - first > 1:
-            scores[:, :, first:].masked_fill_(_above_diagonal(stop - first, scores.device), -math.inf)
-        attended = torch.bmm(torch.softmax(scores, dim=-1), values)
-        out[rows] = attended[:, in_tile].transpose(0, 1)
+MakeAttention = Callable[[KVCache, MicroBatch], Attention]
+"""An attention for one micro-batch: what does not depend on the layer is worked out here."""
+
+
+class TiledAttention:
+    """The exact mode on a CPU: two matrix products a tile, in float32, straight out of the cache."""
+
+    def __init__(self, cache: KVCache, batch: MicroBatch) -> None:
+        self._cache = cache
+        self._tiles: list[tuple[int, int]] = []
+        tile_of_row: list[int] = []
+        for span in batch.spans:
+            for first in range(span.start // EXACT_TILE_ROWS * EXACT_TILE_ROWS, span.stop, EXACT_TILE_ROWS):
+                stop = first + EXACT_TILE_ROWS
+                tile_of_row += [len(self._tiles)] * (min(stop, span.stop) - max(first, span.start))
+                self._tiles.append((span.request_id, stop))
+        self._tile_of_row = torch.tensor(tile_of_row)
+        self._row_in_tile = batch.positions % EXACT_TILE_ROWS
+        self._hidden = _above_diagonal(EXACT_TILE_ROWS)
+
+    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
+        _, num_heads, head_dim = queries.shape
+        tiles = queries.new_zeros(len(self._tiles), num_heads, EXACT_TILE_ROWS, head_dim)
+        tiles[self._tile_of_row, :, self._row_in_tile] = queries
+        attended = torch.empty_like(tiles)
+        for (request_id, stop), tile, result in zip(self._tiles, tiles.unbind(), attended.unbind(), strict=True):
+            keys, values = self._cache.read(layer, request_id, stop)
+            scores = torch.bmm(tile, keys)
+            scores.narrow(2, stop - EXACT_TILE_ROWS, EXACT_TILE_ROWS).masked_fill_(self._hidden, -math.inf)
+            torch.bmm(torch.softmax(scores, dim=-1), values, out=result)
+        out.copy_(attended[self._tile_of_row, :, self._row_in_tile])
+
+
+class SpanAttention:
+    """The fast mode on a CPU: as `TiledAttention`, but each span is one tile; good to rounding."""
+
+    def __init__(self, cache: KVCache, batch: MicroBatch) -> None:
+        self._cache = cache
+        self._spans = [(span, _above_diagonal(span.num_tokens)) for span in batch.spans]
+
+    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
+        for span, hidden in self._spans:
+            keys, values = self._cache.read(layer, span.request_id, span.stop)
+            scores = torch.bmm(queries[span.rows].transpose(0, 1), keys)
+            if span.num_tokens > 1:
+                scores[:, :, span.start :].masked_fill_(hidden, -math.inf)
+            out[span.rows] = torch.bmm(torch.softmax(scores, dim=-1), values).transpose(0, 1)
 
 
 class GatheredAttention:
-    """torch's fused attention over keys and values gathered from a `BlockCache`, a request at a time."""
+    """torch's fused attention over keys and values gathered from blocks, a request at a time. Right on any device."""
 
-    def __call__(self, layer: int, cache: KVCache, spans: Sequence[Span], queries: Tensor, out: Tensor) -> None:
-        """As `TiledAttention`."""
-        for span in spans:
-            keys, values = cache.read(layer, span.request_id, span.stop)
+    def __init__(self, cache: KVCache, batch: MicroBatch) -> None:
+        self._cache = cache
+        self._spans = batch.spans
+
+    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
+        for span in self._spans:
+            keys, values = self._cache.read(layer, span.request_id, span.stop)
             visible = torch.ones(span.num_tokens, span.stop, dtype=torch.bool, device=queries.device).tril(span.start)
             attended = torch.nn.functional.scaled_dot_product_attention(
-                queries[span.rows].transpose(0, 1)[None].to(keys.dtype), keys[None], values[None], attn_mask=visible
+                queries[span.rows].transpose(0, 1)[None].to(keys.dtype),
+                keys.transpose(1, 2)[None],
+                values[None],
+                attn_mask=visible,
+                scale=1.0,
             )
             out[span.rows] = attended[0].transpose(0, 1)
 
 
-def _above_diagonal(size: int, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+def choose_attention(device: torch.device, is_exact: bool) -> MakeAttention:
+    """The attention for a device's kind of cache (see `kv_cache`)."""
+    if device.type != "cpu":
+        return GatheredAttention
+    return TiledAttention if is_exact else SpanAttention
+
+
+def _above_diagonal(size: int) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool).triu(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptj_dist.config import LayerRange, ModelConfig
-from gptj_dist.model.attention import GatheredAttention, TiledAttention
+from gptj_dist.model.attention import MakeAttention, choose_attention
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.kv_cache import KVCache
 from gptj_dist.model.linear import Linear
@@ -58,6 +58,7 @@ class StageModel:
     Args:
         get: gives a tensor of the checkpoint; called once a tensor, layer by layer, so that nothing is held twice.
         on_layer: called as each layer is ready, with the number that are.
+        make_attention: to be used with a matching cache; None takes the device's.
     """
 
     def __init__(
@@ -68,15 +69,15 @@ class StageModel:
         dtype: torch.dtype,
         device: torch.device,
         on_layer: Callable[[int], None] = lambda _: None,
+        make_attention: MakeAttention | None = None,
     ) -> None:
         self._config = config
         self._dtype = dtype
         self._device = device
         self._is_exact = dtype == torch.float32
         self._rotary = RotaryTable(config.context_length, config.rotary_dim, device)
-        self._attention = (
-            TiledAttention(config.head_dim, self._is_exact) if device.type == "cpu" else GatheredAttention()
-        )
+        self._make_attention = make_attention or choose_attention(device, self._is_exact)
+        self._query_scale = 1.0 / math.sqrt(config.head_dim)
         place = _Placer(get, dtype, device)
         self._embedding = place("transformer.wte.weight") if layers.is_first else None
         self._layers = []
@@ -94,8 +95,16 @@ class StageModel:
     def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache) -> Tensor:
         """Runs the stage's layers over [rows, d_model], writing keys and values to the cache."""
         cos, sin = self._rotary.at(batch.positions.to(self._device))
+        places, attend = cache.locate(batch), self._make_attention(cache, batch)
         for index, layer in enumerate(self._layers):
-            hidden = self._run_layer(index, layer, hidden, batch, cache, cos, sin)
+            fanned = layer.fan_in(layer.norm(hidden))
+            heads = fanned[:, : 3 * self._config.d_model].view(len(hidden), 3, self._config.num_heads, -1)
+            queries, keys = self._rotate(heads[:, :2], cos, sin)
+            cache.write(index, places, keys, heads[:, 2])
+            # The values' columns are free now, and stand right before the MLP's: attention writes its result there.
+            attend(index, queries, out=heads[:, 2])
+            fanned[:, 3 * self._config.d_model :] = self._gelu(fanned[:, 3 * self._config.d_model :])
+            hidden = hidden + layer.fan_out(fanned[:, 2 * self._config.d_model :])
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -105,21 +114,12 @@ class StageModel:
         norm, projection = self._head
         return projection(norm(hidden)).float()
 
-    def _run_layer(
-        self, index: int, layer: Layer, hidden: Tensor, batch: MicroBatch, cache: KVCache, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        d_model, num_heads = self._config.d_model, self._config.num_heads
-        fanned = layer.fan_in(layer.norm(hidden))
-        heads = fanned[:, : 3 * d_model].view(hidden.shape[0], 3, num_heads, -1)
-        queries_and_keys = heads[:, :2].to(torch.float32, copy=True).flatten(1, 2)
-        rotate_(queries_and_keys, cos, sin)
-        queries, keys = queries_and_keys[:, :num_heads], queries_and_keys[:, num_heads:]
-        for span in batch.spans:
-            cache.write(index, span, keys[span.rows], heads[span.rows, 2])
-        # The values' columns are free now, and stand right before the MLP's: attention writes its result there.
-        self._attention(index, cache, batch.spans, queries, out=heads[:, 2])
-        fanned[:, 3 * d_model :] = self._gelu(fanned[:, 3 * d_model :])
-        return hidden + layer.fan_out(fanned[:, 2 * d_model :])
+    def _rotate(self, queries_and_keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled queries, and keys, from [rows, 2, num_heads, head_dim]; each float32 [rows, num_heads, head_dim]."""
+        num_heads = self._config.num_heads
+        rotated = queries_and_keys.to(torch.float32, copy=True).flatten(1, 2)
+        rotate_(rotated, cos, sin)
+        return rotated[:, :num_heads].mul_(self._query_scale), rotated[:, num_heads:]
 
     def _gelu(self, x: Tensor) -> Tensor:
         """GELU in its tanh form, Hendrycks & Gimpel 2016.

@@ -7,6 +7,7 @@ table. Neither decides who gets what: accounting is the scheduler's.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterable
 from typing import Protocol
@@ -14,14 +15,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gptj_dist.model.inputs import Span
+from gptj_dist.model.inputs import MicroBatch
 
 MAP_NORESERVE = 0x4000
 """Linux's flag for "do not count this memory as used until it is touched"; Python's mmap does not name it."""
 
 
+Places = tuple[Tensor, ...]
+"""Where the keys and values of a micro-batch's rows go; each cache has its own way to say it."""
+
+
 class KVCache(Protocol):
-    """Where a stage keeps keys and values. Tensors of keys and values are [num_heads, tokens, head_dim]."""
+    """Where a stage keeps keys and values."""
 
     def add(self, request_id: int) -> None:
         """Meets a request that has no tokens yet."""
@@ -32,11 +37,17 @@ class KVCache(Protocol):
     def release(self, request_id: int) -> None:
         """Forgets the request; its memory may be given to the next one at once."""
 
-    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        """Stores what a span's tokens have, [tokens, num_heads, head_dim] each."""
+    def locate(self, batch: MicroBatch) -> Places:
+        """Where the rows' keys and values go, the same in every layer."""
+
+    def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
+        """Stores what the rows have, [rows, num_heads, head_dim] each."""
 
     def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the request's first tokens; a view of the cache where the layout allows it."""
+        """Of the first tokens: keys [num_heads, head_dim, tokens] and values [num_heads, tokens, head_dim].
+
+        Views of the cache where its layout allows it.
+        """
 
 
 class RegionCache:
@@ -52,31 +63,40 @@ class RegionCache:
 
     def __init__(self, num_layers: int, num_regions: int, max_tokens: int, num_heads: int, head_dim: int) -> None:
         shape = (num_regions, num_layers, 2, num_heads, max_tokens, head_dim)
-        self._memory = _lazy_memory(4 * num_regions * num_layers * 2 * num_heads * max_tokens * head_dim)
+        self._memory = _lazy_memory(4 * math.prod(shape))
         self._regions = torch.frombuffer(self._memory, dtype=torch.float32).view(shape)
         self._region_bytes = self._regions[0].nbytes
+        self._layers = [(layer[:, 0], layer[:, 1]) for layer in self._regions.unbind(1)]
         self._free = list(range(num_regions - 1, -1, -1))
         self._region_of: dict[int, int] = {}
+        self._views_of: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, request_id: int) -> None:
-        self._region_of[request_id] = self._free.pop()
+        region = self._region_of[request_id] = self._free.pop()
+        self._views_of[request_id] = [(kv[0].transpose(1, 2), kv[1]) for kv in self._regions[region].unbind()]
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
         """Nothing to do: a region is as long as it can get."""
 
     def release(self, request_id: int) -> None:
+        del self._views_of[request_id]
         region = self._region_of.pop(request_id)
         self._free.append(region)
         self._give_back(region)
 
-    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        region = self._regions[self._region_of[span.request_id], layer]
-        region[0, :, span.start : span.stop] = keys.transpose(0, 1)
-        region[1, :, span.start : span.stop] = values.transpose(0, 1)
+    def locate(self, batch: MicroBatch) -> Places:
+        regions = [self._region_of[span.request_id] for span in batch.spans for _ in range(span.num_tokens)]
+        return torch.tensor(regions), batch.positions
+
+    def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
+        regions, positions = places
+        layer_keys, layer_values = self._layers[layer]
+        layer_keys[regions, :, positions] = keys
+        layer_values[regions, :, positions] = values.to(layer_values.dtype)
 
     def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        region = self._regions[self._region_of[request_id], layer]
-        return region[0, :, :num_tokens], region[1, :, :num_tokens]
+        keys, values = self._views_of[request_id][layer]
+        return keys.narrow(2, 0, num_tokens), values.narrow(1, 0, num_tokens)
 
     def _give_back(self, region: int) -> None:
         """Returns the region's pages to the machine; they read as zeros from now on.
@@ -127,14 +147,18 @@ class BlockCache:
     def release(self, request_id: int) -> None:
         del self._slots_of[request_id]
 
-    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        slots = self._slots_of[span.request_id][span.start : span.stop]
-        self._slots[layer, 0, slots] = keys.to(self._slots.dtype)
-        self._slots[layer, 1, slots] = values.to(self._slots.dtype)
+    def locate(self, batch: MicroBatch) -> Places:
+        return (torch.cat([self._slots_of[span.request_id][span.start : span.stop] for span in batch.spans]),)
+
+    def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
+        (slots,) = places
+        self._slots[layer, 0].index_copy_(0, slots, keys.to(self._slots.dtype))
+        self._slots[layer, 1].index_copy_(0, slots, values.to(self._slots.dtype))
 
     def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         slots = self._slots_of[request_id][:num_tokens]
-        return self._slots[layer, 0, slots].transpose(0, 1), self._slots[layer, 1, slots].transpose(0, 1)
+        keys, values = self._slots[layer, 0, slots], self._slots[layer, 1, slots]
+        return keys.permute(1, 2, 0), values.transpose(0, 1)
 
 
 def _lazy_memory(num_bytes: int) -> mmap.mmap:

@@ -68,7 +68,8 @@ def uniform_noise(noise_key: int, position: int) -> float:
 
 def _sample_row(logits: Tensor, spec: SampleSpec) -> int:
     """Inverts the cumulative distribution of the tokens kept."""
-    probabilities, token_ids = _keep(torch.softmax(logits.double() / spec.temperature, dim=-1), spec)
+    scaled = (logits - logits.max()).double() / spec.temperature  # never overflows: the likeliest token is at 0
+    probabilities, token_ids = _keep(torch.softmax(scaled, dim=-1), spec)
     cumulative = probabilities.cumsum(0)
     total = cumulative[-1:]
     drawn = torch.searchsorted(cumulative, uniform_noise(spec.noise_key, spec.position) * total, right=True)

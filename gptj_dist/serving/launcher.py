@@ -74,8 +74,11 @@ def _ray(launch: Launch, console: Console) -> Iterator[None]:
     """A connection to Ray; a local one ends with it."""
     if launch.address is None:
         _require_free_port(launch.host, launch.port)
-        os.environ.update(LOCAL_RAY_ENVIRONMENT)
         console.print("Starting Ray on this machine ...")
+    else:
+        _require_answer(launch.address)
+    if launch.address is None or _is_loopback(launch.address):
+        os.environ.update(LOCAL_RAY_ENVIRONMENT)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -86,6 +89,7 @@ def _ray(launch: Launch, console: Console) -> Iterator[None]:
             ray.init(address=launch.address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"cannot join Ray at {launch.address}: {error}") from error
+    signal.signal(signal.SIGTERM, _interrupt)  # again: Ray has put a handler of its own there
     try:
         yield
     finally:
@@ -133,6 +137,21 @@ def _require_free_port(host: str, port: int) -> None:
         socket.create_server((host, port)).close()
     except OSError as error:
         raise ConfigurationError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port") from None
+
+
+def _require_answer(address: str) -> None:
+    """Ray would try for minutes; a plain `host:port` can be tried at once."""
+    host, _, port = address.rpartition(":")
+    if "//" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConfigurationError(f"no Ray answers at {address}: {error.strerror or error}") from None
+
+
+def _is_loopback(address: str) -> bool:
+    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
 
 
 def _require_room(launch: Launch) -> None:

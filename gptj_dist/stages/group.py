@@ -82,7 +82,7 @@ class StageGroup:
             if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, GPTJDistError):
                 raise error.cause from None
             if isinstance(error, ray.exceptions.RayError):
-                raise StageFailedError(f"a stage died while loading: {_first_line(error)}") from error
+                raise StageFailedError(f"a stage died while loading: {_summary(error)}") from error
             raise
 
     @classmethod
@@ -138,7 +138,7 @@ class StageGroup:
         try:
             await sentinel
         except ray.exceptions.RayError as error:
-            self._results.put_nowait(StageFailedError(f"stage {index} failed: {_first_line(error)}"))
+            self._results.put_nowait(StageFailedError(f"stage {index} failed: {_summary(error)}"))
 
 
 def _stage_options(placement: Placement, index: int, epoch: int) -> Any:
@@ -161,6 +161,9 @@ def _machine(device: DeviceReport) -> str:
     return device.memory_pool.partition("/")[0]
 
 
-def _first_line(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+    lines = str(cause).strip().splitlines() or [""]
+    if isinstance(cause, ray.exceptions.ActorDiedError) and "creation task" in lines[0]:
+        return lines[-1]  # the end of the constructor's traceback
+    return f"{type(cause).__name__}: {lines[0]}"

@@ -134,7 +134,8 @@ def test_the_two_node_config_puts_a_stage_on_each_node_and_answers(nodes: Nodes,
 
 def test_gptj_dist_serve_joins_the_nodes_and_leaves_them_as_they_were(nodes: Nodes, tmp_path: Path) -> None:
     log, port = tmp_path / "log", free_port()
-    command = [str(Path(sys.executable).with_name("gptj-dist")), "serve", "demo", "--stages", "2", "--port", str(port)]
+    program = str(Path(sys.executable).with_name("gptj-dist"))
+    command = [program, "serve", "demo", "--stages", "2", "--device", "cpu", "--port", str(port)]
     with (
         log.open("w") as output,
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=nodes.environment) as process,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -56,10 +57,10 @@ class Reader:
         self.config = config = read_model_config(directory)
         layers = LayerRange(0, 1, 0, config.num_layers)
         with StageTensors(directory, config, layers) as tensors:
-            self._model = StageModel(config, layers, tensors.get, dtype, CPU)
+            make_attention = GatheredAttention if memory == "blocks" else None
+            self._model = StageModel(config, layers, tensors.get, dtype, CPU, make_attention=make_attention)
         self._cache: KVCache
         if memory == "blocks":
-            self._model._attention = GatheredAttention()
             num_blocks = num_sequences * self._num_blocks()
             self._cache = BlockCache(
                 config.num_layers, num_blocks, BLOCK_SIZE_TOKENS, config.num_heads, config.head_dim, dtype, CPU
@@ -126,6 +127,15 @@ def demo() -> Case:
     """The demo model reads four pieces of text that it was not trained on."""
     tokens = _heldout_tokens(800)
     return Case(resolve_model(DEMO), tokens.view(4, 200))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two would wait for each other most of the time on cores that other processes use."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def _heldout_tokens(num_tokens: int) -> Tensor:

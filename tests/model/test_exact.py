@@ -249,8 +249,10 @@ def wide_alone(wide: Model) -> Run:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Unless a test says otherwise, against references computed by torch's own number: two threads that share their
-    cores with other processes wait for each other most of the time."""
+    """Where a test does not say otherwise; the references have torch's own number.
+
+    Two would wait for each other most of the time on cores that other processes use.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

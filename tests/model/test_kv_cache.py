@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptj_dist.model.inputs import Span
+from gptj_dist.model.inputs import MicroBatch, Span
 from gptj_dist.model.kv_cache import BlockCache, KVCache, RegionCache
 
 CPU = torch.device("cpu")
@@ -32,6 +32,18 @@ def _keys_and_values(seed: int, num_tokens: int, head_dim: int = HEAD_DIM) -> tu
     """[tokens, heads, head_dim] each."""
     both = torch.randn(2, num_tokens, NUM_HEADS, head_dim, generator=torch.Generator().manual_seed(seed))
     return both[0], both[1]
+
+
+def _write(cache: KVCache, layer: int, request_id: int, start: int, stop: int, keys: Tensor, values: Tensor) -> None:
+    """Writes the request's tokens from `start` to `stop`."""
+    batch = MicroBatch((Span(request_id, 0, start, stop - start),), torch.arange(start, stop))
+    cache.write(layer, cache.locate(batch), keys, values)
+
+
+def _read(cache: KVCache, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, [heads, tokens, head_dim] each."""
+    keys, values = cache.read(layer, request_id, num_tokens)
+    return keys.transpose(1, 2), values
 
 
 def _resident_bytes() -> int:
@@ -66,12 +78,11 @@ def test_a_random_walk_reads_back_what_it_wrote(kind: str) -> None:
         num_written[id_] = stop
         for layer in range(NUM_LAYERS):
             keys, values = _keys_and_values(NUM_LAYERS * id_ + layer, MAX_TOKENS)
-            span = Span(id_, row=0, start=start, num_tokens=stop - start)
-            cache.write(layer, span, keys[start:stop], values[start:stop])
+            _write(cache, layer, id_, start, stop, keys[start:stop], values[start:stop])
         for other in blocks:
             for layer in range(NUM_LAYERS):
                 expected = _keys_and_values(NUM_LAYERS * other + layer, MAX_TOKENS)
-                for read, written in zip(cache.read(layer, other, num_written[other]), expected, strict=True):
+                for read, written in zip(_read(cache, layer, other, num_written[other]), expected, strict=True):
                     assert torch.equal(read, written[: num_written[other]].transpose(0, 1))
 
 
@@ -81,8 +92,8 @@ def test_blocks_are_kept_in_the_models_type(dtype: torch.dtype) -> None:
     cache.add(0)
     cache.extend(0, [3, 1])
     keys, values = _keys_and_values(0, 6)
-    cache.write(1, Span(0, 0, 0, 6), keys, values)
-    for read, written in zip(cache.read(1, 0, 6), (keys, values), strict=True):
+    _write(cache, 1, 0, 0, 6, keys, values)
+    for read, written in zip(_read(cache, 1, 0, 6), (keys, values), strict=True):
         assert read.dtype == dtype
         assert torch.equal(read, written.to(dtype).transpose(0, 1))
 
@@ -92,19 +103,19 @@ def test_a_span_may_cross_scattered_blocks() -> None:
     cache.add(7)
     keys, values = _keys_and_values(0, 10)
     cache.extend(7, [9])
-    cache.write(0, Span(7, 0, 0, 3), keys[:3], values[:3])
+    _write(cache, 0, 7, 0, 3, keys[:3], values[:3])
     cache.extend(7, (0, 5))
-    cache.write(0, Span(7, 0, 3, 7), keys[3:], values[3:])
-    assert torch.equal(cache.read(0, 7, 10)[0], keys.transpose(0, 1))
-    assert torch.equal(cache.read(0, 7, 10)[1], values.transpose(0, 1))
+    _write(cache, 0, 7, 3, 10, keys[3:], values[3:])
+    assert torch.equal(_read(cache, 0, 7, 10)[0], keys.transpose(0, 1))
+    assert torch.equal(_read(cache, 0, 7, 10)[1], values.transpose(0, 1))
 
 
 def test_regions_are_read_in_place() -> None:
     cache = _regions()
     cache.add(0)
-    keys, _ = cache.read(0, 0, 5)
+    keys, _ = _read(cache, 0, 0, 5)
     new_keys, new_values = _keys_and_values(0, 5)
-    cache.write(0, Span(0, 0, 0, 5), new_keys, new_values)
+    _write(cache, 0, 0, 0, 5, new_keys, new_values)
     assert torch.equal(keys, new_keys.transpose(0, 1))
 
 
@@ -116,21 +127,21 @@ def test_a_region_is_all_zeros_for_the_next_request(max_tokens: int, head_dim: i
     for id_ in range(NUM_REQUESTS):
         cache.add(id_)
         for layer in range(NUM_LAYERS):
-            cache.write(layer, Span(id_, 0, 0, max_tokens), dirt, dirt)
+            _write(cache, layer, id_, 0, max_tokens, dirt, dirt)
     for id_ in range(NUM_REQUESTS):
         cache.release(id_)
         cache.add(100 + id_)
         for layer in range(NUM_LAYERS):
-            assert all(bool((part == 0).all()) for part in cache.read(layer, 100 + id_, max_tokens))
+            assert all(bool((part == 0).all()) for part in _read(cache, layer, 100 + id_, max_tokens))
             for other in range(id_ + 1, NUM_REQUESTS):
-                assert all(bool((part == torch.inf).all()) for part in cache.read(layer, other, max_tokens))
+                assert all(bool((part == torch.inf).all()) for part in _read(cache, layer, other, max_tokens))
 
 
 def test_tokens_that_were_never_written_read_as_zeros() -> None:
     cache = _regions()
     cache.add(0)
-    cache.write(0, Span(0, 0, 0, 3), *_keys_and_values(0, 3))
-    assert all(bool((part[:, 3:] == 0).all()) for part in cache.read(0, 0, MAX_TOKENS))
+    _write(cache, 0, 0, 0, 3, *_keys_and_values(0, 3))
+    assert all(bool((part[:, 3:] == 0).all()) for part in _read(cache, 0, 0, MAX_TOKENS))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
@@ -145,7 +156,7 @@ def test_memory_is_taken_by_tokens_written_and_given_back_by_release() -> None:
     cache.add(0)
     assert _resident_bytes() - before < 16 * MEGABYTE
     rows = torch.ones(1024, 16, head_dim)
-    cache.write(0, Span(0, 0, 0, 1024), rows, rows)
+    _write(cache, 0, 0, 0, 1024, rows, rows)
     with_rows = _resident_bytes()
     assert with_rows - before > 30 * MEGABYTE
     cache.release(0)
