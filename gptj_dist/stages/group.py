@@ -130,8 +130,11 @@ class StageGroup:
         self._inbound.close()
 
     async def _collect(self) -> None:
-        while isinstance(frame := await self._inbound.receive(), ResultFrame):
-            self._results.put_nowait(frame.result)
+        try:
+            while isinstance(frame := await self._inbound.receive(), ResultFrame):
+                self._results.put_nowait(frame.result)
+        except ValueError as error:  # bytes that are no frame: nothing behind them can be trusted
+            self._results.put_nowait(StageFailedError(f"the last stage sent no result: {error}"))
 
     async def _watch(self, index: int, sentinel: Any) -> None:
         """Waits for the end of a stage's `run`, which in its right mind comes only after `stop`."""

@@ -69,7 +69,9 @@ class Outbound:
 
 
 def _bind(socket: zmq.Socket[Any], host: str) -> str:
-    address = f"[{host}]" if ":" in host else host
+    """Binds a free port; the address to connect to."""
     if ":" in host:
         socket.setsockopt(zmq.IPV6, 1)
-    return f"tcp://{address}:{socket.bind_to_random_port(f'tcp://{address}')}"
+        host = f"[{host}]"
+    socket.bind(f"tcp://{host}:0")
+    return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))

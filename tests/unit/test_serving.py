@@ -1,0 +1,126 @@
+"""The parts of serving that need no Ray: settings, merged streams, tables, the command line's own checks."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from gptj_dist.config import LayerRange
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.serving.merge import merge
+from gptj_dist.serving.settings import parse_settings
+from gptj_dist.serving.tables import bytes_text, layers_text
+
+
+def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
+    config = parse_settings({"model": "demo", "layers": [20, 8], "kv_cache_gb": "auto", "served_model_name": "x"})
+    assert config.pipeline.layers == (20, 8)
+    assert config.pipeline.kv_cache_gb is None
+    assert config.model_name == "x"
+    assert parse_settings({"model": "demo"}).model_name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"model": "demo", "stagse": 2}, "unknown setting 'stagse': did you mean 'stages'?"),
+        ({"model": "demo", "stages": "two"}, "stages"),
+        ({"model": "demo", "stages": 0}, "stages must be at least 1"),
+        ({"model": "demo", "device": "tpu"}, "device"),
+        ({"model": "demo", "served_model_name": 5}, "served_model_name must be a string"),
+        ({"stages": 2}, "model"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message.replace("?", r"\?")):
+        parse_settings(args)
+
+
+async def count(first: int, stop: int, closed: list[int], fails: bool = False) -> AsyncGenerator[int, None]:
+    try:
+        for number in range(first, stop):
+            await asyncio.sleep(0)
+            yield number
+        if fails:
+            raise ValueError("broken")
+    finally:
+        closed.append(first)
+
+
+def test_merged_streams_keep_their_own_order_and_all_arrive() -> None:
+    closed: list[int] = []
+
+    async def run() -> list[tuple[int, int]]:
+        return [item async for item in merge([count(0, 5, closed), count(10, 13, closed), count(20, 20, closed)])]
+
+    items = asyncio.run(run())
+    assert [number for index, number in items if index == 0] == [0, 1, 2, 3, 4]
+    assert [number for index, number in items if index == 1] == [10, 11, 12]
+    assert sorted(closed) == [0, 10, 20]
+
+
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_closing_merged_streams_closes_each(num_streams: int) -> None:
+    closed: list[int] = []
+
+    async def run() -> None:
+        merged = merge([count(100 * i, 100 * i + 50, closed) for i in range(num_streams)])
+        for _ in range(num_streams + 1):
+            await anext(merged)
+        await merged.aclose()
+
+    asyncio.run(run())
+    assert sorted(closed) == [100 * i for i in range(num_streams)]
+
+
+def test_the_first_error_of_merged_streams_ends_all() -> None:
+    closed: list[int] = []
+
+    async def run() -> None:
+        async for _ in merge([count(0, 1, closed, fails=True), count(100, 10_000, closed)]):
+            pass
+
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(run())
+    assert sorted(closed) == [0, 100]
+
+
+def test_tables_are_in_words_for_people() -> None:
+    assert layers_text(LayerRange(0, 2, 0, 15)) == "embed + 0-14 (15)"
+    assert layers_text(LayerRange(1, 2, 15, 28)) == "15-27 (13) + head"
+    assert layers_text(LayerRange(0, 1, 0, 28)) == "embed + 0-27 (28) + head"
+    assert [bytes_text(n) for n in (5, 12_345, 13_200_000, 12_101_765_568)] == ["5 B", "12.3 kB", "13.2 MB", "12.1 GB"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "gptj_dist", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_bad_sampling_value_is_one_line_and_exit_code_2() -> None:
+    result = command("generate", "demo", "--prompt", "x", "--temperature", "-1")
+    assert result.returncode == 2
+    assert result.stderr == "gptj-dist: temperature must be from 0 to 100, got -1.0\n"
+
+
+def test_plan_tells_the_reason_and_obeys_layers() -> None:
+    result = command("plan", "demo", "--layers", "20,8", "--kv-cache-gb", "0.1")
+    assert result.returncode == 0
+    assert "embed + 0-19 (20)" in result.stdout
+    assert "lm_head counts as" in result.stdout
+    assert "The layers were given" in result.stdout
+
+
+def test_help_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, gptj_dist.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_address_where_no_ray_answers_is_said_at_once() -> None:
+    result = command("serve", "demo", "--address", "127.0.0.1:1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("gptj-dist: no Ray answers at 127.0.0.1:1")
