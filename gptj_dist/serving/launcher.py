@@ -112,16 +112,31 @@ def _application(launch: Launch, console: Console) -> Iterator[tuple[str, int]]:
     _require_no_other(launch, console)
     serve.start(http_options=HTTPOptions(host=launch.host, port=launch.port))
     try:
-        serve.run_many(
-            [serve.RunTarget(application, name=APP_NAME)],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        _deploy(application)
         yield _http_address()
     finally:
         with suppress(KeyboardInterrupt):
             console.print("Draining ...")
             serve.delete(APP_NAME)
+
+
+def _deploy(application: Any) -> None:
+    """Hands the application to Serve, and does not wait for it.
+
+    Raises:
+        ConfigurationError: Serve will not have it, such as when another application has its route.
+    """
+    from ray import serve
+    from ray.exceptions import RayTaskError
+
+    try:
+        serve.run_many(
+            [serve.RunTarget(application, name=APP_NAME)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    except RayTaskError as error:
+        raise ConfigurationError(f"Serve refuses the application: {error.cause}") from None
 
 
 def _http_address() -> tuple[str, int]:

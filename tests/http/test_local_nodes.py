@@ -41,9 +41,18 @@ class Nodes:
 
     def stages(self) -> list[dict[str, Any]]:
         """The living actors that are stages, as Ray's state API shows them."""
+        answer = wait_until(self._actors, "Ray's state API answers")
+        found = answer["data"]["result"]["result"]
+        return [actor for actor in found if (actor["class_name"], actor["state"]) == ("Stage", "ALIVE")]
+
+    def _actors(self) -> dict[str, Any] | None:
+        """What the state API says, or None while it is too busy to say it in JSON."""
         url = f"{self.environment['RAY_DASHBOARD_ADDRESS']}/api/v0/actors"
-        result = httpx.get(url, params={"limit": 100}, timeout=30).json()["data"]["result"]["result"]
-        return [actor for actor in result if (actor["class_name"], actor["state"]) == ("Stage", "ALIVE")]
+        try:
+            answer: dict[str, Any] = httpx.get(url, params={"limit": 100}, timeout=30).raise_for_status().json()
+        except (httpx.HTTPError, ValueError):
+            return None
+        return answer
 
     def stop(self, number: signal.Signals) -> None:
         """Ends the nodes; checks that nothing of theirs is left."""

@@ -222,7 +222,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def _alone(model: Model) -> Run:
-    """Every request by itself, in one stage, its prompt whole: what all else is compared with."""
+    """Every request by itself, in one stage, on one thread, its prompt whole: what all else is compared with."""
+    torch.set_num_threads(1)
     runs = [model.run({id_: work}) for id_, work in _make_works(model.config).items()]
     return Run(
         token_ids={id_: tokens for run in runs for id_, tokens in run.token_ids.items()},
@@ -249,7 +250,7 @@ def wide_alone(wide: Model) -> Run:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Where a test does not say otherwise; the references have torch's own number.
+    """Where a test does not say otherwise.
 
     Two would wait for each other most of the time on cores that other processes use.
     """
