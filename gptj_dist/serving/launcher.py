@@ -27,10 +27,15 @@ POLL_S = 0.05
 PROGRESS_S = 0.5
 
 LOCAL_RAY_ENVIRONMENT = {
-    # Ray listens on all interfaces unless it takes the machine for a desktop (see `docs/decisions`).
+    # Ray listens on all interfaces unless it takes the machine for a desktop (`docs/decisions/0004-loopback.md`).
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Calls between deployments take the short way (`docs/decisions/0006-serve-settings.md`).
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
 }
+"""What Ray is started with. ray and ray.serve read it when they are imported, so it is set before that."""
 
 
 @dataclass(frozen=True, slots=True)

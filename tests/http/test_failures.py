@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.http.server import Server, deploy, local_ray, serve_http, serving
+from tests.http.server import Server, serving
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -123,18 +123,3 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_ready_is_503_while_stages_load_and_health_is_200() -> None:
-    import ray
-
-    ray.shutdown()
-    with local_ray(num_cpus=4), serve_http() as server:
-        deploy({"model": "demo", "stages": 4, "device": "cpu"})
-        wait_until(lambda: server.client.get("/health").status_code == 200, "the ingress is up")
-        response = server.client.get("/ready")
-        assert response.status_code == 503
-        refused = server.client.post("/v1/completions", json={"prompt": "x"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
-        assert "retry-after" in refused.headers
-        wait_until(server.is_ready, "the stages have loaded")

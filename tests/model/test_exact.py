@@ -318,12 +318,14 @@ def test_preemption_changes_no_bit(demo: Model, demo_alone: Run, num_stages: int
     _assert_same(run, demo_alone)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_threads_change_no_bit(demo: Model, demo_alone: Run, num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
-    works = _make_works(demo.config)
-    _assert_same(demo.run(works), demo_alone)
-    _assert_same(demo.run({2: works[2]}, layers=_cut(28, 2), max_chunk_tokens=7), demo_alone)
+@pytest.mark.parametrize("model_name", ["demo", "odd", "wide"])
+def test_threads_change_no_bit(model_name: str, request: pytest.FixtureRequest) -> None:
+    model: Model = request.getfixturevalue(model_name)
+    alone: Run = request.getfixturevalue(f"{model_name}_alone")
+    works = _make_works(model.config)
+    torch.set_num_threads(2)
+    _assert_same(model.run({id_: works[id_] for id_ in (0, 2, 11)}), alone)
+    _assert_same(model.run({2: works[2]}, layers=_cut(model.config.num_layers, 2), max_chunk_tokens=7), alone)
 
 
 def test_uneven_stages_change_no_bit(demo: Model, demo_alone: Run) -> None:
@@ -334,22 +336,12 @@ def test_uneven_stages_change_no_bit(demo: Model, demo_alone: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_stages", "max_chunk_tokens", "num_blocks", "num_threads"),
-    [
-        (1, WHOLE, PLENTY, 1),
-        (1, WHOLE, PLENTY, 2),
-        (1, 1, PLENTY, 1),
-        (2, 7, 12, 2),
-        (3, 64, PLENTY, 1),
-        (3, 64, PLENTY, 2),
-        (7, WHOLE, 12, 1),
-        (14, None, PLENTY, 1),
-    ],
+    ("num_stages", "max_chunk_tokens", "num_blocks"),
+    [(1, WHOLE, PLENTY), (1, 1, PLENTY), (2, 7, 12), (3, 64, PLENTY), (7, WHOLE, 12), (14, None, PLENTY)],
 )
 def test_odd_sizes_change_no_bit(
-    odd: Model, odd_alone: Run, num_stages: int, max_chunk_tokens: int | None, num_blocks: int, num_threads: int
+    odd: Model, odd_alone: Run, num_stages: int, max_chunk_tokens: int | None, num_blocks: int
 ) -> None:
-    torch.set_num_threads(num_threads)
     layers = _cut(14, num_stages)
     run = odd.run(_make_works(odd.config), layers=layers, max_chunk_tokens=max_chunk_tokens, num_blocks=num_blocks)
     assert (run.num_preemptions > 0) == (num_blocks != PLENTY)
@@ -368,11 +360,7 @@ def test_long_sums_change_no_bit(
 
 
 @pytest.mark.parametrize("max_chunk_tokens", [1, WHOLE])
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_a_lone_request_with_long_sums_has_the_same_bits(
-    wide: Model, wide_alone: Run, max_chunk_tokens: int, num_threads: int
-) -> None:
-    torch.set_num_threads(num_threads)
+def test_a_lone_request_with_long_sums_has_the_same_bits(wide: Model, wide_alone: Run, max_chunk_tokens: int) -> None:
     run = wide.run({0: _make_works(WIDE)[0]}, layers=(2, 1), max_chunk_tokens=max_chunk_tokens)
     _assert_same(run, wide_alone)
 
