@@ -62,7 +62,8 @@ def run_until_interrupted(launch: Launch) -> None:
         StageFailedError: the pipelines would not start.
     """
     console = Console()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs inherit that it is ignored
+        signal.signal(number, _interrupt)
     begin = time.monotonic()
     try:
         with _ray(launch, console), _application(launch, console) as (host, port):
@@ -94,7 +95,7 @@ def _ray(launch: Launch, console: Console) -> Iterator[None]:
             ray.init(address=launch.address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"cannot join Ray at {launch.address}: {error}") from error
-    signal.signal(signal.SIGTERM, _interrupt)  # again: Ray has put a handler of its own there
+    signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put a handler of its own there
     try:
         yield
     finally:
