@@ -66,6 +66,7 @@ class Ingress:
         self._eos_token_id = read_model_config(directory).eos_token_id
         self._tokenizer = Tokenizer.load(directory)
         self._pipeline = pipeline
+        self._streams = pipeline.options(stream=True)
         self._created = int(time.time())
         self._limits: EngineLimits | None = None
         self._meeting = asyncio.get_running_loop().create_task(self._meet_pipeline())
@@ -140,7 +141,7 @@ class Ingress:
         self, prompt_ids: Sequence[int], params: SamplingParams, choice: int
     ) -> AsyncGenerator[Delta, None]:
         """`Pipeline.generate` of whichever replica Serve chooses."""
-        deltas = self._pipeline.options(stream=True).generate.remote(prompt_ids, params, choice)
+        deltas = self._streams.generate.remote(prompt_ids, params, choice)
         try:
             async for delta in deltas:
                 yield delta

@@ -16,7 +16,7 @@ from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequest
 from gptj_dist.llm import Completion, Prompt
 
 T = TypeVar("T")
-TIME_LIMIT_S = 20
+TIME_LIMIT_S = 150
 PROMPTS = ["The captain looked at the sea", "In the morning", "It was the best of times, it was"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=12, temperature=1, seed=4, ignore_eos=True)
