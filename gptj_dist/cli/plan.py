@@ -18,7 +18,8 @@ from gptj_dist.cli.options import (
     parse_kv_cache_gb,
     parse_layers,
 )
-from gptj_dist.config import DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
+from gptj_dist.config import BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
+from gptj_dist.errors import ConfigurationError
 from gptj_dist.partition import PREFILL_SPEEDUP, PROMPT_TOKENS_PER_OUTPUT_TOKEN, lm_head_cost_layers, stage_costs
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ def plan(
     """Show how a model would be cut into stages on this machine, and why. Loads nothing."""
     from rich.console import Console
 
-    from gptj_dist.config import BLOCK_SIZE_TOKENS
     from gptj_dist.serving.tables import bytes_text, stage_table
     from gptj_dist.stages.blueprint import count_kv_blocks, draw_blueprint
 
@@ -56,8 +56,12 @@ def plan(
     )
     blueprint = draw_blueprint(config)
     reports = _foresee(blueprint)
-    num_kv_tokens = count_kv_blocks(blueprint, reports) * BLOCK_SIZE_TOKENS
     console = Console()
+    try:
+        num_kv_tokens = count_kv_blocks(blueprint, reports) * BLOCK_SIZE_TOKENS
+    except ConfigurationError as error:  # the cut is worth seeing all the same: it may be for other machines
+        num_kv_tokens = 0
+        console.print(f"All stages together do not fit this machine: {error}.")
     console.print(stage_table(reports, num_kv_tokens))
     weights = sum(report.weight_bytes for report in reports)
     kv_bytes = sum(report.kv_bytes_per_token for report in reports)

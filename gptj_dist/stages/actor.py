@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import ray
@@ -15,8 +14,6 @@ from gptj_dist.stages.transport.zeromq import Inbound, Outbound
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 END_LINGER_MS = 1000
 
