@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +82,14 @@ def node_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def head_options(args: argparse.Namespace) -> dict[str, Any]:
-    return node_options(args) | {"include_dashboard": not args.no_dashboard, "dashboard_host": LOOPBACK}
+    """What the head gets on top: a dashboard, at a free port, as another Ray's may have the usual one."""
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        port = listener.getsockname()[1]
+    return node_options(args) | {
+        "include_dashboard": not args.no_dashboard,
+        "dashboard_host": LOOPBACK,
+        "dashboard_port": port,
+    }
 
 
 def announce(num_nodes: int, cluster: Any, directory: str) -> None:
