@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ def local_ray(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
     """A Ray cluster of one node with logical resources."""
     import ray
 
+    before = dict(os.environ)
     ray.init(
         address="local",
         num_cpus=num_cpus,
@@ -78,6 +80,8 @@ def local_ray(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        os.environ.clear()  # ray.init has left settings there, such as token authentication for processes to come
+        os.environ.update(before)
 
 
 @contextmanager
