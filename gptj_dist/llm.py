@@ -16,7 +16,7 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.completion import TextDelta, stream_text
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.request import FinishReason
-from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError
+from gptj_dist.errors import InvalidRequestError, NotReadyError
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import load_local, make_engine
@@ -160,7 +160,7 @@ class LLM:
             async with aclosing(self._stream(prompt_ids, params, choice=0)) as deltas:
                 async for delta in deltas:
                     pieces.put(delta.text)
-        except GPTJDistError as error:
+        except Exception as error:  # whatever it is, the reader must not take the text for complete
             pieces.put(error)
         finally:
             pieces.put(None)
