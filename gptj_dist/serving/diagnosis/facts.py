@@ -88,10 +88,11 @@ class NodeFacts:
     Args:
         versions: as `installed_versions`.
         torch_cuda: the CUDA that torch was built for.
+        torch_error: why it cannot be imported, or not use a GPU.
         driver: version of the NVIDIA driver.
         num_gpus: GPUs that the driver shows to this process, whether torch can use them or not.
         num_cpus: cores, or the container's share of them.
-        devices: what torch sees, the CPU first; empty where `torch_error` says why.
+        devices: what torch sees, the CPU first; empty if it cannot even be imported.
         max_open_files, max_open_files_hard: soft and hard limit of this process.
         hub_cache: where downloads go.
         listen_error: why nothing can listen at the address in question; None also if that was not asked.
@@ -170,20 +171,20 @@ def _version(package: str) -> str | None:
 
 
 def _look_at_devices() -> tuple[tuple[DeviceFacts, ...], str | None, str | None]:
-    """What torch sees, the CUDA that it was built for, and why it sees nothing."""
+    """What torch sees, the CUDA that it was built for, and why it does not see more."""
     try:
         import torch
 
         from gptj_dist.stages.device import describe_device, free_bytes, total_bytes
     except (ImportError, OSError) as error:  # OSError: a library that torch is linked with is not there
         return (), None, f"torch cannot be imported: {_first_line(error)}"
-    devices = [torch.device("cpu")]
+    cpu = torch.device("cpu")
+    found = [DeviceFacts("cpu", describe_device(cpu), free_bytes(cpu), total_bytes(cpu))]
     try:
-        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-        found = [DeviceFacts("cpu" if d.type == "cpu" else "cuda", describe_device(d), free_bytes(d), total_bytes(d))
-                 for d in devices]  # fmt: skip
+        for gpu in [torch.device("cuda", i) for i in range(torch.cuda.device_count())]:
+            found.append(DeviceFacts("cuda", describe_device(gpu), free_bytes(gpu), total_bytes(gpu)))
     except RuntimeError as error:
-        return (), torch.version.cuda, f"torch cannot use a GPU: {_first_line(error)}"
+        return tuple(found), torch.version.cuda, _first_line(error)
     return tuple(found), torch.version.cuda, None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from gptj_dist.config import PipelineConfig
 from gptj_dist.serving.diagnosis.cluster import Cluster, Finding, Node
@@ -51,7 +51,8 @@ def _describe(node: Node) -> Finding:
     parts += [f"{package} {facts.versions[package]}" for package in ("ray", "torch") if facts.versions[package]]
     parts += [f"built for CUDA {facts.torch_cuda}"] if facts.torch_cuda else []
     parts += [f"NVIDIA driver {facts.driver}"] if facts.driver else []
-    parts += [f"{node.resources.get('CPU', 0):g} CPUs"]
+    num_cpus = node.resources.get("CPU", 0)
+    parts += ["1 CPU" if num_cpus == 1 else f"{num_cpus:g} CPUs"]
     parts += [_memory_text("memory", facts.cpu.free_bytes, facts.cpu.total_bytes)] if facts.cpu else []
     parts += [_memory_text(gpu.report.name, gpu.free_bytes, gpu.total_bytes) for gpu in facts.gpus]
     return Finding("ok", node.name, f"{facts.host} ({node.ip}): {', '.join(parts)}")
@@ -121,27 +122,29 @@ def _packages(cluster: Cluster) -> Iterable[Finding]:
             is_complete = False
             names = " ".join(missing)
             yield Finding("failure", "packages", f"{node.name} lacks {names}", f"there: pip install {names}")
-        elif node.facts.torch_error:
+        elif not node.facts.devices:
             is_complete = False
-            yield Finding("failure", "torch", f"{node.name}: {node.facts.torch_error}", "install torch anew there")
+            yield Finding("failure", "torch", f"{node.name}: {node.facts.torch_error}", "there: install torch anew")
     if is_complete and not list(_versions(cluster)):
         agreement = " and agree on all nodes" if len(cluster.nodes) > 1 else ""
         yield Finding("ok", "packages", f"all {len(PACKAGES)} packages are installed{agreement}")
 
 
-def _gpus(nodes: Iterable[Node], config: PipelineConfig | None) -> Iterable[Finding]:
+def _gpus(nodes: Sequence[Node], config: PipelineConfig | None) -> Iterable[Finding]:
     """GPUs that Ray gives out must be seen by torch, or stages that are sent to them fail."""
-    is_wanted = config is None or config.device != "cpu"
-    nodes = list(nodes)
+    if config is not None and config.device == "cpu":
+        return
     if config is not None and config.device == "cuda" and not any(node.resources.get("GPU") for node in nodes):
-        yield Finding("failure", "GPU", "there is none", f"{_gpu_cure(nodes[0])}; or serve with --device cpu")
+        cure = f"{_gpu_cure(nodes[0])}; or serve with --device cpu"
+        yield Finding("failure", "GPU", "device is cuda, but Ray counts no GPU", cure)
     for node in nodes:
         counted, seen = node.resources.get("GPU", 0), len(node.facts.gpus)
-        if is_wanted and counted > seen and node.facts.torch_error is None:
+        if counted > seen and node.facts.devices:
             yield Finding(
-                "failure" if config is not None else "warning",
+                "warning" if config is None else "failure",
                 "GPU",
-                f"Ray counts {counted:g} GPUs on {node.name}, torch {node.facts.versions['torch']} sees {seen}",
+                f"Ray counts {counted:g} on {node.name}, torch {node.facts.versions['torch']} sees {seen}"
+                + (f" ({node.facts.torch_error})" if node.facts.torch_error else ""),
                 f"{_gpu_cure(node)}; or serve with --device cpu",
             )
 
