@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from gptj_dist.cli.doctor import doctor
 from gptj_dist.cli.generate import generate
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
@@ -22,6 +23,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(plan)
 app.command()(synth)
+app.command()(doctor)
 
 
 def main() -> None:
