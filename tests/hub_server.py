@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 CHUNK_BYTES = 16_384
@@ -91,13 +91,17 @@ class Hub:
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """The environment of a process that takes this server for the hub, and `home` for its cache."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        return inherited | {
-            "HF_ENDPOINT": self.base,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        } | more
+        return (
+            inherited
+            | {
+                "HF_ENDPOINT": self.base,
+                "HF_HOME": str(home),
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1",
+            }
+            | more
+        )
 
 
 @contextmanager
@@ -141,12 +145,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         name, kind, rest = _parse(path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        asked = Asked(self.command, path, rest.partition("/")[2] or None, self.headers.get("Range"), token)
+        asked = Asked(self.command, path, None, self.headers.get("Range"), token)
         self.hub.asked.append(asked)
         try:
             repository = self._repository(name, token)
             if kind == "resolve":
-                self._send_file(repository, asked, *_split_revision(repository, rest))
+                self._send_file(repository, asked, rest)
             else:
                 self._send_info(name, repository, rest or "main")
         except _RefusedError as refusal:
@@ -168,7 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
         self._send(HTTPStatus.OK, {"Content-Type": "application/json"}, json.dumps(info).encode())
 
-    def _send_file(self, repository: Repository, asked: Asked, revision: str, file: str) -> None:
+    def _send_file(self, repository: Repository, asked: Asked, rest: str) -> None:
+        revision, _, file = rest.rpartition("/")  # a branch, too, may have slashes in its name
         commit = _commit(repository, revision)
         if repository.is_gated:
             status = HTTPStatus.FORBIDDEN if asked.token else HTTPStatus.UNAUTHORIZED
@@ -178,7 +183,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             raise _RefusedError(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found")
         content = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Repo-Commit": commit,
+            "Accept-Ranges": "bytes",
+        }
+        headers["Content-Disposition"] = f'inline; filename="{file}";'  # the client's progress bar shows it
         if asked.range is None:
             self._send(HTTPStatus.OK, headers, content, asked)
         else:
@@ -222,18 +232,8 @@ def _parse(path: str) -> tuple[str, str, str]:
     return "/".join(parts[:2]), parts[2] if len(parts) > 2 else "", "/".join(parts[3:])
 
 
-def _split_revision(repository: Repository, rest: str) -> tuple[str, str]:
-    """A branch, too, may have slashes in its name."""
-    revision, _, file = rest.rpartition("/")
-    return revision, file
-
-
 def _commit(repository: Repository, revision: str) -> str:
     commit = repository.branches.get(revision, revision)
     if commit not in repository.commits:
         raise _RefusedError(HTTPStatus.NOT_FOUND, "RevisionNotFound", "Invalid rev id: " + revision)
     return commit
-
-
-def port_of(hub: Hub) -> int:
-    return cast(int, urlsplit(hub.base).port)

@@ -133,7 +133,9 @@ def _weight_files(model: str, directory: Path, names: Collection[str]) -> list[s
     except Exception:  # see `_download`
         files = {path.name for path in directory.iterdir()}
     form = _weight_form(files) or SAFETENSORS  # without any, downloading will say what is wrong
-    return CheckpointIndex(directory).files(names) if form.index in files and form.single not in files else [form.single]
+    return (
+        CheckpointIndex(directory).files(names) if form.index in files and form.single not in files else [form.single]
+    )
 
 
 def _weight_form(files: Collection[str]) -> WeightForm | None:

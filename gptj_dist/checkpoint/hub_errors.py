@@ -38,11 +38,15 @@ def _reason(error: Exception, model: str, file: str, revision: str | None) -> st
             return f"it is gated; ask for access at {constants.ENDPOINT}/{model}, then {_GIVE_TOKEN}"
         case errors.RepositoryNotFoundError():
             hint = _meant(model) or "check the spelling"
-            return f"there is no such repository (nor a directory of that name); {hint}, or if it is private {_GIVE_TOKEN}"
+            return (
+                f"there is no such repository (nor a directory of that name); {hint}, or if it is private {_GIVE_TOKEN}"
+            )
         case errors.RevisionNotFoundError():
             return f"it has no branch, tag or commit {revision!r}; see {constants.ENDPOINT}/{model}/tree/main"
         case errors.OfflineModeIsEnabled():
-            return f"HF_HUB_OFFLINE is set, and {file} is not in the cache {constants.HF_HUB_CACHE}; unset it to download"
+            return (
+                f"HF_HUB_OFFLINE is set, and {file} is not in the cache {constants.HF_HUB_CACHE}; unset it to download"
+            )
         case errors.LocalEntryNotFoundError():
             return f"it cannot be reached, and {file} is not in the cache {constants.HF_HUB_CACHE}"
         case errors.EntryNotFoundError():
@@ -53,7 +57,9 @@ def _reason(error: Exception, model: str, file: str, revision: str | None) -> st
             return _status_reason(error, file)
     first_line = str(error).strip().partition("\n")[0]
     if first_line.startswith(DISK_WARNING) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        return f"{first_line} Free some of the disk of {constants.HF_HUB_CACHE}, or set HF_HOME to a directory elsewhere"
+        return (
+            f"{first_line} Free some of the disk of {constants.HF_HUB_CACHE}, or set HF_HOME to a directory elsewhere"
+        )
     return (
         f"{file} did not arrive from {constants.ENDPOINT} ({type(error).__name__}: {first_line}); "
         "run the same again, complete files are kept"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -43,6 +43,8 @@ def make_application(config: AppConfig, scaling: Mapping[str, Any] | None = None
     Raises:
         ConfigurationError: as `build`.
     """
+    # A replica that starts next week shall serve the commit that the first one does.
+    config = replace(config, pipeline=draw_blueprint(config.pipeline).config)
     size = size_pipeline(config.pipeline)
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(
         ray_actor_options={"num_cpus": COORDINATOR_CPUS},
