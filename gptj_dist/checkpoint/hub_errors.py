@@ -31,53 +31,37 @@ def explain(error: Exception, model: str, file: str, revision: str | None) -> Ch
 
 
 def _reason(error: Exception, model: str, file: str, revision: str | None) -> str:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 
     match error:
         case errors.GatedRepoError():
-            return f"it is gated; ask for access at {constants.ENDPOINT}/{model}, then {_GIVE_TOKEN}"
+            return f"it is gated; ask for access at {ENDPOINT}/{model}, then {_GIVE_TOKEN}"
         case errors.RepositoryNotFoundError():
-            hint = _meant(model) or "check the spelling"
-            return (
-                f"there is no such repository (nor a directory of that name); {hint}, or if it is private {_GIVE_TOKEN}"
-            )
+            return f"there is no such repository, nor directory; {_meant(model)} If it is private, {_GIVE_TOKEN}"
         case errors.RevisionNotFoundError():
-            return f"it has no branch, tag or commit {revision!r}; see {constants.ENDPOINT}/{model}/tree/main"
+            return f"it has no branch, tag or commit {revision!r}; see {ENDPOINT}/{model}/tree/main"
         case errors.OfflineModeIsEnabled():
-            return (
-                f"HF_HUB_OFFLINE is set, and {file} is not in the cache {constants.HF_HUB_CACHE}; unset it to download"
-            )
+            return f"HF_HUB_OFFLINE is set, and {file} is not in the cache {HF_HUB_CACHE}; unset it to download"
         case errors.LocalEntryNotFoundError():
-            return f"it cannot be reached, and {file} is not in the cache {constants.HF_HUB_CACHE}"
+            return f"{ENDPOINT} cannot be reached, and {file} is not in the cache {HF_HUB_CACHE}"
         case errors.EntryNotFoundError():
             return f"it has no {file} at revision {revision or 'main'}"
         case errors.HFValidationError():
             return "that is neither a directory nor a hub name"
-        case errors.HfHubHTTPError():
-            return _status_reason(error, file)
-    first_line = str(error).strip().partition("\n")[0]
-    if first_line.startswith(DISK_WARNING) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        return (
-            f"{first_line} Free some of the disk of {constants.HF_HUB_CACHE}, or set HF_HOME to a directory elsewhere"
-        )
+        case errors.HfHubHTTPError(response=response) if response.status_code == 401:
+            return f"your token is not valid (HF_TOKEN, or of `hf auth login`); make one at {ENDPOINT}/settings/tokens"
+    line = str(error).strip().partition("\n")[0]
+    if line.startswith(DISK_WARNING) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return f"{line}; free some of it, or set HF_HOME to a directory on another disk ({file} goes to {HF_HUB_CACHE})"
     return (
-        f"{file} did not arrive from {constants.ENDPOINT} ({type(error).__name__}: {first_line}); "
+        f"{file} did not arrive from {ENDPOINT} ({type(error).__name__}: {line}); "
         "run the same again, complete files are kept"
     )
 
 
-def _status_reason(error: Exception, file: str) -> str:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    assert isinstance(error, HfHubHTTPError), "the caller has matched it"
-    status, message = error.response.status_code, error.response.headers.get("X-Error-Message")
-    if status == 401:
-        return f"it refuses the token; {_GIVE_TOKEN} that is valid"
-    return f"it answers {status} for {file}{f' ({message})' if message else ''}; try again later"
-
-
 def _meant(model: str) -> str:
-    """The nearest known name, with or without its owner."""
+    """Names the nearest known model, with or without its owner."""
     spellings = {spelling.lower(): known for known in _KNOWN_MODELS for spelling in (known, known.partition("/")[2])}
     nearest = difflib.get_close_matches(model.lower(), spellings, n=1, cutoff=0.8)
-    return f"did you mean {spellings[nearest[0]]!r}?" if nearest else ""
+    return f"did you mean {spellings[nearest[0]]!r}?" if nearest else "check the spelling."
