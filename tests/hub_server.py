@@ -67,7 +67,7 @@ class Hub:
 
     Args:
         cuts: file -> bytes after which each of its next answers breaks off; an answer takes the first of them.
-        gates: file -> event that an answer waits for once half of it is sent.
+        gates: file -> event that an answer waits for before it sends its last chunk.
         refused_tokens: tokens that the hub does not know.
     """
 
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         end = cuts.pop(0) if cuts else len(body)
         gate = self.hub.gates.get(file or "")
         for begin in range(0, end, CHUNK_BYTES):
-            if gate is not None and begin >= len(body) // 2:
+            if gate is not None and begin + CHUNK_BYTES >= len(body):
                 gate.wait(timeout=60)
             try:
                 self.wfile.write(body[begin : min(begin + CHUNK_BYTES, end)])
