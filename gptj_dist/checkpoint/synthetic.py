@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from gptj_dist.checkpoint.index import CONFIG_FILE, DTYPE_CODES, INDEX_FILE, SINGLE_FILE, expected_tensors
+from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS
+from gptj_dist.checkpoint.headers import DTYPE_CODES
+from gptj_dist.checkpoint.index import expected_tensors
 from gptj_dist.config import DTYPE_BYTES, DTypeName, LayerRange, ModelConfig
 
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -53,10 +55,10 @@ def write_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).write_text(json.dumps(_hf_config(config, init_std), indent=2) + "\n")
     shards = _cut(_layout(config, legacy_buffers), max_shard_bytes)
-    files = [SINGLE_FILE]
+    files = [SAFETENSORS.single]
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        _write_index(directory / INDEX_FILE, dict(zip(files, shards, strict=True)))
+        _write_index(directory / SAFETENSORS.index, dict(zip(files, shards, strict=True)))
     generator = torch.Generator().manual_seed(seed)
     for file, shard in zip(files, shards, strict=True):
         _write_shard(directory / file, shard, generator, init_std)

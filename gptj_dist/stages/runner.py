@@ -68,7 +68,7 @@ class StageRunner:
             self._model = StageModel(
                 spec.config,
                 spec.layers,
-                tensors.get,
+                tensors.read,
                 _torch_dtype(dtype),
                 self._device,
                 lambda num_layers: on_progress(f"{num_layers}/{spec.layers.num_layers} layers"),
