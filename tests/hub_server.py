@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 CHUNK_BYTES = 16_384
+ADVICE = "Warning: You are sending unauthenticated requests to the HF Hub. Please set a HF_TOKEN ..."
 
 
 @dataclass
@@ -204,6 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for header, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(header, value)
+        if "Authorization" not in self.headers:
+            self.send_header("X-HF-Warning", f"unauthenticated; {ADVICE}")
         self.end_headers()
         if self.command == "GET":
             self._send_body(body, asked)

@@ -5,6 +5,7 @@ Knows the names of files, not what is in them. Quick to import: the hub's client
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Collection
 from functools import lru_cache
@@ -107,6 +108,7 @@ def _download(model: str, file: str, revision: str | None) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_advice)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", DISK_WARNING)  # better now than when the disk is full
@@ -114,6 +116,11 @@ def _download(model: str, file: str, revision: str | None) -> Path:
     # The client lets the errors of its HTTP library through, which was requests, then httpx, then httpx2.
     except Exception as error:
         raise explain(error, model, file, revision) from error
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """The hub advises whoever has no token to get one; where one is needed, `explain` says so."""
+    return "unauthenticated requests" not in record.getMessage()
 
 
 @lru_cache
