@@ -7,6 +7,7 @@ import sys
 import typer
 
 from gptj_dist.cli.doctor import doctor
+from gptj_dist.cli.download import download
 from gptj_dist.cli.generate import generate
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
@@ -24,6 +25,7 @@ app.command()(generate)
 app.command()(plan)
 app.command()(synth)
 app.command()(doctor)
+app.command()(download)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def serve(
     scaling = _scaling(replicas, min_replicas, max_replicas)
     from gptj_dist.stages.blueprint import draw_blueprint
 
-    draw_blueprint(config)  # whatever is wrong with the model is said before Ray starts
+    config = draw_blueprint(config).config  # whatever is wrong with the model is said before Ray starts
     from gptj_dist.serving.launcher import Launch, run_until_interrupted
     from gptj_dist.serving.settings import AppConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -38,6 +39,8 @@ def make_application(config: AppConfig, scaling: Mapping[str, Any] | None = None
     Raises:
         ConfigurationError: as `build`.
     """
+    # A replica that starts next week shall serve the commit that the first one does.
+    config = replace(config, pipeline=draw_blueprint(config.pipeline).config)
     size = size_pipeline(config.pipeline)
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(
         ray_actor_options={"num_cpus": COORDINATOR_CPUS},

@@ -18,6 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
+from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
+from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.serving.settings import AppConfig
 from gptj_dist.serving.sockets import why_not_listen
@@ -82,6 +85,7 @@ def _ray(launch: Launch, console: Console) -> Iterator[None]:
     if launch.address is None:
         if reason := why_not_listen(launch.host, launch.port):
             raise ConfigurationError(f"{reason}; choose another --port")
+        _fetch_all_weights(launch.app.pipeline, console)
         console.print("Starting Ray on this machine ...")
     with connected(launch.address):
         signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put a handler of its own there
@@ -165,6 +169,22 @@ def http_address() -> tuple[str, int]:
 
     http = _get_global_client().http_config
     return http.host, http.port
+
+
+def _fetch_all_weights(pipeline: PipelineConfig, console: Console) -> None:
+    """Downloads what all stages need, here where the progress bars of the hub's client are seen.
+
+    Raises:
+        CheckpointError: the hub does not give it out.
+    """
+    directory = resolve_model(pipeline.model, pipeline.revision)
+    config = read_model_config(directory)
+
+    def tell(file: str) -> None:
+        if not console.is_terminal:  # else the bar names it
+            console.print(f"Fetching {file} ...", highlight=False)
+
+    fetch_weights(pipeline.model, directory, LayerRange(0, 1, 0, config.num_layers), config, tell)
 
 
 def _require_answer(address: str) -> None:
@@ -262,7 +282,7 @@ def _raise_if_failed() -> None:
 
 
 def _progress() -> str:
-    """`Loading: stage 0 9/14, stage 1 8/14 layers`."""
+    """`Loading the model (stage-0: 9/14 layers, stage-1: fetching model.safetensors) ...`."""
     import ray
 
     from gptj_dist.stages.group import ACTOR_NAME_PREFIX
@@ -272,8 +292,8 @@ def _progress() -> str:
     for actor in sorted(actors, key=lambda a: str(a["name"])):
         with suppress(ray.exceptions.RayError, ValueError):
             handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
-            num_layers = ray.get(handle.num_layers_loaded.remote(), timeout=PROGRESS_S)
-            parts.append(f"{actor['name'].rpartition('/')[2]}: {num_layers} layers")
+            progress = ray.get(handle.progress.remote(), timeout=PROGRESS_S)
+            parts.append(f"{actor['name'].rpartition('/')[2]}: {progress}")
     return f"Loading the model ({', '.join(parts)}) ..." if parts else "Placing the stages ..."
 
 

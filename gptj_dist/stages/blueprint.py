@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptj_dist.checkpoint.hub import local_directory, resolve_model
 from gptj_dist.checkpoint.index import check_checkpoint, expected_tensors, read_model_config
@@ -36,7 +36,8 @@ class StageSpec:
     """All that a stage must know before it looks at its device.
 
     Args:
-        model, revision: as the user gave them; each node finds its own copy.
+        model: as the user gave it; each node finds its own copy.
+        revision: of a hub model the commit, so that all stages have the same one even if the branch moves.
         unsampled_ids: tokens that the last stage never samples.
     """
 
@@ -89,7 +90,11 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A pipeline as planned: checked, but not yet anywhere."""
+    """A pipeline as planned: checked, but not yet anywhere.
+
+    Args:
+        config: with the commit of a hub model as its revision.
+    """
 
     config: PipelineConfig
     model: ModelConfig
@@ -124,8 +129,10 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     directory = resolve_model(config.model, config.revision)
     model = read_model_config(directory)
     tokenizer = Tokenizer.load(directory)
-    if local_directory(config.model) is not None:  # of a hub model, each stage fetches and checks its own files
+    if local_directory(config.model) is not None:
         check_checkpoint(directory, model)
+    else:  # each stage fetches and checks its own files
+        config = replace(config, revision=directory.name)
     if config.layers is not None:
         layers = explicit_partition(model, config.layers)
     else:
