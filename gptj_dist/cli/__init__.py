@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from gptj_dist.cli.convert import convert
 from gptj_dist.cli.generate import generate
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(plan)
+app.command()(convert)
 
 
 def main() -> None:
