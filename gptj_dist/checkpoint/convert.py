@@ -132,11 +132,15 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     for path in (source.resolve(), *(file.resolve() for file in source.iterdir())):
         for written in (destination, partial):
             if path == written or path in written.parents or written in path.parents:
-                raise ConfigurationError(f"{written} would be written, but the source {path} is there: name another directory")
+                raise ConfigurationError(
+                    f"{written} would be written, but the source {path} is there: name another directory"
+                )
     if destination.exists() and not overwrite and not partial.exists():
         raise _exists_already(destination)
     if destination.exists() and not (destination / CONFIG_FILE).is_file():
-        raise ConfigurationError(f"{destination} exists and is no checkpoint, so it is not replaced: name another directory")
+        raise ConfigurationError(
+            f"{destination} exists and is no checkpoint, so it is not replaced: name another directory"
+        )
 
 
 def _exists_already(destination: Path) -> ConfigurationError:

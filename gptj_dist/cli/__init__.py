@@ -8,6 +8,7 @@ import typer
 
 from gptj_dist.cli.convert import convert
 from gptj_dist.cli.generate import generate
+from gptj_dist.cli.inspect import inspect
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(plan)
+app.command()(inspect)
 app.command()(convert)
 
 
