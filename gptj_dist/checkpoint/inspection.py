@@ -108,7 +108,7 @@ def _odd_names(stored: Mapping[str, Mapping[str, TensorHeader]]) -> Iterator[str
     buffers = {name: header for name, header in headers.items() if name.endswith(LEGACY_BUFFERS)}
     if buffers:
         size = bytes_text(sum(header.num_bytes for header in buffers.values()))
-        yield f"masks and tables of old versions of transformers, {size}, which are passed over: {_listing(list(buffers))}"
+        yield f"masks of old versions of transformers, {size}, which are passed over: {_listing(list(buffers))}"
     if unprefixed := [name for name in headers if canonical_name(name) != name]:
         yield f"names without 'transformer.', which are read as if they had it: {_listing(unprefixed)}"
 
