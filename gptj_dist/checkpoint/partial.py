@@ -95,17 +95,14 @@ class PartialDirectory:
     def __enter__(self) -> Self:
         self._lock = _lock(self.path / "lock")
         self._unfinished.unlink(missing_ok=True)
-        if self._old.exists():
-            if self._destination.exists():
-                shutil.rmtree(self._old)
-            else:
-                self._old.rename(self._destination)
+        self._clear_old()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with suppress(OSError):
+            self._clear_old()
             if not self._new.exists() or not any(self._new.iterdir()):
                 self.discard()
                 (self.path / "lock").unlink()
@@ -157,20 +154,25 @@ class PartialDirectory:
         return dict(self._sha256_of)
 
     def publish(self) -> None:
-        """Gives the directory its name, in place of what has it, and deletes that."""
+        """Gives the directory its name, in place of what has it, which is deleted on leaving."""
         _sync_directory(self._new)
         if self._destination.exists():
             self._destination.rename(self._old)
         self._new.rename(self._destination)
         _sync_directory(self._destination.parent)
-        if self._old.exists():
-            shutil.rmtree(self._old)
 
     def discard(self) -> None:
         """Deletes what was made so far."""
         self._state_file.unlink(missing_ok=True)
         if self._new.exists():
             shutil.rmtree(self._new)
+
+    def _clear_old(self) -> None:
+        """Deletes what was replaced; if nothing has taken its place, it comes back."""
+        if self._old.exists() and self._destination.exists():
+            shutil.rmtree(self._old)
+        elif self._old.exists():
+            self._old.rename(self._destination)
 
     def _read_state(self) -> dict[str, Any]:
         try:

@@ -330,6 +330,28 @@ def test_destination_that_exists_is_replaced_only_if_asked(source: Path, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"source", "result"}
 
 
+def test_destination_comes_back_if_the_new_one_cannot_take_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _convert(source, tmp_path / "result")
+    before = _contents(tmp_path / "result")
+    really_rename = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return really_rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            _convert(source, tmp_path / "result", "float16", overwrite=True)
+    assert _contents(tmp_path / "result") == before
+
+    _convert(source, tmp_path / "result", "float16", overwrite=True)
+    assert read_model_config(tmp_path / "result").dtype == "float16"
+
+
 def test_directory_that_is_no_checkpoint_is_never_replaced(source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("1")
@@ -477,7 +499,7 @@ def test_conversion_killed_at_any_step_leaves_old_or_new_and_resumes(
     wanted = _contents(tmp_path / "new")
     whole = [wanted, _contents(old)]
 
-    for step in itertools.count(1):
+    for step in itertools.count(1, 1 if overwrite else 3):
         shutil.rmtree(destination, ignore_errors=True)
         if overwrite:
             shutil.copytree(old, destination)
@@ -486,8 +508,11 @@ def test_conversion_killed_at_any_step_leaves_old_or_new_and_resumes(
             break
         assert code == -9, error
         aside = tmp_path / "result.partial" / "old"
-        assert not overwrite or destination.exists() or _contents(aside) == whole[1]
         assert not destination.exists() or _contents(destination) in whole
+        if overwrite and not destination.exists():
+            assert _contents(aside) == whole[1]
+            assert "exists already" in conversions.run(source, destination)[1]
+            assert _contents(destination) == whole[1]
 
         code, error, _ = conversions.run(source, destination, overwrite=overwrite, kill_at_step=1_000_000)
 
@@ -495,7 +520,7 @@ def test_conversion_killed_at_any_step_leaves_old_or_new_and_resumes(
         assert code == 0 or "exists already" in error
         assert _contents(destination) == wanted
         assert not (tmp_path / "result.partial").exists()
-    assert step > 100
+    assert step > 60
 
 
 # Full disks
