@@ -248,7 +248,7 @@ class _Converter:
             self._observer.note(f"{self._partial.path} held a part of another conversion: starting over")
         if num_finished := len(self._partial.checksums()):
             finished = bytes_text(self._plan.num_bytes - self._missing_bytes())
-            self._observer.note(f"resuming: {num_finished} files, {finished}, are finished")
+            self._observer.note(f"resuming: {num_finished} of {len(self._plan.files)} files are finished, {finished}")
         self._report(self._plan.num_bytes - self._missing_bytes())
 
     def _write_checksums(self) -> None:

@@ -424,7 +424,7 @@ def test_finished_files_are_kept_and_the_others_written(
 
     _convert(source, tmp_path / "result", notes=notes)
 
-    assert notes.notes[0].startswith("resuming: 3 files")
+    assert notes.notes[0].startswith("resuming: 3 of 9 files are finished, ")
     assert (tmp_path / "result" / kept.name).stat().st_ino == before
     assert _contents(tmp_path / "result") == _contents(tmp_path / "undisturbed")
     assert notes.bytes[0][0] > 0
