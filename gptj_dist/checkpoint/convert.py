@@ -246,7 +246,7 @@ class _Converter:
     def _resume(self) -> None:
         if not self._partial.resume(self._plan.identity):
             self._observer.note(f"{self._partial.path} held a part of another conversion: starting over")
-        if num_finished := len(self._partial.checksums()):
+        if num_finished := len(self._partial.checksums().keys() & self._plan.files):
             finished = bytes_text(self._plan.num_bytes - self._missing_bytes())
             self._observer.note(f"resuming: {num_finished} of {len(self._plan.files)} files are finished, {finished}")
         self._report(self._plan.num_bytes - self._missing_bytes())
