@@ -6,9 +6,11 @@ import sys
 
 import typer
 
+from gptj_dist.cli.convert import convert
 from gptj_dist.cli.doctor import doctor
 from gptj_dist.cli.download import download
 from gptj_dist.cli.generate import generate
+from gptj_dist.cli.inspect import inspect
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
 from gptj_dist.cli.synth import synth
@@ -26,6 +28,8 @@ app.command()(plan)
 app.command()(synth)
 app.command()(doctor)
 app.command()(download)
+app.command()(inspect)
+app.command()(convert)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def download(
     except KeyboardInterrupt:
         typer.echo("\nStopped. Complete files are kept: run the same again to fetch the rest.", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    from gptj_dist.serving.tables import bytes_text
+    from gptj_dist.sizes import bytes_text
 
     num_bytes = sum(file.stat().st_size for file in files)
     typer.echo(f"{len(files)} files, {num_bytes:,} bytes ({bytes_text(num_bytes)}): {files[0].parent}")

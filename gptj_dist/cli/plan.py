@@ -21,6 +21,7 @@ from gptj_dist.cli.options import (
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.partition import PREFILL_SPEEDUP, PROMPT_TOKENS_PER_OUTPUT_TOKEN, lm_head_cost_layers, stage_costs
+from gptj_dist.sizes import bytes_text
 
 if TYPE_CHECKING:
     from gptj_dist.stages.blueprint import Blueprint, StageReport
@@ -40,7 +41,7 @@ def plan(
     """Show how a model would be cut into stages on this machine, and why. Loads nothing."""
     from rich.console import Console
 
-    from gptj_dist.serving.tables import bytes_text, stage_table
+    from gptj_dist.serving.tables import stage_table
     from gptj_dist.stages.blueprint import count_kv_blocks, draw_blueprint
 
     config = PipelineConfig(

@@ -10,7 +10,7 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.serving.diagnosis.cluster import Cluster, Finding, Node
 from gptj_dist.serving.diagnosis.facts import PACKAGES
 from gptj_dist.serving.launcher import APP_NAME
-from gptj_dist.serving.tables import bytes_text
+from gptj_dist.sizes import bytes_text
 
 FEWEST_OPEN_FILES = 1024
 """Ray, Serve and ZeroMQ take a few hundred in a process, and Serve's proxy one more for each open stream."""

@@ -15,7 +15,7 @@ from gptj_dist.errors import ConfigurationError
 from gptj_dist.serving.diagnosis.cluster import Cluster, Finding, Node
 from gptj_dist.serving.diagnosis.facts import DeviceFacts
 from gptj_dist.serving.sizing import PipelineSize, size_stages
-from gptj_dist.serving.tables import bytes_text
+from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.blueprint import (
     Blueprint,
     StageReport,
