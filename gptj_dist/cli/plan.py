@@ -20,7 +20,12 @@ from gptj_dist.cli.options import (
 )
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.partition import PREFILL_SPEEDUP, PROMPT_TOKENS_PER_OUTPUT_TOKEN, lm_head_cost_layers, stage_costs
+from gptj_dist.planning.partition import (
+    PREFILL_SPEEDUP,
+    PROMPT_TOKENS_PER_OUTPUT_TOKEN,
+    lm_head_cost_layers,
+    stage_costs,
+)
 
 if TYPE_CHECKING:
     from gptj_dist.stages.blueprint import Blueprint, StageReport
@@ -72,7 +77,8 @@ def plan(
 
 def _foresee(blueprint: Blueprint) -> list[StageReport]:
     """The reports that stages would give after loading, all of them on this machine's first device."""
-    from gptj_dist.stages.blueprint import StageReport, choose_dtype, kv_bytes_per_token, weight_bytes
+    from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+    from gptj_dist.stages.blueprint import StageReport, choose_dtype
     from gptj_dist.stages.device import describe_device, free_bytes, local_device
 
     kind, device = local_device(blueprint.config.device)

@@ -16,6 +16,7 @@ from gptj_dist.checkpoint.hub import DEMO, resolve_model
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, ModelConfig, PipelineConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError
+from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
 from gptj_dist.stages.blueprint import (
     Blueprint,
     DeviceReport,
@@ -23,8 +24,6 @@ from gptj_dist.stages.blueprint import (
     choose_dtype,
     count_kv_blocks,
     draw_blueprint,
-    kv_bytes_per_token,
-    weight_bytes,
 )
 
 GIGABYTE = 10**9
