@@ -60,7 +60,7 @@ class ModelConfig:
 
     @property
     def head_parameters(self) -> int:
-        """Parameters of the final LayerNorm and of `lm_head` with its bias; with tied embeddings the matrix is shared."""
+        """Parameters of the final LayerNorm and of `lm_head` with its bias, whether or not its matrix is shared."""
         return self.embedding_parameters + self.vocab_size + 2 * self.d_model
 
     @classmethod

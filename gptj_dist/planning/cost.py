@@ -2,15 +2,17 @@
 
 The time of a step is
 
-    step_overhead + layers * (layer_overhead + attention calls * request_overhead)
-    + combine(reading, arithmetic) + rows * layers * d_model / row_elements_s
+    CPU   step_overhead + overheads + reading + arithmetic + elements
+    GPU   step_overhead + max(overheads, reading, arithmetic) + elements
 
+    overheads  = layers * layer_overhead + attention calls * request_overhead
     reading    = weight bytes / bandwidth + KV bytes / KV bandwidth
     arithmetic = matrix FLOP / flops + attention FLOP / attention_flops
+    elements   = rows * layers * d_model / row_elements_s
 
-A GPU reads and multiplies at the same time: combine is the larger of the two (the roofline, Williams et al. 2009). A few
-CPU cores do one after the other: combine is the sum, which fits packed products from 1 to 512 rows (28672 x 4096 in
-bfloat16 on two cores: 73 GB/s at 1 row, 943 GFLOP/s at 512, and within 10 % of the sum at 8 and 32).
+A GPU reads, multiplies and is given the next kernels all at the same time: it is the roofline (Williams et al. 2009)
+with a third term for launches. A few CPU cores do one after the other, and the sum fits packed products from 1 to 512
+rows (28672 x 4096 in bfloat16 on two cores: 73 GB/s at 1 row, 943 GFLOP/s at 512, within 10 % of the sum at 8 and 32).
 """
 
 from __future__ import annotations
@@ -107,13 +109,10 @@ def step_s(device: DeviceSpec, dtype: DTypeName, work: Work) -> float:
     flops = device.float32_flops if dtype == "float32" else device.flops
     reading = work.weight_bytes / device.bandwidth_bytes_s + work.kv_bytes / device.kv_bandwidth_bytes_s
     arithmetic = work.matrix_flop / flops + work.attention_flop / device.attention_flops
-    return (
-        device.step_overhead_s
-        + work.num_layers * device.layer_overhead_s
-        + work.num_attention_calls * device.request_overhead_s
-        + (reading + arithmetic if device.kind == "cpu" else max(reading, arithmetic))
-        + work.row_elements / device.row_elements_s
-    )
+    overheads = work.num_layers * device.layer_overhead_s + work.num_attention_calls * device.request_overhead_s
+    terms = (overheads, reading, arithmetic)
+    core = sum(terms) if device.kind == "cpu" else max(terms)
+    return device.step_overhead_s + core + work.row_elements / device.row_elements_s
 
 
 def hop_s(device: DeviceSpec, model: ModelConfig, dtype: DTypeName, step: Step) -> float:

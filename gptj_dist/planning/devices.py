@@ -1,7 +1,7 @@
 """What the planner knows of a device: the figures of known ones, and how people describe their own. Stdlib only.
 
-Published figures are never reached, so those of GPUs are scaled by a stated efficiency, which stands for kernel launches
-too. A measured device (`stages.calibration`) has figures of its own and needs none.
+Published figures are never reached, so those of GPUs are scaled by a stated efficiency. A measured device
+(`stages.calibration`) has figures of its own and needs none.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from gptj_dist.config import DeviceKind, DTypeName, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
 
 GPU_BANDWIDTH_EFFICIENCY = 0.72
-"""Part of a GPU's published bandwidth that decoding reaches: 0.9, which an H200 reads at (4.3 of 4.8 TB/s measured), times
-0.8, which a very good engine keeps of that."""
+"""Part of a GPU's published bandwidth that decoding reaches: 0.9, which an H200 reads at (4.3 of 4.8 TB/s measured),
+times 0.8, which a very good engine keeps of that."""
 
 GPU_FLOPS_EFFICIENCY = 0.5
 """Part of a GPU's published FLOP/s that prefill reaches. An assumption: nothing was measured."""
+
+GPU_LAYER_LAUNCHES_US = 80.0
+GPU_REQUEST_LAUNCHES_US = 40.0
+"""Launching a layer's kernels, and those of one request's attention in it, at 5 us each. An assumption as well."""
 
 DEFAULT_LINK_GB_S = 1.25
 """10 Gbit/s Ethernet."""
@@ -77,6 +81,8 @@ def _gpu(
         flops=flops,
         float32_flops=float32_tflops * 1e12 * GPU_FLOPS_EFFICIENCY,
         attention_flops=flops,
+        layer_overhead_s=GPU_LAYER_LAUNCHES_US * 1e-6,
+        request_overhead_s=GPU_REQUEST_LAUNCHES_US * 1e-6,
         fast_dtypes=("float32", "float16", "bfloat16") if has_bfloat16 else ("float32", "float16"),
     )
 
@@ -144,9 +150,9 @@ def parse_devices(description: object) -> tuple[DeviceSpec, ...]:
     """Devices from a parsed description, in its order.
 
     Args:
-        description: `{"devices": [...]}` with, at will, `link_gb_s` and `link_latency_us` for all of them. A device is a
-            known name, or a mapping: `name`, `count`, and figures, which replace the known ones. Figures that people
-            give are taken as they are, without an efficiency.
+        description: `{"devices": [...]}` with, at will, `link_gb_s` and `link_latency_us` for all of them. A device is
+            a known name, or a mapping: `name`, `count`, and figures, which replace the known ones. Figures that
+            people give are taken as they are, without an efficiency.
 
     Raises:
         ConfigurationError: says which device and which key is wrong, and the nearest that is right.

@@ -16,7 +16,7 @@ from gptj_dist.planning.devices import DeviceSpec
 from gptj_dist.planning.partition import PROMPT_TOKENS_PER_OUTPUT_TOKEN
 
 FREE_MEMORY_USED: dict[DeviceKind, float] = {"cpu": 0.5, "cuda": 0.9}
-"""What the KV cache takes of the memory that is free once all weights are loaded. A machine's memory has other users."""
+"""What the KV cache takes of the memory that is free once weights are loaded. A machine's memory has other users."""
 
 RESERVED_BYTES = 1_000_000_000
 """Per device, for Python, torch, its kernels and the rows being computed."""

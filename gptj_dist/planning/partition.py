@@ -1,9 +1,9 @@
 """Cuts a model's layers into stages so that the slowest stage is as fast as can be. Stdlib only.
 
-Stages of equal devices need no figures: the cost of one is that of its layers, plus `lm_head` on the last one. In decode
-a layer's cost is the weights it streams from memory, and `lm_head` streams `vocab_size / 12 / d_model` times as many
-(1.03 layers for GPT-J-6B); in prefill it runs for one row a request and costs almost nothing. The two are weighed by the
-traffic assumed. Unlike devices are for `planning.search`, which shares layers by the same rule.
+Stages of equal devices need no figures: the cost of one is that of its layers, plus `lm_head` on the last one. In
+decode a layer's cost is the weights it streams from memory, and `lm_head` streams `vocab_size / 12 / d_model` times as
+many (1.03 layers for GPT-J-6B); in prefill it runs for one row a request and costs almost nothing. The two are weighed
+by the traffic assumed. Unlike devices are for `planning.search`, which shares layers by the same rule.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def stage_costs(model: ModelConfig, layers: tuple[int, ...]) -> tuple[float, ...
 
 
 def plan_partition(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
-    """The layers of each stage on equal devices: the slowest is as cheap as can be, and the last as long as that allows.
+    """The layers of each stage on equal devices: the slowest as cheap as can be, the last as long as that allows.
 
     Raises:
         ConfigurationError: more stages than layers.

@@ -1,9 +1,9 @@
 """The best pipeline over unlike devices: which of them, in which order, with how many layers each.
 
 A stage is a run of layers, and its place matters only in that the first holds the embedding and the last computes
-`lm_head`. So for a time T that no stage may exceed, each device has a number of layers that it can take, and devices are
-chosen by that number; T is found by bisection among all times that a stage can have. That is exact, and quick enough for
-dozens of devices, where trying all orders and cuts is neither (a test compares the two on small cases).
+`lm_head`. So for a time T that no stage may exceed, each device has a number of layers that it can take, and devices
+are chosen by that number; T is found by bisection among all times that a stage can have. A test holds the result
+against all orders and cuts of small cases; for dozens of devices those would be too many.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[St
     """The pipeline with the most output tokens a second under the assumed traffic.
 
     Every stage has room for its weights and for the KV cache of one request of full length. Of pipelines that are
-    equally fast the one with the fewest devices is taken. A KV cache too small for all requests slows a pipeline, so room
-    for 32, 16, 8 ... requests is tried. When fewer requests than stages fit, the slowest stage is still as fast as can
-    be, though others may matter then.
+    equally fast the one with the fewest devices is taken. A KV cache too small for all requests slows a pipeline, so
+    room for 32, 16, 8 ... requests is tried. When fewer requests than stages fit, the slowest stage is still as fast
+    as can be, though others may matter then.
 
     Raises:
         ConfigurationError: the model does not fit; says how much is needed, how much there is, and what would help.
