@@ -53,7 +53,7 @@ def _conclude(console: Console, checks: list[PipelineCheck]) -> bool:
         f"{len(errors) - num_off} of {len(errors)} predictions are within {TOLERANCE:.0%} of what was measured; the "
         f"worst is off by {max(errors):.0%}."
     )
-    if drift > QUIET_DRIFT:
+    if num_off and drift > QUIET_DRIFT:
         console.print(
             f"The machine was not quiet: the same calibration took {drift:.1f} times as long in one round as another. "
             "Try again when it is."

@@ -90,7 +90,7 @@ def step_work(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: De
     num_rows = sum(chunks.num_rows for chunks in step)
     num_samples = layers.is_last * sum(chunks.num_requests for chunks in step if chunks.has_samples)
     is_exact = kind == "cpu" and dtype == "float32"
-    calls, keys, scores = map(sum, zip(*(_attention(chunks, is_exact) for chunks in step), strict=True))
+    calls, keys, scores = (sum(counts) for counts in zip(*(_attention(c, is_exact) for c in step), strict=True))
     layer_matrices = layers.num_layers * model.layer_matrix_parameters
     streamed = layer_matrices + model.embedding_parameters * (num_samples > 0)
     return Work(
@@ -121,10 +121,13 @@ def hop_s(device: DeviceSpec, model: ModelConfig, dtype: DTypeName, step: Step) 
     return device.link_latency_s + num_rows * model.d_model * DTYPE_BYTES[dtype] / device.link_bytes_s
 
 
-def _attention(chunks: Chunks, is_exact: bool) -> tuple[int, int, int]:
-    """Attention of all pieces in one layer: calls, keys that they read in all, and scores that they compute."""
+def _attention(chunks: Chunks, is_exact: bool) -> tuple[int, ...]:
+    """Attention of all pieces in one layer: calls, keys read from memory, and scores computed.
+
+    A piece's later tiles find the keys of the earlier ones in a cache.
+    """
     tile = EXACT_TILE_ROWS if is_exact else chunks.num_tokens
     num_tiles = math.ceil(chunks.num_tokens / tile)
     start = chunks.context_tokens - chunks.num_tokens
-    keys = sum(start + (i + 1) * tile for i in range(num_tiles))
-    return chunks.num_requests * num_tiles, chunks.num_requests * keys, chunks.num_requests * tile * keys
+    scores = sum(tile * (start + (i + 1) * tile) for i in range(num_tiles))
+    return tuple(chunks.num_requests * n for n in (num_tiles, chunks.context_tokens, scores))

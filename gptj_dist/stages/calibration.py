@@ -122,12 +122,14 @@ def check_pipeline(
     model: CheckedModel,
     num_stages: int,
     shapes: Sequence[ModelConfig] = CALIBRATION_SHAPES,
+    num_rounds: int = NUM_ROUNDS,
     note: Callable[[str], None] = lambda _: None,
 ) -> PipelineCheck:
     """Predicts and measures the steps of a model cut into stages on this machine.
 
     Args:
         shapes: what is timed for the prediction. Those as wide as the model are left out.
+        num_rounds: rounds of calibration, prediction and measurement.
         note: told what is being done.
 
     Raises:
@@ -147,8 +149,8 @@ def check_pipeline(
         lists = [[*specs, _spec(model.name, model.revision, model.config, layers)] for layers in ranges]
         with open_team(lists, model.dtype, num_threads) as team:
             rounds = []
-            for number in range(1, NUM_ROUNDS + 1):
-                note(f"timing, round {number} of {NUM_ROUNDS}")
+            for number in range(1, num_rounds + 1):
+                note(f"timing, round {number} of {num_rounds}")
                 rounds.append(_round(team, model, others, ranges, cases))
     return _summary(rounds)
 
