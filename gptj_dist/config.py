@@ -22,6 +22,19 @@ BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
 GPTJ_EOS_TOKEN_ID = 50256
 
+_ALIASES = {
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+}
+"""Fields of `config.json` by the names that GPT-J's has, and by those of other models, which some tools write."""
+
+_MAX_SIZE = 1 << 20
+_MAX_LAYERS = 1024
+"""Beyond any GPT-J, and small enough that a broken file costs nothing before it is refused."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -74,9 +87,13 @@ class ModelConfig:
             raise CheckpointError(f"config.json: model_type is {config.get('model_type')!r}, only 'gptj' is served")
         if config.get("activation_function", "gelu_new") != "gelu_new":
             raise CheckpointError(f"config.json: unknown activation_function {config['activation_function']!r}")
+        config = {name: config[alias] for name, alias in _ALIASES.items() if alias in config} | dict(config)
         missing = [k for k in ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions") if k not in config]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+        num_layers = _positive_int(config, "n_layer")
+        if num_layers > _MAX_LAYERS:
+            raise CheckpointError(f"config.json: n_layer {num_layers} is more than {_MAX_LAYERS}")
         d_model = _positive_int(config, "n_embd")
         num_heads = _positive_int(config, "n_head")
         if d_model % num_heads:
@@ -88,20 +105,18 @@ class ModelConfig:
             )
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"config.json: unknown dtype {dtype!r}")
-        d_ff = config["n_inner"] if config.get("n_inner") is not None else 4 * d_model
+            raise CheckpointError(f"config.json: unknown dtype {dtype!r:.50}")
+        d_ff = _positive_int(config, "n_inner") if config.get("n_inner") is not None else 4 * d_model
         vocab_size = _positive_int(config, "vocab_size")
         eos = config.get("eos_token_id", GPTJ_EOS_TOKEN_ID)
-        if not isinstance(eos, int) or not isinstance(d_ff, int) or d_ff < 1:
-            raise CheckpointError(f"config.json: eos_token_id {eos!r} and n_inner {d_ff!r} must be whole numbers")
-        if not 0 <= eos < vocab_size:
-            raise CheckpointError(f"config.json: eos_token_id {eos} is not below vocab_size {vocab_size}")
+        if not isinstance(eos, int) or not 0 <= eos < vocab_size:
+            raise CheckpointError(f"config.json: eos_token_id {eos!r} is not a number below vocab_size {vocab_size}")
         layer_norm_eps = config.get("layer_norm_epsilon", 1e-5)
         if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
             raise CheckpointError(f"config.json: layer_norm_epsilon {layer_norm_eps!r} must be a small positive number")
         return cls(
             vocab_size=vocab_size,
-            num_layers=_positive_int(config, "n_layer"),
+            num_layers=num_layers,
             d_model=d_model,
             num_heads=num_heads,
             rotary_dim=rotary_dim,
@@ -138,8 +153,8 @@ class LayerRange:
 
 def _positive_int(config: Mapping[str, Any], key: str) -> int:
     value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} must be a positive whole number, got {value!r}")
+    if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+        raise CheckpointError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}, got {value!r:.50}")
     return value
 
 

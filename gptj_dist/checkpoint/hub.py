@@ -9,14 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptj_dist.checkpoint.index import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    NO_PICKLES,
-    SINGLE_FILE,
-    CheckpointIndex,
-    expected_tensors,
-)
+from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS
+from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 
@@ -24,7 +18,7 @@ DEMO = "demo"
 
 _METADATA_FILES = [
     CONFIG_FILE,
-    INDEX_FILE,
+    SAFETENSORS.index,
     "tokenizer*.json",
     "vocab.json",
     "merges.txt",
@@ -55,12 +49,12 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     with _readable_errors(model, revision):
         directory = Path(snapshot_download(model, revision=revision, allow_patterns=_METADATA_FILES)).absolute()
         has_safetensors = (
-            any((directory / file).exists() for file in (INDEX_FILE, SINGLE_FILE))
+            any((directory / file).exists() for file in (SAFETENSORS.index, SAFETENSORS.single))
             or constants.HF_HUB_OFFLINE  # nobody to ask: a machine may hold the tokenizer alone, and need no weights
-            or file_exists(model, SINGLE_FILE, revision=directory.name)
+            or file_exists(model, SAFETENSORS.single, revision=directory.name)
         )
     if not has_safetensors:
-        raise CheckpointError(f"{model} has no {SINGLE_FILE} at revision {revision or 'main'}: {NO_PICKLES}")
+        raise CheckpointError(f"{model} has no {SAFETENSORS.single} at revision {revision or 'main'}")
     return directory
 
 
@@ -78,8 +72,8 @@ def fetch_weights(model: str, directory: Path, layers: LayerRange, config: Model
         return
     from huggingface_hub import hf_hub_download
 
-    is_sharded = (directory / INDEX_FILE).exists()
-    files = CheckpointIndex(directory).files(expected_tensors(config, layers)) if is_sharded else [SINGLE_FILE]
+    is_sharded = (directory / SAFETENSORS.index).exists()
+    files = CheckpointIndex(directory).files(expected_tensors(config, layers)) if is_sharded else [SAFETENSORS.single]
     with _readable_errors(model, directory.name):
         for file in files:
             hf_hub_download(model, file, revision=directory.name)

@@ -1,65 +1,39 @@
 """Says what a checkpoint holds, and whether that is the GPT-J of its `config.json`, from JSON and file headers alone.
 
-Reads safetensors headers itself (8 bytes of little-endian length, then JSON:
-https://github.com/huggingface/safetensors), because byte ranges are needed that the library does not tell. Knows
-neither torch nor the hub, and reads no weights.
+Knows neither torch nor the hub, and reads no weights.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gptj_dist.config import DTYPE_BYTES, DTypeName, LayerRange, ModelConfig
+from gptj_dist.checkpoint.files import CONFIG_FILE, WEIGHT_FORMS
+from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json, read_safetensors
+from gptj_dist.checkpoint.torch_file import read_torch_file
+from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
-
-CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 WTE = "transformer.wte.weight"
 LM_HEAD_WEIGHT = "lm_head.weight"
 LM_HEAD_BIAS = "lm_head.bias"
 
-DTYPE_CODES: Mapping[str, DTypeName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""The dtypes that weights may have, by their names in safetensors headers."""
-
-NO_PICKLES = (
-    "pickles (.bin) are not read yet, safetensors are needed "
-    "(EleutherAI/gpt-j-6b has them at revision refs/pr/40, not at main)"
-)
-
-_LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias", ".embed_positions")
+LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias", ".embed_positions")
 """Ends of the names of causal masks and rotary tables, which old versions of transformers saved with the weights."""
 
+_PREFIX = "transformer."
+_UNPREFIXED = ("wte.", "h.", "ln_f.")
+"""How names begin in a checkpoint that was saved from the model without its head."""
+
 _MAX_LISTED = 8
-_MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """Where a tensor lies and what it is.
-
-    Args:
-        path: the safetensors file.
-        dtype: as safetensors spells it, a key of `DTYPE_CODES` for weights.
-        offset_bytes: from the start of the file.
-    """
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset_bytes: int
-    num_bytes: int
+_BUFFER_BYTES = 512
+"""Headers are read in whole or in a few bytes here and there: reading ahead would be reading what is not needed."""
 
 
 class CheckpointIndex:
-    """Which file of a directory holds which tensor: of one `model.safetensors`, or of the files its index names.
+    """Which file of a directory holds which tensor: of a single file of weights, or of the files that an index names.
+
+    Safetensors are read where there are any, else PyTorch's pickles. Tensors go by the names of a whole GPT-J.
 
     With an index, no other file is opened before `headers`, so a machine needs only the files that it asks about.
 
@@ -67,7 +41,7 @@ class CheckpointIndex:
         file_of: tensor name -> name of its file in the directory.
 
     Raises:
-        CheckpointError: no safetensors in the directory, or a broken file.
+        CheckpointError: no weights in the directory, or a broken file.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -87,22 +61,25 @@ class CheckpointIndex:
         wanted = set(names)
         files = self.files(wanted)
         if missing := [file for file in files if not (self.directory / file).is_file()]:
-            raise CheckpointError(f"{self.directory} lacks {_listing(missing)}, which {INDEX_FILE} names")
+            raise CheckpointError(f"{self.directory} lacks {_listing(missing)}, which its index names")
         return {
             name: header
             for file in files
-            for name, header in _read_header(self.directory / file).items()
+            for name, header in read_header(self.directory / file).items()
             if name in wanted and self.file_of.get(name) == file
         }
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """Reads the directory's `config.json`.
+    """Reads the directory's `config.json`; where that does not tell the dtype, the weights do if they are there.
 
     Raises:
         CheckpointError: it is missing, is not JSON, or does not describe a GPT-J.
     """
-    return ModelConfig.from_hf(_read_json(directory / CONFIG_FILE))
+    fields = read_json(directory / CONFIG_FILE)
+    if fields.get("dtype") is None and fields.get("torch_dtype") is None:
+        fields["dtype"] = _dtype_of_weights(directory)
+    return ModelConfig.from_hf(fields)
 
 
 def expected_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple[int, ...]]:
@@ -145,7 +122,7 @@ def check_tensors(directory: Path, config: ModelConfig, layers: LayerRange, foun
     present = [(name, found[name], shape) for name, shape in expected.items() if name in found]
     problems = {
         "missing": [name for name in expected if name not in found and name not in optional],
-        "unexpected": [name for name in found if name not in expected and not name.endswith(_LEGACY_BUFFERS)],
+        "unexpected": [name for name in found if not _is_expected(name, expected, config)],
         "misshapen": [
             f"{name} is {list(header.shape)}, not {list(shape)}"
             for name, header, shape in present
@@ -157,6 +134,12 @@ def check_tensors(directory: Path, config: ModelConfig, layers: LayerRange, foun
         raise CheckpointError(f"{directory} does not hold the model of its {CONFIG_FILE}: {text}")
 
 
+def _is_expected(name: str, expected: Iterable[str], config: ModelConfig) -> bool:
+    """Pickles of tied models hold the embedding under both its names."""
+    is_second_name = config.has_tied_embeddings and name == LM_HEAD_WEIGHT
+    return name in expected or is_second_name or name.endswith(LEGACY_BUFFERS)
+
+
 def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     d_model, d_ff = config.d_model, config.d_ff
     shapes: dict[str, tuple[int, ...]] = {"ln_1.weight": (d_model,), "ln_1.bias": (d_model,)}
@@ -166,76 +149,55 @@ def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]
     return {f"transformer.h.{layer}.{name}": shape for name, shape in shapes.items()}
 
 
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of a file of weights, by the names of a whole GPT-J.
+
+    Raises:
+        CheckpointError: it cannot be read, is truncated or corrupt, or would run code if it were unpickled.
+    """
+    read = read_torch_file if path.suffix == ".bin" else read_safetensors
+    try:
+        with path.open("rb", buffering=_BUFFER_BYTES) as file:
+            headers = read(path, file)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    canonical = {canonical_name(name): header for name, header in headers.items()}
+    if len(canonical) < len(headers):
+        raise CheckpointError(f"{path} holds tensors twice, with the prefix {_PREFIX!r} and without")
+    return canonical
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name in a whole GPT-J; checkpoints of the model without its head lack a prefix."""
+    return _PREFIX + name if name.startswith(_UNPREFIXED) else name
+
+
 def _file_of_each_tensor(directory: Path) -> dict[str, str]:
-    if (directory / SINGLE_FILE).is_file():
-        return dict.fromkeys(_read_header(directory / SINGLE_FILE), SINGLE_FILE)
-    index_path = directory / INDEX_FILE
-    if not index_path.is_file():
-        has_pickles = any(directory.glob("*.bin"))
-        reason = NO_PICKLES if has_pickles else f"there is neither {SINGLE_FILE} nor {INDEX_FILE}"
-        raise CheckpointError(f"no weights to read in {directory}: {reason}")
-    weight_map = _read_json(index_path).get("weight_map")
+    for form in WEIGHT_FORMS:
+        if (directory / form.single).is_file():
+            return dict.fromkeys(read_header(directory / form.single), form.single)
+        if (directory / form.index).is_file():
+            return _read_weight_map(directory / form.index)
+    names = ", ".join(name for form in WEIGHT_FORMS for name in (form.single, form.index))
+    raise CheckpointError(f"no weights to read in {directory}: it has none of {names}")
+
+
+def _dtype_of_weights(directory: Path) -> DTypeName:
+    try:
+        embedding = CheckpointIndex(directory).headers([WTE])[WTE]
+    except (CheckpointError, KeyError):  # not downloaded yet; or broken, which whoever needs the weights will say
+        return "float32"
+    return DTYPE_CODES.get(embedding.dtype, "float32")
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
     # A file name with a folder in it could lead anywhere on this machine.
     if not isinstance(weight_map, dict) or any(
         not isinstance(file, str) or Path(file).name != file for file in weight_map.values()
     ):
-        raise CheckpointError(f"{index_path} has no weight_map from tensor names to file names")
-    return weight_map
-
-
-def _read_header(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: the header is broken, or describes more or fewer bytes than the file has.
-    """
-    try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            data_start = 8 + header_bytes
-            if data_start > size_bytes or header_bytes > _MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} is truncated, or not a safetensors file")
-            header_json = file.read(header_bytes)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        tensors = {
-            name: _parse_entry(path, data_start, entry)
-            for name, entry in json.loads(header_json).items()
-            if name != "__metadata__"
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a corrupt header: {error!r}") from error
-    described_bytes = max((t.offset_bytes + t.num_bytes for t in tensors.values()), default=data_start)
-    if described_bytes != size_bytes:
-        raise CheckpointError(
-            f"{path} is truncated or corrupt: its header describes {described_bytes} bytes, it has {size_bytes}"
-        )
-    return tensors
-
-
-def _parse_entry(path: Path, data_start: int, entry: Mapping[str, Any]) -> TensorHeader:
-    begin, end = map(int, entry["data_offsets"])
-    shape = tuple(map(int, entry["shape"]))
-    dtype = str(entry["dtype"])
-    if not 0 <= begin <= end:
-        raise ValueError(f"data_offsets {begin}, {end}")
-    if dtype in DTYPE_CODES and math.prod(shape) * DTYPE_BYTES[DTYPE_CODES[dtype]] != end - begin:
-        raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")
-    return TensorHeader(path, dtype, shape, data_start + begin, end - begin)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
+    return {canonical_name(name): file for name, file in weight_map.items()}
 
 
 def _listing(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Reads the tensors of one stage from safetensors files. Knows names, not what layers do with them.
+"""Reads the tensors of one stage, each straight to where it will stay. Knows names, not what layers do with them.
 
 Plain reads rather than a memory map: pages of a mapped file cannot be given back, and a checkpoint in the page cache
 beside its packed weights does not fit a machine that the model itself fits.
@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
-from io import BufferedReader
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
+from torch import Tensor
 
-from gptj_dist.checkpoint.index import WTE, CheckpointIndex, TensorHeader, check_tensors, expected_tensors
+from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader
+from gptj_dist.checkpoint.index import CheckpointIndex, check_tensors, expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
+
+STAGING_BYTES = 32 << 20
+"""What is read at once where numbers are cast, moved to a GPU or put between others."""
 
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class StageTensors:
-    """The tensors of one stage, one at a time; to be used in a `with` statement.
+    """The tensors of one stage; to be used in a `with` statement.
 
     Args:
         directory: the checkpoint. Only the files that hold the stage's tensors need to be there, and are opened.
@@ -39,7 +43,9 @@ class StageTensors:
         self._shapes = expected_tensors(config, layers)
         self._headers = CheckpointIndex(directory).headers(self._shapes)
         check_tensors(directory, config, layers, self._headers)
-        self._files = {path: path.open("rb") for path in {header.path for header in self._headers.values()}}
+        paths = {header.path for header in self._headers.values()}
+        self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
+        self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
 
     def __enter__(self) -> Self:
         return self
@@ -49,35 +55,61 @@ class StageTensors:
     ) -> None:
         self.close()
 
-    def get(self, name: str) -> torch.Tensor:
-        """Reads a tensor: a private copy on the CPU in the checkpoint's own dtype, which nothing here keeps alive.
+    def read(self, name: str, out: Tensor) -> None:
+        """Fills `out` with a tensor, cast to its type and moved to its device. Holds `STAGING_BYTES` beside it at most.
 
         Args:
             name: a key of `expected_tensors`; `lm_head.bias` is zeros if a tied checkpoint lacks it.
+            out: of the tensor's shape; may be a view.
 
         Raises:
             CheckpointError: the file has become shorter since its header was read.
             KeyError: the tensor is not this stage's.
         """
-        shape = self._shapes[name]
+        if out.shape != self._shapes[name]:
+            raise ValueError(f"{name} is {list(self._shapes[name])}, not {list(out.shape)}")
         if name not in self._headers:
-            return torch.zeros(shape, dtype=_TORCH_DTYPES[self._headers[WTE].dtype])
+            out.zero_()
+            return
         header = self._headers[name]
-        return _read(self._files[header.path], header)
+        if header.strides is not None:
+            out.copy_(self._read_strided(header, header.strides))
+        elif out.is_contiguous() and out.device.type == "cpu" and out.dtype == _TORCH_DTYPES[header.dtype]:
+            self._fill(header, header.offset_bytes, out.view(-1).view(torch.uint8))
+        else:
+            for rows, values in self._pieces(header):
+                out[rows].copy_(values)
 
     def close(self) -> None:
         """Closes the files."""
         for file in self._files.values():
-            file.close()
+            os.close(file)
 
+    def _pieces(self, header: TensorHeader) -> Iterator[tuple[slice, Tensor]]:
+        """A contiguous tensor, some rows at a time; each piece lasts until the next."""
+        num_rows, row_shape = header.shape[0], header.shape[1:]
+        row_bytes = header.num_bytes // num_rows
+        step = max(1, STAGING_BYTES // row_bytes)
+        for first in range(0, num_rows, step):
+            rows = slice(first, min(first + step, num_rows))
+            data = self._staging[: (rows.stop - first) * row_bytes]
+            self._fill(header, header.offset_bytes + first * row_bytes, data)
+            yield rows, data.view(_TORCH_DTYPES[header.dtype]).view(-1, *row_shape)
 
-def _read(file: BufferedReader, header: TensorHeader) -> torch.Tensor:
-    tensor = torch.empty(header.shape, dtype=_TORCH_DTYPES[header.dtype])
-    file.seek(header.offset_bytes)
-    num_bytes = file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
-    if num_bytes != header.num_bytes:
-        raise CheckpointError(f"{header.path} was truncated while it was being read")
-    if sys.platform == "linux":
-        # Of this tensor only: another stage on this machine may be about to read the rest.
-        os.posix_fadvise(file.fileno(), header.offset_bytes, header.num_bytes, os.POSIX_FADV_DONTNEED)
-    return tensor
+    def _read_strided(self, header: TensorHeader, strides: tuple[int, ...]) -> Tensor:
+        """A tensor whose rows do not lie one after the other, such as one that was transposed before it was saved."""
+        data = torch.empty(header.num_bytes // ELEMENT_BYTES[header.dtype], dtype=_TORCH_DTYPES[header.dtype])
+        self._fill(header, header.offset_bytes, data.view(torch.uint8))
+        return data.as_strided(header.shape, strides)
+
+    def _fill(self, header: TensorHeader, offset_bytes: int, out: Tensor) -> None:
+        """Reads as many bytes as `out` (uint8, contiguous, on the CPU) has, and gives their pages back."""
+        file, view, num_read = self._files[header.path], out.numpy().data, 0
+        while num_read < len(view):
+            num_bytes = os.preadv(file, [view[num_read:]], offset_bytes + num_read)
+            if num_bytes == 0:
+                raise CheckpointError(f"{header.path} was truncated while it was being read")
+            num_read += num_bytes
+        if sys.platform == "linux":
+            # Of this tensor only: another stage on this machine may be about to read the rest.
+            os.posix_fadvise(file, offset_bytes, len(view), os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,6 @@
-"""Writes random GPT-J checkpoints of any size in the Hugging Face layout, for tests and benchmarks. No tokenizer.
+"""Writes random GPT-J checkpoints of any size in the Hugging Face layout, for trials, tests and benchmarks.
+
+No tokenizer: that is `text.vocabulary`'s.
 
 Every bias and LayerNorm differs from what it starts as in training, so that a test notices one which is left out.
 """
@@ -7,15 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch.serialization import skip_data
 
-from gptj_dist.checkpoint.index import CONFIG_FILE, DTYPE_CODES, INDEX_FILE, SINGLE_FILE, expected_tensors
-from gptj_dist.config import DTYPE_BYTES, DTypeName, LayerRange, ModelConfig
+from gptj_dist.checkpoint.files import CONFIG_FILE, PICKLED, SAFETENSORS, WeightForm
+from gptj_dist.checkpoint.headers import DTYPE_CODES, ELEMENT_BYTES
+from gptj_dist.checkpoint.index import expected_tensors
+from gptj_dist.checkpoint.torch_file import read_torch_file
+from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -24,7 +30,6 @@ _TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _CODE_OF: Mapping[DTypeName, str] = {name: code for code, name in DTYPE_CODES.items()}
-_CODE_BYTES: Mapping[str, int] = {"BOOL": 1} | {code: DTYPE_BYTES[name] for code, name in DTYPE_CODES.items()}
 
 _Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> safetensors dtype and shape, in the order of writing."""
@@ -36,9 +41,11 @@ def write_checkpoint(
     *,
     seed: int = 0,
     init_std: float = 0.02,
+    form: WeightForm = SAFETENSORS,
     max_shard_bytes: int | None = None,
     dtype: DTypeName | None = None,
     legacy_buffers: bool = False,
+    on_written: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Writes `config.json` and random weights, one tensor in memory at a time. The same seed gives the same weights.
 
@@ -48,21 +55,25 @@ def write_checkpoint(
         max_shard_bytes: the most bytes of tensors in a file, unless one tensor has more; None puts all in one file.
         dtype: of the weights, in place of the config's.
         legacy_buffers: add the causal masks that old versions of transformers saved.
+        on_written: called after each tensor with its bytes.
     """
     config = replace(config, dtype=dtype or config.dtype)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_FILE).write_text(json.dumps(_hf_config(config, init_std), indent=2) + "\n")
+    (directory / CONFIG_FILE).write_text(json.dumps(hf_config(config, init_std), indent=2) + "\n")
     shards = _cut(_layout(config, legacy_buffers), max_shard_bytes)
-    files = [SINGLE_FILE]
+    files = [form.single]
     if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        _write_index(directory / INDEX_FILE, dict(zip(files, shards, strict=True)))
+        stem, _, suffix = form.single.partition(".")
+        files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.{suffix}" for i in range(len(shards))]
+        _write_index(directory / form.index, dict(zip(files, shards, strict=True)))
     generator = torch.Generator().manual_seed(seed)
     for file, shard in zip(files, shards, strict=True):
-        _write_shard(directory / file, shard, generator, init_std)
+        write = _write_torch_file if form is PICKLED else _write_safetensors
+        write(directory / file, shard, _Values(generator, init_std, on_written))
 
 
-def _hf_config(config: ModelConfig, init_std: float) -> dict[str, Any]:
+def hf_config(config: ModelConfig, init_std: float = 0.02) -> dict[str, Any]:
+    """The fields of `config.json`, as transformers names them."""
     return {
         "architectures": ["GPTJForCausalLM"],
         "model_type": "gptj",
@@ -118,7 +129,28 @@ def _write_index(path: Path, shards: Mapping[str, _Layout]) -> None:
     path.write_text(json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n")
 
 
-def _write_shard(path: Path, shard: _Layout, generator: torch.Generator, init_std: float) -> None:
+class _Values:
+    """Makes the numbers of one tensor after the other, as bytes."""
+
+    def __init__(self, generator: torch.Generator, init_std: float, on_written: Callable[[int], object]) -> None:
+        self._generator = generator
+        self._init_std = init_std
+        self._on_written = on_written
+
+    def write(self, file: BinaryIO, name: str, code: str, shape: tuple[int, ...]) -> None:
+        file.write(self._make(name, shape).to(_TORCH_DTYPES[code]).reshape(-1).view(torch.uint8).numpy().data)
+        self._on_written(_num_bytes(code, shape))
+
+    def _make(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith(".attn.bias"):
+            return torch.ones(shape, dtype=torch.bool).tril()
+        if name.endswith(".attn.masked_bias"):
+            return torch.tensor(-1e9)
+        values = torch.empty(shape).normal_(0.0, self._init_std, generator=self._generator)
+        return values.add_(1.0) if name.endswith((".ln_1.weight", ".ln_f.weight")) else values
+
+
+def _write_safetensors(path: Path, shard: _Layout, values: _Values) -> None:
     """Writes the safetensors format as a stream; the library's own writer wants the whole file in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -130,18 +162,18 @@ def _write_shard(path: Path, shard: _Layout, generator: torch.Generator, init_st
     with path.open("wb") as file:
         file.write(len(header_json).to_bytes(8, "little") + header_json)
         for name, (code, shape) in shard.items():
-            values = _values(name, shape, generator, init_std).to(_TORCH_DTYPES[code])
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            values.write(file, name, code, shape)
 
 
-def _values(name: str, shape: tuple[int, ...], generator: torch.Generator, init_std: float) -> torch.Tensor:
-    if name.endswith(".attn.bias"):
-        return torch.ones(shape, dtype=torch.bool).tril()
-    if name.endswith(".attn.masked_bias"):
-        return torch.tensor(-1e9)
-    values = torch.empty(shape).normal_(0.0, init_std, generator=generator)
-    return values.add_(1.0) if name.endswith((".ln_1.weight", ".ln_f.weight")) else values
+def _write_torch_file(path: Path, shard: _Layout, values: _Values) -> None:
+    """Has torch lay the file out for tensors that are never touched, so that they take no memory, then fills it."""
+    with skip_data():
+        torch.save({name: torch.empty(shape, dtype=_TORCH_DTYPES[code]) for name, (code, shape) in shard.items()}, path)
+    with path.open("r+b") as file:
+        for name, header in read_torch_file(path, file).items():
+            file.seek(header.offset_bytes)
+            values.write(file, name, *shard[name])
 
 
 def _num_bytes(code: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * _CODE_BYTES[code]
+    return math.prod(shape) * ELEMENT_BYTES[code]

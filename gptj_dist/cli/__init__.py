@@ -6,9 +6,11 @@ import sys
 
 import typer
 
+from gptj_dist.cli.doctor import doctor
 from gptj_dist.cli.generate import generate
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
+from gptj_dist.cli.synth import synth
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
 
 app = typer.Typer(
@@ -20,6 +22,8 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(plan)
+app.command()(synth)
+app.command()(doctor)
 
 
 def main() -> None:

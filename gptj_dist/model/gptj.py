@@ -22,8 +22,8 @@ from gptj_dist.model.kv_cache import KVCache
 from gptj_dist.model.linear import Linear
 from gptj_dist.model.rotary import RotaryTable, rotate_
 
-GetTensor = Callable[[str], Tensor]
-"""Gives a checkpoint's tensor by its name."""
+ReadTensor = Callable[[str, Tensor], None]
+"""Fills a tensor with that of a checkpoint, by its name there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class StageModel:
     """The layers of one stage on one device.
 
     Args:
-        get: gives a tensor of the checkpoint; called once a tensor, layer by layer, so that nothing is held twice.
+        read: reads a tensor of the checkpoint; called once a tensor, layer by layer, so that nothing is held twice.
         on_layer: called as each layer is ready, with the number that are.
         make_attention: to be used with a matching cache; None takes the device's.
     """
@@ -65,7 +65,7 @@ class StageModel:
         self,
         config: ModelConfig,
         layers: LayerRange,
-        get: GetTensor,
+        read: ReadTensor,
         dtype: torch.dtype,
         device: torch.device,
         on_layer: Callable[[int], None] = lambda _: None,
@@ -78,13 +78,13 @@ class StageModel:
         self._rotary = RotaryTable(config.context_length, config.rotary_dim, device)
         self._make_attention = make_attention or choose_attention(device, self._is_exact)
         self._query_scale = 1.0 / math.sqrt(config.head_dim)
-        place = _Placer(get, dtype, device)
-        self._embedding = place("transformer.wte.weight") if layers.is_first else None
+        load = _Loader(read, config, dtype, device)
+        self._embedding = load.embedding() if layers.is_first else None
         self._layers = []
         for index in range(layers.start, layers.stop):
-            self._layers.append(_build_layer(place, f"transformer.h.{index}", config))
+            self._layers.append(load.layer(f"transformer.h.{index}"))
             on_layer(len(self._layers))
-        self._head = _build_head(place, config) if layers.is_last else None
+        self._head = load.head() if layers.is_last else None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The first stage's input: int64 [rows] -> [rows, d_model]."""
@@ -132,39 +132,52 @@ class StageModel:
         return inner.tanh_().add_(1).mul_(x).mul_(0.5)
 
 
-class _Placer:
-    """Fetches tensors by name, in the stage's type and on its device."""
+class _Loader:
+    """Makes the parts of a stage, reading each tensor right into its place in a joined one."""
 
-    def __init__(self, get: GetTensor, dtype: torch.dtype, device: torch.device) -> None:
-        self._get = get
+    def __init__(self, read: ReadTensor, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._read = read
+        self._config = config
         self._dtype = dtype
         self._device = device
 
-    def __call__(self, *names: str, dim: int = 0) -> Tensor:
-        """One tensor, or several joined along `dim`."""
-        tensors = [self._get(name).to(self._dtype) for name in names]
-        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)).to(self._device)
+    def embedding(self) -> Tensor:
+        return self._tensor("transformer.wte.weight", self._config.vocab_size, self._config.d_model)
 
-    def zeros(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=self._dtype, device=self._device)
+    def layer(self, name: str) -> Layer:
+        return Layer(self._norm(f"{name}.ln_1"), self._fan_in(name), self._fan_out(name))
 
+    def head(self) -> tuple[LayerNorm, Linear]:
+        vocab_size, d_model = self._config.vocab_size, self._config.d_model
+        name = "transformer.wte.weight" if self._config.has_tied_embeddings else "lm_head.weight"
+        bias = self._tensor("lm_head.bias", vocab_size)
+        return self._norm("transformer.ln_f"), Linear(self._tensor(name, vocab_size, d_model), bias)
 
-def _build_layer(place: _Placer, name: str, config: ModelConfig) -> Layer:
-    inner_bias = torch.cat([place.zeros(3 * config.d_model), place(f"{name}.mlp.fc_in.bias")])
-    projections = [f"{name}.attn.{x}_proj.weight" for x in "qkv"]
-    return Layer(
-        norm=_build_norm(place, f"{name}.ln_1", config),
-        fan_in=Linear(place(*projections, f"{name}.mlp.fc_in.weight"), inner_bias),
-        fan_out=Linear(
-            place(f"{name}.attn.out_proj.weight", f"{name}.mlp.fc_out.weight", dim=1), place(f"{name}.mlp.fc_out.bias")
-        ),
-    )
+    def _fan_in(self, name: str) -> Linear:
+        d_model, d_ff = self._config.d_model, self._config.d_ff
+        weight, bias = self._empty(3 * d_model + d_ff, d_model), self._empty(3 * d_model + d_ff)
+        for index, projection in enumerate("qkv"):
+            self._read(f"{name}.attn.{projection}_proj.weight", weight[index * d_model :][:d_model])
+        self._read(f"{name}.mlp.fc_in.weight", weight[3 * d_model :])
+        self._read(f"{name}.mlp.fc_in.bias", bias[3 * d_model :])
+        bias[: 3 * d_model].zero_()
+        return Linear(weight, bias)
 
+    def _fan_out(self, name: str) -> Linear:
+        d_model, d_ff = self._config.d_model, self._config.d_ff
+        weight = self._empty(d_model, d_model + d_ff)
+        self._read(f"{name}.attn.out_proj.weight", weight[:, :d_model])
+        self._read(f"{name}.mlp.fc_out.weight", weight[:, d_model:])
+        return Linear(weight, self._tensor(f"{name}.mlp.fc_out.bias", d_model))
 
-def _build_norm(place: _Placer, name: str, config: ModelConfig) -> LayerNorm:
-    return LayerNorm(place(f"{name}.weight"), place(f"{name}.bias"), config.layer_norm_eps)
+    def _norm(self, name: str) -> LayerNorm:
+        weight, bias = (self._tensor(f"{name}.{part}", self._config.d_model) for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, self._config.layer_norm_eps)
 
+    def _tensor(self, name: str, *shape: int) -> Tensor:
+        tensor = self._empty(*shape)
+        self._read(name, tensor)
+        return tensor
 
-def _build_head(place: _Placer, config: ModelConfig) -> tuple[LayerNorm, Linear]:
-    weight = place("transformer.wte.weight" if config.has_tied_embeddings else "lm_head.weight")
-    return _build_norm(place, "transformer.ln_f", config), Linear(weight, place("lm_head.bias"))
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.serving.settings import AppConfig
+from gptj_dist.serving.sockets import why_not_listen
 
 APP_NAME = "gptj-dist"
 DRAIN_S = 5.0
@@ -79,23 +80,36 @@ def run_until_interrupted(launch: Launch) -> None:
 def _ray(launch: Launch, console: Console) -> Iterator[None]:
     """A connection to Ray; a local one ends with it."""
     if launch.address is None:
-        _require_free_port(launch.host, launch.port)
+        if reason := why_not_listen(launch.host, launch.port):
+            raise ConfigurationError(f"{reason}; choose another --port")
         console.print("Starting Ray on this machine ...")
-    else:
-        _require_answer(launch.address)
-    if launch.address is None or _is_loopback(launch.address):
+    with connected(launch.address):
+        signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put a handler of its own there
+        yield
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Ray of the given address, or a local one that ends with the context; it prints nothing.
+
+    Raises:
+        ConfigurationError: nobody answers at the address, or not a Ray that this process can join.
+    """
+    if address is not None:
+        _require_answer(address)
+    if address is None or _is_loopback(address):
         os.environ.update(LOCAL_RAY_ENVIRONMENT)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if launch.address is None:
+        if address is None:
             ray.init(address="local", _node_ip_address="127.0.0.1", dashboard_host="127.0.0.1", **quiet)
         else:
-            ray.init(address=launch.address, **quiet)
+            ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"cannot join Ray at {launch.address}: {error}") from error
-    signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put a handler of its own there
+        reason = " ".join(str(error).split())  # of different versions Ray speaks in several lines
+        raise ConfigurationError(f"cannot join Ray at {address}: {reason}") from error
     try:
         yield
     finally:
@@ -119,7 +133,7 @@ def _application(launch: Launch, console: Console) -> Iterator[tuple[str, int]]:
     serve.start(http_options=HTTPOptions(host=launch.host, port=launch.port))
     try:
         _deploy(application)
-        yield _http_address()
+        yield http_address()
     finally:
         with suppress(KeyboardInterrupt):
             console.print("Draining ...")
@@ -145,19 +159,12 @@ def _deploy(application: Any) -> None:
         raise ConfigurationError(f"Serve refuses the application: {error.cause}") from None
 
 
-def _http_address() -> tuple[str, int]:
+def http_address() -> tuple[str, int]:
     """Where Serve really listens: on a cluster that runs Serve already, host and port were decided when it started."""
     from ray.serve.context import _get_global_client
 
     http = _get_global_client().http_config
     return http.host, http.port
-
-
-def _require_free_port(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise ConfigurationError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port") from None
 
 
 def _require_answer(address: str) -> None:
@@ -196,16 +203,23 @@ def _require_room(launch: Launch) -> None:
 
 def _require_no_other(launch: Launch, console: Console) -> None:
     """On a cluster that runs Serve already, refuses to replace an application, and says whose address counts."""
+    if launch.address is None or (applications := applications_served()) is None:
+        return
+    if APP_NAME in applications:
+        raise ConfigurationError(f"the cluster at {launch.address} already serves an application {APP_NAME!r}")
+    console.print("Serve runs on this cluster already: its host and port are used, not --host and --port.")
+
+
+def applications_served() -> tuple[str, ...] | None:
+    """The names of the connected cluster's Serve applications, or None if it runs no Serve."""
     import ray
     from ray import serve
 
-    if launch.address is None:
-        return
-    with suppress(ValueError):
+    try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-        if APP_NAME in serve.status().applications:
-            raise ConfigurationError(f"the cluster at {launch.address} already serves an application {APP_NAME!r}")
-        console.print("Serve runs on this cluster already: its host and port are used, not --host and --port.")
+    except ValueError:
+        return None
+    return tuple(serve.status().applications)
 
 
 def _await_ready(base: str, console: Console) -> None:

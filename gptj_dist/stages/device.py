@@ -66,6 +66,16 @@ def free_bytes(device: torch.device) -> int:
     return min(machine, _container_free_bytes(machine))
 
 
+def total_bytes(device: torch.device) -> int:
+    """All memory of the device; on a CPU the lesser of the machine's and the container's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _CGROUP / "memory.max"
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return machine if text == "max" else min(machine, int(text))
+
+
 def _container_free_bytes(otherwise: int) -> int:
     """What the cgroup's limit leaves, page cache not counted as used; `otherwise` where there is no limit."""
     try:

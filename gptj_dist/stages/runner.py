@@ -66,7 +66,9 @@ class StageRunner:
         directory = resolve_model(spec.model, spec.revision)
         fetch_weights(spec.model, directory, spec.layers, spec.config)
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
-            self._model = StageModel(spec.config, spec.layers, tensors.get, _torch_dtype(dtype), self._device, on_layer)
+            self._model = StageModel(
+                spec.config, spec.layers, tensors.read, _torch_dtype(dtype), self._device, on_layer
+            )
         return StageReport(
             layers=spec.layers,
             device=self.describe_device(),

@@ -58,7 +58,7 @@ class Reader:
         layers = LayerRange(0, 1, 0, config.num_layers)
         with StageTensors(directory, config, layers) as tensors:
             make_attention = GatheredAttention if memory == "blocks" else None
-            self._model = StageModel(config, layers, tensors.get, dtype, CPU, make_attention=make_attention)
+            self._model = StageModel(config, layers, tensors.read, dtype, CPU, make_attention=make_attention)
         self._cache: KVCache
         if memory == "blocks":
             num_blocks = num_sequences * self._num_blocks()

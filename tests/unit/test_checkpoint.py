@@ -42,7 +42,13 @@ EditTensors = Callable[[dict[str, torch.Tensor]], object]
 
 def _read_stage(directory: Path, layers: LayerRange, config: ModelConfig = CONFIG) -> dict[str, torch.Tensor]:
     with StageTensors(directory, config, layers) as tensors:
-        return {name: tensors.get(name) for name in expected_tensors(config, layers)}
+        return {name: _read(tensors, name, shape) for name, shape in expected_tensors(config, layers).items()}
+
+
+def _read(tensors: StageTensors, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    tensors.read(name, out)
+    return out
 
 
 def _edit(directory: Path, edit: EditTensors) -> None:
@@ -106,14 +112,15 @@ def test_stages_read_the_same_bytes_as_safetensors_does(tmp_path: Path, max_shar
 
 
 @pytest.mark.parametrize("dtype", get_args(DTypeName))
-def test_tensors_keep_the_dtype_of_the_checkpoint(tmp_path: Path, dtype: DTypeName) -> None:
+def test_tensors_are_cast_to_whatever_they_are_read_into(tmp_path: Path, dtype: DTypeName) -> None:
     write_checkpoint(tmp_path, CONFIG, dtype=dtype)
     truth = load_file(tmp_path / "model.safetensors")
 
     assert read_model_config(tmp_path).dtype == dtype
-    for name, tensor in _read_stage(tmp_path, WHOLE).items():
-        assert str(tensor.dtype) == f"torch.{dtype}"
-        assert torch.equal(tensor, truth[name])
+    with StageTensors(tmp_path, CONFIG, WHOLE) as tensors:
+        for name, tensor in truth.items():
+            for target in (torch.float32, torch.bfloat16, torch.float16):
+                assert torch.equal(_read(tensors, name, tuple(tensor.shape), target), tensor.to(target))
 
 
 def test_stage_needs_only_the_files_of_its_own_tensors(tmp_path: Path) -> None:
@@ -130,20 +137,27 @@ def test_stage_needs_only_the_files_of_its_own_tensors(tmp_path: Path) -> None:
         check_checkpoint(tmp_path, CONFIG)
 
 
-def test_tensor_outlives_its_file_and_belongs_to_its_reader(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensor_is_read_into_a_view_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("gptj_dist.checkpoint.loader.STAGING_BYTES", 3 * 16 * 4)
     write_checkpoint(tmp_path, CONFIG)
-    with StageTensors(tmp_path, CONFIG, FIRST) as tensors:
-        mine, again = tensors.get("transformer.wte.weight"), tensors.get("transformer.wte.weight")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    mine.zero_()
+    truth = load_file(tmp_path / "model.safetensors")["lm_head.weight"].to(dtype)
+    joined = torch.zeros(40, 20, dtype=dtype)
 
-    assert again.count_nonzero() == again.numel()
+    with StageTensors(tmp_path, CONFIG, LAST) as tensors:
+        tensors.read("lm_head.weight", joined[:, 2:18])
+
+    assert torch.equal(joined[:, 2:18], truth)
+    assert not joined[:, :2].any()
+    assert not joined[:, 18:].any()
 
 
 def test_stage_does_not_give_out_tensors_of_other_stages(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, CONFIG)
     with StageTensors(tmp_path, CONFIG, FIRST) as tensors, pytest.raises(KeyError):
-        tensors.get("lm_head.bias")
+        tensors.read("lm_head.bias", torch.empty(40))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes the advice")
@@ -154,7 +168,7 @@ def test_pages_of_a_tensor_that_was_read_are_given_back(tmp_path: Path, monkeypa
     header = CheckpointIndex(tmp_path).headers(["lm_head.weight"])["lm_head.weight"]
 
     with StageTensors(tmp_path, CONFIG, LAST) as tensors:
-        tensors.get("lm_head.weight")
+        tensors.read("lm_head.weight", torch.empty(40, 16))
 
     assert advice == [(header.offset_bytes, 40 * 16 * 4, os.POSIX_FADV_DONTNEED)]
 
@@ -166,7 +180,7 @@ def test_tied_checkpoint_without_a_head_bias_has_a_bias_of_zeros(tmp_path: Path)
     check_checkpoint(tmp_path, TIED)
     bias = _read_stage(tmp_path, LAST, TIED)["lm_head.bias"]
 
-    assert torch.equal(bias, torch.zeros(40, dtype=torch.float16))
+    assert torch.equal(bias, torch.zeros(40))
 
 
 def test_untied_checkpoint_without_a_head_bias_is_refused(tmp_path: Path) -> None:
@@ -207,15 +221,28 @@ def test_long_lists_of_problems_are_cut(tmp_path: Path) -> None:
     assert str(error.value).count("transformer.h.") == 8
 
 
-def test_names_without_the_prefix_of_the_whole_model_are_refused(tmp_path: Path) -> None:
-    def strip(tensors: dict[str, torch.Tensor]) -> None:
-        for name in list(tensors):
-            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+@pytest.mark.parametrize("max_shard_bytes", [None, SHARD_BYTES])
+def test_names_without_the_prefix_of_the_whole_model_are_understood(
+    tmp_path: Path, max_shard_bytes: int | None
+) -> None:
+    write_checkpoint(tmp_path, CONFIG, max_shard_bytes=max_shard_bytes)
+    truth = _read_stage(tmp_path, LAST)
+    for file in tmp_path.glob("*.safetensors"):
+        save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}, file)
+    index = tmp_path / "model.safetensors.index.json"
+    if max_shard_bytes is not None:
+        index.write_text(index.read_text().replace('"transformer.', '"'))
 
+    check_checkpoint(tmp_path, CONFIG)
+    read = _read_stage(tmp_path, LAST)
+    assert all(torch.equal(read[name], truth[name]) for name in truth)
+
+
+def test_a_tensor_under_both_its_names_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, CONFIG)
-    _edit(tmp_path, strip)
+    _edit(tmp_path, lambda tensors: tensors.update({"wte.weight": tensors["lm_head.weight"].clone()}))
 
-    with pytest.raises(CheckpointError, match=r"missing: transformer\.wte.*unexpected: "):
+    with pytest.raises(CheckpointError, match="holds tensors twice"):
         check_checkpoint(tmp_path, CONFIG)
 
 
@@ -242,7 +269,7 @@ def test_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     with StageTensors(tmp_path, CONFIG, WHOLE) as tensors:
         os.truncate(tmp_path / "model.safetensors", 1000)
         with pytest.raises(CheckpointError, match="truncated while"):
-            tensors.get("lm_head.weight")
+            tensors.read("lm_head.weight", torch.empty(40, 16))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +282,10 @@ def test_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
         '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
         '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "X", "shape": [2], "data_offsets": [0, 1' + "0" * 30 + "]}}",
+        "[" * 100_000,
     ],
 )
 def test_corrupt_header_is_refused(tmp_path: Path, header: str) -> None:
@@ -294,15 +325,8 @@ def test_missing_or_broken_config_is_refused_by_its_name(tmp_path: Path, content
         read_model_config(tmp_path)
 
 
-def test_directory_of_pickles_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-
-    with pytest.raises(CheckpointError, match=r"pickles .* safetensors are needed .*refs/pr/40"):
-        CheckpointIndex(tmp_path)
-
-
 def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"none of model\.safetensors, "):
         CheckpointIndex(tmp_path)
 
 

@@ -17,7 +17,7 @@ from gptj_dist.text.detokenizer import Detokenizer
 from gptj_dist.text.stop_strings import StopStrings
 from gptj_dist.text.tokenizer import Tokenizer
 
-GPT2_FILES = Path(__file__).parents[1] / "data" / "gpt2-bpe"
+GPT2_FILES = Path(gptj_dist.__file__).parent / "text" / "gpt2_bpe"
 DEMO = Path(gptj_dist.__file__).parent / "demo"
 GPTJ_VOCAB_SIZE = 50400
 

@@ -1,0 +1,198 @@
+"""Says which tensors a file of `torch.save` holds and where, without unpickling it.
+
+`torch.save` writes an uncompressed zip: a pickle, and one entry a storage. Before torch 1.6 it wrote five pickles and
+then the storages one after the other (`torch/serialization.py`). In both the numbers of a tensor are one range of
+bytes, so that a stage can read its own and no others. Stdlib only.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import struct
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, one_line
+from gptj_dist.checkpoint.unpickle import (
+    MAX_PICKLE_BYTES,
+    MalformedPickleError,
+    PickledTensor,
+    Storage,
+    UnsafePickleError,
+    read_data,
+    read_state_dict,
+)
+from gptj_dist.errors import CheckpointError
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""A zip entry's own header: magic, lengths of its name and of its extra field."""
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+_BROKEN_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, EOFError)
+"""What `zipfile` raises for a broken directory."""
+
+_Located = tuple[dict[str, PickledTensor], dict[str, int]]
+"""Tensors by name, and the offset in bytes of each storage by its key."""
+
+
+def read_torch_file(path: Path, file: BinaryIO) -> dict[str, TensorHeader]:
+    """The tensors of a pickled state dict, by name.
+
+    Raises:
+        CheckpointError: it is truncated or corrupt, or would run code if it were unpickled.
+    """
+    size_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    is_zip = file.read(4) == _ZIP_MAGIC
+    file.seek(0)
+    try:
+        tensors, begins = _read_zip(file, size_bytes) if is_zip else _read_legacy(file)
+        headers = {name: _place(path, tensor, begins[tensor.storage.key]) for name, tensor in tensors.items()}
+    except UnsafePickleError as error:
+        raise CheckpointError(
+            f"{path} is refused: unpickling it would run code, it asks for {error}; load it where you trust it and "
+            "save its tensors as safetensors"
+        ) from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} is corrupt: it lacks the storage {one_line(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is truncated or corrupt: {one_line(error)}; it has {size_bytes} bytes"
+        ) from error
+    needed_bytes = max((t.offset_bytes + t.num_bytes for t in headers.values()), default=0)
+    if needed_bytes > size_bytes:
+        raise CheckpointError(f"{path} is truncated: its tensors need {needed_bytes} bytes, it has {size_bytes}")
+    return headers
+
+
+def _read_zip(file: BinaryIO, size_bytes: int) -> _Located:
+    try:
+        with zipfile.ZipFile(_BoundedReads(file)) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+    except _BROKEN_ZIP as error:
+        _raise_if_cut_off(file, size_bytes)
+        raise MalformedPickleError(f"it has no zip directory at its end ({one_line(error)})") from error
+    (pickle_name, *others) = [name for name in entries if name.endswith("/data.pkl")] or [""]
+    if others or not pickle_name:
+        raise MalformedPickleError("it is a zip, but not one of PyTorch's")
+    prefix = pickle_name.removesuffix("data.pkl")
+    if f"{prefix}byteorder" in entries and _content(file, entries[f"{prefix}byteorder"], 16) != b"little":
+        raise MalformedPickleError("its numbers are big-endian, which is not supported")
+    tensors = read_state_dict(io.BytesIO(_content(file, entries[pickle_name], MAX_PICKLE_BYTES)))
+    begins = {}
+    for storage in {tensor.storage for tensor in tensors.values()}:
+        entry = entries[f"{prefix}data/{storage.key}"]
+        if entry.file_size < _num_bytes(storage):
+            raise MalformedPickleError(f"a storage of {_num_bytes(storage)} bytes has only {entry.file_size}")
+        begins[storage.key] = _data_offset(file, entry)
+    return tensors, begins
+
+
+class _BoundedReads:
+    """A file that gives no more than `MAX_PICKLE_BYTES` a read, whatever a corrupt zip directory asks for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+        self.seekable = file.seekable
+
+    def read(self, num_bytes: int = -1, /) -> bytes:
+        return self._file.read(MAX_PICKLE_BYTES if num_bytes < 0 else min(num_bytes, MAX_PICKLE_BYTES))
+
+
+def _raise_if_cut_off(file: BinaryIO, size_bytes: int) -> None:
+    """A download that was cut off has lost its directory, but the pickle, the first entry, says what should follow.
+
+    Raises:
+        MalformedPickleError: with the number of bytes that are missing.
+    """
+    file.seek(0)
+    _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size))
+    file.seek(name_bytes + extra_bytes, io.SEEK_CUR)
+    tensors = read_state_dict(io.BytesIO(file.read(MAX_PICKLE_BYTES)))
+    needed_bytes = sum(map(_num_bytes, {tensor.storage for tensor in tensors.values()}))
+    if needed_bytes > size_bytes:
+        raise MalformedPickleError(f"its tensors alone take {needed_bytes} bytes")
+
+
+def _content(file: BinaryIO, entry: zipfile.ZipInfo, limit: int) -> bytes:
+    """A small entry's bytes."""
+    if entry.file_size > limit:
+        raise MalformedPickleError(f"{entry.filename[-20:]!r} has {entry.file_size} bytes")
+    file.seek(_data_offset(file, entry))
+    return file.read(entry.file_size)
+
+
+def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: behind its own header, whose lengths may differ from the directory's."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise MalformedPickleError("it is compressed or encrypted, as PyTorch's files never are")
+    file.seek(max(entry.header_offset, 0))
+    header = file.read(_LOCAL_HEADER.size)
+    if not header.startswith(_ZIP_MAGIC) or len(header) < _LOCAL_HEADER.size:
+        raise MalformedPickleError("its zip directory points to nowhere")
+    _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+    return entry.header_offset + _LOCAL_HEADER.size + int(name_bytes) + int(extra_bytes)
+
+
+def _read_legacy(file: BinaryIO) -> _Located:
+    """Five pickles (magic number, protocol, machine, state dict, keys), then each storage behind its length."""
+    stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    if read_data(stream) != _LEGACY_MAGIC or read_data(stream) != _LEGACY_PROTOCOL:
+        raise MalformedPickleError("it is no file of PyTorch's")
+    machine = read_data(stream)
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise MalformedPickleError("its numbers are not little-endian")
+    tensors = read_state_dict(stream)
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    keys = read_data(stream)
+    if not isinstance(keys, list) or set(keys) != storages.keys():
+        raise MalformedPickleError("its list of storages is not that of its tensors")
+    begins: dict[str, int] = {}
+    offset = stream.tell()
+    for key in keys:
+        file.seek(offset)
+        if int.from_bytes(length := file.read(8), "little") != storages[key].num_elements and len(length) == 8:
+            raise MalformedPickleError(f"at byte {offset} a storage has another length than its tensors")
+        begins[key] = offset + 8
+        offset += 8 + _num_bytes(storages[key])
+    return tensors, begins
+
+
+def _place(path: Path, tensor: PickledTensor, begin: int) -> TensorHeader:
+    """Raises a ValueError if the tensor reaches out of its storage."""
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    if len(shape) != len(strides):
+        raise MalformedPickleError(f"a tensor has shape {shape}, but strides {strides}")
+    num_spanned = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    num_elements = num_spanned if math.prod(shape) else 0
+    if tensor.offset + num_elements > storage.num_elements:
+        raise MalformedPickleError(f"a tensor of shape {shape} reaches out of its {storage.num_elements} elements")
+    size = ELEMENT_BYTES[storage.dtype]
+    is_contiguous = all(
+        n == 1 or stride == expected for n, stride, expected in zip(shape, strides, _row_major(shape), strict=True)
+    )
+    return TensorHeader(
+        path,
+        storage.dtype,
+        shape,
+        begin + tensor.offset * size,
+        num_elements * size,
+        None if is_contiguous or not num_elements else strides,
+    )
+
+
+def _row_major(shape: tuple[int, ...]) -> list[int]:
+    """The strides of a contiguous tensor."""
+    return list(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1][: len(shape)]
+
+
+def _num_bytes(storage: Storage) -> int:
+    return storage.num_elements * ELEMENT_BYTES[storage.dtype]
