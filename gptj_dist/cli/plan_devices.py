@@ -88,17 +88,16 @@ def _ask_cluster(address: str | None) -> tuple[DeviceSpec, ...]:
     """
     import ray
 
-    is_ours = not ray.is_initialized()
+    from gptj_dist.serving.launcher import connected
+
     try:
-        ray.init(address=address or "auto", ignore_reinit_error=True, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"at {address}" if address else "on this machine; --address names one elsewhere"
-        raise ConfigurationError(f"--devices cluster: no Ray cluster runs {where}") from error
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        if is_ours:
-            ray.shutdown()
+        with connected(address or "auto"):
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    except ConfigurationError as error:
+        if address is None:
+            message = "--devices cluster: no Ray cluster runs on this machine; --address names one elsewhere"
+            raise ConfigurationError(message) from error
+        raise
     return devices_of_nodes(nodes)
 
 
