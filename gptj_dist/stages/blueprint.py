@@ -5,16 +5,14 @@ A blueprint is drawn before any process exists, so that a wrong setting or a bro
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gptj_dist.checkpoint.hub import local_directory, resolve_model
-from gptj_dist.checkpoint.index import check_checkpoint, expected_tensors, read_model_config
+from gptj_dist.checkpoint.index import check_checkpoint, read_model_config
 from gptj_dist.config import (
     BLOCK_SIZE_TOKENS,
-    DTYPE_BYTES,
     DeviceKind,
     DTypeName,
     LayerRange,
@@ -24,11 +22,9 @@ from gptj_dist.config import (
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.partition import explicit_partition, layer_ranges, plan_partition
+from gptj_dist.planning.forecast import FREE_MEMORY_USED
+from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
 from gptj_dist.text.tokenizer import Tokenizer
-
-FREE_MEMORY_USED: dict[DeviceKind, float] = {"cpu": 0.5, "cuda": 0.9}
-"""What `auto` takes of the memory that is free once all weights are loaded. A machine's memory has other users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,17 +185,6 @@ def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[D
     if config.dtype != "auto":
         return config.dtype
     return model.dtype if all(model.dtype in device.fast_dtypes for device in devices) else "float32"
-
-
-def weight_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> int:
-    """Bytes of a stage's weights."""
-    num_weights = sum(math.prod(shape) for shape in expected_tensors(model, layers).values())
-    return num_weights * DTYPE_BYTES[dtype]
-
-
-def kv_bytes_per_token(model: ModelConfig, num_layers: int, dtype: DTypeName, kind: DeviceKind) -> int:
-    """Bytes that one token takes in a stage's KV cache. A CPU stage keeps float32 (see `model.kv_cache`)."""
-    return 2 * num_layers * model.d_model * (DTYPE_BYTES["float32"] if kind == "cpu" else DTYPE_BYTES[dtype])
 
 
 def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int:

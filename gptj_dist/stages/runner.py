@@ -17,7 +17,8 @@ from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span
 from gptj_dist.model.kv_cache import BlockCache, KVCache, RegionCache
 from gptj_dist.model.sampler import Sampler, SampleSpec
-from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, kv_bytes_per_token, weight_bytes
+from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, DTypeName, LayerRange
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
 from gptj_dist.serving.diagnosis.cluster import Cluster, Finding, Node
 from gptj_dist.serving.diagnosis.facts import DeviceFacts
 from gptj_dist.serving.sizing import PipelineSize, size_stages
@@ -21,8 +22,6 @@ from gptj_dist.stages.blueprint import (
     StageReport,
     choose_dtype,
     count_kv_blocks,
-    kv_bytes_per_token,
-    weight_bytes,
 )
 
 STAGE_WORKING_BYTES: dict[DeviceKind, int] = {"cpu": 500_000_000, "cuda": 1_000_000_000}
