@@ -303,9 +303,15 @@ def _announce(launch: Launch, base: str, elapsed_s: float, console: Console) -> 
 
     from gptj_dist.serving.pipeline import PipelineStatus
     from gptj_dist.serving.tables import stage_table
+    from gptj_dist.stages.blueprint import is_lossless
 
     status: PipelineStatus = serve.get_deployment_handle("Pipeline", APP_NAME).status.remote().result()
     console.print(stage_table(status.stages, status.limits.kv_tokens))
+    model = read_model_config(resolve_model(launch.app.pipeline.model, launch.app.pipeline.revision))
+    if launch.app.pipeline.dtype == "auto" and not is_lossless(model, status.stages[0].dtype):
+        console.print(
+            f"The {model.dtype} weights are rounded to {status.stages[0].dtype}, because the memory is small."
+        )
     body = {"prompt": "The state of the Union is", "max_tokens": 40, "stream": True}
     console.print(f"Ready after {elapsed_s:.1f} s: {launch.app.model_name} at {base}", highlight=False)
     console.print(f"\n  curl -N {base}/v1/completions -d '{json.dumps(body)}'\n", highlight=False, soft_wrap=True)

@@ -48,11 +48,13 @@ def describe_device(device: torch.device) -> DeviceReport:
             name=properties.name,
             memory_pool=f"{host}/{properties.uuid}",
             num_cores=num_cores,
+            total_bytes=total_bytes(device),
             fast_dtypes=(*fast, "bfloat16") if properties.major >= 8 else fast,
         )
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     is_bf16_fast = any(flag in flags for flag in _CPU_BF16_FLAGS)
-    return DeviceReport("cpu", f"{host}/cpu", num_cores, ("float32", "bfloat16") if is_bf16_fast else ("float32",))
+    fast = ("float32", "bfloat16") if is_bf16_fast else ("float32",)
+    return DeviceReport("cpu", f"{host}/cpu", num_cores, total_bytes(device), fast)
 
 
 def free_bytes(device: torch.device) -> int:

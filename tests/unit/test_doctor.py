@@ -31,12 +31,12 @@ CONFIG = PipelineConfig("gptj", dtype="bfloat16", device="cpu", stages=2)
 
 
 def cpu(host: str, free_gb: float) -> DeviceFacts:
-    report = DeviceReport("cpu", f"{host}/cpu", num_cores=8, fast_dtypes=("float32", "bfloat16"))
+    report = DeviceReport("cpu", f"{host}/cpu", 8, 100 * GB, ("float32", "bfloat16"))
     return DeviceFacts("cpu", report, int(free_gb * GB), 64 * GB)
 
 
 def gpu(host: str, index: int, free_gb: float = 16) -> DeviceFacts:
-    report = DeviceReport("NVIDIA T4", f"{host}/GPU-{index}", num_cores=8, fast_dtypes=("float32", "float16"))
+    report = DeviceReport("NVIDIA T4", f"{host}/GPU-{index}", 8, 100 * GB, ("float32", "float16"))
     return DeviceFacts("cuda", report, int(free_gb * GB), 16 * GB)
 
 
