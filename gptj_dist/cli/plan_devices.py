@@ -130,7 +130,7 @@ def _workload(config: PipelineConfig, model: ModelConfig, specs: Sequence[Device
     if max_model_len > model.context_length:
         raise ConfigurationError(f"max_model_len {max_model_len} exceeds the model's context of {model.context_length}")
     reports = [
-        DeviceReport(spec.name, f"{spec.name}/{i}", 1, spec.memory_bytes, spec.fast_dtypes)
+        DeviceReport(spec.name, f"{spec.name}/{i}", 1, int(spec.memory_bytes), spec.fast_dtypes)
         for i, spec in enumerate(specs)
     ]
     return Workload(model, choose_dtype(config, model, reports), max_model_len)

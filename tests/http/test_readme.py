@@ -29,13 +29,18 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+CHECKPOINT_COMMANDS = [
+    command
+    for command in COMMANDS
+    if "random-gptj" in command or command == "gptj-dist plan demo --devices examples/devices.yaml"
+]
 SERVE_COMMANDS = [command for command in COMMANDS if command.startswith("gptj-dist serve")]
 
 
-def run(command: str) -> str:
-    """Runs a command line in the repository; its standard output."""
+def run(command: str, directory: Path = ROOT) -> str:
+    """Runs a command line, in the repository if nowhere else; its standard output."""
     line = f'export PATH="{BIN}:$PATH"; {command}'
-    return subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(line, shell=True, cwd=directory, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +86,24 @@ def test_generate_prints_what_the_readme_shows() -> None:
     assert run(command) == shown
 
 
+def test_what_comes_before_serving_works_in_the_order_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    outputs = [run(command, tmp_path) for command in CHECKPOINT_COMMANDS]
+
+    assert [command.split()[1] for command in CHECKPOINT_COMMANDS] == [
+        "synth",
+        "inspect",
+        "convert",
+        "verify",
+        "doctor",
+        "plan",
+    ]
+    assert all(outputs)
+    assert "Serving would work." in outputs[4]
+
+
 def test_plan_shows_the_stages() -> None:
-    (command,) = [command for command in COMMANDS if command.startswith("gptj-dist plan")]
+    (command,) = [command for command in COMMANDS if command.startswith("gptj-dist plan demo --stages")]
     assert "22-27 (6) + head" in run(command)
 
 
@@ -107,8 +128,11 @@ def test_every_command_is_covered() -> None:
         "serve build examples.bound_app:app": "def test_what_serve_build_writes_can_be_deployed(",
     }
     here: tuple[Callable[[str], bool], ...] = (
-        lambda command: command.startswith((". .venv", "make ", "curl ", "gptj-dist plan", "gptj-dist generate")),
+        lambda command: command.startswith(
+            (". .venv", "make ", "curl ", "gptj-dist plan demo --stages", "gptj-dist generate")
+        ),
         SERVE_COMMANDS.__contains__,
+        CHECKPOINT_COMMANDS.__contains__,
     )
     for command in COMMANDS:
         if command in elsewhere:
@@ -118,6 +142,6 @@ def test_every_command_is_covered() -> None:
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
-    named = re.findall(r"`((?:cluster|deployments|docs|tests|gptj_dist)/[\w./-]+)`", README)
+    named = re.findall(r"`((?:cluster|deployments|docs|examples|tests|gptj_dist)/[\w./-]+)`", README)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
