@@ -24,7 +24,7 @@ from benchmarks.http import Load, measure, started
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import CheckpointIndex
 
-SAMPLE_S = 0.5
+SAMPLE_S = 1.0
 READ_BYTES = 32 << 20
 MARK = "GPTJ_DIST_BENCHMARK"
 

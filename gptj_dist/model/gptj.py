@@ -19,7 +19,7 @@ from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.model.attention import MakeAttention, choose_attention
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.kv_cache import KVCache
-from gptj_dist.model.linear import Linear
+from gptj_dist.model.linear import Linear, can_pack
 from gptj_dist.model.rotary import RotaryTable, rotate_
 
 ReadTensor = Callable[[str, Tensor], None]
@@ -133,13 +133,18 @@ class StageModel:
 
 
 class _Loader:
-    """Makes the parts of a stage, reading each tensor right into its place in a joined one."""
+    """Makes the parts of a stage, reading each tensor right into its place in a joined one.
+
+    Where weights are packed, which copies them, one matrix is read into the memory of the one before: getting fresh
+    memory for each costs as much time as reading it.
+    """
 
     def __init__(self, read: ReadTensor, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._read = read
         self._config = config
         self._dtype = dtype
         self._device = device
+        self._scratch = torch.empty(0, dtype=dtype, device=device)
 
     def embedding(self) -> Tensor:
         return self._tensor("transformer.wte.weight", self._config.vocab_size, self._config.d_model)
@@ -150,12 +155,13 @@ class _Loader:
     def head(self) -> tuple[LayerNorm, Linear]:
         vocab_size, d_model = self._config.vocab_size, self._config.d_model
         name = "transformer.wte.weight" if self._config.has_tied_embeddings else "lm_head.weight"
-        bias = self._tensor("lm_head.bias", vocab_size)
-        return self._norm("transformer.ln_f"), Linear(self._tensor(name, vocab_size, d_model), bias)
+        weight = self._matrix(vocab_size, d_model)
+        self._read(name, weight)
+        return self._norm("transformer.ln_f"), Linear(weight, self._tensor("lm_head.bias", vocab_size))
 
     def _fan_in(self, name: str) -> Linear:
         d_model, d_ff = self._config.d_model, self._config.d_ff
-        weight, bias = self._empty(3 * d_model + d_ff, d_model), self._empty(3 * d_model + d_ff)
+        weight, bias = self._matrix(3 * d_model + d_ff, d_model), self._empty(3 * d_model + d_ff)
         for index, projection in enumerate("qkv"):
             self._read(f"{name}.attn.{projection}_proj.weight", weight[index * d_model :][:d_model])
         self._read(f"{name}.mlp.fc_in.weight", weight[3 * d_model :])
@@ -165,7 +171,7 @@ class _Loader:
 
     def _fan_out(self, name: str) -> Linear:
         d_model, d_ff = self._config.d_model, self._config.d_ff
-        weight = self._empty(d_model, d_model + d_ff)
+        weight = self._matrix(d_model, d_model + d_ff)
         self._read(f"{name}.attn.out_proj.weight", weight[:, :d_model])
         self._read(f"{name}.mlp.fc_out.weight", weight[:, d_model:])
         return Linear(weight, self._tensor(f"{name}.mlp.fc_out.bias", d_model))
@@ -178,6 +184,14 @@ class _Loader:
         tensor = self._empty(*shape)
         self._read(name, tensor)
         return tensor
+
+    def _matrix(self, rows: int, columns: int) -> Tensor:
+        """Room for the weight of a `Linear`; valid until the next is asked for if the `Linear` packs it."""
+        if not can_pack(self._device, self._dtype):
+            return self._empty(rows, columns)
+        if self._scratch.numel() < rows * columns:
+            self._scratch = self._empty(rows * columns)
+        return self._scratch[: rows * columns].view(rows, columns)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)

@@ -18,13 +18,13 @@ class Linear:
     """`x @ weight.T + bias` for x of shape [rows, in_features].
 
     Args:
-        weight: [out_features, in_features]; the caller should drop its own reference, which packing makes redundant.
+        weight: [out_features, in_features]; where it is packed, the caller may use its memory for something else afterwards.
         bias: [out_features].
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self._bias = bias
-        self._is_packed = can_pack(weight)
+        self._is_packed = can_pack(weight.device, weight.dtype)
         self._weight = _pack(weight) if self._is_packed else weight
         self._needs_two_rows = self._is_packed and weight.dtype == torch.float32
 
@@ -40,16 +40,16 @@ class Linear:
         return product
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether this machine's matrix library packs weights of this device and type.
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this machine's matrix library packs weights of this device and type, into memory of their own.
 
     The operators are private to torch (its compiler emits them), so every use of them is in this file.
     """
-    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    if weight.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+    return dtype == torch.float32
 
 
 def _pack(weight: Tensor) -> Tensor:
