@@ -103,13 +103,13 @@ class StageTensors:
         return data.as_strided(header.shape, strides)
 
     def _fill(self, header: TensorHeader, offset_bytes: int, out: Tensor) -> None:
-        """Reads as many bytes as `out` (uint8, contiguous, on the CPU) has, and gives their pages back."""
+        """Reads as many bytes as `out` (uint8, contiguous, on the CPU) has, and gives their pages back on the way."""
         file, view, num_read = self._files[header.path], out.numpy().data, 0
         while num_read < len(view):
-            num_bytes = os.preadv(file, [view[num_read:]], offset_bytes + num_read)
+            num_bytes = os.preadv(file, [view[num_read : num_read + STAGING_BYTES]], offset_bytes + num_read)
             if num_bytes == 0:
                 raise CheckpointError(f"{header.path} was truncated while it was being read")
+            if sys.platform == "linux":
+                # Of this tensor only: another stage on this machine may be about to read the rest.
+                os.posix_fadvise(file, offset_bytes + num_read, num_bytes, os.POSIX_FADV_DONTNEED)
             num_read += num_bytes
-        if sys.platform == "linux":
-            # Of this tensor only: another stage on this machine may be about to read the rest.
-            os.posix_fadvise(file, offset_bytes, len(view), os.POSIX_FADV_DONTNEED)
