@@ -88,8 +88,7 @@ def _case_text(case: Chunks) -> str:
 def _figures(check: PipelineCheck) -> str:
     device = check.devices[0]
     return (
-        f"Stage 0's share, fitted: {device.bandwidth_bytes_s / 1e9:.0f} GB/s of weights, "
-        f"{device.kv_bandwidth_bytes_s / 1e9:.0f} GB/s of KV, {device.flops / 1e9:.0f} GFLOP/s, "
-        f"{device.layer_overhead_s * 1e6:.0f} us a layer,\n"
-        f"{device.request_overhead_s * 1e6:.0f} us an attention call."
+        f"Stage 0's share, fitted: {device.bandwidth_bytes_s / 1e9:.0f} GB/s of weights, {device.flops / 1e9:.0f} "
+        f"GFLOP/s, {device.layer_overhead_s * 1e6:.0f} us a layer, {device.request_overhead_s * 1e6:.0f} us an "
+        "attention call."
     )

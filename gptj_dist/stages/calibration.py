@@ -55,13 +55,14 @@ def _shape(num_layers: int, d_model: int, num_heads: int, vocab_size: int) -> Mo
 
 
 CALIBRATION_SHAPES = (
-    _shape(12, 192, 6, 2048),
+    _shape(16, 64, 2, 2048),
     _shape(2, 320, 5, 4096),
     _shape(6, 768, 12, 16384),
     _shape(4, 1536, 12, 24576),
     _shape(2, 2560, 10, 8192),
 )
-"""From nothing but overhead to weights that no cache holds; heads of 32, 64, 128 and 256 dimensions."""
+"""From nothing but overhead to weights that no cache holds, so that most models lie between two of them; heads of 32,
+64, 128 and 256 dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
