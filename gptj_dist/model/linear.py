@@ -18,7 +18,7 @@ class Linear:
     """`x @ weight.T + bias` for x of shape [rows, in_features].
 
     Args:
-        weight: [out_features, in_features]; where it is packed, the caller may use its memory for something else afterwards.
+        weight: [out_features, in_features]; where it is packed, the caller may reuse its memory afterwards.
         bias: [out_features].
     """
 
