@@ -45,9 +45,7 @@ def _read_stage(directory: Path, layers: LayerRange, config: ModelConfig = CONFI
         return {name: _read(tensors, name, shape) for name, shape in expected_tensors(config, layers).items()}
 
 
-def _read(
-    tensors: StageTensors, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def _read(tensors: StageTensors, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     out = torch.full(shape, torch.nan, dtype=dtype)
     tensors.read(name, out)
     return out
