@@ -57,6 +57,26 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
 
+    @property
+    def layer_matrix_parameters(self) -> int:
+        """Parameters of a layer that are multiplied with: all but biases and LayerNorm."""
+        return 4 * self.d_model**2 + 2 * self.d_model * self.d_ff
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer: its matrices, the MLP's two biases, and the LayerNorm."""
+        return self.layer_matrix_parameters + self.d_ff + 3 * self.d_model
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding, which are as many as those of `lm_head`'s matrix."""
+        return self.vocab_size * self.d_model
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the final LayerNorm and of `lm_head` with its bias, whether or not its matrix is shared."""
+        return self.embedding_parameters + self.vocab_size + 2 * self.d_model
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Reads the fields of a Hugging Face `config.json`.

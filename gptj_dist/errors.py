@@ -3,6 +3,7 @@
     GPTJDistError
     ├── ConfigurationError      the settings cannot work: nothing was started
     │   └── CheckpointError     the model's files are missing, broken or not GPT-J
+    ├── ConversionError         a converted checkpoint could not be written; source and destination are as they were
     ├── InvalidRequestError     the request cannot be served as it stands; `param` names the culprit
     │   └── RequestTooLongError prompt and output exceed the context window or the whole KV cache
     ├── NotReadyError           no pipeline can make a token right now; trying again may help
@@ -22,6 +23,10 @@ class ConfigurationError(GPTJDistError):
 
 class CheckpointError(ConfigurationError):
     """The model's files are missing, broken, or do not describe a GPT-J."""
+
+
+class ConversionError(GPTJDistError):
+    """A converted checkpoint could not be written: a full disk, or another process is at it. Trying again resumes."""
 
 
 class InvalidRequestError(GPTJDistError):

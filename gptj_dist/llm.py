@@ -71,7 +71,7 @@ class LLM:
         config = PipelineConfig(model, **settings)
         self.pipeline: LoadedPipeline
         self.pipeline, runners = load_local(config)
-        self.tokenizer = Tokenizer.load(resolve_model(config.model, config.revision))
+        self.tokenizer = Tokenizer.load(resolve_model(config.model, self.pipeline.blueprint.config.revision))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gptj-dist-llm", daemon=True)
         self._thread.start()

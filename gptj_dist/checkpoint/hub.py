@@ -5,78 +5,91 @@ Knows the names of files, not what is in them. Quick to import: the hub's client
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import warnings
+from collections.abc import Callable, Collection
+from functools import lru_cache
 from pathlib import Path
 
-from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS
+from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS, WeightForm
+from gptj_dist.checkpoint.hub_errors import DISK_WARNING, explain
 from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 
 DEMO = "demo"
 
-_METADATA_FILES = [
-    CONFIG_FILE,
-    SAFETENSORS.index,
-    "tokenizer*.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-]
+_MAX_LISTED = 8
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
     """Finds a model's directory; of a hub model it downloads the configuration and tokenizer, but no weights.
+
+    Where the hub does not answer, what the cache holds of the revision is taken.
 
     Args:
         model: `demo`, a directory, or a hub name like `EleutherAI/gpt-j-6b`; a directory of that name goes first.
         revision: branch, tag or commit of a hub model.
 
     Returns:
-        An absolute path; of a hub model, the cache's directory of one commit.
+        An absolute path; of a hub model, the cache's directory of one commit, whose name is that commit.
 
     Raises:
-        CheckpointError: there is no such directory or hub model, it has no safetensors, or the hub cannot be reached.
+        CheckpointError: there is no such directory or hub model, it has no weights in a form that is read, or the hub
+            does not give it out.
     """
     if (local := local_directory(model)) is not None:
         return local
     if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
         raise CheckpointError(f"there is no directory {model}")
-    from huggingface_hub import constants, file_exists, snapshot_download
-
-    with _readable_errors(model, revision):
-        directory = Path(snapshot_download(model, revision=revision, allow_patterns=_METADATA_FILES)).absolute()
-        has_safetensors = (
-            any((directory / file).exists() for file in (SAFETENSORS.index, SAFETENSORS.single))
-            or constants.HF_HUB_OFFLINE  # nobody to ask: a machine may hold the tokenizer alone, and need no weights
-            or file_exists(model, SAFETENSORS.single, revision=directory.name)
-        )
-    if not has_safetensors:
-        raise CheckpointError(f"{model} has no {SAFETENSORS.single} at revision {revision or 'main'}")
+    directory = _download(model, CONFIG_FILE, revision).parent
+    try:
+        files = _list_files(model, directory.name)
+    except Exception as error:  # see `_download`
+        if any((directory / file).exists() for file in TOKENIZER_FILES):
+            return directory
+        raise explain(error, model, TOKENIZER_FILES[0], revision) from error
+    form = _weight_form(files)
+    if form is None:
+        raise CheckpointError(_without_weights(model, revision, files))
+    index = [] if form.single in files else [form.index]
+    for file in [*TOKENIZER_FILES, *index]:
+        if file in files:
+            _download(model, file, directory.name)
     return directory
 
 
-def fetch_weights(model: str, directory: Path, layers: LayerRange, config: ModelConfig) -> None:
+def fetch_weights(
+    model: str,
+    directory: Path,
+    layers: LayerRange,
+    config: ModelConfig,
+    on_file: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
     """Downloads the files that hold a stage's tensors, and no others, unless they are there. Nothing for a local model.
+
+    Processes that want the same file at once wait for the one that downloads it, by the locks of the hub's client.
 
     Args:
         model: as given to `resolve_model`.
         directory: what `resolve_model` returned. Its name is the commit that is fetched, even if the branch moved on.
+        on_file: called with the name of each file that is not there, before it is downloaded.
+
+    Returns:
+        The files, which are there now.
 
     Raises:
         CheckpointError: the hub does not give them out.
     """
+    names = expected_tensors(config, layers)
     if local_directory(model) is not None:
-        return
-    from huggingface_hub import hf_hub_download
-
-    is_sharded = (directory / SAFETENSORS.index).exists()
-    files = CheckpointIndex(directory).files(expected_tensors(config, layers)) if is_sharded else [SAFETENSORS.single]
-    with _readable_errors(model, directory.name):
-        for file in files:
-            hf_hub_download(model, file, revision=directory.name)
+        return [directory / file for file in CheckpointIndex(directory).files(names)]
+    paths = [directory / file for file in _weight_files(model, directory, names)]
+    for path in paths:
+        if not path.exists():
+            on_file(path.name)
+            _download(model, path.name, directory.name)
+    return paths
 
 
 def local_directory(model: str) -> Path | None:
@@ -87,29 +100,58 @@ def local_directory(model: str) -> Path | None:
     return path.absolute() if path.is_dir() else None
 
 
-@contextmanager
-def _readable_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turns whatever the hub's client raises into a CheckpointError of one line."""
+def _download(model: str, file: str, revision: str | None) -> Path:
+    """Where a file lies in the cache, after downloading it if need be.
+
+    Raises:
+        CheckpointError: whatever the hub's client raises, as one line.
+    """
+    from huggingface_hub import hf_hub_download
+
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_advice)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", DISK_WARNING)  # better now than when the disk is full
+            return Path(hf_hub_download(model, file, revision=revision)).absolute()
     # The client lets the errors of its HTTP library through, which was requests, then httpx, then httpx2.
     except Exception as error:
-        raise CheckpointError(f"cannot get {model!r} from the hub: {_reason(error, revision)}") from error
+        raise explain(error, model, file, revision) from error
 
 
-def _reason(error: Exception, revision: str | None) -> str:
-    from huggingface_hub import errors
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """The hub advises whoever has no token to get one; where one is needed, `explain` says so."""
+    return "unauthenticated requests" not in record.getMessage()
 
-    match error:
-        case errors.GatedRepoError():
-            return "it is gated; ask for access on its page, then run `hf auth login`"
-        case errors.RepositoryNotFoundError():
-            return "there is no such repository (nor a directory of that name), or it is private: run `hf auth login`"
-        case errors.RevisionNotFoundError():
-            return f"it has no revision {revision!r}"
-        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
-            return "the hub cannot be reached (no network, or HF_HUB_OFFLINE is set), and it is not in the local cache"
-        case errors.HFValidationError():
-            return "that is neither a directory nor a hub name"
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}"
+
+@lru_cache
+def _list_files(model: str, commit: str) -> frozenset[str]:
+    """All files of the repository, which are the same whenever this commit is asked about."""
+    from huggingface_hub import HfApi, constants
+
+    info = HfApi().model_info(model, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return frozenset(sibling.rfilename for sibling in info.siblings or ())
+
+
+def _weight_files(model: str, directory: Path, names: Collection[str]) -> list[str]:
+    """The files of the weights' form that hold these tensors."""
+    files: Collection[str]
+    try:
+        files = _list_files(model, directory.name)
+    except Exception:  # see `_download`
+        files = {path.name for path in directory.iterdir()}
+    form = _weight_form(files) or SAFETENSORS  # without any, downloading will say what is wrong
+    return (
+        CheckpointIndex(directory).files(names) if form.index in files and form.single not in files else [form.single]
+    )
+
+
+def _weight_form(files: Collection[str]) -> WeightForm | None:
+    return next((form for form in WEIGHT_FORMS if form.single in files or form.index in files), None)
+
+
+def _without_weights(model: str, revision: str | None, files: Collection[str]) -> str:
+    """What a repository holds in place of weights that are read; its dot files and texts say nothing."""
+    others = sorted(f for f in files if not f.startswith(".") and not f.endswith((".json", ".md", ".txt")))
+    held = ", ".join(others[:_MAX_LISTED]) or "no weights at all"
+    wanted = " or ".join(form.single for form in WEIGHT_FORMS)
+    return f"{model} has no {wanted} (nor their index) at revision {revision or 'main'}; it holds {held}"

@@ -153,18 +153,27 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     """The tensors of a file of weights, by the names of a whole GPT-J.
 
     Raises:
+        CheckpointError: as `read_stored_header`, or it holds a tensor under both its names.
+    """
+    headers = read_stored_header(path)
+    canonical = {canonical_name(name): header for name, header in headers.items()}
+    if len(canonical) < len(headers):
+        raise CheckpointError(f"{path} holds tensors twice, with the prefix {_PREFIX!r} and without")
+    return canonical
+
+
+def read_stored_header(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of a file of weights, by the names that they are stored under.
+
+    Raises:
         CheckpointError: it cannot be read, is truncated or corrupt, or would run code if it were unpickled.
     """
     read = read_torch_file if path.suffix == ".bin" else read_safetensors
     try:
         with path.open("rb", buffering=_BUFFER_BYTES) as file:
-            headers = read(path, file)
+            return read(path, file)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    canonical = {canonical_name(name): header for name, header in headers.items()}
-    if len(canonical) < len(headers):
-        raise CheckpointError(f"{path} holds tensors twice, with the prefix {_PREFIX!r} and without")
-    return canonical
 
 
 def canonical_name(name: str) -> str:

@@ -1,4 +1,6 @@
-"""Writes random GPT-J checkpoints of any size in the Hugging Face layout, for tests and benchmarks. No tokenizer.
+"""Writes random GPT-J checkpoints of any size in the Hugging Face layout, for trials, tests and benchmarks.
+
+No tokenizer: that is `text.vocabulary`'s.
 
 Every bias and LayerNorm differs from what it starts as in training, so that a test notices one which is left out.
 """
@@ -6,18 +8,26 @@ Every bias and LayerNorm differs from what it starts as in training, so that a t
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import skip_data
 
-from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS
-from gptj_dist.checkpoint.headers import DTYPE_CODES
+from gptj_dist.checkpoint.files import CONFIG_FILE, PICKLED, SAFETENSORS, WeightForm
 from gptj_dist.checkpoint.index import expected_tensors
-from gptj_dist.config import DTYPE_BYTES, DTypeName, LayerRange, ModelConfig
+from gptj_dist.checkpoint.torch_file import read_torch_file
+from gptj_dist.checkpoint.writer import (
+    CODE_OF,
+    Layout,
+    encode_index,
+    shard_names,
+    tensor_bytes,
+    write_safetensors,
+)
+from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -25,11 +35,6 @@ _TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BOOL": torch.bool,
 }
-_CODE_OF: Mapping[DTypeName, str] = {name: code for code, name in DTYPE_CODES.items()}
-_CODE_BYTES: Mapping[str, int] = {"BOOL": 1} | {code: DTYPE_BYTES[name] for code, name in DTYPE_CODES.items()}
-
-_Layout = dict[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> safetensors dtype and shape, in the order of writing."""
 
 
 def write_checkpoint(
@@ -38,9 +43,11 @@ def write_checkpoint(
     *,
     seed: int = 0,
     init_std: float = 0.02,
+    form: WeightForm = SAFETENSORS,
     max_shard_bytes: int | None = None,
     dtype: DTypeName | None = None,
     legacy_buffers: bool = False,
+    on_written: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Writes `config.json` and random weights, one tensor in memory at a time. The same seed gives the same weights.
 
@@ -50,21 +57,28 @@ def write_checkpoint(
         max_shard_bytes: the most bytes of tensors in a file, unless one tensor has more; None puts all in one file.
         dtype: of the weights, in place of the config's.
         legacy_buffers: add the causal masks that old versions of transformers saved.
+        on_written: called after each tensor with its bytes.
     """
     config = replace(config, dtype=dtype or config.dtype)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_FILE).write_text(json.dumps(_hf_config(config, init_std), indent=2) + "\n")
+    (directory / CONFIG_FILE).write_text(json.dumps(hf_config(config, init_std), indent=2) + "\n")
     shards = _cut(_layout(config, legacy_buffers), max_shard_bytes)
-    files = [SAFETENSORS.single]
+    files = [form.single]
     if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        _write_index(directory / SAFETENSORS.index, dict(zip(files, shards, strict=True)))
+        files = shard_names(form.single, len(shards))
+        (directory / form.index).write_bytes(encode_index(dict(zip(files, shards, strict=True))))
     generator = torch.Generator().manual_seed(seed)
     for file, shard in zip(files, shards, strict=True):
-        _write_shard(directory / file, shard, generator, init_std)
+        tensors = _random_tensors(shard, generator, init_std, on_written)
+        if form is PICKLED:
+            _write_torch_file(directory / file, shard, tensors)
+        else:
+            with (directory / file).open("wb") as out:
+                write_safetensors(out, shard, tensors)
 
 
-def _hf_config(config: ModelConfig, init_std: float) -> dict[str, Any]:
+def hf_config(config: ModelConfig, init_std: float = 0.02) -> dict[str, Any]:
+    """The fields of `config.json`, as transformers names them."""
     return {
         "architectures": ["GPTJForCausalLM"],
         "model_type": "gptj",
@@ -88,10 +102,10 @@ def _hf_config(config: ModelConfig, init_std: float) -> dict[str, Any]:
     }
 
 
-def _layout(config: ModelConfig, legacy_buffers: bool) -> _Layout:
-    code = _CODE_OF[config.dtype]
+def _layout(config: ModelConfig, legacy_buffers: bool) -> Layout:
+    code = CODE_OF[config.dtype]
     whole_model = LayerRange(0, 1, 0, config.num_layers)
-    layout: _Layout = {name: (code, shape) for name, shape in expected_tensors(config, whole_model).items()}
+    layout: Layout = {name: (code, shape) for name, shape in expected_tensors(config, whole_model).items()}
     if legacy_buffers:
         mask_shape = (1, 1, config.context_length, config.context_length)
         for layer in range(config.num_layers):
@@ -100,12 +114,12 @@ def _layout(config: ModelConfig, legacy_buffers: bool) -> _Layout:
     return layout
 
 
-def _cut(layout: _Layout, max_shard_bytes: int | None) -> list[_Layout]:
+def _cut(layout: Layout, max_shard_bytes: int | None) -> list[Layout]:
     """Cuts the tensors, in order, into runs of at most `max_shard_bytes`, or of one tensor that has more."""
-    shards: list[_Layout] = [{}]
+    shards: list[Layout] = [{}]
     shard_bytes = 0
     for name, (code, shape) in layout.items():
-        num_bytes = _num_bytes(code, shape)
+        num_bytes = tensor_bytes(code, shape)
         if max_shard_bytes is not None and shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
             shards.append({})
             shard_bytes = 0
@@ -114,26 +128,22 @@ def _cut(layout: _Layout, max_shard_bytes: int | None) -> list[_Layout]:
     return shards
 
 
-def _write_index(path: Path, shards: Mapping[str, _Layout]) -> None:
-    total_bytes = sum(_num_bytes(code, shape) for shard in shards.values() for code, shape in shard.values())
-    weight_map = {name: file for file, shard in shards.items() for name in shard}
-    path.write_text(json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n")
+def _write_torch_file(path: Path, shard: Layout, tensors: Iterable[torch.Tensor]) -> None:
+    """Has torch lay the file out for tensors that are never touched, so that they take no memory, then fills it."""
+    with skip_data():
+        torch.save({name: torch.empty(shape, dtype=_TORCH_DTYPES[code]) for name, (code, shape) in shard.items()}, path)
+    with path.open("r+b") as file:
+        for header, tensor in zip(read_torch_file(path, file).values(), tensors, strict=True):
+            file.seek(header.offset_bytes)
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def _write_shard(path: Path, shard: _Layout, generator: torch.Generator, init_std: float) -> None:
-    """Writes the safetensors format as a stream; the library's own writer wants the whole file in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+def _random_tensors(
+    shard: Layout, generator: torch.Generator, init_std: float, on_written: Callable[[int], object]
+) -> Iterator[torch.Tensor]:
     for name, (code, shape) in shard.items():
-        begin, end = end, end + _num_bytes(code, shape)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": (begin, end)}
-    header_json = json.dumps(header).encode()
-    header_json += b" " * (-len(header_json) % 8)
-    with path.open("wb") as file:
-        file.write(len(header_json).to_bytes(8, "little") + header_json)
-        for name, (code, shape) in shard.items():
-            values = _values(name, shape, generator, init_std).to(_TORCH_DTYPES[code])
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+        yield _values(name, shape, generator, init_std).to(_TORCH_DTYPES[code])
+        on_written(tensor_bytes(code, shape))
 
 
 def _values(name: str, shape: tuple[int, ...], generator: torch.Generator, init_std: float) -> torch.Tensor:
@@ -143,7 +153,3 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator, init_
         return torch.tensor(-1e9)
     values = torch.empty(shape).normal_(0.0, init_std, generator=generator)
     return values.add_(1.0) if name.endswith((".ln_1.weight", ".ln_f.weight")) else values
-
-
-def _num_bytes(code: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * _CODE_BYTES[code]

@@ -6,9 +6,14 @@ import sys
 
 import typer
 
+from gptj_dist.cli.convert import convert
+from gptj_dist.cli.doctor import doctor
+from gptj_dist.cli.download import download
 from gptj_dist.cli.generate import generate
+from gptj_dist.cli.inspect import inspect
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
+from gptj_dist.cli.synth import synth
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
 
 app = typer.Typer(
@@ -20,6 +25,11 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(plan)
+app.command()(synth)
+app.command()(doctor)
+app.command()(download)
+app.command()(inspect)
+app.command()(convert)
 
 
 def main() -> None:

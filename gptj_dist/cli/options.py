@@ -24,11 +24,18 @@ DType: TypeAlias = Annotated[
 ThreadsPerStage: TypeAlias = Annotated[
     int | None, typer.Option(help="Threads of a CPU stage; by default stages share the cores.")
 ]
+CPUsPerStage: TypeAlias = Annotated[float | None, typer.Option(help="Ray CPUs that a stage takes.")]
+GPUsPerStage: TypeAlias = Annotated[float | None, typer.Option(help="Ray GPUs that a stage takes, such as 0.5.")]
+Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen at.")]
+Port: TypeAlias = Annotated[int, typer.Option(help="Port to listen at.")]
 MaxModelLen: TypeAlias = Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")]
 KVCacheGB: TypeAlias = Annotated[
     str, typer.Option(help="KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.")
 ]
 MaxBatchSize: TypeAlias = Annotated[int, typer.Option(help="Most requests that run at once; more wait.")]
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

@@ -1,9 +1,11 @@
-"""`gptj-dist plan`: the partition, its memory and the reason for it, without loading a weight."""
+"""`gptj-dist plan`: the partition, its memory and the reason for it; its speed on devices named, or checked on this."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from gptj_dist.cli.options import (
     Device,
@@ -20,7 +22,13 @@ from gptj_dist.cli.options import (
 )
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.partition import PREFILL_SPEEDUP, PROMPT_TOKENS_PER_OUTPUT_TOKEN, lm_head_cost_layers, stage_costs
+from gptj_dist.planning.partition import (
+    PREFILL_SPEEDUP,
+    PROMPT_TOKENS_PER_OUTPUT_TOKEN,
+    lm_head_cost_layers,
+    stage_costs,
+)
+from gptj_dist.sizes import bytes_text
 
 if TYPE_CHECKING:
     from gptj_dist.stages.blueprint import Blueprint, StageReport
@@ -36,13 +44,18 @@ def plan(
     kv_cache_gb: KVCacheGB = "auto",
     max_batch_size: MaxBatchSize = DEFAULT_MAX_BATCH_SIZE,
     revision: Revision = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="A YAML file that lists devices, or 'cluster': find the best cut for them, and its speed."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster that '--devices cluster' asks.", envvar="RAY_ADDRESS")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Predict the speed on this machine, then load the model and measure it.")
+    ] = False,
 ) -> None:
-    """Show how a model would be cut into stages on this machine, and why. Loads nothing."""
-    from rich.console import Console
-
-    from gptj_dist.serving.tables import bytes_text, stage_table
-    from gptj_dist.stages.blueprint import count_kv_blocks, draw_blueprint
-
+    """Show how a model would be cut into stages, and why. Loads no weights but with --check."""
     config = PipelineConfig(
         model,
         revision=revision,
@@ -54,6 +67,43 @@ def plan(
         kv_cache_gb=parse_kv_cache_gb(kv_cache_gb),
         max_batch_size=max_batch_size,
     )
+    if devices is not None and check:
+        raise ConfigurationError("--check measures this machine, --devices describes others: give one of them")
+    if devices is not None:
+        from gptj_dist.cli.plan_devices import print_best_pipeline
+
+        _refuse_beside("--devices", config, allowed=("dtype", "max_model_len"))
+        print_best_pipeline(config, devices, address)
+    elif check:
+        from gptj_dist.cli.plan_check import print_check
+
+        _refuse_beside("--check", config, allowed=("dtype",))
+        if not print_check(config):
+            raise typer.Exit(1)
+    else:
+        _print_cut(config)
+
+
+def _refuse_beside(option: str, config: PipelineConfig, allowed: tuple[str, ...]) -> None:
+    """Refuses settings that would do nothing.
+
+    Raises:
+        ConfigurationError: names them.
+    """
+    given, default = asdict(config), asdict(PipelineConfig(config.model, revision=config.revision))
+    changed = [name for name in given if name not in allowed and given[name] != default[name]]
+    if changed:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise ConfigurationError(f"{option} chooses for itself: it does not go with {names}")
+
+
+def _print_cut(config: PipelineConfig) -> None:
+    """The cut for equal devices, and what its stages would take of this machine's memory."""
+    from rich.console import Console
+
+    from gptj_dist.serving.tables import stage_table
+    from gptj_dist.stages.blueprint import count_kv_blocks, draw_blueprint
+
     blueprint = draw_blueprint(config)
     reports = _foresee(blueprint)
     console = Console()
@@ -68,11 +118,13 @@ def plan(
     console.print(f"All stages on this machine: {bytes_text(weights)} of weights, {bytes_text(kv_bytes)} a KV token.")
     for line in _reasons(blueprint.model, tuple(r.num_layers for r in blueprint.layers), config.layers is not None):
         console.print(line)
+    console.print("Speed is predicted by --devices (for devices you name) and --check (on this machine, and measured).")
 
 
 def _foresee(blueprint: Blueprint) -> list[StageReport]:
     """The reports that stages would give after loading, all of them on this machine's first device."""
-    from gptj_dist.stages.blueprint import StageReport, choose_dtype, kv_bytes_per_token, weight_bytes
+    from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+    from gptj_dist.stages.blueprint import StageReport, choose_dtype
     from gptj_dist.stages.device import describe_device, free_bytes, local_device
 
     kind, device = local_device(blueprint.config.device)

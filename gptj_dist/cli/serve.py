@@ -7,13 +7,19 @@ from typing import Annotated
 import typer
 
 from gptj_dist.cli.options import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    CPUsPerStage,
     Device,
     DType,
+    GPUsPerStage,
+    Host,
     KVCacheGB,
     Layers,
     MaxBatchSize,
     MaxModelLen,
     Model,
+    Port,
     Revision,
     Stages,
     ThreadsPerStage,
@@ -34,11 +40,11 @@ def serve(
     device: Device = "auto",
     dtype: DType = "auto",
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    host: Host = DEFAULT_HOST,
+    port: Port = DEFAULT_PORT,
     threads_per_stage: ThreadsPerStage = None,
-    cpus_per_stage: Annotated[float | None, typer.Option(help="Ray CPUs that a stage takes.")] = None,
-    gpus_per_stage: Annotated[float | None, typer.Option(help="Ray GPUs that a stage takes, such as 0.5.")] = None,
+    cpus_per_stage: CPUsPerStage = None,
+    gpus_per_stage: GPUsPerStage = None,
     max_model_len: MaxModelLen = None,
     kv_cache_gb: KVCacheGB = "auto",
     max_batch_size: MaxBatchSize = DEFAULT_MAX_BATCH_SIZE,
@@ -65,7 +71,7 @@ def serve(
     scaling = _scaling(replicas, min_replicas, max_replicas)
     from gptj_dist.stages.blueprint import draw_blueprint
 
-    draw_blueprint(config)  # whatever is wrong with the model is said before Ray starts
+    config = draw_blueprint(config).config  # whatever is wrong with the model is said before Ray starts
     from gptj_dist.serving.launcher import Launch, run_until_interrupted
     from gptj_dist.serving.settings import AppConfig
 

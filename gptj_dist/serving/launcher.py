@@ -18,8 +18,12 @@ from typing import Any
 
 from rich.console import Console
 
+from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
+from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.serving.settings import AppConfig
+from gptj_dist.serving.sockets import why_not_listen
 
 APP_NAME = "gptj-dist"
 DRAIN_S = 5.0
@@ -79,23 +83,37 @@ def run_until_interrupted(launch: Launch) -> None:
 def _ray(launch: Launch, console: Console) -> Iterator[None]:
     """A connection to Ray; a local one ends with it."""
     if launch.address is None:
-        _require_free_port(launch.host, launch.port)
+        if reason := why_not_listen(launch.host, launch.port):
+            raise ConfigurationError(f"{reason}; choose another --port")
+        _fetch_all_weights(launch.app.pipeline, console)
         console.print("Starting Ray on this machine ...")
-    else:
-        _require_answer(launch.address)
-    if launch.address is None or _is_loopback(launch.address):
+    with connected(launch.address):
+        signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put a handler of its own there
+        yield
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Ray of the given address, or a local one that ends with the context; it prints nothing.
+
+    Raises:
+        ConfigurationError: nobody answers at the address, or not a Ray that this process can join.
+    """
+    if address is not None:
+        _require_answer(address)
+    if address is None or _is_loopback(address):
         os.environ.update(LOCAL_RAY_ENVIRONMENT)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if launch.address is None:
+        if address is None:
             ray.init(address="local", _node_ip_address="127.0.0.1", dashboard_host="127.0.0.1", **quiet)
         else:
-            ray.init(address=launch.address, **quiet)
+            ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"cannot join Ray at {launch.address}: {error}") from error
-    signal.signal(signal.SIGTERM, _interrupt)  # again: ray.init has put a handler of its own there
+        reason = " ".join(str(error).split())  # of different versions Ray speaks in several lines
+        raise ConfigurationError(f"cannot join Ray at {address}: {reason}") from error
     try:
         yield
     finally:
@@ -119,7 +137,7 @@ def _application(launch: Launch, console: Console) -> Iterator[tuple[str, int]]:
     serve.start(http_options=HTTPOptions(host=launch.host, port=launch.port))
     try:
         _deploy(application)
-        yield _http_address()
+        yield http_address()
     finally:
         with suppress(KeyboardInterrupt):
             console.print("Draining ...")
@@ -145,7 +163,7 @@ def _deploy(application: Any) -> None:
         raise ConfigurationError(f"Serve refuses the application: {error.cause}") from None
 
 
-def _http_address() -> tuple[str, int]:
+def http_address() -> tuple[str, int]:
     """Where Serve really listens: on a cluster that runs Serve already, host and port were decided when it started."""
     from ray.serve.context import _get_global_client
 
@@ -153,11 +171,20 @@ def _http_address() -> tuple[str, int]:
     return http.host, http.port
 
 
-def _require_free_port(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise ConfigurationError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port") from None
+def _fetch_all_weights(pipeline: PipelineConfig, console: Console) -> None:
+    """Downloads what all stages need, here where the progress bars of the hub's client are seen.
+
+    Raises:
+        CheckpointError: the hub does not give it out.
+    """
+    directory = resolve_model(pipeline.model, pipeline.revision)
+    config = read_model_config(directory)
+
+    def tell(file: str) -> None:
+        if not console.is_terminal:  # else the bar names it
+            console.print(f"Fetching {file} ...", highlight=False)
+
+    fetch_weights(pipeline.model, directory, LayerRange(0, 1, 0, config.num_layers), config, tell)
 
 
 def _require_answer(address: str) -> None:
@@ -196,16 +223,23 @@ def _require_room(launch: Launch) -> None:
 
 def _require_no_other(launch: Launch, console: Console) -> None:
     """On a cluster that runs Serve already, refuses to replace an application, and says whose address counts."""
+    if launch.address is None or (applications := applications_served()) is None:
+        return
+    if APP_NAME in applications:
+        raise ConfigurationError(f"the cluster at {launch.address} already serves an application {APP_NAME!r}")
+    console.print("Serve runs on this cluster already: its host and port are used, not --host and --port.")
+
+
+def applications_served() -> tuple[str, ...] | None:
+    """The names of the connected cluster's Serve applications, or None if it runs no Serve."""
     import ray
     from ray import serve
 
-    if launch.address is None:
-        return
-    with suppress(ValueError):
+    try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-        if APP_NAME in serve.status().applications:
-            raise ConfigurationError(f"the cluster at {launch.address} already serves an application {APP_NAME!r}")
-        console.print("Serve runs on this cluster already: its host and port are used, not --host and --port.")
+    except ValueError:
+        return None
+    return tuple(serve.status().applications)
 
 
 def _await_ready(base: str, console: Console) -> None:
@@ -248,7 +282,7 @@ def _raise_if_failed() -> None:
 
 
 def _progress() -> str:
-    """`Loading: stage 0 9/14, stage 1 8/14 layers`."""
+    """`Loading the model (stage-0: 9/14 layers, stage-1: fetching model.safetensors) ...`."""
     import ray
 
     from gptj_dist.stages.group import ACTOR_NAME_PREFIX
@@ -258,8 +292,8 @@ def _progress() -> str:
     for actor in sorted(actors, key=lambda a: str(a["name"])):
         with suppress(ray.exceptions.RayError, ValueError):
             handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
-            num_layers = ray.get(handle.num_layers_loaded.remote(), timeout=PROGRESS_S)
-            parts.append(f"{actor['name'].rpartition('/')[2]}: {num_layers} layers")
+            progress = ray.get(handle.progress.remote(), timeout=PROGRESS_S)
+            parts.append(f"{actor['name'].rpartition('/')[2]}: {progress}")
     return f"Loading the model ({', '.join(parts)}) ..." if parts else "Placing the stages ..."
 
 
@@ -269,9 +303,15 @@ def _announce(launch: Launch, base: str, elapsed_s: float, console: Console) -> 
 
     from gptj_dist.serving.pipeline import PipelineStatus
     from gptj_dist.serving.tables import stage_table
+    from gptj_dist.stages.blueprint import is_lossless
 
     status: PipelineStatus = serve.get_deployment_handle("Pipeline", APP_NAME).status.remote().result()
     console.print(stage_table(status.stages, status.limits.kv_tokens))
+    model = read_model_config(resolve_model(launch.app.pipeline.model, launch.app.pipeline.revision))
+    if launch.app.pipeline.dtype == "auto" and not is_lossless(model, status.stages[0].dtype):
+        console.print(
+            f"The {model.dtype} weights are rounded to {status.stages[0].dtype}, because the memory is small."
+        )
     body = {"prompt": "The state of the Union is", "max_tokens": 40, "stream": True}
     console.print(f"Ready after {elapsed_s:.1f} s: {launch.app.model_name} at {base}", highlight=False)
     console.print(f"\n  curl -N {base}/v1/completions -d '{json.dumps(body)}'\n", highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gptj_dist.config import LayerRange
+from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.blueprint import StageReport
 
 
@@ -34,12 +35,3 @@ def layers_text(layers: LayerRange) -> str:
     """`embed + 0-13 (14)`: the layers, and what stands before and behind them."""
     parts = ["embed"] * layers.is_first + [f"{layers.start}-{layers.stop - 1} ({layers.num_layers})"]
     return " + ".join(parts + ["head"] * layers.is_last)
-
-
-def bytes_text(num_bytes: float) -> str:
-    """`12.1 GB`: three digits and a decimal unit."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} GB"

@@ -31,7 +31,7 @@ class Stage:
         self._runner = StageRunner(spec)
         self._epoch = epoch
         self._inbound = Inbound(ray.util.get_node_ip_address(), epoch)
-        self._num_layers_loaded = 0
+        self._progress = "starting"
 
     def describe(self) -> tuple[DeviceReport, str]:
         """Where the stage is, and the address of its receiving end."""
@@ -40,15 +40,15 @@ class Stage:
     def load(self, dtype: DTypeName, num_threads: int | None) -> StageReport:
         """As `StageRunner.load`."""
 
-        def note(num_layers: int) -> None:
-            self._num_layers_loaded = num_layers
+        def note(progress: str) -> None:
+            self._progress = progress
 
-        return self._runner.load(dtype, num_threads, on_layer=note)
+        return self._runner.load(dtype, num_threads, on_progress=note)
 
     @ray.method(concurrency_group="progress")
-    def num_layers_loaded(self) -> int:
-        """How far `load` has got; answered while it runs."""
-        return self._num_layers_loaded
+    def progress(self) -> str:
+        """What `load` is at, for people; answered while it runs."""
+        return self._progress
 
     def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
         """As `StageRunner.allocate`."""

@@ -5,13 +5,12 @@ A blueprint is drawn before any process exists, so that a wrong setting or a bro
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptj_dist.checkpoint.hub import local_directory, resolve_model
-from gptj_dist.checkpoint.index import check_checkpoint, expected_tensors, read_model_config
+from gptj_dist.checkpoint.index import check_checkpoint, read_model_config
 from gptj_dist.config import (
     BLOCK_SIZE_TOKENS,
     DTYPE_BYTES,
@@ -24,11 +23,14 @@ from gptj_dist.config import (
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.partition import explicit_partition, layer_ranges, plan_partition
+from gptj_dist.planning.cost import weight_bytes
+from gptj_dist.planning.forecast import FREE_MEMORY_USED
+from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
+from gptj_dist.sizes import bytes_text
 from gptj_dist.text.tokenizer import Tokenizer
 
-FREE_MEMORY_USED: dict[DeviceKind, float] = {"cpu": 0.5, "cuda": 0.9}
-"""What `auto` takes of the memory that is free once all weights are loaded. A machine's memory has other users."""
+WEIGHTS_SHARE = 0.8
+"""What `auto` gives the weights of all memory before it takes a shorter type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class StageSpec:
     """All that a stage must know before it looks at its device.
 
     Args:
-        model, revision: as the user gave them; each node finds its own copy.
+        model: as the user gave it; each node finds its own copy.
+        revision: of a hub model the commit, so that all stages have the same one even if the branch moves.
         unsampled_ids: tokens that the last stage never samples.
     """
 
@@ -58,12 +61,14 @@ class DeviceReport:
         name: for people, such as `cpu` or `NVIDIA T4`.
         memory_pool: stages with the same name share one memory.
         num_cores: CPU cores of the machine.
+        total_bytes: of its memory, whoever uses it.
         fast_dtypes: types that the device is good at.
     """
 
     name: str
     memory_pool: str
     num_cores: int
+    total_bytes: int
     fast_dtypes: tuple[DTypeName, ...]
 
 
@@ -89,7 +94,11 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A pipeline as planned: checked, but not yet anywhere."""
+    """A pipeline as planned: checked, but not yet anywhere.
+
+    Args:
+        config: with the commit of a hub model as its revision.
+    """
 
     config: PipelineConfig
     model: ModelConfig
@@ -124,8 +133,10 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     directory = resolve_model(config.model, config.revision)
     model = read_model_config(directory)
     tokenizer = Tokenizer.load(directory)
-    if local_directory(config.model) is not None:  # of a hub model, each stage fetches and checks its own files
+    if local_directory(config.model) is not None:
         check_checkpoint(directory, model)
+    else:  # each stage fetches and checks its own files
+        config = replace(config, revision=directory.name)
     if config.layers is not None:
         layers = explicit_partition(model, config.layers)
     else:
@@ -178,21 +189,43 @@ def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[D
     """The type that all stages compute in.
 
     `auto` is the checkpoint's if every device is good at it; else float32, which holds every number of the other two.
+    Where the memory of all devices together is too small for that, it is a type of 16 bits that all are good at. The
+    memory in all counts, not what is free of it, so that every pipeline and every restart chooses the same.
     """
     if config.dtype != "auto":
         return config.dtype
-    return model.dtype if all(model.dtype in device.fast_dtypes for device in devices) else "float32"
+    fast = [dtype for dtype in DTYPE_BYTES if all(dtype in device.fast_dtypes for device in devices)]
+    lossless: DTypeName = model.dtype if model.dtype in fast else "float32"
+    shorter = [dtype for dtype in fast if DTYPE_BYTES[dtype] < DTYPE_BYTES[lossless]]
+    room_bytes = WEIGHTS_SHARE * sum({device.memory_pool: device.total_bytes for device in devices}.values())
+    whole_model = LayerRange(0, 1, 0, model.num_layers)
+    return next((d for d in (lossless, *shorter) if weight_bytes(model, whole_model, d) <= room_bytes), lossless)
 
 
-def weight_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> int:
-    """Bytes of a stage's weights."""
-    num_weights = sum(math.prod(shape) for shape in expected_tensors(model, layers).values())
-    return num_weights * DTYPE_BYTES[dtype]
+def is_lossless(model: ModelConfig, dtype: DTypeName) -> bool:
+    """Whether the type holds every number of the checkpoint."""
+    return dtype in (model.dtype, "float32")
 
 
-def kv_bytes_per_token(model: ModelConfig, num_layers: int, dtype: DTypeName, kind: DeviceKind) -> int:
-    """Bytes that one token takes in a stage's KV cache. A CPU stage keeps float32 (see `model.kv_cache`)."""
-    return 2 * num_layers * model.d_model * (DTYPE_BYTES["float32"] if kind == "cpu" else DTYPE_BYTES[dtype])
+def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
+    """Refuses weights that a memory could not hold even if nobody else used it, before a stage dies of them.
+
+    Args:
+        devices: of each stage, first to last.
+
+    Raises:
+        ConfigurationError: names the memory, and what its stages need.
+    """
+    needed: Counter[str] = Counter()
+    for layers, device in zip(blueprint.layers, devices, strict=True):
+        needed[device.memory_pool] += weight_bytes(blueprint.model, layers, dtype)
+    for device in devices:
+        if needed[device.memory_pool] > device.total_bytes:
+            raise ConfigurationError(
+                f"the stages on {device.memory_pool} need {bytes_text(needed[device.memory_pool])} for their weights "
+                f"in {dtype}, but it has {bytes_text(device.total_bytes)} in all; more stages on other devices, or a "
+                "--dtype of 16 bits, would help"
+            )
 
 
 def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int:

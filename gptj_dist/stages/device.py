@@ -48,11 +48,13 @@ def describe_device(device: torch.device) -> DeviceReport:
             name=properties.name,
             memory_pool=f"{host}/{properties.uuid}",
             num_cores=num_cores,
+            total_bytes=total_bytes(device),
             fast_dtypes=(*fast, "bfloat16") if properties.major >= 8 else fast,
         )
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     is_bf16_fast = any(flag in flags for flag in _CPU_BF16_FLAGS)
-    return DeviceReport("cpu", f"{host}/cpu", num_cores, ("float32", "bfloat16") if is_bf16_fast else ("float32",))
+    fast = ("float32", "bfloat16") if is_bf16_fast else ("float32",)
+    return DeviceReport("cpu", f"{host}/cpu", num_cores, total_bytes(device), fast)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -64,6 +66,16 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             machine = int(line.split()[1]) * 1024
     return min(machine, _container_free_bytes(machine))
+
+
+def total_bytes(device: torch.device) -> int:
+    """All memory of the device; on a CPU the lesser of the machine's and the container's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _CGROUP / "memory.max"
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return machine if text == "max" else min(machine, int(text))
 
 
 def _container_free_bytes(otherwise: int) -> int:

@@ -26,6 +26,7 @@ from gptj_dist.stages.blueprint import (
     LoadedPipeline,
     choose_dtype,
     count_kv_blocks,
+    require_memory,
 )
 from gptj_dist.stages.transport.codec import EndFrame, PlanFrame, ResultFrame
 from gptj_dist.stages.transport.zeromq import AsyncInbound, Outbound
@@ -90,6 +91,7 @@ class StageGroup:
         described = await asyncio.gather(*(stage.describe.remote() for stage in stages))
         devices = [device for device, _ in described]
         dtype = choose_dtype(blueprint.config, blueprint.model, devices)
+        require_memory(blueprint, dtype, devices)
         num_threads = [blueprint.config.threads_per_stage or n for n in _share_cores(devices)]
         reports = await asyncio.gather(
             *(stage.load.remote(dtype, n) for stage, n in zip(stages, num_threads, strict=True))

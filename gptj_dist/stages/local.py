@@ -11,7 +11,7 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import StageFailedError
-from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint
+from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint, require_memory
 from gptj_dist.stages.device import local_device
 from gptj_dist.stages.runner import StageRunner
 
@@ -56,7 +56,9 @@ def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunne
     blueprint = draw_blueprint(config)
     kind, _ = local_device(config.device)
     runners = tuple(StageRunner(spec) for spec in blueprint.stage_specs(kind))
-    dtype = choose_dtype(config, blueprint.model, [runner.describe_device() for runner in runners])
+    devices = [runner.describe_device() for runner in runners]
+    dtype = choose_dtype(config, blueprint.model, devices)
+    require_memory(blueprint, dtype, devices)
     reports = tuple(runner.load(dtype, config.threads_per_stage) for runner in runners)
     num_blocks = count_kv_blocks(blueprint, reports)
     for runner in runners:

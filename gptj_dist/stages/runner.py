@@ -17,7 +17,8 @@ from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span
 from gptj_dist.model.kv_cache import BlockCache, KVCache, RegionCache
 from gptj_dist.model.sampler import Sampler, SampleSpec
-from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, kv_bytes_per_token, weight_bytes
+from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 
 
@@ -48,25 +49,30 @@ class StageRunner:
         return describe_device(self._device)
 
     def load(
-        self, dtype: DTypeName, num_threads: int | None, on_layer: Callable[[int], None] = lambda _: None
+        self, dtype: DTypeName, num_threads: int | None, on_progress: Callable[[str], None] = lambda _: None
     ) -> StageReport:
-        """Reads and packs the stage's weights.
+        """Fetches, reads and packs the stage's weights.
 
         Args:
             num_threads: torch threads of this process; None leaves torch's own choice.
-            on_layer: called with the number of layers ready.
+            on_progress: called with what is being done, such as `fetching model.safetensors` or `9/14 layers`.
 
         Raises:
-            CheckpointError: the stage's tensors are not all there.
+            CheckpointError: the stage's tensors are not all there, or the hub does not give them out.
         """
         spec = self._spec
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         directory = resolve_model(spec.model, spec.revision)
-        fetch_weights(spec.model, directory, spec.layers, spec.config)
+        fetch_weights(spec.model, directory, spec.layers, spec.config, lambda file: on_progress(f"fetching {file}"))
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
             self._model = StageModel(
-                spec.config, spec.layers, tensors.read, _torch_dtype(dtype), self._device, on_layer
+                spec.config,
+                spec.layers,
+                tensors.read,
+                _torch_dtype(dtype),
+                self._device,
+                lambda num_layers: on_progress(f"{num_layers}/{spec.layers.num_layers} layers"),
             )
         return StageReport(
             layers=spec.layers,

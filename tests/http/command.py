@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,10 +61,14 @@ class Command:
 
 
 @contextmanager
-def running(command: Sequence[str]) -> Iterator[Command]:
-    """Starts the command in a process group of its own; whatever is left of it in the end is killed."""
+def running(command: Sequence[str], inherited: Mapping[str, str] = os.environ) -> Iterator[Command]:
+    """Starts the command in a process group of its own; whatever is left of it in the end is killed.
+
+    Args:
+        inherited: the environment, but for what this adds.
+    """
     mark = f"GPTJ_DIST_TEST={uuid.uuid4().hex}"
-    environment = {**os.environ, "COLUMNS": "120", mark.partition("=")[0]: mark.partition("=")[2]}
+    environment = {**inherited, "COLUMNS": "120", mark.partition("=")[0]: mark.partition("=")[2]}
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=0

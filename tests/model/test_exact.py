@@ -21,7 +21,7 @@ from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.engine.request import Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams
-from gptj_dist.partition import layer_ranges
+from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.runner import StageRunner
 

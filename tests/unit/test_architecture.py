@@ -17,8 +17,8 @@ PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
-    {ROOT_UNIT, "errors", "config", "params"},
-    {"partition", "engine", "text", "model", "checkpoint"},
+    {ROOT_UNIT, "errors", "config", "params", "sizes"},
+    {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"completion", "llm"},
     {"serving"},
@@ -33,7 +33,7 @@ UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "param
 
 STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {
-    **dict.fromkeys(["engine", "errors", "config", "params", "partition", "completion"], STDLIB_ONLY),
+    **dict.fromkeys(["engine", "errors", "config", "params", "sizes", "planning", "completion"], STDLIB_ONLY),
     "text": {"tokenizers"},
     "model": {"torch"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub"},

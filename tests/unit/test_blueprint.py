@@ -16,6 +16,8 @@ from gptj_dist.checkpoint.hub import DEMO, resolve_model
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, ModelConfig, PipelineConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError
+from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.stages.blueprint import (
     Blueprint,
     DeviceReport,
@@ -23,16 +25,15 @@ from gptj_dist.stages.blueprint import (
     choose_dtype,
     count_kv_blocks,
     draw_blueprint,
-    kv_bytes_per_token,
-    weight_bytes,
+    require_memory,
 )
 
 GIGABYTE = 10**9
 MODEL = ModelConfig(
     vocab_size=40, num_layers=4, d_model=16, num_heads=2, rotary_dim=4, d_ff=64, context_length=1000, eos_token_id=0
 )
-CPU = DeviceReport("cpu", "here/cpu", num_cores=4, fast_dtypes=("float32", "bfloat16"))
-OLD_GPU = DeviceReport("NVIDIA T4", "here/gpu", num_cores=4, fast_dtypes=("float32", "float16"))
+CPU = DeviceReport("cpu", "here/cpu", 4, 100 * GIGABYTE, ("float32", "bfloat16"))
+OLD_GPU = DeviceReport("NVIDIA T4", "here/gpu", 4, 100 * GIGABYTE, ("float32", "float16"))
 
 
 def _blueprint(**settings: Any) -> Blueprint:
@@ -71,6 +72,42 @@ def test_auto_takes_the_checkpoints_type_where_all_devices_are_good_at_it(
     checkpoint: DTypeName, devices: Sequence[DeviceReport], expected: DTypeName
 ) -> None:
     assert choose_dtype(PipelineConfig(DEMO), replace(MODEL, dtype=checkpoint), devices) == expected
+
+
+GPTJ_6B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, 50256)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "num_devices", "gigabytes", "expected"),
+    [
+        ("float32", 1, 24, "bfloat16"),  # 24.2 GB of weights
+        ("float16", 1, 24, "bfloat16"),
+        ("float32", 1, 32, "float32"),
+        ("float32", 4, 8, "float32"),
+        ("float32", 2, 8, "bfloat16"),
+        ("bfloat16", 1, 1, "bfloat16"),  # nothing fits: what was to be
+    ],
+)
+def test_auto_takes_16_bits_where_all_memory_is_too_small_for_more(
+    checkpoint: DTypeName, num_devices: int, gigabytes: int, expected: DTypeName
+) -> None:
+    devices = [replace(CPU, memory_pool=f"host{i}/cpu", total_bytes=gigabytes * GIGABYTE) for i in range(num_devices)]
+    assert choose_dtype(PipelineConfig(DEMO), replace(GPTJ_6B, dtype=checkpoint), devices) == expected
+
+
+def test_memory_that_stages_share_counts_once() -> None:
+    devices = [replace(CPU, total_bytes=24 * GIGABYTE)] * 2
+    assert choose_dtype(PipelineConfig(DEMO), GPTJ_6B, devices) == "bfloat16"
+
+
+def test_weights_that_no_memory_could_hold_are_refused_with_both_numbers() -> None:
+    config = PipelineConfig(DEMO, dtype="float32")
+    blueprint = Blueprint(config, GPTJ_6B, layer_ranges((14, 14)), 1000, unsampled_ids=())
+    apart = [replace(CPU, memory_pool=f"host{i}/cpu", total_bytes=13 * GIGABYTE) for i in range(2)]
+
+    require_memory(blueprint, "float32", apart)
+    with pytest.raises(ConfigurationError, match=r"here/cpu need 24\.2 GB .*float32, but it has 20\.0 GB"):
+        require_memory(blueprint, "float32", [replace(CPU, total_bytes=20 * GIGABYTE)] * 2)
 
 
 def test_a_type_that_was_asked_for_is_taken() -> None:
@@ -173,6 +210,8 @@ def test_weight_bytes_are_those_of_the_stages_tensors(tmp_path: Path, is_tied: b
         for stage in range(num_stages):
             layers = LayerRange(stage, num_stages, 4 * stage // num_stages, 4 * (stage + 1) // num_stages)
             expected = sum(size for name, size in sizes.items() if _is_of(name, layers, is_tied))
+            if is_tied and num_stages == 1:  # the head's copy is packed
+                expected += sizes["transformer.wte.weight"]
             assert weight_bytes(model, layers, dtype) == expected * num_bytes
 
 

@@ -14,7 +14,8 @@ from gptj_dist.config import LayerRange
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.serving.merge import merge
 from gptj_dist.serving.settings import parse_settings
-from gptj_dist.serving.tables import bytes_text, layers_text
+from gptj_dist.serving.tables import layers_text
+from gptj_dist.sizes import bytes_text
 
 
 def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:

@@ -9,7 +9,13 @@ import pytest
 
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.partition import explicit_partition, layer_ranges, lm_head_cost_layers, plan_partition, stage_costs
+from gptj_dist.planning.partition import (
+    explicit_partition,
+    layer_ranges,
+    lm_head_cost_layers,
+    plan_partition,
+    stage_costs,
+)
 
 
 def make_model(num_layers: int, vocab_size: int = 50400, d_model: int = 4096) -> ModelConfig:

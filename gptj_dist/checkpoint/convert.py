@@ -1,0 +1,329 @@
+"""Rewrites a checkpoint of any form as safetensors of one file a layer, so that every stage has files of its own.
+
+Streams: one tensor is in memory at a time. What is written depends on the source and the dtype alone, byte for byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gptj_dist import __version__
+from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
+from gptj_dist.checkpoint.headers import DTYPE_CODES, read_json
+from gptj_dist.checkpoint.index import WTE, CheckpointIndex, check_checkpoint, expected_tensors, read_model_config
+from gptj_dist.checkpoint.loader import StageTensors
+from gptj_dist.checkpoint.partial import PartialDirectory
+from gptj_dist.checkpoint.writer import (
+    CODE_OF,
+    Layout,
+    encode_header,
+    encode_index,
+    layout_bytes,
+    shard_names,
+    tensor_bytes,
+    write_safetensors,
+)
+from gptj_dist.config import DTypeName, LayerRange, ModelConfig
+from gptj_dist.errors import CheckpointError, ConfigurationError, ConversionError
+from gptj_dist.sizes import bytes_text
+
+CHECKSUMS_FILE = "SHA256SUMS"
+"""What `sha256sum -c` reads."""
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_MAX_FLOAT16 = 65504
+
+_CHECKED_ELEMENTS = 1 << 24
+"""Of a tensor, at once: what is true of each of them is kept in a byte."""
+
+
+class Observer(Protocol):
+    """Is told how a conversion gets on."""
+
+    def note(self, text: str) -> None:
+        """One line that is worth reading."""
+        ...
+
+    def progress(self, done_bytes: int, total_bytes: int) -> None:
+        """How much of the result is there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion gave."""
+
+    directory: Path
+    dtype: DTypeName
+    num_files: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that the result consists of, its checksums excepted.
+
+    Args:
+        source_code_of: tensor name -> the dtype that it is stored in.
+        files: name -> the tensors that it holds, or its bytes.
+        identity: of source and result; with the same one, the same bytes are written.
+    """
+
+    source: Path
+    config: ModelConfig
+    dtype: DTypeName
+    source_code_of: Mapping[str, str]
+    files: Mapping[str, Layout | bytes]
+    identity: Mapping[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(_file_bytes, self.files.values()))
+
+
+def convert_checkpoint(
+    source: Path, destination: Path, dtype: DTypeName | None, overwrite: bool, observer: Observer
+) -> Conversion:
+    """Writes the checkpoint in `source` to `destination`, which appears when it is whole.
+
+    Whatever ends it before that, an error, an interrupt or a kill, leaves the source and an earlier destination as they
+    were, and the finished files beside it: the same call resumes.
+
+    Args:
+        dtype: of the result; None takes that of the weights, or `config.json`'s where they differ.
+        overwrite: replace the checkpoint that `destination` holds.
+
+    Raises:
+        ConfigurationError: `destination` must not be written, see `check_destination`.
+        CheckpointError: the source is broken, or not a GPT-J, or has numbers that the dtype cannot hold.
+        ConversionError: the disk is full or broken, or another process is writing the same.
+    """
+    with _readable_errors(destination):
+        check_destination(source, destination, overwrite)
+        source, destination = source.resolve(), destination.resolve()
+        plan = _draw_plan(source, dtype)
+        with PartialDirectory(destination) as partial:
+            if not partial.was_published(plan.identity):
+                if destination.exists() and not overwrite:
+                    raise _exists_already(destination)
+                _Converter(plan, destination, partial, observer).run()
+    return Conversion(destination, plan.dtype, len(plan.files) + 1, plan.num_bytes)
+
+
+def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    """Refuses to write where that would lose something; opens nothing, so that it can be asked before a download.
+
+    Raises:
+        ConfigurationError: `destination` exists, unless it is a checkpoint to be overwritten; or it and the source lie
+            within each other.
+    """
+    partial = PartialDirectory(destination.resolve()).path
+    destination = destination.resolve()
+    for path in (source.resolve(), *(file.resolve() for file in source.iterdir())):
+        for written in (destination, partial):
+            if path == written or path in written.parents or written in path.parents:
+                raise ConfigurationError(
+                    f"{written} would be written, but the source {path} is there: name another directory"
+                )
+    if destination.exists() and not overwrite and not partial.exists():
+        raise _exists_already(destination)
+    if destination.exists() and not (destination / CONFIG_FILE).is_file():
+        raise ConfigurationError(
+            f"{destination} exists and is no checkpoint, so it is not replaced: name another directory"
+        )
+
+
+def _exists_already(destination: Path) -> ConfigurationError:
+    return ConfigurationError(f"{destination} exists already: --overwrite replaces it")
+
+
+def _draw_plan(source: Path, dtype: DTypeName | None) -> _Plan:
+    config = read_model_config(source)
+    check_checkpoint(source, config)
+    index = CheckpointIndex(source)
+    tensors = expected_tensors(config, _whole(config))
+    source_code_of = {name: header.dtype for name, header in index.headers(tensors).items()}
+    dtype = dtype or _common_dtype(source_code_of) or config.dtype
+    weights = _layouts(config, CODE_OF[dtype])
+    texts = {
+        SAFETENSORS.index: encode_index(weights),
+        CONFIG_FILE: _config_json(source, dtype),
+        **{name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()},
+    }
+    return _Plan(source, config, dtype, source_code_of, {**weights, **texts}, _identity(source, dtype))
+
+
+def _layouts(config: ModelConfig, code: str) -> dict[str, Layout]:
+    """File -> its tensors: those of a pipeline whose first and last stages have no layers, and the others one each."""
+    num_files = config.num_layers + 2
+    bounds = [0, *range(config.num_layers + 1), config.num_layers]
+    layouts: dict[str, Layout] = {}
+    for i, file in enumerate(shard_names(SAFETENSORS.single, num_files)):
+        shapes = expected_tensors(config, LayerRange(i, num_files, bounds[i], bounds[i + 1]))
+        # Tied embeddings are both the first stage's and the last's.
+        layouts[file] = {name: (code, shape) for name, shape in shapes.items() if i == 0 or name != WTE}
+    return layouts
+
+
+def _config_json(source: Path, dtype: DTypeName) -> bytes:
+    fields = read_json(source / CONFIG_FILE)
+    fields.pop("torch_dtype", None)
+    return json.dumps({**fields, "dtype": dtype}, indent=2).encode() + b"\n"
+
+
+def _common_dtype(code_of: Mapping[str, str]) -> DTypeName | None:
+    codes = set(code_of.values())
+    return DTYPE_CODES[codes.pop()] if len(codes) == 1 else None
+
+
+def _identity(source: Path, dtype: DTypeName) -> dict[str, Any]:
+    """What the bytes of the result follow from; of a hub model, the path names the commit."""
+    index = CheckpointIndex(source)
+    others = [CONFIG_FILE, *TOKENIZER_FILES, *(form.index for form in WEIGHT_FORMS)]
+    names = index.files(index.file_of) + [name for name in others if (source / name).is_file()]
+    stats = {name: (source / name).stat() for name in names}
+    return {
+        "version": __version__,
+        "source": str(source),
+        "dtype": dtype,
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
+    }
+
+
+class _Converter:
+    """One run of a conversion, in a partial directory that was entered."""
+
+    def __init__(self, plan: _Plan, destination: Path, partial: PartialDirectory, observer: Observer) -> None:
+        self._plan = plan
+        self._destination = destination
+        self._partial = partial
+        self._observer = observer
+        self._done_bytes = 0
+
+    def run(self) -> None:
+        """Writes what is not finished, and gives the result its name.
+
+        Raises:
+            CheckpointError: the source turned out not to be convertible; nothing is kept.
+            ConversionError: the disk is full; what is finished is kept.
+        """
+        try:
+            self._write_files()
+        except CheckpointError:
+            self._partial.discard()
+            raise
+        except OSError as error:
+            if error.errno in _DISK_IS_FULL:
+                raise self._too_little_space(f" ({error.strerror})") from error
+            raise
+        self._partial.publish()
+
+    def _write_files(self) -> None:
+        self._resume()
+        if self._missing_bytes() > self._free_bytes():
+            raise self._too_little_space()
+        finished = self._partial.checksums()
+        with StageTensors(self._plan.source, self._plan.config, _whole(self._plan.config)) as tensors:
+            buffer = torch.empty(self._largest_tensor_bytes(), dtype=torch.uint8)
+            for name in self._plan.files:
+                if name not in finished:
+                    self._write_file(name, tensors, buffer)
+                    self._report(self._plan.num_bytes - self._missing_bytes())
+        if _identity(self._plan.source, self._plan.dtype) != self._plan.identity:
+            raise CheckpointError(f"{self._plan.source} changed while it was being converted: run it again")
+        self._write_checksums()
+
+    def _resume(self) -> None:
+        if not self._partial.resume(self._plan.identity):
+            self._observer.note(f"{self._partial.path} held a part of another conversion: starting over")
+        if num_finished := len(self._partial.checksums().keys() & self._plan.files):
+            finished = bytes_text(self._plan.num_bytes - self._missing_bytes())
+            self._observer.note(f"resuming: {num_finished} of {len(self._plan.files)} files are finished, {finished}")
+        self._report(self._plan.num_bytes - self._missing_bytes())
+
+    def _write_checksums(self) -> None:
+        checksums = self._partial.checksums()
+        checksums.pop(CHECKSUMS_FILE, None)
+        with self._partial.create(CHECKSUMS_FILE) as file:
+            file.write("".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)).encode())
+
+    def _write_file(self, name: str, tensors: StageTensors, buffer: torch.Tensor) -> None:
+        content = self._plan.files[name]
+        with self._partial.create(name) as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                write_safetensors(file, content, self._cast(content, tensors, buffer))
+
+    def _cast(self, layout: Layout, tensors: StageTensors, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The tensors of a file in their new dtype, one after the other in the same memory."""
+        for name, (code, shape) in layout.items():
+            num_bytes = tensor_bytes(code, shape)
+            out = buffer[:num_bytes].view(_TORCH_DTYPES[code]).view(shape)
+            tensors.read(name, out)
+            self._raise_if_overflown(name, out)
+            yield out
+            self._report(self._done_bytes + num_bytes)
+
+    def _report(self, done_bytes: int) -> None:
+        self._done_bytes = done_bytes
+        self._observer.progress(done_bytes, self._plan.num_bytes)
+
+    def _raise_if_overflown(self, name: str, out: torch.Tensor) -> None:
+        is_cast = self._plan.source_code_of.get(name) != CODE_OF["float16"]
+        if out.dtype == torch.float16 and is_cast and _has_infinity(out):
+            raise CheckpointError(
+                f"{name} holds numbers beyond {_MAX_FLOAT16}, which float16 cannot hold: convert to bfloat16 instead"
+            )
+
+    def _largest_tensor_bytes(self) -> int:
+        layouts = [content for content in self._plan.files.values() if isinstance(content, dict)]
+        return max(tensor_bytes(code, shape) for layout in layouts for code, shape in layout.values())
+
+    def _too_little_space(self, detail: str = "") -> ConversionError:
+        missing, free = bytes_text(self._missing_bytes()), bytes_text(self._free_bytes())
+        return ConversionError(
+            f"{self._destination} needs {missing} more, and its disk has {free} free{detail}: "
+            "make room and run it again, what is finished is kept"
+        )
+
+    def _missing_bytes(self) -> int:
+        finished = self._partial.checksums()
+        return sum(_file_bytes(content) for name, content in self._plan.files.items() if name not in finished)
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self._partial.path).free
+
+
+@contextmanager
+def _readable_errors(destination: Path) -> Iterator[None]:
+    """Turns what the file system says into an error of one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
+        raise ConversionError(f"{destination} could not be written: {reason}") from error
+
+
+def _has_infinity(values: torch.Tensor) -> bool:
+    flat = values.view(-1)
+    pieces = (flat[begin : begin + _CHECKED_ELEMENTS] for begin in range(0, len(flat), _CHECKED_ELEMENTS))
+    return any(bool(torch.isinf(piece).any()) for piece in pieces)
+
+
+def _whole(config: ModelConfig) -> LayerRange:
+    return LayerRange(0, 1, 0, config.num_layers)
+
+
+def _file_bytes(content: Layout | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else len(encode_header(content)) + layout_bytes(content)

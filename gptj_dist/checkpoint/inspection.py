@@ -1,0 +1,178 @@
+"""Says what a checkpoint holds and what is odd about it, from JSON and file headers alone. Stdlib only.
+
+Reads no weights, and knows nothing of tokenizers but the names of their files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
+from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
+from gptj_dist.checkpoint.index import (
+    LEGACY_BUFFERS,
+    CheckpointIndex,
+    canonical_name,
+    check_checkpoint,
+    expected_tensors,
+    read_model_config,
+    read_stored_header,
+)
+from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.sizes import bytes_text
+
+_WEIGHT_SUFFIXES = {
+    ".bin", ".safetensors", ".msgpack", ".h5", ".pt", ".pth", ".ckpt", ".onnx", ".ot", ".gguf", ".npz",
+}  # fmt: skip
+"""Of files that hold some model's weights, in forms that are read or not."""
+
+_MAX_LISTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the headers of a checkpoint say.
+
+    Args:
+        file_bytes: name -> size of each file of weights that is read.
+        bytes_of_dtype: dtype -> bytes of the weights that have it, most first.
+        layer_bytes: of each layer, as stored.
+        head_bytes: of the final LayerNorm and the head; without the embedding, if that is tied to it.
+        oddities: what is unusual, a line each.
+    """
+
+    config: ModelConfig
+    file_bytes: Mapping[str, int]
+    num_parameters: int
+    bytes_of_dtype: Mapping[str, int]
+    embedding_bytes: int
+    layer_bytes: Sequence[int]
+    head_bytes: int
+    oddities: Sequence[str]
+
+    @property
+    def is_safetensors(self) -> bool:
+        return all(name.endswith(".safetensors") for name in self.file_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files of weights."""
+        return sum(self.file_bytes.values())
+
+
+def inspect_checkpoint(directory: Path) -> Inspection:
+    """Looks at a whole checkpoint.
+
+    Raises:
+        CheckpointError: it is broken, or not a GPT-J.
+    """
+    config = read_model_config(directory)
+    check_checkpoint(directory, config)
+    index = CheckpointIndex(directory)
+    stored = {file: read_stored_header(directory / file) for file in index.files(index.file_of)}
+    found = index.headers(index.file_of)
+    weights = {name: found[name] for name in expected_tensors(config, _whole(config)) if name in found}
+    layers = [_weight_bytes(weights, [f"transformer.h.{layer}."]) for layer in range(config.num_layers)]
+    return Inspection(
+        config=config,
+        file_bytes={file: (directory / file).stat().st_size for file in stored},
+        num_parameters=sum(math.prod(header.shape) for header in weights.values()),
+        bytes_of_dtype=_bytes_of_dtype(weights.values()),
+        embedding_bytes=_weight_bytes(weights, ["transformer.wte."]),
+        layer_bytes=layers,
+        head_bytes=_weight_bytes(weights, ["transformer.ln_f.", "lm_head."]),
+        oddities=[
+            *_odd_names(stored),
+            *_odd_dtypes(directory, weights),
+            *_odd_places(stored),
+            *_odd_files(directory, stored),
+        ],
+    )
+
+
+def missing_files(directory: Path) -> list[str]:
+    """The files of weights that are not there, of a checkpoint of which only a part was downloaded."""
+    if not any((directory / name).exists() for form in WEIGHT_FORMS for name in (form.single, form.index)):
+        return [SAFETENSORS.single]
+    index = CheckpointIndex(directory)
+    return [file for file in index.files(index.file_of) if not (directory / file).exists()]
+
+
+def _odd_names(stored: Mapping[str, Mapping[str, TensorHeader]]) -> Iterator[str]:
+    headers = {name: header for tensors in stored.values() for name, header in tensors.items()}
+    buffers = {name: header for name, header in headers.items() if name.endswith(LEGACY_BUFFERS)}
+    if buffers:
+        size = bytes_text(sum(header.num_bytes for header in buffers.values()))
+        yield f"masks of old versions of transformers, {size}, which are passed over: {_listing(list(buffers))}"
+    if unprefixed := [name for name in headers if canonical_name(name) != name]:
+        yield f"names without 'transformer.', which are read as if they had it: {_listing(unprefixed)}"
+
+
+def _odd_dtypes(directory: Path, weights: Mapping[str, TensorHeader]) -> Iterator[str]:
+    names_of: dict[str, list[str]] = {}
+    for name, header in weights.items():
+        names_of.setdefault(DTYPE_CODES[header.dtype], []).append(name)
+    usual = max(names_of, key=lambda dtype: len(names_of[dtype]))
+    for dtype in sorted(names_of.keys() - {usual}):
+        yield f"{dtype}, where most are {usual}: {_listing(names_of[dtype])}"
+    fields = read_json(directory / CONFIG_FILE)
+    said = str(fields.get("dtype") or fields.get("torch_dtype") or "").removeprefix("torch.")
+    if not said:
+        yield f"{CONFIG_FILE} does not tell the dtype: that of the embedding is taken"
+    elif said not in names_of:
+        yield f"{CONFIG_FILE} says {said}, the weights are {' and '.join(sorted(names_of))}"
+
+
+def _odd_places(stored: Mapping[str, Mapping[str, TensorHeader]]) -> Iterator[str]:
+    """Of tensors in their files."""
+    strided = [name for tensors in stored.values() for name, header in tensors.items() if header.strides is not None]
+    if strided:
+        yield f"not contiguous, so that loading takes longer and more memory: {_listing(strided)}"
+    shared = [f"{first} with {second}" for tensors in stored.values() for first, second in _sharing(tensors)]
+    if shared:
+        yield f"sharing their bytes: {_listing(shared)}"
+
+
+def _sharing(tensors: Mapping[str, TensorHeader]) -> list[tuple[str, str]]:
+    """Neighbours that overlap; tensors with strides may lie between each other without sharing anything."""
+    contiguous = [(t.offset_bytes, t.num_bytes, name) for name, t in tensors.items() if t.strides is None]
+    neighbours = itertools.pairwise(sorted(place for place in contiguous if place[1]))
+    return [(a, b) for (begin, num_bytes, a), (next_begin, _, b) in neighbours if next_begin < begin + num_bytes]
+
+
+def _odd_files(directory: Path, read: Iterable[str]) -> Iterator[str]:
+    indexes = {form.index for form in WEIGHT_FORMS}
+    unused = {
+        path.name: path.stat().st_size
+        for path in sorted(directory.iterdir())
+        if path.suffix in _WEIGHT_SUFFIXES and path.is_file() and path.name not in {*read, *indexes}
+    }
+    if unused:
+        yield f"not read, {bytes_text(sum(unused.values()))} in all: {_listing(list(unused))}"
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        yield "no tokenizer: it can be converted, but not served"
+
+
+def _bytes_of_dtype(weights: Iterable[TensorHeader]) -> dict[str, int]:
+    counter: Counter[str] = Counter()
+    for header in weights:
+        counter[DTYPE_CODES[header.dtype]] += header.num_bytes
+    return dict(counter.most_common())
+
+
+def _weight_bytes(weights: Mapping[str, TensorHeader], beginnings: Sequence[str]) -> int:
+    return sum(header.num_bytes for name, header in weights.items() if name.startswith(tuple(beginnings)))
+
+
+def _whole(config: ModelConfig) -> LayerRange:
+    return LayerRange(0, 1, 0, config.num_layers)
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

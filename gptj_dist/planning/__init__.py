@@ -1,0 +1,1 @@
+"""How fast a model will be on given devices, and how to cut it for them. Arithmetic only: touches no device."""

@@ -1,0 +1,47 @@
+"""What one pipeline asks of Ray. Asks no cluster itself: it is told what there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gptj_dist.config import DeviceKind, PipelineConfig
+
+COORDINATOR_CPUS = 0.1
+CLUSTER_SHARE = 0.8
+"""What the stages of one pipeline ask for of the cluster's CPUs unless told otherwise; Serve fits beside them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSize:
+    """What one pipeline asks of Ray."""
+
+    num_stages: int
+    device: DeviceKind
+    cpus_per_stage: float
+    gpus_per_stage: float
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Bundle 0 is the coordinator's, bundle i + 1 is stage i's."""
+        stage = {"CPU": self.cpus_per_stage} | ({"GPU": self.gpus_per_stage} if self.gpus_per_stage else {})
+        return [{"CPU": COORDINATOR_CPUS}, *[stage] * self.num_stages]
+
+
+def size_stages(config: PipelineConfig, num_stages: int, resources: Mapping[str, float]) -> PipelineSize:
+    """What a pipeline of so many stages will ask for.
+
+    Args:
+        resources: the whole cluster's `CPU` and `GPU`; looked at only for what the settings leave open.
+    """
+    num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if num_gpus else "cpu"
+    cpus, gpus = config.cpus_per_stage, config.gpus_per_stage
+    if cpus is None:  # at most one, and less where the whole cluster has fewer
+        cpus = min(1.0, max(math.floor(CLUSTER_SHARE * num_cpus / num_stages * 100) / 100, 0.01))
+    if gpus is None:  # one each, or as many stages to a GPU as it takes
+        gpus = 1.0 / math.ceil(num_stages / max(num_gpus, 1)) if device == "cuda" else 0.0
+    return PipelineSize(num_stages, device, cpus, gpus)

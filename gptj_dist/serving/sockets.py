@@ -1,0 +1,25 @@
+"""Tries out TCP addresses. Stdlib only."""
+
+from __future__ import annotations
+
+import socket
+
+
+def why_not_listen(host: str, port: int) -> str | None:
+    """Why nobody can listen there now, or None if one can."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        return f"cannot listen at {host}:{port}: {error.strerror}"
+    except OverflowError:
+        return f"cannot listen at {host}:{port}: ports go up to 65535"
+    return None
+
+
+def why_not_reach(host: str, port: int, timeout_s: float) -> str | None:
+    """Why no connection comes about, or None if one does."""
+    try:
+        socket.create_connection((host, port), timeout=timeout_s).close()
+    except OSError as error:
+        return str(error.strerror or error)
+    return None

@@ -1,0 +1,175 @@
+"""Times the steps of stages, each in a process of its own and all at the same time, as the stages of a pipeline run.
+
+The plans are made here, without a scheduler, so that every step has the rows that are asked for. For CPUs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+
+import torch
+
+from gptj_dist.config import DTypeName
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan
+from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.planning.cost import Chunks
+from gptj_dist.stages.blueprint import StageSpec
+from gptj_dist.stages.runner import StageRunner
+
+CASE_S = 0.2
+"""For how long a case is repeated."""
+
+MIN_REPEATS = 4
+FILL_TOKENS = 128
+"""Rows of the chunks that bring requests to the length that a case starts from."""
+
+BARRIER_TIMEOUT_S = 600.0
+"""A process that waits so long for the others has lost one."""
+
+
+class StageStopwatch:
+    """Loads one stage and times its steps."""
+
+    def __init__(self, spec: StageSpec, dtype: DTypeName, num_threads: int) -> None:
+        self._spec = spec
+        self._runner = StageRunner(spec)
+        self._runner.load(dtype, num_threads)
+        self._runner.allocate(0, dtype)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._released: tuple[int, ...] = ()
+        self._num_plans = 0
+        self._num_requests = 0
+        self._filled: dict[int, list[int]] = {}
+
+    def prepare(self, case: Chunks) -> None:
+        """Makes the requests that a case goes on with, and does it once, as the first time is never like the others."""
+        start = case.context_tokens - case.num_tokens
+        filled = self._filled.setdefault(start, [])
+        while start and len(filled) < case.num_requests:
+            request_id = self._new_id()
+            for first in range(0, start, FILL_TOKENS):
+                self._step([request_id], first, min(FILL_TOKENS, start - first))
+            filled.append(request_id)
+        self._step_case(case)
+
+    def time(self, case: Chunks) -> float:
+        """Seconds of a case's step, repeated at the same positions: the first quartile, as others only ever slow it."""
+        seconds: list[float] = []
+        end = time.perf_counter() + CASE_S
+        while len(seconds) < MIN_REPEATS or time.perf_counter() < end:
+            seconds.append(self._step_case(case))
+        return sorted(seconds)[len(seconds) // 4]
+
+    def _step_case(self, case: Chunks) -> float:
+        start = case.context_tokens - case.num_tokens
+        if start:
+            return self._step(self._filled[start][: case.num_requests], start, case.num_tokens)
+        request_ids = [self._new_id() for _ in range(case.num_requests)]
+        seconds = self._step(request_ids, 0, case.num_tokens)
+        self._released = tuple(request_ids)
+        return seconds
+
+    def _step(self, request_ids: Sequence[int], start: int, num_tokens: int) -> float:
+        """Computes one plan, in which each request has the same number of tokens; returns the seconds it took."""
+        token_ids = tuple((start + i) % self._spec.config.vocab_size for i in range(num_tokens))
+        plan = Plan(
+            self._num_plans,
+            self._released,
+            tuple(NewRequest(id_, 0.0, 1.0, 0, 0.0, id_, 0) for id_ in request_ids) if start == 0 else (),
+            tuple(Chunk(id_, start, token_ids, (), True) for id_ in request_ids),
+        )
+        self._num_plans += 1
+        self._released = ()
+        hidden = None
+        if not self._spec.layers.is_first:
+            hidden = torch.randn(plan.num_tokens, self._spec.config.d_model).to(self._dtype)
+        begin = time.perf_counter()
+        self._runner.step(plan, hidden)
+        return time.perf_counter() - begin
+
+    def _new_id(self) -> int:
+        self._num_requests += 1
+        return self._num_requests
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Processes that time steps together. Each has as many stages as the others, and works on one at a time."""
+
+    connections: Sequence[Connection]
+
+    def time(self, index: int, case: Chunks) -> list[float]:
+        """Seconds that a case's step takes stage `index` of each process, while the others do theirs.
+
+        Raises:
+            StageFailedError: a process died.
+        """
+        for connection in self.connections:
+            connection.send((index, case))
+        return [_receive(connection) for connection in self.connections]
+
+
+@contextmanager
+def open_team(specs: Sequence[Sequence[StageSpec]], dtype: DTypeName, num_threads: int) -> Iterator[Team]:
+    """Starts a process for each list of stages, which it loads.
+
+    Args:
+        num_threads: torch threads of each process.
+
+    Raises:
+        ConfigurationError: a stage cannot be loaded.
+        StageFailedError: a process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(len(specs))
+    pipes = [context.Pipe() for _ in specs]
+    processes = [
+        context.Process(target=_work, args=(theirs, barrier, own, dtype, num_threads), daemon=True)
+        for (_, theirs), own in zip(pipes, specs, strict=True)
+    ]
+    try:
+        for process, (_, theirs) in zip(processes, pipes, strict=True):
+            process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+        for ours, _ in pipes:
+            _receive(ours)
+        yield Team([ours for ours, _ in pipes])
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+def _receive(connection: Connection) -> float:
+    try:
+        answer = connection.recv()
+    except (EOFError, ConnectionError) as error:
+        raise StageFailedError("a process that timed a stage died; was there enough memory?") from error
+    if isinstance(answer, GPTJDistError):
+        raise answer
+    return float(answer)
+
+
+def _work(
+    connection: Connection, barrier: Barrier, specs: Sequence[StageSpec], dtype: DTypeName, num_threads: int
+) -> None:
+    """A process of the team: loads, then answers each (index, case) with its seconds, until it is killed."""
+    try:
+        stages = [StageStopwatch(spec, dtype, num_threads) for spec in specs]
+        connection.send(0.0)
+        while True:
+            index, case = connection.recv()
+            stages[index].prepare(case)
+            barrier.wait(BARRIER_TIMEOUT_S)
+            connection.send(stages[index].time(case))
+    except GPTJDistError as error:
+        connection.send(error)
+    finally:
+        barrier.abort()
