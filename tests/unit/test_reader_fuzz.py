@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,13 @@ def _run(directory: Path, module: str, *arguments: object) -> str:
     """What a module of the fuzzer prints at last: it stops at the first case that does something else than it may."""
     command = [sys.executable, "-m", f"tests.fuzzing.{module}", str(directory), *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=LIMIT_S, check=False
+        command,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # the tensors are tiny
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
     )
     case = directory / "case"
     where = f" at or after {case.read_text()}" if case.exists() else ""
