@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -84,9 +85,10 @@ class ModelConfig:
             CheckpointError: not a GPT-J, a field is missing, or the numbers contradict each other.
         """
         if config.get("model_type") != "gptj":
-            raise CheckpointError(f"config.json: model_type is {config.get('model_type')!r}, only 'gptj' is served")
+            shown = _shown(config.get("model_type"))
+            raise CheckpointError(f"config.json: model_type is {shown}, only 'gptj' is served")
         if config.get("activation_function", "gelu_new") != "gelu_new":
-            raise CheckpointError(f"config.json: unknown activation_function {config['activation_function']!r}")
+            raise CheckpointError(f"config.json: unknown activation_function {_shown(config['activation_function'])}")
         config = {name: config[alias] for name, alias in _ALIASES.items() if alias in config} | dict(config)
         missing = [k for k in ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions") if k not in config]
         if missing:
@@ -99,21 +101,25 @@ class ModelConfig:
         if d_model % num_heads:
             raise CheckpointError(f"config.json: n_embd {d_model} is not a multiple of n_head {num_heads}")
         rotary_dim = config.get("rotary_dim") or d_model // num_heads
-        if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= d_model // num_heads:
+        if type(rotary_dim) is not int or rotary_dim % 2 or not 0 < rotary_dim <= d_model // num_heads:
             raise CheckpointError(
-                f"config.json: rotary_dim {rotary_dim!r} must be even and at most {d_model // num_heads}"
+                f"config.json: rotary_dim {_shown(rotary_dim)} must be even and at most {d_model // num_heads}"
             )
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-        if dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"config.json: unknown dtype {dtype!r:.50}")
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if not isinstance(dtype, str) or (dtype := dtype.removeprefix("torch.")) not in DTYPE_BYTES:
+            raise CheckpointError(f"config.json: unknown dtype {_shown(dtype)}")
         d_ff = _positive_int(config, "n_inner") if config.get("n_inner") is not None else 4 * d_model
         vocab_size = _positive_int(config, "vocab_size")
         eos = config.get("eos_token_id", GPTJ_EOS_TOKEN_ID)
-        if not isinstance(eos, int) or not 0 <= eos < vocab_size:
-            raise CheckpointError(f"config.json: eos_token_id {eos!r} is not a number below vocab_size {vocab_size}")
+        if type(eos) is not int or not 0 <= eos < vocab_size:
+            raise CheckpointError(
+                f"config.json: eos_token_id {_shown(eos)} is not a number below vocab_size {vocab_size}"
+            )
         layer_norm_eps = config.get("layer_norm_epsilon", 1e-5)
         if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
-            raise CheckpointError(f"config.json: layer_norm_epsilon {layer_norm_eps!r} must be a small positive number")
+            raise CheckpointError(
+                f"config.json: layer_norm_epsilon {_shown(layer_norm_eps)} must be a small positive number"
+            )
         return cls(
             vocab_size=vocab_size,
             num_layers=num_layers,
@@ -154,8 +160,13 @@ class LayerRange:
 def _positive_int(config: Mapping[str, Any], key: str) -> int:
     value = config[key]
     if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-        raise CheckpointError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}, got {value!r:.50}")
+        raise CheckpointError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}, got {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value out of a file, for a message. It may be nested too deep for `repr`."""
+    return reprlib.repr(value)[:50]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ not tell, and with limits, so that no file, whatever it holds, takes much memory
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ MAX_JSON_BYTES = 16 << 20
 MAX_DIMENSIONS = 8
 MAX_SIZE = 1 << 62
 """Of a dimension, an offset or a stride."""
+
+_MAX_NAME_LENGTH = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,16 @@ def _sizes(values: Any) -> tuple[int, ...]:
     if not is_valid or not all(type(value) is int and 0 <= value <= MAX_SIZE for value in values):
         raise ValueError("sizes that no tensor has")
     return tuple(values)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1][: len(shape)]
+
+
+def printable(text: str) -> str:
+    """A name out of a file, fit to be part of one line: short, and without what a terminal would obey."""
+    return repr(text[:_MAX_NAME_LENGTH])[1:-1][:_MAX_NAME_LENGTH]
 
 
 def one_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, WEIGHT_FORMS
-from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json, read_safetensors
+from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, printable, read_json, read_safetensors
 from gptj_dist.checkpoint.torch_file import read_torch_file
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
@@ -60,7 +60,7 @@ class CheckpointIndex:
         """
         wanted = set(names)
         files = self.files(wanted)
-        if missing := [file for file in files if not (self.directory / file).is_file()]:
+        if missing := [file for file in files if not _is_file(self.directory / file)]:
             raise CheckpointError(f"{self.directory} lacks {_listing(missing)}, which its index names")
         return {
             name: header
@@ -209,6 +209,13 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return {canonical_name(name): file for name, file in weight_map.items()}
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
 def _listing(names: list[str]) -> str:
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
+    return ", ".join(map(printable, names[:_MAX_LISTED])) + more

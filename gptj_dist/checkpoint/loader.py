@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader
+from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, row_major
 from gptj_dist.checkpoint.index import CheckpointIndex, check_tensors, expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
@@ -63,7 +63,8 @@ class StageTensors:
             out: of the tensor's shape; may be a view.
 
         Raises:
-            CheckpointError: the file has become shorter since its header was read.
+            CheckpointError: the file has become shorter since its header was read, or a row of the tensor is scattered
+                over more than `STAGING_BYTES` of it.
             KeyError: the tensor is not this stage's.
         """
         if out.shape != self._shapes[name]:
@@ -72,35 +73,34 @@ class StageTensors:
             out.zero_()
             return
         header = self._headers[name]
-        if header.strides is not None:
-            out.copy_(self._read_strided(header, header.strides))
-        elif out.is_contiguous() and out.device.type == "cpu" and out.dtype == _TORCH_DTYPES[header.dtype]:
+        is_alike = header.strides is None and out.dtype == _TORCH_DTYPES[header.dtype]
+        if is_alike and out.is_contiguous() and out.device.type == "cpu":
             self._fill(header, header.offset_bytes, out.view(-1).view(torch.uint8))
         else:
-            for rows, values in self._pieces(header):
-                out[rows].copy_(values)
+            for part, values in self._pieces(header, out):
+                part.copy_(values)
 
     def close(self) -> None:
         """Closes the files."""
         for file in self._files.values():
             os.close(file)
 
-    def _pieces(self, header: TensorHeader) -> Iterator[tuple[slice, Tensor]]:
-        """A contiguous tensor, some rows at a time; each piece lasts until the next."""
-        num_rows, row_shape = header.shape[0], header.shape[1:]
-        row_bytes = header.num_bytes // num_rows
-        step = max(1, STAGING_BYTES // row_bytes)
-        for first in range(0, num_rows, step):
-            rows = slice(first, min(first + step, num_rows))
-            data = self._staging[: (rows.stop - first) * row_bytes]
-            self._fill(header, header.offset_bytes + first * row_bytes, data)
-            yield rows, data.view(_TORCH_DTYPES[header.dtype]).view(-1, *row_shape)
-
-    def _read_strided(self, header: TensorHeader, strides: tuple[int, ...]) -> Tensor:
-        """A tensor whose rows do not lie one after the other, such as one that was transposed before it was saved."""
-        data = torch.empty(header.num_bytes // ELEMENT_BYTES[header.dtype], dtype=_TORCH_DTYPES[header.dtype])
-        self._fill(header, header.offset_bytes, data.view(torch.uint8))
-        return data.as_strided(header.shape, strides)
+    def _pieces(self, header: TensorHeader, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of `out`, some rows each, and the numbers that belong there, which last until the next part."""
+        strides = header.strides or row_major(header.shape)
+        # As they lie in the file: the rows of a tensor that was transposed before it was saved are its columns.
+        order = sorted(range(out.dim()), key=lambda dim: strides[dim], reverse=True)
+        rows, (stride, *inner) = out.permute(order), [strides[dim] for dim in order]
+        size = ELEMENT_BYTES[header.dtype]
+        row_numbers = 1 + sum((n - 1) * step for n, step in zip(rows.shape[1:], inner, strict=True))
+        if row_numbers * size > STAGING_BYTES:
+            raise CheckpointError(f"{header.path} holds a tensor {list(header.shape)} whose numbers lie too far apart")
+        num_rows = 1 + (STAGING_BYTES // size - row_numbers) // stride
+        for first in range(0, len(rows), num_rows):
+            part = rows[first : first + num_rows]
+            data = self._staging[: ((len(part) - 1) * stride + row_numbers) * size]
+            self._fill(header, header.offset_bytes + first * stride * size, data)
+            yield part, data.view(_TORCH_DTYPES[header.dtype]).as_strided(part.shape, (stride, *inner))
 
     def _fill(self, header: TensorHeader, offset_bytes: int, out: Tensor) -> None:
         """Reads as many bytes as `out` (uint8, contiguous, on the CPU) has, and gives their pages back on the way."""

@@ -8,14 +8,13 @@ bytes, so that a stage can read its own and no others. Stdlib only.
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import struct
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, one_line
+from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, one_line, row_major
 from gptj_dist.checkpoint.unpickle import (
     MAX_PICKLE_BYTES,
     MalformedPickleError,
@@ -126,20 +125,26 @@ def _content(file: BinaryIO, entry: zipfile.ZipInfo, limit: int) -> bytes:
     """A small entry's bytes."""
     if entry.file_size > limit:
         raise MalformedPickleError(f"{entry.filename[-20:]!r} has {entry.file_size} bytes")
-    file.seek(_data_offset(file, entry))
-    return file.read(entry.file_size)
+    return _read_at(file, _data_offset(file, entry), entry.file_size)
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind its own header, whose lengths may differ from the directory's."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise MalformedPickleError("it is compressed or encrypted, as PyTorch's files never are")
-    file.seek(max(entry.header_offset, 0))
-    header = file.read(_LOCAL_HEADER.size)
+    header = _read_at(file, entry.header_offset, _LOCAL_HEADER.size)
     if not header.startswith(_ZIP_MAGIC) or len(header) < _LOCAL_HEADER.size:
         raise MalformedPickleError("its zip directory points to nowhere")
     _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
     return entry.header_offset + _LOCAL_HEADER.size + int(name_bytes) + int(extra_bytes)
+
+
+def _read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
+    """Less, or nothing, where the file ends before; `seek` itself fails at some offsets, by system and kind of file."""
+    if not 0 <= offset < file.seek(0, io.SEEK_END):
+        return b""
+    file.seek(offset)
+    return file.read(num_bytes)
 
 
 def _read_legacy(file: BinaryIO) -> _Located:
@@ -153,13 +158,14 @@ def _read_legacy(file: BinaryIO) -> _Located:
     tensors = read_state_dict(stream)
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
     keys = read_data(stream)
-    if not isinstance(keys, list) or set(keys) != storages.keys():
+    # Sorted strings: a key may also be a nested tuple, which would take for ever to hash, or come a million times.
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages):
         raise MalformedPickleError("its list of storages is not that of its tensors")
     begins: dict[str, int] = {}
     offset = stream.tell()
     for key in keys:
-        file.seek(offset)
-        if int.from_bytes(length := file.read(8), "little") != storages[key].num_elements and len(length) == 8:
+        length = _read_at(file, offset, 8)
+        if len(length) == 8 and int.from_bytes(length, "little") != storages[key].num_elements:
             raise MalformedPickleError(f"at byte {offset} a storage has another length than its tensors")
         begins[key] = offset + 8
         offset += 8 + _num_bytes(storages[key])
@@ -175,9 +181,12 @@ def _place(path: Path, tensor: PickledTensor, begin: int) -> TensorHeader:
     num_elements = num_spanned if math.prod(shape) else 0
     if tensor.offset + num_elements > storage.num_elements:
         raise MalformedPickleError(f"a tensor of shape {shape} reaches out of its {storage.num_elements} elements")
+    # Otherwise a file of some bytes could describe a model of terabytes.
+    if math.prod(shape) > num_elements:
+        raise MalformedPickleError(f"a tensor of shape {shape} uses its {num_elements} numbers several times")
     size = ELEMENT_BYTES[storage.dtype]
     is_contiguous = all(
-        n == 1 or stride == expected for n, stride, expected in zip(shape, strides, _row_major(shape), strict=True)
+        n == 1 or stride == expected for n, stride, expected in zip(shape, strides, row_major(shape), strict=True)
     )
     return TensorHeader(
         path,
@@ -187,11 +196,6 @@ def _place(path: Path, tensor: PickledTensor, begin: int) -> TensorHeader:
         num_elements * size,
         None if is_contiguous or not num_elements else strides,
     )
-
-
-def _row_major(shape: tuple[int, ...]) -> list[int]:
-    """The strides of a contiguous tensor."""
-    return list(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1][: len(shape)]
 
 
 def _num_bytes(storage: Storage) -> int:

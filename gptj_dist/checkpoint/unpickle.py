@@ -18,8 +18,9 @@ from gptj_dist.checkpoint.headers import MAX_DIMENSIONS, MAX_SIZE
 
 T = TypeVar("T")
 
-MAX_PICKLE_BYTES = 8 << 20
-"""More than any state dict has, and few enough that no program of that length fills the memory (72 bytes an opcode)."""
+MAX_PICKLE_BYTES = 2 << 20
+"""More than any state dict has (GPT-J's 50 kB), and few enough that no program of that length takes a gigabyte or many
+seconds (up to 85 bytes and half a microsecond an opcode)."""
 
 _MALFORMED = (ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)
 """What `pickletools` and a stack that holds other things than expected raise."""

@@ -14,6 +14,7 @@ from gptj_dist.cli.inspect import inspect
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
 from gptj_dist.cli.synth import synth
+from gptj_dist.cli.verify import verify
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(doctor)
 app.command()(download)
 app.command()(inspect)
 app.command()(convert)
+app.command()(verify)
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ class StageRunner:
         self._register(plan, self._cache)
         batch = _micro_batch(plan.chunks)
         if hidden is None:
-            hidden = self._model.embed(torch.tensor([t for chunk in plan.chunks for t in chunk.token_ids]))
+            hidden = self.embed(plan)
         hidden = self._model.forward(hidden.to(self._device), batch, self._cache)
         if not self._spec.layers.is_last:
             return hidden
@@ -136,6 +136,13 @@ class StageRunner:
         if not spans:
             return torch.empty(0, self._spec.config.vocab_size)
         return self._model.logits(hidden[[span.row + span.num_tokens - 1 for span in spans]])
+
+    @torch.inference_mode()
+    def embed(self, plan: Plan) -> Tensor:
+        """What the first stage's layers start from: [rows, d_model]."""
+        if self._model is None:
+            raise RuntimeError("load() comes before the first plan")
+        return self._model.embed(torch.tensor([t for chunk in plan.chunks for t in chunk.token_ids]))
 
     def _register(self, plan: Plan, cache: KVCache) -> None:
         """Keeps the stage's view of requests in step with the coordinator's."""

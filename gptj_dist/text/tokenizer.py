@@ -7,6 +7,7 @@ byte as one printable character, so that a token is a string of bytes, not alway
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from gptj_dist.errors import CheckpointError
 END_OF_TEXT = "<|endoftext|>"
 # GPT-J's embedding has 143 rows more than its vocabulary: named like this, never trained.
 PADDING_PREFIX = "<|extratoken_"
+
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+_MAX_FILE_BYTES = 8 << 20
+"""GPT-J's largest has 2 MB; the library takes many times as much memory."""
 
 
 class Tokenizer:
@@ -36,13 +41,16 @@ class Tokenizer:
         Raises:
             CheckpointError: files are missing or broken, or the tokenizer is not a byte-level BPE.
         """
-        if (path := directory / "tokenizer.json").exists():
-            return cls(_from_tokenizer_json(path))
-        vocab, merges = directory / "vocab.json", directory / "merges.txt"
+        whole, vocab, merges, added = (directory / name for name in _FILES)
+        for path in (whole, vocab, merges, added):
+            if path.exists() and path.stat().st_size > _MAX_FILE_BYTES:
+                raise CheckpointError(f"{path} has more than {_MAX_FILE_BYTES} bytes, far more than any GPT-J needs")
+        if whole.exists():
+            return cls(_from_tokenizer_json(whole))
         for path in (vocab, merges):
             if not path.exists():
                 raise CheckpointError(f"{directory}: has no tokenizer.json, and no {path.name} either")
-        return cls(_from_vocab(vocab, merges, directory / "added_tokens.json"))
+        return cls(_from_vocab(vocab, merges, added))
 
     @property
     def num_entries(self) -> int:
@@ -103,17 +111,19 @@ def _add_tokens(bpe: tokenizers.Tokenizer, path: Path) -> None:
     try:
         ids: dict[str, int] = dict(json.loads(path.read_bytes()))
         names = sorted(ids, key=ids.__getitem__)
-    except (OSError, ValueError, TypeError) as error:
+        # The library numbers added tokens itself, on from the vocabulary's last.
+        bpe.add_tokens([AddedToken(name, normalized=False) for name in names if name != END_OF_TEXT])
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _broken(path, error) from error
-    # The library numbers added tokens itself, on from the vocabulary's last.
-    bpe.add_tokens([AddedToken(name, normalized=False) for name in names if name != END_OF_TEXT])
     for name in names:
         if bpe.token_to_id(name) != ids[name]:
-            raise CheckpointError(f"{path}: {name!r} has id {ids[name]!r}, but the next free id is not that")
+            shown = reprlib.repr(ids[name])[:50]
+            raise CheckpointError(f"{path}: {name!r:.50} has id {shown}, but the next free id is not that")
 
 
 def _broken(files: Path | str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{files}: cannot be read as a tokenizer: {' '.join(str(error).split())}")
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(f"{files}: cannot be read as a tokenizer: {''.join(filter(str.isprintable, reason))}")
 
 
 def _alphabet() -> Iterator[tuple[str, int]]:

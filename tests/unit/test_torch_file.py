@@ -89,6 +89,20 @@ def test_every_form_of_pickle_reads_as_it_was_saved(tmp_path: Path, form: str) -
     assert all(torch.equal(read[name], truth[name]) for name in truth)
 
 
+def _column_slices(state: State) -> State:
+    return {name: torch.cat([t, t], dim=1)[:, : t.shape[1]] if t.dim() == 2 else t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("change", [_transposed, _column_slices])
+def test_tensor_with_strides_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[State], State]
+) -> None:
+    monkeypatch.setattr("gptj_dist.checkpoint.loader.STAGING_BYTES", 1000)
+    truth = _as_pickle(tmp_path, change)
+    read = _read_stage(tmp_path)
+    assert all(torch.equal(read[name], truth[name]) for name in truth)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_pickles_are_cast_while_they_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
     truth = _as_pickle(tmp_path, lambda state: {n: t.to(dtype) if "bias" not in n else t for n, t in state.items()})
@@ -268,6 +282,13 @@ def test_pickle_of_something_else_is_refused(tmp_path: Path, content: Any, reaso
     torch.save(content, tmp_path / "x.bin")
 
     with pytest.raises(CheckpointError, match=reason):
+        read_header(tmp_path / "x.bin")
+
+
+def test_tensor_of_more_numbers_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    torch.save({"transformer.wte.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "x.bin")
+
+    with pytest.raises(CheckpointError, match="uses its 1 numbers several times"):
         read_header(tmp_path / "x.bin")
 
 

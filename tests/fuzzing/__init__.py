@@ -1,0 +1,1 @@
+"""Breaks checkpoints in every way that one can think of, and watches what reading them does."""

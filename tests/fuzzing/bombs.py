@@ -1,0 +1,181 @@
+"""Files as large as the readers' limits allow, or larger, made so that reading them costs as much as can be.
+
+`python -m tests.fuzzing.bombs DIRECTORY NAME...` reads these, or all, and prints the largest resident memory in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models
+
+from gptj_dist.checkpoint.headers import MAX_JSON_BYTES
+from gptj_dist.checkpoint.index import expected_tensors
+from gptj_dist.checkpoint.unpickle import MAX_PICKLE_BYTES
+from gptj_dist.config import LayerRange
+from tests.fuzzing.forgeries import Storage, Tensor, as_legacy, as_zip, doubled, pickled
+from tests.fuzzing.models import CONFIG
+from tests.fuzzing.worker import Watch, peak_bytes, prepare
+
+MAX_TOKENIZER_BYTES = 8 << 20
+_SPARSE_BYTES = 5 << 30
+_HUGE = 1 << 16_000_000
+
+Bomb = tuple[str, Callable[[], bytes], int]
+"""The file that it takes the place of; its content; how many zeros are behind that, or before it if negative."""
+
+
+def _json(repeated: bytes, num_bytes: int = MAX_JSON_BYTES, key: bytes = b"a") -> bytes:
+    """`{"a":[...]}` of at most so many bytes."""
+    return b'{"' + key + b'":[' + repeated * ((num_bytes - 40) // len(repeated)) + b"0]}"
+
+
+def _header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+def _names(pattern: str, num_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """A JSON object of about so many bytes, whose entries differ in the number that stands for `#`."""
+    count = num_bytes // (len(pattern) + 9 * pattern.count("#"))
+    return ("{" + ",".join(pattern.replace("#", f"{number:08}") for number in range(count)) + "}").encode()
+
+
+def _program(repeated: bytes, before: bytes = b"N") -> bytes:
+    """A zip whose pickle is as long as can be."""
+    return as_zip(b"\x80\x02" + before + repeated * ((MAX_PICKLE_BYTES - 100) // len(repeated)) + b".")
+
+
+def _many_tensors() -> bytes:
+    """One tensor under as many names as fit."""
+    tensor = pickled(Tensor(Storage(torch.FloatStorage, "0", 1), 0, (1,), (1,)))[2:-1]
+    items = b"".join(b"\x8c\x06%06xh\xff" % number for number in range((MAX_PICKLE_BYTES - 1000) // 10))
+    return as_zip(b"\x80\x02}(\x8c\x01a" + tensor + b"q\xff" + items + b"u.", [("0", bytes(4))])
+
+
+def _legacy_keys(keys: Any) -> bytes:
+    return as_legacy(pickled({}), pickled(keys))
+
+
+def _hashed(value: Any) -> bytes:
+    """A dict whose key is this, which `pickle` itself could not make."""
+    return as_zip(b"\x80\x02}" + pickle.dumps(value, 2)[2:-1] + b"Ns.")
+
+
+def _scattered() -> bytes:
+    """A file from before torch 1.6 whose last tensor has 64 numbers all over 4 GiB."""
+    shapes = expected_tensors(CONFIG, LayerRange(0, 1, 0, CONFIG.num_layers))
+    state: dict[str, Any] = {}
+    rest = b""
+    names = sorted(shapes, key=lambda name: name == "lm_head.weight")
+    for key, name in enumerate(names):
+        shape = shapes[name]
+        num_elements = torch.Size(shape).numel() if name != "lm_head.weight" else 1 << 30
+        strides = (1,) if len(shape) == 1 else (shape[1], 1) if name != "lm_head.weight" else (1 << 26, 1 << 22)
+        state[name] = Tensor(Storage(torch.FloatStorage, str(key), num_elements), 0, shape, strides)
+        rest += num_elements.to_bytes(8, "little") + (bytes(4 * num_elements) if num_elements < 1 << 20 else b"")
+    return as_legacy(pickled(state), pickled([str(key) for key in range(len(names))]), rest=rest)
+
+
+def _large_directory() -> bytes:
+    """A zip's end that says that its directory has 4 GiB; it is put at the end of a file of zeros."""
+    return struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, (1 << 32) - 2, 0, 0)
+
+
+def _many_entries() -> bytes:
+    return as_zip(pickled({}), [(f"{number:05}", b"") for number in range(MAX_PICKLE_BYTES // 70)])
+
+
+def _tokenizer(vocab: bytes) -> bytes:
+    """A whole `tokenizer.json` of these tokens."""
+    bpe = tokenizers.Tokenizer(models.BPE(vocab={}, merges=[]))
+    bpe.decoder = decoders.ByteLevel()
+    return bpe.to_str().encode().replace(b'"vocab":{}', b'"vocab":' + vocab)
+
+
+def _token_ids() -> bytes:
+    """Each token has an id of its own."""
+    count = (MAX_TOKENIZER_BYTES - 400) // 20
+    return _tokenizer(json.dumps({f"{id:08}": id for id in range(count)}, separators=(",", ":")).encode())
+
+
+_WORDS = b'{"a":0,"b":1,"c":2,"ab":3,"abc":4,'
+
+_ST, _INDEX, _CONFIG = "safetensors/model.safetensors", "shards/model.safetensors.index.json", "zip/config.json"
+_BIN, _TOKENIZER, _VOCAB = "zip/pytorch_model.bin", "tokenizer/tokenizer.json", "vocabulary/vocab.json"
+_ADDED = "vocabulary/added_tokens.json"
+
+BOMBS: Mapping[str, Bomb] = {
+    "header of small objects": (_ST, lambda: _header(_json(b'{"":1},')), 0),
+    "header of wide characters": (_ST, lambda: _header(_json('"\U0001f600",'.encode())), 0),
+    "header of many tensors": (
+        _ST,
+        lambda: _header(_names('"#":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}')),
+        0,
+    ),
+    "header that is one name": (_ST, lambda: _header(b'{"' + b"\\u0001" * 2_000_000 + b'":0}'), 0),
+    "index of many files": (_INDEX, lambda: b'{"weight_map":' + _names('"#":"#"') + b"}", 0),
+    "index that is too large": (_INDEX, lambda: _json(b"[],", 2 * MAX_JSON_BYTES), 0),
+    "config of empty objects": (_CONFIG, lambda: _json(b"{},", key=b"model_type"), 0),
+    "config of a sparse terabyte": (_CONFIG, lambda: b"{}", 1 << 40),
+    "pickle of marks": (_BIN, lambda: _program(b"("), 0),
+    "pickle that remembers everything": (_BIN, lambda: _program(b"\x94"), 0),
+    "pickle of nested lists": (_BIN, lambda: _program(b"]\x94("), 0),
+    "pickle of tuples in tuples": (_BIN, lambda: _program(b"\x85"), 0),
+    "pickle of doubling tuples": (_BIN, lambda: _program(b"h\0h\0\x86q\0", b"Nq\0"), 0),
+    "pickle of one number": (_BIN, lambda: as_zip(pickled({"a": _HUGE})), 0),
+    "pickle of one size": (_BIN, lambda: as_zip(pickled({"a": Storage(torch.FloatStorage, "0", _HUGE)})), 0),
+    "pickle of many tensors": (_BIN, _many_tensors, 0),
+    "pickle that hashes doubling tuples": (_BIN, lambda: _hashed(doubled(60)), 0),
+    "list of storages that is doubling tuples": (_BIN, lambda: _legacy_keys([doubled(60)]), 0),
+    "list of storages that is a million times one": (_BIN, lambda: _legacy_keys(["0"] * 1_000_000), 0),
+    "tensor scattered over gigabytes": (_BIN, _scattered, _SPARSE_BYTES),
+    "zip of many entries": (_BIN, _many_entries, 0),
+    "zip with a directory of gigabytes": (_BIN, _large_directory, -_SPARSE_BYTES),
+    "tokenizer of many tokens": (_TOKENIZER, lambda: _tokenizer(_names('"#":7', MAX_TOKENIZER_BYTES - 400)), 0),
+    "tokenizer of many token ids": (_TOKENIZER, _token_ids, 0),
+    "tokenizer of numbers": (_TOKENIZER, lambda: _json(b"0,", MAX_TOKENIZER_BYTES, b"decoder"), 0),
+    "tokenizer that is too large": (_TOKENIZER, lambda: b"{}", 1 << 40),
+    "vocabulary of many tokens": (_VOCAB, lambda: _WORDS + _names('"#":7', MAX_TOKENIZER_BYTES - 100)[1:], 0),
+    "added tokens of lists": (_ADDED, lambda: _json(b"[],", MAX_TOKENIZER_BYTES), 0),
+}
+
+
+def explode(root: Path, bomb: Bomb, watch: Watch) -> None:
+    """Writes a bomb and reads it.
+
+    Raises:
+        AssertionError: as `Watch.read`.
+    """
+    file, make, sparse_bytes = bomb
+    path = root / file
+    good = path.read_bytes()
+    with path.open("wb") as out:
+        if sparse_bytes < 0:
+            out.write(b"PK\3\4")
+            out.seek(-sparse_bytes)
+        out.write(make())
+        out.truncate(out.tell() + max(0, sparse_bytes))
+    watch.read(path.parent)
+    path.write_bytes(good)
+
+
+def main() -> None:
+    """Entry point."""
+    root, names = Path(sys.argv[1]), sys.argv[2:]
+    _, watch = prepare(root)
+    for name in names or BOMBS:
+        (root / "case").write_text(name)  # in case that the process dies of it
+        explode(root, BOMBS[name], watch)
+    print(peak_bytes())
+
+
+if __name__ == "__main__":
+    main()
