@@ -56,9 +56,13 @@ def make_application(config: AppConfig, scaling: Mapping[str, Any] | None = None
 
 
 def size_pipeline(config: PipelineConfig) -> PipelineSize:
-    """What a pipeline will ask for on the connected cluster.
+    """What a pipeline will ask for. Looks at the connected cluster only for what the settings leave open.
 
     Raises:
         ConfigurationError: the settings or the checkpoint will not do.
     """
-    return size_stages(config, len(draw_blueprint(config).layers), ray.cluster_resources())
+    return size_stages(config, len(draw_blueprint(config).layers), _num_in_cluster)
+
+
+def _num_in_cluster(resource: str) -> float:
+    return float(ray.cluster_resources().get(resource, 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gptj_dist.config import DeviceKind, PipelineConfig
@@ -29,19 +29,19 @@ class PipelineSize:
         return [{"CPU": COORDINATOR_CPUS}, *[stage] * self.num_stages]
 
 
-def size_stages(config: PipelineConfig, num_stages: int, resources: Mapping[str, float]) -> PipelineSize:
+def size_stages(config: PipelineConfig, num_stages: int, num_in_cluster: Callable[[str], float]) -> PipelineSize:
     """What a pipeline of so many stages will ask for.
 
     Args:
-        resources: the whole cluster's `CPU` and `GPU`; looked at only for what the settings leave open.
+        num_in_cluster: how many of `CPU` or `GPU` the whole cluster has; asked only for what the settings leave open.
     """
-    num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     device = config.device
     if device == "auto":
-        device = "cuda" if num_gpus else "cpu"
+        device = "cuda" if num_in_cluster("GPU") else "cpu"
     cpus, gpus = config.cpus_per_stage, config.gpus_per_stage
     if cpus is None:  # at most one, and less where the whole cluster has fewer
-        cpus = min(1.0, max(math.floor(CLUSTER_SHARE * num_cpus / num_stages * 100) / 100, 0.01))
+        share = CLUSTER_SHARE * num_in_cluster("CPU") / num_stages
+        cpus = min(1.0, max(math.floor(share * 100) / 100, 0.01))
     if gpus is None:  # one each, or as many stages to a GPU as it takes
-        gpus = 1.0 / math.ceil(num_stages / max(num_gpus, 1)) if device == "cuda" else 0.0
+        gpus = 1.0 / math.ceil(num_stages / max(num_in_cluster("GPU"), 1)) if device == "cuda" else 0.0
     return PipelineSize(num_stages, device, cpus, gpus)

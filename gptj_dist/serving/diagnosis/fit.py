@@ -46,7 +46,7 @@ class Seat:
 
 def find_in_plan(cluster: Cluster, blueprint: Blueprint) -> list[Finding]:
     """What there is to say of a plan on these nodes."""
-    size = size_stages(blueprint.config, len(blueprint.layers), cluster.resources)
+    size = size_stages(blueprint.config, len(blueprint.layers), lambda name: cluster.resources.get(name, 0.0))
     nodes = _place(size, cluster.nodes)
     findings = [*_model(cluster.nodes, blueprint), *_resources(cluster, size, nodes)]
     if nodes is None:
