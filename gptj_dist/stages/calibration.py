@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ from gptj_dist.planning.fit import fit_device
 from gptj_dist.planning.partition import layer_ranges, plan_partition
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.device import free_bytes
-from gptj_dist.stages.stopwatch import Team, open_team
+from gptj_dist.stages.stopwatch import Team, busy_cpu_s, open_team
 
 NUM_ROUNDS = 5
+NUM_QUIET_ROUNDS = 3
+"""Of all rounds, those count in which other processes used least of the machine."""
+
 MAX_REQUESTS = 64
 
 CASES = (
@@ -99,23 +103,22 @@ class PipelineCheck:
     """What `check_pipeline` found.
 
     Args:
-        devices: the figures of each stage's share of the machine, of the last round.
-        steps: each from the round in which its ratio was the middle one of all rounds.
-        drift: the slowest round's calibration over the fastest's: how much the machine itself changed.
+        devices: the figures of each stage's share of the machine, of the quietest round.
+        steps: each from the round in which its ratio was the middle one of the quiet rounds.
+        others_cores: CPU cores that other processes used in the quiet rounds, at the most.
     """
 
     devices: tuple[DeviceSpec, ...]
     steps: tuple[StepCheck, ...]
-    drift: float
+    others_cores: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """Devices by stage, seconds of the calibration in all, and the checks of all stages and cases, always in the same
-    order."""
+    """Devices by stage, the cores that other processes used, and all checks, always in the same order."""
 
     devices: tuple[DeviceSpec, ...]
-    calibration_s: float
+    others_cores: float
     steps: tuple[StepCheck, ...]
 
 
@@ -164,6 +167,7 @@ def _round(
     cases: Sequence[Chunks],
 ) -> _Round:
     """Calibrates, predicts, and only then measures."""
+    begin, begin_cpu_s = time.perf_counter(), busy_cpu_s() - team.cpu_s
     works: list[Work] = []
     times: list[list[float]] = []
     for index, shape in enumerate(others):
@@ -185,16 +189,17 @@ def _round(
         for case in cases
         for layers, measured in zip(ranges, team.time(len(others), case), strict=True)
     ]
-    return _Round(devices, sum(map(sum, times)), tuple(steps))
+    others_cpu_s = busy_cpu_s() - team.cpu_s - begin_cpu_s
+    return _Round(devices, others_cpu_s / (time.perf_counter() - begin), tuple(steps))
 
 
 def _summary(rounds: Sequence[_Round]) -> PipelineCheck:
+    quiet = sorted(rounds, key=lambda round_: round_.others_cores)[:NUM_QUIET_ROUNDS]
     steps = [
         sorted(checks, key=lambda check: check.ratio)[len(checks) // 2]
-        for checks in zip(*(round_.steps for round_ in rounds), strict=True)
+        for checks in zip(*(round_.steps for round_ in quiet), strict=True)
     ]
-    calibrations = [round_.calibration_s for round_ in rounds]
-    return PipelineCheck(rounds[-1].devices, tuple(steps), max(calibrations) / min(calibrations))
+    return PipelineCheck(quiet[0].devices, tuple(steps), quiet[-1].others_cores)
 
 
 def _cases_that_fit(model: CheckedModel) -> tuple[Chunks, ...]:

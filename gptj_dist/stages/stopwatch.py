@@ -6,12 +6,14 @@ The plans are made here, without a scheduler, so that every step has the rows th
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 
 import torch
 
@@ -99,10 +101,29 @@ class StageStopwatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """A worker's answer.
+
+    Args:
+        seconds: of the step that was asked for.
+        cpu_s: what the process has used of the CPU in its life.
+    """
+
+    seconds: float
+    cpu_s: float
+
+
 class Team:
     """Processes that time steps together. Each has as many stages as the others, and works on one at a time."""
 
-    connections: Sequence[Connection]
+    def __init__(self, connections: Sequence[Connection]) -> None:
+        self._connections = connections
+        self._cpu_s = [_receive(connection).cpu_s for connection in connections]
+
+    @property
+    def cpu_s(self) -> float:
+        """What the processes, until they last answered, and this one have used of the CPU."""
+        return sum(self._cpu_s) + time.process_time()
 
     def time(self, index: int, case: Chunks) -> list[float]:
         """Seconds that a case's step takes stage `index` of each process, while the others do theirs.
@@ -110,9 +131,17 @@ class Team:
         Raises:
             StageFailedError: a process died.
         """
-        for connection in self.connections:
+        for connection in self._connections:
             connection.send((index, case))
-        return [_receive(connection) for connection in self.connections]
+        timings = [_receive(connection) for connection in self._connections]
+        self._cpu_s = [timing.cpu_s for timing in timings]
+        return [timing.seconds for timing in timings]
+
+
+def busy_cpu_s() -> float:
+    """What all processes of the machine have used of its CPUs since it started (proc(5): user, nice and system)."""
+    ticks = Path("/proc/stat").read_text().split(maxsplit=4)[1:4]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -137,8 +166,6 @@ def open_team(specs: Sequence[Sequence[StageSpec]], dtype: DTypeName, num_thread
         for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
-        for ours, _ in pipes:
-            _receive(ours)
         yield Team([ours for ours, _ in pipes])
     finally:
         for process in processes:
@@ -147,14 +174,14 @@ def open_team(specs: Sequence[Sequence[StageSpec]], dtype: DTypeName, num_thread
                 process.join()
 
 
-def _receive(connection: Connection) -> float:
+def _receive(connection: Connection) -> Timing:
     try:
-        answer = connection.recv()
+        answer: Timing | GPTJDistError = connection.recv()
     except (EOFError, ConnectionError) as error:
         raise StageFailedError("a process that timed a stage died; was there enough memory?") from error
     if isinstance(answer, GPTJDistError):
         raise answer
-    return float(answer)
+    return answer
 
 
 def _work(
@@ -163,12 +190,12 @@ def _work(
     """A process of the team: loads, then answers each (index, case) with its seconds, until it is killed."""
     try:
         stages = [StageStopwatch(spec, dtype, num_threads) for spec in specs]
-        connection.send(0.0)
+        connection.send(Timing(0.0, time.process_time()))
         while True:
             index, case = connection.recv()
             stages[index].prepare(case)
             barrier.wait(BARRIER_TIMEOUT_S)
-            connection.send(stages[index].time(case))
+            connection.send(Timing(stages[index].time(case), time.process_time()))
     except GPTJDistError as error:
         connection.send(error)
     finally:
