@@ -23,7 +23,8 @@ from gptj_dist.checkpoint.unpickle import MAX_PICKLE_BYTES
 from gptj_dist.config import LayerRange
 from tests.fuzzing.forgeries import Storage, Tensor, as_legacy, as_zip, doubled, pickled
 from tests.fuzzing.models import CONFIG
-from tests.fuzzing.worker import Watch, peak_bytes, prepare
+from tests.fuzzing.worker import Watch, prepare
+from tests.memory import peak_bytes
 
 MAX_TOKENIZER_BYTES = 8 << 20
 _SPARSE_BYTES = 5 << 30

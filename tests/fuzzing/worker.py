@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import faulthandler
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from gptj_dist.config import LayerRange
 from gptj_dist.errors import CheckpointError
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.fuzzing.models import Victim, write_models
+from tests.memory import peak_bytes
 
 CASE_LIMIT_S = 60
 MAX_MESSAGE_LENGTH = 5000
@@ -115,11 +115,6 @@ def run_case(victims: list[Victim], watch: Watch, seed: int, case: int) -> None:
         error.add_note(f"seed {seed}, case {case}, {victim.path.parent.name}/{victim.path.name}")
         raise
     victim.path.write_bytes(victim.good)
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has ever had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def prepare(root: Path) -> tuple[list[Victim], Watch]:

@@ -597,12 +597,13 @@ def test_directory_that_may_not_be_written_is_one_line(source: Path, tmp_path: P
 
 
 def _peak_bytes(source: Path, destination: Path) -> int:
-    command = [sys.executable, "-m", "gptj_dist", "convert", str(source), str(destination), "--dtype", "bfloat16"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    code = (
+        "import sys; from gptj_dist.cli import app; from tests.memory import peak_bytes;"
+        "app(['convert', *sys.argv[1:], '--dtype', 'bfloat16'], standalone_mode=False); print(peak_bytes())"
+    )
+    command = [sys.executable, "-c", code, str(source), str(destination)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
 
 
 def test_memory_is_that_of_one_tensor_however_large_the_checkpoint(tmp_path: Path) -> None:
