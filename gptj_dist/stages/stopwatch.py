@@ -187,7 +187,7 @@ def _receive(connection: Connection) -> Timing:
 def _work(
     connection: Connection, barrier: Barrier, specs: Sequence[StageSpec], dtype: DTypeName, num_threads: int
 ) -> None:
-    """A process of the team: loads, then answers each (index, case) with its seconds, until it is killed."""
+    """A process of the team: loads, then answers each (index, case) with its seconds, until nobody asks any more."""
     try:
         stages = [StageStopwatch(spec, dtype, num_threads) for spec in specs]
         connection.send(Timing(0.0, time.process_time()))
@@ -198,5 +198,7 @@ def _work(
             connection.send(Timing(stages[index].time(case), time.process_time()))
     except GPTJDistError as error:
         connection.send(error)
+    except (EOFError, ConnectionError):  # the process that asked is gone
+        return
     finally:
         barrier.abort()
