@@ -1,4 +1,5 @@
-"""Causal attention of a micro-batch's rows over their requests' keys and values. Knows no weights.
+"""Causal attention of a micro-batch's rows: rotates their queries and keys, stores their keys and values, and attends
+over their requests' cache. Knows no weights.
 
 In the exact mode on a CPU the rows of a request are computed in tiles of `EXACT_TILE_ROWS` at fixed positions: the row
 of position p is always row p mod 8 of a product of the same shape over the same keys, so it has the same bits whether
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.kv_cache import KVCache
+from gptj_dist.model.rotary import RotaryTable, rotate_
 
 EXACT_TILE_ROWS = 8
 
@@ -24,24 +26,42 @@ EXACT_TILE_ROWS = 8
 class Attention(Protocol):
     """Attends for all rows of one micro-batch, layer after layer."""
 
-    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
-        """Attends for every row in one layer, whose keys and values are in the cache already.
+    def __call__(self, layer: int, heads: Tensor) -> None:
+        """Attends for every row in one layer.
 
         Args:
-            queries: float32 [rows, num_heads, head_dim], scaled by 1 / sqrt(head_dim).
-            out: [rows, num_heads, head_dim], written.
+            heads: [rows, 3, num_heads, head_dim]: queries, keys and values as the weights made them. The values are
+                overwritten with the result.
         """
 
 
-MakeAttention = Callable[[KVCache, MicroBatch], Attention]
+MakeAttention = Callable[[KVCache, MicroBatch, RotaryTable], Attention]
 """An attention for one micro-batch: what does not depend on the layer is worked out here."""
+
+
+class _Intake:
+    """What comes before attention in plain torch: queries and keys are rotated, keys and values go to the cache."""
+
+    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
+        self._cache = cache
+        self._places = cache.locate(batch)
+        self._cos, self._sin = rotary.at(batch.positions)
+
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
+        """The queries, float32 [rows, num_heads, head_dim], scaled by 1 / sqrt(head_dim)."""
+        num_heads, head_dim = heads.shape[2:]
+        rotated = heads[:, :2].to(torch.float32, copy=True).flatten(1, 2)
+        rotate_(rotated, self._cos, self._sin)
+        self._cache.write(layer, self._places, rotated[:, num_heads:], heads[:, 2])
+        return rotated[:, :num_heads].mul_(1.0 / math.sqrt(head_dim))
 
 
 class TiledAttention:
     """The exact mode on a CPU: two matrix products a tile, in float32, straight out of the cache."""
 
-    def __init__(self, cache: KVCache, batch: MicroBatch) -> None:
+    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
+        self._take_in = _Intake(cache, batch, rotary)
         self._tiles: list[tuple[int, int]] = []
         tile_of_row: list[int] = []
         for span in batch.spans:
@@ -53,7 +73,8 @@ class TiledAttention:
         self._row_in_tile = batch.positions % EXACT_TILE_ROWS
         self._hidden = _above_diagonal(EXACT_TILE_ROWS)
 
-    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
+    def __call__(self, layer: int, heads: Tensor) -> None:
+        queries = self._take_in(layer, heads)
         _, num_heads, head_dim = queries.shape
         tiles = queries.new_zeros(len(self._tiles), num_heads, EXACT_TILE_ROWS, head_dim)
         tiles[self._tile_of_row, :, self._row_in_tile] = queries
@@ -63,17 +84,19 @@ class TiledAttention:
             scores = torch.bmm(tile, keys)
             scores.narrow(2, stop - EXACT_TILE_ROWS, EXACT_TILE_ROWS).masked_fill_(self._hidden, -math.inf)
             torch.bmm(torch.softmax(scores, dim=-1), values, out=result)
-        out.copy_(attended[self._tile_of_row, :, self._row_in_tile])
+        heads[:, 2] = attended[self._tile_of_row, :, self._row_in_tile]
 
 
 class SpanAttention:
     """The fast mode on a CPU: as `TiledAttention`, but each span is one tile; good to rounding."""
 
-    def __init__(self, cache: KVCache, batch: MicroBatch) -> None:
+    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
+        self._take_in = _Intake(cache, batch, rotary)
         self._spans = [(span, _above_diagonal(span.num_tokens)) for span in batch.spans]
 
-    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
+    def __call__(self, layer: int, heads: Tensor) -> None:
+        queries, out = self._take_in(layer, heads), heads[:, 2]
         for span, hidden in self._spans:
             keys, values = self._cache.read(layer, span.request_id, span.stop)
             scores = torch.bmm(queries[span.rows].transpose(0, 1), keys)
@@ -85,11 +108,13 @@ class SpanAttention:
 class GatheredAttention:
     """torch's fused attention over keys and values gathered from blocks, a request at a time. Right on any device."""
 
-    def __init__(self, cache: KVCache, batch: MicroBatch) -> None:
+    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
+        self._take_in = _Intake(cache, batch, rotary)
         self._spans = batch.spans
 
-    def __call__(self, layer: int, queries: Tensor, out: Tensor) -> None:
+    def __call__(self, layer: int, heads: Tensor) -> None:
+        queries, out = self._take_in(layer, heads), heads[:, 2]
         for span in self._spans:
             keys, values = self._cache.read(layer, span.request_id, span.stop)
             visible = torch.ones(span.num_tokens, span.stop, dtype=torch.bool, device=queries.device).tril(span.start)

@@ -20,7 +20,7 @@ from gptj_dist.model.attention import MakeAttention, choose_attention
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.kv_cache import KVCache
 from gptj_dist.model.linear import Linear, can_pack
-from gptj_dist.model.rotary import RotaryTable, rotate_
+from gptj_dist.model.rotary import RotaryTable
 
 ReadTensor = Callable[[str, Tensor], None]
 """Fills a tensor with that of a checkpoint, by its name there."""
@@ -77,7 +77,6 @@ class StageModel:
         self._is_exact = dtype == torch.float32
         self._rotary = RotaryTable(config.context_length, config.rotary_dim, device)
         self._make_attention = make_attention or choose_attention(device, self._is_exact)
-        self._query_scale = 1.0 / math.sqrt(config.head_dim)
         load = _Loader(read, config, dtype, device)
         self._embedding = load.embedding() if layers.is_first else None
         self._layers = []
@@ -94,15 +93,11 @@ class StageModel:
 
     def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache) -> Tensor:
         """Runs the stage's layers over [rows, d_model], writing keys and values to the cache."""
-        cos, sin = self._rotary.at(batch.positions.to(self._device))
-        places, attend = cache.locate(batch), self._make_attention(cache, batch)
+        attend = self._make_attention(cache, batch, self._rotary)
         for index, layer in enumerate(self._layers):
             fanned = layer.fan_in(layer.norm(hidden))
-            heads = fanned[:, : 3 * self._config.d_model].view(len(hidden), 3, self._config.num_heads, -1)
-            queries, keys = self._rotate(heads[:, :2], cos, sin)
-            cache.write(index, places, keys, heads[:, 2])
-            # The values' columns are free now, and stand right before the MLP's: attention writes its result there.
-            attend(index, queries, out=heads[:, 2])
+            # Attention writes its result over the values, whose columns stand right before the MLP's.
+            attend(index, fanned[:, : 3 * self._config.d_model].view(len(hidden), 3, self._config.num_heads, -1))
             fanned[:, 3 * self._config.d_model :] = self._gelu(fanned[:, 3 * self._config.d_model :])
             hidden = hidden + layer.fan_out(fanned[:, 2 * self._config.d_model :])
         return hidden
@@ -113,13 +108,6 @@ class StageModel:
             raise ValueError("only the last stage has logits")
         norm, projection = self._head
         return projection(norm(hidden)).float()
-
-    def _rotate(self, queries_and_keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled queries, and keys, from [rows, 2, num_heads, head_dim]; each float32 [rows, num_heads, head_dim]."""
-        num_heads = self._config.num_heads
-        rotated = queries_and_keys.to(torch.float32, copy=True).flatten(1, 2)
-        rotate_(rotated, cos, sin)
-        return rotated[:, :num_heads].mul_(self._query_scale), rotated[:, num_heads:]
 
     def _gelu(self, x: Tensor) -> Tensor:
         """GELU in its tanh form, Hendrycks & Gimpel 2016.

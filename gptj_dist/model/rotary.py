@@ -29,6 +29,7 @@ class RotaryTable:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for rows at these positions, each [rows, 1, rotary_dim / 2]."""
+        positions = positions.to(self._cos.device)
         return self._cos[positions][:, None], self._sin[positions][:, None]
 
 
