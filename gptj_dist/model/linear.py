@@ -1,14 +1,16 @@
 """One weight matrix, ready to multiply: packed once for the CPU's matrix library, plain elsewhere.
 
-oneDNN reorders a weight on every call unless it is packed beforehand; packing makes one row 2.4 times as fast. The
-packed product has a second virtue: in float32 each row of the result has the same bits whatever rows are beside it, as
-long as there are at least two. That is what the exact mode is built on.
+oneDNN reorders a weight on every call unless it is packed beforehand; packing makes one row 2.4 times as fast. It also
+applies GELU or adds a residual while a product is still in registers. The packed product has a further virtue: in
+float32 each row of the result has the same bits whatever rows are beside it, as long as there are at least two. That
+is what the exact mode is built on.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PACKING_ROWS_HINT = 32
 """The number of rows the packed layout is made for; one value for all, because the layout decides the order of sums."""
@@ -19,24 +21,38 @@ class Linear:
 
     Args:
         weight: [out_features, in_features]; where it is packed, the caller may reuse its memory afterwards.
-        bias: [out_features].
+        bias: [out_features], or None for none.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._bias = bias
         self._is_packed = can_pack(weight.device, weight.dtype)
         self._weight = _pack(weight) if self._is_packed else weight
         self._needs_two_rows = self._is_packed and weight.dtype == torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._is_packed:
-            return torch.nn.functional.linear(x, self._weight, self._bias)
-        if self._needs_two_rows and x.shape[0] == 1:
-            return self._multiply(x.expand(2, -1).contiguous())[:1]
-        return self._multiply(x)
+        return self._multiply(x, "none") if self._is_packed else F.linear(x, self._weight, self._bias)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the product, in its tanh form; Hendrycks & Gimpel 2016."""
+        return self._multiply(x, "gelu") if self._is_packed else F.gelu(self(x), approximate="tanh")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The product plus `residual` [rows, out_features]."""
+        if not self._is_packed:
+            return residual + self(x)
+        if self._needs_two_rows and len(x) == 1:
+            return self._multiply_add(_twice(x), _twice(residual))[:1]
+        return self._multiply_add(x, residual)
+
+    def _multiply(self, x: Tensor, then: str) -> Tensor:
+        if self._needs_two_rows and len(x) == 1:
+            return self._multiply(_twice(x), then)[:1]
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, then, [], "tanh")
+        return product
+
+    def _multiply_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return product
 
 
@@ -55,3 +71,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def _pack(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_ROWS_HINT)
     return packed
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x.expand(2, -1).contiguous()

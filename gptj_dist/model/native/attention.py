@@ -1,0 +1,123 @@
+"""Attention by the compiled library over a paged cache in the model's type. For CPUs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gptj_dist.model.inputs import MicroBatch, Span
+from gptj_dist.model.native.library import Batch
+from gptj_dist.model.rotary import RotaryTable
+
+LANES = 16
+"""Tokens in a block, and numbers in the widest vector of a CPU."""
+TILE_ROWS = 8
+"""Rows of a chunk that are computed together."""
+
+
+class NativeCache:
+    """Blocks of `LANES` tokens and a block table for each request.
+
+    Memory is taken as blocks are first written; the pool hands out warm blocks first.
+
+    Args:
+        num_blocks: blocks in all.
+        max_requests: the most at once.
+        max_tokens: the most tokens of a request.
+        dtype: float32 or bfloat16.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        max_requests: int,
+        max_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.padded_dim = -(-head_dim // LANES) * LANES
+        self.dtype = dtype
+        self.keys = torch.empty(num_layers, num_blocks, num_heads, head_dim, LANES, dtype=dtype)
+        self.values = torch.empty(num_layers, num_blocks, num_heads, LANES, self.padded_dim, dtype=dtype)
+        self.tables = torch.zeros(max_requests, -(-max_tokens // LANES), dtype=torch.int32)
+        self._free_slots = list(range(max_requests - 1, -1, -1))
+        self._slot_of: dict[int, int] = {}
+        self._num_blocks_of: dict[int, int] = {}
+
+    def add(self, request_id: int) -> None:
+        """Meets a request that has no tokens yet."""
+        self._slot_of[request_id] = self._free_slots.pop()
+        self._num_blocks_of[request_id] = 0
+
+    def extend(self, request_id: int, blocks: Iterable[int]) -> None:
+        """Gives the request more blocks, behind those it has."""
+        new = torch.tensor(tuple(blocks), dtype=torch.int32)
+        first = self._num_blocks_of[request_id]
+        self.tables[self._slot_of[request_id], first : first + len(new)] = new
+        self._num_blocks_of[request_id] = first + len(new)
+
+    def release(self, request_id: int) -> None:
+        """Forgets the request; its blocks may be given to the next one at once."""
+        self._free_slots.append(self._slot_of.pop(request_id))
+        del self._num_blocks_of[request_id]
+
+    def slots(self, spans: Sequence[Span]) -> Tensor:
+        """Each row's block table: int32 [rows]."""
+        return torch.tensor(
+            [slot for span in spans for slot in (self._slot_of[span.request_id],) * span.num_tokens], dtype=torch.int32
+        )
+
+
+class NativeAttention:
+    """An `Attention` by one call of the library a layer. In float32 a row has the same bits in any company."""
+
+    def __init__(self, library: ctypes.CDLL, cache: NativeCache, batch: MicroBatch, rotary: RotaryTable) -> None:
+        self._attend = library.attend_float32 if cache.dtype == torch.float32 else library.attend_bfloat16
+        self._cache = cache
+        self._num_threads = torch.get_num_threads()
+        cos, sin = rotary.tables
+        tiles = torch.tensor(_tiles(batch.spans), dtype=torch.int32)
+        self._tensors = (batch.positions.to(torch.int32), cache.slots(batch.spans), cache.tables, tiles, cos, sin)
+        self._batch = Batch(
+            num_rows=len(batch.positions),
+            num_tiles=len(tiles),
+            padded_dim=cache.padded_dim,
+            rotary_dim=2 * cos.shape[1],
+            table_stride=cache.tables.shape[1],
+            max_tokens=max(span.stop for span in batch.spans),
+            **dict(
+                zip(
+                    ("positions", "slots", "tables", "tiles", "cos", "sin"),
+                    (t.data_ptr() for t in self._tensors),
+                    strict=True,
+                )
+            ),
+        )
+
+    def __call__(self, layer: int, heads: Tensor) -> None:
+        """As `Attention` has it."""
+        rows, _, num_heads, head_dim = heads.shape
+        theirs = heads if heads.dtype == self._cache.dtype else heads.to(self._cache.dtype)
+        self._batch.num_heads, self._batch.head_dim, self._batch.row_stride = num_heads, head_dim, theirs.stride(0)
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        has_failed = self._attend(
+            self._batch, theirs.data_ptr(), keys.data_ptr(), values.data_ptr(), self._num_threads
+        )
+        if has_failed:
+            raise MemoryError(f"no memory for the attention of {rows} rows")
+        if theirs is not heads:
+            heads[:, 2] = theirs[:, 2]
+
+
+def _tiles(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """First row and number of rows of each tile."""
+    return [
+        (row, min(TILE_ROWS, span.rows.stop - row))
+        for span in spans
+        for row in range(span.row, span.rows.stop, TILE_ROWS)
+    ]
