@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gptj_dist.model.inputs import MicroBatch
-from gptj_dist.model.kv_cache import KVCache
+from gptj_dist.model.kv_cache import RegionCache
 from gptj_dist.model.rotary import RotaryTable, rotate_
 
 EXACT_TILE_ROWS = 8
@@ -35,14 +35,14 @@ class Attention(Protocol):
         """
 
 
-MakeAttention = Callable[[KVCache, MicroBatch, RotaryTable], Attention]
-"""An attention for one micro-batch: what does not depend on the layer is worked out here."""
+MakeAttention = Callable[[Any, MicroBatch, RotaryTable], Attention]
+"""An attention for one micro-batch: what does not depend on the layer is worked out here. Each takes its own cache."""
 
 
 class _Intake:
     """What comes before attention in plain torch: queries and keys are rotated, keys and values go to the cache."""
 
-    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
+    def __init__(self, cache: RegionCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
         self._places = cache.locate(batch)
         self._cos, self._sin = rotary.at(batch.positions)
@@ -59,7 +59,7 @@ class _Intake:
 class TiledAttention:
     """The exact mode on a CPU: two matrix products a tile, in float32, straight out of the cache."""
 
-    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
+    def __init__(self, cache: RegionCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
         self._take_in = _Intake(cache, batch, rotary)
         self._tiles: list[tuple[int, int]] = []
@@ -90,7 +90,7 @@ class TiledAttention:
 class SpanAttention:
     """The fast mode on a CPU: as `TiledAttention`, but each span is one tile; good to rounding."""
 
-    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
+    def __init__(self, cache: RegionCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
         self._take_in = _Intake(cache, batch, rotary)
         self._spans = [(span, _above_diagonal(span.num_tokens)) for span in batch.spans]
@@ -105,33 +105,12 @@ class SpanAttention:
             out[span.rows] = torch.bmm(torch.softmax(scores, dim=-1), values).transpose(0, 1)
 
 
-class GatheredAttention:
-    """torch's fused attention over keys and values gathered from blocks, a request at a time. Right on any device."""
-
-    def __init__(self, cache: KVCache, batch: MicroBatch, rotary: RotaryTable) -> None:
-        self._cache = cache
-        self._take_in = _Intake(cache, batch, rotary)
-        self._spans = batch.spans
-
-    def __call__(self, layer: int, heads: Tensor) -> None:
-        queries, out = self._take_in(layer, heads), heads[:, 2]
-        for span in self._spans:
-            keys, values = self._cache.read(layer, span.request_id, span.stop)
-            visible = torch.ones(span.num_tokens, span.stop, dtype=torch.bool, device=queries.device).tril(span.start)
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                queries[span.rows].transpose(0, 1)[None].to(keys.dtype),
-                keys.transpose(1, 2)[None],
-                values[None],
-                attn_mask=visible,
-                scale=1.0,
-            )
-            out[span.rows] = attended[0].transpose(0, 1)
-
-
 def choose_attention(device: torch.device, is_exact: bool) -> MakeAttention:
-    """The attention for a device's kind of cache (see `kv_cache`)."""
+    """The attention for a device's kind of cache (see `kv_cache` and `block_cache`)."""
     if device.type != "cpu":
-        return GatheredAttention
+        from gptj_dist.model.paged_attention import attend_in_blocks  # Triton comes with torch for GPUs alone
+
+        return attend_in_blocks
     return TiledAttention if is_exact else SpanAttention
 
 

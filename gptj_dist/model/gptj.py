@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptj_dist.config import LayerRange, ModelConfig
-from gptj_dist.model.attention import MakeAttention, choose_attention
-from gptj_dist.model.inputs import MicroBatch
+from gptj_dist.model.attention import Attention, MakeAttention, choose_attention
+from gptj_dist.model.inputs import MicroBatch, to_device
 from gptj_dist.model.kv_cache import KVCache
 from gptj_dist.model.linear import Linear, can_pack
 from gptj_dist.model.rotary import RotaryTable
@@ -85,15 +85,23 @@ class StageModel:
             on_layer(len(self._layers))
         self._head = load.head() if layers.is_last else None
 
+    @property
+    def rotary(self) -> RotaryTable:
+        """For whoever makes an attention."""
+        return self._rotary
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """The first stage's input: int64 [rows] -> [rows, d_model]."""
         if self._embedding is None:
             raise ValueError("only the first stage embeds")
-        return self._embedding[token_ids.to(self._device)]
+        return self._embedding[to_device(token_ids, self._device)]
 
     def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache) -> Tensor:
         """Runs the stage's layers over [rows, d_model], writing keys and values to the cache."""
-        attend = self._make_attention(cache, batch, self._rotary)
+        return self.run_layers(hidden, self._make_attention(cache, batch, self._rotary))
+
+    def run_layers(self, hidden: Tensor, attend: Attention) -> Tensor:
+        """As `forward`, with an attention made for the rows."""
         for index, layer in enumerate(self._layers):
             fanned = layer.fan_in(layer.norm(hidden))
             # Attention writes its result over the values, whose columns stand right before the MLP's.
@@ -101,6 +109,24 @@ class StageModel:
             fanned[:, 3 * self._config.d_model :] = self._gelu(fanned[:, 3 * self._config.d_model :])
             hidden = hidden + layer.fan_out(fanned[:, 2 * self._config.d_model :])
         return hidden
+
+    def blank_inputs(self, num_rows: int) -> Tensor:
+        """Room for what `compute` takes, filled with something that it can take."""
+        if self._embedding is not None:
+            return torch.zeros(num_rows, dtype=torch.int64, device=self._device)
+        return torch.zeros(num_rows, self._config.d_model, dtype=self._dtype, device=self._device)
+
+    def compute(self, inputs: Tensor, attend: Attention) -> Tensor:
+        """All that the stage does.
+
+        Args:
+            inputs: on the device; token ids int64 [rows] for the first stage, hidden states [rows, d_model] for others.
+
+        Returns:
+            The logits float32 [rows, vocab_size] of the last stage, the hidden states of others.
+        """
+        hidden = self.run_layers(inputs if self._embedding is None else self.embed(inputs), attend)
+        return hidden if self._head is None else self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last stage's output: [rows, d_model] -> float32 [rows, vocab_size]."""

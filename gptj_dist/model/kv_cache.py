@@ -1,8 +1,7 @@
-"""Keys and values of the tokens computed so far: two layouts, one for each kind of memory.
+"""Keys and values of the tokens computed so far, as a CPU keeps them.
 
 On a CPU memory that was never touched costs nothing, so each request has a contiguous region as long as the context and
-attention reads it in place. A GPU gives out memory when it is asked for, so there requests hold blocks, listed in a
-table. Neither decides who gets what: accounting is the scheduler's.
+attention reads it in place. A GPU has a `block_cache`. Neither decides who gets what: accounting is the scheduler's.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ MAP_NORESERVE = 0x4000
 """Linux's flag for "do not count this memory as used until it is touched"; Python's mmap does not name it."""
 
 
-Places = tuple[Tensor, ...]
-"""Where the keys and values of a micro-batch's rows go; each cache has its own way to say it."""
+Places = tuple[Tensor, Tensor]
+"""Where the keys and values of a micro-batch's rows go: regions and positions, int64 [rows] each."""
 
 
 class KVCache(Protocol):
-    """Where a stage keeps keys and values."""
+    """Where a stage keeps keys and values. How attention gets at them is between the two."""
 
     def add(self, request_id: int) -> None:
         """Meets a request that has no tokens yet."""
@@ -36,18 +35,6 @@ class KVCache(Protocol):
 
     def release(self, request_id: int) -> None:
         """Forgets the request; its memory may be given to the next one at once."""
-
-    def locate(self, batch: MicroBatch) -> Places:
-        """Where the rows' keys and values go, the same in every layer."""
-
-    def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
-        """Stores what the rows have, [rows, num_heads, head_dim] each."""
-
-    def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Of the first tokens: keys [num_heads, head_dim, tokens] and values [num_heads, tokens, head_dim].
-
-        Views of the cache where its layout allows it.
-        """
 
 
 class RegionCache:
@@ -85,16 +72,19 @@ class RegionCache:
         self._give_back(region)
 
     def locate(self, batch: MicroBatch) -> Places:
+        """Where the rows' keys and values go, the same in every layer."""
         regions = [self._region_of[span.request_id] for span in batch.spans for _ in range(span.num_tokens)]
         return torch.tensor(regions), batch.positions
 
     def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
+        """Stores what the rows have, [rows, num_heads, head_dim] each."""
         regions, positions = places
         layer_keys, layer_values = self._layers[layer]
         layer_keys[regions, :, positions] = keys
         layer_values[regions, :, positions] = values.to(layer_values.dtype)
 
     def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys [num_heads, head_dim, tokens] and values [num_heads, tokens, head_dim] of the first tokens, in place."""
         keys, values = self._views_of[request_id][layer]
         return keys.narrow(2, 0, num_tokens), values.narrow(1, 0, num_tokens)
 
@@ -112,53 +102,6 @@ class RegionCache:
         self._memory.madvise(mmap.MADV_DONTNEED, first_page, last_page - first_page)
         flat[: (first_page - start) // 4].zero_()
         flat[(last_page - start) // 4 :].zero_()
-
-
-class BlockCache:
-    """Blocks of tokens and a block table for each request, in the model's type. For GPUs; right on any device.
-
-    Args:
-        num_blocks, block_size: blocks in all, and tokens in each.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_layers, 2, num_blocks * block_size, num_heads, head_dim)
-        self._slots = torch.empty(shape, dtype=dtype, device=device)
-        self._block_size = block_size
-        self._slots_of: dict[int, Tensor] = {}
-
-    def add(self, request_id: int) -> None:
-        self._slots_of[request_id] = torch.empty(0, dtype=torch.int64, device=self._slots.device)
-
-    def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        first_slots = torch.tensor(list(blocks), dtype=torch.int64)[:, None] * self._block_size
-        slots = (first_slots + torch.arange(self._block_size)).view(-1).to(self._slots.device)
-        self._slots_of[request_id] = torch.cat([self._slots_of[request_id], slots])
-
-    def release(self, request_id: int) -> None:
-        del self._slots_of[request_id]
-
-    def locate(self, batch: MicroBatch) -> Places:
-        return (torch.cat([self._slots_of[span.request_id][span.start : span.stop] for span in batch.spans]),)
-
-    def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
-        (slots,) = places
-        self._slots[layer, 0].index_copy_(0, slots, keys.to(self._slots.dtype))
-        self._slots[layer, 1].index_copy_(0, slots, values.to(self._slots.dtype))
-
-    def read(self, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        slots = self._slots_of[request_id][:num_tokens]
-        keys, values = self._slots[layer, 0, slots], self._slots[layer, 1, slots]
-        return keys.permute(1, 2, 0), values.transpose(0, 1)
 
 
 def _lazy_memory(num_bytes: int) -> mmap.mmap:

@@ -27,6 +27,11 @@ class RotaryTable:
         self._sin = angles.sin().to(device)
         self._rotary_dim = rotary_dim
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [positions, rotary_dim / 2] each."""
+        return self._cos, self._sin
+
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for rows at these positions, each [rows, 1, rotary_dim / 2]."""
         positions = positions.to(self._cos.device)

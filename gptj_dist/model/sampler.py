@@ -6,11 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gptj_dist.model.inputs import to_device
+
+CPU_ROWS_AT_ONCE = 2
+"""Rows of a kind that a CPU samples together: the numbers of more leave its cache (50,400 tokens, 32 rows on two cores:
+5.0 ms one by one, 3.2 ms two by two, 8.1 ms four by four)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,7 @@ class SampleSpec:
 
 
 class Sampler:
-    """Samples rows of logits.
+    """Samples rows of logits, all rows of a kind together and each as if it were alone.
 
     Args:
         unsampled_ids: tokens that are never sampled, such as rows of the embedding without a tokenizer entry.
@@ -45,18 +53,41 @@ class Sampler:
     def __init__(self, unsampled_ids: Sequence[int], eos_token_id: int, device: torch.device) -> None:
         self._unsampled_ids = torch.tensor(unsampled_ids, dtype=torch.int64, device=device)
         self._eos_token_id = eos_token_id
+        self._device = device
+        self._rows_at_once = CPU_ROWS_AT_ONCE if device.type == "cpu" else sys.maxsize
 
     def __call__(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
         """One token for each row of float32 [rows, vocab_size]; the logits are overwritten."""
-        logits.index_fill_(1, self._unsampled_ids, -math.inf)
-        for row, spec in zip(logits, specs, strict=True):
-            if not spec.may_end:
-                row[self._eos_token_id] = -math.inf
-        tokens: list[int] = logits.argmax(dim=-1).tolist()
-        for index, spec in enumerate(specs):
-            if spec.temperature > 0:
-                tokens[index] = _sample_row(logits[index], spec)
+        tokens: list[int] = self.draw(logits, specs).tolist()
         return tokens
+
+    def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+        """As a call, but the tokens stay on the device, int64 [rows]; the host waits for nothing."""
+        logits.index_fill_(1, self._unsampled_ids, -math.inf)
+        if not all(spec.may_end for spec in specs):
+            is_banned = to_device(torch.tensor([not spec.may_end for spec in specs]), self._device)
+            logits[:, self._eos_token_id].masked_fill_(is_banned, -math.inf)
+        tokens = logits.argmax(dim=-1)
+        for rows in _group_by_kind(specs, self._rows_at_once):
+            places = to_device(torch.tensor(rows), self._device)
+            tokens[places] = self._sample_kind(logits[places], [specs[row] for row in rows])
+        return tokens
+
+    def _sample_kind(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+        """Tokens for rows of one kind."""
+        numbers = [(s.temperature, s.top_p, s.min_p, uniform_noise(s.noise_key, s.position)) for s in specs]
+        columns = to_device(torch.tensor(numbers, dtype=torch.float64), self._device)
+        temperature, top_p, min_p, noise = columns[:, :, None].unbind(1)
+        # This never overflows: the likeliest token is at 0.
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
+        probabilities, token_ids = _sort(torch.softmax(scaled, dim=-1), specs[0])
+        if any(spec.top_p < 1 for spec in specs):
+            probabilities = _keep_top_p(probabilities, top_p)
+        if any(spec.min_p > 0 for spec in specs):
+            is_likely = probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True)
+            probabilities = probabilities.where(is_likely, 0)
+        places = _invert(probabilities, noise)
+        return (places if token_ids is None else token_ids.gather(1, places)).squeeze(1)
 
 
 def uniform_noise(noise_key: int, position: int) -> float:
@@ -66,32 +97,43 @@ def uniform_noise(noise_key: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def _sample_row(logits: Tensor, spec: SampleSpec) -> int:
-    """Inverts the cumulative distribution of the tokens kept."""
-    scaled = (logits - logits.max()).double() / spec.temperature  # never overflows: the likeliest token is at 0
-    probabilities, token_ids = _keep(torch.softmax(scaled, dim=-1), spec)
-    cumulative = probabilities.cumsum(0)
-    total = cumulative[-1:]
-    drawn = torch.searchsorted(cumulative, uniform_noise(spec.noise_key, spec.position) * total, right=True)
-    last = torch.searchsorted(cumulative, total)  # rounding must not carry the draw past the last possible token
-    index = int(torch.minimum(drawn, last))
-    return index if token_ids is None else int(token_ids[index])
+def _group_by_kind(specs: Sequence[SampleSpec], most_rows: int) -> Iterator[list[int]]:
+    """The rows that are not greedy, by how their tokens are sorted: rows of another kind must not change the order."""
+    kinds = defaultdict(list)
+    for row, spec in enumerate(specs):
+        if spec.temperature > 0:
+            kinds[spec.top_k, spec.top_k <= 0 and spec.top_p < 1].append(row)
+    for rows in kinds.values():
+        for first in range(0, len(rows), most_rows):
+            yield rows[first : first + most_rows]
 
 
-def _keep(probabilities: Tensor, spec: SampleSpec) -> tuple[Tensor, Tensor | None]:
-    """The probabilities that pass top_k, top_p and min_p, and their tokens' ids: None for all of them, in order.
+def _sort(probabilities: Tensor, spec: SampleSpec) -> tuple[Tensor, Tensor | None]:
+    """The likeliest `top_k` or, where `top_p` wants them, all probabilities in descending order, and their tokens' ids.
 
-    At least the likeliest token passes.
+    None for all of them in their own order: that is much cheaper.
     """
-    token_ids = None
     if spec.top_k > 0:
-        probabilities, token_ids = torch.topk(probabilities, min(spec.top_k, len(probabilities)))
-    elif spec.top_p < 1:
-        probabilities, token_ids = torch.sort(probabilities, descending=True, stable=True)
+        return torch.topk(probabilities, min(spec.top_k, probabilities.shape[1]))
     if spec.top_p < 1:
-        cumulative = probabilities.cumsum(0)
-        num_kept = int((cumulative < spec.top_p * cumulative[-1]).sum()) + 1
-        probabilities = probabilities[:num_kept]
-    if spec.min_p > 0:
-        probabilities = probabilities.where(probabilities >= spec.min_p * probabilities.max(), 0)
-    return probabilities, token_ids
+        return torch.sort(probabilities, descending=True, stable=True)
+    return probabilities, None
+
+
+def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """As many of each row's descending probabilities as reach `top_p` [rows, 1] of their sum; zeros for the rest."""
+    cumulative = probabilities.cumsum(-1)
+    num_kept = (cumulative < top_p * cumulative[:, -1:]).sum(dim=-1, keepdim=True) + 1
+    return probabilities.where(torch.arange(probabilities.shape[1], device=top_p.device) < num_kept, 0)
+
+
+def _invert(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Where the cumulative distribution reaches the noise [rows, 1], a share of its total; int64 [rows, 1].
+
+    A place in the row, even if it is full of NaN.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, noise * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # rounding must not carry the draw past the last possible token
+    return torch.minimum(drawn, last).clamp_(max=probabilities.shape[1] - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +14,17 @@ from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DTypeName
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
 from gptj_dist.model.attention import EXACT_TILE_ROWS
+from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
-from gptj_dist.model.inputs import MicroBatch, Span
-from gptj_dist.model.kv_cache import BlockCache, KVCache, RegionCache
+from gptj_dist.model.inputs import MicroBatch, Span, to_device
+from gptj_dist.model.kv_cache import KVCache, RegionCache
 from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
+
+if TYPE_CHECKING:
+    from gptj_dist.model.graphs import RecordedSteps
 
 
 class StageRunner:
@@ -38,6 +43,7 @@ class StageRunner:
         self._requests: dict[int, NewRequest] = {}
         self._model: StageModel | None = None
         self._cache: KVCache | None = None
+        self._steps: RecordedSteps | None = None
         self._sampler = Sampler(spec.unsampled_ids, spec.config.eos_token_id, self._device)
 
     @property
@@ -85,8 +91,11 @@ class StageRunner:
             pid=os.getpid(),
         )
 
+    @torch.inference_mode()
     def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
-        """Makes the KV cache: room for `num_blocks` blocks in all."""
+        """Makes the KV cache: room for `num_blocks` blocks in all. A GPU records its steps of single rows."""
+        if self._model is None:
+            raise RuntimeError("load() comes before allocate()")
         config, num_layers = self._spec.config, self._spec.layers.num_layers
         if self._device.type == "cpu":
             whole_tiles = -(-self._spec.max_model_len // EXACT_TILE_ROWS) * EXACT_TILE_ROWS
@@ -94,15 +103,19 @@ class StageRunner:
                 num_layers, self._spec.max_batch_size, whole_tiles, config.num_heads, config.head_dim
             )
         else:
-            self._cache = BlockCache(
+            from gptj_dist.model.graphs import GraphRecorder, RecordedSteps, batch_sizes  # Triton needs a GPU's torch
+
+            self._cache = cache = BlockCache(
                 num_layers,
                 num_blocks,
                 BLOCK_SIZE_TOKENS,
+                self._spec.max_model_len,
                 config.num_heads,
                 config.head_dim,
                 _torch_dtype(dtype),
                 self._device,
             )
+            self._steps = RecordedSteps(self._model, cache, batch_sizes(self._spec.max_batch_size), GraphRecorder())
 
     @torch.inference_mode()
     def step(self, plan: Plan, hidden: Tensor | None) -> Tensor | Result:
@@ -127,22 +140,26 @@ class StageRunner:
             raise RuntimeError("load() and allocate() come before the first plan")
         self._register(plan, self._cache)
         batch = _micro_batch(plan.chunks)
-        if hidden is None:
-            hidden = self.embed(plan)
-        hidden = self._model.forward(hidden.to(self._device), batch, self._cache)
+        inputs = _token_ids(plan) if hidden is None else hidden
+        wants_all_rows = not self._spec.layers.is_last or all(chunk.samples for chunk in plan.chunks)
+        if self._steps is not None and self._steps.has(batch) and wants_all_rows:
+            return self._steps(batch, inputs)
+        hidden = self._model.embed(inputs) if hidden is None else to_device(hidden, self._device)
+        hidden = self._model.forward(hidden, batch, self._cache)
         if not self._spec.layers.is_last:
             return hidden
         spans = [span for span, chunk in zip(batch.spans, plan.chunks, strict=True) if chunk.samples]
         if not spans:
             return torch.empty(0, self._spec.config.vocab_size)
-        return self._model.logits(hidden[[span.row + span.num_tokens - 1 for span in spans]])
+        last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in spans])
+        return self._model.logits(hidden[to_device(last_rows, self._device)])
 
     @torch.inference_mode()
     def embed(self, plan: Plan) -> Tensor:
         """What the first stage's layers start from: [rows, d_model]."""
         if self._model is None:
             raise RuntimeError("load() comes before the first plan")
-        return self._model.embed(torch.tensor([t for chunk in plan.chunks for t in chunk.token_ids]))
+        return self._model.embed(_token_ids(plan))
 
     def _register(self, plan: Plan, cache: KVCache) -> None:
         """Keeps the stage's view of requests in step with the coordinator's."""
@@ -168,6 +185,10 @@ class StageRunner:
             position=position,
             may_end=position >= request.min_position,
         )
+
+
+def _token_ids(plan: Plan) -> Tensor:
+    return torch.tensor([token_id for chunk in plan.chunks for token_id in chunk.token_ids])
 
 
 def _micro_batch(chunks: Sequence[Chunk]) -> MicroBatch:

@@ -35,7 +35,7 @@ STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {
     **dict.fromkeys(["engine", "errors", "config", "params", "sizes", "planning", "completion"], STDLIB_ONLY),
     "text": {"tokenizers"},
-    "model": {"torch"},
+    "model": {"torch", "triton"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub"},
 }
 RAY_MODULES = {"stages.actor", "stages.group"}

@@ -1,0 +1,71 @@
+"""Keys and values in blocks of tokens, and for each request a table of its blocks. For GPUs, which give out memory when
+it is asked for; so nothing is reserved for what a request may become. Who gets which block is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+SCRATCH_REQUEST = -1
+"""A request that is always there, for rows that fill up a micro-batch: its only block belongs to nobody."""
+
+
+class BlockCache:
+    """Blocks in the model's type, and tables on the host, to be sent with each micro-batch.
+
+    Args:
+        num_blocks, block_size: blocks in all, and tokens in each. One more block is held for `SCRATCH_REQUEST`.
+        max_tokens: the most tokens of a request.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        max_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, 2, num_blocks + 1, num_heads, block_size, head_dim)
+        memory = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = [(layer[0], layer[1]) for layer in memory.unbind()]
+        self._table_width = -(-max_tokens // block_size)
+        self._tables: dict[int, Tensor] = {}
+        self._num_blocks_of: dict[int, int] = {}
+        self.device = device
+        self.dtype = dtype
+        self.block_size = block_size
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.add(SCRATCH_REQUEST)
+        self.extend(SCRATCH_REQUEST, [num_blocks])
+
+    def add(self, request_id: int) -> None:
+        """Meets a request that has no tokens yet."""
+        self._tables[request_id] = torch.zeros(self._table_width, dtype=torch.int32)
+        self._num_blocks_of[request_id] = 0
+
+    def extend(self, request_id: int, blocks: Iterable[int]) -> None:
+        """Gives the request more blocks, behind those it has."""
+        new = torch.tensor(tuple(blocks), dtype=torch.int32)
+        num_blocks = self._num_blocks_of[request_id]
+        self._tables[request_id][num_blocks : num_blocks + len(new)] = new
+        self._num_blocks_of[request_id] = num_blocks + len(new)
+
+    def release(self, request_id: int) -> None:
+        """Forgets the request; its blocks may be given to the next one at once."""
+        del self._tables[request_id], self._num_blocks_of[request_id]
+
+    def tables(self, request_ids: Sequence[int]) -> Tensor:
+        """The requests' blocks, int32 [requests, most blocks of one] on the host; zeros behind those there are."""
+        return torch.stack([self._tables[request_id] for request_id in request_ids])
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [blocks, num_heads, block_size, head_dim] each."""
+        return self._layers[index]
