@@ -9,6 +9,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from gptj_dist.model.attention import Attention
+from gptj_dist.model.inputs import MicroBatch
+from gptj_dist.model.rotary import RotaryTable
+
 SCRATCH_REQUEST = -1
 """A request that is always there, for rows that fill up a micro-batch: its only block belongs to nobody."""
 
@@ -61,6 +65,12 @@ class BlockCache:
     def release(self, request_id: int) -> None:
         """Forgets the request; its blocks may be given to the next one at once."""
         del self._tables[request_id], self._num_blocks_of[request_id]
+
+    def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
+        """As `KVCache` has it."""
+        from gptj_dist.model.paged_attention import attend_in_blocks  # Triton comes with torch for GPUs alone
+
+        return attend_in_blocks(self, batch, rotary)
 
     def tables(self, request_ids: Sequence[int]) -> Tensor:
         """The requests' blocks, int32 [requests, most blocks of one] on the host; zeros behind those there are."""

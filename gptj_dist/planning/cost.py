@@ -81,8 +81,9 @@ def weight_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> in
 
 
 def kv_bytes_per_token(model: ModelConfig, num_layers: int, dtype: DTypeName, kind: DeviceKind) -> int:
-    """Bytes that one token takes in a stage's KV cache. A CPU stage keeps float32 (see `model.kv_cache`)."""
-    return 2 * num_layers * model.d_model * (DTYPE_BYTES["float32"] if kind == "cpu" else DTYPE_BYTES[dtype])
+    """Bytes that one token takes in a stage's KV cache. A CPU keeps float16 in float32 (see `model.kv_cache`)."""
+    kept: DTypeName = "float32" if kind == "cpu" and dtype != "bfloat16" else dtype
+    return 2 * num_layers * model.d_model * DTYPE_BYTES[kept]
 
 
 def step_work(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: DeviceKind, step: Step) -> Work:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
-from gptj_dist.config import BLOCK_SIZE_TOKENS, DTypeName
+from gptj_dist.config import DTypeName
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
-from gptj_dist.model.attention import EXACT_TILE_ROWS
+from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
-from gptj_dist.model.kv_cache import KVCache, RegionCache
+from gptj_dist.model.kv_cache import cache_dtype, make_cache
 from gptj_dist.model.sampler import Sampler, SampleSpec
-from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 
@@ -87,7 +87,10 @@ class StageRunner:
             dtype=dtype,
             weight_bytes=weight_bytes(spec.config, spec.layers, dtype),
             free_bytes=free_bytes(self._device),
-            kv_bytes_per_token=kv_bytes_per_token(spec.config, spec.layers.num_layers, dtype, spec.device),
+            kv_bytes_per_token=2
+            * spec.layers.num_layers
+            * spec.config.d_model
+            * cache_dtype(_torch_dtype(dtype), self._device).itemsize,
             pid=os.getpid(),
         )
 
@@ -96,26 +99,21 @@ class StageRunner:
         """Makes the KV cache: room for `num_blocks` blocks in all. A GPU records its steps of single rows."""
         if self._model is None:
             raise RuntimeError("load() comes before allocate()")
-        config, num_layers = self._spec.config, self._spec.layers.num_layers
-        if self._device.type == "cpu":
-            whole_tiles = -(-self._spec.max_model_len // EXACT_TILE_ROWS) * EXACT_TILE_ROWS
-            self._cache = RegionCache(
-                num_layers, self._spec.max_batch_size, whole_tiles, config.num_heads, config.head_dim
-            )
-        else:
+        spec = self._spec
+        self._cache = make_cache(
+            spec.config,
+            spec.layers.num_layers,
+            num_blocks,
+            spec.max_batch_size,
+            spec.max_model_len,
+            _torch_dtype(dtype),
+            self._device,
+        )
+        if isinstance(self._cache, BlockCache):
             from gptj_dist.model.graphs import GraphRecorder, RecordedSteps, batch_sizes  # Triton needs a GPU's torch
 
-            self._cache = cache = BlockCache(
-                num_layers,
-                num_blocks,
-                BLOCK_SIZE_TOKENS,
-                self._spec.max_model_len,
-                config.num_heads,
-                config.head_dim,
-                _torch_dtype(dtype),
-                self._device,
-            )
-            self._steps = RecordedSteps(self._model, cache, batch_sizes(self._spec.max_batch_size), GraphRecorder())
+            sizes = batch_sizes(spec.max_batch_size)
+            self._steps = RecordedSteps(self._model, self._cache, sizes, GraphRecorder())
 
     @torch.inference_mode()
     def step(self, plan: Plan, hidden: Tensor | None) -> Tensor | Result:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from gptj_dist.config import DTypeName
+from gptj_dist.config import BLOCK_SIZE_TOKENS, DTypeName
+from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.planning.cost import Chunks
@@ -31,6 +32,9 @@ MIN_REPEATS = 4
 FILL_TOKENS = 128
 """Rows of the chunks that bring requests to the length that a case starts from."""
 
+MAX_BLOCKS = 8192
+"""KV blocks, if there is memory: 64 requests of 2,048 tokens."""
+
 BARRIER_TIMEOUT_S = 600.0
 """A process that waits so long for the others has lost one."""
 
@@ -41,13 +45,16 @@ class StageStopwatch:
     def __init__(self, spec: StageSpec, dtype: DTypeName, num_threads: int) -> None:
         self._spec = spec
         self._runner = StageRunner(spec)
-        self._runner.load(dtype, num_threads)
-        self._runner.allocate(0, dtype)
+        report = self._runner.load(dtype, num_threads)
+        free_blocks = report.free_bytes // 2 // (report.kv_bytes_per_token * BLOCK_SIZE_TOKENS)
+        self._pool = BlockPool(min(free_blocks, MAX_BLOCKS), BLOCK_SIZE_TOKENS)
+        self._runner.allocate(self._pool.num_blocks, dtype)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._released: tuple[int, ...] = ()
         self._num_plans = 0
         self._num_requests = 0
         self._filled: dict[int, list[int]] = {}
+        self._blocks_of: dict[int, list[int]] = {}
 
     def prepare(self, case: Chunks) -> None:
         """Makes the requests that a case goes on with, and does it once, as the first time is never like the others."""
@@ -75,6 +82,8 @@ class StageStopwatch:
         request_ids = [self._new_id() for _ in range(case.num_requests)]
         seconds = self._step(request_ids, 0, case.num_tokens)
         self._released = tuple(request_ids)
+        for request_id in request_ids:
+            self._pool.give_back(self._blocks_of.pop(request_id))
         return seconds
 
     def _step(self, request_ids: Sequence[int], start: int, num_tokens: int) -> float:
@@ -84,7 +93,7 @@ class StageStopwatch:
             self._num_plans,
             self._released,
             tuple(NewRequest(id_, 0.0, 1.0, 0, 0.0, id_, 0) for id_ in request_ids) if start == 0 else (),
-            tuple(Chunk(id_, start, token_ids, (), True) for id_ in request_ids),
+            tuple(Chunk(id_, start, token_ids, self._new_blocks(id_, start + num_tokens), True) for id_ in request_ids),
         )
         self._num_plans += 1
         self._released = ()
@@ -94,6 +103,13 @@ class StageStopwatch:
         begin = time.perf_counter()
         self._runner.step(plan, hidden)
         return time.perf_counter() - begin
+
+    def _new_blocks(self, request_id: int, num_tokens: int) -> tuple[int, ...]:
+        """KV blocks that the request needs to hold so many tokens, beside those it has."""
+        held = self._blocks_of.setdefault(request_id, [])
+        new = self._pool.take(max(0, self._pool.blocks_for(num_tokens) - len(held)))
+        held += new
+        return tuple(new)
 
     def _new_id(self) -> int:
         self._num_requests += 1

@@ -1,1 +1,1 @@
-"""Attention on a CPU in C, compiled on the machine that runs it. Where there is no compiler, `model.attention` serves."""
+"""Attention on a CPU in C, compiled on the machine that runs it. Without a compiler `model.regions` does the same."""

@@ -21,7 +21,7 @@ TILE_ROWS = 8
 class NativeCache:
     """Blocks of `LANES` tokens and a block table for each request.
 
-    Memory is taken as blocks are first written; the pool hands out warm blocks first.
+    Memory is taken as blocks are first written.
 
     Args:
         num_blocks: blocks in all.
@@ -32,6 +32,7 @@ class NativeCache:
 
     def __init__(
         self,
+        library: ctypes.CDLL,
         num_layers: int,
         num_blocks: int,
         max_requests: int,
@@ -40,6 +41,7 @@ class NativeCache:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
+        self._library = library
         self.padded_dim = -(-head_dim // LANES) * LANES
         self.dtype = dtype
         self.keys = torch.empty(num_layers, num_blocks, num_heads, head_dim, LANES, dtype=dtype)
@@ -65,6 +67,10 @@ class NativeCache:
         """Forgets the request; its blocks may be given to the next one at once."""
         self._free_slots.append(self._slot_of.pop(request_id))
         del self._num_blocks_of[request_id]
+
+    def attention(self, batch: MicroBatch, rotary: RotaryTable) -> NativeAttention:
+        """As `KVCache` has it."""
+        return NativeAttention(self._library, self, batch, rotary)
 
     def slots(self, spans: Sequence[Span]) -> Tensor:
         """Each row's block table: int32 [rows]."""
@@ -105,9 +111,7 @@ class NativeAttention:
         theirs = heads if heads.dtype == self._cache.dtype else heads.to(self._cache.dtype)
         self._batch.num_heads, self._batch.head_dim, self._batch.row_stride = num_heads, head_dim, theirs.stride(0)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        has_failed = self._attend(
-            self._batch, theirs.data_ptr(), keys.data_ptr(), values.data_ptr(), self._num_threads
-        )
+        has_failed = self._attend(self._batch, theirs.data_ptr(), keys.data_ptr(), values.data_ptr(), self._num_threads)
         if has_failed:
             raise MemoryError(f"no memory for the attention of {rows} rows")
         if theirs is not heads:

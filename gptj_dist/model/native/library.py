@@ -49,7 +49,7 @@ def load_library() -> ctypes.CDLL | None:
 
 def _compiled() -> Path:
     """The library's file, made if this machine and compiler have none of this source yet."""
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise OSError(f"there is no C compiler ({' or '.join(COMPILERS)}) on {platform.node()}")
     version = _run(compiler, "--version")

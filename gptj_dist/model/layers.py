@@ -1,0 +1,174 @@
+"""The parts of a GPT-J: its layers and its head, and how they are loaded.
+
+GPT-J's layer feeds one LayerNorm to attention and MLP and adds both to its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptj_dist.config import ModelConfig
+from gptj_dist.model.linear import Linear, can_pack
+
+ReadTensor = Callable[[str, Tensor], None]
+"""Fills a tensor with that of a checkpoint, by its name there."""
+
+Attend = Callable[[Tensor], None]
+"""An `Attention` in one layer: takes the heads [rows, 3, num_heads, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """Normalises each row; Ba et al. 2016."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class Layer(Protocol):
+    """One of GPT-J's layers."""
+
+    def __call__(self, hidden: Tensor, attend: Attend) -> Tensor:
+        """[rows, d_model] -> the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """Four products with GELU and both sums inside them, for packed weights.
+
+    Args:
+        qkv: [3 * d_model, d_model].
+    """
+
+    norm: LayerNorm
+    qkv: Linear
+    fc_in: Linear
+    out_proj: Linear
+    fc_out: Linear
+    num_heads: int
+
+    def __call__(self, hidden: Tensor, attend: Attend) -> Tensor:
+        rows, d_model = hidden.shape
+        normed = self.norm(hidden)
+        qkv = self.qkv(normed)
+        attend(qkv.view(rows, 3, self.num_heads, -1))
+        # The values' columns hold what attention made.
+        hidden = self.out_proj.add(qkv[:, 2 * d_model :], hidden)
+        return self.fc_out.add(self.fc_in.gelu(normed), hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedLayer:
+    """Two products, each as large as can be, where a launch costs more than an addition.
+
+    Args:
+        fan_in: [3 * d_model + d_ff, d_model]: q, k, v and fc_in.
+        fan_out: [d_model, d_model + d_ff]: out_proj and fc_out.
+    """
+
+    norm: LayerNorm
+    fan_in: Linear
+    fan_out: Linear
+    num_heads: int
+
+    def __call__(self, hidden: Tensor, attend: Attend) -> Tensor:
+        rows, d_model = hidden.shape
+        fanned = self.fan_in(self.norm(hidden))
+        # Attention writes its result over the values, whose columns stand right before the MLP's.
+        attend(fanned[:, : 3 * d_model].view(rows, 3, self.num_heads, -1))
+        fanned[:, 3 * d_model :] = F.gelu(fanned[:, 3 * d_model :], approximate="tanh")
+        return hidden + self.fan_out(fanned[:, 2 * d_model :])
+
+
+class PartLoader:
+    """Makes the parts of a stage, reading each tensor right into its place in a joined one.
+
+    Where weights are packed, which copies them, one matrix is read into the memory of the one before: getting fresh
+    memory for each costs as much time as reading it.
+    """
+
+    def __init__(self, read: ReadTensor, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._read = read
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._packs = can_pack(device, dtype)
+        self._scratch = torch.empty(0, dtype=dtype, device=device)
+
+    def embedding(self) -> Tensor:
+        """[vocab_size, d_model]."""
+        return self._tensor("transformer.wte.weight", self._config.vocab_size, self._config.d_model)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name in the checkpoint."""
+        return self._fused_layer(name) if self._packs else self._joined_layer(name)
+
+    def head(self) -> tuple[LayerNorm, Linear]:
+        """The last LayerNorm, and the product with [vocab_size, d_model]."""
+        vocab_size, d_model = self._config.vocab_size, self._config.d_model
+        name = "transformer.wte.weight" if self._config.has_tied_embeddings else "lm_head.weight"
+        projection = self._linear({name: vocab_size}, d_model, self._tensor("lm_head.bias", vocab_size))
+        return self._norm("transformer.ln_f"), projection
+
+    def _fused_layer(self, name: str) -> FusedLayer:
+        d_model, d_ff = self._config.d_model, self._config.d_ff
+        fc_in_bias, fc_out_bias = (
+            self._tensor(f"{name}.mlp.fc_{i}.bias", n) for i, n in (("in", d_ff), ("out", d_model))
+        )
+        return FusedLayer(
+            self._norm(f"{name}.ln_1"),
+            self._linear({f"{name}.attn.{part}_proj.weight": d_model for part in "qkv"}, d_model, None),
+            self._linear({f"{name}.mlp.fc_in.weight": d_ff}, d_model, fc_in_bias),
+            self._linear({f"{name}.attn.out_proj.weight": d_model}, d_model, None),
+            self._linear({f"{name}.mlp.fc_out.weight": d_model}, d_ff, fc_out_bias),
+            self._config.num_heads,
+        )
+
+    def _joined_layer(self, name: str) -> JoinedLayer:
+        d_model, d_ff = self._config.d_model, self._config.d_ff
+        fan_in_bias = torch.zeros(3 * d_model + d_ff, dtype=self._dtype, device=self._device)
+        self._read(f"{name}.mlp.fc_in.bias", fan_in_bias[3 * d_model :])
+        rows_of = {f"{name}.attn.{part}_proj.weight": d_model for part in "qkv"} | {f"{name}.mlp.fc_in.weight": d_ff}
+        fan_out = self._matrix(d_model, d_model + d_ff)
+        self._read(f"{name}.attn.out_proj.weight", fan_out[:, :d_model])
+        self._read(f"{name}.mlp.fc_out.weight", fan_out[:, d_model:])
+        return JoinedLayer(
+            self._norm(f"{name}.ln_1"),
+            self._linear(rows_of, d_model, fan_in_bias),
+            Linear(fan_out, self._tensor(f"{name}.mlp.fc_out.bias", d_model)),
+            self._config.num_heads,
+        )
+
+    def _linear(self, rows_of: dict[str, int], columns: int, bias: Tensor | None) -> Linear:
+        """A product with matrices of the checkpoint, by name and number of rows, one below the other."""
+        weight = self._matrix(sum(rows_of.values()), columns)
+        for name, part in zip(rows_of, torch.split(weight, list(rows_of.values())), strict=True):
+            self._read(name, part)
+        return Linear(weight, bias)
+
+    def _norm(self, name: str) -> LayerNorm:
+        weight, bias = (self._tensor(f"{name}.{part}", self._config.d_model) for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, self._config.layer_norm_eps)
+
+    def _tensor(self, name: str, *shape: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._read(name, tensor)
+        return tensor
+
+    def _matrix(self, rows: int, columns: int) -> Tensor:
+        """Room for the weight of a `Linear`; valid until the next is asked for if the `Linear` packs it."""
+        if not self._packs:
+            return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
+        if self._scratch.numel() < rows * columns:
+            self._scratch = torch.empty(rows * columns, dtype=self._dtype, device=self._device)
+        return self._scratch[: rows * columns].view(rows, columns)
