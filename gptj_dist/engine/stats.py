@@ -17,7 +17,7 @@ from gptj_dist.engine.plan import Plan, Result, StageTiming
 
 WINDOW_S = 10.0
 MAX_RECORDS = 4096
-"""Plans that are remembered: some megabytes, and enough for a second of a quick pipeline between two readers' visits."""
+"""Plans that are remembered: some megabytes, and enough for seconds of a quick pipeline between a reader's visits."""
 
 _Interval = tuple[int, int]
 """Begin and end in nanoseconds."""
@@ -107,9 +107,7 @@ class PipelineStats:
         max_records: the most plans remembered; of a quicker pipeline a snapshot looks back on less.
     """
 
-    def __init__(
-        self, clock: Callable[[], int], window_s: float = WINDOW_S, max_records: int = MAX_RECORDS
-    ) -> None:
+    def __init__(self, clock: Callable[[], int], window_s: float = WINDOW_S, max_records: int = MAX_RECORDS) -> None:
         self.now_ns = clock
         self._window_ns = round(window_s * 1e9)
         self._records: deque[PlanRecord] = deque(maxlen=max_records)
@@ -215,9 +213,7 @@ class PipelineStats:
 
 def _covered_ns(intervals: Iterable[_Interval], begin_ns: int, end_ns: int) -> int:
     """How much of [begin, end) the intervals cover, each counted for itself."""
-    return sum(
-        min(end, end_ns) - max(begin, begin_ns) for begin, end in intervals if begin < end_ns and end > begin_ns
-    )
+    return sum(min(end, end_ns) - max(begin, begin_ns) for begin, end in intervals if begin < end_ns and end > begin_ns)
 
 
 def _union(intervals: Iterable[_Interval]) -> list[_Interval]:
