@@ -12,7 +12,6 @@ from gptj_dist.sizes import bytes_text
 
 WIDE_COLUMNS = 110
 NARROW_BAR, WIDE_BAR = 10, 20
-NARROW_DEVICE, WIDE_DEVICE = 13, 32
 BUSY, BUBBLE, IDLE = ("━", "green"), ("╌", "yellow"), ("·", "bright_black")
 """Parts of a bar: told apart by their shape where there are no colours."""
 
@@ -43,7 +42,7 @@ def _pipeline(pipeline: PipelineDocument, is_wide: bool) -> list[RenderableType]
 def _head(pipeline: PipelineDocument) -> list[Text]:
     """Two lines: what goes on now, and the rates."""
     colour = "green" if pipeline.state == "up" else "bold yellow"
-    now = Text.assemble((pipeline.name.rpartition("#")[2], "bold"), "  ", (pipeline.state, colour), "  ")
+    now = Text.assemble((pipeline.name, "bold"), "  ", (pipeline.state, colour), "  ")
     now.append(f"{pipeline.num_running} running, {pipeline.num_waiting} waiting, {pipeline.num_in_flight} in flight")
     for number, what in ((pipeline.num_preemptions, "preempted"), (pipeline.num_restarts, "restarted")):
         if number:
@@ -51,7 +50,7 @@ def _head(pipeline: PipelineDocument) -> list[Text]:
     share = pipeline.num_used_blocks / pipeline.num_blocks
     rates = Text(
         f"{pipeline.output_tokens_per_s:,.0f} tokens/s out, {pipeline.prompt_tokens_per_s:,.0f} in, "
-        f"{pipeline.plans_per_s:,.0f} steps/s, KV {share:.1%} of {pipeline.num_blocks:,} blocks, "
+        f"{pipeline.plans_per_s:,.0f} steps/s, KV {share:.1%} in use, "
         f"coordinator {pipeline.coordinator_share:.0%}",
         "bright_black",
     )
@@ -60,9 +59,9 @@ def _head(pipeline: PipelineDocument) -> list[Text]:
 
 def _stages(pipeline: PipelineDocument, is_wide: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), border_style="bright_black")
-    table.add_column("stage", justify="right")
+    table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("layers", no_wrap=True)
-    table.add_column("device", no_wrap=True, max_width=WIDE_DEVICE if is_wide else NARROW_DEVICE)
+    table.add_column("device")  # the one that gives way where the terminal is narrow
     table.add_column("busy", no_wrap=True)
     for column in ("bubbles", "ms/step", "queue", *(["wait ms"] if is_wide else []), "KV in use"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -73,13 +72,14 @@ def _stages(pipeline: PipelineDocument, is_wide: bool) -> Table:
 
 def _cells(stage: StageDocument, is_wide: bool) -> list[Text]:
     kv = bytes_text(stage.kv_used_bytes)
-    device = f"{stage.device} on {stage.node}" if is_wide else stage.device
+    name = f"{stage.device} on {stage.node}" if is_wide else stage.device
+    device = Text(name, no_wrap=True, overflow="ellipsis")
     numbers = [_percent(stage.bubble_share), _number(stage.step_ms), _number(stage.queue)]
     if is_wide:
         numbers.append(_number(stage.wait_ms))
         kv += f" / {bytes_text(stage.kv_total_bytes)}"
-    texts = [str(stage.stage), f"{stage.layers[0]}-{stage.layers[1]}", device]
-    return [*map(Text, texts), _bar(stage, WIDE_BAR if is_wide else NARROW_BAR), *map(Text, numbers), Text(kv)]
+    place = [Text(str(stage.stage)), Text(f"{stage.layers[0]}-{stage.layers[1]}"), device]
+    return [*place, _bar(stage, WIDE_BAR if is_wide else NARROW_BAR), *map(Text, numbers), Text(kv)]
 
 
 def _bar(stage: StageDocument, width: int) -> Text:

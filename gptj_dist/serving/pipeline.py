@@ -75,12 +75,14 @@ class Pipeline:
     ) -> None:
         keep_replica_on_node_address()
         self._blueprint = draw_blueprint(config)
+        replica = serve.get_replica_context().replica_id
+        self._name: str = replica.unique_id
         self._placement = Placement(
             group=ray.util.get_current_placement_group(),
             device=device,
             cpus=cpus_per_stage,
             gpus=gpus_per_stage,
-            name=serve.get_replica_context().replica_id.to_full_id_str(),
+            name=replica.to_full_id_str(),
         )
         self._epoch = 0
         self._is_lost = False
@@ -117,7 +119,7 @@ class Pipeline:
         """A look inside."""
         scheduler = self._engine.scheduler
         return PipelineStatus(
-            name=self._placement.name,
+            name=self._name,
             limits=self._loaded.limits(),
             stages=self._loaded.reports,
             num_blocks=self._loaded.num_blocks,
@@ -138,8 +140,8 @@ class Pipeline:
         Args:
             since: by name of a pipeline, the number of the first plan to be told; one without a name tells all.
         """
-        name = self._placement.name
-        return TracePart(name, self._blueprint.layers, self._engine.stats.records(since.get(name, 0)))
+        records = self._engine.stats.records(since.get(self._name, 0))
+        return TracePart(self._name, self._blueprint.layers, records)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises: when new stages would not start either."""
