@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, fields
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -16,10 +17,12 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.completion import TextDelta, stream_text
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.request import FinishReason
+from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import InvalidRequestError, NotReadyError
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import load_local, make_engine
+from gptj_dist.stages.trace import TraceFile, TracePart
 from gptj_dist.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -103,6 +106,16 @@ class LLM:
         finally:
             pouring.cancel()
 
+    def write_trace(self, path: str | Path) -> None:
+        """Writes when each stage computed what, of the last few thousand steps, for https://ui.perfetto.dev.
+
+        Raises:
+            ConfigurationError: the file cannot be written.
+        """
+        with TraceFile(Path(path)) as trace:
+            layers = self.pipeline.blueprint.layers
+            trace.append([TracePart("in one process", layers, self._run(self._records()))])
+
     def close(self) -> None:
         """Ends the engine, its streams and its threads. A second call does nothing."""
         if self._loop.is_closed():
@@ -167,6 +180,9 @@ class LLM:
 
     async def _start(self) -> asyncio.Task[None]:
         return asyncio.create_task(self._engine.run())
+
+    async def _records(self) -> tuple[PlanRecord, ...]:
+        return self._engine.stats.records()
 
     async def _shut_down(self) -> None:
         self._driver.cancel()

@@ -14,6 +14,7 @@ from gptj_dist.cli.inspect import inspect
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
 from gptj_dist.cli.synth import synth
+from gptj_dist.cli.top import top
 from gptj_dist.cli.verify import verify
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(top)
 app.command()(plan)
 app.command()(synth)
 app.command()(doctor)

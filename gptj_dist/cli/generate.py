@@ -17,6 +17,7 @@ from gptj_dist.cli.options import (
     Revision,
     Stages,
     ThreadsPerStage,
+    Trace,
     parse_kv_cache_gb,
     parse_layers,
 )
@@ -41,6 +42,7 @@ def generate(
     max_model_len: MaxModelLen = None,
     kv_cache_gb: KVCacheGB = "auto",
     revision: Revision = None,
+    trace: Trace = None,
 ) -> None:
     """Continue a prompt in this process, without Ray, and print the text as it comes."""
     params = SamplingParams(
@@ -53,7 +55,9 @@ def generate(
         stop=tuple(stop or ()),
     )
     from gptj_dist.llm import LLM
+    from gptj_dist.stages.trace import check_trace_path
 
+    check_trace_path(trace)
     with LLM(
         model,
         revision=revision,
@@ -70,4 +74,6 @@ def generate(
         for text in llm.stream(prompt, params):
             sys.stdout.write(text)
             sys.stdout.flush()
+        if trace is not None:
+            llm.write_trace(trace)
     sys.stdout.write("\n")

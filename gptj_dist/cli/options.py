@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
@@ -33,6 +34,12 @@ KVCacheGB: TypeAlias = Annotated[
     str, typer.Option(help="KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.")
 ]
 MaxBatchSize: TypeAlias = Annotated[int, typer.Option(help="Most requests that run at once; more wait.")]
+Trace: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write when each stage computed what, for https://ui.perfetto.dev.", show_default=False
+    ),
+]
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000

@@ -23,6 +23,7 @@ from gptj_dist.cli.options import (
     Revision,
     Stages,
     ThreadsPerStage,
+    Trace,
     parse_kv_cache_gb,
     parse_layers,
 )
@@ -52,6 +53,7 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; without it a local one is started.", envvar="RAY_ADDRESS")
     ] = None,
+    trace: Trace = None,
 ) -> None:
     """Serve a model over HTTP as a pipeline of stages, until Ctrl-C."""
     config = PipelineConfig(
@@ -70,12 +72,14 @@ def serve(
     )
     scaling = _scaling(replicas, min_replicas, max_replicas)
     from gptj_dist.stages.blueprint import draw_blueprint
+    from gptj_dist.stages.trace import check_trace_path
 
+    check_trace_path(trace)
     config = draw_blueprint(config).config  # whatever is wrong with the model is said before Ray starts
     from gptj_dist.serving.launcher import Launch, run_until_interrupted
     from gptj_dist.serving.settings import AppConfig
 
-    run_until_interrupted(Launch(AppConfig(config, served_model_name), scaling, host, port, address))
+    run_until_interrupted(Launch(AppConfig(config, served_model_name), scaling, host, port, address, trace))
 
 
 def _scaling(replicas: int | None, min_replicas: int | None, max_replicas: int | None) -> dict[str, object]:

@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.request import FinishReason, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
+from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 
@@ -68,6 +70,7 @@ class AsyncEngine:
         executor: computes; replaced by `resume` after a failure.
         limits: what requests are checked against.
         clock: seconds; for `last_token_s`.
+        stats: is told of every plan; None makes one on the clock that stages use.
 
     Attributes:
         last_token_s: when a token last came through all stages of the present executor; None before the first.
@@ -79,6 +82,7 @@ class AsyncEngine:
         executor: Executor,
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
+        stats: PipelineStats | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor: Executor | None = executor
@@ -89,10 +93,16 @@ class AsyncEngine:
         self._is_pump_due = False
         self._broken: asyncio.Future[None] | None = None
         self.last_token_s: float | None = None
+        self.stats = stats or PipelineStats(SteadyClock())
 
     @property
     def scheduler(self) -> Scheduler:
         return self._scheduler
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests are taken: not between `fail` and `resume`."""
+        return self._executor is not None
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, choice: int = 0
@@ -139,6 +149,7 @@ class AsyncEngine:
         """Ends every stream with `error`, and takes no new ones until `resume`."""
         self._executor = None
         self.last_token_s = None
+        self.stats.note_lost()
         for request in self._scheduler.drain():
             self._mailboxes[request.request_id].fail(error)
 
@@ -175,9 +186,11 @@ class AsyncEngine:
             await asyncio.wait((receiving, broken), return_when=asyncio.FIRST_COMPLETED)
             if broken.done():
                 broken.result()
-            for output in self._scheduler.update(receiving.result()):
+            result, landed_ns = receiving.result(), self.stats.now_ns()
+            for output in self._scheduler.update(result):
                 self.last_token_s = self._clock()
                 self._mailboxes[output.request.request_id].put(output)
+            self.stats.note_landed(result, landed_ns)
             self._pump()
         finally:
             receiving.cancel()
@@ -201,8 +214,10 @@ class AsyncEngine:
         """Submits plans until enough are in flight or there is nothing to do."""
         if self._executor is None:
             return
+        begin_ns = self.stats.now_ns()
         while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
+            begin_ns = self.stats.note_submitted(plan, begin_ns)
         if not self._scheduler.has_requests:
             self._scheduler.check_integrity()
 

@@ -7,6 +7,7 @@ so a block that one plan releases may be written by the next.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,22 @@ class Plan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
+class StageTiming(NamedTuple):
+    """When a stage took up a plan and when its output was ready to leave, in nanoseconds of its `SteadyClock`."""
+
+    begin_ns: int
+    end_ns: int
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The tokens that the last stage sampled for a plan: one for each chunk with `samples`, in the plan's order."""
+    """What became of a plan.
+
+    Args:
+        token_ids: what the last stage sampled: one for each chunk with `samples`, in the plan's order.
+        timings: of every stage, first to last; empty where nobody measures.
+    """
 
     plan_id: int
     token_ids: tuple[int, ...]
+    timings: tuple[StageTiming, ...] = ()

@@ -26,7 +26,9 @@ from gptj_dist.engine.async_engine import Delta
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
+from gptj_dist.serving.debug import debug_document
 from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
+from gptj_dist.serving.everyone import statuses, trace_parts
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.merge import merge
 from gptj_dist.serving.protocol import (
@@ -42,6 +44,7 @@ from gptj_dist.serving.protocol import (
 )
 from gptj_dist.serving.settings import AppConfig
 from gptj_dist.serving.sse import SSE_DONE, sse_frame
+from gptj_dist.stages.trace import TraceEvents
 from gptj_dist.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -77,6 +80,8 @@ class Ingress:
             routes=[
                 Route("/health", self.health),
                 Route("/ready", self.ready),
+                Route("/debug/pipeline", self.debug_pipeline),
+                Route("/debug/trace", self.debug_trace),
                 Route("/v1/models", self.models),
                 Route("/v1/completions", self.completions, methods=["POST"]),
             ],
@@ -97,6 +102,25 @@ class Ingress:
             known = isinstance(error, GPTJDistError)
             return _refusal(error if known else NotReadyError("no pipeline makes a token right now"))
         return JSONResponse({"status": "ready"})
+
+    async def debug_pipeline(self, _: Request) -> Response:
+        """What every pipeline and its stages are doing."""
+        try:
+            self._require_pipeline()
+            answers = await statuses(self._pipeline)
+        except GPTJDistError as error:
+            return _refusal(error)
+        document = debug_document(self._model_name, answers.given, answers.num_silent)
+        return JSONResponse(document.model_dump(mode="json"))
+
+    async def debug_trace(self, _: Request) -> Response:
+        """The last plans of every pipeline, as a Chrome trace."""
+        try:
+            self._require_pipeline()
+            answers = await trace_parts(self._pipeline, {})
+        except GPTJDistError as error:
+            return _refusal(error)
+        return JSONResponse(TraceEvents().of(answers.given))
 
     async def models(self, _: Request) -> Response:
         """The one model that is served."""

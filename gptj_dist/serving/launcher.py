@@ -11,8 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -49,6 +50,7 @@ class Launch:
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config`.
         address: the Ray cluster to join; None starts a local one.
+        trace: where to write when each stage computed what, if anywhere.
     """
 
     app: AppConfig
@@ -56,13 +58,14 @@ class Launch:
     host: str
     port: int
     address: str | None
+    trace: Path | None = None
 
 
 def run_until_interrupted(launch: Launch) -> None:
     """Serves until SIGINT or SIGTERM, then drains and leaves nothing behind.
 
     Raises:
-        ConfigurationError: the port is taken, the cluster is not there or has no room.
+        ConfigurationError: the port is taken, the cluster is not there or has no room, the trace cannot be written.
         StageFailedError: the pipelines would not start.
     """
     console = Console()
@@ -73,8 +76,9 @@ def run_until_interrupted(launch: Launch) -> None:
         with _ray(launch, console), _application(launch, console) as (host, port):
             base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
             _await_ready(base, console)
-            _announce(launch, base, time.monotonic() - begin, console)
-            signal.pause()
+            with _trace(launch):
+                _announce(launch, base, time.monotonic() - begin, console)
+                signal.pause()
     except KeyboardInterrupt:
         console.print("Stopped.")
 
@@ -118,6 +122,17 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _trace(launch: Launch) -> AbstractContextManager[None]:
+    """Writes the trace meanwhile, where one is wanted."""
+    from ray import serve
+
+    from gptj_dist.serving.tracing import tracing
+
+    if launch.trace is None:
+        return nullcontext()
+    return tracing(serve.get_deployment_handle("Pipeline", APP_NAME), launch.trace)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -16,11 +16,13 @@ from ray import serve
 from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine, Delta
 from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.stats import Snapshot
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
+from gptj_dist.stages.trace import TracePart
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,6 +39,8 @@ class PipelineStatus:
 
     Args:
         name: the replica's.
+        is_up: whether it takes requests; not while its stages are being replaced.
+        snapshot: its last seconds.
         num_used_blocks: KV blocks in use now, of `num_blocks`.
         num_restarts: how often its stages were replaced.
         pid: the coordinator's process.
@@ -49,8 +53,12 @@ class PipelineStatus:
     num_used_blocks: int
     num_running: int
     num_waiting: int
+    num_in_flight: int
+    num_preemptions: int
     num_restarts: int
     pid: int
+    is_up: bool
+    snapshot: Snapshot
 
 
 class Pipeline:
@@ -67,12 +75,14 @@ class Pipeline:
     ) -> None:
         keep_replica_on_node_address()
         self._blueprint = draw_blueprint(config)
+        replica = serve.get_replica_context().replica_id
+        self._name: str = replica.unique_id
         self._placement = Placement(
             group=ray.util.get_current_placement_group(),
             device=device,
             cpus=cpus_per_stage,
             gpus=gpus_per_stage,
-            name=serve.get_replica_context().replica_id.to_full_id_str(),
+            name=replica.to_full_id_str(),
         )
         self._epoch = 0
         self._is_lost = False
@@ -109,16 +119,29 @@ class Pipeline:
         """A look inside."""
         scheduler = self._engine.scheduler
         return PipelineStatus(
-            name=self._placement.name,
+            name=self._name,
             limits=self._loaded.limits(),
             stages=self._loaded.reports,
             num_blocks=self._loaded.num_blocks,
             num_used_blocks=scheduler.num_used_blocks,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
+            num_in_flight=scheduler.num_in_flight,
+            num_preemptions=scheduler.num_preemptions,
             num_restarts=self._epoch,
             pid=os.getpid(),
+            is_up=self._engine.is_up,
+            snapshot=self._engine.stats.snapshot(),
         )
+
+    async def trace_part(self, since: Mapping[str, int]) -> TracePart:
+        """The plans that came back and are still remembered.
+
+        Args:
+            since: by name of a pipeline, the number of the first plan to be told; one without a name tells all.
+        """
+        records = self._engine.stats.records(since.get(self._name, 0))
+        return TracePart(self._name, self._blueprint.layers, records)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises: when new stages would not start either."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import ray
 
 from gptj_dist.config import DTypeName
-from gptj_dist.engine.plan import Result
+from gptj_dist.engine.clock import SteadyClock
+from gptj_dist.engine.plan import Result, StageTiming
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.transport.codec import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
 from gptj_dist.stages.transport.zeromq import Inbound, Outbound
@@ -30,6 +31,7 @@ class Stage:
 
         self._runner = StageRunner(spec)
         self._epoch = epoch
+        self._clock = SteadyClock()
         self._inbound = Inbound(ray.util.get_node_ip_address(), epoch)
         self._progress = "starting"
 
@@ -69,8 +71,13 @@ class Stage:
     def _compute(self, frame: Frame) -> Frame:
         if not isinstance(frame, PlanFrame):
             raise TypeError(f"a stage takes plans, not a {type(frame).__name__}")
+        begin_ns = self._clock()
         output = self._runner.step(frame.plan, _to_tensor(frame.hidden))
-        return ResultFrame(output) if isinstance(output, Result) else PlanFrame(frame.plan, _to_wire(output))
+        passed_on = output if isinstance(output, Result) else _to_wire(output)
+        timings = (*frame.timings, StageTiming(begin_ns, self._clock()))  # after the copy that waits for a GPU
+        if isinstance(passed_on, Result):
+            return ResultFrame(Result(passed_on.plan_id, passed_on.token_ids, timings))
+        return PlanFrame(frame.plan, passed_on, timings)
 
 
 def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:

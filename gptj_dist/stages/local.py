@@ -9,7 +9,8 @@ import torch
 
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
-from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.engine.clock import SteadyClock
+from gptj_dist.engine.plan import Plan, Result, StageTiming
 from gptj_dist.errors import StageFailedError
 from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint, require_memory
 from gptj_dist.stages.device import local_device
@@ -21,6 +22,7 @@ class LocalExecutor:
 
     def __init__(self, runners: tuple[StageRunner, ...]) -> None:
         self._runners = runners
+        self._clock = SteadyClock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stages")
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 
@@ -40,11 +42,14 @@ class LocalExecutor:
 
     def _compute(self, plan: Plan) -> Result:
         output: torch.Tensor | Result | None = None
+        timings = []
         for runner in self._runners:
             assert not isinstance(output, Result), "only the last stage gives a result"
+            begin_ns = self._clock()
             output = runner.step(plan, output)
+            timings.append(StageTiming(begin_ns, self._clock()))
         assert isinstance(output, Result), "the last stage gives a result"
-        return output
+        return Result(output.plan_id, output.token_ids, tuple(timings))
 
 
 def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunner, ...]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from gptj_dist.checkpoint.hub import resolve_model
 from tests.http.command import STOP_LIMIT_S, Command, running
 from tests.http.server import free_port
+from tests.unit.test_trace import check
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -28,9 +30,10 @@ def wait_until_gone(command: Command) -> None:
     wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
 
 
-def test_it_serves_says_where_and_leaves_nothing_behind_even_in_mid_stream() -> None:
-    port = free_port()
-    with running([*SERVE, "demo", "--stages", "2", "--port", str(port), "--served-model-name", "tiny"]) as command:
+def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mid_stream(tmp_path: Path) -> None:
+    port, trace = free_port(), tmp_path / "trace.json"
+    options = ["--stages", "2", "--port", str(port), "--served-model-name", "tiny", "--trace", str(trace)]
+    with running([*SERVE, "demo", *options]) as command:
         base = command.wait_for(r"Ready after [\d.]+ s: tiny at (http://127\.0\.0\.1:\d+)")
         command.wait_for(r"(Ctrl-C stops)")
         output = command.output()
@@ -44,11 +47,19 @@ def test_it_serves_says_where_and_leaves_nothing_behind_even_in_mid_stream() -> 
         reader = threading.Thread(target=_read_stream, args=(base, lines))
         reader.start()
         wait_until(lambda: len(lines) > 3, "the stream flows")
+        wait_until(lambda: len(_stages_of(trace)) == 2, "the trace has both stages")
         command.interrupt()
         wait_until_gone(command)
         reader.join(timeout=STOP_LIMIT_S)
         assert command.process.returncode == 0
         assert "Traceback" not in command.output()
+        assert all(len(slices) >= 40 for slices in _stages_of(trace).values())
+
+
+def _stages_of(trace: Path) -> dict[str, list[dict[str, Any]]]:
+    """The stages' slices; the trace must be whole, even while it grows."""
+    lanes = check(json.loads(trace.read_text()))
+    return {name: slices for (_, name), slices in lanes.items() if name.startswith("stage")}
 
 
 def _read_stream(base: str, lines: list[str]) -> None:
@@ -78,6 +89,7 @@ def test_interrupted_while_loading_it_leaves_nothing_behind(signal_number: int) 
         (["demo", "--stages", "29"], "cannot cut 28 layers into 29 stages"),
         (["demo", "--max-model-len", "5000"], "exceeds the model's context of 1024"),
         (["demo", "--kv-cache-gb", "much"], "--kv-cache-gb takes a number or 'auto'"),
+        (["demo", "--trace", "/no/such/directory/trace.json"], "cannot write the trace"),
         (["demo", "--min-replicas", "3", "--max-replicas", "2"], "contradict"),
     ],
 )

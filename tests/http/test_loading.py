@@ -19,4 +19,6 @@ def test_ready_is_503_while_stages_load_and_health_is_200() -> None:
         refused = server.client.post("/v1/completions", json={"prompt": "x"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
         assert "retry-after" in refused.headers
+        looked = server.client.get("/debug/pipeline")
+        assert (looked.status_code, looked.json()["error"]["code"]) == (503, "not_ready")
         wait_until(server.is_ready, "the stages have loaded")

@@ -72,6 +72,17 @@ def test_the_curl_line_answers(served: tuple[Command, str]) -> None:
     assert json.loads(run(curl.replace(DEFAULT_ADDRESS, address)))["usage"]["completion_tokens"] == 40
 
 
+def test_top_shows_the_stages_in_the_columns_of_the_readme(served: tuple[Command, str]) -> None:
+    _, address = served
+    (command,) = [command for command in COMMANDS if command.startswith("gptj-dist top")]
+    printed = run(f"{command} {address}")
+    table = next(block for block in blocks("text") if "bubbles" in block)
+    (header,) = [line for line in table.splitlines() if line.startswith("stage ")]
+    (printed_header,) = [line for line in printed.splitlines() if line.startswith("stage ")]
+    assert printed_header.split() == header.split()
+    assert all(layers in printed and layers in table for layers in ("0-14", "15-27"))
+
+
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
 def test_the_python_examples_run(served: tuple[Command, str], index: int) -> None:
     _, address = served
@@ -129,7 +140,7 @@ def test_every_command_is_covered() -> None:
     }
     here: tuple[Callable[[str], bool], ...] = (
         lambda command: command.startswith(
-            (". .venv", "make ", "curl ", "gptj-dist plan demo --stages", "gptj-dist generate")
+            (". .venv", "make ", "curl ", "gptj-dist plan demo --stages", "gptj-dist generate", "gptj-dist top")
         ),
         SERVE_COMMANDS.__contains__,
         CHECKPOINT_COMMANDS.__contains__,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections import Counter
 
 import httpx
 import pytest
 import ray
 
+from gptj_dist.serving.debug import DebugDocument
 from tests.http.server import APP_NAME, Server, serving
+from tests.unit.test_trace import check
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -38,6 +42,21 @@ def test_with_two_replicas_both_answer() -> None:
         assert len(texts) == 1
         stages = [name for name in actor_names() if "stage-" in name]
         assert Counter(name.rpartition("/")[2] for name in stages) == {"stage-0": 2, "stage-1": 2}
+        _look_at_both_and_at_one_that_dies(server, names)
+
+
+def _look_at_both_and_at_one_that_dies(server: Server, names: set[str]) -> None:
+    document = DebugDocument.model_validate_json(server.client.get("/debug/pipeline").content)
+    assert {pipeline.name for pipeline in document.pipelines} == names
+    assert document.num_silent == 0
+    lanes = check(server.client.get("/debug/trace").json())
+    assert {pid for pid, _ in lanes} == {1, 2}
+    victim, other = document.pipelines
+    os.kill(victim.pid, signal.SIGKILL)
+    response = server.client.get("/debug/pipeline")
+    assert response.status_code == 200
+    document = DebugDocument.model_validate_json(response.content)
+    assert other.name in {pipeline.name for pipeline in document.pipelines}
 
 
 def _seen_names(server: Server) -> set[str] | None:

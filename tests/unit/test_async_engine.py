@@ -380,6 +380,29 @@ def test_a_requests_noise_reaches_the_stages() -> None:
     run(scenario())
 
 
+def test_every_plan_that_comes_back_is_recorded_and_numbers_go_on_after_a_failure() -> None:
+    async def scenario() -> None:
+        async with running(is_paused=True) as rig:
+            reader = asyncio.create_task(tokens_until_failure(rig.engine.generate(PROMPT, SamplingParams())))
+            await rig.submitted(1)
+            rig.executor.step()
+            await rig.submitted(2)
+            was_up = rig.engine.is_up
+            rig.executor.fail()
+            await asyncio.gather(rig.driver, return_exceptions=True)
+            await reader
+            assert (was_up, rig.engine.is_up) == (True, False)
+            rig.engine.resume(make_scheduler(), make_executor(), LIMITS)
+            rig.driver = asyncio.create_task(rig.engine.run())
+            await collect(rig.engine.generate(PROMPT, SamplingParams(max_tokens=2)))
+            records = rig.engine.stats.records()
+            assert [(record.number, record.plan_id) for record in records] == [(0, 0), (1, 0), (2, 1)]
+            assert [record.num_prefill_tokens for record in records] == [len(PROMPT), len(PROMPT), 0]
+            assert [record.num_decodes for record in records] == [0, 0, 1]
+
+    run(scenario())
+
+
 def test_the_time_of_the_last_token_is_read_from_the_clock() -> None:
     async def scenario() -> None:
         now = 100.0

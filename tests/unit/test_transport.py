@@ -11,7 +11,7 @@ import msgpack
 import pytest
 import torch
 
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result, StageTiming
 from gptj_dist.stages.actor import _to_tensor, _to_wire
 from gptj_dist.stages.transport.codec import (
     EndFrame,
@@ -32,12 +32,14 @@ PLAN = Plan(
     new_requests=(NewRequest(3, 0.7, 0.9, 40, 0.05, 2**64 - 1, 12), NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0)),
     chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False), Chunk(4, 12, (50_399,), (), True)),
 )
+TIMINGS = (StageTiming(1_753_000_000_000_000_000, 1_753_000_000_004_000_001), StageTiming(0, 2**63))
 FRAMES: list[Frame] = [
     PlanFrame(PLAN, None),
     PlanFrame(Plan(8, (), (), ()), None),
-    PlanFrame(PLAN, HiddenStates("float16", (4, 2), bytes(range(16)))),
+    PlanFrame(PLAN, HiddenStates("float16", (4, 2), bytes(range(16))), TIMINGS[:1]),
     ResultFrame(Result(7, (50_399, 0))),
     ResultFrame(Result(8, ())),
+    ResultFrame(Result(9, (1,), TIMINGS)),
     EndFrame(),
 ]
 

@@ -11,7 +11,7 @@ from typing import assert_never
 import msgpack
 
 from gptj_dist.config import DTypeName
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result, StageTiming
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,16 @@ class HiddenStates:
 
 @dataclass(frozen=True, slots=True)
 class PlanFrame:
-    """Towards the next stage; stage 0 gets no hidden states."""
+    """Towards the next stage.
+
+    Args:
+        hidden: stage 0 gets none.
+        timings: of the stages that the plan has passed.
+    """
 
     plan: Plan
     hidden: HiddenStates | None
+    timings: tuple[StageTiming, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +60,12 @@ Frame = PlanFrame | ResultFrame | EndFrame
 def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
     """The parts of the frame's message."""
     match frame:
-        case PlanFrame(plan, hidden):
+        case PlanFrame(plan, hidden, timings):
             if hidden is None:
-                return [_pack(epoch, "plan", _plan_to_wire(plan), None)]
-            return [_pack(epoch, "plan", _plan_to_wire(plan), (hidden.dtype, hidden.shape)), hidden.data]
+                return [_pack(epoch, "plan", _plan_to_wire(plan), None, timings)]
+            return [_pack(epoch, "plan", _plan_to_wire(plan), (hidden.dtype, hidden.shape), timings), hidden.data]
         case ResultFrame(result):
-            return [_pack(epoch, "result", (result.plan_id, result.token_ids))]
+            return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings))]
         case EndFrame():
             return [_pack(epoch, "end")]
     assert_never(frame)
@@ -75,12 +81,13 @@ def decode(parts: list[bytes], epoch: int) -> Frame | None:
     if frame_epoch != epoch:
         return None
     match kind, body:
-        case "plan", [plan, None]:
-            return PlanFrame(_plan_from_wire(plan), None)
-        case "plan", [plan, (dtype, shape)]:
-            return PlanFrame(_plan_from_wire(plan), HiddenStates(dtype, shape, parts[1]))
-        case "result", [(plan_id, token_ids)]:
-            return ResultFrame(Result(plan_id, token_ids))
+        case "plan", [plan, None, timings]:
+            return PlanFrame(_plan_from_wire(plan), None, _timings_from_wire(timings))
+        case "plan", [plan, (dtype, shape), timings]:
+            hidden = HiddenStates(dtype, shape, parts[1])
+            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings))
+        case "result", [(plan_id, token_ids, timings)]:
+            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings)))
         case "end", []:
             return EndFrame()
     raise ValueError(f"unknown kind of frame: {kind!r}")
@@ -107,3 +114,7 @@ def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[object, ...]], 
         tuple(NewRequest(*fields) for fields in new_requests),  # type: ignore[arg-type]
         tuple(Chunk(*fields) for fields in chunks),  # type: ignore[arg-type]
     )
+
+
+def _timings_from_wire(wire: tuple[tuple[int, int], ...]) -> tuple[StageTiming, ...]:
+    return tuple(map(StageTiming._make, wire))

@@ -1,0 +1,227 @@
+"""Keeps when each plan was where, and sums it up: how busy the stages are, and what keeps them waiting.
+
+Timings come with results, so of a plan in flight only its submission is known. Each stage is therefore summed up over
+the last seconds of which all is known: until now when nothing is in flight, else until it ended the newest plan that
+has come back. Between machines, times are as good as their clocks agree; a stage's own shares and steps do not suffer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+
+from gptj_dist.engine.plan import Plan, Result, StageTiming
+
+WINDOW_S = 10.0
+MAX_RECORDS = 4096
+"""Plans that are remembered: some megabytes, and enough for seconds of a quick pipeline between a reader's visits."""
+
+_Interval = tuple[int, int]
+"""Begin and end in nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """A plan that has come back: what it computed, and when. Times are nanoseconds of a `SteadyClock`.
+
+    Args:
+        number: counts the pipeline's plans from 0, on and on when its stages are replaced, where `plan_id` starts anew.
+        num_decodes: requests of which one token was computed.
+        num_prefill_tokens: tokens of the chunks of more than one.
+        num_context_tokens: tokens that attention reads: of each request, those up to and with its last in the plan.
+        num_sampled_tokens: new tokens that came of it.
+        scheduling: from when the coordinator began to put it together until it was submitted.
+        landing: from when the result was there until its tokens were handed out.
+        timings: of every stage, first to last.
+    """
+
+    number: int
+    plan_id: int
+    num_decodes: int
+    num_prefill_tokens: int
+    num_context_tokens: int
+    num_sampled_tokens: int
+    scheduling: StageTiming
+    landing: StageTiming
+    timings: tuple[StageTiming, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSnapshot:
+    """A stage in the last seconds.
+
+    Args:
+        busy_share: of the time in which it computed, from 0 to 1.
+        bubble_share: of the time in which it did not, though plans were in flight: what the pipeline loses.
+        step_ms: median of a plan's time; None if there was none.
+        queue: plans that waited in front of it, on the average over time; transport counts as waiting.
+        wait_ms: mean time that a plan waited; None if there was none.
+    """
+
+    busy_share: float
+    bubble_share: float
+    step_ms: float | None
+    queue: float
+    wait_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A pipeline in the last seconds.
+
+    Args:
+        window_s: how many seconds those are.
+        prompt_tokens_per_s: those computed; after a preemption once more.
+        coordinator_share: of the time in which the coordinator put plans together or handed out tokens.
+        stages: first to last; empty before the first plan has come back.
+    """
+
+    window_s: float
+    plans_per_s: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    coordinator_share: float
+    stages: tuple[StageSnapshot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan on its way."""
+
+    plan_id: int
+    num_decodes: int
+    num_prefill_tokens: int
+    num_context_tokens: int
+    scheduling: StageTiming
+
+
+class PipelineStats:
+    """Told of every plan by its coordinator, in order.
+
+    Args:
+        clock: nanoseconds; a `SteadyClock` wherever its readings meet those of stages.
+        window_s: what a snapshot looks back on.
+        max_records: the most plans remembered; of a quicker pipeline a snapshot looks back on less.
+    """
+
+    def __init__(self, clock: Callable[[], int], window_s: float = WINDOW_S, max_records: int = MAX_RECORDS) -> None:
+        self.now_ns = clock
+        self._window_ns = round(window_s * 1e9)
+        self._records: deque[PlanRecord] = deque(maxlen=max_records)
+        self._flights: deque[_Flight] = deque()
+        self._num_plans = 0
+        self._complete_since_ns = clock()
+
+    def note_submitted(self, plan: Plan, begin_ns: int) -> int:
+        """A plan has left that the coordinator began to put together at `begin_ns`; returns the time now."""
+        num_decodes = num_prefill_tokens = num_context_tokens = 0
+        for chunk in plan.chunks:
+            num_tokens = len(chunk.token_ids)
+            num_context_tokens += chunk.start + num_tokens
+            if num_tokens == 1:
+                num_decodes += 1
+            else:
+                num_prefill_tokens += num_tokens
+        scheduling = StageTiming(begin_ns, self.now_ns())
+        flight = _Flight(plan.plan_id, num_decodes, num_prefill_tokens, num_context_tokens, scheduling)
+        self._flights.append(flight)
+        return scheduling.end_ns
+
+    def note_landed(self, result: Result, begin_ns: int) -> None:
+        """The oldest plan in flight came back at `begin_ns`, and its tokens have been handed out."""
+        flight = self._flights.popleft()
+        if len(self._records) == self._records.maxlen:
+            self._complete_since_ns = self._records[0].landing.begin_ns
+        self._records.append(
+            PlanRecord(
+                number=self._num_plans,
+                plan_id=flight.plan_id,
+                num_decodes=flight.num_decodes,
+                num_prefill_tokens=flight.num_prefill_tokens,
+                num_context_tokens=flight.num_context_tokens,
+                num_sampled_tokens=len(result.token_ids),
+                scheduling=flight.scheduling,
+                landing=StageTiming(begin_ns, self.now_ns()),
+                timings=result.timings,
+            )
+        )
+        self._num_plans += 1
+
+    def note_lost(self) -> None:
+        """The stages are gone, and what was in flight with them."""
+        self._flights.clear()
+
+    def records(self, since: int = 0) -> tuple[PlanRecord, ...]:
+        """The plans from number `since` on that came back and are still remembered, oldest first."""
+        num_forgotten = self._num_plans - len(self._records)
+        return tuple(islice(self._records, max(0, since - num_forgotten), None))
+
+    def snapshot(self) -> Snapshot:
+        """Sums up the last seconds."""
+        now_ns = self.now_ns()
+        begin_ns = max(now_ns - self._window_ns, self._complete_since_ns)
+        window_s = max(now_ns - begin_ns, 1) / 1e9
+        landed = [record for record in self._records if record.landing.end_ns > begin_ns]
+        coordinating = [interval for record in landed for interval in (record.scheduling, record.landing)]
+        return Snapshot(
+            window_s=window_s,
+            plans_per_s=len(landed) / window_s,
+            prompt_tokens_per_s=sum(record.num_prefill_tokens for record in landed) / window_s,
+            output_tokens_per_s=sum(record.num_sampled_tokens for record in landed) / window_s,
+            coordinator_share=_covered_ns(coordinating, begin_ns, now_ns) / 1e9 / window_s,
+            stages=self._stages(now_ns),
+        )
+
+    def _stages(self, now_ns: int) -> tuple[StageSnapshot, ...]:
+        if not self._records:
+            return ()
+        known_until = [self._known_until_ns(index, now_ns) for index in range(len(self._records[-1].timings))]
+        horizon_ns = min(known_until, default=now_ns) - self._window_ns
+        records = [record for record in self._records if record.landing.begin_ns > horizon_ns]
+        flown = [(record.scheduling.end_ns, record.landing.begin_ns) for record in records]
+        in_flight = _union([*flown, *((flight.scheduling.end_ns, now_ns) for flight in self._flights)])
+        return tuple(self._stage(index, end_ns, records, in_flight) for index, end_ns in enumerate(known_until))
+
+    def _known_until_ns(self, index: int, now_ns: int) -> int:
+        """Until when it is known what the stage did: what it has done for plans in flight, nobody has told yet."""
+        if not self._flights:
+            return now_ns
+        ended_ns = self._records[-1].timings[index].end_ns
+        return min(now_ns, max(ended_ns, self._flights[0].scheduling.end_ns))
+
+    def _stage(
+        self, index: int, end_ns: int, records: Sequence[PlanRecord], in_flight: Sequence[_Interval]
+    ) -> StageSnapshot:
+        begin_ns = max(end_ns - self._window_ns, self._complete_since_ns)
+        window_ns = max(end_ns - begin_ns, 1)
+        steps = [record.timings[index] for record in records]
+        left_ns = [(record.timings[index - 1] if index else record.scheduling).end_ns for record in records]
+        waits = [(left, max(left, step.begin_ns)) for left, step in zip(left_ns, steps, strict=True)]
+        within = [number for number, step in enumerate(steps) if begin_ns < step.end_ns <= end_ns]
+        busy_ns = _covered_ns(steps, begin_ns, end_ns)
+        return StageSnapshot(
+            busy_share=busy_ns / window_ns,
+            bubble_share=max(0, _covered_ns(in_flight, begin_ns, end_ns) - busy_ns) / window_ns,
+            step_ms=median(steps[n].end_ns - steps[n].begin_ns for n in within) / 1e6 if within else None,
+            queue=_covered_ns(waits, begin_ns, end_ns) / window_ns,
+            wait_ms=sum(waits[n][1] - waits[n][0] for n in within) / len(within) / 1e6 if within else None,
+        )
+
+
+def _covered_ns(intervals: Iterable[_Interval], begin_ns: int, end_ns: int) -> int:
+    """How much of [begin, end) the intervals cover, each counted for itself."""
+    return sum(min(end, end_ns) - max(begin, begin_ns) for begin, end in intervals if begin < end_ns and end > begin_ns)
+
+
+def _union(intervals: Iterable[_Interval]) -> list[_Interval]:
+    """The times that at least one interval covers. They come in order of their begins."""
+    union: list[_Interval] = []
+    for begin, end in intervals:
+        if union and begin <= union[-1][1]:
+            union[-1] = (union[-1][0], max(union[-1][1], end))
+        else:
+            union.append((begin, end))
+    return union

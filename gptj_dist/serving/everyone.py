@@ -1,0 +1,65 @@
+"""Asks all pipelines at once, where a plain call through a Serve handle reaches whichever one Serve chooses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from gptj_dist.errors import NotReadyError
+from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.stages.trace import TracePart
+
+logger = logging.getLogger("ray.serve")
+
+TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answers(Generic[T]):
+    """What pipelines said.
+
+    Args:
+        num_silent: how many failed instead, such as one whose coordinator has just died.
+    """
+
+    given: tuple[T, ...]
+    num_silent: int
+
+
+async def statuses(pipelines: DeploymentHandle) -> Answers[PipelineStatus]:
+    """`Pipeline.status` of every pipeline.
+
+    Raises:
+        NotReadyError: one of them neither answers nor fails.
+    """
+    return await _ask(pipelines, PipelineStatus, "status")
+
+
+async def trace_parts(pipelines: DeploymentHandle, since: Mapping[str, int]) -> Answers[TracePart]:
+    """`Pipeline.trace_part` of every pipeline.
+
+    Raises:
+        NotReadyError: as `statuses`.
+    """
+    return await _ask(pipelines, TracePart, "trace_part", since)
+
+
+async def _ask(pipelines: DeploymentHandle, kind: type[T], method: str, *arguments: object) -> Answers[T]:
+    try:
+        response = pipelines.broadcast(method, *arguments)
+        results = await response.results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
+    except DeploymentUnavailableError:  # there is none
+        return Answers((), 0)
+    except TimeoutError:
+        raise NotReadyError(f"a pipeline has not answered for {TIMEOUT_S:.0f} s") from None
+    failures = [result for result in results if not isinstance(result, kind)]
+    for failure in failures:
+        logger.warning("a pipeline did not answer %s: %r", method, failure)
+    return Answers(tuple(result for result in results if isinstance(result, kind)), len(failures))

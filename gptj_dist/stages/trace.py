@@ -1,0 +1,166 @@
+"""Plans as a Chrome trace, which https://ui.perfetto.dev opens: a process a pipeline, a lane each of its stages.
+
+The format is the JSON array of "Trace Event Format" (Google, 2016): complete events (`X`), and metadata (`M`) that
+names processes and lanes. `bind_id` draws arrows from a plan's slice on one lane to that on the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gptj_dist.config import LayerRange
+from gptj_dist.engine.plan import StageTiming
+from gptj_dist.engine.stats import PlanRecord
+from gptj_dist.errors import ConfigurationError
+
+Event = dict[str, Any]
+"""A trace event, as JSON has it."""
+
+COORDINATOR_LANE = 0
+"""Stage i has lane i + 1."""
+
+_MAX_PLANS = 1 << 32
+_END = b"\n]\n"
+
+
+@dataclass(frozen=True, slots=True)
+class TracePart:
+    """What one pipeline has to tell.
+
+    Args:
+        pipeline: a name that no other pipeline has.
+        layers: of each stage, first to last.
+        records: plans that came back, oldest first.
+    """
+
+    pipeline: str
+    layers: tuple[LayerRange, ...]
+    records: tuple[PlanRecord, ...]
+
+
+class TraceEvents:
+    """Makes events of what pipelines tell, part by part; times are microseconds since the first plan."""
+
+    def __init__(self) -> None:
+        self._pids: dict[str, int] = {}
+        self._zero_ns: int | None = None
+
+    def of(self, parts: Sequence[TracePart]) -> list[Event]:
+        """The events of some more parts, in which nothing is told twice."""
+        parts = [part for part in parts if part.records]
+        if self._zero_ns is None:
+            self._zero_ns = min((part.records[0].scheduling.begin_ns for part in parts), default=None)
+        return [event for part in parts for event in self._of_part(part)]
+
+    def _of_part(self, part: TracePart) -> Iterator[Event]:
+        if part.pipeline not in self._pids:
+            self._pids[part.pipeline] = len(self._pids) + 1
+            yield from _names(self._pids[part.pipeline], part)
+        pid = self._pids[part.pipeline]
+        for record in part.records:
+            flow, plan = pid * _MAX_PLANS + record.number, {"plan": record.number}
+            yield self._slice(pid, COORDINATOR_LANE, "schedule", record.scheduling) | {
+                "args": plan,
+                "bind_id": flow,
+                "flow_out": True,
+            }
+            for index, timing in enumerate(record.timings):
+                yield self._slice(pid, index + 1, work_text(record), timing) | {
+                    "args": plan | _work(record),
+                    "bind_id": flow,
+                    "flow_in": True,
+                    "flow_out": True,
+                }
+            yield self._slice(pid, COORDINATOR_LANE, "hand out", record.landing) | {
+                "args": plan,
+                "bind_id": flow,
+                "flow_in": True,
+            }
+
+    def _slice(self, pid: int, lane: int, name: str, timing: StageTiming) -> Event:
+        assert self._zero_ns is not None, "a part with records sets it"
+        begin_us, duration_us = (timing.begin_ns - self._zero_ns) / 1000, (timing.end_ns - timing.begin_ns) / 1000
+        return {"name": name, "ph": "X", "pid": pid, "tid": lane, "ts": begin_us, "dur": duration_us}
+
+
+class TraceFile:
+    """A trace that grows on disk, and is whole JSON after every write: a kill costs what was not written yet.
+
+    Raises:
+        ConfigurationError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = path.open("wb")
+        except OSError as error:
+            raise ConfigurationError(f"cannot write the trace {path}: {error.strerror}") from None
+        self._events = TraceEvents()
+        self._file.write(b"[" + _END)
+        self._file.flush()
+        self._is_empty = True
+
+    def append(self, parts: Sequence[TracePart]) -> None:
+        """Writes what the pipelines have to tell since the last call."""
+        lines = [json.dumps(event, separators=(",", ":")) for event in self._events.of(parts)]
+        if lines:
+            text = ("\n" if self._is_empty else ",\n") + ",\n".join(lines)
+            self._file.seek(-len(_END), 2)
+            self._file.write(text.encode() + _END)
+            self._file.flush()
+            self._is_empty = False
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_trace_path(path: Path | None) -> None:
+    """Says at once, and not after the model has loaded, that a trace could not be written. None passes.
+
+    Raises:
+        ConfigurationError: it could not.
+    """
+    if path is not None:
+        TraceFile(path).close()
+
+
+def work_text(record: PlanRecord) -> str:
+    """`decode 16 + prefill 128`: requests that got one token computed, and prompt tokens."""
+    parts = [f"decode {record.num_decodes}"] if record.num_decodes else []
+    parts += [f"prefill {record.num_prefill_tokens}"] if record.num_prefill_tokens else []
+    return " + ".join(parts)
+
+
+def _work(record: PlanRecord) -> dict[str, int]:
+    return {
+        "decodes": record.num_decodes,
+        "prefill tokens": record.num_prefill_tokens,
+        "context tokens": record.num_context_tokens,
+        "new tokens": record.num_sampled_tokens,
+    }
+
+
+def _names(pid: int, part: TracePart) -> Iterator[Event]:
+    """Names the pipeline's process and lanes, and puts the lanes in order."""
+    lanes = ["coordinator", *(f"stage {r.stage} (layers {r.start}-{r.stop - 1})" for r in part.layers)]
+    yield _name(pid, 0, "process_name", {"name": f"pipeline {part.pipeline}"})
+    for lane, name in enumerate(lanes):
+        yield _name(pid, lane, "thread_name", {"name": name})
+        yield _name(pid, lane, "thread_sort_index", {"sort_index": lane})
+
+
+def _name(pid: int, lane: int, kind: str, args: dict[str, Any]) -> Event:
+    return {"name": kind, "ph": "M", "pid": pid, "tid": lane, "args": args}

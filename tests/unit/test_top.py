@@ -1,0 +1,225 @@
+"""`gptj-dist top`: what it draws, and what it says when there is nothing to draw."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from gptj_dist.cli.top_view import render
+from gptj_dist.errors import NotReadyError
+from gptj_dist.serving.debug import DebugDocument, PipelineDocument, StageDocument
+
+NO_WORK = StageDocument(
+    stage=1,
+    layers=(15, 27),
+    device="cpu",
+    node="head",
+    dtype="float32",
+    pid=11,
+    busy_share=None,
+    bubble_share=None,
+    step_ms=None,
+    queue=None,
+    wait_ms=None,
+    kv_used_bytes=0,
+    kv_total_bytes=10**9,
+)
+WORK = NO_WORK.model_copy(
+    update={
+        "stage": 0,
+        "layers": (0, 14),
+        "device": "NVIDIA A100-SXM4-80GB",
+        "busy_share": 0.6,
+        "bubble_share": 0.3,
+        "step_ms": 132.4,
+        "queue": 0.25,
+        "wait_ms": 12.34,
+        "kv_used_bytes": 123_456_789,
+    }
+)
+PIPELINE = PipelineDocument(
+    name="ab12cd34",
+    state="up",
+    pid=10,
+    window_s=10.0,
+    plans_per_s=123.4,
+    prompt_tokens_per_s=11_000,
+    output_tokens_per_s=1234,
+    coordinator_share=0.05,
+    num_running=32,
+    num_waiting=400,
+    num_in_flight=5,
+    num_used_blocks=1024,
+    num_blocks=4096,
+    num_preemptions=0,
+    num_restarts=0,
+    stages=(WORK, NO_WORK),
+)
+DOCUMENT = DebugDocument(model="demo", num_silent=0, pipelines=(PIPELINE,))
+
+
+def drawn(document: DebugDocument, width: int) -> list[str]:
+    """The lines, without colours."""
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    console.print(render(document, width))
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 110, 120, 200])
+def test_a_stage_is_one_row_that_fits_and_nothing_is_cut_but_the_name_of_a_device(width: int) -> None:
+    lines = drawn(DOCUMENT, width)
+    assert max(map(len, lines)) <= width
+    (header,) = [line for line in lines if "stage" in line]
+    for column in ("layers", "device", "busy", "bubbles", "ms/step", "queue", "KV in use"):
+        assert column in header
+    (row,) = [line for line in lines if "0-14" in line]
+    for cell in ("60%", "30%", "132", "0.25", "123 MB"):
+        assert cell in row
+    (idle,) = [line for line in lines if "15-27" in line]
+    assert "%" not in idle
+    assert {line for line in lines if "…" in line} <= {row}
+    assert ("on head" in idle, "wait ms" in header, "12.3" in row) == (width >= 110,) * 3
+
+
+def test_a_bar_shows_busy_bubbles_and_rest_by_shape() -> None:
+    (row,) = [line for line in drawn(DOCUMENT, 80) if "0-14" in line]
+    assert "━━━━━━╌╌╌·  60%" in row
+
+
+def test_the_head_says_what_goes_on_and_mentions_trouble_only_when_there_is_some() -> None:
+    text = "\n".join(drawn(DOCUMENT, 80))
+    assert "ab12cd34  up  32 running, 400 waiting, 5 in flight\n" in text
+    assert "1,234 tokens/s out, 11,000 in, 123 steps/s, KV 25.0% in use, coordinator 5%\n" in text
+    assert "no answer" not in text
+    troubled = PIPELINE.model_copy(update={"state": "restarting", "num_preemptions": 3, "num_restarts": 1})
+    document = DOCUMENT.model_copy(update={"num_silent": 1, "pipelines": (PIPELINE, troubled)})
+    text = "\n".join(drawn(document, 120))
+    assert "demo  2 pipelines  1 gave no answer" in text
+    assert "restarting  32 running, 400 waiting, 5 in flight, 3 preempted, 1 restarted" in text
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[str]:
+    """An HTTP server that says the same to everyone; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def top(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gptj_dist", "top", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_without_a_terminal_the_table_is_printed_once() -> None:
+    with answering(200, DOCUMENT.model_dump_json().encode()) as address:
+        for arguments in ([address], [f"http://{address}/v1", "--once"]):
+            result = top(*arguments)
+            assert (result.returncode, result.stderr) == (0, "")
+            assert "0-14" in result.stdout
+
+
+def test_json_is_the_document() -> None:
+    with answering(200, DOCUMENT.model_dump_json().encode()) as address:
+        assert DebugDocument.model_validate_json(top(address, "--json").stdout) == DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "exit_code", "message"),
+    [
+        (503, b"{}", 1, "is still loading; try again shortly"),
+        (404, b"not here", 2, "is not gptj-dist"),
+        (200, b"<html>", 2, "is not gptj-dist"),
+        (200, b'{"model": "x"}', 2, "is not gptj-dist"),
+    ],
+    ids=["loading", "no such path", "no JSON", "another JSON"],
+)
+def test_what_is_no_running_server_is_one_line(status: int, body: bytes, exit_code: int, message: str) -> None:
+    with answering(status, body) as address:
+        result = top(address)
+    assert (result.returncode, result.stdout) == (exit_code, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+    assert address in result.stderr
+
+
+def test_where_nobody_listens_and_what_is_no_address_are_one_line_each() -> None:
+    result = top("127.0.0.1:1")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "gptj-dist: no server answers at http://127.0.0.1:1: Connection refused\n"
+    for wrong in ("ftp://somewhere", "127.0.0.1:port", "http://", ""):
+        result = top(wrong)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "is no address of a server" in result.stderr
+
+
+def test_top_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, gptj_dist.cli.top_view, gptj_dist.serving.debug; "
+        "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class FakeHandle:
+    """A handle to pipelines that answer or fail as told; an exception as the whole is raised."""
+
+    def __init__(self, results: list[Any] | Exception) -> None:
+        self._results = results
+
+    def broadcast(self, method: str, *arguments: object) -> FakeHandle:
+        del method, arguments
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert timeout_s > 0
+        assert return_exceptions
+        if isinstance(self._results, Exception):
+            raise self._results
+        return self._results
+
+
+def test_pipelines_that_died_are_counted_and_none_at_all_is_no_error() -> None:
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    from gptj_dist.serving.everyone import trace_parts
+    from gptj_dist.stages.trace import TracePart
+
+    part = TracePart("a", (), ())
+    handle: Any = FakeHandle([part, ConnectionError("gone"), part])
+    answers = asyncio.run(trace_parts(handle, {}))
+    assert (answers.given, answers.num_silent) == ((part, part), 1)
+    handle = FakeHandle(DeploymentUnavailableError(DeploymentID("Pipeline")))
+    assert asyncio.run(trace_parts(handle, {})).given == ()
+    handle = FakeHandle(TimeoutError())
+    with pytest.raises(NotReadyError, match="not answered"):
+        asyncio.run(trace_parts(handle, {}))
