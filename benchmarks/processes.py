@@ -1,0 +1,71 @@
+"""Processes that belong together because they inherited a mark in their environment: their CPU time, memory, end.
+
+Ray's processes leave the process group and the session of the one that started them, but not its environment. Linux
+only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "GPTJ_DIST_BENCHMARK"
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Family:
+    """All processes that were started with `environment` and live, but for this one."""
+
+    def __init__(self) -> None:
+        self._mark = f"{MARK}={uuid.uuid4().hex}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, and the mark."""
+        name, _, value = self._mark.partition("=")
+        return {**os.environ, name: value}
+
+    def members(self) -> list[Path]:
+        """Their directories in /proc."""
+        mark = self._mark.encode()
+        processes = [path for path in Path("/proc").glob("[0-9]*") if path.name != str(os.getpid())]
+        return [path for path in processes if mark in content(path / "environ").split(b"\0")]
+
+    def cpu_s(self) -> float:
+        """CPU time that those alive have used since they began."""
+        return sum(map(cpu_s, self.members()))
+
+    def memory_bytes(self) -> int:
+        """Memory in use, pages that are shared in parts."""
+        return sum(map(pss_bytes, self.members()))
+
+    def kill(self) -> None:
+        """Ends those that are still there, at once."""
+        for path in self.members():
+            with suppress(ProcessLookupError):
+                os.kill(int(path.name), signal.SIGKILL)
+
+
+def cpu_s(process: Path) -> float:
+    """CPU time of a process in user and system mode (proc(5): fields 14 and 15 of `stat`); 0 if it has ended."""
+    fields = content(process / "stat").rpartition(b")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S if fields else 0.0
+
+
+def pss_bytes(process: Path) -> int:
+    """A process's own pages, and its parts of those that it shares; 0 if it has ended."""
+    for line in content(process / "smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def content(path: Path) -> bytes:
+    """Of a file in /proc; nothing if its process has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
