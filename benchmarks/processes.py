@@ -1,7 +1,7 @@
-"""Processes that belong together because they inherited a mark in their environment: their CPU time, memory, end.
+"""Processes that belong together: their CPU time, their memory, their end. Linux only.
 
-Ray's processes leave the process group and the session of the one that started them, but not its environment. Linux
-only.
+They have inherited a mark in their environment, or come from one that has. Neither is enough: Ray's processes leave
+their parents, and processes that change their title (vLLM's) write it over their environment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class Family:
         """Their directories in /proc."""
         mark = self._mark.encode()
         processes = [path for path in Path("/proc").glob("[0-9]*") if path.name != str(os.getpid())]
-        return [path for path in processes if mark in content(path / "environ").split(b"\0")]
+        family = {path.name for path in processes if mark in content(path / "environ").split(b"\0")}
+        parent_of = {path.name: parent(path) for path in processes}
+        while children := {name for name, of in parent_of.items() if of in family} - family:
+            family |= children
+        return [path for path in processes if path.name in family]
 
     def cpu_s(self) -> float:
         """CPU time that those alive have used since they began."""
@@ -47,6 +51,12 @@ class Family:
         for path in self.members():
             with suppress(ProcessLookupError):
                 os.kill(int(path.name), signal.SIGKILL)
+
+
+def parent(process: Path) -> str:
+    """The id of the process that started it, or adopted it; nothing if it has ended (proc(5): field 4 of `stat`)."""
+    fields = content(process / "stat").rpartition(b")")[2].split()
+    return fields[1].decode() if fields else ""
 
 
 def cpu_s(process: Path) -> float:
