@@ -20,9 +20,9 @@ Goal 5, over HTTP against vLLM's server, and against our own engine in one proce
 
 `deep`, `wide` and `6b` are directories that `gptj-dist synth deep deep` makes. A case is BATCHxINPUT/OUTPUT: so many
 requests at once of so many random tokens in and out, greedy, without an early stop. Prefill is the case with one token
-out, and decode the rest. Engines leave text out on both sides. A contender that waits should use no CPU: `idle_cores`
-says what it did use. A ratio is that of A to B, of times B to A: above 1, A is better; it is the median of the
-rounds' own ratios. The last line on standard output is one JSON document.
+out, and decode the rest. Engines leave text out on both sides. A contender that waits should use no CPU (vLLM is
+frozen, because its pipeline spins): `idle_cores` says what it did use. A ratio is that of A to B, of times B to A:
+above 1, A is better; it is the median of the rounds' own ratios. The last line on standard output is one JSON document.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from benchmarks.cases import Case, parse_case
@@ -111,15 +111,23 @@ class Duel:
 
     def _turn(self, side: str, case: Case) -> Figures:
         """One side's turn; medians of its repetitions. Prompts are new each time."""
-        other = "b" if side == "a" else "a"
-        cpu_before, begin = self._contenders[other].family.cpu_s(), time.perf_counter()
         runs: list[Figures] = []
-        while not runs or time.perf_counter() - begin < self._turn_s:
-            self._seed += 2
-            runs.append(self._contenders[side].measure(case, self._seed))
-        self._idle_s[other] += time.perf_counter() - begin
-        self._idle_cpu_s[other] += self._contenders[other].family.cpu_s() - cpu_before
+        with self._watched("b" if side == "a" else "a"):
+            begin = time.perf_counter()
+            while not runs or time.perf_counter() - begin < self._turn_s:
+                self._seed += 2
+                runs.append(self._contenders[side].measure(case, self._seed))
         return medians(runs)
+
+    @contextmanager
+    def _watched(self, side: str) -> Iterator[None]:
+        """It is not this side's turn: freezes it if that is safe, and notes what it uses of the CPU."""
+        contender = self._contenders[side]
+        cpu_before, begin = contender.family.cpu_s(), time.perf_counter()
+        with contender.family.frozen() if contender.may_freeze else nullcontext():
+            yield
+        self._idle_s[side] += time.perf_counter() - begin
+        self._idle_cpu_s[side] += contender.family.cpu_s() - cpu_before
 
     def _tell(self, case: Case, rounds: Rounds) -> None:
         for name, figure in compared(rounds).items():

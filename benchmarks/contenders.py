@@ -58,10 +58,16 @@ class Shared:
 
 
 class Contender(Protocol):
-    """Something loaded that can be measured again and again."""
+    """Something loaded that can be measured again and again.
+
+    Attributes:
+        family: its processes.
+        may_freeze: whether they can be stopped while they have nothing to do. Ray would take its own for dead.
+    """
 
     about: dict[str, Any]
     family: Family
+    may_freeze: bool
 
     def measure(self, case: Case, seed: int) -> Figures:
         """Runs the case once."""
@@ -78,8 +84,9 @@ def parse_spec(text: str) -> Spec:
 class EngineContender:
     """An engine in a worker process."""
 
-    def __init__(self, worker: WorkerProcess) -> None:
+    def __init__(self, worker: WorkerProcess, may_freeze: bool = False) -> None:
         self._worker = worker
+        self.may_freeze = may_freeze
         self.about = worker.about
         self.family = worker.family
 
@@ -101,8 +108,9 @@ class EngineContender:
 class ServerContender:
     """A server, under as many clients as the case has requests, each of which sends one."""
 
-    def __init__(self, target: Target, family: Family, about: dict[str, Any]) -> None:
+    def __init__(self, target: Target, family: Family, about: dict[str, Any], may_freeze: bool = False) -> None:
         self._target = target
+        self.may_freeze = may_freeze
         self.about = about
         self.family = family
 
@@ -133,7 +141,7 @@ def _open_engine(kind: str, settings: dict[str, Any], package: Path, shared: Sha
     else:
         worker = WorkerProcess("vllm", everywhere | settings, python=shared.peer_python)
     with closing(worker):
-        yield EngineContender(worker)
+        yield EngineContender(worker, may_freeze=kind == "vllm")
 
 
 @contextmanager
@@ -152,7 +160,8 @@ def _open_server(kind: str, settings: dict[str, Any], package: Path, shared: Sha
         command, extra = vllm_serve_command(shared.peer_python, shared.model, settings, port)
         ready_path, environment = "/health", {**family.environment, **extra}
     with running(command, environment, port, ready_path, package) as (base, ready_s):
-        yield ServerContender(Target(base, SERVED_NAME), family, {"seconds_to_ready": ready_s})
+        about = {"seconds_to_ready": ready_s}
+        yield ServerContender(Target(base, SERVED_NAME), family, about, may_freeze=kind == "vllm-serve")
 
 
 def _occupancy(answer: Mapping[str, Any]) -> dict[str, float]:

@@ -73,8 +73,8 @@ def print_document(benchmark: str, fields: Mapping[str, Any]) -> None:
 def print_row(cells: Iterable[object]) -> None:
     """A line of a table for people: a name, then columns of figures."""
     name, *columns = cells
-    texts = (f"{cell:>13.4g}" if isinstance(cell, float) else f"{cell!s:>13}" for cell in columns)
-    print(f"{name!s:<44}{''.join(texts)}", flush=True)
+    texts = (f"{cell:>20.4g}" if isinstance(cell, float) else f"{cell!s:>20}" for cell in columns)
+    print(f"{name!s:<36}{''.join(texts)}", flush=True)
 
 
 def _cpuinfo() -> list[str]:

@@ -104,7 +104,7 @@ class Variant:
                 figures[f"{phase}_share_of_limit"] = figures[f"{phase}_tokens_per_s"] / limit
         self._rounds.setdefault(case, []).append(figures)
         for name, figure in figures.items():
-            print_row([f"{self._name:<24}{case!s:<12}", f"{name:>24}", figure])
+            print_row([f"{self._name:<20}{case!s:<14}", name, figure])
 
     def as_json(self) -> dict[str, Any]:
         """Settings and medians, case by case."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "GPTJ_DIST_BENCHMARK"
@@ -48,9 +49,21 @@ class Family:
 
     def kill(self) -> None:
         """Ends those that are still there, at once."""
+        self._signal(signal.SIGKILL)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """They do nothing until the context ends."""
+        self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
         for path in self.members():
             with suppress(ProcessLookupError):
-                os.kill(int(path.name), signal.SIGKILL)
+                os.kill(int(path.name), number)
 
 
 def parent(process: Path) -> str:

@@ -22,11 +22,16 @@ POLL_S = 0.02
 
 
 @contextmanager
-def started(model: str, serve_args: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """`gptj-dist serve` as a process of its own; gives its URL and the seconds from the command to ready."""
+def started(
+    model: str, serve_args: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, float]]:
+    """`gptj-dist serve` as a process of its own; gives its URL and the seconds from the command to ready.
+
+    Clients call the model as it is called here, path or not.
+    """
     port = free_port()
-    command = [*serve_command(model, {}, port), *serve_args]
-    with running(command, os.environ, port, "/ready") as ready:
+    command = [*serve_command(model, {"served_model_name": model}, port), *serve_args]
+    with running(command, environment or os.environ, port, "/ready") as ready:
         yield ready
 
 
@@ -46,7 +51,11 @@ def running(
         yield base, time.perf_counter() - begin
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(STOP_TIMEOUT_S)
+        try:
+            server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def serve_command(model: str, settings: Mapping[str, Any], port: int) -> list[str]:
