@@ -68,7 +68,8 @@ def vllm_serve_command(
 ) -> tuple[list[str], dict[str, str]]:
     """vLLM's server with settings as `split_settings` takes them; and what its environment needs."""
     environment, arguments = split_settings(settings)
-    command = [python, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1"]
+    # `vllm serve` asks for its version by a name that its CPU build is not installed under; the module does not.
+    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     return [*command, "--port", str(port), "--disable-uvicorn-access-log", *_options(arguments)], environment
 
 
