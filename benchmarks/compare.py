@@ -20,9 +20,11 @@ Goal 5, over HTTP against vLLM's server, and against our own engine in one proce
 
 `deep`, `wide` and `6b` are directories that `gptj-dist synth deep deep` makes. A case is BATCHxINPUT/OUTPUT: so many
 requests at once of so many random tokens in and out, greedy, without an early stop. Prefill is the case with one token
-out, and decode the rest. Engines leave text out on both sides. A contender that waits should use no CPU (vLLM is
-frozen, because its pipeline spins): `idle_cores` says what it did use. A ratio is that of A to B, of times B to A:
-above 1, A is better; it is the median of the rounds' own ratios. The last line on standard output is one JSON document.
+out, and decode the rest. Engines leave text out on both sides. Whoever waits is frozen, because idle
+servers use some CPU (ours a seventh of a core, for Ray; vLLM's pipeline spins): `idle_cores` says what got through.
+
+A ratio is that of A to B, of times B to A: above 1, A is better; it is the median of the rounds' own ratios. The last
+line on standard output is one JSON document.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from benchmarks.cases import Case, parse_case
@@ -121,10 +123,10 @@ class Duel:
 
     @contextmanager
     def _watched(self, side: str) -> Iterator[None]:
-        """It is not this side's turn: freezes it if that is safe, and notes what it uses of the CPU."""
+        """It is not this side's turn: freezes it, and notes what it uses of the CPU nevertheless."""
         contender = self._contenders[side]
         cpu_before, begin = contender.family.cpu_s(), time.perf_counter()
-        with contender.family.frozen() if contender.may_freeze else nullcontext():
+        with contender.family.frozen():
             yield
         self._idle_s[side] += time.perf_counter() - begin
         self._idle_cpu_s[side] += contender.family.cpu_s() - cpu_before

@@ -61,13 +61,11 @@ class Contender(Protocol):
     """Something loaded that can be measured again and again.
 
     Attributes:
-        family: its processes.
-        may_freeze: whether they can be stopped while they have nothing to do. Ray would take its own for dead.
+        family: its processes, which can be frozen between measurements.
     """
 
     about: dict[str, Any]
     family: Family
-    may_freeze: bool
 
     def measure(self, case: Case, seed: int) -> Figures:
         """Runs the case once."""
@@ -84,9 +82,8 @@ def parse_spec(text: str) -> Spec:
 class EngineContender:
     """An engine in a worker process."""
 
-    def __init__(self, worker: WorkerProcess, may_freeze: bool = False) -> None:
+    def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker
-        self.may_freeze = may_freeze
         self.about = worker.about
         self.family = worker.family
 
@@ -108,9 +105,8 @@ class EngineContender:
 class ServerContender:
     """A server, under as many clients as the case has requests, each of which sends one."""
 
-    def __init__(self, target: Target, family: Family, about: dict[str, Any], may_freeze: bool = False) -> None:
+    def __init__(self, target: Target, family: Family, about: dict[str, Any]) -> None:
         self._target = target
-        self.may_freeze = may_freeze
         self.about = about
         self.family = family
 
@@ -141,7 +137,7 @@ def _open_engine(kind: str, settings: dict[str, Any], package: Path, shared: Sha
     else:
         worker = WorkerProcess("vllm", everywhere | settings, python=shared.peer_python)
     with closing(worker):
-        yield EngineContender(worker, may_freeze=kind == "vllm")
+        yield EngineContender(worker)
 
 
 @contextmanager
@@ -161,7 +157,7 @@ def _open_server(kind: str, settings: dict[str, Any], package: Path, shared: Sha
         ready_path, environment = "/health", {**family.environment, **extra}
     with running(command, environment, port, ready_path, package) as (base, ready_s):
         about = {"seconds_to_ready": ready_s}
-        yield ServerContender(Target(base, SERVED_NAME), family, about, may_freeze=kind == "vllm-serve")
+        yield ServerContender(Target(base, SERVED_NAME), family, about)
 
 
 def _occupancy(answer: Mapping[str, Any]) -> dict[str, float]:
