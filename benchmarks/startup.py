@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.http import Load, measure, started
+from benchmarks.cases import Case
+from benchmarks.figures import print_document
+from benchmarks.load import Target, closed_loop, serving_figures
+from benchmarks.processes import Family, content
+from benchmarks.servers import started
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import CheckpointIndex
 
 SAMPLE_S = 1.0
 READ_BYTES = 32 << 20
-MARK = "GPTJ_DIST_BENCHMARK"
 
 
 def main() -> None:
@@ -34,27 +35,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory")
     parser.add_argument("--serve-args", default="--stages 2", help="arguments of gptj-dist serve")
-    parser.add_argument("--streams", default="1,8")
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8], help="clients at once")
+    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=32)
     args = parser.parse_args()
     index = CheckpointIndex(resolve_model(args.model))
     files = [index.directory / name for name in sorted(set(index.file_of.values()))]
     figures: dict[str, Any] = {
         "model": args.model,
         "serve_args": args.serve_args,
-        "file_gb": round(sum(path.stat().st_size for path in files) / 1e9, 2),
-        "seconds_to_read_once": round(read_once(files), 1),
+        "file_gb": sum(path.stat().st_size for path in files) / 1e9,
+        "seconds_to_read_once": read_once(files),
     }
     drop_from_cache(files)
-    os.environ[MARK] = uuid.uuid4().hex
-    memory = MemoryWatch(f"{MARK}={os.environ[MARK]}")
-    with memory, started(args.model, args.serve_args.split()) as (base, ready_s):
-        figures |= {"seconds_to_ready": round(ready_s, 1), "peak_gb": round(memory.peak_bytes / 1e9, 2)}
-        figures |= {"at_rest_gb": round(memory.now() / 1e9, 2), "stage_read_gb": memory.stage_read_gb()}
-        load = Load(tuple(map(int, args.streams.split(","))), args.max_tokens, rounds=1, num_first_tokens=3)
-        figures |= asyncio.run(measure(base, args.model, load))
-        figures["peak_under_load_gb"] = round(memory.peak_bytes / 1e9, 2)
-    print(json.dumps(figures))
+    cases = [Case(num_clients, args.input_len, args.output_len) for num_clients in args.concurrency]
+    print_document("startup", figures | measure(args.model, args.serve_args.split(), cases))
+
+
+def measure(model: str, serve_args: Sequence[str], cases: Sequence[Case]) -> dict[str, Any]:
+    """Starts a server and puts it under one load after the other."""
+    family = Family()
+    memory = MemoryWatch(family)
+    with memory, started(model, serve_args, family.environment) as (base, ready_s):
+        figures: dict[str, Any] = {"seconds_to_ready": ready_s, "peak_gb": memory.peak_bytes / 1e9}
+        figures |= {"at_rest_gb": family.memory_bytes() / 1e9, "stage_read_gb": stage_read_gb(family)}
+        target = Target(base, model)
+        loads = [asyncio.run(closed_loop(target, case, case.batch, seed=case.batch)) for case in cases]
+        figures["peak_under_load_gb"] = memory.peak_bytes / 1e9
+    loads_figures = [
+        {"max_concurrency": case.batch, **serving_figures(load, {})} for case, load in zip(cases, loads, strict=True)
+    ]
+    return figures | {"closed_loop": loads_figures}
 
 
 def read_once(files: Sequence[Path]) -> float:
@@ -78,11 +89,11 @@ def drop_from_cache(files: Sequence[Path]) -> None:
 
 
 class MemoryWatch:
-    """Samples the memory of all processes that have a mark in their environment, until the context ends."""
+    """Samples the memory of a family of processes until the context ends."""
 
-    def __init__(self, mark: str) -> None:
+    def __init__(self, family: Family) -> None:
         self.peak_bytes = 0
-        self._mark = mark.encode()
+        self._family = family
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -93,37 +104,15 @@ class MemoryWatch:
         self._is_over.set()
         self._thread.join()
 
-    def now(self) -> int:
-        """Bytes in use now."""
-        return sum(map(pss_bytes, self._family()))
-
-    def stage_read_gb(self) -> list[float]:
-        """What each stage has read from files, sockets and pipes, in GB."""
-        stages = [path for path in self._family() if b"ray::Stage" in _content(path / "cmdline")]
-        return sorted(round(int(_content(path / "io").split()[1]) / 1e9, 3) for path in stages)
-
-    def _family(self) -> list[Path]:
-        processes = [path for path in Path("/proc").glob("[0-9]*") if path.name != str(os.getpid())]
-        return [path for path in processes if self._mark in _content(path / "environ")]
-
     def _sample(self) -> None:
         while not self._is_over.wait(SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, self.now())
+            self.peak_bytes = max(self.peak_bytes, self._family.memory_bytes())
 
 
-def pss_bytes(process: Path) -> int:
-    """A process's own pages, and its parts of those that it shares; 0 if it has ended."""
-    for line in _content(process / "smaps_rollup").splitlines():
-        if line.startswith(b"Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def stage_read_gb(family: Family) -> list[float]:
+    """What each stage has read from files, sockets and pipes, in GB."""
+    stages = [path for path in family.members() if b"ray::Stage" in content(path / "cmdline")]
+    return sorted(int(content(path / "io").split()[1]) / 1e9 for path in stages)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from typing import Any, Self, TypeVar
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.completion import TextDelta, stream_text
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
+from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import InvalidRequestError, NotReadyError
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.blueprint import LoadedPipeline
-from gptj_dist.stages.local import load_local, make_engine
+from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
 from gptj_dist.text.tokenizer import Tokenizer
 
@@ -73,12 +74,12 @@ class LLM:
         refuse_unknown_keys(settings, [field.name for field in fields(PipelineConfig)])
         config = PipelineConfig(model, **settings)
         self.pipeline: LoadedPipeline
-        self.pipeline, runners = load_local(config)
+        self.pipeline, self._executor = start_local(config)
         self.tokenizer = Tokenizer.load(resolve_model(config.model, self.pipeline.blueprint.config.revision))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gptj-dist-llm", daemon=True)
         self._thread.start()
-        self._engine, self._executor = make_engine(self.pipeline, runners)
+        self._engine = AsyncEngine(self.pipeline.make_scheduler(), self._executor, self.pipeline.limits())
         self._driver = self._run(self._start())
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Output]:

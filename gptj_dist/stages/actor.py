@@ -10,6 +10,7 @@ from gptj_dist.config import DTypeName
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
+from gptj_dist.stages.cores import CoreClaim, claim_cores
 from gptj_dist.stages.transport.codec import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
 from gptj_dist.stages.transport.zeromq import Inbound, Outbound
 
@@ -34,13 +35,16 @@ class Stage:
         self._clock = SteadyClock()
         self._inbound = Inbound(ray.util.get_node_ip_address(), epoch)
         self._progress = "starting"
+        self._cores: CoreClaim | None = None
 
     def describe(self) -> tuple[DeviceReport, str]:
         """Where the stage is, and the address of its receiving end."""
         return self._runner.describe_device(), self._inbound.address
 
-    def load(self, dtype: DTypeName, num_threads: int | None) -> StageReport:
-        """As `StageRunner.load`."""
+    @ray.method(concurrency_group="run")
+    def load(self, dtype: DTypeName, num_threads: int) -> StageReport:
+        """As `StageRunner.load`, on cores of its own if there are so many. On the thread that will compute."""
+        self._cores = claim_cores(num_threads)
 
         def note(progress: str) -> None:
             self._progress = progress
@@ -52,6 +56,7 @@ class Stage:
         """What `load` is at, for people; answered while it runs."""
         return self._progress
 
+    @ray.method(concurrency_group="run")
     def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
         """As `StageRunner.allocate`."""
         self._runner.allocate(num_blocks, dtype)

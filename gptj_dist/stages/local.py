@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from gptj_dist.config import PipelineConfig
-from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Plan, Result, StageTiming
 from gptj_dist.errors import StageFailedError
@@ -18,12 +17,16 @@ from gptj_dist.stages.runner import StageRunner
 
 
 class LocalExecutor:
-    """Computes plans on a thread of its own, each through all stages before the next."""
+    """Computes plans on one thread, each through all stages before the next.
 
-    def __init__(self, runners: tuple[StageRunner, ...]) -> None:
+    Args:
+        thread: the one that the runners were loaded on.
+    """
+
+    def __init__(self, runners: tuple[StageRunner, ...], thread: ThreadPoolExecutor) -> None:
         self._runners = runners
         self._clock = SteadyClock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stages")
+        self._thread = thread
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 
     def submit(self, plan: Plan) -> None:
@@ -53,7 +56,7 @@ class LocalExecutor:
 
 
 def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunner, ...]]:
-    """Loads all stages on this machine's device, one after the other.
+    """Loads all stages on this machine's device, one after the other. Whichever thread calls this shall compute, too.
 
     Raises:
         ConfigurationError: the settings, the checkpoint or the device will not do.
@@ -71,7 +74,19 @@ def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunne
     return LoadedPipeline(blueprint, reports, num_blocks), runners
 
 
-def make_engine(pipeline: LoadedPipeline, runners: tuple[StageRunner, ...]) -> tuple[AsyncEngine, LocalExecutor]:
-    """An engine over local stages, and its executor, to be closed in the end."""
-    executor = LocalExecutor(runners)
-    return AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits()), executor
+def start_local(config: PipelineConfig) -> tuple[LoadedPipeline, LocalExecutor]:
+    """Loads a pipeline on the thread that will compute it; the executor is to be closed in the end.
+
+    OpenMP keeps a team for every thread that has ever computed. If two teams are more threads than there are cores, it
+    no longer lets them wait awake, and each operator takes some 50 us longer.
+
+    Raises:
+        ConfigurationError: as `load_local`.
+    """
+    thread = ThreadPoolExecutor(1, thread_name_prefix="stages")
+    try:
+        pipeline, runners = thread.submit(load_local, config).result()
+    except BaseException:
+        thread.shutdown(wait=False)
+        raise
+    return pipeline, LocalExecutor(runners, thread)

@@ -136,9 +136,10 @@ def test_the_benchmark_measures_a_running_server_and_ends_in_one_json_document()
     port = free_port()
     with running([*SERVE, "demo", "--port", str(port)]) as command:
         base = command.wait_for(r"Ready after .* at (http://\S+)")
-        arguments = ["--streams", "1,2", "--max-tokens", "4", "--rounds", "1", "--first-tokens", "4", "--base", base]
+        arguments = ["--concurrency", "1", "2", "--output-len", "4", "--requests-per-client", "1", "--base", base]
         result = subprocess.run(
             [sys.executable, "-m", "benchmarks.http", *arguments], capture_output=True, text=True, check=True
         )
         figures = json.loads(result.stdout.splitlines()[-1])
-        assert {"first_token_ms_median", "tokens_per_s_1", "tokens_per_s_2"} <= figures.keys()
+        assert [load["max_concurrency"] for load in figures["closed_loop"]] == [1, 2]
+        assert all({"median_ttft_ms", "output_throughput"} <= load.keys() for load in figures["closed_loop"])

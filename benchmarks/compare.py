@@ -1,0 +1,162 @@
+"""One contender against another, in turn (A B A B), so that a machine whose speed drifts is as unkind to both.
+
+Goals 1 and 2, against vLLM; its environment is made by its own instructions and belongs to no part of this project:
+
+    python -m benchmarks.compare deep --a ours --b vllm --peer-python vllm/bin/python
+    python -m benchmarks.compare wide --a ours --b vllm --peer-python vllm/bin/python --cases {1,8,32}x128/64
+    python -m benchmarks.compare 6b --a "ours kv_cache_gb=2" --b "vllm kv_cache_gb=2" --cases {1,8}x128/32 ...
+    python -m benchmarks.compare deep --a "ours stages=2" --b "vllm stages=2" --peer-python vllm/bin/python
+
+Goal 3, two stages against one; and two checkouts of ours:
+
+    python -m benchmarks.compare deep --a "ours stages=2" --b ours --cases {1,8,32}x128/64 1x1024/1
+    python -m benchmarks.compare deep --a ours --b "ours package=/path/to/another/checkout"
+
+Goal 5, over HTTP against vLLM's server, and against our own engine in one process:
+
+    python -m benchmarks.compare deep --a "serve stages=1" --b vllm-serve --peer-python vllm/bin/python
+    python -m benchmarks.compare deep --a "serve stages=2" --b vllm-serve --peer-python vllm/bin/python
+    python -m benchmarks.compare deep --a "serve stages=1" --b ours
+
+`deep`, `wide` and `6b` are directories that `gptj-dist synth deep deep` makes. A case is BATCHxINPUT/OUTPUT: so many
+requests at once of so many random tokens in and out, greedy, without an early stop. Prefill is the case with one token
+out, and decode the rest. Engines leave text out on both sides. Whoever waits is frozen, because idle
+servers use some CPU (ours a seventh of a core, for Ray; vLLM's pipeline spins): `idle_cores` says what got through.
+
+A ratio is that of A to B, of times B to A: above 1, A is better; it is the median of the rounds' own ratios. The last
+line on standard output is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from benchmarks.cases import Case, parse_case
+from benchmarks.contenders import Contender, Shared, opened, parse_spec
+from benchmarks.figures import Figures, machine, medians, print_document, print_row, times_as_good
+
+DEFAULT_CASES = ("1x128/64", "8x128/64", "32x128/64", "1x1024/1")
+Rounds = Sequence[tuple[Figures, Figures]]
+
+
+def main() -> None:
+    """Measures, prints a table for people and the JSON document."""
+    args = _parser().parse_args()
+    specs = {"a": args.a, "b": args.b}
+    shared = Shared(args.model, args.dtype, args.peer_python, max(case.batch for case in args.cases))
+    document: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype, "rounds": args.rounds}
+    with ExitStack() as stack:
+        contenders = {}
+        for side, spec in specs.items():
+            contenders[side] = stack.enter_context(opened(spec, shared))
+            print(f"{side}: {spec.text}: {contenders[side].about}", flush=True)
+        duel = Duel(contenders["a"], contenders["b"], args.turn_s)
+        rounds = duel.fight(args.cases, args.rounds)
+        for side, spec in specs.items():
+            idle = {"idle_cores": duel.idle_cores[side]}
+            document[side] = {"contender": spec.text, **contenders[side].about, **idle}
+    print_document("compare", document | {"cases": [_case_figures(case, rounds[case]) for case in args.cases]})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a directory")
+    parser.add_argument("--a", required=True, type=parse_spec, help="a contender, such as 'ours stages=2'")
+    parser.add_argument("--b", required=True, type=parse_spec, help="what it is compared with, such as vllm")
+    parser.add_argument("--cases", nargs="+", type=parse_case, default=list(map(parse_case, DEFAULT_CASES)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turn-s", type=float, default=1.0, help="a turn is repeated until it took so many seconds")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has vLLM")
+    return parser
+
+
+class Duel:
+    """Two contenders that take turns.
+
+    Attributes:
+        idle_cores: what each used of the CPU while it was the other's turn, in cores.
+    """
+
+    def __init__(self, a: Contender, b: Contender, turn_s: float) -> None:
+        self._contenders = {"a": a, "b": b}
+        self._turn_s = turn_s
+        self._seed = 0
+        self._idle_cpu_s = {"a": 0.0, "b": 0.0}
+        self._idle_s = {"a": 0.0, "b": 0.0}
+
+    @property
+    def idle_cores(self) -> dict[str, float]:
+        return {side: cpu_s / max(self._idle_s[side], 1e-9) for side, cpu_s in self._idle_cpu_s.items()}
+
+    def fight(self, cases: Sequence[Case], num_rounds: int) -> dict[Case, list[tuple[Figures, Figures]]]:
+        """Each case's figures, round by round; a first turn of each case and contender does not count."""
+        for case in cases:
+            for contender in self._contenders.values():
+                contender.measure(Case(case.batch, case.input_len, min(case.output_len, 2)), seed=0)
+        rounds: dict[Case, list[tuple[Figures, Figures]]] = {case: [] for case in cases}
+        print_row(["", "a", "b", "ratio"])
+        for _ in range(num_rounds):
+            for case in cases:
+                rounds[case].append((self._turn("a", case), self._turn("b", case)))
+                self._tell(case, rounds[case][-1:])
+        print("medians")
+        for case in cases:
+            self._tell(case, rounds[case])
+        return rounds
+
+    def _turn(self, side: str, case: Case) -> Figures:
+        """One side's turn; medians of its repetitions. Prompts are new each time."""
+        runs: list[Figures] = []
+        with self._watched("b" if side == "a" else "a"):
+            begin = time.perf_counter()
+            while not runs or time.perf_counter() - begin < self._turn_s:
+                self._seed += 2
+                runs.append(self._contenders[side].measure(case, self._seed))
+        return medians(runs)
+
+    @contextmanager
+    def _watched(self, side: str) -> Iterator[None]:
+        """It is not this side's turn: freezes it, and notes what it uses of the CPU nevertheless."""
+        contender = self._contenders[side]
+        cpu_before, begin = contender.family.cpu_s(), time.perf_counter()
+        with contender.family.frozen():
+            yield
+        self._idle_s[side] += time.perf_counter() - begin
+        self._idle_cpu_s[side] += contender.family.cpu_s() - cpu_before
+
+    def _tell(self, case: Case, rounds: Rounds) -> None:
+        for name, figure in compared(rounds).items():
+            print_row([f"{case!s:<12}{name}", figure["a"], figure["b"], figure["ratio"]])
+
+
+def compared(rounds: Rounds) -> dict[str, dict[str, float]]:
+    """Of each figure that both have: medians, and the median, least and greatest of the rounds' ratios."""
+    sides = {"a": [a for a, _ in rounds], "b": [b for _, b in rounds]}
+    both = {side: medians(runs) for side, runs in sides.items()}
+    figures = {}
+    for name in (name for name in both["a"] if name in both["b"] and not name.startswith("stage_")):
+        ratios = [times_as_good(name, a[name], b[name]) for a, b in rounds]
+        figures[name] = {
+            "a": both["a"][name],
+            "b": both["b"][name],
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
+    return figures
+
+
+def _case_figures(case: Case, rounds: Rounds) -> Mapping[str, Any]:
+    every_round = {"a": [a for a, _ in rounds], "b": [b for _, b in rounds]}
+    return {**case.as_json(), "figures": compared(rounds), "rounds": every_round}
+
+
+if __name__ == "__main__":
+    main()

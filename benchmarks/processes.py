@@ -1,0 +1,94 @@
+"""Processes that belong together: their CPU time, their memory, their end. Linux only.
+
+They have inherited a mark in their environment, or come from one that has. Neither is enough: Ray's processes leave
+their parents, and processes that change their title (vLLM's) write it over their environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+MARK = "GPTJ_DIST_BENCHMARK"
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Family:
+    """All processes that were started with `environment` and live, but for this one."""
+
+    def __init__(self) -> None:
+        self._mark = f"{MARK}={uuid.uuid4().hex}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, and the mark."""
+        name, _, value = self._mark.partition("=")
+        return {**os.environ, name: value}
+
+    def members(self) -> list[Path]:
+        """Their directories in /proc."""
+        mark = self._mark.encode()
+        processes = [path for path in Path("/proc").glob("[0-9]*") if path.name != str(os.getpid())]
+        family = {path.name for path in processes if mark in content(path / "environ").split(b"\0")}
+        parent_of = {path.name: parent(path) for path in processes}
+        while children := {name for name, of in parent_of.items() if of in family} - family:
+            family |= children
+        return [path for path in processes if path.name in family]
+
+    def cpu_s(self) -> float:
+        """CPU time that those alive have used since they began."""
+        return sum(map(cpu_s, self.members()))
+
+    def memory_bytes(self) -> int:
+        """Memory in use, pages that are shared in parts."""
+        return sum(map(pss_bytes, self.members()))
+
+    def kill(self) -> None:
+        """Ends those that are still there, at once."""
+        self._signal(signal.SIGKILL)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """They do nothing until the context ends."""
+        self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for path in self.members():
+            with suppress(ProcessLookupError):
+                os.kill(int(path.name), number)
+
+
+def parent(process: Path) -> str:
+    """The id of the process that started it, or adopted it; nothing if it has ended (proc(5): field 4 of `stat`)."""
+    fields = content(process / "stat").rpartition(b")")[2].split()
+    return fields[1].decode() if fields else ""
+
+
+def cpu_s(process: Path) -> float:
+    """CPU time of a process in user and system mode (proc(5): fields 14 and 15 of `stat`); 0 if it has ended."""
+    fields = content(process / "stat").rpartition(b")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S if fields else 0.0
+
+
+def pss_bytes(process: Path) -> int:
+    """A process's own pages, and its parts of those that it shares; 0 if it has ended."""
+    for line in content(process / "smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def content(path: Path) -> bytes:
+    """Of a file in /proc; nothing if its process has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

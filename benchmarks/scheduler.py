@@ -1,0 +1,128 @@
+"""The scheduler alone: plans a second, without a model, a transport or an event loop.
+
+    python -m benchmarks.scheduler                                              goal 6: 20,000 requests, 64 running
+    python -m benchmarks.scheduler --requests 20000 --running 64 --stages 4     plans of a pipeline of four
+
+All requests are there from the start. Only `Scheduler.schedule` and `Scheduler.update` are in `plans_per_s`; adding the
+requests is a figure of its own. Results come back at once, first in, first out. Prompts and outputs have random
+lengths, so that requests end one by one. The last line on standard output is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.figures import machine, percentile, print_document
+from gptj_dist.config import BLOCK_SIZE_TOKENS
+from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.engine.request import Request
+from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.params import SamplingParams
+
+TOKEN_ID = 1
+PROMPT_TOKENS = (8, 24)
+OUTPUT_TOKENS = (16, 48)
+SEED = 0
+
+
+@dataclass(slots=True)
+class Timings:
+    """What was measured.
+
+    Args:
+        seconds: of each step, that is, of one plan made and one result taken back.
+        requests_per_plan: of each plan.
+    """
+
+    add_s: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    requests_per_plan: list[int] = field(default_factory=list)
+
+
+def main() -> None:
+    """Measures and prints the JSON document."""
+    args = _parser().parse_args()
+    requests = make_requests(args.requests)
+    blocks_per_request = -(-(PROMPT_TOKENS[1] + OUTPUT_TOKENS[1]) // BLOCK_SIZE_TOKENS)
+    config = SchedulerConfig(
+        num_stages=args.stages,
+        num_blocks=args.running * blocks_per_request,
+        block_size=BLOCK_SIZE_TOKENS,
+        max_batch_size=args.running,
+        eos_token_id=0,
+    )
+    settings = {"requests": args.requests, "running": args.running, "stages": args.stages}
+    print_document("scheduler", {"machine": machine(), **settings, **figures(run(Scheduler(config), requests))})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--running", type=int, default=64, help="the most that run at once")
+    parser.add_argument("--stages", type=int, default=1)
+    return parser
+
+
+def make_requests(num_requests: int) -> list[Request]:
+    """The same each time."""
+    rng = random.Random(SEED)
+    return [
+        Request(
+            request_id,
+            (TOKEN_ID,) * rng.randint(*PROMPT_TOKENS),
+            SamplingParams(max_tokens=rng.randint(*OUTPUT_TOKENS), temperature=0, ignore_eos=True),
+            noise_key=request_id,
+        )
+        for request_id in range(num_requests)
+    ]
+
+
+def run(scheduler: Scheduler, requests: Sequence[Request]) -> Timings:
+    """Schedules until all requests have ended."""
+    timings = Timings()
+    begin = time.perf_counter()
+    for request in requests:
+        scheduler.add(request)
+    timings.add_s = time.perf_counter() - begin
+    in_flight: deque[Plan] = deque()
+    while scheduler.has_requests:
+        begin = time.perf_counter()
+        plan = scheduler.schedule()
+        seconds = time.perf_counter() - begin
+        if plan is not None:
+            in_flight.append(plan)
+            timings.requests_per_plan.append(len(plan.chunks))
+            timings.seconds.append(seconds)
+            continue
+        result = _compute(in_flight.popleft())
+        begin = time.perf_counter()
+        scheduler.update(result)
+        timings.seconds[-1] += time.perf_counter() - begin + seconds
+    return timings
+
+
+def figures(timings: Timings) -> dict[str, Any]:
+    """Rates, and how even the steps were."""
+    num_plans = len(timings.requests_per_plan)
+    return {
+        "num_plans": num_plans,
+        "requests_per_plan": sum(timings.requests_per_plan) / num_plans,
+        "plans_per_s": num_plans / sum(timings.seconds),
+        "median_step_us": 1e6 * percentile(timings.seconds, 50),
+        "p99_step_us": 1e6 * percentile(timings.seconds, 99),
+        "add_s": timings.add_s,
+    }
+
+
+def _compute(plan: Plan) -> Result:
+    return Result(plan.plan_id, (TOKEN_ID,) * sum(chunk.samples for chunk in plan.chunks))
+
+
+if __name__ == "__main__":
+    main()

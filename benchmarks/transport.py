@@ -1,0 +1,220 @@
+"""What it costs to go round a ring of stages that compute nothing: the project's transport, and bare ZeroMQ beside it.
+
+    python -m benchmarks.transport                                goal 6: four stages, frames of 64 KB
+    python -m benchmarks.transport --stages 2 --frame-kb 8 --in-flight 3
+
+Each stage is a process. A plan of as many requests as the frame has rows goes from here through all of them and back,
+hidden states on every edge, so one edge more carries them than in a pipeline. `round_trip_us` is the median with one
+frame on its way; `step_us` the time for each frame with `--in-flight` of them. Bare ZeroMQ carries the same bytes over
+the same kind of sockets, but encodes and decodes nothing. Both rings take turns. The last line on standard output is
+one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import zmq
+
+from benchmarks.figures import Figures, machine, medians, print_document, print_row
+from gptj_dist.engine.plan import Chunk, Plan
+from gptj_dist.stages.transport.codec import EndFrame, Frame, HiddenStates, PlanFrame
+from gptj_dist.stages.transport.zeromq import Inbound, Outbound
+
+HOST = "127.0.0.1"
+EPOCH = 1
+D_MODEL = 4096
+ROW_BYTES = 2 * D_MODEL
+NUM_WARM_UP = 50
+END_TIMEOUT_S = 10
+
+
+class Ring(Protocol):
+    """This end of a ring: what is sent comes back after it went through all stages."""
+
+    def send(self) -> None:
+        """Sends a frame on its way."""
+
+    def receive(self) -> None:
+        """Waits for the oldest frame on its way."""
+
+
+def main() -> None:
+    """Measures, prints a table for people and the JSON document."""
+    args = _parser().parse_args()
+    settings = {"stages": args.stages, "frame_kb": args.frame_kb, "in_flight": args.in_flight, "frames": args.frames}
+    document = {"machine": machine(), **settings}
+    rounds: dict[str, list[Figures]] = {"ours": [], "zeromq": []}
+    with ExitStack() as stack:
+        rings = {
+            "ours": stack.enter_context(our_ring(args.stages, make_frame(args.frame_kb))),
+            "zeromq": stack.enter_context(bare_ring(args.stages, bytes(1024 * args.frame_kb))),
+        }
+        for _ in range(args.rounds):
+            for name, ring in rings.items():
+                rounds[name].append(time_ring(ring, args.frames, args.in_flight))
+                print_row([name, *rounds[name][-1].values()])
+    print_document("transport", document | {name: medians(figures) for name, figures in rounds.items()})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--frame-kb", type=int, default=64, help="hidden states of a frame, in KiB; a row has 8")
+    parser.add_argument("--in-flight", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=2000, help="in each turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
+
+
+def make_frame(size_kb: int) -> PlanFrame:
+    """A decode plan, one request a row."""
+    rows = max(1, 1024 * size_kb // ROW_BYTES)
+    chunks = tuple(Chunk(i, 128, (i,), (), True) for i in range(rows))
+    return PlanFrame(Plan(0, (), (), chunks), HiddenStates("bfloat16", (rows, D_MODEL), bytes(1024 * size_kb)))
+
+
+def time_ring(ring: Ring, num_frames: int, in_flight: int) -> dict[str, float]:
+    """Microseconds of a frame that is alone, and of each frame among others."""
+    for _ in range(NUM_WARM_UP):
+        _round_trip_s(ring)
+    round_trips_s = [_round_trip_s(ring) for _ in range(num_frames)]
+    for _ in range(in_flight):
+        ring.send()
+    begin = time.perf_counter()
+    for _ in range(num_frames):
+        ring.receive()
+        ring.send()
+    step_s = (time.perf_counter() - begin) / num_frames
+    for _ in range(in_flight):
+        ring.receive()
+    return {"round_trip_us": 1e6 * statistics.median(round_trips_s), "step_us": 1e6 * step_s}
+
+
+def _round_trip_s(ring: Ring) -> float:
+    begin = time.perf_counter()
+    ring.send()
+    ring.receive()
+    return time.perf_counter() - begin
+
+
+class OurRing:
+    """Over `gptj_dist.stages.transport`."""
+
+    def __init__(self, inbound: Inbound, outbound: Outbound, frame: Frame) -> None:
+        self._inbound = inbound
+        self._outbound = outbound
+        self._frame = frame
+
+    def send(self) -> None:
+        self._outbound.send(self._frame)
+
+    def receive(self) -> None:
+        self._inbound.receive()
+
+
+@contextmanager
+def our_ring(num_stages: int, frame: Frame) -> Iterator[Ring]:
+    """A ring whose stages decode each frame and encode it again."""
+    inbound = Inbound(HOST, EPOCH)
+    with _processes(_our_stage, num_stages, inbound.address) as address:
+        outbound = Outbound(address, EPOCH)
+        yield OurRing(inbound, outbound, frame)
+        outbound.send(EndFrame())
+        inbound.receive()
+        outbound.close()
+    inbound.close()
+
+
+def _our_stage(connection: Connection) -> None:
+    inbound = Inbound(HOST, EPOCH)
+    connection.send(inbound.address)
+    outbound = Outbound(connection.recv(), EPOCH)
+    while not isinstance(frame := inbound.receive(), EndFrame):
+        outbound.send(frame)
+    outbound.send(frame)
+    outbound.close(linger_ms=1000)
+    inbound.close()
+
+
+class BareRing:
+    """Over sockets, without a codec."""
+
+    def __init__(self, inbound: zmq.Socket[bytes], outbound: zmq.Socket[bytes], data: bytes) -> None:
+        self._inbound = inbound
+        self._outbound = outbound
+        self._data = data
+
+    def send(self) -> None:
+        self._outbound.send(self._data)
+
+    def receive(self) -> None:
+        self._inbound.recv()
+
+
+@contextmanager
+def bare_ring(num_stages: int, data: bytes) -> Iterator[Ring]:
+    """A ring whose stages pass bytes on; an empty message ends them."""
+    inbound = _bound()
+    with _processes(_bare_stage, num_stages, _address(inbound)) as address:
+        outbound = _connected(address)
+        yield BareRing(inbound, outbound, data)
+        outbound.send(b"")
+        inbound.recv()
+        outbound.close(linger=0)
+    inbound.close(linger=0)
+
+
+def _bare_stage(connection: Connection) -> None:
+    inbound = _bound()
+    connection.send(_address(inbound))
+    outbound = _connected(connection.recv())
+    while data := inbound.recv():
+        outbound.send(data)
+    outbound.send(data)
+    outbound.close(linger=1000)
+    inbound.close(linger=0)
+
+
+def _bound() -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+    socket.bind(f"tcp://{HOST}:0")
+    return socket
+
+
+def _address(socket: zmq.Socket[bytes]) -> str:
+    return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+
+def _connected(address: str) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.connect(address)
+    return socket
+
+
+@contextmanager
+def _processes(stage: Callable[[Connection], None], num_stages: int, end_address: str) -> Iterator[str]:
+    """Starts stages that send to one another, the last to `end_address`; gives the address of the first."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(num_stages)]
+    processes = [context.Process(target=stage, args=(theirs,), daemon=True) for _, theirs in pipes]
+    for process in processes:
+        process.start()
+    addresses: Sequence[str] = [ours.recv() for ours, _ in pipes]
+    for (ours, _), next_address in zip(pipes, [*addresses[1:], end_address], strict=True):
+        ours.send(next_address)
+    yield addresses[0]
+    for process in processes:
+        process.join(END_TIMEOUT_S)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""An engine in a process of its own: `python -P -m benchmarks.workers KIND SETTINGS`, with settings as JSON.
+
+Says in a JSON line what it is as soon as it can work, then answers each JSON line on standard input with one, until
+there are no more. `gptj_dist` is that of the current directory. All other output, of whatever library, goes to standard
+error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+
+from benchmarks.workers.worker import Worker
+
+KINDS = ("ours", "vllm", "limits")
+
+
+def main() -> None:
+    """Serves until standard input ends."""
+    kind, settings = sys.argv[1], json.loads(sys.argv[2])
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    begin = time.perf_counter()
+    worker: Worker = importlib.import_module(f"benchmarks.workers.{kind}_worker").open_worker(settings)
+    try:
+        answers.write(json.dumps({**worker.about(), "seconds_to_ready": time.perf_counter() - begin}) + "\n")
+        for line in sys.stdin:
+            answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")
+    finally:
+        worker.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A pipeline's stages as actors on a Ray that lives as long as they do, without Serve."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import ray
+from ray.util.placement_group import placement_group
+
+from gptj_dist.config import PipelineConfig
+from gptj_dist.serving.sizing import size_stages
+from gptj_dist.stages.blueprint import LoadedPipeline, draw_blueprint
+from gptj_dist.stages.group import Placement, StageGroup
+
+
+@asynccontextmanager
+async def start_actors(config: PipelineConfig) -> AsyncIterator[tuple[StageGroup, LoadedPipeline]]:
+    """Stages that are ready, on this machine."""
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        group, pipeline = await StageGroup.start(draw_blueprint(config), _place(config), epoch=0)
+        try:
+            yield group, pipeline
+        finally:
+            await group.stop()
+    finally:
+        ray.shutdown()
+
+
+def _place(config: PipelineConfig) -> Placement:
+    size = size_stages(config, config.num_stages, lambda resource: float(ray.cluster_resources().get(resource, 0.0)))
+    bundles = placement_group(size.bundles)
+    ray.get(bundles.ready())
+    return Placement(bundles, size.device, size.cpus_per_stage, size.gpus_per_stage, name="benchmark")
