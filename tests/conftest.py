@@ -1,8 +1,14 @@
-"""What holds for all tests: Ray, where one is started, stays on loopback. It reads these variables when imported."""
+"""What holds for all tests: a Ray that is started stays on loopback, and without a GPU Triton interprets its kernels.
+Both read these variables when they are imported.
+"""
 
 import os
+
+import torch
 
 from gptj_dist.serving.launcher import LOCAL_RAY_ENVIRONMENT
 
 os.environ.update(LOCAL_RAY_ENVIRONMENT)
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

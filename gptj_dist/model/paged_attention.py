@@ -5,6 +5,7 @@ of chunks in another, in tiles. For GPUs; on any device through Triton's interpr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,39 +76,47 @@ class RowIndex:
     and `tiles` [tiles, 2] (the first row of each piece of the other spans, and how many).
 
     Args:
-        flat: all parts, in this order.
-        num_rows, num_spans, num_lone_rows, table_width: their sizes.
+        flat: all parts, in this order, each on a border of 16 bytes: Triton makes other kernels for other borders.
+        shapes: of the parts.
     """
 
-    def __init__(self, flat: Tensor, num_rows: int, num_spans: int, num_lone_rows: int, table_width: int) -> None:
+    def __init__(self, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
         self._flat = flat
-        self._sizes = (num_rows, num_spans, num_lone_rows, table_width)
-        lengths = (num_rows, num_rows, num_spans * table_width, num_lone_rows)
-        lengths = (*lengths, len(flat) - sum(lengths))
-        self.positions, self.spans, tables, self.lone_rows, tiles = torch.split(flat, lengths)
-        self.tables = tables.view(num_spans, table_width)
-        self.tiles = tiles.view(-1, 2)
+        self._shapes = shapes
+        parts = torch.split(flat, [_whole_borders(math.prod(shape)) for shape in shapes])
+        self.positions, self.spans, self.tables, self.lone_rows, self.tiles = (
+            part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)
+        )
 
     @classmethod
     def draw(cls, batch: MicroBatch, cache: BlockCache, tile_rows: int) -> RowIndex:
         """The index of a micro-batch, on the host; tiles have up to `tile_rows` rows."""
-        tables = cache.tables([span.request_id for span in batch.spans])
-        span_of_row = torch.arange(len(batch.spans)).repeat_interleave(
-            torch.tensor([span.num_tokens for span in batch.spans])
+        lengths = torch.tensor([span.num_tokens for span in batch.spans])
+        lone_rows = [span.row for span in batch.spans if span.num_tokens == 1]
+        tiles = [tile for span in batch.spans if span.num_tokens > 1 for tile in _tiles(span, tile_rows)]
+        parts = (
+            batch.positions,
+            torch.arange(len(batch.spans)).repeat_interleave(lengths),
+            cache.tables([span.request_id for span in batch.spans]),
+            torch.tensor(lone_rows),
+            torch.tensor(tiles).view(-1, 2),
         )
-        lone_rows = torch.tensor([span.row for span in batch.spans if span.num_tokens == 1])
-        tiles = torch.tensor([n for span in batch.spans if span.num_tokens > 1 for n in _tiles(span, tile_rows)])
-        parts = (batch.positions, span_of_row, tables.view(-1), lone_rows, tiles)
-        flat = torch.cat([part.to(torch.int32) for part in parts])
-        return cls(flat, len(batch.positions), len(batch.spans), len(lone_rows), tables.shape[1])
+        flat = torch.zeros(sum(_whole_borders(part.numel()) for part in parts), dtype=torch.int32)
+        index = cls(flat, [tuple(part.shape) for part in parts])
+        for target, part in zip(index._parts(), parts, strict=True):
+            target.copy_(part)
+        return index
 
     def to(self, device: torch.device) -> RowIndex:
         """A copy on the device; the host does not wait for it."""
-        return RowIndex(to_device(self._flat, device), *self._sizes)
+        return RowIndex(to_device(self._flat, device), self._shapes)
 
     def overwrite(self, other: RowIndex) -> None:
         """Becomes another index of the same sizes, in place; the host does not wait for it."""
         self._flat.copy_(to_device(other._flat, self._flat.device))
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.positions, self.spans, self.tables, self.lone_rows, self.tiles
 
 
 class PagedAttention:
@@ -203,7 +212,12 @@ def attend_in_blocks(cache: BlockCache, batch: MicroBatch, rotary: RotaryTable) 
     return PagedAttention(cache, RowIndex.draw(batch, cache, grain.tile_rows).to(cache.device), rotary, grain)
 
 
-def _tiles(span: Span, tile_rows: int) -> list[int]:
-    """First row and number of rows of each tile, one after the other."""
+def _tiles(span: Span, tile_rows: int) -> list[tuple[int, int]]:
+    """First row and number of rows of each."""
     row, stop = span.row, span.row + span.num_tokens
-    return [n for first in range(row, stop, tile_rows) for n in (first, min(tile_rows, stop - first))]
+    return [(first, min(tile_rows, stop - first)) for first in range(row, stop, tile_rows)]
+
+
+def _whole_borders(num_elements: int) -> int:
+    """Elements of 4 bytes up to the next border of 16."""
+    return -(-num_elements // 4) * 4

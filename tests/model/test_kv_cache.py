@@ -1,4 +1,4 @@
-"""Both caches hold what was written, for whom it was written; the CPU's takes memory late and gives it back."""
+"""The CPU's cache holds what was written, for whom it was written; it takes memory late and gives it back."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ import torch
 from torch import Tensor
 
 from gptj_dist.model.inputs import MicroBatch, Span
-from gptj_dist.model.kv_cache import BlockCache, KVCache, RegionCache
+from gptj_dist.model.kv_cache import RegionCache
 
-CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 3, 5
-MAX_TOKENS, NUM_REQUESTS, BLOCK_SIZE = 40, 4, 4
+MAX_TOKENS, NUM_REQUESTS = 40, 4
 MEGABYTE = 2**20
 
 
 def _regions(max_tokens: int = MAX_TOKENS, head_dim: int = HEAD_DIM) -> RegionCache:
     return RegionCache(NUM_LAYERS, NUM_REQUESTS, max_tokens, NUM_HEADS, head_dim)
-
-
-def _blocks(dtype: torch.dtype = torch.float32) -> BlockCache:
-    num_blocks = NUM_REQUESTS * MAX_TOKENS // BLOCK_SIZE
-    return BlockCache(NUM_LAYERS, num_blocks, BLOCK_SIZE, NUM_HEADS, HEAD_DIM, dtype, CPU)
 
 
 def _keys_and_values(seed: int, num_tokens: int, head_dim: int = HEAD_DIM) -> tuple[Tensor, Tensor]:
@@ -34,13 +28,15 @@ def _keys_and_values(seed: int, num_tokens: int, head_dim: int = HEAD_DIM) -> tu
     return both[0], both[1]
 
 
-def _write(cache: KVCache, layer: int, request_id: int, start: int, stop: int, keys: Tensor, values: Tensor) -> None:
+def _write(
+    cache: RegionCache, layer: int, request_id: int, start: int, stop: int, keys: Tensor, values: Tensor
+) -> None:
     """Writes the request's tokens from `start` to `stop`."""
     batch = MicroBatch((Span(request_id, 0, start, stop - start),), torch.arange(start, stop))
     cache.write(layer, cache.locate(batch), keys, values)
 
 
-def _read(cache: KVCache, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _read(cache: RegionCache, layer: int, request_id: int, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values, [heads, tokens, head_dim] each."""
     keys, values = cache.read(layer, request_id, num_tokens)
     return keys.transpose(1, 2), values
@@ -50,64 +46,31 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("kind", ["regions", "blocks"])
-def test_a_random_walk_reads_back_what_it_wrote(kind: str) -> None:
+def test_a_random_walk_reads_back_what_it_wrote() -> None:
     """Requests come, grow by chunks and go, in every order; each reads its own tokens, in every layer."""
     chooser = random.Random(0)
-    cache: KVCache = _regions() if kind == "regions" else _blocks()
-    free = list(range(NUM_REQUESTS * MAX_TOKENS // BLOCK_SIZE))
-    chooser.shuffle(free)
-    blocks: dict[int, list[int]] = {}
+    cache = _regions()
     num_written: dict[int, int] = {}
     for step in range(600):
-        if len(blocks) < NUM_REQUESTS and (not blocks or chooser.random() < 0.2):
+        if len(num_written) < NUM_REQUESTS and (not num_written or chooser.random() < 0.2):
             cache.add(step)
-            blocks[step], num_written[step] = [], 0
-        id_ = chooser.choice(list(blocks))
+            num_written[step] = 0
+        id_ = chooser.choice(list(num_written))
         start = num_written[id_]
         stop = min(start + chooser.choice((1, 1, 2, 3, 7, 20)), MAX_TOKENS)
         if start == stop or chooser.random() < 0.1:
             cache.release(id_)
-            free += blocks.pop(id_)
-            chooser.shuffle(free)
+            del num_written[id_]
             continue
-        num_new = -(-stop // BLOCK_SIZE) - len(blocks[id_])
-        new, free = free[:num_new], free[num_new:]
-        cache.extend(id_, new)
-        blocks[id_] += new
         num_written[id_] = stop
         for layer in range(NUM_LAYERS):
             keys, values = _keys_and_values(NUM_LAYERS * id_ + layer, MAX_TOKENS)
             _write(cache, layer, id_, start, stop, keys[start:stop], values[start:stop])
-        for other in blocks:
+        for other in num_written:
             for layer in range(NUM_LAYERS):
                 expected = _keys_and_values(NUM_LAYERS * other + layer, MAX_TOKENS)
                 for read, written in zip(_read(cache, layer, other, num_written[other]), expected, strict=True):
                     assert torch.equal(read, written[: num_written[other]].transpose(0, 1))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_blocks_are_kept_in_the_models_type(dtype: torch.dtype) -> None:
-    cache = _blocks(dtype)
-    cache.add(0)
-    cache.extend(0, [3, 1])
-    keys, values = _keys_and_values(0, 6)
-    _write(cache, 1, 0, 0, 6, keys, values)
-    for read, written in zip(_read(cache, 1, 0, 6), (keys, values), strict=True):
-        assert read.dtype == dtype
-        assert torch.equal(read, written.to(dtype).transpose(0, 1))
-
-
-def test_a_span_may_cross_scattered_blocks() -> None:
-    cache = _blocks()
-    cache.add(7)
-    keys, values = _keys_and_values(0, 10)
-    cache.extend(7, [9])
-    _write(cache, 0, 7, 0, 3, keys[:3], values[:3])
-    cache.extend(7, (0, 5))
-    _write(cache, 0, 7, 3, 10, keys[3:], values[3:])
-    assert torch.equal(_read(cache, 0, 7, 10)[0], keys.transpose(0, 1))
-    assert torch.equal(_read(cache, 0, 7, 10)[1], values.transpose(0, 1))
 
 
 def test_regions_are_read_in_place() -> None:

@@ -185,6 +185,16 @@ def test_the_same_key_and_position_draw_the_same_token_in_any_company() -> None:
     assert _sample(logits.flip(0), *reversed(specs)) == together[::-1]
 
 
+def test_neighbours_with_other_filters_change_no_order_of_ties() -> None:
+    """16-bit logits have many equal ones."""
+    logits = _random_logits(12, 700, std=0.3).bfloat16().float()
+    top_ks, top_ps = (0, 3, 40, 0, 3, 699), (1.0, 0.9)
+    specs = [
+        replace(PLAIN, top_k=top_ks[i % 6], top_p=top_ps[i % 2], min_p=0.1 * (i % 3), noise_key=i) for i in range(12)
+    ]
+    assert [_sample(logits[i : i + 1], spec)[0] for i, spec in enumerate(specs)] == _sample(logits, *specs)
+
+
 def test_other_keys_and_other_positions_draw_other_tokens() -> None:
     row = torch.zeros(1000)
     drawn = [_sample(row[None], replace(PLAIN, noise_key=key, position=p))[0] for key in range(10) for p in range(10)]
@@ -230,6 +240,15 @@ def test_a_high_temperature_makes_all_tokens_nearly_even() -> None:
 @pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, temperature=100.0), replace(PLAIN, top_k=2), GREEDY])
 def test_huge_logits_are_no_trouble(spec: SampleSpec) -> None:
     assert _sample(_logits(-3e38, 3e38, -3e38, 0.0), spec) == [1]
+
+
+@pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, top_k=2), replace(PLAIN, top_p=0.5), GREEDY])
+def test_a_broken_row_yields_some_token_and_harms_no_other(spec: SampleSpec) -> None:
+    logits = _random_logits(2, 40)
+    logits[0] = math.nan
+    broken, whole = _sample(logits, spec, PLAIN)
+    assert 0 <= broken < 40
+    assert whole == _sample(logits[1:], PLAIN)[0]
 
 
 @pytest.mark.parametrize("spec", [replace(PLAIN, top_k=3), replace(PLAIN, top_p=0.4), replace(PLAIN, min_p=0.5)])

@@ -1,0 +1,79 @@
+"""Compiles all kernels for heads of 256 on a GPU that need not be there, as `paged_attention` would launch them there.
+
+    python -m tests.model.compile_kernels 90 bf16
+
+prints what came out as one JSON list. Needs Triton without its interpreter, so it is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gptj_dist.model import kernels
+from gptj_dist.model.paged_attention import Grain
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NUMBERS = {"row_stride": "i32", "table_width": "i32", "scale": "fp32"}
+FLOAT32 = {"queries", "cos", "sin", "split_sums", "split_weights"}
+HEADS = {"HEADS": 16, "DIM": 256, "WIDTH": 256}
+TRITONS_WARPS, TRITONS_STAGES = 4, 3
+"""Where a launch does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, and all that is fixed when it is compiled."""
+
+    kernel: Any
+    constants: dict[str, int]
+    num_warps: int = TRITONS_WARPS
+    num_stages: int = TRITONS_STAGES
+
+    def compile(self, capability: int, dtype: str) -> dict[str, Any]:
+        """The kernel's name, its shared memory in bytes, and whether it multiplies on tensor cores."""
+        names = self.kernel.arg_names
+        types = {name: self._type_of(name, dtype) for name in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] in "*i"}
+        constants = {(names.index(name),): value for name, value in self.constants.items()}
+        source = ASTSource(fn=self.kernel, signature=types, constexprs=constants, attrs=aligned)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        return {
+            "name": self.kernel.__name__,
+            "shared_bytes": compiled.metadata.shared,
+            "has_tensor_cores": "mma" in compiled.asm["ptx"],
+        }
+
+    def _type_of(self, name: str, dtype: str) -> str:
+        if name in self.constants:
+            return "constexpr"
+        if name in {"heads", "keys", "values", "out"}:
+            return f"*{dtype}"
+        return NUMBERS.get(name, "*fp32" if name in FLOAT32 else "*i32")
+
+
+def launches(grain: Grain) -> list[Launch]:
+    """All kernels, `attend_row` with and without splits."""
+    row = {**HEADS, "BLOCK": 16, "TILE": grain.lone_tile_keys}
+    tile = {**HEADS, "BLOCK": 16, "ROWS": grain.tile_rows, "TILE": grain.tile_keys}
+    return [
+        Launch(kernels.store_heads, {**HEADS, "PAIRS": 32, "BLOCK": 16}, num_warps=1),
+        Launch(kernels.attend_row, {**row, "SPLITS": 1}),
+        Launch(kernels.attend_row, {**row, "SPLITS": 32}),
+        Launch(kernels.join_splits, {**HEADS, "SPLITS": 32}),
+        Launch(kernels.attend_tile, tile, grain.tile_warps, grain.tile_stages),
+    ]
+
+
+if __name__ == "__main__":
+    capability, dtype = int(sys.argv[1]), sys.argv[2]
+    grain = Grain.of_gpu(132, capability // 10, DTYPES[dtype], 256)
+    print(json.dumps([launch.compile(capability, dtype) for launch in launches(grain)]))

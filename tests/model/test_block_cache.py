@@ -1,0 +1,55 @@
+"""Tables list each request's blocks, in order, and no one else's."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from gptj_dist.model.block_cache import SCRATCH_REQUEST, BlockCache
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_TOKENS = 30, 4, 41
+
+
+def _cache(dtype: torch.dtype = torch.float32) -> BlockCache:
+    return BlockCache(2, NUM_BLOCKS, BLOCK_SIZE, MAX_TOKENS, 3, 5, dtype, torch.device("cpu"))
+
+
+def test_a_random_walk_lists_what_each_request_was_given() -> None:
+    chooser = random.Random(0)
+    cache = _cache()
+    free = list(range(NUM_BLOCKS))
+    held: dict[int, list[int]] = {}
+    for step in range(200):
+        cache.add(step)
+        held[step] = []
+        id_ = chooser.choice(list(held))
+        num_new = chooser.randint(1, 3)
+        if num_new > len(free) or (len(held[id_]) + num_new) * BLOCK_SIZE > MAX_TOKENS + 3:
+            cache.release(id_)
+            free += held.pop(id_)
+            chooser.shuffle(free)
+        else:
+            new = [free.pop() for _ in range(num_new)]
+            cache.extend(id_, tuple(new))
+            held[id_] += new
+        tables = cache.tables(list(held))
+        assert tables.shape == (len(held), -(-MAX_TOKENS // BLOCK_SIZE))
+        assert [row[: len(blocks)] for row, blocks in zip(tables.tolist(), held.values(), strict=True)] == list(
+            held.values()
+        )
+
+
+def test_nobodys_request_is_always_there_and_its_block_is_nobodys() -> None:
+    cache = _cache()
+    assert cache.tables([SCRATCH_REQUEST]).tolist()[0][0] == NUM_BLOCKS
+    assert cache.layer(1)[0].shape == (NUM_BLOCKS + 1, 3, BLOCK_SIZE, 5)
+
+
+def test_layers_keys_and_values_share_nothing() -> None:
+    cache = _cache(torch.float16)
+    parts = [part for layer in range(2) for part in cache.layer(layer)]
+    for value, part in enumerate(parts):
+        part.fill_(value)
+    assert [bool((part == value).all()) for value, part in enumerate(parts)] == [True] * 4
+    assert {part.dtype for part in parts} == {torch.float16}
