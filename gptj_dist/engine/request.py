@@ -30,6 +30,7 @@ class Request:
         token_ids: the prompt and what was generated so far.
         num_computed: tokens whose keys and values are computed, or will be by plans in flight.
         blocks: KV blocks held, in order of position.
+        is_running: it is one of those that plans are made of, not waiting.
         is_awaiting_token: a plan in flight samples the request's next token.
     """
 
@@ -40,6 +41,7 @@ class Request:
     token_ids: list[int] = field(init=False)
     num_computed: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
+    is_running: bool = field(init=False, default=False)
     is_awaiting_token: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

@@ -13,15 +13,15 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 
+from gptj_dist.chunking import StepCost, best_chunk_tokens, most_chunk_tokens_beside_decodes
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
 from gptj_dist.engine.request import FinishReason, Request
+from gptj_dist.engine.step_cost import USUAL_OVERHEAD_ROWS, StepCostEstimate
 
-MIN_CHUNK_TOKENS = 32
-MAX_CHUNK_TOKENS = 512
-CHUNKS_PER_STAGE = 4
-"""A backlog is cut into this many chunks a stage: with 4, stages idle 1/5 of a lone prompt's time at worst."""
+UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
+"""Before the first step only the ratio is assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class SchedulerConfig:
         num_blocks: KV blocks, of `block_size` tokens each.
         max_batch_size: the most requests that run at once.
         eos_token_id: the token that ends a text.
-        max_chunk_tokens: the most prompt tokens in a micro-batch; None fits them to the backlog.
+        max_chunk_tokens: the most prompt tokens in a micro-batch; None fits them to what steps were seen to take.
     """
 
     num_stages: int
@@ -74,6 +74,7 @@ class _InFlight:
 
     plan_id: int
     num_decodes: int
+    num_rows: int
     sampled_ids: tuple[int, ...]
 
 
@@ -89,7 +90,9 @@ class Scheduler:
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._next_plan_id = 0
+        self._num_waiting_tokens = 0
         self._chunk_tokens = 0
+        self._step_cost = StepCostEstimate()
         self.num_preemptions = 0
 
     @property
@@ -122,13 +125,14 @@ class Scheduler:
         check_fits_cache(len(request.prompt_ids), request.params.max_tokens, kv_tokens)
         self._by_id[request.request_id] = request
         self._waiting.append(request)
-        self._fit_chunks_to_backlog()
+        self._num_waiting_tokens += request.num_uncomputed
 
     def abort(self, request_id: int) -> None:
         """Forgets a request and frees its blocks at once; plans in flight may go on with it. Unknown ids pass."""
         request = self._by_id.get(request_id)
         if request is not None:
             self._remove(request)
+            self._chunk_tokens = 0
 
     def schedule(self) -> Plan | None:
         """The next micro-batch, or None when there is nothing to do or enough is in flight."""
@@ -149,6 +153,8 @@ class Scheduler:
             expected = self._in_flight[0].plan_id if self._in_flight else None
             raise ValueError(f"result of plan {result.plan_id} arrived, expected {expected}")
         landed = self._in_flight.popleft()
+        if result.timings:
+            self._step_cost.observe(landed.num_rows, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
         pairs = zip(landed.sampled_ids, result.token_ids, strict=True)
         return [self._take_token(self._by_id[id_], token) for id_, token in pairs if id_ in self._by_id]
 
@@ -163,6 +169,7 @@ class Scheduler:
             request.is_awaiting_token = False
         self._in_flight.clear()
         self._released.clear()
+        self._chunk_tokens = 0
         return requests
 
     def check_integrity(self) -> None:
@@ -187,6 +194,10 @@ class Scheduler:
             fits = len(request.blocks) == self._pool.blocks_for(request.num_computed)
             _invariant(fits, "blocks do not match computed tokens")
         _invariant(not any(request.num_computed for request in self._waiting), "a waiting request holds something")
+        _invariant(all(r.is_running for r in self._running), "a running request does not know that it runs")
+        _invariant(not any(r.is_running for r in self._waiting), "a waiting request believes that it runs")
+        num_waiting_tokens = sum(request.num_uncomputed for request in self._waiting)
+        _invariant(num_waiting_tokens == self._num_waiting_tokens, "waiting tokens are miscounted")
 
     def _draft_decodes(self, draft: _Draft) -> None:
         """Shares the requests with one token to compute evenly over as many micro-batches as there are stages."""
@@ -200,22 +211,38 @@ class Scheduler:
         is_larger = sum(group > size for group in groups) < num_larger
         share = max(1, min(_ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
-            if self._is_running(request):  # an older one of the share may have preempted it
+            if request.is_running:  # an older one of the share may have preempted it
                 self._draft_chunk(draft, request, 1)
         draft.num_decodes = len(draft.chunks)
 
     def _draft_prefills(self, draft: _Draft) -> None:
         """Fills up with prompt tokens: of running requests first, then of waiting ones."""
-        room = self._config.max_chunk_tokens or self._chunk_tokens
+        room = self._prompt_room(has_decodes=draft.num_decodes > 0)
         for request in [r for r in self._running if r.num_uncomputed > 1]:
-            if room and self._is_running(request):  # an older one may have preempted it
+            if room and request.is_running:  # an older one may have preempted it
                 room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
         while room and (head := self._admissible()) is not None:
             self._waiting.popleft()
+            self._num_waiting_tokens -= head.num_uncomputed
             insort(self._running, head, key=_age)
+            head.is_running = True
             draft.new_requests.append(head.introduction())
             room -= self._draft_chunk(draft, head, min(room, head.num_uncomputed))
-        self._forget_size_of_no_backlog()
+
+    def _prompt_room(self, has_decodes: bool) -> int:
+        """How many prompt tokens the micro-batch shall take."""
+        if self._config.max_chunk_tokens is not None:
+            return self._config.max_chunk_tokens
+        num_tokens = self._num_waiting_tokens + sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
+        if not num_tokens:
+            self._chunk_tokens = 0
+            return 0
+        cost = self._step_cost.cost
+        best = best_chunk_tokens(num_tokens, self._config.num_stages, cost or UNKNOWN_COST)
+        self._chunk_tokens = max(self._chunk_tokens, best)  # the best for a backlog is the best until it is gone
+        if has_decodes and cost is not None:
+            return min(self._chunk_tokens, most_chunk_tokens_beside_decodes(cost))
+        return self._chunk_tokens
 
     def _admissible(self) -> Request | None:
         """The head of the queue if it may run now: none overtakes it, and it needs room for all its present tokens."""
@@ -258,37 +285,17 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Takes the blocks away; the request queues by age, and will be recomputed from its first token."""
-        self._running.remove(request)
-        self._free(request)
+        self._stop_running(request)
         insort(self._waiting, request, key=_age)
+        self._num_waiting_tokens += request.num_uncomputed
         self.num_preemptions += 1
-        self._fit_chunks_to_backlog()
-
-    def _fit_chunks_to_backlog(self) -> None:
-        """Sizes chunks so that the backlog keeps every stage busy, and holds that size until the backlog is gone.
-
-        A pipeline of one stage has nothing to overlap: its chunks are as large as they may be.
-        """
-        wanted = _ceil_div(self._backlog(), CHUNKS_PER_STAGE * self._config.num_stages)
-        if self._config.num_stages == 1:
-            wanted = MAX_CHUNK_TOKENS
-        self._chunk_tokens = max(self._chunk_tokens, min(max(wanted, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS))
-
-    def _forget_size_of_no_backlog(self) -> None:
-        if not self._backlog():
-            self._chunk_tokens = 0
-
-    def _backlog(self) -> int:
-        """Tokens still to be computed, but for those of requests that are down to one a step."""
-        running = sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
-        return running + sum(r.num_uncomputed for r in self._waiting)
 
     def _commit(self, draft: _Draft) -> Plan:
         plan = Plan(self._next_plan_id, tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
         self._released.clear()
         self._next_plan_id += 1
         sampled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.samples)
-        self._in_flight.append(_InFlight(plan.plan_id, draft.num_decodes, sampled_ids))
+        self._in_flight.append(_InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, sampled_ids))
         return plan
 
     def _take_token(self, request: Request, token_id: int) -> TokenOutput:
@@ -299,21 +306,20 @@ class Scheduler:
 
     def _remove(self, request: Request) -> None:
         del self._by_id[request.request_id]
-        if self._is_running(request):
-            self._running.remove(request)
-            self._free(request)
+        if request.is_running:
+            self._stop_running(request)
         else:
             self._waiting.remove(request)
-        self._forget_size_of_no_backlog()
+            self._num_waiting_tokens -= request.num_uncomputed
 
-    def _free(self, request: Request) -> None:
+    def _stop_running(self, request: Request) -> None:
+        """Takes its blocks away; the stages will be told to forget it."""
+        self._running.remove(request)
+        request.is_running = False
         self._pool.give_back(request.blocks)
         self._released.append(request.request_id)
         request.blocks = []
         request.num_computed = 0
-
-    def _is_running(self, request: Request) -> bool:
-        return request in self._running
 
 
 def _age(request: Request) -> int:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, ModelConfig
 from gptj_dist.planning.devices import DeviceSpec
 
-EXACT_TILE_ROWS = 8
-"""In float32 a CPU attends for so many rows at a time (see `model.attention`); in other types for a whole chunk."""
+TILE_ROWS = 8
+"""A CPU attends for so many rows at a time (see `model.native` and `model.regions`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,7 @@ def step_work(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: De
     """Counts what a step asks of a stage. The embedding is a gather and counts as nothing."""
     num_rows = sum(chunks.num_rows for chunks in step)
     num_samples = layers.is_last * sum(chunks.num_requests for chunks in step if chunks.has_samples)
-    is_exact = kind == "cpu" and dtype == "float32"
-    calls, keys, scores = (sum(counts) for counts in zip(*(_attention(c, is_exact) for c in step), strict=True))
+    calls, keys, scores = (sum(counts) for counts in zip(*(_attention(c, kind) for c in step), strict=True))
     layer_matrices = layers.num_layers * model.layer_matrix_parameters
     streamed = layer_matrices + model.embedding_parameters * (num_samples > 0)
     return Work(
@@ -122,12 +121,12 @@ def hop_s(device: DeviceSpec, model: ModelConfig, dtype: DTypeName, step: Step) 
     return device.link_latency_s + num_rows * model.d_model * DTYPE_BYTES[dtype] / device.link_bytes_s
 
 
-def _attention(chunks: Chunks, is_exact: bool) -> tuple[int, ...]:
+def _attention(chunks: Chunks, kind: DeviceKind) -> tuple[int, ...]:
     """Attention of all pieces in one layer: calls, keys read from memory, and scores computed.
 
     A piece's later tiles find the keys of the earlier ones in a cache.
     """
-    tile = EXACT_TILE_ROWS if is_exact else chunks.num_tokens
+    tile = TILE_ROWS if kind == "cpu" else chunks.num_tokens
     num_tiles = math.ceil(chunks.num_tokens / tile)
     start = chunks.context_tokens - chunks.num_tokens
     scores = sum(tile * (start + (i + 1) * tile) for i in range(num_tiles))

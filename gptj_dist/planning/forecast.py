@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptj_dist.chunking import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, StepCost, best_chunk_tokens
 from gptj_dist.config import DeviceKind, DTypeName, LayerRange, ModelConfig
 from gptj_dist.planning.cost import Chunks, Step, hop_s, kv_bytes_per_token, step_s, step_work, weight_bytes
 from gptj_dist.planning.devices import DeviceSpec
@@ -23,11 +24,6 @@ RESERVED_BYTES = 1_000_000_000
 
 CONTEXT_TOKENS = 512
 """Tokens that a request is assumed to have when its next one is computed."""
-
-MIN_CHUNK_TOKENS = 32
-MAX_CHUNK_TOKENS = 512
-CHUNKS_PER_STAGE = 4
-"""How the scheduler cuts prompts (see `engine.scheduler`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +112,24 @@ def first_token_s(workload: Workload, pipeline: Pipeline, num_prompt_tokens: int
 
     The prompt goes through in chunks: the first fills the pipeline, each further one takes the slowest stage's time.
     """
-    chunk_tokens = MAX_CHUNK_TOKENS
-    if len(pipeline) > 1:
-        wanted = math.ceil(num_prompt_tokens / (CHUNKS_PER_STAGE * len(pipeline)))
-        chunk_tokens = min(max(wanted, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
-    chunk_tokens = min(chunk_tokens, num_prompt_tokens)
+    chunk_tokens = min(
+        best_chunk_tokens(num_prompt_tokens, len(pipeline), _step_cost(workload, pipeline)), num_prompt_tokens
+    )
     num_chunks = math.ceil(num_prompt_tokens / chunk_tokens)
     mean_context = (num_prompt_tokens + chunk_tokens) // 2
     last = [stage.period_s(workload, (Chunks(1, chunk_tokens, mean_context),)) for stage in pipeline]
     others = [stage.period_s(workload, (Chunks(1, chunk_tokens, mean_context, False),)) for stage in pipeline]
     return sum(last) + (num_chunks - 1) * max(others)
+
+
+def _step_cost(workload: Workload, pipeline: Pipeline) -> StepCost:
+    """What the scheduler will find steps to cost: the line through a small and a large chunk."""
+    small, large = (
+        max(stage.period_s(workload, (Chunks(1, size, size, has_samples=False),)) for stage in pipeline)
+        for size in (MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS)
+    )
+    row_s = (large - small) / (MAX_CHUNK_TOKENS - MIN_CHUNK_TOKENS)
+    return StepCost(max(small - MIN_CHUNK_TOKENS * row_s, row_s), row_s)
 
 
 def limiting_stage(workload: Workload, pipeline: Pipeline, num_requests: int) -> int:

@@ -20,12 +20,14 @@ from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import BLOCK_SIZE_TOKENS, LayerRange, ModelConfig
-from gptj_dist.model.attention import EXACT_TILE_ROWS
+from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span
-from gptj_dist.model.kv_cache import KVCache, RegionCache
-from gptj_dist.model.paged_attention import attend_in_blocks
+from gptj_dist.model.kv_cache import cache_dtype
+from gptj_dist.model.native.attention import NativeCache
+from gptj_dist.model.native.library import load_library
+from gptj_dist.model.regions import RegionCache
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.kernel_device import DEVICE, IS_INTERPRETED
 
@@ -36,10 +38,10 @@ MAX_ERROR_RATIO = 1.2
 CPU = torch.device("cpu")
 HELDOUT = Path(__file__).parents[1] / "data" / "heldout.txt"
 
-Memory = Literal["regions", "blocks"]
-"""The CPU's cache and attention, or the GPU's."""
-MEMORIES: tuple[Memory, ...] = get_args(Memory)
-FAST_MEMORIES: tuple[Memory, ...] = ("regions",) if IS_INTERPRETED else MEMORIES
+Memory = Literal["native", "regions", "blocks"]
+"""A CPU's cache and attention, with a compiler and without; a GPU's."""
+MEMORIES: tuple[Memory, ...] = tuple(m for m in get_args(Memory) if m != "native" or load_library() is not None)
+FAST_MEMORIES: tuple[Memory, ...] = tuple(m for m in MEMORIES if m != "blocks" or not IS_INTERPRETED)
 """Those that are fast enough for many tokens."""
 FEW_TOKENS = 12
 """What Triton's interpreter can read in time: a chunk of 11 and one token alone."""
@@ -66,24 +68,8 @@ class Reader:
         self.config = config = read_model_config(directory)
         layers = LayerRange(0, 1, 0, config.num_layers)
         with StageTensors(directory, config, layers) as tensors:
-            make_attention = attend_in_blocks if memory == "blocks" else None
-            device = DEVICE if memory == "blocks" else CPU
-            self._model = StageModel(config, layers, tensors.read, dtype, device, make_attention=make_attention)
-        self._cache: KVCache
-        if memory == "blocks":
-            self._cache = BlockCache(
-                config.num_layers,
-                num_sequences * self._num_blocks(),
-                BLOCK_SIZE_TOKENS,
-                config.context_length,
-                config.num_heads,
-                config.head_dim,
-                dtype,
-                DEVICE,
-            )
-        else:
-            whole_tiles = -(-config.context_length // EXACT_TILE_ROWS) * EXACT_TILE_ROWS
-            self._cache = RegionCache(config.num_layers, num_sequences, whole_tiles, config.num_heads, config.head_dim)
+            self._model = StageModel(config, layers, tensors.read, dtype, DEVICE if memory == "blocks" else CPU)
+        self._cache = _make_cache(memory, config, num_sequences, dtype)
         for sequence in range(num_sequences):
             self._cache.add(sequence)
             # The sequences' blocks take turns, and come in no order.
@@ -105,6 +91,20 @@ class Reader:
 
     def _num_blocks(self) -> int:
         return -(-self.config.context_length // BLOCK_SIZE_TOKENS)
+
+
+def _make_cache(memory: Memory, config: ModelConfig, num_sequences: int, dtype: torch.dtype) -> KVCache:
+    """Room for sequences as long as the context."""
+    num_layers, num_tokens, heads, dim = config.num_layers, config.context_length, config.num_heads, config.head_dim
+    num_blocks = num_sequences * -(-num_tokens // BLOCK_SIZE_TOKENS)
+    if memory == "regions":
+        return RegionCache(num_layers, num_sequences, num_tokens, heads, dim)
+    if memory == "blocks":
+        return BlockCache(num_layers, num_blocks, BLOCK_SIZE_TOKENS, num_tokens, heads, dim, dtype, DEVICE)
+    library = load_library()
+    assert library is not None
+    kept = cache_dtype(dtype, CPU)
+    return NativeCache(library, num_layers, num_blocks, num_sequences, num_tokens, heads, dim, kept)
 
 
 class Case:

@@ -41,7 +41,7 @@ class Stage:
 
     def __init__(self, directory: Path, layers: LayerRange, dtype: torch.dtype = torch.float32) -> None:
         with StageTensors(directory, CONFIG, layers) as tensors:
-            self.model = StageModel(CONFIG, layers, tensors.read, dtype, DEVICE, make_attention=attend_in_blocks)
+            self.model = StageModel(CONFIG, layers, tensors.read, dtype, DEVICE)
         self.cache = BlockCache(
             layers.num_layers,
             3 * NUM_REQUESTS,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptj_dist.model.inputs import MicroBatch, Span
-from gptj_dist.model.kv_cache import RegionCache
+from gptj_dist.model.regions import RegionCache
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 3, 5
 MAX_TOKENS, NUM_REQUESTS = 40, 4

@@ -17,7 +17,7 @@ PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
-    {ROOT_UNIT, "errors", "config", "params", "sizes"},
+    {ROOT_UNIT, "errors", "config", "params", "sizes", "chunking"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"completion", "llm", "verification"},
@@ -33,7 +33,9 @@ UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "param
 
 STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {
-    **dict.fromkeys(["engine", "errors", "config", "params", "sizes", "planning", "completion"], STDLIB_ONLY),
+    **dict.fromkeys(
+        ["engine", "errors", "config", "params", "sizes", "chunking", "planning", "completion"], STDLIB_ONLY
+    ),
     "text": {"tokenizers"},
     "model": {"torch", "triton"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub"},

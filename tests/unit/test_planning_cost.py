@@ -9,9 +9,7 @@ import pytest
 
 from gptj_dist.checkpoint.index import expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
-from gptj_dist.engine import scheduler
-from gptj_dist.model import attention
-from gptj_dist.planning import cost, forecast
+from gptj_dist.planning import cost
 from gptj_dist.planning.cost import Chunks, Work, num_parameters, step_s, step_work
 from gptj_dist.planning.devices import GPU_BANDWIDTH_EFFICIENCY, KNOWN_DEVICES, DeviceSpec, known_device
 from gptj_dist.planning.forecast import (
@@ -102,10 +100,7 @@ def test_a_cpu_does_one_thing_after_the_other_and_a_gpu_all_at_once() -> None:
 
 
 def test_what_is_known_of_other_layers_is_still_so() -> None:
-    assert cost.EXACT_TILE_ROWS == attention.EXACT_TILE_ROWS
-    assert forecast.MIN_CHUNK_TOKENS == scheduler.MIN_CHUNK_TOKENS
-    assert forecast.MAX_CHUNK_TOKENS == scheduler.MAX_CHUNK_TOKENS
-    assert forecast.CHUNKS_PER_STAGE == scheduler.CHUNKS_PER_STAGE
+    assert native.TILE_ROWS == cost.TILE_ROWS == regions.EXACT_TILE_ROWS
 
 
 # Forecasts

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
+from gptj_dist.chunking import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 from gptj_dist.engine.plan import NewRequest, Plan, Result
 from gptj_dist.engine.request import FinishReason, Request
-from gptj_dist.engine.scheduler import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Scheduler, SchedulerConfig, TokenOutput
+from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig, TokenOutput
 from gptj_dist.errors import RequestTooLongError
 from gptj_dist.params import SamplingParams
 from tests.fakes import FakeStages

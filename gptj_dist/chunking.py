@@ -1,0 +1,46 @@
+"""How many prompt tokens a micro-batch takes: from what a step costs, by one formula. Knows neither who has tokens nor
+who measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MIN_CHUNK_TOKENS = 32
+MAX_CHUNK_TOKENS = 512
+"""Wider chunks would gain no device anything, and take more memory."""
+
+MAX_STALL_S = 0.25
+MAX_STALL_OVERHEADS = 4
+"""While other requests wait for their next token a step takes so many seconds, or so many times what an empty one would
+take, whichever is more: shorter steps would mostly read weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step of the slowest stage takes: `overhead_s + num_rows * row_s`.
+
+    Args:
+        overhead_s: whatever the number of rows: most of it goes into reading the weights.
+    """
+
+    overhead_s: float
+    row_s: float
+
+
+def best_chunk_tokens(num_tokens: int, num_stages: int, cost: StepCost) -> int:
+    """Prompt tokens to put into each micro-batch, for the last of `num_tokens` to leave the pipeline soonest.
+
+    n chunks pass S stages in (n + S - 1) steps of overhead + row * tokens / n. That is least for
+    n = sqrt((S - 1) * tokens * row / overhead): more chunks waste time on overheads, fewer on empty stages.
+    """
+    num_chunks = math.sqrt((num_stages - 1) * num_tokens * cost.row_s / cost.overhead_s)
+    wanted = math.ceil(num_tokens / max(1, round(num_chunks)))
+    return min(max(wanted, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+
+
+def most_chunk_tokens_beside_decodes(cost: StepCost) -> int:
+    """Prompt tokens of a micro-batch that must not keep other requests waiting for long."""
+    stall_s = max(MAX_STALL_S, MAX_STALL_OVERHEADS * cost.overhead_s)
+    return max(MIN_CHUNK_TOKENS, int((stall_s - cost.overhead_s) / cost.row_s))
