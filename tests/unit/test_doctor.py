@@ -51,6 +51,7 @@ def facts(host: str = "alpha", *, free_gb: float = 50, num_gpus: int = 0, **chan
         num_gpus=num_gpus,
         num_cpus=8,
         devices=(cpu(host, free_gb), *(gpu(host, i) for i in range(num_gpus))),
+        compiler="/usr/bin/gcc",
         max_open_files=65536,
         max_open_files_hard=65536,
         shm_total_bytes=30 * GB,
@@ -198,6 +199,17 @@ def test_cuda_without_any_gpu_is_a_failure() -> None:
     finding = only(find_in_nodes(cluster(facts()), replace(CONFIG, device="cuda")), "GPU")
     assert (finding.severity, finding.what) == ("failure", "device is cuda, but Ray counts no GPU")
     assert finding.cure
+
+
+def test_a_node_without_a_compiler_is_a_warning_where_stages_are_on_cpus() -> None:
+    bare = cluster(facts("alpha"), facts("beta", compiler=None))
+    for config in (CONFIG, replace(CONFIG, device="auto"), None):
+        finding = only(find_in_nodes(bare, config), "C compiler")
+        assert (finding.severity, "node 2 has none" in finding.what) == ("warning", True)
+        assert "install gcc on node 2" in (finding.cure or "")
+    with_gpus = cluster(facts(compiler=None, num_gpus=1))
+    for device in ("auto", "cuda"):
+        assert troubles(find_in_nodes(with_gpus, replace(CONFIG, device=device))) == []
 
 
 @pytest.mark.parametrize(("soft", "severity"), [(1023, "failure"), (1024, "warning"), (4095, "warning"), (4096, "ok")])
