@@ -1,4 +1,4 @@
-"""The compiled attention: its numbers are the formula's, and in float32 nothing but a request's own tokens moves a bit."""
+"""The compiled attention: its numbers are the formula's; in float32 nothing but a request's own tokens moves a bit."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def expected(shape: Shape, request_id: int) -> Tensor:
 
 
 def walk(stage: Stage, seed: int, num_steps: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Requests come, grow by chunks and go. Yields a request, a position and what its rows from there on attended to."""
+    """Requests come, grow by chunks and go. Yields a request, a position and what rows from there on attended to."""
     chooser = random.Random(seed)
     next_id = 0
     for _ in range(num_steps):
@@ -335,7 +335,8 @@ static int run(int64_t heads, int64_t head_dim, int64_t rotary, int64_t requests
     positions = realloc(positions, rows * 4), slots = realloc(slots, rows * 4), pieces = realloc(pieces, tiles * 8);
     int64_t stride = 3 * heads * head_dim + 5;
     void *qkv = filled((rows - 1) * stride + 3 * heads * head_dim, size);
-    void *keys = filled(blocks * heads * head_dim * LANES, size), *values = filled(blocks * heads * LANES * padded, size);
+    void *keys = filled(blocks * heads * head_dim * LANES, size);
+    void *values = filled(blocks * heads * LANES * padded, size);
     float *cos = filled(longest * rotary / 2, 4), *sin = filled(longest * rotary / 2, 4);
     struct batch b = {rows, tiles, heads, head_dim, padded, rotary, stride, table, longest,
                       positions, slots, tables, pieces, cos, sin};
