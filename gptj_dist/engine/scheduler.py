@@ -300,6 +300,7 @@ class Scheduler:
 
     def _take_token(self, request: Request, token_id: int) -> TokenOutput:
         reason = request.append(token_id, self._config.eos_token_id)
+        self._num_waiting_tokens += not request.is_running  # preempted while the token was on its way
         if reason is not None:
             self._remove(request)
         return TokenOutput(request, token_id, reason)
