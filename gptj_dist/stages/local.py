@@ -86,7 +86,7 @@ def start_local(config: PipelineConfig) -> tuple[LoadedPipeline, LocalExecutor]:
     thread = ThreadPoolExecutor(1, thread_name_prefix="stages")
     try:
         pipeline, runners = thread.submit(load_local, config).result()
-    except BaseException:
-        thread.shutdown(wait=False)
+    except Exception:
+        thread.shutdown()
         raise
     return pipeline, LocalExecutor(runners, thread)

@@ -187,7 +187,13 @@ def test_a_full_machine_is_refused_in_words() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "expected"),
-    [("cuda", "float16", 458_752), ("cuda", "float32", 917_504), ("cpu", "bfloat16", 917_504)],
+    [
+        ("cuda", "float16", 458_752),
+        ("cuda", "float32", 917_504),
+        ("cpu", "bfloat16", 458_752),
+        ("cpu", "float16", 917_504),
+        ("cpu", "float32", 917_504),
+    ],
 )
 def test_what_a_token_of_gptj_costs(kind: DeviceKind, dtype: DTypeName, expected: int) -> None:
     model = replace(MODEL, d_model=4096, num_heads=16)

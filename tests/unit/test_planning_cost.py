@@ -9,6 +9,8 @@ import pytest
 
 from gptj_dist.checkpoint.index import expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.model import regions
+from gptj_dist.model.native import attention as native
 from gptj_dist.planning import cost
 from gptj_dist.planning.cost import Chunks, Work, num_parameters, step_s, step_work
 from gptj_dist.planning.devices import GPU_BANDWIDTH_EFFICIENCY, KNOWN_DEVICES, DeviceSpec, known_device

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from gptj_dist.chunking import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS
-from gptj_dist.engine.plan import NewRequest, Plan, Result
+from gptj_dist.chunking import MAX_CHUNK_TOKENS, best_chunk_tokens
+from gptj_dist.engine.plan import NewRequest, Plan, Result, StageTiming
 from gptj_dist.engine.request import FinishReason, Request
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig, TokenOutput
+from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler, SchedulerConfig, TokenOutput
 from gptj_dist.errors import RequestTooLongError
 from gptj_dist.params import SamplingParams
 from tests.fakes import FakeStages
@@ -121,8 +121,13 @@ class Walk:
             return
         plan, sampled = self.in_flight.popleft()
         tokens = tuple(EOS if self.rng.random() < 0.05 else self.rng.randrange(1, VOCAB_SIZE) for _ in sampled)
-        outputs = self.scheduler.update(Result(plan.plan_id, tokens))
+        outputs = self.scheduler.update(Result(plan.plan_id, tokens, self.timings()))
         assert outputs == list(self.take_tokens(zip(sampled, tokens, strict=True)))
+
+    def timings(self) -> tuple[StageTiming, ...]:
+        """Anything that clocks may say, whatever was computed; at times nothing."""
+        num_stages = self.config.num_stages if self.rng.random() < 0.8 else 0
+        return tuple(StageTiming(7, 7 + self.rng.choice((0, 1, 10**5, 10**9))) for _ in range(num_stages))
 
     def take_tokens(self, pairs: Iterator[tuple[int, int]]) -> Iterator[TokenOutput]:
         for request_id, token in pairs:
@@ -287,22 +292,24 @@ def test_one_stage_takes_prompts_whole_up_to_the_largest_chunk() -> None:
 
 def test_a_chunk_size_holds_until_the_backlog_is_gone_and_is_chosen_afresh_then() -> None:
     scheduler = make_scheduler(num_stages=4)
+    large, small = (best_chunk_tokens(num_tokens, 4, UNKNOWN_COST) for num_tokens in (1600, 320))
+    assert small < large
     scheduler.add(make_request(0, 1600, SamplingParams(max_tokens=1)))
     in_flight = fill(scheduler)
     scheduler.add(make_request(1, 50, SamplingParams(max_tokens=1)))
-    assert set(chunk_sizes(plans_until_idle(scheduler, in_flight))[:-1]) == {100}
-    scheduler.add(make_request(2, 10 * MIN_CHUNK_TOKENS, SamplingParams(max_tokens=1)))
-    assert chunk_sizes(plans_until_idle(scheduler)) == [MIN_CHUNK_TOKENS] * 10
+    assert set(chunk_sizes(plans_until_idle(scheduler, in_flight))[:-1]) == {large}
+    scheduler.add(make_request(2, 320, SamplingParams(max_tokens=1)))
+    assert set(chunk_sizes(plans_until_idle(scheduler))[:-1]) == {small}
 
 
 def test_a_larger_backlog_makes_larger_chunks_at_once() -> None:
     scheduler = make_scheduler(num_stages=2)
     scheduler.add(make_request(0, 800))
-    assert chunk_sizes(fill(scheduler)) == [100] * 3
+    assert chunk_sizes(fill(scheduler)) == [best_chunk_tokens(800, 2, UNKNOWN_COST)] * 3
     scheduler.abort(0)
     scheduler.add(make_request(1, 1600))
     land(scheduler, Plan(0, (), (), ()))
-    assert chunk_sizes(fill(scheduler)) == [200]
+    assert chunk_sizes(fill(scheduler)) == [best_chunk_tokens(1600, 2, UNKNOWN_COST)]
 
 
 @pytest.mark.parametrize("end", ["abort", "drain"])
@@ -314,7 +321,7 @@ def test_a_backlog_that_went_away_no_longer_sizes_chunks(end: str) -> None:
     else:
         scheduler.drain()
     scheduler.add(make_request(1, 800))
-    assert chunk_sizes(fill(scheduler)) == [50] * 5
+    assert chunk_sizes(fill(scheduler)) == [best_chunk_tokens(800, 4, UNKNOWN_COST)] * 5
 
 
 def test_a_chunk_limit_holds_for_all_prompts_of_a_micro_batch_together() -> None:
@@ -611,6 +618,10 @@ def corrupt_waiting_request_holds(scheduler: Scheduler) -> None:
     scheduler._waiting[0].blocks = scheduler._running[0].blocks[:1]
 
 
+def corrupt_waiting_tokens(scheduler: Scheduler) -> None:
+    scheduler._num_waiting_tokens += 1
+
+
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
@@ -628,6 +639,7 @@ def corrupt_waiting_request_holds(scheduler: Scheduler) -> None:
         (corrupt_too_much_computed, "more tokens computed"),
         (corrupt_missing_block, "blocks do not match"),
         (corrupt_waiting_request_holds, "waiting request holds"),
+        (corrupt_waiting_tokens, "waiting tokens are miscounted"),
     ],
 )
 def test_check_integrity_catches_corruption(corrupt: Callable[[Scheduler], None], message: str) -> None:

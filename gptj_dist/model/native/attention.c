@@ -93,11 +93,11 @@ INLINE floats larger(floats a, floats b) {
     return (floats)(((ints)a & is_a) | ((ints)b & ~is_a));
 }
 
-/* e^x for x <= 0, to 1e-7 of itself; 0 where that would be denormal.
+/* e^x for x <= 0, to 1e-7 of itself; 0 where that would be denormal; NaN stays NaN.
  * x = n ln 2 + r with |r| <= ln 2 / 2 (Cody & Waite's two-part ln 2), e^r by its Taylor polynomial of degree 7. */
 INLINE floats exponential(floats x) {
     const floats shifter = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    ints is_normal = x > splat(-87.0f);
+    ints is_denormal = x <= splat(-87.0f);
     floats scaled = x * splat(1.44269504f) + shifter;
     floats n = scaled - shifter;
     floats r = x - n * splat(0.693359375f);
@@ -111,7 +111,7 @@ INLINE floats exponential(floats x) {
     p = p * r + splat(1.0f);
     p = p * r + splat(1.0f);
     ints power = (((ints)scaled - (ints)shifter) + 127) << 23;
-    return (floats)((ints)(p * (floats)power) & is_normal);
+    return (floats)((ints)(p * (floats)power) & ~is_denormal);
 }
 
 /* One head of a row, rotated (Su et al. 2021, interleaved pairs) and scaled, in float32. */

@@ -41,15 +41,20 @@ def load_library() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had; the log says why."""
     try:
         return _declare(ctypes.CDLL(str(_compiled())))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: the user has no home
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("attention falls back to torch, several times slower: %s", said)
         return None
 
 
+def find_compiler() -> str | None:
+    """The C compiler that this process would use."""
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
 def _compiled() -> Path:
     """The library's file, made if this machine and compiler have none of this source yet."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise OSError(f"there is no C compiler ({' or '.join(COMPILERS)}) on {platform.node()}")
     version = _run(compiler, "--version")

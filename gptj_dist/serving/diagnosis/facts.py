@@ -18,6 +18,7 @@ from gptj_dist.checkpoint.hub import local_directory
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.config import DeviceKind, ModelConfig
 from gptj_dist.errors import CheckpointError
+from gptj_dist.model.native.library import find_compiler
 from gptj_dist.serving.sockets import why_not_listen
 from gptj_dist.stages.blueprint import DeviceReport
 
@@ -94,6 +95,7 @@ class NodeFacts:
         num_gpus: GPUs that the driver shows to this process, whether torch can use them or not.
         num_cpus: cores, or the container's share of them.
         devices: what torch sees, the CPU first; empty if it cannot even be imported.
+        compiler: path of the C compiler that attention on the CPU is compiled with.
         max_open_files, max_open_files_hard: soft and hard limit of this process.
         hub_cache: where downloads go.
         listen_error: why nothing can listen at the address in question; None also if that was not asked.
@@ -108,6 +110,7 @@ class NodeFacts:
     num_gpus: int
     num_cpus: float
     devices: tuple[DeviceFacts, ...]
+    compiler: str | None
     max_open_files: int
     max_open_files_hard: int
     shm_total_bytes: int
@@ -147,6 +150,7 @@ def gather_facts(question: ModelQuestion | None, listen_at: tuple[str, int] | No
         num_gpus=_num_driver_gpus(),
         num_cpus=_num_cpus(),
         devices=devices,
+        compiler=find_compiler(),
         max_open_files=soft,
         max_open_files_hard=hard,
         shm_total_bytes=shm.total if shm else 0,

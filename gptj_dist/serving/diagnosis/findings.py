@@ -36,6 +36,7 @@ def find_in_nodes(cluster: Cluster, config: PipelineConfig | None) -> list[Findi
         *_versions(cluster),
         *_packages(cluster),
         *_gpus(cluster.nodes, config),
+        *_compilers(cluster.nodes, config),
         *_open_files(cluster),
         *_shared_memory(cluster),
         *_host_names(cluster.nodes),
@@ -155,6 +156,21 @@ def _gpu_cure(node: Node) -> str:
     if node.facts.driver is None:
         return f"install the NVIDIA driver on {node.name}, or give its container the GPUs (docker run --gpus all)"
     return f"update the NVIDIA driver of {node.name} to one that knows CUDA {node.facts.torch_cuda}"
+
+
+def _compilers(nodes: Sequence[Node], config: PipelineConfig | None) -> Iterable[Finding]:
+    """Attention on a CPU is compiled where it runs; without a compiler torch's is taken."""
+    device = "auto" if config is None else config.device
+    if device == "cuda" or (device == "auto" and any(node.resources.get("GPU") for node in nodes)):
+        return
+    for node in nodes:
+        if node.facts.compiler is None:
+            yield Finding(
+                "warning",
+                "C compiler",
+                f"{node.name} has none, so attention on its CPU takes torch, which is several times slower",
+                f"install gcc on {node.name}, where its Ray finds it (apt-get install gcc), and start the stages anew",
+            )
 
 
 def _open_files(cluster: Cluster) -> Iterable[Finding]:
