@@ -1,5 +1,5 @@
-"""How many prompt tokens a micro-batch takes: from what a step costs, by one formula. Knows neither who has tokens nor
-who measured.
+"""How work is cut into micro-batches: from what a step costs, by formulas. Knows neither whose work it is nor who
+measured.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 MIN_CHUNK_TOKENS = 32
 MAX_CHUNK_TOKENS = 512
 """Wider chunks would gain no device anything, and take more memory."""
+
+USUAL_OVERHEAD_ROWS = 12.0
+"""Rows whose arithmetic takes a CPU's core as long as reading the weights from a memory that it has to itself."""
 
 MAX_STALL_S = 0.25
 MAX_STALL_OVERHEADS = 4
@@ -45,3 +48,15 @@ def most_chunk_tokens_beside_decodes(cost: StepCost) -> int:
     """Prompt tokens of a micro-batch that must not keep other requests waiting for long."""
     stall_s = max(MAX_STALL_S, MAX_STALL_OVERHEADS * cost.overhead_s)
     return max(MIN_CHUNK_TOKENS, int((stall_s - cost.overhead_s) / cost.row_s))
+
+
+def num_decode_groups(num_requests: int, num_stages: int, shares_memory: bool) -> int:
+    """Micro-batches to share out requests to that have one token to compute.
+
+    One a stage, so that each stage always has one. But G stages at once on the memory of one machine read their weights
+    G times slower, and a round of S steps takes S (G overhead + row * requests / G): least for
+    G = sqrt(requests * row / overhead).
+    """
+    if not shares_memory:
+        return num_stages
+    return min(max(1, round(math.sqrt(num_requests / USUAL_OVERHEAD_ROWS))), num_stages)

@@ -13,12 +13,18 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 
-from gptj_dist.chunking import StepCost, best_chunk_tokens, most_chunk_tokens_beside_decodes
+from gptj_dist.chunking import (
+    USUAL_OVERHEAD_ROWS,
+    StepCost,
+    best_chunk_tokens,
+    most_chunk_tokens_beside_decodes,
+    num_decode_groups,
+)
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
 from gptj_dist.engine.request import FinishReason, Request
-from gptj_dist.engine.step_cost import USUAL_OVERHEAD_ROWS, StepCostEstimate
+from gptj_dist.engine.step_cost import StepCostEstimate
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
 """Before the first step only the ratio is assumed."""
@@ -34,6 +40,7 @@ class SchedulerConfig:
         max_batch_size: the most requests that run at once.
         eos_token_id: the token that ends a text.
         max_chunk_tokens: the most prompt tokens in a micro-batch; None fits them to what steps were seen to take.
+        shares_memory: the stages read their weights from the memory of one machine.
     """
 
     num_stages: int
@@ -42,6 +49,7 @@ class SchedulerConfig:
     max_batch_size: int
     eos_token_id: int
     max_chunk_tokens: int | None = None
+    shares_memory: bool = False
 
     @property
     def max_in_flight(self) -> int:
@@ -200,14 +208,15 @@ class Scheduler:
         _invariant(num_waiting_tokens == self._num_waiting_tokens, "waiting tokens are miscounted")
 
     def _draft_decodes(self, draft: _Draft) -> None:
-        """Shares the requests with one token to compute evenly over as many micro-batches as there are stages."""
+        """Shares the requests with one token to compute evenly over some micro-batches, mostly one a stage."""
         decoding = [request for request in self._running if request.num_uncomputed <= 1]
         ready = [request for request in decoding if not request.is_awaiting_token]
+        num_groups = num_decode_groups(len(decoding), self._config.num_stages, self._config.shares_memory)
         groups = [plan.num_decodes for plan in self._in_flight if plan.num_decodes]
-        num_groups_free = self._config.num_stages - len(groups)
+        num_groups_free = num_groups - len(groups)
         if not ready or num_groups_free <= 0:
             return
-        size, num_larger = divmod(len(decoding), self._config.num_stages)
+        size, num_larger = divmod(len(decoding), num_groups)
         is_larger = sum(group > size for group in groups) < num_larger
         share = max(1, min(_ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:

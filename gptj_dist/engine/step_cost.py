@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from gptj_dist.chunking import StepCost
+from gptj_dist.chunking import USUAL_OVERHEAD_ROWS, StepCost
 
 MEMORY = 0.99
 """A step counts this much of the one behind it: the last hundred or so are what is known."""
 
-USUAL_OVERHEAD_ROWS = 16.0
-"""Rows that take as long as an empty step, until steps of unlike sizes have shown it: a CPU's."""
 MAX_OVERHEAD_ROWS = 512.0
 
 _LEAST_SPREAD = 4.0

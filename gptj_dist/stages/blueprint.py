@@ -177,6 +177,7 @@ class LoadedPipeline:
                 max_batch_size=config.max_batch_size,
                 eos_token_id=self.blueprint.model.eos_token_id,
                 max_chunk_tokens=config.max_chunk_tokens,
+                shares_memory=len({report.device.memory_pool for report in self.reports}) < len(self.reports),
             )
         )
 
