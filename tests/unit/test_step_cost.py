@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from gptj_dist.chunking import StepCost
-from gptj_dist.engine.step_cost import MAX_OVERHEAD_ROWS, USUAL_OVERHEAD_ROWS, StepCostEstimate
+from gptj_dist.chunking import USUAL_OVERHEAD_ROWS, StepCost
+from gptj_dist.engine.step_cost import MAX_OVERHEAD_ROWS, StepCostEstimate
 
 
 def learnt(steps: Iterable[tuple[int, float]]) -> StepCost:
