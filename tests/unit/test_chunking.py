@@ -11,9 +11,11 @@ from gptj_dist.chunking import (
     MAX_STALL_OVERHEADS,
     MAX_STALL_S,
     MIN_CHUNK_TOKENS,
+    USUAL_OVERHEAD_ROWS,
     StepCost,
     best_chunk_tokens,
     most_chunk_tokens_beside_decodes,
+    num_decode_groups,
 )
 
 
@@ -69,3 +71,14 @@ def test_beside_decodes_a_step_takes_no_longer_than_the_stall_allows(seed: int) 
 
 def test_beside_decodes_rows_that_take_forever_still_get_the_least_chunk() -> None:
     assert most_chunk_tokens_beside_decodes(StepCost(0.01, 10.0)) == MIN_CHUNK_TOKENS
+
+
+def test_stages_with_memories_of_their_own_get_a_group_of_decodes_each() -> None:
+    assert [num_decode_groups(n, 4, shares_memory=False) for n in (1, 4, 100)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 28])
+def test_on_one_memory_no_other_number_of_groups_is_more_than_a_tenth_sooner(num_stages: int) -> None:
+    for num_requests in range(1, 300):
+        rounds = {n: n * USUAL_OVERHEAD_ROWS + num_requests / n for n in range(1, num_stages + 1)}
+        assert rounds[num_decode_groups(num_requests, num_stages, shares_memory=True)] <= 1.1 * min(rounds.values())

@@ -177,7 +177,8 @@ def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_toke
             longest_tokens = rng.choice((16, 40, 100))
             num_blocks = max(1, int(-(-longest_tokens // block_size) * slack))
             max_batch_size = rng.choice((1, 2, 5, 16) if slack < 3 else (3, 8, 16))
-            config = SchedulerConfig(num_stages, num_blocks, block_size, max_batch_size, EOS, max_chunk_tokens)
+            limits = (num_stages, num_blocks, block_size, max_batch_size, EOS, max_chunk_tokens)
+            config = SchedulerConfig(*limits, shares_memory=rng.random() < 0.5)
             walk = Walk(config, longest_tokens, rng)
             try:
                 walk.go(num_steps=400)
@@ -267,6 +268,20 @@ def test_decodes_are_even_again_after_some_have_ended(num_stages: int) -> None:
         in_flight.extend(fill(scheduler))
     sizes = [len(plan.chunks) for plan in in_flight]
     assert len(sizes) == num_stages
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("num_requests", "num_groups"), [(2, 1), (12, 1), (63, 2)])
+def test_few_decodes_of_stages_on_one_memory_share_a_micro_batch(num_requests: int, num_groups: int) -> None:
+    scheduler = Scheduler(SchedulerConfig(4, 1000, 16, 64, EOS, shares_memory=True))
+    for request_id in range(num_requests):
+        scheduler.add(make_request(request_id, num_prompt_tokens=5))
+    in_flight = deque(fill(scheduler))
+    for _ in range(20):
+        land(scheduler, in_flight.popleft())
+        in_flight.extend(fill(scheduler))
+    sizes = [len(plan.chunks) for plan in in_flight]
+    assert (len(sizes), sum(sizes)) == (num_groups, num_requests)
     assert max(sizes) - min(sizes) <= 1
 
 
