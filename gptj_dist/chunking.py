@@ -36,11 +36,12 @@ def best_chunk_tokens(num_tokens: int, num_stages: int, cost: StepCost) -> int:
     """Prompt tokens to put into each micro-batch, for the last of `num_tokens` to leave the pipeline soonest.
 
     n chunks pass S stages in (n + S - 1) steps of overhead + row * tokens / n. That is least for
-    n = sqrt((S - 1) * tokens * row / overhead): more chunks waste time on overheads, fewer on empty stages.
+    n = sqrt((S - 1) * tokens * row / overhead): more chunks waste time on overheads, fewer on empty stages. Chunks
+    beyond the limit become more of them, equal ones.
     """
-    num_chunks = math.sqrt((num_stages - 1) * num_tokens * cost.row_s / cost.overhead_s)
-    wanted = math.ceil(num_tokens / max(1, round(num_chunks)))
-    return min(max(wanted, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+    wanted = round(math.sqrt((num_stages - 1) * num_tokens * cost.row_s / cost.overhead_s))
+    num_chunks = max(wanted, math.ceil(num_tokens / MAX_CHUNK_TOKENS))
+    return max(math.ceil(num_tokens / num_chunks), MIN_CHUNK_TOKENS)
 
 
 def most_chunk_tokens_beside_decodes(cost: StepCost) -> int:

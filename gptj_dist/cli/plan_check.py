@@ -89,6 +89,5 @@ def _figures(check: PipelineCheck) -> str:
     device = check.devices[0]
     return (
         f"Stage 0's share, fitted: {device.bandwidth_bytes_s / 1e9:.0f} GB/s of weights, {device.flops / 1e9:.0f} "
-        f"GFLOP/s, {device.layer_overhead_s * 1e6:.0f} us a layer, {device.request_overhead_s * 1e6:.0f} us an "
-        "attention call."
+        f"GFLOP/s, {device.layer_overhead_s * 1e6:.0f} us a layer."
     )

@@ -5,7 +5,7 @@ The time of a step is
     CPU   step_overhead + overheads + reading + arithmetic + elements
     GPU   step_overhead + max(overheads, reading, arithmetic) + elements
 
-    overheads  = layers * layer_overhead + attention calls * request_overhead
+    overheads  = layers * layer_overhead
     reading    = weight bytes / bandwidth + KV bytes / KV bandwidth
     arithmetic = matrix FLOP / flops + attention FLOP / attention_flops
     elements   = rows * layers * d_model / row_elements_s
@@ -25,7 +25,7 @@ from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, Mod
 from gptj_dist.planning.devices import DeviceSpec
 
 TILE_ROWS = 8
-"""A CPU attends for so many rows at a time (see `model.native` and `model.regions`)."""
+"""A CPU attends for so many rows of a chunk at a time (see `model.native`); for a row that is alone by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,6 @@ class Work:
     """What one step asks of one stage; the terms of the formula, before a device divides them."""
 
     num_layers: int
-    num_attention_calls: int
     weight_bytes: float
     kv_bytes: float
     matrix_flop: float
@@ -90,12 +89,11 @@ def step_work(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: De
     """Counts what a step asks of a stage. The embedding is a gather and counts as nothing."""
     num_rows = sum(chunks.num_rows for chunks in step)
     num_samples = layers.is_last * sum(chunks.num_requests for chunks in step if chunks.has_samples)
-    calls, keys, scores = (sum(counts) for counts in zip(*(_attention(c, kind) for c in step), strict=True))
+    keys, scores = (sum(counts) for counts in zip(*(_attention(c, kind) for c in step), strict=True))
     layer_matrices = layers.num_layers * model.layer_matrix_parameters
     streamed = layer_matrices + model.embedding_parameters * (num_samples > 0)
     return Work(
         num_layers=layers.num_layers,
-        num_attention_calls=layers.num_layers * calls,
         weight_bytes=streamed * DTYPE_BYTES[dtype],
         kv_bytes=keys * kv_bytes_per_token(model, layers.num_layers, dtype, kind),
         matrix_flop=2.0 * (layer_matrices * num_rows + model.embedding_parameters * num_samples),
@@ -109,7 +107,7 @@ def step_s(device: DeviceSpec, dtype: DTypeName, work: Work) -> float:
     flops = device.float32_flops if dtype == "float32" else device.flops
     reading = work.weight_bytes / device.bandwidth_bytes_s + work.kv_bytes / device.kv_bandwidth_bytes_s
     arithmetic = work.matrix_flop / flops + work.attention_flop / device.attention_flops
-    overheads = work.num_layers * device.layer_overhead_s + work.num_attention_calls * device.request_overhead_s
+    overheads = work.num_layers * device.layer_overhead_s
     terms = (overheads, reading, arithmetic)
     core = sum(terms) if device.kind == "cpu" else max(terms)
     return device.step_overhead_s + core + work.row_elements / device.row_elements_s
@@ -121,13 +119,13 @@ def hop_s(device: DeviceSpec, model: ModelConfig, dtype: DTypeName, step: Step) 
     return device.link_latency_s + num_rows * model.d_model * DTYPE_BYTES[dtype] / device.link_bytes_s
 
 
-def _attention(chunks: Chunks, kind: DeviceKind) -> tuple[int, ...]:
-    """Attention of all pieces in one layer: calls, keys read from memory, and scores computed.
+def _attention(chunks: Chunks, kind: DeviceKind) -> tuple[int, int]:
+    """Attention of all pieces in one layer: keys read from memory, and scores computed.
 
     A piece's later tiles find the keys of the earlier ones in a cache.
     """
-    tile = TILE_ROWS if kind == "cpu" else chunks.num_tokens
+    tile = TILE_ROWS if kind == "cpu" and chunks.num_tokens > 1 else chunks.num_tokens
     num_tiles = math.ceil(chunks.num_tokens / tile)
     start = chunks.context_tokens - chunks.num_tokens
     scores = sum(tile * (start + (i + 1) * tile) for i in range(num_tiles))
-    return tuple(chunks.num_requests * n for n in (num_tiles, chunks.context_tokens, scores))
+    return chunks.num_requests * chunks.context_tokens, chunks.num_requests * scores

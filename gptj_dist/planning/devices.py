@@ -23,8 +23,7 @@ GPU_FLOPS_EFFICIENCY = 0.5
 """Part of a GPU's published FLOP/s that prefill reaches. An assumption: nothing was measured."""
 
 GPU_LAYER_LAUNCHES_US = 80.0
-GPU_REQUEST_LAUNCHES_US = 40.0
-"""Launching a layer's kernels, and those of one request's attention in it, at 5 us each. An assumption as well."""
+"""Launching a layer's kernels at 5 us each. An assumption as well."""
 
 DEFAULT_LINK_GB_S = 1.25
 """10 Gbit/s Ethernet."""
@@ -44,7 +43,6 @@ class DeviceSpec:
         attention_flops: of attention's products, softmax included.
         row_elements_s: of rows of `d_model` that norm, rotation, GELU and cache write get through in a layer.
         step_overhead_s, layer_overhead_s: fixed cost of a step, and of each layer in it.
-        request_overhead_s: fixed cost of one request's attention in one layer.
         link_bytes_s, link_latency_s: of the way from and to other stages.
         fast_dtypes: types that it is good at.
     """
@@ -60,7 +58,6 @@ class DeviceSpec:
     row_elements_s: float = math.inf
     step_overhead_s: float = 0.0
     layer_overhead_s: float = 0.0
-    request_overhead_s: float = 0.0
     link_bytes_s: float = DEFAULT_LINK_GB_S * 1e9
     link_latency_s: float = DEFAULT_LINK_LATENCY_US * 1e-6
     fast_dtypes: tuple[DTypeName, ...] = ("float32", "float16", "bfloat16")
@@ -82,7 +79,6 @@ def _gpu(
         float32_flops=float32_tflops * 1e12 * GPU_FLOPS_EFFICIENCY,
         attention_flops=flops,
         layer_overhead_s=GPU_LAYER_LAUNCHES_US * 1e-6,
-        request_overhead_s=GPU_REQUEST_LAUNCHES_US * 1e-6,
         fast_dtypes=("float32", "float16", "bfloat16") if has_bfloat16 else ("float32", "float16"),
     )
 
@@ -91,14 +87,13 @@ _CPU = DeviceSpec(
     name="cpu",
     kind="cpu",
     memory_bytes=24e9,
-    bandwidth_bytes_s=60e9,
-    kv_bandwidth_bytes_s=30e9,
-    flops=1250e9,
-    float32_flops=480e9,
-    attention_flops=310e9,
-    row_elements_s=45e6,
-    layer_overhead_s=65e-6,
-    request_overhead_s=18e-6,
+    bandwidth_bytes_s=50e9,
+    kv_bandwidth_bytes_s=36e9,
+    flops=1010e9,
+    float32_flops=470e9,
+    attention_flops=260e9,
+    row_elements_s=330e6,
+    layer_overhead_s=75e-6,
     fast_dtypes=("float32", "bfloat16"),
 )
 """Two cores of an AMD EPYC with AVX-512 BF16, as `gptj-dist plan --check` measured it."""
@@ -133,14 +128,13 @@ _UNITS: Mapping[str, tuple[tuple[str, ...], float]] = MappingProxyType(
         "float32_tflops": (("float32_flops",), 1e12),
         "step_overhead_us": (("step_overhead_s",), 1e-6),
         "layer_overhead_us": (("layer_overhead_s",), 1e-6),
-        "request_overhead_us": (("request_overhead_s",), 1e-6),
         "link_gb_s": (("link_bytes_s",), 1e9),
         "link_latency_us": (("link_latency_s",), 1e-6),
     }
 )
 """A key of a description: the fields that it sets, and its unit in theirs."""
 
-_MAY_BE_ZERO = ("step_overhead_us", "layer_overhead_us", "request_overhead_us", "link_latency_us")
+_MAY_BE_ZERO = ("step_overhead_us", "layer_overhead_us", "link_latency_us")
 _LINK_KEYS = ("link_gb_s", "link_latency_us")
 _OWN_FIGURES = ("kind", "memory_gb", "bandwidth_gb_s", "tflops")
 """What a device with an unknown name must bring."""

@@ -34,12 +34,11 @@ def fit_device(device: DeviceSpec, measured: Sequence[tuple[Work, float]]) -> De
         costs = _least_squares(rows, weights)
         errors = [abs(sum(c * x for c, x in zip(costs, row, strict=True)) - 1) for row in rows]
         weights = [1 / (error + _USUAL_ERROR) for error in errors]
-    step, layer, call, weight_byte, kv_byte, matrix_flop, attention_flop, row_element = costs
+    step, layer, weight_byte, kv_byte, matrix_flop, attention_flop, row_element = costs
     return replace(
         device,
         step_overhead_s=step,
         layer_overhead_s=layer,
-        request_overhead_s=call,
         bandwidth_bytes_s=_rate(weight_byte),
         kv_bandwidth_bytes_s=_rate(kv_byte),
         flops=_rate(matrix_flop),
@@ -54,7 +53,6 @@ def _terms(work: Work) -> tuple[float, ...]:
     return (
         1.0,
         work.num_layers,
-        work.num_attention_calls,
         work.weight_bytes,
         work.kv_bytes,
         work.matrix_flop,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from gptj_dist.checkpoint.index import expected_tensors
-from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.model import regions
 from gptj_dist.model.native import attention as native
 from gptj_dist.planning import cost
@@ -65,17 +65,19 @@ def test_a_chunk_that_samples_nothing_leaves_lm_head_alone() -> None:
     assert sampled.matrix_flop - silent.matrix_flop == 2 * 50400 * 4096  # for one row of 64
 
 
-def test_the_exact_mode_attends_tile_by_tile() -> None:
+def test_a_cpu_attends_for_chunks_by_tiles_and_for_a_lone_row_alone() -> None:
     layers = LayerRange(0, 1, 0, 28)
-    chunk = [Chunks(2, 20, 20)]
-    assert step_work(GPTJ_6B, layers, "float32", "cpu", chunk).num_attention_calls == 28 * 2 * 3
-    assert step_work(GPTJ_6B, layers, "bfloat16", "cpu", chunk).num_attention_calls == 28 * 2
+    per_score = 4 * 28 * 4096
+    chunk, rows = ([Chunks(2, num_tokens, 20)] for num_tokens in (20, 1))
+    dtypes: tuple[DTypeName, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        assert step_work(GPTJ_6B, layers, dtype, "cpu", chunk).attention_flop == per_score * 2 * 8 * (8 + 16 + 24)
+        assert step_work(GPTJ_6B, layers, dtype, "cpu", rows).attention_flop == per_score * 2 * 20
 
 
 def test_a_cpu_does_one_thing_after_the_other_and_a_gpu_all_at_once() -> None:
     work = Work(
         num_layers=2,
-        num_attention_calls=4,
         weight_bytes=10.0,
         kv_bytes=20.0,
         matrix_flop=300.0,
@@ -94,10 +96,9 @@ def test_a_cpu_does_one_thing_after_the_other_and_a_gpu_all_at_once() -> None:
         row_elements_s=70.0,
         step_overhead_s=0.01,
         layer_overhead_s=0.5,
-        request_overhead_s=0.25,
     )
-    assert step_s(cpu, "bfloat16", work) == pytest.approx(0.01 + (1 + 1) + (1 + 4) + (3 + 2) + 0.1)
-    assert step_s(cpu, "float32", work) == pytest.approx(0.01 + (1 + 1) + (1 + 4) + (30 + 2) + 0.1)
+    assert step_s(cpu, "bfloat16", work) == pytest.approx(0.01 + 1 + (1 + 4) + (3 + 2) + 0.1)
+    assert step_s(cpu, "float32", work) == pytest.approx(0.01 + 1 + (1 + 4) + (30 + 2) + 0.1)
     assert step_s(replace(cpu, kind="cuda"), "float16", work) == pytest.approx(0.01 + 5 + 0.1)
 
 

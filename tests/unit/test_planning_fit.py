@@ -22,7 +22,6 @@ TRUE = replace(
     row_elements_s=61e6,
     step_overhead_s=200e-6,
     layer_overhead_s=120e-6,
-    request_overhead_s=21e-6,
 )
 DEEP = ModelConfig(50400, 28, 1024, 16, 32, 4096, 2048, 50256, "bfloat16")
 

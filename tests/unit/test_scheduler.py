@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from gptj_dist.chunking import MAX_CHUNK_TOKENS, best_chunk_tokens
+from gptj_dist.chunking import MAX_CHUNK_TOKENS, StepCost, best_chunk_tokens, most_chunk_tokens_beside_decodes
 from gptj_dist.engine.plan import NewRequest, Plan, Result, StageTiming
 from gptj_dist.engine.request import FinishReason, Request
 from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler, SchedulerConfig, TokenOutput
@@ -177,7 +177,8 @@ def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_toke
             longest_tokens = rng.choice((16, 40, 100))
             num_blocks = max(1, int(-(-longest_tokens // block_size) * slack))
             max_batch_size = rng.choice((1, 2, 5, 16) if slack < 3 else (3, 8, 16))
-            config = SchedulerConfig(num_stages, num_blocks, block_size, max_batch_size, EOS, max_chunk_tokens)
+            limits = (num_stages, num_blocks, block_size, max_batch_size, EOS, max_chunk_tokens)
+            config = SchedulerConfig(*limits, shares_memory=rng.random() < 0.5)
             walk = Walk(config, longest_tokens, rng)
             try:
                 walk.go(num_steps=400)
@@ -270,6 +271,20 @@ def test_decodes_are_even_again_after_some_have_ended(num_stages: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize(("num_requests", "num_groups"), [(2, 1), (12, 1), (63, 2)])
+def test_few_decodes_of_stages_on_one_memory_share_a_micro_batch(num_requests: int, num_groups: int) -> None:
+    scheduler = Scheduler(SchedulerConfig(4, 1000, 16, 64, EOS, shares_memory=True))
+    for request_id in range(num_requests):
+        scheduler.add(make_request(request_id, num_prompt_tokens=5))
+    in_flight = deque(fill(scheduler))
+    for _ in range(20):
+        land(scheduler, in_flight.popleft())
+        in_flight.extend(fill(scheduler))
+    sizes = [len(plan.chunks) for plan in in_flight]
+    assert (len(sizes), sum(sizes)) == (num_groups, num_requests)
+    assert max(sizes) - min(sizes) <= 1
+
+
 @pytest.mark.parametrize("num_stages", STAGE_COUNTS[1:])
 def test_one_long_prompt_is_cut_into_equal_chunks_that_keep_every_stage_busy(num_stages: int) -> None:
     scheduler = make_scheduler(num_stages)
@@ -282,12 +297,12 @@ def test_one_long_prompt_is_cut_into_equal_chunks_that_keep_every_stage_busy(num
     assert sizes[-1] <= sizes[0]
 
 
-def test_one_stage_takes_prompts_whole_up_to_the_largest_chunk() -> None:
+def test_one_stage_takes_prompts_whole_up_to_the_largest_chunk_and_halves_those_beyond() -> None:
     scheduler = make_scheduler(num_stages=1)
     scheduler.add(make_request(0, MAX_CHUNK_TOKENS, SamplingParams(max_tokens=1)))
     assert chunk_sizes(plans_until_idle(scheduler)) == [MAX_CHUNK_TOKENS]
     scheduler.add(make_request(1, MAX_CHUNK_TOKENS + 9, SamplingParams(max_tokens=1)))
-    assert chunk_sizes(plans_until_idle(scheduler)) == [MAX_CHUNK_TOKENS, 9]
+    assert chunk_sizes(plans_until_idle(scheduler)) == [MAX_CHUNK_TOKENS // 2 + 5, MAX_CHUNK_TOKENS // 2 + 4]
 
 
 def test_a_chunk_size_holds_until_the_backlog_is_gone_and_is_chosen_afresh_then() -> None:
@@ -322,6 +337,50 @@ def test_a_backlog_that_went_away_no_longer_sizes_chunks(end: str) -> None:
         scheduler.drain()
     scheduler.add(make_request(1, 800))
     assert chunk_sizes(fill(scheduler)) == [best_chunk_tokens(800, 4, UNKNOWN_COST)] * 5
+
+
+def land_timed(scheduler: Scheduler, plan: Plan, cost: StepCost) -> None:
+    """As `land`; the slowest of two stages took what a step costs."""
+    slowest_ns = int((cost.overhead_s + plan.num_tokens * cost.row_s) * 1e9)
+    timings = (StageTiming(5, 5 + slowest_ns // 2), StageTiming(3, 3 + slowest_ns))
+    scheduler.update(Result(plan.plan_id, (1,) * sum(chunk.samples for chunk in plan.chunks), timings))
+    scheduler.check_integrity()
+
+
+def scheduler_that_knows(cost: StepCost) -> Scheduler:
+    """Idle, of two stages, after two prompts of unlike length."""
+    scheduler = make_scheduler(num_stages=2)
+    for request_id, num_tokens in ((0, 20), (1, 900)):
+        scheduler.add(make_request(request_id, num_tokens, SamplingParams(max_tokens=1)))
+        in_flight = deque(fill(scheduler))
+        while in_flight:
+            land_timed(scheduler, in_flight.popleft(), cost)
+            in_flight.extend(fill(scheduler))
+    assert not scheduler.has_requests
+    return scheduler
+
+
+@pytest.mark.parametrize("cost", [StepCost(0.1, 1e-3), StepCost(0.001, 1e-3), StepCost(0.02, 1e-5)], ids=str)
+def test_chunk_sizes_follow_what_steps_took(cost: StepCost) -> None:
+    scheduler = scheduler_that_knows(cost)
+    scheduler.add(make_request(2, 1000))
+    [first, *_] = fill(scheduler)
+    assert first.num_tokens == pytest.approx(best_chunk_tokens(1000, 2, cost), abs=1)
+
+
+def test_beside_decodes_a_chunk_is_no_longer_than_the_stall_rule_lets_it() -> None:
+    cost = StepCost(0.02, 4e-3)
+    most = most_chunk_tokens_beside_decodes(cost)
+    assert most < best_chunk_tokens(1000, 2, cost)
+    scheduler = scheduler_that_knows(cost)
+    scheduler.add(make_request(2, 1))
+    [prefill] = fill(scheduler)
+    land_timed(scheduler, prefill, cost)
+    scheduler.add(make_request(3, 1000))
+    beside, *others = fill(scheduler)
+    assert [len(chunk.token_ids) for chunk in beside.chunks] == [1, pytest.approx(most, abs=1)]
+    sizes = chunk_sizes(others)
+    assert sizes == [pytest.approx(best_chunk_tokens(1000, 2, cost), abs=1)] * len(sizes)
 
 
 def test_a_chunk_limit_holds_for_all_prompts_of_a_micro_batch_together() -> None:
