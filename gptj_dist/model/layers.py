@@ -86,7 +86,8 @@ class JoinedLayer:
         fanned = self.fan_in(self.norm(hidden))
         # Attention writes its result over the values, whose columns stand right before the MLP's.
         attend(fanned[:, : 3 * d_model].view(rows, 3, self.num_heads, -1))
-        fanned[:, 3 * d_model :] = F.gelu(fanned[:, 3 * d_model :], approximate="tanh")
+        inner = fanned[:, 3 * d_model :]
+        torch.ops.aten.gelu.out(inner, approximate="tanh", out=inner)
         return hidden + self.fan_out(fanned[:, 2 * d_model :])
 
 
