@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptj_dist.config import DTYPE_BYTES, LayerRange, ModelConfig
+from gptj_dist.config import BLOCK_SIZE_TOKENS, DTYPE_BYTES, LayerRange, ModelConfig
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
 from gptj_dist.errors import CheckpointError, ConfigurationError
 from gptj_dist.planning.cost import weight_bytes
@@ -190,7 +190,7 @@ def _load_stage(model: str, config: ModelConfig, layers: LayerRange, max_model_l
     spec = StageSpec(model, None, config, layers, "cpu", max_model_len, max_batch_size=1, unsampled_ids=())
     runner = StageRunner(spec)
     runner.load("float32", num_threads=None)
-    runner.allocate(0, "float32")
+    runner.allocate(_num_blocks(max_model_len), "float32")
     return runner
 
 
@@ -204,11 +204,16 @@ def _logits(head: StageRunner, request_id: int, prompt: Sequence[int], states: S
 
 
 def _plan(request_id: int, start: int, token_ids: Sequence[int]) -> Plan:
-    """A plan of one chunk; where it is the request's first, the request before it makes room."""
+    """A plan of one chunk; where it is the request's first, the request before it makes room. Blocks lie in order."""
     is_new = start == 0
+    new_blocks = tuple(range(_num_blocks(start), _num_blocks(start + len(token_ids))))
     return Plan(
         plan_id=0,
         released=(request_id - 1,) if is_new and request_id else (),
         new_requests=(NewRequest(request_id, 0.0, 1.0, 0, 0.0, 0, 0),) if is_new else (),
-        chunks=(Chunk(request_id, start, tuple(token_ids), new_blocks=(), samples=True),),
+        chunks=(Chunk(request_id, start, tuple(token_ids), new_blocks, samples=True),),
     )
+
+
+def _num_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE_TOKENS)

@@ -57,8 +57,15 @@ class NativeCache:
         self._num_blocks_of[request_id] = 0
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Gives the request more blocks, behind those it has."""
-        new = torch.tensor(tuple(blocks), dtype=torch.int32)
+        """Gives the request more blocks, behind those it has.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        numbers = tuple(blocks)
+        if not all(0 <= number < self.keys.shape[1] for number in numbers):
+            raise IndexError(f"request {request_id} is given blocks {numbers} of a cache of {self.keys.shape[1]}")
+        new = torch.tensor(numbers, dtype=torch.int32)
         first = self._num_blocks_of[request_id]
         self.tables[self._slot_of[request_id], first : first + len(new)] = new
         self._num_blocks_of[request_id] = first + len(new)
@@ -73,7 +80,14 @@ class NativeCache:
         return NativeAttention(self._library, self, batch, rotary)
 
     def slots(self, spans: Sequence[Span]) -> Tensor:
-        """Each row's block table: int32 [rows]."""
+        """Each row's block table: int32 [rows].
+
+        Raises:
+            IndexError: a request has no blocks for its tokens; the library would write to others'.
+        """
+        for span in spans:
+            if span.stop > LANES * self._num_blocks_of[span.request_id]:
+                raise IndexError(f"request {span.request_id} has no block for position {span.stop - 1}")
         return torch.tensor(
             [slot for span in spans for slot in (self._slot_of[span.request_id],) * span.num_tokens], dtype=torch.int32
         )

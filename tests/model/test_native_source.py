@@ -1,0 +1,111 @@
+"""The C source of attention touches no memory but its own, and agrees with the Python that calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gptj_dist.model.native.attention import LANES, TILE_ROWS
+from gptj_dist.model.native.library import SOURCE, Batch
+
+COMPILE_TIMEOUT_S = 120
+
+MAIN = r"""
+#include "%s"
+#include <stdio.h>
+#include <string.h>
+
+static void *filled(int64_t count, size_t size) { /* a buffer of just this length, of small numbers */
+    unsigned char *bytes = malloc(count * size);
+    for (int64_t i = 0; i < count; i++) {
+        float value = (float)((i * 7919) %% 201 - 100) / 100;
+        memcpy(bytes + i * size, (char *)&value + (size == 2 ? 2 : 0), size);
+    }
+    return bytes;
+}
+
+/* Requests of 1, 2, .. rows at the end of contexts of uneven length; blocks in reverse. */
+static int run(int64_t heads, int64_t head_dim, int64_t rotary, int64_t requests, int64_t longest, enum element e) {
+    int64_t padded = (head_dim + LANES - 1) / LANES * LANES, table = (longest + LANES - 1) / LANES;
+    int64_t rows = 0, tiles = 0, size = bytes_of(e), blocks = requests * table;
+    int32_t *positions = malloc(requests * longest * 4), *slots = malloc(requests * longest * 4);
+    int32_t *tables = malloc(blocks * 4), *pieces = malloc(requests * longest * 8);
+    for (int64_t i = 0; i < blocks; i++) tables[i] = blocks - 1 - i;
+    for (int64_t r = 0; r < requests; r++) {
+        int64_t count = 1 + r * 9 %% longest, start = longest - count;
+        for (int64_t i = 0; i < count; i++) {
+            if (i %% TILE_ROWS == 0) {
+                pieces[2 * tiles] = rows;
+                pieces[2 * tiles++ + 1] = count - i < TILE_ROWS ? count - i : TILE_ROWS;
+            }
+            positions[rows] = start + i;
+            slots[rows++] = r;
+        }
+    }
+    positions = realloc(positions, rows * 4), slots = realloc(slots, rows * 4), pieces = realloc(pieces, tiles * 8);
+    int64_t stride = 3 * heads * head_dim + 5;
+    void *qkv = filled((rows - 1) * stride + 3 * heads * head_dim, size);
+    void *keys = filled(blocks * heads * head_dim * LANES, size);
+    void *values = filled(blocks * heads * LANES * padded, size);
+    float *cos = filled(longest * rotary / 2, 4), *sin = filled(longest * rotary / 2, 4);
+    struct batch b = {rows, tiles, heads, head_dim, padded, rotary, stride, table, longest,
+                      positions, slots, tables, pieces, cos, sin};
+    int failed = 0;
+    for (int threads = 1; threads <= 2; threads++)
+        failed |= (e == FLOAT32 ? attend_float32 : attend_bfloat16)(&b, qkv, keys, values, threads);
+    free(qkv), free(keys), free(values), free(cos), free(sin);
+    free(positions), free(slots), free(tables), free(pieces);
+    return failed;
+}
+
+int main(void) {
+    int failed = 0;
+    for (int e = FLOAT32; e <= BFLOAT16; e++)
+        failed |= run(3, 5, 4, 4, 37, e) | run(17, 16, 16, 5, 16, e) | run(2, 80, 20, 3, 33, e) |
+                  run(4, 64, 64, 1, 1, e) | run(2, 256, 64, 3, 65, e);
+    printf("%%s\n", failed ? "failed" : "done");
+    return failed;
+}
+"""
+
+
+def test_no_access_is_out_of_bounds_and_nothing_is_undefined(tmp_path: Path) -> None:
+    """Compiled with the sanitizers, on buffers of just the length that the shapes ask for."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc")
+    (tmp_path / "main.c").write_text(MAIN % SOURCE)
+    program = tmp_path / "main"
+    flags = ("-O1", "-march=native", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    built = subprocess.run(
+        [compiler, *flags, str(tmp_path / "main.c"), "-lm", "-o", str(program)],
+        capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
+    )  # fmt: skip
+    if "cannot find" in built.stderr:
+        pytest.skip("there are no sanitizers to link with")
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+def test_tiles_are_as_long_as_the_source_has_them() -> None:
+    lines = SOURCE.read_text().splitlines()
+    assert f"#define LANES {LANES}" in lines
+    assert any(line.startswith(f"#define TILE_ROWS {TILE_ROWS} ") for line in lines)
+
+
+def test_a_batch_is_passed_as_the_source_has_it() -> None:
+    declaration = SOURCE.read_text().partition("struct batch {")[2].partition("};")[0]
+    code = " ".join(line.split("/*")[0].strip() for line in declaration.splitlines())
+    names = [
+        name.strip().lstrip("*")
+        for statement in code.split(";")
+        for name in statement.replace("const ", "").strip().partition(" ")[2].split(",")
+        if name.strip()
+    ]
+    assert names == [field[0] for field in Batch._fields_]
+    assert all(ctypes.sizeof(field[1]) == 8 for field in Batch._fields_)
