@@ -29,11 +29,12 @@ def claim_cores(num_cores: int) -> CoreClaim | None:
     """Claims cores that no other stage has, and keeps this thread and those that it starts on them.
 
     Returns:
-        None where that is not to be had: all cores are wanted, too few are left, or this is not Linux. The thread
-        may then run anywhere, as before.
+        None where that is not to be had: all cores are wanted, too few are left, or this is not Linux; or in a
+        Kubernetes pod, which sees neither the claims of other pods nor, mostly, cores of its own. The thread may then
+        run anywhere, as before.
     """
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if num_cores >= len(allowed):
+    if num_cores >= len(allowed) or "KUBERNETES_SERVICE_HOST" in os.environ:
         return None
     deadline = time.monotonic() + PATIENCE_S
     while (claim := _try_to_claim(allowed, num_cores)) is None and time.monotonic() < deadline:

@@ -44,10 +44,12 @@ class Machine:
 
     Attributes:
         affinity: what this thread was told to keep to.
+        environ: of this process.
     """
 
     def __init__(self) -> None:
         self.affinity: frozenset[int] | None = None
+        self.environ: dict[str, str] = {}
 
     def sched_getaffinity(self, pid: int) -> frozenset[int]:
         assert pid == 0
@@ -160,3 +162,9 @@ print(seen == [before if claim is None else claim.cores])
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout == "True\n"
+
+
+def test_nothing_is_claimed_in_a_pod_which_cannot_see_the_claims_of_others(machine: Machine) -> None:
+    machine.environ["KUBERNETES_SERVICE_HOST"] = "10.0.0.1"
+    assert claim_cores(1) is None
+    assert machine.affinity is None
