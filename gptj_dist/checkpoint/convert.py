@@ -20,7 +20,7 @@ from gptj_dist import __version__
 from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
 from gptj_dist.checkpoint.headers import DTYPE_CODES, read_json
 from gptj_dist.checkpoint.index import WTE, CheckpointIndex, check_checkpoint, expected_tensors, read_model_config
-from gptj_dist.checkpoint.loader import StageTensors
+from gptj_dist.checkpoint.loader import TORCH_DTYPES, StageTensors
 from gptj_dist.checkpoint.partial import PartialDirectory
 from gptj_dist.checkpoint.writer import (
     CODE_OF,
@@ -40,7 +40,6 @@ CHECKSUMS_FILE = "SHA256SUMS"
 """What `sha256sum -c` reads."""
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TORCH_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_FLOAT16 = 65504
 
 _CHECKED_ELEMENTS = 1 << 24
@@ -269,7 +268,7 @@ class _Converter:
         """The tensors of a file in their new dtype, one after the other in the same memory."""
         for name, (code, shape) in layout.items():
             num_bytes = tensor_bytes(code, shape)
-            out = buffer[:num_bytes].view(_TORCH_DTYPES[code]).view(shape)
+            out = buffer[:num_bytes].view(TORCH_DTYPES[code]).view(shape)
             tensors.read(name, out)
             self._raise_if_overflown(name, out)
             yield out

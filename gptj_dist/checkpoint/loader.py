@@ -24,7 +24,7 @@ from gptj_dist.errors import CheckpointError
 STAGING_BYTES = 32 << 20
 """What is read at once where numbers are cast, moved to a GPU or put between others."""
 
-_TORCH_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class StageTensors:
@@ -73,7 +73,7 @@ class StageTensors:
             out.zero_()
             return
         header = self._headers[name]
-        is_alike = header.strides is None and out.dtype == _TORCH_DTYPES[header.dtype]
+        is_alike = header.strides is None and out.dtype == TORCH_DTYPES[header.dtype]
         if is_alike and out.is_contiguous() and out.device.type == "cpu":
             self._fill(header, header.offset_bytes, out.view(-1).view(torch.uint8))
         else:
@@ -100,7 +100,7 @@ class StageTensors:
             part = rows[first : first + num_rows]
             data = self._staging[: ((len(part) - 1) * stride + row_numbers) * size]
             self._fill(header, header.offset_bytes + first * stride * size, data)
-            yield part, data.view(_TORCH_DTYPES[header.dtype]).as_strided(part.shape, (stride, *inner))
+            yield part, data.view(TORCH_DTYPES[header.dtype]).as_strided(part.shape, (stride, *inner))
 
     def _fill(self, header: TensorHeader, offset_bytes: int, out: Tensor) -> None:
         """Reads as many bytes as `out` (uint8, contiguous, on the CPU) has, and gives their pages back on the way."""

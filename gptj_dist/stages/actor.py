@@ -88,23 +88,21 @@ class Stage:
 def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:
     import torch
 
+    from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
+
     if hidden is None:
         return None
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[hidden.dtype]
-    return torch.frombuffer(bytearray(hidden.data), dtype=dtype).view(hidden.shape)
+    return torch.frombuffer(bytearray(hidden.data), dtype=TORCH_DTYPES[hidden.dtype]).view(hidden.shape)
 
 
 def _to_wire(hidden: Tensor) -> HiddenStates:
     import torch
 
-    names: dict[torch.dtype, DTypeName] = {
-        torch.float32: "float32",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
+    from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
+
     rows, d_model = hidden.shape
-    data = hidden.cpu().contiguous().view(torch.uint8).numpy().data
-    return HiddenStates(names[hidden.dtype], (rows, d_model), data)
+    name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == hidden.dtype)
+    return HiddenStates(name, (rows, d_model), hidden.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 StageActor = ray.remote(concurrency_groups={"run": 1, "progress": 1})(Stage)

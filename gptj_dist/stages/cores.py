@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 
@@ -33,8 +34,10 @@ def claim_cores(num_cores: int) -> CoreClaim | None:
         Kubernetes pod, which sees neither the claims of other pods nor, mostly, cores of its own. The thread may then
         run anywhere, as before.
     """
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if num_cores >= len(allowed) or "KUBERNETES_SERVICE_HOST" in os.environ:
+    if sys.platform != "linux" or "KUBERNETES_SERVICE_HOST" in os.environ:
+        return None
+    allowed = sorted(os.sched_getaffinity(0))
+    if num_cores >= len(allowed):
         return None
     deadline = time.monotonic() + PATIENCE_S
     while (claim := _try_to_claim(allowed, num_cores)) is None and time.monotonic() < deadline:

@@ -22,6 +22,7 @@ from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
+from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from gptj_dist.model.graphs import RecordedSteps
@@ -76,7 +77,7 @@ class StageRunner:
                 spec.config,
                 spec.layers,
                 tensors.read,
-                _torch_dtype(dtype),
+                TORCH_DTYPES[dtype],
                 self._device,
                 lambda num_layers: on_progress(f"{num_layers}/{spec.layers.num_layers} layers"),
             )
@@ -90,7 +91,7 @@ class StageRunner:
             kv_bytes_per_token=2
             * spec.layers.num_layers
             * spec.config.d_model
-            * cache_dtype(_torch_dtype(dtype), self._device).itemsize,
+            * cache_dtype(TORCH_DTYPES[dtype], self._device).itemsize,
             pid=os.getpid(),
         )
 
@@ -106,7 +107,7 @@ class StageRunner:
             num_blocks,
             spec.max_batch_size,
             spec.max_model_len,
-            _torch_dtype(dtype),
+            TORCH_DTYPES[dtype],
             self._device,
         )
         if isinstance(self._cache, BlockCache):
@@ -196,7 +197,3 @@ def _micro_batch(chunks: Sequence[Chunk]) -> MicroBatch:
         row += len(chunk.token_ids)
     positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
     return MicroBatch(tuple(spans), positions)
-
-
-def _torch_dtype(dtype: DTypeName) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -24,6 +24,7 @@ from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.planning.cost import Chunks
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.runner import StageRunner
+from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 CASE_S = 0.2
 """For how long a case is repeated."""
@@ -49,7 +50,7 @@ class StageStopwatch:
         free_blocks = report.free_bytes // 2 // (report.kv_bytes_per_token * BLOCK_SIZE_TOKENS)
         self._pool = BlockPool(min(free_blocks, MAX_BLOCKS), BLOCK_SIZE_TOKENS)
         self._runner.allocate(self._pool.num_blocks, dtype)
-        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._dtype = TORCH_DTYPES[dtype]
         self._released: tuple[int, ...] = ()
         self._num_plans = 0
         self._num_requests = 0

@@ -101,33 +101,34 @@ class NativeAttention:
         self._cache = cache
         self._num_threads = torch.get_num_threads()
         cos, sin = rotary.tables
+        positions, slots = batch.positions.to(torch.int32), cache.slots(batch.spans)
         tiles = torch.tensor(_tiles(batch.spans), dtype=torch.int32)
-        self._tensors = (batch.positions.to(torch.int32), cache.slots(batch.spans), cache.tables, tiles, cos, sin)
+        self._read_by_library = (positions, slots, tiles, cos, sin)  # kept alive: it is given their addresses
         self._batch = Batch(
-            num_rows=len(batch.positions),
+            num_rows=len(positions),
             num_tiles=len(tiles),
+            num_heads=cache.keys.shape[2],
+            head_dim=cache.keys.shape[3],
             padded_dim=cache.padded_dim,
             rotary_dim=2 * cos.shape[1],
             table_stride=cache.tables.shape[1],
             max_tokens=max(span.stop for span in batch.spans),
-            **dict(
-                zip(
-                    ("positions", "slots", "tables", "tiles", "cos", "sin"),
-                    (t.data_ptr() for t in self._tensors),
-                    strict=True,
-                )
-            ),
+            positions=positions.data_ptr(),
+            slots=slots.data_ptr(),
+            tables=cache.tables.data_ptr(),
+            tiles=tiles.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
         )
 
     def __call__(self, layer: int, heads: Tensor) -> None:
         """As `Attention` has it."""
-        rows, _, num_heads, head_dim = heads.shape
         theirs = heads if heads.dtype == self._cache.dtype else heads.to(self._cache.dtype)
-        self._batch.num_heads, self._batch.head_dim, self._batch.row_stride = num_heads, head_dim, theirs.stride(0)
+        self._batch.row_stride = theirs.stride(0)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         has_failed = self._attend(self._batch, theirs.data_ptr(), keys.data_ptr(), values.data_ptr(), self._num_threads)
         if has_failed:
-            raise MemoryError(f"no memory for the attention of {rows} rows")
+            raise MemoryError(f"no memory for the attention of {len(heads)} rows")
         if theirs is not heads:
             heads[:, 2] = theirs[:, 2]
 
