@@ -14,7 +14,7 @@ from benchmarks.workers.worker import Worker
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.config import ModelConfig
-from gptj_dist.model.linear import Linear
+from gptj_dist.model.linear import Linear, make_linear
 
 MOST_BYTES = 2_000_000_000
 
@@ -65,7 +65,7 @@ class LimitsWorker:
 
     def _linear(self, out_features: int, in_features: int) -> Linear:
         row = torch.randn(in_features).mul(0.02).to(self._dtype)
-        return Linear(row.repeat(out_features, 1), torch.zeros(out_features, dtype=self._dtype))
+        return make_linear(row.repeat(out_features, 1), torch.zeros(out_features, dtype=self._dtype))
 
     def _rates(self, rows: int, layers_s: float, head_s: float) -> dict[str, Any]:
         head_bytes = self._config.embedding_parameters * self._dtype.itemsize

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptj_dist.config import ModelConfig
-from gptj_dist.model.linear import Linear, can_pack
+from gptj_dist.model.linear import Linear, can_pack, make_linear
 
 ReadTensor = Callable[[str, Tensor], None]
 """Fills a tensor with that of a checkpoint, by its name there."""
@@ -146,7 +146,7 @@ class PartLoader:
         return JoinedLayer(
             self._norm(f"{name}.ln_1"),
             self._linear(rows_of, d_model, fan_in_bias),
-            Linear(fan_out, self._tensor(f"{name}.mlp.fc_out.bias", d_model)),
+            make_linear(fan_out, self._tensor(f"{name}.mlp.fc_out.bias", d_model)),
             self._config.num_heads,
         )
 
@@ -155,7 +155,7 @@ class PartLoader:
         weight = self._matrix(sum(rows_of.values()), columns)
         for name, part in zip(rows_of, torch.split(weight, list(rows_of.values())), strict=True):
             self._read(name, part)
-        return Linear(weight, bias)
+        return make_linear(weight, bias)
 
     def _norm(self, name: str) -> LayerNorm:
         weight, bias = (self._tensor(f"{name}.{part}", self._config.d_model) for part in ("weight", "bias"))

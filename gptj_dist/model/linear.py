@@ -1,46 +1,100 @@
-"""One weight matrix, ready to multiply: packed once for the CPU's matrix library, plain elsewhere.
+"""One weight matrix, ready to multiply: packed once for the CPU's product, plain elsewhere.
 
-oneDNN reorders a weight on every call unless it is packed beforehand; packing makes one row 2.4 times as fast. It also
-applies GELU or adds a residual while a product is still in registers. The packed product has a further virtue: in
-float32 each row of the result has the same bits whatever rows are beside it, as long as there are at least two. That
-is what the exact mode is built on.
+A CPU's product reorders a weight on every call unless it is packed beforehand; packing makes one row 2.4 times as
+fast. It also applies GELU or adds a residual while a product is still in registers. A packed product has a further
+virtue: each row of the result has the same bits whatever rows are beside it (oneDNN's in float32, as long as there are
+at least two). That is what the exact mode is built on.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptj_dist.model.native.library import load_product_library
+from gptj_dist.model.native.product import NativeLinear
+
 PACKING_ROWS_HINT = 32
-"""The number of rows the packed layout is made for; one value for all, because the layout decides the order of sums."""
+"""The number of rows oneDNN's layout is made for; one value for all, because the layout decides the order of sums."""
 
 
-class Linear:
-    """`x @ weight.T + bias` for x of shape [rows, in_features].
-
-    Args:
-        weight: [out_features, in_features]; where it is packed, the caller may reuse its memory afterwards.
-        bias: [out_features], or None for none.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._bias = bias
-        self._is_packed = can_pack(weight.device, weight.dtype)
-        self._weight = _pack(weight) if self._is_packed else weight
-        self._needs_two_rows = self._is_packed and weight.dtype == torch.float32
+class Linear(Protocol):
+    """`x @ weight.T + bias` for x of shape [rows, in_features]."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(x, "none") if self._is_packed else F.linear(x, self._weight, self._bias)
+        """[rows, out_features]."""
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU of the product, in its tanh form; Hendrycks & Gimpel 2016."""
-        return self._multiply(x, "gelu") if self._is_packed else F.gelu(self(x), approximate="tanh")
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """The product plus `residual` [rows, out_features]."""
-        if not self._is_packed:
-            return residual + self(x)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The fastest product there is here.
+
+    Args:
+        weight: [out_features, in_features]; where `can_pack`, the caller may reuse its memory afterwards.
+        bias: [out_features], or None for none.
+    """
+    if not can_pack(weight.device, weight.dtype):
+        return PlainLinear(weight, bias)
+    library = load_product_library() if weight.dtype == torch.bfloat16 else None
+    return PackedLinear(weight, bias) if library is None else NativeLinear(library, weight, bias)
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this machine has a product that packs weights of this device and type, into memory of their own."""
+    if device.type != "cpu":
+        return False
+    if dtype == torch.bfloat16 and load_product_library() is not None:
+        return True
+    if not torch._C._has_mkldnn:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+class PlainLinear:
+    """A weight as it is, by torch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x), approximate="tanh")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
+
+
+class PackedLinear:
+    """A weight packed by oneDNN.
+
+    The operators are private to torch (its compiler emits them), so every use of them is in this file.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_ROWS_HINT)
+        self._bias = bias
+        self._needs_two_rows = weight.dtype == torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x, "none")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self._multiply(x, "gelu")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
         if self._needs_two_rows and len(x) == 1:
             return self._multiply_add(_twice(x), _twice(residual))[:1]
         return self._multiply_add(x, residual)
@@ -54,23 +108,6 @@ class Linear:
     def _multiply_add(self, x: Tensor, residual: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return product
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this machine's matrix library packs weights of this device and type, into memory of their own.
-
-    The operators are private to torch (its compiler emits them), so every use of them is in this file.
-    """
-    if device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
-
-
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_ROWS_HINT)
-    return packed
 
 
 def _twice(x: Tensor) -> Tensor:

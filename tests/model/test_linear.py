@@ -1,23 +1,28 @@
-"""Packed products: right to rounding, and in float32 the same bits for a row whatever rows are beside it."""
+"""Products: right to rounding; packed ones with the same bits for a row whatever rows are beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gptj_dist.model import linear
-from gptj_dist.model.linear import Linear, can_pack
+from gptj_dist.model.linear import Linear, PackedLinear, PlainLinear, can_pack, make_linear
+from gptj_dist.model.native.library import load_product_library
+from gptj_dist.model.native.product import NativeLinear
 
 NUM_ROWS = 130
 SHAPES = [(896, 128), (128, 640), (75, 173), (173, 75), (4128, 128), (50257, 16), (1, 5), (7, 1), (1024, 2048)]
 """Outputs and inputs; the first two and the fifth are the demo's."""
 
-has_packing = pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.float32), reason="this CPU's torch packs no weights"
-)
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+Kind = Callable[[Tensor, Tensor], Linear]
+"""Makes a product of weight and bias."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,40 +41,66 @@ def _operands(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tup
     return x.to(dtype), weight.to(dtype), torch.randn(num_out, generator=generator).to(dtype)
 
 
-def _exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.double() @ weight.double().T + bias.double()
+def _kinds() -> list[tuple[Kind, torch.dtype]]:
+    """Every product there is on this machine, with each type that it takes."""
+    cpu, library = torch.device("cpu"), load_product_library()
+    kinds: list[tuple[Kind, torch.dtype]] = [
+        (PlainLinear, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    if can_pack(cpu, torch.float32):
+        kinds.append((PackedLinear, torch.float32))
+    if torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        kinds.append((PackedLinear, torch.bfloat16))
+    if library is not None:
+        kinds.append((partial(NativeLinear, library), torch.bfloat16))
+    return kinds
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
-)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_right_to_rounding(shape: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
+def test_products_are_right_to_rounding(shape: tuple[int, int]) -> None:
+    for kind, dtype in _kinds():
+        x, weight, bias = _operands(shape, dtype)
+        residual = torch.randn(NUM_ROWS, shape[0] + 3, generator=torch.Generator().manual_seed(1)).to(dtype)[:, 3:]
+        expected = x.double() @ weight.double().T + bias.double()
+        product = kind(weight.clone(), bias)
+        for num_rows in (1, 2, 3, 14, 15, 31, NUM_ROWS):
+            rows = slice(0, num_rows)
+            for actual, right in (
+                (product(x[rows]), expected[rows]),
+                (product.gelu(x[rows]), functional.gelu(expected[rows], approximate="tanh")),
+                (product.add(x[rows], residual[rows]), expected[rows] + residual[rows].double()),
+            ):
+                assert actual.dtype == dtype
+                tolerance = 4 * TOLERANCES[dtype]
+                torch.testing.assert_close(actual.double(), right, atol=tolerance, rtol=tolerance)
+
+
+def test_the_fastest_product_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _, weight, bias = _operands((8, 16), dtype)
+        kinds = [getattr(kind, "func", kind) for kind, its_dtype in _kinds() if its_dtype == dtype]
+        assert type(make_linear(weight, bias)) is kinds[-1]
+    monkeypatch.setattr(linear, "load_product_library", lambda: None)
+    if can_pack(torch.device("cpu"), torch.bfloat16):
+        _, weight, bias = _operands((8, 16), torch.bfloat16)
+        assert isinstance(make_linear(weight, bias), PackedLinear)
+
+
+EXACT_KINDS = [
+    (kind, dtype)
+    for kind, dtype in _kinds()
+    if (kind is PackedLinear and dtype == torch.float32) or isinstance(kind, partial)
+]
+"""Those that give a row the same bits in any company."""
+
+exact = pytest.mark.parametrize(("kind", "dtype"), EXACT_KINDS)
+
+
+@exact
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_has_the_same_bits_in_any_company(kind: Kind, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x, weight, bias = _operands(shape, dtype)
-    expected = _exact(x, weight, bias)
-    for num_rows in (1, 2, 3, 31, NUM_ROWS):
-        product = Linear(weight, bias)(x[:num_rows])
-        assert product.dtype == dtype
-        torch.testing.assert_close(product.double(), expected[:num_rows], atol=2 * tolerance, rtol=2 * tolerance)
-
-
-@has_packing
-def test_float32_and_fast_bfloat16_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("the plain product was used")
-
-    monkeypatch.setattr(torch.nn.functional, "linear", refuse)
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias = _operands((8, 16), dtype)
-        if can_pack(weight.device, weight.dtype):
-            assert torch.isfinite(Linear(weight, bias)(x)).all()
-
-
-@has_packing
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_has_the_same_bits_in_any_company(shape: tuple[int, int]) -> None:
-    x, weight, bias = _operands(shape)
-    packed = Linear(weight, bias)
+    packed = kind(weight, bias)
     torch.set_num_threads(1)
     expected = packed(x)
     for num_threads in (1, 2, 3):
@@ -85,39 +116,46 @@ def _row_counts(shape: tuple[int, int]) -> range:
     return range(1, NUM_ROWS + 1, 1 if shape[0] * shape[1] < 100_000 else 6)
 
 
-@has_packing
-def test_the_same_weights_packed_again_give_the_same_bits() -> None:
-    x, weight, bias = _operands((173, 75))
-    assert torch.equal(Linear(weight, bias)(x), Linear(weight.clone(), bias)(x.clone()))
+@exact
+def test_the_same_weights_packed_again_give_the_same_bits(kind: Kind, dtype: torch.dtype) -> None:
+    x, weight, bias = _operands((173, 75), dtype)
+    assert torch.equal(kind(weight, bias)(x), kind(weight.clone(), bias)(x.clone()))
 
 
-@has_packing
-def test_rows_cut_out_of_a_wider_tensor_have_the_same_bits() -> None:
-    x, weight, bias = _operands((75, 173))
-    wide = torch.zeros(NUM_ROWS, 300)
+@exact
+def test_rows_cut_out_of_a_wider_tensor_have_the_same_bits(kind: Kind, dtype: torch.dtype) -> None:
+    x, weight, bias = _operands((75, 173), dtype)
+    wide = torch.zeros(NUM_ROWS, 300, dtype=dtype)
     wide[:, 100:273] = x
-    packed = Linear(weight, bias)
+    packed = kind(weight, bias)
     for num_rows in (1, 2, 9, NUM_ROWS):
         assert torch.equal(packed(wide[:num_rows, 100:273]), packed(x)[:num_rows])
 
 
-@has_packing
-def test_neighbours_that_are_not_numbers_do_not_reach_a_row() -> None:
-    x, weight, bias = _operands((128, 640))
-    packed = Linear(weight, bias)
+@exact
+def test_neighbours_that_are_not_numbers_do_not_reach_a_row(kind: Kind, dtype: torch.dtype) -> None:
+    x, weight, bias = _operands((128, 640), dtype)
+    packed = kind(weight, bias)
     expected = packed(x[:4])
     x[2] = float("nan")
     x[3] = float("inf")
-    assert torch.equal(packed(x[:4])[:2], expected[:2])
+    product = packed(x[:4])
+    assert torch.equal(product[:2], expected[:2])
+    assert not product[2:].isfinite().any()
 
 
-def test_without_packing_the_plain_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "can_pack", lambda *_: False)
-    monkeypatch.setattr(linear, "_pack", lambda _: pytest.fail("packed all the same"))
-    x, weight, bias = _operands((75, 173))
-    assert torch.equal(Linear(weight, bias)(x), torch.nn.functional.linear(x, weight, bias))
+def test_the_compiled_product_refuses_what_does_not_fit() -> None:
+    library = load_product_library()
+    if library is None:
+        pytest.skip("this CPU has no compiled product")
+    x, weight, bias = _operands((8, 16), torch.bfloat16)
+    product = NativeLinear(library, weight, bias)
+    for rows, residual in ((x[:, :15], x[:, :8]), (x, x[:, :7]), (x, x[:1, :8])):
+        with pytest.raises(ValueError, match="not fit a weight of 8 x 16"):
+            product.add(rows, residual)
 
 
 def test_what_cannot_be_packed_is_not() -> None:
     assert not can_pack(torch.device("cpu"), torch.float16)
     assert not can_pack(torch.device("meta"), torch.float32)
+    assert not can_pack(torch.device("meta"), torch.bfloat16)

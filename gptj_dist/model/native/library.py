@@ -1,7 +1,8 @@
-"""Compiles `attention.c` once for this machine and loads it. Knows no tensors.
+"""Compiles the C sources once for this machine and loads them. Knows no tensors.
 
-torch has no operator that reads a paged cache, or one of 16 bits, near the speed of memory; a compiler for the very
-CPU makes one of 300 lines. It links against nothing: OpenMP's symbols are found in the library that torch has loaded.
+torch has no operator that reads a paged cache, or one of 16 bits, near the speed of memory, and its product in
+bfloat16 reads weights and multiplies one after the other; a compiler for the very CPU makes both of 500 lines. The
+library links against nothing: OpenMP's symbols are found in the one that torch has loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("attention.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "product.c"))
+HEADERS = (Path(__file__).with_name("vectors.h"),)
 COMPILERS = ("gcc", "cc")
 COMPILE_TIMEOUT_S = 120
 _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
@@ -36,6 +38,15 @@ class Batch(ctypes.Structure):
     )
 
 
+class Product(ctypes.Structure):
+    """`struct product` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "depth", "x_stride", "residual_stride")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+    )
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had; the log says why."""
@@ -45,6 +56,12 @@ def load_library() -> ctypes.CDLL | None:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("attention falls back to torch, several times slower: %s", said)
         return None
+
+
+def load_product_library() -> ctypes.CDLL | None:
+    """The compiled library if this CPU is one whose products in bfloat16 it makes; elsewhere oneDNN's are as good."""
+    library = load_library()
+    return library if library is not None and library.can_multiply() else None
 
 
 def find_compiler() -> str | None:
@@ -58,14 +75,14 @@ def _compiled() -> Path:
     if compiler is None:
         raise OSError(f"there is no C compiler ({' or '.join(COMPILERS)}) on {platform.node()}")
     version = _run(compiler, "--version")
-    key = hashlib.blake2b("\n".join((SOURCE.read_text(), version, *_COMPILE, *_LINK, _cpu())).encode(), digest_size=12)
-    path = _directory() / f"attention-{key.hexdigest()}.so"
+    texts = (path.read_text() for path in (*SOURCES, *HEADERS))
+    key = hashlib.blake2b("\n".join((*texts, version, *_COMPILE, *_LINK, _cpu())).encode(), digest_size=12)
+    path = _directory() / f"native-{key.hexdigest()}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            object_file, library = f"{scratch}/attention.o", f"{scratch}/attention.so"
-            _run(compiler, *_COMPILE, str(SOURCE), "-o", object_file)
-            _run(compiler, *_LINK, object_file, "-o", library)
-            Path(library).replace(path)  # at once, as other stages may look for it
+            _run(compiler, *_COMPILE, *map(str, SOURCES), directory=scratch)
+            _run(compiler, *_LINK, *(f"{source.stem}.o" for source in SOURCES), "-o", "native.so", directory=scratch)
+            Path(scratch, "native.so").replace(path)  # at once, as other stages may look for it
     return path
 
 
@@ -88,8 +105,10 @@ def _cpu() -> str:
     return "\n".join((platform.machine(), *sorted(kept)))
 
 
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S).stdout
+def _run(*command: str, directory: str | None = None) -> str:
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, cwd=directory
+    ).stdout
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -97,4 +116,16 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.attend_float32, library.attend_bfloat16):
         function.argtypes = (ctypes.POINTER(Batch), *pointers, ctypes.c_int)
         function.restype = ctypes.c_int
+    if library.can_multiply():
+        sizes = (ctypes.c_int64,) * 2
+        library.packed_size.argtypes, library.packed_size.restype = sizes, ctypes.c_int64
+        library.pack_bfloat16.argtypes = (*pointers[:2], *sizes, ctypes.c_int)
+        library.pack_bfloat16.restype = None
+        library.multiply_bfloat16.argtypes = (
+            ctypes.POINTER(Product),
+            *pointers[:2],
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_int,
+        )
     return library

@@ -1,0 +1,197 @@
+/* x @ weight.T in bfloat16 with sums in float32, for CPUs whose vectors multiply pairs of bfloat16.
+ *
+ * The weight is packed into panels of COLUMNS outputs, [panel, pair of inputs, COLUMNS, 2]: a panel is one stream of
+ * memory. The rows are packed into tiles of at most TILE_ROWS, [tile, pair, row, 2]. A tile takes a panel PAIRS pairs
+ * at a time, its sums in registers, and meanwhile asks for its share of what the panel's next pairs are, so that
+ * memory and arithmetic overlap however few tiles there are.
+ *
+ * Every sum runs over the pairs one after the other: a row has the same bits whatever rows are beside it.
+ */
+
+#include "vectors.h"
+
+/* A CPU with a tile unit (AMX) has a better way, which is oneDNN's. */
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)
+
+#include <immintrin.h>
+
+#define COLUMN_VECTORS 2
+#define COLUMNS (COLUMN_VECTORS * LANES)
+#define TILE_ROWS 14 /* 28 sums, 2 vectors of weights and an input fill the 32 registers */
+#define BLOCK_ROWS 140 /* 10 tiles */
+#define PAIRS 1024   /* 128 KB of weights, which the second cache keeps while all tiles take them */
+#define UNROLL 8     /* pairs; the depth is padded to a multiple */
+#define LINES_PER_UNROLL (UNROLL * COLUMNS * 4 / CACHE_LINE)
+
+struct product {
+    int64_t num_rows, num_columns, depth;
+    int64_t x_stride, residual_stride; /* elements between rows */
+    const void *weight;                /* as `pack_bfloat16` made it */
+    const void *bias;                  /* bfloat16 [num_columns], or NULL */
+};
+
+int can_multiply(void) { return 1; }
+
+INLINE int64_t num_panels(int64_t num_columns) { return (num_columns + COLUMNS - 1) / COLUMNS; }
+
+INLINE int64_t num_pairs(int64_t depth) { return (depth + 2 * UNROLL - 1) / (2 * UNROLL) * UNROLL; }
+
+INLINE void *allocate(int64_t bytes) {
+    return aligned_alloc(VECTOR_BYTES, (size_t)(bytes + VECTOR_BYTES - 1) / VECTOR_BYTES * VECTOR_BYTES);
+}
+
+/* Elements that `pack_bfloat16` writes. */
+int64_t packed_size(int64_t num_columns, int64_t depth) {
+    return num_panels(num_columns) * num_pairs(depth) * COLUMNS * 2;
+}
+
+/* Packs a contiguous weight [num_columns, depth]. */
+void pack_bfloat16(const uint16_t *weight, uint16_t *packed, int64_t num_columns, int64_t depth, int num_threads) {
+    int64_t pairs = num_pairs(depth);
+#pragma omp parallel for num_threads(num_threads)
+    for (int64_t panel = 0; panel < num_panels(num_columns); panel++)
+        for (int64_t pair = 0; pair < pairs; pair++)
+            for (int64_t i = 0; i < 2 * COLUMNS; i++) {
+                int64_t column = panel * COLUMNS + i / 2, d = 2 * pair + i % 2;
+                packed[(panel * pairs + pair) * 2 * COLUMNS + i] =
+                    column < num_columns && d < depth ? weight[column * depth + d] : 0;
+            }
+}
+
+/* Adds the products of `pairs` pairs to the sums of a tile; `rows` is known to the compiler. */
+INLINE void multiply_tile(int rows, const uint32_t *x, const char *weight, int64_t pairs, int is_first, float *sums,
+                          const char *next, int lines) {
+    __m512 acc[TILE_ROWS * COLUMN_VECTORS];
+    for (int i = 0; i < rows * COLUMN_VECTORS; i++)
+        acc[i] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * LANES);
+    for (int64_t k = 0; k < pairs; k += UNROLL) {
+        for (int i = 0; i < lines; i++, next += CACHE_LINE) __builtin_prefetch(next);
+#pragma GCC unroll 8
+        for (int u = 0; u < UNROLL; u++, x += rows, weight += COLUMNS * 4) {
+            __m512bh w[COLUMN_VECTORS];
+            for (int v = 0; v < COLUMN_VECTORS; v++)
+                w[v] = (__m512bh)_mm512_load_si512(weight + v * VECTOR_BYTES);
+#pragma GCC unroll 14
+            for (int r = 0; r < rows; r++) {
+                __m512bh input = (__m512bh)_mm512_set1_epi32((int32_t)x[r]);
+                for (int v = 0; v < COLUMN_VECTORS; v++)
+                    acc[r * COLUMN_VECTORS + v] = _mm512_dpbf16_ps(acc[r * COLUMN_VECTORS + v], input, w[v]);
+            }
+        }
+    }
+    for (int i = 0; i < rows * COLUMN_VECTORS; i++) _mm512_store_ps(sums + i * LANES, acc[i]);
+}
+
+static void multiply_any_tile(int rows, const uint32_t *x, const char *weight, int64_t pairs, int is_first,
+                              float *sums, const char *next, int lines) {
+    switch (rows) {
+#define CASE(n) \
+    case n: multiply_tile(n, x, weight, pairs, is_first, sums, next, lines); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+        CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#undef CASE
+    }
+}
+
+/* Packs rows, 16 pairs at a time so that both sides stay in the cache. */
+static void pack_tile(const struct product *p, const uint16_t *x, int64_t first, int64_t rows, uint32_t *packed) {
+    int64_t pairs = num_pairs(p->depth);
+    for (int64_t begin = 0; begin < pairs; begin += 16)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t k = begin; k < begin + 16 && k < pairs; k++) {
+                const uint16_t *from = x + (first + r) * p->x_stride + 2 * k;
+                uint32_t pair = 0;
+                if (2 * k + 2 <= p->depth)
+                    __builtin_memcpy(&pair, from, 4);
+                else if (2 * k < p->depth)
+                    __builtin_memcpy(&pair, from, 2);
+                packed[k * rows + r] = pair;
+            }
+}
+
+/* In its tanh form (Hendrycks & Gimpel 2016), with (1 + tanh(z)) / 2 = 1 / (1 + e^-2z). */
+INLINE floats gelu(floats x) {
+    floats z2 = x * (splat(1.5957691216f) + splat(0.0713548163f) * x * x);
+    ints is_negative = z2 < splat(0.0f);
+    floats e = exponential((floats)((ints)z2 | (int32_t)0x80000000));
+    floats upper = (floats)(((ints)(x * e) & is_negative) | ((ints)x & ~is_negative));
+    return upper / (splat(1.0f) + e);
+}
+
+INLINE floats load_some(const uint16_t *base, __mmask16 mask) {
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, base)), 16);
+}
+
+/* Rounds the sums of a panel into the result, with all that is to be done to them. */
+static void finish_panel(const struct product *p, int64_t rows, int64_t panel, const float *sums, const uint16_t *residual,
+                         int has_gelu, uint16_t *out) {
+    for (int64_t v = 0; v < COLUMN_VECTORS; v++) {
+        int64_t column = panel * COLUMNS + v * LANES, rest = p->num_columns - column;
+        if (rest <= 0) return;
+        __mmask16 mask = rest < LANES ? (__mmask16)((1 << rest) - 1) : (__mmask16)0xffff;
+        floats bias = p->bias ? load_some((const uint16_t *)p->bias + column, mask) : splat(0.0f);
+        for (int64_t r = 0; r < rows; r++) {
+            floats value = (floats)_mm512_load_ps(sums + r * COLUMNS + v * LANES) + bias;
+            if (has_gelu) value = gelu(value);
+            if (residual) value += load_some(residual + r * p->residual_stride + column, mask);
+            __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)value);
+            _mm256_mask_storeu_epi16(out + r * p->num_columns + column, mask, rounded);
+        }
+    }
+}
+
+/* Multiplies some rows, few enough that all of them stay in a near cache while the weight passes. */
+static int multiply_block(const struct product *p, int64_t rows, const uint16_t *x, const uint16_t *residual,
+                          int has_gelu, uint16_t *out, int num_threads) {
+    int64_t pairs = num_pairs(p->depth), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    int lines = (int)((LINES_PER_UNROLL + tiles - 1) / tiles), failed = 0;
+    uint32_t *packed = allocate(rows * pairs * 4);
+    if (packed == NULL) return 1;
+#pragma omp parallel num_threads(num_threads) reduction(| : failed)
+    {
+        float *sums = allocate(rows * COLUMNS * 4);
+        failed = sums == NULL;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++) {
+            int64_t first = t * rows / tiles;
+            pack_tile(p, x, first, (t + 1) * rows / tiles - first, packed + first * pairs);
+        }
+#pragma omp for schedule(static) nowait
+        for (int64_t panel = 0; panel < num_panels(p->num_columns); panel++) {
+            for (int64_t k = 0; !failed && k < pairs; k += PAIRS) {
+                int64_t some = pairs - k < PAIRS ? pairs - k : PAIRS;
+                const char *weight = (const char *)p->weight + (panel * pairs + k) * COLUMNS * 4;
+                const char *next = weight + some * COLUMNS * 4;
+                for (int64_t t = 0; t < tiles; t++, next += some / UNROLL * lines * CACHE_LINE) {
+                    int64_t first = t * rows / tiles, own = (t + 1) * rows / tiles - first;
+                    multiply_any_tile((int)own, packed + first * pairs + k * own, weight, some, k == 0,
+                                      sums + first * COLUMNS, next, lines);
+                }
+            }
+            if (!failed) finish_panel(p, rows, panel, sums, residual, has_gelu, out);
+        }
+        free(sums);
+    }
+    free(packed);
+    return failed;
+}
+
+/* Writes x [num_rows, depth] times the weight, plus the bias, to `out` [num_rows, num_columns]; then either its GELU,
+ * or plus `residual` [num_rows, num_columns] if that is not NULL. Returns 0, or 1 if there was no memory. */
+int multiply_bfloat16(const struct product *p, const uint16_t *x, const uint16_t *residual, int has_gelu,
+                      uint16_t *out, int num_threads) {
+    int64_t blocks = (p->num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t first = b * p->num_rows / blocks, rows = (b + 1) * p->num_rows / blocks - first;
+        if (multiply_block(p, rows, x + first * p->x_stride, residual ? residual + first * p->residual_stride : NULL,
+                           has_gelu, out + first * p->num_columns, num_threads))
+            return 1;
+    }
+    return 0;
+}
+
+#else
+
+int can_multiply(void) { return 0; }
+
+#endif

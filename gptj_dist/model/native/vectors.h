@@ -1,0 +1,79 @@
+/* Vectors of LANES numbers, in whichever registers the CPU has, and numbers in 16 bit. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#define LANES 16
+#define VECTOR_BYTES 64
+#define CACHE_LINE 64
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum element { FLOAT32, BFLOAT16 };
+
+INLINE int64_t bytes_of(enum element e) { return e == BFLOAT16 ? 2 : 4; }
+
+INLINE floats load(const void *base, int64_t index, enum element e) {
+    if (e == FLOAT32) {
+        floats result;
+        __builtin_memcpy(&result, (const float *)base + index, sizeof result);
+        return result;
+    }
+    halves upper;
+    __builtin_memcpy(&upper, (const uint16_t *)base + index, sizeof upper);
+    return (floats)(__builtin_convertvector(upper, words) << 16);
+}
+
+INLINE float load_one(const void *base, int64_t index, enum element e) {
+    if (e == FLOAT32) return ((const float *)base)[index];
+    uint32_t bits = (uint32_t)((const uint16_t *)base)[index] << 16;
+    float result;
+    __builtin_memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+/* bfloat16 is rounded to nearest, ties to even, as torch does; a NaN stays one. */
+INLINE void store_one(void *base, int64_t index, float value, enum element e) {
+    if (e == FLOAT32) {
+        ((float *)base)[index] = value;
+        return;
+    }
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    uint16_t rounded = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    ((uint16_t *)base)[index] = value != value ? 0x7fc0 : rounded;
+}
+
+INLINE floats splat(float value) { return value - (floats){0}; }
+
+INLINE floats larger(floats a, floats b) {
+    ints is_a = a > b;
+    return (floats)(((ints)a & is_a) | ((ints)b & ~is_a));
+}
+
+/* e^x for x <= 0, to 1e-7 of itself; 0 where that would be denormal; NaN stays NaN.
+ * x = n ln 2 + r with |r| <= ln 2 / 2 (Cody & Waite's two-part ln 2), e^r by its Taylor polynomial of degree 7. */
+INLINE floats exponential(floats x) {
+    const floats shifter = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    ints is_denormal = x <= splat(-87.0f);
+    floats scaled = x * splat(1.44269504f) + shifter;
+    floats n = scaled - shifter;
+    floats r = x - n * splat(0.693359375f);
+    r = r + n * splat(2.12194440e-4f);
+    floats p = splat(1.0f / 5040);
+    p = p * r + splat(1.0f / 720);
+    p = p * r + splat(1.0f / 120);
+    p = p * r + splat(1.0f / 24);
+    p = p * r + splat(1.0f / 6);
+    p = p * r + splat(0.5f);
+    p = p * r + splat(1.0f);
+    p = p * r + splat(1.0f);
+    words power = ((words)scaled - (words)shifter + 127) << 23;
+    return (floats)((ints)(p * (floats)power) & ~is_denormal);
+}
