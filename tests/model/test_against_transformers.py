@@ -144,9 +144,9 @@ class Case:
 
 @pytest.fixture(scope="module")
 def demo() -> Case:
-    """The demo model reads four pieces of text that it was not trained on."""
-    tokens = _heldout_tokens(800)
-    return Case(resolve_model(DEMO), tokens.view(4, 200))
+    """The demo model reads ten pieces of text that it was not trained on."""
+    tokens = _heldout_tokens(1000)
+    return Case(resolve_model(DEMO), tokens.view(10, 100))
 
 
 @pytest.fixture(autouse=True)
@@ -230,7 +230,7 @@ def test_16_bit_errors_of_the_demo(demo: Case, memory: Memory, dtype: torch.dtyp
     theirs = demo.errors(dtype)
     ours = demo.ours(memory, dtype, chunk) - demo.theirs()
     assert ours.norm() <= MAX_ERROR_RATIO * theirs.norm()
-    assert ours.abs().max() <= MAX_ERROR_RATIO * theirs.abs().max()
+    assert _worst_of_each(ours).mean() <= MAX_ERROR_RATIO * _worst_of_each(theirs).mean()
 
 
 def test_float16_errors_of_the_beginning_of_the_demos_text(demo: Case) -> None:
