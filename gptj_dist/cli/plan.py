@@ -23,10 +23,10 @@ from gptj_dist.cli.options import (
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.planning.partition import (
-    PREFILL_SPEEDUP,
+    OUTPUT_TOKEN_COST,
     PROMPT_TOKENS_PER_OUTPUT_TOKEN,
+    cut_cost,
     lm_head_cost_layers,
-    stage_costs,
 )
 from gptj_dist.sizes import bytes_text
 
@@ -148,14 +148,14 @@ def _foresee(blueprint: Blueprint) -> list[StageReport]:
 
 
 def _reasons(model: ModelConfig, layers: tuple[int, ...], is_explicit: bool) -> list[str]:
-    costs = stage_costs(model, layers)
-    balance = sum(costs) / len(costs) / max(costs)
+    cost, head = cut_cost(model, layers), lm_head_cost_layers(model)
     lines = [
-        f"lm_head counts as {lm_head_cost_layers(model):.2f} layers: {PROMPT_TOKENS_PER_OUTPUT_TOKEN} prompt tokens "
-        f"assumed for each output token, a prompt token {PREFILL_SPEEDUP} times as cheap.",
-        f"Cost of the stages, in layers: {', '.join(f'{cost:.2f}' for cost in costs)}; "
-        f"the slowest leaves {balance:.0%} of the ideal speed.",
+        f"lm_head counts as {head:.2f} layers, for output tokens only. Each of them is assumed to come with "
+        f"{PROMPT_TOKENS_PER_OUTPUT_TOKEN} prompt tokens, and to cost as much as {OUTPUT_TOKEN_COST}.",
+        f"The slowest stage costs {cost.prompt:g} layers for prompts, {cost.output:.2f} for outputs: it leaves "
+        f"{sum(layers) / len(layers) / cost.prompt:.0%} and {(sum(layers) + head) / len(layers) / cost.output:.0%} of "
+        "the ideal speed.",
     ]
     if is_explicit:
-        lines.append("The layers were given; without --layers the planner makes the slowest stage as cheap as can be.")
+        lines.append("The layers were given; without --layers the planner makes that traffic as cheap as can be.")
     return lines

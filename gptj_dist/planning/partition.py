@@ -1,14 +1,14 @@
-"""Cuts a model's layers into stages so that the slowest stage is as fast as can be. Stdlib only.
+"""Cuts a model's layers into stages on equal devices. Stdlib only.
 
-Stages of equal devices need no figures: the cost of one is that of its layers, plus `lm_head` on the last one. In
-decode a layer's cost is the weights it streams from memory, and `lm_head` streams `vocab_size / 12 / d_model` times as
-many (1.03 layers for GPT-J-6B); in prefill it runs for one row a request and costs almost nothing. The two are weighed
-by the traffic assumed. Unlike devices are for `planning.search`, which shares layers by the same rule.
+No figures are needed: a stage costs its layers, and the last one `lm_head` too. That is as much as
+`vocab_size / 12 / d_model` layers (1.03 for GPT-J-6B) for a token that is sampled, and nothing for a prompt's. Prompts
+and outputs take turns more than they share a micro-batch, so each kind of token is as slow as the stage that is slowest
+for it. Unlike devices are for `planning.search`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError
@@ -16,56 +16,61 @@ from gptj_dist.errors import ConfigurationError
 PROMPT_TOKENS_PER_OUTPUT_TOKEN = 4
 """The assumed mix of traffic."""
 
-PREFILL_SPEEDUP = 10
-"""How much cheaper a prompt token is than an output token: prefill is bound by arithmetic, decode by memory."""
+OUTPUT_TOKEN_COST = 3
+"""What a layer takes for an output token, in prompt tokens. Measured 2 to 3 with 32 requests on CPUs, which is where it
+matters: small models have a large `lm_head` and run on CPUs."""
 
 
-StageCosts = Sequence[float]
-"""What a stage costs with 1, 2, 3 ... layers, in any unit and growing; as many as fit it."""
+@dataclass(frozen=True, slots=True)
+class CutCost:
+    """What a cut costs, in layers.
 
-
-def share_layers(num_layers: int, stages: Sequence[StageCosts]) -> tuple[int, ...]:
-    """The layers of each stage, one or more, that make the costliest stage cheapest.
-
-    Gives out one layer after the other where it makes the cheapest stage, which no exchange can better, as costs only
-    grow. Between equals the last stage goes first, then the others from the first.
-
-    Raises:
-        ValueError: they do not fit.
+    Args:
+        prompt, output: of the stage that is slowest for a prompt's tokens, and for those that are sampled.
     """
-    layers = [1] * len(stages)
-    last = len(stages) - 1
-    if not len(stages) <= num_layers <= sum(map(len, stages)) or not all(stages):
-        raise ValueError(f"{num_layers} layers do not fit {len(stages)} stages")
-    for _ in range(num_layers - len(stages)):
-        has_room = [i for i, costs in enumerate(stages) if layers[i] < len(costs)]
-        layers[min(has_room, key=lambda i: (stages[i][layers[i]], i != last, i))] += 1
-    return tuple(layers)
+
+    prompt: float
+    output: float
+
+    @property
+    def of_traffic(self) -> float:
+        """An output token and the prompt tokens that come with it, in layers times prompt tokens."""
+        return PROMPT_TOKENS_PER_OUTPUT_TOKEN * self.prompt + OUTPUT_TOKEN_COST * self.output
 
 
 def lm_head_cost_layers(model: ModelConfig) -> float:
-    """Cost of `lm_head` in layers, averaged over the assumed traffic."""
-    decode_cost = model.embedding_parameters / model.layer_matrix_parameters
-    prompt_work = PROMPT_TOKENS_PER_OUTPUT_TOKEN / PREFILL_SPEEDUP
-    return decode_cost / (1 + prompt_work)
+    """Cost of `lm_head` in layers, for a token that is sampled."""
+    return model.embedding_parameters / model.layer_matrix_parameters
 
 
-def stage_costs(model: ModelConfig, layers: tuple[int, ...]) -> tuple[float, ...]:
-    """Cost of each of equal devices' stages, in layers."""
-    return (*map(float, layers[:-1]), layers[-1] + lm_head_cost_layers(model))
+def cut_cost(model: ModelConfig, layers: tuple[int, ...]) -> CutCost:
+    """What a cut into so many layers a stage costs."""
+    return CutCost(float(max(layers)), float(max(*layers, layers[-1] + lm_head_cost_layers(model))))
 
 
 def plan_partition(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
-    """The layers of each stage on equal devices: the slowest as cheap as can be, the last as long as that allows.
+    """The layers of each stage on equal devices that cost the assumed traffic least.
+
+    The stages before the last are equal but for one layer, the longer ones first. Between equals the last stage is the
+    longest.
 
     Raises:
         ConfigurationError: more stages than layers.
     """
     if num_stages > model.num_layers:
         raise ConfigurationError(f"cannot cut {model.num_layers} layers into {num_stages} stages")
-    plain = [float(n + 1) for n in range(model.num_layers)]
-    with_head = [cost + lm_head_cost_layers(model) for cost in plain]
-    return share_layers(model.num_layers, [*[plain] * (num_stages - 1), with_head])
+    if num_stages == 1:
+        return (model.num_layers,)
+    cuts = (
+        (*_evenly(model.num_layers - last, num_stages - 1), last)
+        for last in range(model.num_layers - num_stages + 1, 0, -1)
+    )
+    return min(cuts, key=lambda layers: cut_cost(model, layers).of_traffic)
+
+
+def _evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    each, rest = divmod(num_layers, num_stages)
+    return (each + 1,) * rest + (each,) * (num_stages - rest)
 
 
 def explicit_partition(model: ModelConfig, layers: tuple[int, ...]) -> tuple[int, ...]:

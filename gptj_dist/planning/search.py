@@ -28,7 +28,10 @@ from gptj_dist.planning.forecast import (
     mixed_step,
     mixed_tokens_per_s,
 )
-from gptj_dist.planning.partition import StageCosts, layer_ranges, share_layers
+from gptj_dist.planning.partition import layer_ranges
+
+StageCosts = Sequence[float]
+"""What a stage costs with 1, 2, 3 ... layers, in any unit and growing; as many as fit it."""
 
 NUM_REQUESTS = 32
 """The traffic that a partition is best for."""
@@ -70,6 +73,25 @@ def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[St
     if best is None:
         raise ConfigurationError(_why_not(workload, devices))
     return best
+
+
+def share_layers(num_layers: int, stages: Sequence[StageCosts]) -> tuple[int, ...]:
+    """The layers of each stage, one or more, that make the costliest stage cheapest.
+
+    Gives out one layer after the other where it makes the cheapest stage, which no exchange can better, as costs only
+    grow. Between equals the last stage goes first, then the others from the first.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    layers = [1] * len(stages)
+    last = len(stages) - 1
+    if not len(stages) <= num_layers <= sum(map(len, stages)) or not all(stages):
+        raise ValueError(f"{num_layers} layers do not fit {len(stages)} stages")
+    for _ in range(num_layers - len(stages)):
+        has_room = [i for i, costs in enumerate(stages) if layers[i] < len(costs)]
+        layers[min(has_room, key=lambda i: (stages[i][layers[i]], i != last, i))] += 1
+    return tuple(layers)
 
 
 def gains_of_one_more(workload: Workload, devices: Sequence[DeviceSpec]) -> dict[str, float]:

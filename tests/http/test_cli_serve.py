@@ -38,8 +38,8 @@ def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mi
         command.wait_for(r"(Ctrl-C stops)")
         output = command.output()
         assert base.endswith(str(port))
-        assert "embed + 0-14 (15)" in output
-        assert "15-27 (13) + head" in output
+        assert "embed + 0-13 (14)" in output
+        assert "14-27 (14) + head" in output
         curl = next(line.strip() for line in output.splitlines() if "curl" in line)
         answer = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True).stdout
         assert answer.rstrip().endswith("data: [DONE]")

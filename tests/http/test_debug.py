@@ -86,7 +86,7 @@ def test_under_load_every_stage_says_how_busy_it_is_and_what_it_holds(server: Se
         assert stage.queue >= 0
         assert 0 < stage.kv_used_bytes < stage.kv_total_bytes
     assert f"{pipeline.name}  up  8 running" in table
-    assert all(text in table for text in ("0-14", "15-27", "busy", "bubble"))
+    assert all(text in table for text in ("0-13", "14-27", "busy", "bubble"))
     assert by_top.pipelines[0].stages[0].pid == pipeline.stages[0].pid
 
 
@@ -101,5 +101,5 @@ def test_when_the_load_has_gone_nothing_is_in_use(server: Server) -> None:
 def test_the_last_plans_can_be_had_as_a_trace(server: Server) -> None:
     server.complete(prompt="Call me", max_tokens=5, ignore_eos=True)
     lanes = check(server.client.get("/debug/trace").json())
-    assert {name for _, name in lanes} == {"coordinator", "stage 0 (layers 0-14)", "stage 1 (layers 15-27)"}
+    assert {name for _, name in lanes} == {"coordinator", "stage 0 (layers 0-13)", "stage 1 (layers 14-27)"}
     assert all(len(slices) >= 5 for slices in lanes.values())

@@ -80,7 +80,7 @@ def test_top_shows_the_stages_in_the_columns_of_the_readme(served: tuple[Command
     (header,) = [line for line in table.splitlines() if line.startswith("stage ")]
     (printed_header,) = [line for line in printed.splitlines() if line.startswith("stage ")]
     assert printed_header.split() == header.split()
-    assert all(layers in printed and layers in table for layers in ("0-14", "15-27"))
+    assert all(layers in printed and layers in table for layers in ("0-13", "14-27"))
 
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))

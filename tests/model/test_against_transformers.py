@@ -197,7 +197,7 @@ def test_transformers_continues_where_our_cache_does(demo: Case) -> None:
     theirs = model.generate(
         demo.token_ids[:, :50], max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    reader = Reader(demo.directory, torch.float32, "regions", num_sequences=4)
+    reader = Reader(demo.directory, torch.float32, "regions", len(demo.token_ids))
     token_ids = demo.token_ids[:, :50]
     logits = reader.read(token_ids)
     for _ in range(40):

@@ -35,7 +35,7 @@ from benchmarks.vllm_settings import share_cores
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("compare", "http", "offline", "plots", "same_logits", "scheduler", "startup", "transport")
+SCRIPTS = ("compare", "http", "offline", "plots", "same_logits", "scheduler", "startup", "step", "transport")
 TIME_LIMIT_S = 60
 CASE = Case(2, 5, 3)
 
@@ -309,6 +309,16 @@ def test_the_scheduler_benchmark_ends_in_a_document(stages: str) -> None:
     assert document["requests_per_plan"] == pytest.approx(8 / int(stages), rel=0.3)
     assert document["plans_per_s"] > 0
     assert {"num_plans", "median_step_us", "p99_step_us", "add_s"} <= document.keys()
+
+
+def test_the_step_benchmark_tells_operators_apart() -> None:
+    document = run("step", "demo", "--dtype", "float32", "--threads", "1", "--cases", "1x16/16", "4x16/1")
+    assert document["steps"].keys() == {"1x16/16", "4x16/1"}
+    for figures in document["steps"].values():
+        assert figures.pop("step_ms") > 0
+        assert figures.keys() == {"products", "attention", "other operators", "overhead"}
+        assert all(0 < share < 1 for share in figures.values())
+        assert sum(figures.values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_transport_benchmark_ends_in_a_document() -> None:

@@ -17,7 +17,7 @@ from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.stages.trace import TraceEvents, TraceFile, TracePart, work_text
 
-LAYERS = (LayerRange(0, 2, 0, 15), LayerRange(1, 2, 15, 28))
+LAYERS = (LayerRange(0, 2, 0, 14), LayerRange(1, 2, 14, 28))
 START_NS = 1_753_000_000_123_456_789
 
 
@@ -74,10 +74,10 @@ def test_each_stage_and_the_coordinator_have_a_lane_whose_slices_do_not_overlap(
     lanes = check(TraceEvents().of([part(0, 5)]))
     assert {name: len(slices) for (_, name), slices in lanes.items()} == {
         "coordinator": 10,
-        "stage 0 (layers 0-14)": 5,
-        "stage 1 (layers 15-27)": 5,
+        "stage 0 (layers 0-13)": 5,
+        "stage 1 (layers 14-27)": 5,
     }
-    first = lanes[1, "stage 0 (layers 0-14)"][0]
+    first = lanes[1, "stage 0 (layers 0-13)"][0]
     assert (first["ts"], first["dur"], first["name"]) == (2.0, 10.0, "decode 1")
     assert lanes[1, "coordinator"][0]["ts"] == 0.0
 
@@ -130,9 +130,9 @@ def test_a_pipeline_in_one_process_writes_what_it_did(tmp_path: Path) -> None:
         llm.generate([[5] * 8, [6] * 3], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
         llm.write_trace(path)
     lanes = check(json.loads(path.read_text()))
-    assert {name for _, name in lanes} == {"coordinator", "stage 0 (layers 0-14)", "stage 1 (layers 15-27)"}
-    slices = lanes[1, "stage 1 (layers 15-27)"]
-    assert len(slices) == len(lanes[1, "stage 0 (layers 0-14)"]) == len(lanes[1, "coordinator"]) / 2
+    assert {name for _, name in lanes} == {"coordinator", "stage 0 (layers 0-13)", "stage 1 (layers 14-27)"}
+    slices = lanes[1, "stage 1 (layers 14-27)"]
+    assert len(slices) == len(lanes[1, "stage 0 (layers 0-13)"]) == len(lanes[1, "coordinator"]) / 2
     assert sum(event["args"]["new tokens"] for event in slices) == 8
     assert slices[0]["name"] == "prefill 4"
     assert all(event["dur"] > 0 for event in slices)
