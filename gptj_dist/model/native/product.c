@@ -30,7 +30,15 @@ struct product {
     const void *bias;                  /* bfloat16 [num_columns], or NULL */
 };
 
+/* A thread's panels that nobody has begun; a cache line, as each thread mostly writes to its own. */
+struct share {
+    int64_t next, end;
+    char unused[CACHE_LINE - 16];
+};
+
 int can_multiply(void) { return 1; }
+
+INLINE int64_t num_tiles(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 INLINE int64_t num_panels(int64_t num_columns) { return (num_columns + COLUMNS - 1) / COLUMNS; }
 
@@ -140,13 +148,38 @@ static void finish_panel(const struct product *p, int64_t rows, int64_t panel, c
     }
 }
 
-/* Multiplies some rows, few enough that all of them stay in a near cache while the weight passes. */
+/* Multiplies packed rows by one panel. */
+static void multiply_panel(const struct product *p, int64_t rows, int64_t panel, const uint32_t *packed, float *sums) {
+    int64_t pairs = num_pairs(p->depth), tiles = num_tiles(rows);
+    int lines = (int)((LINES_PER_UNROLL + tiles - 1) / tiles);
+    for (int64_t k = 0; k < pairs; k += PAIRS) {
+        int64_t some = pairs - k < PAIRS ? pairs - k : PAIRS;
+        const char *weight = (const char *)p->weight + (panel * pairs + k) * COLUMNS * 4;
+        const char *next = weight + some * COLUMNS * 4;
+        for (int64_t t = 0; t < tiles; t++, next += some / UNROLL * lines * CACHE_LINE) {
+            int64_t first = t * rows / tiles, own = (t + 1) * rows / tiles - first;
+            multiply_any_tile((int)own, packed + first * pairs + k * own, weight, some, k == 0, sums + first * COLUMNS,
+                              next, lines);
+        }
+    }
+}
+
+/* Multiplies some rows, few enough that all of them stay in a near cache while the weight passes.
+ *
+ * Panels are shared out evenly, as a thread that goes through neighbours reads one stream. A thread that is done helps
+ * the others: one that the system has taken its core from for a while would keep all waiting. */
 static int multiply_block(const struct product *p, int64_t rows, const uint16_t *x, const uint16_t *residual,
                           int has_gelu, uint16_t *out, int num_threads) {
-    int64_t pairs = num_pairs(p->depth), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    int lines = (int)((LINES_PER_UNROLL + tiles - 1) / tiles), failed = 0;
+    int64_t pairs = num_pairs(p->depth), tiles = num_tiles(rows), panels = num_panels(p->num_columns);
+    int failed = 0;
+    struct share *shares = allocate(num_threads * (int64_t)sizeof(struct share));
     uint32_t *packed = allocate(rows * pairs * 4);
-    if (packed == NULL) return 1;
+    if (shares == NULL || packed == NULL) {
+        free(shares), free(packed);
+        return 1;
+    }
+    for (int i = 0; i < num_threads; i++)
+        shares[i] = (struct share){i * panels / num_threads, (i + 1) * panels / num_threads, {0}};
 #pragma omp parallel num_threads(num_threads) reduction(| : failed)
     {
         float *sums = allocate(rows * COLUMNS * 4);
@@ -156,23 +189,19 @@ static int multiply_block(const struct product *p, int64_t rows, const uint16_t 
             int64_t first = t * rows / tiles;
             pack_tile(p, x, first, (t + 1) * rows / tiles - first, packed + first * pairs);
         }
-#pragma omp for schedule(static) nowait
-        for (int64_t panel = 0; panel < num_panels(p->num_columns); panel++) {
-            for (int64_t k = 0; !failed && k < pairs; k += PAIRS) {
-                int64_t some = pairs - k < PAIRS ? pairs - k : PAIRS;
-                const char *weight = (const char *)p->weight + (panel * pairs + k) * COLUMNS * 4;
-                const char *next = weight + some * COLUMNS * 4;
-                for (int64_t t = 0; t < tiles; t++, next += some / UNROLL * lines * CACHE_LINE) {
-                    int64_t first = t * rows / tiles, own = (t + 1) * rows / tiles - first;
-                    multiply_any_tile((int)own, packed + first * pairs + k * own, weight, some, k == 0,
-                                      sums + first * COLUMNS, next, lines);
+#pragma omp for schedule(static, 1) nowait
+        for (int own = 0; own < num_threads; own++)
+            for (int i = 0; !failed && i < num_threads; i++) {
+                struct share *share = &shares[(own + i) % num_threads];
+                int64_t panel;
+                while ((panel = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->end) {
+                    multiply_panel(p, rows, panel, packed, sums);
+                    finish_panel(p, rows, panel, sums, residual, has_gelu, out);
                 }
             }
-            if (!failed) finish_panel(p, rows, panel, sums, residual, has_gelu, out);
-        }
         free(sums);
     }
-    free(packed);
+    free(shares), free(packed);
     return failed;
 }
 
