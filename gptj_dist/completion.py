@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from gptj_dist.engine.async_engine import Delta
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import SamplingParams
 from gptj_dist.text.output import TextOutput

@@ -11,55 +11,16 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.limits import EngineLimits
-from gptj_dist.engine.request import FinishReason, Request
-from gptj_dist.engine.scheduler import Scheduler, TokenOutput
+from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.engine.request import Request
+from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What a stream has to say: one or more new tokens; `finish_reason` comes with the last."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-
-
-class _Mailbox:
-    """Holds the tokens that a stream's reader has not taken yet; a slow reader finds several at once."""
-
-    def __init__(self) -> None:
-        self._token_ids: list[int] = []
-        self._finish_reason: FinishReason | None = None
-        self._error: GPTJDistError | None = None
-        self._filled = asyncio.Event()
-
-    def put(self, output: TokenOutput) -> None:
-        self._token_ids.append(output.token_id)
-        self._finish_reason = output.finish_reason
-        self._filled.set()
-
-    def fail(self, error: GPTJDistError) -> None:
-        self._error = error
-        self._filled.set()
-
-    async def take(self) -> Delta:
-        await self._filled.wait()
-        self._filled.clear()
-        if self._token_ids:
-            delta = Delta(tuple(self._token_ids), self._finish_reason)
-            self._token_ids.clear()
-            if self._error is not None:
-                self._filled.set()
-            return delta
-        assert self._error is not None, "a mailbox is filled by tokens or by an error"
-        raise self._error
 
 
 class AsyncEngine:
@@ -88,7 +49,7 @@ class AsyncEngine:
         self._executor: Executor | None = executor
         self._limits = limits
         self._clock = clock
-        self._mailboxes: dict[int, _Mailbox] = {}
+        self._mailboxes: dict[int, Mailbox] = {}
         self._next_request_id = 0
         self._is_pump_due = False
         self._broken: asyncio.Future[None] | None = None
@@ -163,14 +124,14 @@ class AsyncEngine:
         """Raises InvalidRequestError if the request can never be served."""
         self._limits.check(prompt_ids, params)
 
-    def _admit(self, prompt_ids: Sequence[int], params: SamplingParams, choice: int) -> tuple[Request, _Mailbox]:
+    def _admit(self, prompt_ids: Sequence[int], params: SamplingParams, choice: int) -> tuple[Request, Mailbox]:
         self.check(prompt_ids, params)
         if self._executor is None:
             raise NotReadyError("the pipeline is restarting after the loss of a stage; try again shortly")
         request = Request(self._next_request_id, tuple(prompt_ids), params, noise_key(params.seed, choice))
         self._scheduler.add(request)
         self._next_request_id += 1
-        mailbox = self._mailboxes[request.request_id] = _Mailbox()
+        mailbox = self._mailboxes[request.request_id] = Mailbox()
         self._pump_soon()
         return request, mailbox
 
@@ -189,7 +150,7 @@ class AsyncEngine:
             result, landed_ns = receiving.result(), self.stats.now_ns()
             for output in self._scheduler.update(result):
                 self.last_token_s = self._clock()
-                self._mailboxes[output.request.request_id].put(output)
+                self._mailboxes[output.request.request_id].put((output.token_id,), output.finish_reason)
             self.stats.note_landed(result, landed_ns)
             self._pump()
         finally:

@@ -30,11 +30,14 @@ def build(args: dict[str, Any]) -> Application:
     return make_application(parse_settings(args))
 
 
-def make_application(config: AppConfig, scaling: Mapping[str, Any] | None = None) -> Application:
+def make_application(
+    config: AppConfig, scaling: Mapping[str, Any] | None = None, listen: tuple[str, int] | None = None
+) -> Application:
     """The application, bound and ready to be run on the cluster that Ray is connected to.
 
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config` for the pipelines.
+        listen: host and port at which the ingress itself takes HTTP; None leaves that to Serve's proxies.
 
     Raises:
         ConfigurationError: as `build`.
@@ -52,7 +55,8 @@ def make_application(config: AppConfig, scaling: Mapping[str, Any] | None = None
     ingress = serve.deployment(Ingress, name="Ingress").options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING_REQUESTS
     )
-    return ingress.bind(config, pipelines.bind(config.pipeline, size.device, size.cpus_per_stage, size.gpus_per_stage))
+    pipeline = pipelines.bind(config.pipeline, size.device, size.cpus_per_stage, size.gpus_per_stage)
+    return ingress.bind(config, pipeline, listen)
 
 
 def size_pipeline(config: PipelineConfig) -> PipelineSize:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,13 +22,16 @@ from starlette.routing import Route
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.completion import TextDelta, stream_text
-from gptj_dist.engine.async_engine import Delta
 from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.debug import debug_document
+from gptj_dist.serving.disconnect import unless_gone
 from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
 from gptj_dist.serving.everyone import statuses, trace_parts
+from gptj_dist.serving.feed import FeedInbox
+from gptj_dist.serving.listener import Listener
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.merge import merge
 from gptj_dist.serving.protocol import (
@@ -53,6 +56,12 @@ MAX_BODY_BYTES = 4_000_000
 MAX_CHOICES = 1024
 READY_TIMEOUT_S = 5.0
 
+DRAIN_S = 5.0
+"""How long answers under way may take when the application ends."""
+
+LAST_TOKENS_S = 5.0
+"""How long a stream's last tokens may be behind the answer of the call that made them."""
+
 
 @serve.ingress()
 class Ingress:
@@ -60,22 +69,34 @@ class Ingress:
 
     Args:
         pipeline: handle to the deployment whose replicas are pipelines.
+        listen: host and port of a server of its own; None leaves HTTP to Serve's proxies.
     """
 
-    def __init__(self, config: AppConfig, pipeline: DeploymentHandle) -> None:
+    def __init__(self, config: AppConfig, pipeline: DeploymentHandle, listen: tuple[str, int] | None = None) -> None:
         keep_replica_on_node_address()
         directory = resolve_model(config.pipeline.model, config.pipeline.revision)
         self._model_name = config.model_name
         self._eos_token_id = read_model_config(directory).eos_token_id
         self._tokenizer = Tokenizer.load(directory)
         self._pipeline = pipeline
-        self._streams = pipeline.options(stream=True)
+        self._feed = FeedInbox()
         self._created = int(time.time())
         self._limits: EngineLimits | None = None
         self._meeting = asyncio.get_running_loop().create_task(self._meet_pipeline())
 
+        self._app = self._make_app()
+        self._listener = None if listen is None else Listener(self._app, *listen, DRAIN_S)
+
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve after the constructor."""
+        return self._app
+
+    async def __del__(self) -> None:
+        """Called by Serve when the application ends."""
+        if self._listener is not None:
+            await self._listener.close()
+
+    def _make_app(self) -> Starlette:
         return Starlette(
             routes=[
                 Route("/health", self.health),
@@ -130,7 +151,7 @@ class Ingress:
         """OpenAI's completions."""
         try:
             completion = parse_completion(await _read_body(request))
-            return await self._complete(completion)
+            return await unless_gone(request, self._complete(completion))
         except Exception as error:
             if not isinstance(error, GPTJDistError):
                 logger.exception("completion failed")
@@ -164,17 +185,20 @@ class Ingress:
     async def _generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, choice: int
     ) -> AsyncGenerator[Delta, None]:
-        """`Pipeline.generate` of whichever replica Serve chooses."""
-        deltas = self._streams.generate.remote(prompt_ids, params, choice)
+        """The tokens that `Pipeline.generate` makes, of whichever replica Serve chooses."""
+        reply_to, mailbox = self._feed.open()
+        call = self._pipeline.generate.remote(prompt_ids, params, choice, reply_to)
+        watcher = asyncio.create_task(_watch(call, mailbox))
         try:
-            async for delta in deltas:
+            while True:
+                delta = await mailbox.take()
                 yield delta
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, GPTJDistError) else error from None
-        except RayActorError as error:
-            raise StageFailedError("the pipeline's coordinator died") from error
+                if delta.finish_reason is not None:
+                    return
         finally:
-            deltas.cancel()
+            self._feed.close(reply_to)
+            watcher.cancel()
+            call.cancel()
 
     def _require_pipeline(self) -> EngineLimits:
         if self._limits is None:
@@ -189,6 +213,20 @@ class Ingress:
             except Exception:
                 logger.exception("no pipeline yet")
                 await asyncio.sleep(1)
+
+
+async def _watch(call: DeploymentResponse, mailbox: Mailbox) -> None:
+    """Ends a stream whose call fails, or whose tokens do not come."""
+    try:
+        await call
+        await asyncio.sleep(LAST_TOKENS_S)
+        mailbox.fail(StageFailedError("the pipeline's tokens were lost on their way"))
+    except RayTaskError as error:
+        mailbox.fail(error.cause if isinstance(error.cause, GPTJDistError) else error)
+    except RayActorError:
+        mailbox.fail(StageFailedError("the pipeline's coordinator died"))
+    except Exception as error:
+        mailbox.fail(error)
 
 
 async def _read_body(request: Request) -> bytes:

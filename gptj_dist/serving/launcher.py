@@ -39,6 +39,9 @@ LOCAL_RAY_ENVIRONMENT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Serve's own processes would use a tenth of a core while nothing happens.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
 """What Ray is started with. ray and ray.serve read it when they are imported, so it is set before that."""
 
@@ -112,7 +115,7 @@ def connected(address: str | None) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
-            ray.init(address="local", _node_ip_address="127.0.0.1", dashboard_host="127.0.0.1", **quiet)
+            ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -145,14 +148,20 @@ def _application(launch: Launch, console: Console) -> Iterator[tuple[str, int]]:
     from gptj_dist.serving.app import make_application
 
     _require_room(launch)
+    is_local = launch.address is None
     application = make_application(
-        launch.app, {**launch.scaling, "graceful_shutdown_timeout_s": DRAIN_S, "graceful_shutdown_wait_loop_s": 0.2}
+        launch.app,
+        {**launch.scaling, "graceful_shutdown_timeout_s": DRAIN_S, "graceful_shutdown_wait_loop_s": 0.2},
+        listen=(launch.host, launch.port) if is_local else None,
     )
     _require_no_other(launch, console)
-    serve.start(http_options=HTTPOptions(host=launch.host, port=launch.port))
+    if is_local:
+        serve.start(proxy_location="Disabled")
+    else:
+        serve.start(http_options=HTTPOptions(host=launch.host, port=launch.port))
     try:
         _deploy(application)
-        yield http_address()
+        yield (launch.host, launch.port) if is_local else http_address()
     finally:
         with suppress(KeyboardInterrupt):
             console.print("Draining ...")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -14,11 +14,12 @@ import ray
 from ray import serve
 
 from gptj_dist.config import DeviceKind, PipelineConfig
-from gptj_dist.engine.async_engine import AsyncEngine, Delta
+from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.stats import Snapshot
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.params import SamplingParams
+from gptj_dist.serving.feed import FeedOutbox, ReplyTo
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
@@ -90,16 +91,15 @@ class Pipeline:
         self._loaded: LoadedPipeline
         self._group, self._loaded = await StageGroup.start(self._blueprint, self._placement, self._epoch)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
+        self._outbox = FeedOutbox()
         self._driver = asyncio.create_task(self._drive())
         await self.prove_ready()
 
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int
-    ) -> AsyncGenerator[Delta, None]:
-        """As `AsyncEngine.generate`; Serve's cancellation closes it."""
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, choice: int, reply_to: ReplyTo) -> None:
+        """As `AsyncEngine.generate`, with the tokens sent to an ingress; Serve's cancellation closes it."""
         async with aclosing(self._engine.generate(prompt_ids, params, choice)) as deltas:
             async for delta in deltas:
-                yield delta
+                self._outbox.put(reply_to, delta)
 
     async def prove_ready(self) -> None:
         """Returns when a token has been through every stage lately; makes one if need be.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from gptj_dist.engine.async_engine import AsyncEngine, Delta, noise_key
+from gptj_dist.engine.async_engine import AsyncEngine, noise_key
 from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Result
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig

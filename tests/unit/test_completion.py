@@ -13,7 +13,7 @@ import pytest
 
 import gptj_dist
 from gptj_dist.completion import TextDelta, stream_text
-from gptj_dist.engine.async_engine import Delta
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import StageFailedError
 from gptj_dist.params import SamplingParams

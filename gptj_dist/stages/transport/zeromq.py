@@ -20,7 +20,7 @@ class Inbound:
     def __init__(self, host: str, epoch: int) -> None:
         self._epoch = epoch
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
-        self.address = _bind(self._socket, host)
+        self.address = bind_free_port(self._socket, host)
 
     def receive(self) -> Frame:
         """Waits for the next frame of this epoch."""
@@ -38,7 +38,7 @@ class AsyncInbound:
     def __init__(self, host: str, epoch: int) -> None:
         self._epoch = epoch
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        self.address = _bind(self._socket, host)
+        self.address = bind_free_port(self._socket, host)
 
     async def receive(self) -> Frame:
         """Waits for the next frame of this epoch."""
@@ -68,7 +68,7 @@ class Outbound:
         self._socket.close(linger=linger_ms)
 
 
-def _bind(socket: zmq.Socket[Any], host: str) -> str:
+def bind_free_port(socket: zmq.Socket[Any], host: str) -> str:
     """Binds a free port; the address to connect to."""
     if ":" in host:
         socket.setsockopt(zmq.IPV6, 1)

@@ -1,0 +1,35 @@
+"""Ends the work for a client that has gone. Starlette does so for a response that is being streamed, and no other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+CLIENT_CLOSED_REQUEST = 499
+"""What a log shows of it, by nginx's custom; nobody is there to see it."""
+
+
+async def unless_gone(request: Request, work: Coroutine[None, None, Response]) -> Response:
+    """What `work` makes. If the client goes first, `work` is cancelled and has ended when this returns.
+
+    Args:
+        request: its body has been read.
+    """
+    working, going = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((working, going), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    finally:
+        for task in (working, going):
+            task.cancel()
+        await asyncio.gather(working, going, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

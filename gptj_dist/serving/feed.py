@@ -1,0 +1,88 @@
+"""The way of tokens from pipelines to an ingress: those of many streams in one ZeroMQ message.
+
+Through a Serve handle every token of every stream would be a message of its own, with a task at either end. The handle
+starts a stream, ends it and cancels it; what lies between comes this way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass
+
+import msgpack
+import ray
+import zmq
+import zmq.asyncio
+
+from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.stages.transport.zeromq import bind_free_port
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """Where the tokens of a stream go.
+
+    Args:
+        address: an inbox's.
+        stream_id: the stream's number there.
+    """
+
+    address: str
+    stream_id: int
+
+
+class FeedInbox:
+    """The ingress's end: hands tokens to the streams that are open."""
+
+    def __init__(self) -> None:
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._address = bind_free_port(self._socket, ray.util.get_node_ip_address())
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._num_opened = 0
+        self._reader = asyncio.create_task(self._read())
+
+    def open(self) -> tuple[ReplyTo, Mailbox]:
+        """A new stream, and where its tokens will be."""
+        self._num_opened += 1
+        mailbox = self._mailboxes[self._num_opened] = Mailbox()
+        return ReplyTo(self._address, self._num_opened), mailbox
+
+    def close(self, stream: ReplyTo) -> None:
+        """Drops what still comes for the stream."""
+        del self._mailboxes[stream.stream_id]
+
+    async def _read(self) -> None:
+        while True:
+            for stream_id, token_ids, finish_reason in msgpack.unpackb(await self._socket.recv()):
+                if (mailbox := self._mailboxes.get(stream_id)) is not None:
+                    mailbox.put(token_ids, finish_reason)
+
+
+class FeedOutbox:
+    """A pipeline's end: what is put in the same turn of the event loop leaves in one message an inbox."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._waiting: defaultdict[str, list[tuple[int, tuple[int, ...], str | None]]] = defaultdict(list)
+
+    def put(self, stream: ReplyTo, delta: Delta) -> None:
+        """Sends a stream's new tokens, soon."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._waiting[stream.address].append((stream.stream_id, delta.token_ids, delta.finish_reason))
+
+    def _send(self) -> None:
+        for address, deltas in self._waiting.items():
+            if address not in self._sockets:
+                self._sockets[address] = _connect(address)
+            self._sockets[address].send(msgpack.packb(deltas), flags=zmq.NOBLOCK)
+        self._waiting.clear()
+
+
+def _connect(address: str) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(address)
+    return socket
