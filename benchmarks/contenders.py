@@ -30,6 +30,8 @@ from benchmarks.worker_process import ROOT, WorkerProcess
 
 KINDS = ("ours", "vllm", "serve", "vllm-serve", "http")
 SERVED_NAME = "benchmark"
+WARM_UP_TOKENS = 8
+LEAST_REQUESTS = 8
 COMPARED_OF_SERVERS = ("output_throughput", "median_ttft_ms", "median_tpot_ms", "median_e2el_ms")
 
 
@@ -103,7 +105,10 @@ class EngineContender:
 
 
 class ServerContender:
-    """A server, under as many clients as the case has requests, each of which sends one."""
+    """A server, under as many clients as the case has requests; few clients send several each.
+
+    A request that is not measured comes first: a server that was frozen has catching up to do.
+    """
 
     def __init__(self, target: Target, family: Family, about: dict[str, Any]) -> None:
         self._target = target
@@ -111,7 +116,8 @@ class ServerContender:
         self.family = family
 
     def measure(self, case: Case, seed: int) -> Figures:
-        measured = asyncio.run(closed_loop(self._target, case, case.batch, seed))
+        asyncio.run(closed_loop(self._target, Case(1, case.input_len, WARM_UP_TOKENS), 1, seed + 1))
+        measured = asyncio.run(closed_loop(self._target, case, max(case.batch, LEAST_REQUESTS), seed))
         if broken := failures(measured):
             sys.exit(f"{self._target.base} failed: {broken}")
         figures = serving_figures(measured, {})

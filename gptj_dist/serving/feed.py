@@ -11,11 +11,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import msgpack
-import ray
 import zmq
 import zmq.asyncio
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.engine.request import FinishReason
 from gptj_dist.stages.transport.zeromq import bind_free_port
 
 
@@ -33,11 +33,15 @@ class ReplyTo:
 
 
 class FeedInbox:
-    """The ingress's end: hands tokens to the streams that are open."""
+    """The ingress's end: hands tokens to the streams that are open.
 
-    def __init__(self) -> None:
+    Args:
+        host: the address to bind; the port is a free one.
+    """
+
+    def __init__(self, host: str) -> None:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        self._address = bind_free_port(self._socket, ray.util.get_node_ip_address())
+        self._address = bind_free_port(self._socket, host)
         self._mailboxes: dict[int, Mailbox] = {}
         self._num_opened = 0
         self._reader = asyncio.create_task(self._read())
@@ -52,11 +56,16 @@ class FeedInbox:
         """Drops what still comes for the stream."""
         del self._mailboxes[stream.stream_id]
 
+    def stop(self) -> None:
+        """Takes no more messages."""
+        self._reader.cancel()
+        self._socket.close(linger=0)
+
     async def _read(self) -> None:
         while True:
-            for stream_id, token_ids, finish_reason in msgpack.unpackb(await self._socket.recv()):
+            for stream_id, token_ids, reason in msgpack.unpackb(await self._socket.recv()):
                 if (mailbox := self._mailboxes.get(stream_id)) is not None:
-                    mailbox.put(token_ids, finish_reason)
+                    mailbox.put(token_ids, None if reason is None else FinishReason(reason))
 
 
 class FeedOutbox:
@@ -71,6 +80,11 @@ class FeedOutbox:
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
         self._waiting[stream.address].append((stream.stream_id, delta.token_ids, delta.finish_reason))
+
+    def stop(self) -> None:
+        """Drops what has not left yet."""
+        for socket in self._sockets.values():
+            socket.close()
 
     def _send(self) -> None:
         for address, deltas in self._waiting.items():

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -79,7 +80,7 @@ class Ingress:
         self._eos_token_id = read_model_config(directory).eos_token_id
         self._tokenizer = Tokenizer.load(directory)
         self._pipeline = pipeline
-        self._feed = FeedInbox()
+        self._feed = FeedInbox(ray.util.get_node_ip_address())
         self._created = int(time.time())
         self._limits: EngineLimits | None = None
         self._meeting = asyncio.get_running_loop().create_task(self._meet_pipeline())
@@ -95,6 +96,7 @@ class Ingress:
         """Called by Serve when the application ends."""
         if self._listener is not None:
             await self._listener.close()
+        self._feed.stop()
 
     def _make_app(self) -> Starlette:
         return Starlette(

@@ -151,6 +151,7 @@ class Pipeline:
     async def __del__(self) -> None:
         """Called by Serve when the replica has drained."""
         self._driver.cancel()
+        self._outbox.stop()
         await self._group.stop()
 
     async def _drive(self) -> None:

@@ -24,10 +24,12 @@ class Server:
     Args:
         base: URL without a path.
         client: a client of it, for short requests.
+        listen: where an ingress is to take HTTP itself; None if Serve's proxy does.
     """
 
     base: str
     client: httpx.Client
+    listen: tuple[str, int] | None = None
 
     def complete(self, **fields: Any) -> dict[str, Any]:
         """The body of a completion that must succeed."""
@@ -85,31 +87,38 @@ def local_ray(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def serve_http() -> Iterator[Server]:
+def serve_http(has_proxy: bool = True) -> Iterator[Server]:
     """A Serve on the connected Ray, without an application yet."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    port = free_port()
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-    base = f"http://127.0.0.1:{port}"
+    listen = ("127.0.0.1", free_port())
+    if has_proxy:
+        serve.start(http_options=HTTPOptions(host=listen[0], port=listen[1]))
+    else:
+        serve.start(proxy_location="Disabled")
+    base = f"http://{listen[0]}:{listen[1]}"
     try:
         with httpx.Client(base_url=base, timeout=60) as client:
-            yield Server(base, client)
+            yield Server(base, client, None if has_proxy else listen)
     finally:
         serve.shutdown()
 
 
 @contextmanager
-def serving(args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None, num_cpus: int = 4) -> Iterator[Server]:
+def serving(
+    args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None, num_cpus: int = 4, has_proxy: bool = False
+) -> Iterator[Server]:
     """An application of these settings, ready, on a Ray of its own."""
-    with local_ray(num_cpus), serve_http() as server:
-        deploy(args, scaling)
+    with local_ray(num_cpus), serve_http(has_proxy) as server:
+        deploy(args, scaling, server.listen)
         wait_until(server.is_ready, "the server is ready")
         yield server
 
 
-def deploy(args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None) -> None:
+def deploy(
+    args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None, listen: tuple[str, int] | None = None
+) -> None:
     """Deploys the application without waiting for it."""
     from ray import serve
 
@@ -121,8 +130,9 @@ def deploy(args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None) ->
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
+    application = make_application(parse_settings(args), options, listen)
     serve.run_many(
-        [serve.RunTarget(make_application(parse_settings(args), options), name=APP_NAME)],
+        [serve.RunTarget(application, name=APP_NAME)],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )

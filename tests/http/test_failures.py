@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.http.server import Server, serving
+from tests.http.server import APP_NAME, Server, serving
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -27,9 +28,10 @@ with httpx.stream("POST", sys.argv[1] + "/v1/completions", content=sys.argv[2], 
 """
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving({"model": "demo", "stages": 2, "device": "cpu"}) as server:
+@pytest.fixture(scope="module", params=["own listener", "Serve's proxy"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    has_proxy = request.param == "Serve's proxy"
+    with serving({"model": "demo", "stages": 2, "device": "cpu"}, has_proxy=has_proxy) as server:
         yield server
 
 
@@ -115,6 +117,31 @@ def test_a_coordinator_that_dies_fails_its_requests_clearly_and_serve_brings_a_p
     wait_until(lambda: not any(is_alive(stage.pid) for stage in before.stages), "its stages are gone")
     wait_until(server.is_ready, "a new pipeline is there")
     assert server.status().pid != before.pid
+
+
+def test_an_ingress_that_dies_ends_its_requests_and_another_one_takes_over(server: Server) -> None:
+    client = start_client(server, stream=True)
+    wait_until(lambda: server.status().num_running == 4, "the request runs")
+    (ingress,) = processes_of("Ingress")
+    os.kill(ingress, signal.SIGKILL)
+    client.wait(timeout=30)
+    server.wait_until_idle()
+    wait_until(server.is_ready, "a new ingress is there")
+    assert ingress not in processes_of("Ingress")
+    assert server.complete(prompt="Call me", max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def processes_of(deployment: str) -> list[int]:
+    """Process ids of a deployment's replicas."""
+    title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if title in read_if_there(path)]
+
+
+def read_if_there(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # the process has just ended
+        return ""
 
 
 def is_alive(pid: int) -> bool:

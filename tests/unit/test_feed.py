@@ -1,0 +1,89 @@
+"""Tokens on their way from pipelines to an ingress, and what becomes of a stream whose tokens do not come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+
+from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.engine.request import FinishReason
+from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.serving import ingress
+from gptj_dist.serving.feed import FeedInbox, FeedOutbox
+
+TIMEOUT_S = 10.0
+
+
+def test_each_stream_gets_its_tokens_from_whichever_pipeline_makes_them() -> None:
+    async def run() -> None:
+        inboxes, outboxes = [FeedInbox("127.0.0.1") for _ in range(2)], [FeedOutbox() for _ in range(2)]
+        streams = [inbox.open() for inbox in inboxes for _ in range(3)]
+        for step in range(20):
+            for index, (reply_to, _) in enumerate(streams):
+                reason = FinishReason.LENGTH if step == 19 else None
+                outboxes[index % 2].put(reply_to, Delta((100 * index + step,), reason))
+            if step % 3 == 0:
+                await asyncio.sleep(0)
+        for index, (_, mailbox) in enumerate(streams):
+            token_ids: list[int] = []
+            reason = None
+            while reason is None:
+                delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
+                token_ids += delta.token_ids
+                reason = delta.finish_reason
+            assert token_ids == [100 * index + step for step in range(20)]
+        for inbox, outbox in zip(inboxes, outboxes, strict=True):
+            inbox.stop()
+            outbox.stop()
+
+    asyncio.run(run())
+
+
+def test_what_comes_for_a_stream_that_was_closed_is_dropped() -> None:
+    async def run() -> Delta:
+        inbox, outbox = FeedInbox("127.0.0.1"), FeedOutbox()
+        (closed, _), (open_, mailbox) = inbox.open(), inbox.open()
+        inbox.close(closed)
+        outbox.put(closed, Delta((1,), None))
+        outbox.put(open_, Delta((2, 3), FinishReason.STOP))
+        delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
+        inbox.stop()
+        outbox.stop()
+        return delta
+
+    assert asyncio.run(run()) == Delta((2, 3), FinishReason.STOP)
+
+
+def _task_error(cause: Exception) -> RayTaskError:
+    return RayTaskError("generate", "a traceback", cause)
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (lambda: _task_error(NotReadyError("restarting")), NotReadyError("restarting")),
+        (RayActorError, StageFailedError("the pipeline's coordinator died")),
+        (lambda: None, StageFailedError("the pipeline's tokens were lost on their way")),
+    ],
+)
+def test_a_stream_without_tokens_says_why(
+    monkeypatch: pytest.MonkeyPatch, failure: Callable[[], Exception | None], expected: GPTJDistError
+) -> None:
+    monkeypatch.setattr(ingress, "LAST_TOKENS_S", 0.0)
+
+    async def call() -> None:
+        if (error := failure()) is not None:
+            raise error
+
+    async def run() -> None:
+        mailbox = Mailbox()
+        call_: Any = call()
+        await ingress._watch(call_, mailbox)
+        await mailbox.take()
+
+    with pytest.raises(type(expected), match=str(expected)):
+        asyncio.run(run())
