@@ -136,10 +136,17 @@ class LLM:
         self.close()
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str) and not all(type(token_id) is int for token_id in prompt):
+            raise InvalidRequestError("a prompt is a text or a list of token ids, which are whole numbers", "prompt")
         return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.eos_token_id)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._submit(coroutine).result()
+        future = self._submit(coroutine)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop.is_closed():

@@ -143,27 +143,19 @@ INLINE void add_values(const struct batch *b, const char *value, int64_t tokens,
     }
 }
 
-/* Attends for an item; `rows` is known to the compiler. Rows beyond the tile's own are computed and dropped. */
-INLINE void attend(const struct item *it, int64_t own_rows, int rows, void *heads, const void *keys,
-                   const void *values, enum element e, const struct scratch *s) {
+/* Scores of all rows of an item with all their keys. Block by block, as a block's heads lie side by side. */
+INLINE void score_item(const struct item *it, int rows, const void *keys, enum element e, const struct scratch *s) {
     const struct batch *b = it->batch;
-    int64_t D = b->padded_dim, num_blocks = it->num_blocks, stride = num_blocks * LANES;
-    int64_t key_elements = b->head_dim * LANES, value_elements = LANES * D;
-    int64_t num_keys = b->positions[it->first_row + own_rows - 1] + 1;
-    float scale = 1.0f / sqrtf((float)b->head_dim);
-    for (int64_t h = 0; h < it->num_heads; h++)
-        for (int r = 0; r < own_rows; r++)
-            rotate(b, it->first_row + r, heads, part(b, it->first_row + r, 0, it->first_head + h), scale, e,
-                   s->queries + (h * rows + r) * D);
+    int64_t num_blocks = it->num_blocks, stride = num_blocks * LANES, elements = b->head_dim * LANES;
     int together = rows == 1 ? AHEAD : 1;
     for (int64_t place = 0; place < num_blocks; place += together) {
         int count = num_blocks - place < together ? 1 : together;
         for (int64_t h = 0; h < it->num_heads; h++) {
             int64_t head = it->first_head + h;
-            const float *queries = s->queries + h * rows * D;
+            const float *queries = s->queries + h * rows * b->padded_dim;
             float *scores = s->scores + h * rows * stride;
             for (int64_t next = place + together; next < place + 2 * together && next < num_blocks; next++)
-                fetch_ahead(block_of(it, next, head, keys, key_elements, e), key_elements, e);
+                fetch_ahead(block_of(it, next, head, keys, elements, e), elements, e);
             if (count == together)
                 score_blocks(it, place, together, head, keys, rows, e, queries, scores, stride);
             else
@@ -171,20 +163,20 @@ INLINE void attend(const struct item *it, int64_t own_rows, int rows, void *head
                     score_blocks(it, rest, 1, head, keys, rows, e, queries, scores, stride);
         }
     }
-    float scales[ITEM_ROWS];
-    for (int64_t h = 0; h < it->num_heads; h++)
-        for (int r = 0; r < rows; r++) {
-            int64_t seen = r < own_rows ? b->positions[it->first_row + r] + 1 : num_keys;
-            scales[h * rows + r] = weigh(s->scores + (h * rows + r) * stride, seen, num_blocks);
-        }
+}
+
+/* Sums of the values of an item's first `num_keys` keys, weighted by the scores that have become weights. */
+INLINE void sum_item(const struct item *it, int64_t num_keys, int rows, const void *values, enum element e,
+                     const struct scratch *s) {
+    const struct batch *b = it->batch;
+    int64_t D = b->padded_dim, num_blocks = it->num_blocks, stride = num_blocks * LANES, elements = LANES * D;
     for (int64_t i = 0; i < it->num_heads * rows * D; i++) s->sums[i] = 0.0f;
     for (int64_t place = 0; place < num_blocks; place++) {
         int64_t tokens = num_keys - place * LANES < LANES ? num_keys - place * LANES : LANES;
         for (int64_t h = 0; h < it->num_heads; h++) {
             int64_t head = it->first_head + h;
-            if (place + 1 < num_blocks)
-                fetch_ahead(block_of(it, place + 1, head, values, value_elements, e), value_elements, e);
-            const char *value = block_of(it, place, head, values, value_elements, e);
+            if (place + 1 < num_blocks) fetch_ahead(block_of(it, place + 1, head, values, elements, e), elements, e);
+            const char *value = block_of(it, place, head, values, elements, e);
             const float *weights = s->scores + h * rows * stride + place * LANES;
             float *sums = s->sums + h * rows * D;
             if (rows == 1 && D % (4 * LANES) == 0)
@@ -195,6 +187,26 @@ INLINE void attend(const struct item *it, int64_t own_rows, int rows, void *head
                 add_values(b, value, tokens, rows, 1, e, weights, stride, sums);
         }
     }
+}
+
+/* Attends for an item; `rows` is known to the compiler. Rows beyond the tile's own are computed and dropped. */
+INLINE void attend(const struct item *it, int64_t own_rows, int rows, void *heads, const void *keys,
+                   const void *values, enum element e, const struct scratch *s) {
+    const struct batch *b = it->batch;
+    int64_t D = b->padded_dim, num_keys = b->positions[it->first_row + own_rows - 1] + 1;
+    float scale = 1.0f / sqrtf((float)b->head_dim), scales[ITEM_ROWS];
+    for (int64_t h = 0; h < it->num_heads; h++)
+        for (int r = 0; r < own_rows; r++)
+            rotate(b, it->first_row + r, heads, part(b, it->first_row + r, 0, it->first_head + h), scale, e,
+                   s->queries + (h * rows + r) * D);
+    score_item(it, rows, keys, e, s);
+    for (int64_t h = 0; h < it->num_heads; h++)
+        for (int r = 0; r < rows; r++) {
+            int64_t seen = r < own_rows ? b->positions[it->first_row + r] + 1 : num_keys;
+            float *scores = s->scores + (h * rows + r) * it->num_blocks * LANES;
+            scales[h * rows + r] = weigh(scores, seen, it->num_blocks);
+        }
+    sum_item(it, num_keys, rows, values, e, s);
     for (int64_t h = 0; h < it->num_heads; h++)
         for (int r = 0; r < own_rows; r++) {
             int64_t to = part(b, it->first_row + r, 2, it->first_head + h);
