@@ -214,7 +214,7 @@ def test_a_call_that_is_interrupted_leaves_no_request(llm: LLM) -> None:
     interrupter = threading.Thread(target=interrupt_when_it_runs)
     interrupter.start()
     with pytest.raises(KeyboardInterrupt):
-        llm.generate(PROMPTS, SamplingParams(max_tokens=1500, ignore_eos=True))
+        llm.generate(PROMPTS, SamplingParams(max_tokens=900, ignore_eos=True))
     interrupter.join()
     wait_until(lambda: not llm._engine.scheduler.has_requests, "no request is left")
 

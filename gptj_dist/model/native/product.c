@@ -17,8 +17,8 @@
 
 #define COLUMN_VECTORS 2
 #define COLUMNS (COLUMN_VECTORS * LANES)
-#define TILE_ROWS 14 /* 28 sums, 2 vectors of weights and an input fill the 32 registers */
-#define BLOCK_ROWS 140 /* 10 tiles */
+#define TILE_ROWS 12   /* 24 sums, 2 vectors of weights and an input, of 32 registers */
+#define BLOCK_ROWS 144 /* 12 tiles */
 #define PAIRS 1024   /* 128 KB of weights, which the second cache keeps while all tiles take them */
 #define UNROLL 8     /* pairs; the depth is padded to a multiple */
 #define LINES_PER_UNROLL (UNROLL * COLUMNS * 4 / CACHE_LINE)
@@ -79,7 +79,7 @@ INLINE void multiply_tile(int rows, const uint32_t *x, const char *weight, int64
             __m512bh w[COLUMN_VECTORS];
             for (int v = 0; v < COLUMN_VECTORS; v++)
                 w[v] = (__m512bh)_mm512_load_si512(weight + v * VECTOR_BYTES);
-#pragma GCC unroll 14
+#pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 __m512bh input = (__m512bh)_mm512_set1_epi32((int32_t)x[r]);
                 for (int v = 0; v < COLUMN_VECTORS; v++)
@@ -96,25 +96,50 @@ static void multiply_any_tile(int rows, const uint32_t *x, const char *weight, i
 #define CASE(n) \
     case n: multiply_tile(n, x, weight, pairs, is_first, sums, next, lines); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-        CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+        CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }
 }
 
-/* Packs rows, 16 pairs at a time so that both sides stay in the cache. */
-static void pack_tile(const struct product *p, const uint16_t *x, int64_t first, int64_t rows, uint32_t *packed) {
+/* Swaps the rows and columns of 16 x 16 words: 2 x 2 blocks of words, then of double words, then of quarters. */
+INLINE void transpose(__m512i v[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            v[i + 4 * j] = _mm512_shuffle_i32x4(t[i + 4 * j], t[i + 8 + 4 * j], 0x88);
+            v[i + 4 * j + 8] = _mm512_shuffle_i32x4(t[i + 4 * j], t[i + 8 + 4 * j], 0xdd);
+        }
+}
+
+/* Packs the rows of a tile, LANES pairs at a time. */
+static void pack_tile(const struct product *p, const uint16_t *x, int64_t rows, uint32_t *packed) {
     int64_t pairs = num_pairs(p->depth);
-    for (int64_t begin = 0; begin < pairs; begin += 16)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t k = begin; k < begin + 16 && k < pairs; k++) {
-                const uint16_t *from = x + (first + r) * p->x_stride + 2 * k;
-                uint32_t pair = 0;
-                if (2 * k + 2 <= p->depth)
-                    __builtin_memcpy(&pair, from, 4);
-                else if (2 * k < p->depth)
-                    __builtin_memcpy(&pair, from, 2);
-                packed[k * rows + r] = pair;
-            }
+    __mmask16 kept = (__mmask16)((1 << rows) - 1);
+    for (int64_t k = 0; k < pairs; k += LANES) {
+        int64_t rest = p->depth - 2 * k;
+        __mmask32 mask = rest >= 2 * LANES ? 0xffffffff : rest > 0 ? (1u << rest) - 1 : 0;
+        __m512i words[LANES];
+        for (int r = 0; r < LANES; r++)
+            words[r] = r < rows ? _mm512_maskz_loadu_epi16(mask, x + r * p->x_stride + 2 * k) : _mm512_setzero_si512();
+        transpose(words);
+        for (int i = 0; i < LANES && k + i < pairs; i++)
+            _mm512_mask_storeu_epi32(packed + (k + i) * rows, kept, words[i]);
+    }
 }
 
 /* In its tanh form (Hendrycks & Gimpel 2016), with (1 + tanh(z)) / 2 = 1 / (1 + e^-2z). */
@@ -187,7 +212,7 @@ static int multiply_block(const struct product *p, int64_t rows, const uint16_t 
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tiles; t++) {
             int64_t first = t * rows / tiles;
-            pack_tile(p, x, first, (t + 1) * rows / tiles - first, packed + first * pairs);
+            pack_tile(p, x + first * p->x_stride, (t + 1) * rows / tiles - first, packed + first * pairs);
         }
 #pragma omp for schedule(static, 1) nowait
         for (int own = 0; own < num_threads; own++)
