@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.text.output import TextOutput
 from gptj_dist.text.tokenizer import Tokenizer
 
@@ -21,23 +21,37 @@ class TextDelta:
         text: may be empty, while a character or a stop string is incomplete.
         token_ids: the tokens that came; those after the one that completed a stop string are left out.
         finish_reason: comes with the last.
+        logprobs: of each token, if asked for.
+        prompt_logprobs: of the prompt's tokens from the second on, with the first delta, if asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 async def stream_text(
     deltas: AsyncGenerator[Delta, None], tokenizer: Tokenizer, params: SamplingParams
 ) -> AsyncGenerator[TextDelta, None]:
     """Yields the text of `deltas`, and closes them as soon as a stop string is complete."""
-    output = TextOutput(tokenizer, params.stop, params.min_tokens)
+    output = TextOutput(
+        tokenizer, params.stop, params.min_tokens, params.include_stop_str_in_output, params.skip_special_tokens
+    )
     async with aclosing(deltas):
         async for delta in deltas:
             num_before = output.num_tokens
-            text, is_stopped = output.push(delta.token_ids, delta.finish_reason is not None)
-            token_ids = delta.token_ids[: output.num_tokens - num_before]
-            yield TextDelta(text, token_ids, FinishReason.STOP if is_stopped else delta.finish_reason)
+            text, is_stopped = output.push(
+                delta.token_ids, delta.finish_reason is not None, delta.finish_reason == FinishReason.STOP
+            )
+            num_new = output.num_tokens - num_before
+            yield TextDelta(
+                text,
+                delta.token_ids[:num_new],
+                FinishReason.STOP if is_stopped else delta.finish_reason,
+                delta.logprobs[:num_new],
+                delta.prompt_logprobs,
+            )
             if is_stopped:
                 return

@@ -20,7 +20,7 @@ from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import InvalidRequestError, NotReadyError
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
@@ -39,19 +39,26 @@ class Completion:
     Args:
         text: what was generated; a stop string and what follows it are cut.
         token_ids: the tokens behind the text, end of text or a stop string's included.
+        logprobs: of each token, if `params.logprobs` asks for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What became of one prompt: `params.n` completions."""
+    """What became of one prompt: `params.n` completions.
+
+    Args:
+        prompt_logprobs: of the prompt's tokens from the second on, if `params.prompt_logprobs` asks for them.
+    """
 
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def text(self) -> str:
@@ -136,10 +143,17 @@ class LLM:
         self.close()
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str) and not all(type(token_id) is int for token_id in prompt):
+            raise InvalidRequestError("a prompt is a text or a list of token ids, which are whole numbers", "prompt")
         return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.eos_token_id)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._submit(coroutine).result()
+        future = self._submit(coroutine)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop.is_closed():
@@ -151,18 +165,15 @@ class LLM:
         for prompt_ids in prompts:
             self._engine.check(prompt_ids, params)
         choices = range(params.n)
-        completions = await asyncio.gather(*(self._complete(p, params, choice) for p in prompts for choice in choices))
+        streams = await asyncio.gather(*(self._deltas(p, params, choice) for p in prompts for choice in choices))
+        of_prompts = [streams[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
         return [
-            Output(tuple(prompt), tuple(completions[i * params.n : (i + 1) * params.n]))
-            for i, prompt in enumerate(prompts)
+            Output(tuple(prompt), tuple(map(_completion, of_prompt)), of_prompt[0][0].prompt_logprobs)
+            for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
         ]
 
-    async def _complete(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> Completion:
-        deltas = [delta async for delta in self._stream(prompt_ids, params, choice)]
-        finish_reason = deltas[-1].finish_reason
-        assert finish_reason is not None, "a stream ends with a reason"
-        token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
-        return Completion("".join(delta.text for delta in deltas), token_ids, finish_reason)
+    async def _deltas(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> list[TextDelta]:
+        return [delta async for delta in self._stream(prompt_ids, params, choice)]
 
     def _stream(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> AsyncGenerator[TextDelta, None]:
         return stream_text(self._engine.generate(prompt_ids, params, choice), self.tokenizer, params)
@@ -190,6 +201,18 @@ class LLM:
         self._engine.fail(NotReadyError(_CLOSED))
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def _completion(deltas: Sequence[TextDelta]) -> Completion:
+    """All of a stream."""
+    finish_reason = deltas[-1].finish_reason
+    assert finish_reason is not None, "a stream ends with a reason"
+    return Completion(
+        "".join(delta.text for delta in deltas),
+        tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        finish_reason,
+        tuple(token for delta in deltas for token in delta.logprobs),
+    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

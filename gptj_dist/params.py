@@ -1,14 +1,18 @@
-"""How one completion is to be sampled. Validated here once, trusted everywhere else. Stdlib only."""
+"""How one completion is to be sampled and what is told of it. Checked here once, trusted elsewhere. Stdlib only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gptj_dist.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63
 MAX_TOP_K = 2**31
+MAX_LOGPROBS = 20
+MAX_LISTED_TOKENS = 1024
+"""Entries of each list of tokens: they travel to the last stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +20,7 @@ class SamplingParams:
     """Sampling settings of a request; the names and meanings are those of OpenAI's and vLLM's APIs.
 
     Args:
-        max_tokens: the most tokens to generate, 1 or more.
+        max_tokens: the most tokens to generate; 0 generates none, for a prompt whose log probabilities are wanted.
         temperature: 0 is greedy; larger is more random.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
@@ -26,6 +30,18 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         min_tokens: tokens before which neither end of text nor a stop string can end the request.
         ignore_eos: go on past the end-of-text token.
+        stop_token_ids: tokens that end the request, whether or not end of text does.
+        include_stop_str_in_output: keep the stop string, or the text of the stop token, that ended the text.
+        skip_special_tokens: leave special tokens such as end of text out of the text.
+        presence_penalty: taken from the logit of every token that was generated before, in [-2, 2].
+        frequency_penalty: taken from it for each time that it was, in [-2, 2].
+        repetition_penalty: divides positive logits, and multiplies negative ones, of every token of prompt and output,
+            in (0, 10] (Keskar et al. 2019, section 4.1).
+        logit_bias: (token id, number from -100 to 100 that is added to its logit).
+        allowed_token_ids: no other token is sampled; None allows all.
+        bad_token_ids: runs of tokens that are not sampled: the last one of a run never follows the others.
+        logprobs: tell each token's log probability, and that of so many of the likeliest, 0 to 20; None tells nothing.
+        prompt_logprobs: the same of the prompt's tokens but the first.
 
     Raises:
         InvalidRequestError: a value is out of its range; `param` names it.
@@ -41,9 +57,20 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
+        _check(self.max_tokens >= 0, "max_tokens", "must be at least 0", self.max_tokens)
         _check(0 <= self.temperature <= 100, "temperature", "must be from 0 to 100", self.temperature)
         _check(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
         _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", f"must be from -1 (all tokens, as 0) to {MAX_TOP_K}", self.top_k)
@@ -59,10 +86,77 @@ class SamplingParams:
         _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", len(self.stop))
         _check(not isinstance(self.stop, str), "stop", "must be a tuple of strings", self.stop)
         _check(all(self.stop), "stop", "must not hold an empty string", self.stop)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2 <= getattr(self, name) <= 2, name, "must be from -2 to 2", getattr(self, name))
+        _check(0 < self.repetition_penalty <= 10, "repetition_penalty", "must be in (0, 10]", self.repetition_penalty)
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            _check(number is None or 0 <= number <= MAX_LOGPROBS, name, f"must be from 0 to {MAX_LOGPROBS}", number)
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        biases = [bias for _, bias in self.logit_bias]
+        _check(all(-100 <= bias <= 100 for bias in biases), "logit_bias", "takes numbers from -100 to 100", biases)
+        _check(self.allowed_token_ids != (), "allowed_token_ids", "must allow a token", self.allowed_token_ids)
+        _check(all(self.bad_token_ids), "bad_words", "must not hold an empty one", self.bad_token_ids)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "bad_token_ids"):
+            length = len(getattr(self, name) or ())
+            _check(length <= MAX_LISTED_TOKENS, name, f"takes at most {MAX_LISTED_TOKENS} entries", length)
+
+    @property
+    def listed_token_ids(self) -> dict[str, tuple[int, ...]]:
+        """All token ids that the settings name, by the name of the setting."""
+        return {
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias": tuple(token_id for token_id, _ in self.logit_bias),
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words": tuple(token_id for run in self.bad_token_ids for token_id in run),
+        }
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingControls:
+    """What changes a request's logits beyond the usual, and what is to be told of them; names as in `SamplingParams`.
+
+    Args:
+        num_prompt_tokens: of prompt and output the penalties for presence and frequency count the output only.
+        early_ids: tokens that end the request, and so must not come before `min_position`.
+    """
+
+    num_prompt_tokens: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    allowed_token_ids: tuple[int, ...] | None
+    bad_token_ids: tuple[tuple[int, ...], ...]
+    early_ids: tuple[int, ...]
+    logprobs: int | None
+    prompt_logprobs: int | None
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether sampling depends on the tokens so far."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties) or bool(self.bad_token_ids)
+
+
+class TokenLogprobs(NamedTuple):
+    """A token's natural log probability, before anything but the model had a say.
+
+    Args:
+        rank: 1 if it is the likeliest.
+        top: the likeliest tokens with theirs, as many as were asked for, the likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 def _check(is_valid: bool, param: str, rule: str, value: object) -> None:

@@ -17,7 +17,7 @@ from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import Request
-from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduler import Scheduler, TokenOutput
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
@@ -150,7 +150,7 @@ class AsyncEngine:
             result, landed_ns = receiving.result(), self.stats.now_ns()
             for output in self._scheduler.update(result):
                 self.last_token_s = self._clock()
-                self._mailboxes[output.request.request_id].put((output.token_id,), output.finish_reason)
+                self._mailboxes[output.request.request_id].put(_delta(output))
             self.stats.note_landed(result, landed_ns)
             self._pump()
         finally:
@@ -181,6 +181,17 @@ class AsyncEngine:
             begin_ns = self.stats.note_submitted(plan, begin_ns)
         if not self._scheduler.has_requests:
             self._scheduler.check_integrity()
+
+
+def _delta(output: TokenOutput) -> Delta:
+    """What a stream is told of a token."""
+    request = output.request
+    return Delta(
+        token_ids=() if output.token_id is None else (output.token_id,),
+        finish_reason=output.finish_reason,
+        logprobs=() if output.logprobs is None else (output.logprobs,),
+        prompt_logprobs=tuple(request.prompt_logprobs) if request.num_output_tokens <= 1 else (),
+    )
 
 
 def noise_key(seed: int | None, choice: int) -> int:

@@ -27,23 +27,28 @@ class EngineLimits:
         """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
         if not prompt_ids:
             raise InvalidRequestError("prompt has no tokens: GPT-J continues a text, so give it at least one", "prompt")
-        if not all(0 <= token_id < self.vocab_size for token_id in prompt_ids):
-            wrong = next(token_id for token_id in prompt_ids if not 0 <= token_id < self.vocab_size)
-            raise InvalidRequestError(
-                f"prompt holds token id {wrong}, the vocabulary ends at {self.vocab_size - 1}", "prompt"
-            )
+        self._check_vocabulary("prompt", prompt_ids)
         if len(prompt_ids) + params.max_tokens > self.max_model_len:
             raise RequestTooLongError(
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {params.max_tokens} together exceed the context "
                 f"window of {self.max_model_len} tokens",
                 "max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
             )
+        for name, token_ids in params.listed_token_ids.items():
+            self._check_vocabulary(name, token_ids)
         check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
+
+    def _check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
+        wrong = [token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size]
+        if wrong:
+            raise InvalidRequestError(
+                f"{name} holds token id {wrong[0]}, the vocabulary ends at {self.vocab_size - 1}", name
+            )
 
 
 def check_fits_cache(num_prompt_tokens: int, max_tokens: int, kv_tokens: int) -> None:
     """Raises RequestTooLongError if such a request could never fit the KV cache, however long it waited."""
-    num_tokens = num_prompt_tokens + max_tokens - 1  # the last one is never computed
+    num_tokens = num_prompt_tokens + max(max_tokens, 1) - 1  # the last one is never computed
     if num_tokens > kv_tokens:
         raise RequestTooLongError(
             f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} need room for {num_tokens} tokens, "

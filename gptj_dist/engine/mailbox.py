@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptj_dist.engine.request import FinishReason
+from gptj_dist.params import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a stream has to say: one or more new tokens; `finish_reason` comes with the last."""
+    """What a stream has to say: new tokens; `finish_reason` comes with the last.
+
+    Args:
+        token_ids: one or more; none if the request was to generate none.
+        logprobs: one for each token, if they are asked for.
+        prompt_logprobs: of the prompt's tokens from the second on, with the first tokens, if they are asked for.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Mailbox:
-    """Holds the tokens that a stream's reader has not taken yet; a slow reader finds several at once."""
+    """Holds what a stream's reader has not taken yet; a slow reader finds several deltas as one."""
 
     def __init__(self) -> None:
-        self._token_ids: list[int] = []
-        self._finish_reason: FinishReason | None = None
+        self._delta: Delta | None = None
         self._error: Exception | None = None
         self._filled = asyncio.Event()
 
-    def put(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> None:
-        """Adds new tokens; `finish_reason` comes with the last."""
-        self._token_ids += token_ids
-        self._finish_reason = finish_reason
+    def put(self, delta: Delta) -> None:
+        """Adds new tokens."""
+        self._delta = delta if self._delta is None else _joined(self._delta, delta)
         self._filled.set()
 
     def fail(self, error: Exception) -> None:
@@ -40,12 +46,16 @@ class Mailbox:
     async def take(self) -> Delta:
         """Waits for tokens, and takes all there are. Raises what the stream failed with."""
         await self._filled.wait()
-        self._filled.clear()
-        if self._token_ids:
-            delta = Delta(tuple(self._token_ids), self._finish_reason)
-            self._token_ids.clear()
-            if self._error is not None:
-                self._filled.set()
-            return delta
-        assert self._error is not None, "a mailbox is filled by tokens or by an error"
-        raise self._error
+        delta, self._delta = self._delta, None
+        if delta is None:
+            assert self._error is not None, "a mailbox is filled by tokens or by an error"
+            raise self._error
+        if self._error is None:
+            self._filled.clear()
+        return delta
+
+
+def _joined(one: Delta, next_: Delta) -> Delta:
+    return Delta(
+        one.token_ids + next_.token_ids, next_.finish_reason, one.logprobs + next_.logprobs, one.prompt_logprobs
+    )

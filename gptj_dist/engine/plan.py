@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gptj_dist.params import SamplingControls, TokenLogprobs
+
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
@@ -18,6 +20,7 @@ class NewRequest:
         request_id: unique in the life of the pipeline.
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
         min_position: first position at which end of text may be sampled.
+        controls: None for the many requests that have none.
     """
 
     request_id: int
@@ -27,6 +30,7 @@ class NewRequest:
     min_p: float
     noise_key: int
     min_position: int
+    controls: SamplingControls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Chunk:
         token_ids: the tokens, one or more.
         new_blocks: KV blocks that the request gets with this chunk, behind those it has.
         samples: whether the last token's logits are to be sampled.
+        next_id: the token behind the chunk, where its log probability is wanted.
     """
 
     request_id: int
@@ -45,6 +50,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     new_blocks: tuple[int, ...]
     samples: bool
+    next_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,14 @@ class StageTiming(NamedTuple):
     end_ns: int
 
 
+class PromptLogprobs(NamedTuple):
+    """Those of some tokens of a request's prompt, one behind the other from position `start` on."""
+
+    request_id: int
+    start: int
+    tokens: tuple[TokenLogprobs, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a plan.
@@ -75,8 +89,12 @@ class Result:
     Args:
         token_ids: what the last stage sampled: one for each chunk with `samples`, in the plan's order.
         timings: of every stage, first to last; empty where nobody measures.
+        logprobs: one for each of `token_ids`, None where it was not asked for; empty if it was for none.
+        prompt_logprobs: of the plan's chunks, where it was asked for.
     """
 
     plan_id: int
     token_ids: tuple[int, ...]
     timings: tuple[StageTiming, ...] = ()
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from gptj_dist.engine.plan import NewRequest
-from gptj_dist.params import SamplingParams
+from gptj_dist.engine.plan import NewRequest, PromptLogprobs
+from gptj_dist.params import SamplingControls, SamplingParams, TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -32,6 +32,7 @@ class Request:
         blocks: KV blocks held, in order of position.
         is_running: it is one of those that plans are made of, not waiting.
         is_awaiting_token: a plan in flight samples the request's next token.
+        prompt_logprobs: of the prompt's tokens from the second on, where they are asked for.
     """
 
     request_id: int
@@ -43,6 +44,7 @@ class Request:
     blocks: list[int] = field(init=False, default_factory=list)
     is_running: bool = field(init=False, default=False)
     is_awaiting_token: bool = field(init=False, default=False)
+    prompt_logprobs: list[TokenLogprobs] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -61,11 +63,22 @@ class Request:
 
     def append(self, token_id: int, eos_token_id: int) -> FinishReason | None:
         """Takes a sampled token; returns the reason if the request ends with it."""
-        self.token_ids.append(token_id)
         self.is_awaiting_token = False
-        if token_id == eos_token_id and not self.params.ignore_eos:
+        if self.params.max_tokens == 0:
+            return FinishReason.LENGTH
+        self.token_ids.append(token_id)
+        if token_id in self.params.stop_token_ids or (token_id == eos_token_id and not self.params.ignore_eos):
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output_tokens == self.params.max_tokens else None
+
+    def learn(self, told: PromptLogprobs) -> None:
+        """Takes log probabilities of its prompt; those known before a preemption come again."""
+        self.prompt_logprobs += told.tokens[len(self.prompt_logprobs) + 1 - told.start :]
+
+    def next_prompt_id(self, stop: int) -> int | None:
+        """The prompt's token at `stop`, if its log probability is asked for."""
+        is_told = self.params.prompt_logprobs is not None and stop < len(self.prompt_ids)
+        return self.prompt_ids[stop] if is_told else None
 
     def introduction(self) -> NewRequest:
         """The request as the stages are told of it."""
@@ -77,4 +90,22 @@ class Request:
             min_p=self.params.min_p,
             noise_key=self.noise_key,
             min_position=len(self.prompt_ids) + self.params.min_tokens,
+            controls=self._controls(),
         )
+
+    def _controls(self) -> SamplingControls | None:
+        params = self.params
+        controls = SamplingControls(
+            num_prompt_tokens=len(self.prompt_ids),
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias,
+            allowed_token_ids=params.allowed_token_ids,
+            bad_token_ids=params.bad_token_ids,
+            early_ids=params.stop_token_ids if params.min_tokens else (),
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+        )
+        is_usual = controls == SamplingControls(len(self.prompt_ids), 0.0, 0.0, 1.0, (), None, (), (), None, None)
+        return None if is_usual else controls

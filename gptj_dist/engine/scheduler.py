@@ -25,6 +25,7 @@ from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
 from gptj_dist.engine.request import FinishReason, Request
 from gptj_dist.engine.step_cost import StepCostEstimate
+from gptj_dist.params import TokenLogprobs
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
 """Before the first step only the ratio is assumed."""
@@ -59,11 +60,17 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One new token of a request; `finish_reason` comes with the last."""
+    """One new token of a request; `finish_reason` comes with the last.
+
+    Args:
+        token_id: None if the request was to generate none.
+        logprobs: the token's, where they are asked for.
+    """
 
     request: Request
-    token_id: int
+    token_id: int | None
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -163,8 +170,12 @@ class Scheduler:
         landed = self._in_flight.popleft()
         if result.timings:
             self._step_cost.observe(landed.num_rows, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
-        pairs = zip(landed.sampled_ids, result.token_ids, strict=True)
-        return [self._take_token(self._by_id[id_], token) for id_, token in pairs if id_ in self._by_id]
+        for of_prompt in result.prompt_logprobs:
+            if of_prompt.request_id in self._by_id:
+                self._by_id[of_prompt.request_id].learn(of_prompt)
+        logprobs = result.logprobs or (None,) * len(result.token_ids)
+        sampled = zip(landed.sampled_ids, result.token_ids, logprobs, strict=True)
+        return [self._take_token(self._by_id[id_], token, told) for id_, token, told in sampled if id_ in self._by_id]
 
     def drain(self) -> list[Request]:
         """Forgets all requests and plans, for a pipeline that has died; returns the requests in order of arrival.
@@ -272,7 +283,10 @@ class Scheduler:
         request.num_computed = stop
         request.is_awaiting_token = stop == request.num_tokens
         tokens = tuple(request.token_ids[start:stop])
-        draft.chunks.append(Chunk(request.request_id, start, tokens, tuple(new_blocks), request.is_awaiting_token))
+        next_id = request.next_prompt_id(stop)
+        draft.chunks.append(
+            Chunk(request.request_id, start, tokens, tuple(new_blocks), request.is_awaiting_token, next_id)
+        )
         draft.requests.add(request)
         return num_tokens
 
@@ -307,13 +321,14 @@ class Scheduler:
         self._in_flight.append(_InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, sampled_ids))
         return plan
 
-    def _take_token(self, request: Request, token_id: int) -> TokenOutput:
+    def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        num_tokens = request.num_tokens
         reason = request.append(token_id, self._config.eos_token_id)
         if not request.is_running:  # preempted while the token was on its way
-            self._num_waiting_tokens += 1
+            self._num_waiting_tokens += request.num_tokens - num_tokens
         if reason is not None:
             self._remove(request)
-        return TokenOutput(request, token_id, reason)
+        return TokenOutput(request, token_id if request.params.max_tokens else None, reason, logprobs)
 
     def _remove(self, request: Request) -> None:
         del self._by_id[request.request_id]

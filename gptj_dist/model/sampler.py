@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptj_dist.model.controls import apply_controls
 from gptj_dist.model.inputs import to_device
+from gptj_dist.model.logprobs import token_logprobs
+from gptj_dist.params import SamplingControls, TokenLogprobs
 
 CPU_ROWS_AT_ONCE = 2
 """Rows of a kind that a CPU samples together: the numbers of more leave its cache (50,400 tokens, 32 rows on two cores:
@@ -31,6 +34,8 @@ class SampleSpec:
         noise_key: 64 bits of the request.
         position: where the sampled token will stand in its sequence.
         may_end: whether end of text may be sampled.
+        controls: None for the many that have none.
+        history: the request's tokens so far, where the controls need them.
     """
 
     temperature: float
@@ -40,6 +45,13 @@ class SampleSpec:
     noise_key: int
     position: int
     may_end: bool
+    controls: SamplingControls | None = None
+    history: Sequence[int] = ()
+
+    @property
+    def num_top(self) -> int | None:
+        """Of how many tokens log probabilities are asked for, beside the sampled one's; None for none at all."""
+        return None if self.controls is None else self.controls.logprobs
 
 
 class Sampler:
@@ -61,12 +73,28 @@ class Sampler:
         tokens: list[int] = self.draw(logits, specs).tolist()
         return tokens
 
+    def sample_and_tell(
+        self, logits: Tensor, specs: Sequence[SampleSpec]
+    ) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
+        """As a call; and the log probabilities that specs ask for, empty if none does."""
+        num_top = {row: spec.num_top for row, spec in enumerate(specs) if spec.num_top is not None}
+        if not num_top:
+            return self(logits, specs), ()
+        untouched = logits[to_device(torch.tensor(list(num_top)), self._device)]
+        tokens = self(logits, specs)
+        told = token_logprobs(untouched, [tokens[row] for row in num_top], list(num_top.values()))
+        by_row = dict(zip(num_top, told, strict=True))
+        return tokens, tuple(by_row.get(row) for row in range(len(specs)))
+
     def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         """As a call, but the tokens stay on the device, int64 [rows]; the host waits for nothing."""
         logits.index_fill_(1, self._unsampled_ids, -math.inf)
         if not all(spec.may_end for spec in specs):
             is_banned = to_device(torch.tensor([not spec.may_end for spec in specs]), self._device)
             logits[:, self._eos_token_id].masked_fill_(is_banned, -math.inf)
+        for row, spec in enumerate(specs):
+            if spec.controls is not None:
+                apply_controls(logits[row], spec.controls, spec.history, spec.may_end)
         tokens = logits.argmax(dim=-1)
         for rows in _group_by_kind(specs, self._rows_at_once):
             places = to_device(torch.tensor(rows), self._device)

@@ -16,7 +16,10 @@ import zmq.asyncio
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
+from gptj_dist.params import TokenLogprobs
 from gptj_dist.stages.transport.zeromq import bind_free_port
+
+_WireLogprobs = tuple[tuple[object, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,9 @@ class FeedInbox:
 
     async def _read(self) -> None:
         while True:
-            for stream_id, token_ids, reason in msgpack.unpackb(await self._socket.recv()):
+            for stream_id, *delta in msgpack.unpackb(await self._socket.recv(), use_list=False):
                 if (mailbox := self._mailboxes.get(stream_id)) is not None:
-                    mailbox.put(token_ids, None if reason is None else FinishReason(reason))
+                    mailbox.put(_from_wire(*delta))
 
 
 class FeedOutbox:
@@ -73,13 +76,14 @@ class FeedOutbox:
 
     def __init__(self) -> None:
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._waiting: defaultdict[str, list[tuple[int, tuple[int, ...], str | None]]] = defaultdict(list)
+        self._waiting: defaultdict[str, list[tuple[object, ...]]] = defaultdict(list)
 
     def put(self, stream: ReplyTo, delta: Delta) -> None:
         """Sends a stream's new tokens, soon."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
-        self._waiting[stream.address].append((stream.stream_id, delta.token_ids, delta.finish_reason))
+        told = (delta.logprobs, delta.prompt_logprobs)
+        self._waiting[stream.address].append((stream.stream_id, delta.token_ids, delta.finish_reason, *told))
 
     def stop(self) -> None:
         """Drops what has not left yet."""
@@ -92,6 +96,13 @@ class FeedOutbox:
                 self._sockets[address] = _connect(address)
             self._sockets[address].send(msgpack.packb(deltas), flags=zmq.NOBLOCK)
         self._waiting.clear()
+
+
+def _from_wire(
+    token_ids: tuple[int, ...], reason: str | None, logprobs: _WireLogprobs, prompt_logprobs: _WireLogprobs
+) -> Delta:
+    told, of_prompt = (tuple(map(TokenLogprobs._make, tokens)) for tokens in (logprobs, prompt_logprobs))
+    return Delta(token_ids, None if reason is None else FinishReason(reason), told, of_prompt)
 
 
 def _connect(address: str) -> zmq.Socket[bytes]:

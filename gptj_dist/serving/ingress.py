@@ -27,6 +27,7 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
+from gptj_dist.serving.choices import ChoiceWriter, best, whole
 from gptj_dist.serving.debug import debug_document
 from gptj_dist.serving.disconnect import unless_gone
 from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
@@ -37,7 +38,6 @@ from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.merge import merge
 from gptj_dist.serving.protocol import (
     CompletionRequest,
-    completion_choice,
     completion_chunk,
     completion_head,
     completion_response,
@@ -162,27 +162,49 @@ class Ingress:
     async def _complete(self, request: CompletionRequest) -> Response:
         if request.model not in (None, self._model_name):
             raise UnknownModelError(f"model {request.model!r} is not served here; {self._model_name!r} is", "model")
-        params = request.sampling_params()
-        prompts = [self._tokenizer.encode_prompt(prompt, self._eos_token_id) for prompt in request.prompts()]
-        num_choices = len(prompts) * params.n
-        if num_choices > MAX_CHOICES:
-            raise InvalidRequestError(f"{num_choices} completions in one request, at most {MAX_CHOICES} are made", "n")
+        params = request.sampling_params(self._bad_token_ids(request.bad_words))
+        prompts = [self._encode(prompt, request) for prompt in request.prompts()]
+        if len(prompts) * request.num_sampled > MAX_CHOICES:
+            raise InvalidRequestError(
+                f"{len(prompts) * request.num_sampled} completions in one request, at most {MAX_CHOICES} are made", "n"
+            )
         limits = self._require_pipeline()
-        for prompt_ids in prompts:
+        for _, prompt_ids in prompts:
             limits.check(prompt_ids, params)
         head = completion_head(uuid.uuid4().hex, int(time.time()), self._model_name)
-        logger.info("%s: %d choices, user %r", head["id"], num_choices, request.user)
+        logger.info("%s: %d choices, user %r", head["id"], len(prompts) * request.n, request.user)
         streams = [
             stream_text(self._generate(prompt_ids, params, choice), self._tokenizer, params)
-            for prompt_ids in prompts
-            for choice in range(params.n)
+            for _, prompt_ids in prompts
+            for choice in range(request.num_sampled)
         ]
-        num_prompt_tokens = sum(map(len, prompts))
+        writers = [
+            ChoiceWriter(i * request.n + choice, request, prompt, prompt_ids, self._tokenizer)
+            for i, (prompt, prompt_ids) in enumerate(prompts)
+            for choice in range(request.n)
+        ]
+        num_prompt_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
         if not request.stream:
-            return JSONResponse(await _collect(head, streams, num_prompt_tokens))
-        events = _events(request, head, streams, num_prompt_tokens)
+            return JSONResponse(await _collect(request, head, streams, writers, num_prompt_tokens))
+        events = _events(request, head, streams, writers, num_prompt_tokens)
         first = await anext(events)  # an error before the first token still gets a status of its own
         return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+
+    def _encode(self, prompt: str | list[int], request: CompletionRequest) -> tuple[str, list[int]]:
+        """A prompt's text and token ids, cut to what the request wants of it."""
+        token_ids = self._tokenizer.encode_prompt(prompt, self._eos_token_id)
+        most = request.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, self._require_pipeline().max_model_len - request.max_tokens)
+        if most is not None and len(token_ids) > most:
+            token_ids = token_ids[-most:]
+            return self._tokenizer.decode(token_ids), token_ids
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(token_ids), token_ids
+
+    def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words, at the beginning of a text and within it."""
+        texts = [text for word in words for text in (word.strip(), f" {word.strip()}")]
+        return tuple(tuple(self._tokenizer.encode(text)) for text in texts)
 
     async def _generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, choice: int
@@ -246,18 +268,24 @@ async def _read_body(request: Request) -> bytes:
 
 
 async def _collect(
-    head: dict[str, Any], streams: Sequence[AsyncGenerator[TextDelta, None]], num_prompt_tokens: int
+    request: CompletionRequest,
+    head: dict[str, Any],
+    streams: Sequence[AsyncGenerator[TextDelta, None]],
+    writers: Sequence[ChoiceWriter],
+    num_prompt_tokens: int,
 ) -> dict[str, Any]:
     """The response that is not streamed."""
-    texts: list[list[str]] = [[] for _ in streams]
-    reasons: list[Any] = [None] * len(streams)
-    num_tokens = 0
+    deltas_of: list[list[TextDelta]] = [[] for _ in streams]
     async with aclosing(merge(streams)) as deltas:
         async for index, delta in deltas:
-            texts[index].append(delta.text)
-            reasons[index] = delta.finish_reason
-            num_tokens += len(delta.token_ids)
-    choices = [completion_choice(i, "".join(text), reasons[i]) for i, text in enumerate(texts)]
+            deltas_of[index].append(delta)
+    sampled = [whole(deltas) for deltas in deltas_of]
+    num_tokens = sum(len(completion.token_ids) for completion in sampled)
+    of_prompts = [sampled[i : i + request.num_sampled] for i in range(0, len(sampled), request.num_sampled)]
+    if request.num_sampled > request.n:
+        of_prompts = [best(completions, request.n) for completions in of_prompts]
+    kept = [completion for completions in of_prompts for completion in completions]
+    choices = [writer.write(completion) for writer, completion in zip(writers, kept, strict=True)]
     return completion_response(head, choices, usage(num_prompt_tokens, num_tokens))
 
 
@@ -265,22 +293,21 @@ async def _events(
     request: CompletionRequest,
     head: dict[str, Any],
     streams: Sequence[AsyncGenerator[TextDelta, None]],
+    writers: Sequence[ChoiceWriter],
     num_prompt_tokens: int,
 ) -> AsyncGenerator[bytes, None]:
     """The streamed response, frame by frame. A failure under way is the last frame, and no `[DONE]` follows."""
-    num_tokens = 0
+    num_tokens, has_begun = 0, False
     try:
         async with aclosing(merge(streams)) as deltas:
             async for index, delta in deltas:
+                has_begun = True
                 num_tokens += len(delta.token_ids)
-                if delta.text or delta.finish_reason is not None:
-                    yield sse_frame(
-                        completion_chunk(
-                            head, index, delta.text, delta.finish_reason, is_usage_streamed=request.is_usage_streamed
-                        )
-                    )
+                if writers[index].has_news(delta):
+                    choice = writers[index].write(delta)
+                    yield sse_frame(completion_chunk(head, choice, is_usage_streamed=request.is_usage_streamed))
     except Exception as error:
-        if num_tokens == 0:
+        if not has_begun:
             raise
         yield sse_frame(error_response(error)[1])
         return

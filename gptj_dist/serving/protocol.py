@@ -15,7 +15,6 @@ from typing import Annotated, Any, TypeAlias
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
@@ -23,7 +22,9 @@ from gptj_dist.params import SamplingParams
 _NonEmpty = Field(min_length=1, fail_fast=True)
 TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], _NonEmpty]
 Prompt: TypeAlias = str | Annotated[list[str], _NonEmpty] | TokenIds | Annotated[list[TokenIds], _NonEmpty]
-Stop: TypeAlias = str | Annotated[list[str], Field(fail_fast=True)]
+Strings: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
+Stop: TypeAlias = str | Strings
+Ids: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 # What a field of several types takes, in words; pydantic would report each type's complaint.
 _UNION_FIELDS: Mapping[str, str] = {
@@ -37,46 +38,31 @@ _UNION_FIELDS: Mapping[str, str] = {
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     # GPT-J's tokenizer has no tokens to add, so both values ask for the same.
     "add_special_tokens": (True, False),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "best_of": (1,),  # and the request's n
     "cache_salt": (),
-    "echo": (False,),
     "ec_transfer_params": (),
-    "frequency_penalty": (0,),
     "guided_choice": (),
     "guided_decoding_backend": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_whitespace_pattern": (),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": (),
     "logprob_token_ids": (),
-    "logprobs": (),
-    "presence_penalty": (0,),
     "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_detection": (),
-    "repetition_penalty": (1,),
     "request_id": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
     "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
     "session_id": (),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "stream_interval": (),
     "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
     "truncation_side": (),
     "use_beam_search": (False,),
     "vllm_xargs": (),
@@ -86,6 +72,9 @@ NEUTRAL_STREAM_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
+
+
+MAX_BEST_OF = 128
 
 
 class _Strict(BaseModel):
@@ -102,7 +91,13 @@ class CompletionRequest(_Strict):
     """Body of `POST /v1/completions`; `parse_completion` makes one from bytes.
 
     The sampling fields are those of `SamplingParams`. `user` goes to the log and changes nothing, as at OpenAI.
-    A prompt may be an empty string here.
+    A prompt may be an empty string here. `bad_words` are texts here, and `logit_bias` has token ids as strings.
+
+    Args:
+        best_of: completions to sample, of which the `n` with the highest mean log probability are returned.
+        echo: begin the text with the prompt, and its log probabilities with the prompt's.
+        return_token_ids: give the ids of prompt and output with each choice.
+        truncate_prompt_tokens: keep so many of the prompt's last tokens; -1 as many as fit beside the output.
     """
 
     model: str | None = None
@@ -120,6 +115,26 @@ class CompletionRequest(_Strict):
     user: str | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[str, float] = {}
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: Ids = []
+    include_stop_str_in_output: bool = False
+    bad_words: Strings = []
+    allowed_token_ids: Ids | None = None
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool = False
+
+    @property
+    def num_sampled(self) -> int:
+        """Completions of each prompt that are computed."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def is_usage_streamed(self) -> bool:
@@ -134,12 +149,19 @@ class CompletionRequest(_Strict):
             return [self.prompt]
         return list(self.prompt)
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, bad_token_ids: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
         """How each prompt is to be sampled.
+
+        Args:
+            bad_token_ids: what `bad_words` are.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
+        asked = [
+            number for number in (self.prompt_logprobs, self.logprobs if self.echo else None) if number is not None
+        ]
+        picks = self.num_sampled > self.n and self.logprobs is None
         return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -151,7 +173,46 @@ class CompletionRequest(_Strict):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((_token_id(text), bias) for text, bias in self.logit_bias.items()),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_token_ids=bad_token_ids,
+            logprobs=0 if picks else self.logprobs,
+            prompt_logprobs=max(asked, default=None),
         )
+
+    def check(self) -> None:
+        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options may be given only when stream is true", "stream_options")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                "max_tokens must be at least 1, unless echo or prompt_logprobs ask for the prompt", "max_tokens"
+            )
+        self.sampling_params()
+        if not self.n <= self.num_sampled <= MAX_BEST_OF:
+            raise InvalidRequestError(f"best_of must be from n ({self.n}) to {MAX_BEST_OF}", "best_of")
+        if self.num_sampled > self.n and self.stream:
+            raise InvalidRequestError("best_of cannot be more than n in a stream: the best is known last", "best_of")
+        if self.truncate_prompt_tokens is not None and (
+            self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0
+        ):
+            raise InvalidRequestError("truncate_prompt_tokens must be at least 1, or -1", "truncate_prompt_tokens")
+        if not all(word.strip() for word in self.bad_words):
+            raise InvalidRequestError("bad_words must not hold an empty word", "bad_words")
+
+
+def _token_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise InvalidRequestError(
+            f"logit_bias must map token ids to numbers; {text!r:.80} is no token id", "logit_bias"
+        )
+    return int(text)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -162,9 +223,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
             option's name, and is None when the body is not a JSON object.
     """
     given = _json_object(body)
-    # best_of samples that many and returns n of them: no choice to make where they are equal.
-    neutral = {**NEUTRAL_VALUES, "best_of": (1, given.get("n"))}
-    fields = _supported_fields(given, CompletionRequest, neutral)
+    fields = _supported_fields(given, CompletionRequest, NEUTRAL_VALUES)
     if "stream_options" in fields:
         if not isinstance(fields["stream_options"], dict):
             raise InvalidRequestError("stream_options must be an object", "stream_options")
@@ -175,9 +234,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
         request = CompletionRequest.model_validate(fields)
     except ValidationError as error:
         raise _first_problem(error) from None
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequestError("stream_options may be given only when stream is true", "stream_options")
-    request.sampling_params()
+    request.check()
     return request
 
 
@@ -244,11 +301,6 @@ def completion_head(request_id: str, created: int, model: str) -> JsonObject:
     return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
 
 
-def completion_choice(index: int, text: str, finish_reason: FinishReason | None) -> JsonObject:
-    """One of the n completions of one of the prompts: the k-th of prompt i has index i * n + k."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-
 def usage(prompt_tokens: int, completion_tokens: int) -> JsonObject:
     """Token counts of a whole HTTP request: each prompt counts once, whatever n is."""
     return {
@@ -263,11 +315,9 @@ def completion_response(head: JsonObject, choices: Sequence[JsonObject], totals:
     return {**head, "choices": choices, "usage": totals}
 
 
-def completion_chunk(
-    head: JsonObject, index: int, text: str, finish_reason: FinishReason | None, *, is_usage_streamed: bool
-) -> JsonObject:
-    """One event of a stream: the next text of choice `index`, whose last chunk has a `finish_reason`."""
-    chunk = {**head, "choices": [completion_choice(index, text, finish_reason)]}
+def completion_chunk(head: JsonObject, choice: JsonObject, *, is_usage_streamed: bool) -> JsonObject:
+    """One event of a stream: the next part of a choice, whose last chunk has a `finish_reason`."""
+    chunk = {**head, "choices": [choice]}
     if is_usage_streamed:
         chunk["usage"] = None
     return chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
@@ -81,7 +82,7 @@ class Stage:
         passed_on = output if isinstance(output, Result) else _to_wire(output)
         timings = (*frame.timings, StageTiming(begin_ns, self._clock()))  # after the copy that waits for a GPU
         if isinstance(passed_on, Result):
-            return ResultFrame(Result(passed_on.plan_id, passed_on.token_ids, timings))
+            return ResultFrame(replace(passed_on, timings=timings))
         return PlanFrame(frame.plan, passed_on, timings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -52,7 +53,7 @@ class LocalExecutor:
             output = runner.step(plan, output)
             timings.append(StageTiming(begin_ns, self._clock()))
         assert isinstance(output, Result), "the last stage gives a result"
-        return Result(output.plan_id, output.token_ids, tuple(timings))
+        return replace(output, timings=tuple(timings))
 
 
 def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunner, ...]]:

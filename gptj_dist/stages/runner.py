@@ -12,13 +12,15 @@ from torch import Tensor
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import DTypeName
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptLogprobs, Result
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
 from gptj_dist.model.kv_cache import cache_dtype, make_cache
+from gptj_dist.model.logprobs import token_logprobs
 from gptj_dist.model.sampler import Sampler, SampleSpec
+from gptj_dist.params import TokenLogprobs
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
@@ -26,6 +28,10 @@ from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from gptj_dist.model.graphs import RecordedSteps
+
+
+TOLD_ROWS_AT_ONCE = 64
+"""Rows of a prompt whose logits are in memory together."""
 
 
 class StageRunner:
@@ -42,6 +48,7 @@ class StageRunner:
         self._spec = spec
         self._device = open_device(spec.device)
         self._requests: dict[int, NewRequest] = {}
+        self._histories: dict[int, list[int]] = {}
         self._model: StageModel | None = None
         self._cache: KVCache | None = None
         self._steps: RecordedSteps | None = None
@@ -126,32 +133,40 @@ class StageRunner:
         Returns:
             The hidden states for the stage behind, or the tokens if this is the last.
         """
-        output = self.forward(plan, hidden)
+        output, prompt_logprobs = self._compute(plan, hidden)
         if not self._spec.layers.is_last:
             return output
         specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
-        return Result(plan.plan_id, tuple(self._sampler(output, specs)) if specs else ())
+        token_ids, logprobs = self._sampler.sample_and_tell(output, specs) if specs else ([], ())
+        return Result(plan.plan_id, tuple(token_ids), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     @torch.inference_mode()
     def forward(self, plan: Plan, hidden: Tensor | None) -> Tensor:
         """As `step`, but on the last stage gives the logits, float32, of the rows to be sampled."""
+        return self._compute(plan, hidden)[0]
+
+    def _compute(self, plan: Plan, hidden: Tensor | None) -> tuple[Tensor, tuple[PromptLogprobs, ...]]:
+        """What `forward` gives, and the prompts' log probabilities that are asked for."""
         if self._model is None or self._cache is None:
             raise RuntimeError("load() and allocate() come before the first plan")
         self._register(plan, self._cache)
         batch = _micro_batch(plan.chunks)
         inputs = _token_ids(plan) if hidden is None else hidden
+        told = [chunk for chunk in plan.chunks if self._spec.layers.is_last and self._num_told(chunk)]
         wants_all_rows = not self._spec.layers.is_last or all(chunk.samples for chunk in plan.chunks)
-        if self._steps is not None and self._steps.has(batch) and wants_all_rows:
-            return self._steps(batch, inputs)
+        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not told:
+            return self._steps(batch, inputs), ()
         hidden = self._model.embed(inputs) if hidden is None else to_device(hidden, self._device)
         hidden = self._model.forward(hidden, batch, self._cache)
         if not self._spec.layers.is_last:
-            return hidden
-        spans = [span for span, chunk in zip(batch.spans, plan.chunks, strict=True) if chunk.samples]
+            return hidden, ()
+        rows_of = {chunk.request_id: span for chunk, span in zip(plan.chunks, batch.spans, strict=True)}
+        prompt_logprobs = tuple(self._tell(chunk, hidden[rows_of[chunk.request_id].rows]) for chunk in told)
+        spans = [rows_of[chunk.request_id] for chunk in plan.chunks if chunk.samples]
         if not spans:
-            return torch.empty(0, self._spec.config.vocab_size)
+            return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
         last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in spans])
-        return self._model.logits(hidden[to_device(last_rows, self._device)])
+        return self._model.logits(hidden[to_device(last_rows, self._device)]), prompt_logprobs
 
     @torch.inference_mode()
     def embed(self, plan: Plan) -> Tensor:
@@ -160,15 +175,42 @@ class StageRunner:
             raise RuntimeError("load() comes before the first plan")
         return self._model.embed(_token_ids(plan))
 
+    def _num_told(self, chunk: Chunk) -> int:
+        """Rows of a chunk that predict a token of the prompt whose log probability is asked for."""
+        controls = self._requests[chunk.request_id].controls
+        if controls is None or controls.prompt_logprobs is None:
+            return 0
+        num_known = len(chunk.token_ids) - 1 + (chunk.next_id is not None)
+        return max(0, min(num_known, controls.num_prompt_tokens - chunk.start - 1))
+
+    def _tell(self, chunk: Chunk, hidden: Tensor) -> PromptLogprobs:
+        """Log probabilities of the prompt's tokens that a chunk's rows [rows, d_model] predict; some rows at a time."""
+        assert self._model is not None
+        controls = self._requests[chunk.request_id].controls
+        assert controls is not None
+        assert controls.prompt_logprobs is not None
+        targets = (*chunk.token_ids[1:], *(() if chunk.next_id is None else (chunk.next_id,)))[: self._num_told(chunk)]
+        told: list[TokenLogprobs] = []
+        for first in range(0, len(targets), TOLD_ROWS_AT_ONCE):
+            some = targets[first : first + TOLD_ROWS_AT_ONCE]
+            logits = self._model.logits(hidden[first : first + len(some)])
+            told += token_logprobs(logits, some, [controls.prompt_logprobs] * len(some))
+        return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(told))
+
     def _register(self, plan: Plan, cache: KVCache) -> None:
         """Keeps the stage's view of requests in step with the coordinator's."""
         for request_id in plan.released:
             del self._requests[request_id]
+            self._histories.pop(request_id, None)
             cache.release(request_id)
         for request in plan.new_requests:
             self._requests[request.request_id] = request
             cache.add(request.request_id)
+            if self._spec.layers.is_last and request.controls is not None and request.controls.needs_history:
+                self._histories[request.request_id] = []
         for chunk in plan.chunks:
+            if chunk.request_id in self._histories:
+                self._histories[chunk.request_id] += chunk.token_ids
             if chunk.new_blocks:
                 cache.extend(chunk.request_id, chunk.new_blocks)
 
@@ -183,6 +225,8 @@ class StageRunner:
             noise_key=request.noise_key,
             position=position,
             may_end=position >= request.min_position,
+            controls=request.controls,
+            history=self._histories.get(chunk.request_id, ()),
         )
 
 

@@ -14,26 +14,42 @@ class TextOutput:
 
     Args:
         stops: strings that end the text; not looked for in the text of the first `min_tokens` tokens.
+        keeps_stop: what ended the text, a string or a token, is part of it.
+        skips_special: special tokens have no text.
 
     Attributes:
         num_tokens: tokens that the text was made of, the one that completed a stop string included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], min_tokens: int) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopStrings(stops)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        min_tokens: int,
+        keeps_stop: bool = False,
+        skips_special: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skips_special)
+        self._stops = StopStrings(stops, keeps_stop)
         self._min_tokens = min_tokens
+        self._keeps_stop = keeps_stop
         self.num_tokens = 0
 
-    def push(self, token_ids: Sequence[int], is_last: bool) -> tuple[str, bool]:
+    def push(self, token_ids: Sequence[int], is_last: bool, is_ended_by_token: bool = False) -> tuple[str, bool]:
         """Takes tokens, one by one, so that the result does not depend on how many come at once.
+
+        Args:
+            is_last: nothing follows.
+            is_ended_by_token: the last of the tokens is there to end the text.
 
         Returns:
             The text that can be shown now, and whether a stop string has ended it.
         """
         released = []
-        for token_id in token_ids:
+        for number, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1
+            if is_ended_by_token and number == len(token_ids) and not self._keeps_stop:
+                break
             text, is_stopped = self._watch(self._detokenizer.push([token_id]))
             released.append(text)
             if is_stopped:

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Watches one output for `stops`, none of them empty; holds back only what may still become part of one."""
+    """Watches one output for `stops`, none of them empty; holds back only what may still become part of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Args:
+        keeps_stop: the text ends behind the stop string, not before it.
+    """
+
+    def __init__(self, stops: Sequence[str], keeps_stop: bool = False) -> None:
+        self._keeps_stop = keeps_stop
         self._matchers = [_Matcher(stop) for stop in stops]
         self._held = ""
         self._is_stopped = False
@@ -23,8 +28,8 @@ class StopStrings:
         """Takes the next piece of the text.
 
         Returns:
-            The text that can be released now, and whether a stop string has been completed: it and all that follows is
-            dropped.
+            The text that can be released now, and whether a stop string has been completed: what follows it is dropped,
+            and it is as well unless it is to be kept.
         """
         if not self._matchers:
             return text, False
@@ -36,7 +41,7 @@ class StopStrings:
             completed = [matcher.length for matcher in self._matchers if matcher.feed(char)]
             if completed:
                 self._held, self._is_stopped = "", True
-                return window[: end - max(completed)], True
+                return window[: end if self._keeps_stop else end - max(completed)], True
         cut = len(window) - max(matcher.num_matched for matcher in self._matchers)
         self._held = window[cut:]
         return window[:cut], False

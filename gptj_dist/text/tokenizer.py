@@ -74,6 +74,14 @@ class Tokenizer:
         """What the token adds to the text; nothing for a special token and for an id without an entry."""
         return self._bytes.get(id, b"")
 
+    def token_or_special_bytes(self, id: int) -> bytes:
+        """As `token_bytes`, but a special token adds its name."""
+        return self._bytes[id] if id in self._bytes else self._names.get(id, "").encode()
+
+    def token_text(self, id: int) -> str:
+        """A token on its own, for people: a special one by its name, bytes of no whole character as U+FFFD."""
+        return self.token_or_special_bytes(id).decode("utf-8", "replace")
+
     def unsampled_ids(self, vocab_size: int) -> list[int]:
         """Ids below `vocab_size` (rows of the embedding) that stand for no text and must not be generated."""
         return [id for id in range(vocab_size) if self._names.get(id, PADDING_PREFIX).startswith(PADDING_PREFIX)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from gptj_dist import LLM, SamplingParams
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError, RequestTooLongError
 from gptj_dist.llm import Completion, Prompt
+from tests.waiting import wait_until
 
 T = TypeVar("T")
 TIME_LIMIT_S = 150
@@ -200,6 +202,21 @@ def test_a_stream_that_cannot_be_served_says_so(llm: LLM) -> None:
 
 
 # Errors
+
+
+def test_a_call_that_is_interrupted_leaves_no_request(llm: LLM) -> None:
+    def interrupt_when_it_runs() -> None:
+        wait_until(lambda: llm._engine.scheduler.num_running > 0, "the request runs")
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt_when_it_runs)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, SamplingParams(max_tokens=900, ignore_eos=True))
+    interrupter.join()
+    wait_until(lambda: not llm._engine.scheduler.has_requests, "no request is left")
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:

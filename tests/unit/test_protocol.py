@@ -54,8 +54,56 @@ class TestRequests:
             "n": 3,
             "min_tokens": 2,
             "ignore_eos": True,
+            "logprobs": 4,
+            "prompt_logprobs": 5,
+            "presence_penalty": 0.1,
+            "frequency_penalty": -0.2,
+            "repetition_penalty": 1.3,
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
         }
-        assert parse(**fields, stop=["a", "b"]).sampling_params() == SamplingParams(**fields, stop=("a", "b"))
+        lists: dict[str, Any] = {"stop": ["a", "b"], "stop_token_ids": [3, 4], "allowed_token_ids": [3, 5]}
+        params = parse(**fields, **lists, logit_bias={"7": -1.5}).sampling_params(bad_token_ids=((1, 2),))
+        tuples: dict[str, Any] = {name: tuple(value) for name, value in lists.items()}
+        assert params == SamplingParams(**fields, **tuples, logit_bias=((7, -1.5),), bad_token_ids=((1, 2),))
+
+    def test_echo_asks_for_the_logprobs_of_the_prompt_too(self) -> None:
+        assert parse(echo=True, logprobs=3).sampling_params().prompt_logprobs == 3
+        assert parse(echo=True, logprobs=3, prompt_logprobs=5).sampling_params().prompt_logprobs == 5
+        assert parse(echo=True).sampling_params().prompt_logprobs is None
+
+    def test_choosing_the_best_needs_logprobs(self) -> None:
+        assert parse(n=1, best_of=2).sampling_params().logprobs == 0
+        assert parse(n=1, best_of=2, logprobs=4).sampling_params().logprobs == 4
+        assert parse(n=2, best_of=2).sampling_params().logprobs is None
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"logit_bias": {"x": 1}}, "logit_bias"),
+            ({"logit_bias": {"-1": 1}}, "logit_bias"),
+            ({"logit_bias": {"1": 101}}, "logit_bias"),
+            ({"logit_bias": {"1": "2"}}, "logit_bias.1"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"n": 3, "best_of": 2}, "best_of"),
+            ({"best_of": 129}, "best_of"),
+            ({"best_of": 2, "stream": True}, "best_of"),
+            ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+            ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+            ({"bad_words": ["a", " "]}, "bad_words"),
+            ({"allowed_token_ids": []}, "allowed_token_ids"),
+            ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+            ({"stop_token_ids": list(range(1025))}, "stop_token_ids"),
+            ({"logprobs": 21}, "logprobs"),
+            ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ],
+    )
+    def test_values_that_cannot_be_are_refused(self, fields: dict[str, Any], param: str) -> None:
+        assert refusal(**fields).param == param
+
+    def test_no_tokens_are_fine_where_the_prompt_is_asked_about(self) -> None:
+        assert parse(max_tokens=0, echo=True).sampling_params().max_tokens == 0
+        assert parse(max_tokens=0, prompt_logprobs=0).sampling_params().max_tokens == 0
 
     def test_a_null_is_the_default(self) -> None:
         optional = dict.fromkeys(set(CompletionRequest.model_fields) - {"prompt"})
@@ -209,34 +257,31 @@ class TestFieldsWithoutEffect:
         assert error.param == field
         assert "not supported yet" in str(error)
 
-    @pytest.mark.parametrize(("field", "value"), [("echo", 0), ("presence_penalty", False), ("best_of", True)])
+    @pytest.mark.parametrize(("field", "value"), [("priority", False), ("use_beam_search", 0)])
     def test_a_neutral_value_of_the_wrong_type_is_refused(self, field: str, value: object) -> None:
         assert refusal(**{field: value}).param == field
 
     def test_zero_is_neutral_however_it_is_written(self) -> None:
-        assert parse(presence_penalty=0.0) == parse()
+        assert parse(priority=0.0) == parse()
 
     @pytest.mark.parametrize(("field", "values"), NEUTRAL_STREAM_OPTIONS.items())
     def test_neutral_stream_options_are_accepted(self, field: str, values: tuple[object, ...]) -> None:
         for value in values:
             assert parse(stream=True, stream_options={field: value}) == parse(stream=True, stream_options={})
 
-    def test_best_of_n_out_of_n_leaves_nothing_to_choose(self) -> None:
-        assert parse(n=3, best_of=3) == parse(n=3)
-        assert refusal(n=2, best_of=3).param == "best_of"
-
     def test_no_field_is_both_supported_and_not(self) -> None:
         assert not set(CompletionRequest.model_fields) & set(NEUTRAL_VALUES)
+
+
+def choice(index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
 class TestResponses:
     head = protocol.completion_head("7", 1_700_000_000, "demo")
 
     def test_a_response_is_openais(self) -> None:
-        choices = [
-            protocol.completion_choice(0, " a", FinishReason.STOP),
-            protocol.completion_choice(1, " b", FinishReason.LENGTH),
-        ]
+        choices = [choice(0, " a", FinishReason.STOP), choice(1, " b", FinishReason.LENGTH)]
         body = protocol.completion_response(self.head, choices, protocol.usage(3, 4))
         completion = Completion.model_validate(body)
         assert completion.model_dump(exclude_unset=True) == body
@@ -245,19 +290,19 @@ class TestResponses:
         assert completion.usage.total_tokens == 7
 
     def test_chunks_are_openais(self) -> None:
-        chunk = protocol.completion_chunk(self.head, 0, "x", FinishReason.LENGTH, is_usage_streamed=False)
+        chunk = protocol.completion_chunk(self.head, choice(0, "x", FinishReason.LENGTH), is_usage_streamed=False)
         assert Completion.model_validate(chunk).model_dump(exclude_unset=True) == chunk
         assert "usage" not in chunk
 
     def test_a_chunk_before_the_last_has_a_null_finish_reason_as_openai_sends_it(self) -> None:
-        chunk = protocol.completion_chunk(self.head, 0, "x", None, is_usage_streamed=False)
+        chunk = protocol.completion_chunk(self.head, choice(0, "x", None), is_usage_streamed=False)
         # The client's type says the reason is never null, although the server it was made for sends null here.
         with pytest.raises(ValidationError) as raised:
             Completion.model_validate(chunk)
         assert [error["loc"] for error in raised.value.errors()] == [("choices", 0, "finish_reason")]
 
     def test_usage_comes_last_and_is_null_before(self) -> None:
-        chunk = protocol.completion_chunk(self.head, 0, "x", FinishReason.STOP, is_usage_streamed=True)
+        chunk = protocol.completion_chunk(self.head, choice(0, "x", FinishReason.STOP), is_usage_streamed=True)
         last = protocol.usage_chunk(self.head, protocol.usage(1, 1))
         assert chunk["usage"] is None
         assert last["choices"] == []

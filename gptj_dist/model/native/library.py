@@ -51,8 +51,11 @@ class Product(ctypes.Structure):
 def load_library() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had; the log says why."""
     try:
-        return _declare(ctypes.CDLL(str(_compiled())))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: the user has no home
+        if (directory := _directory()) is not None:
+            return _declare(ctypes.CDLL(str(_compiled(directory))))
+        with tempfile.TemporaryDirectory() as own:  # compiled at each start, and in use when its file is gone
+            return _declare(ctypes.CDLL(str(_compiled(Path(own)))))
+    except (OSError, subprocess.SubprocessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("attention falls back to torch, several times slower: %s", said)
         return None
@@ -69,15 +72,15 @@ def find_compiler() -> str | None:
     return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
-def _compiled() -> Path:
-    """The library's file, made if this machine and compiler have none of this source yet."""
+def _compiled(directory: Path) -> Path:
+    """The library's file, made if there is none of this source, machine and compiler yet."""
     compiler = find_compiler()
     if compiler is None:
         raise OSError(f"there is no C compiler ({' or '.join(COMPILERS)}) on {platform.node()}")
     version = _run(compiler, "--version")
     texts = (path.read_text() for path in (*SOURCES, *HEADERS))
     key = hashlib.blake2b("\n".join((*texts, version, *_COMPILE, *_LINK, _cpu())).encode(), digest_size=12)
-    path = _directory() / f"native-{key.hexdigest()}.so"
+    path = directory / f"native-{key.hexdigest()}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             _run(compiler, *_COMPILE, *map(str, SOURCES), directory=scratch)
@@ -86,15 +89,23 @@ def _compiled() -> Path:
     return path
 
 
-def _directory() -> Path:
-    """Where this user's libraries are; nobody else may write there, as what lies there is run."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = home / "gptj-dist"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _directory() -> Path | None:
+    """Where this user's libraries are; None if the user has no home to write to.
+
+    Raises:
+        OSError: others may write there, and what lies there is run.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = home / "gptj-dist"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
+        logger.info("the compiled library is not kept: %s", error)
+        return None
     status = directory.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise OSError(f"{directory} must be this user's, and writable by nobody else")
-    return directory
+    return directory if os.access(directory, os.W_OK) else None
 
 
 def _cpu() -> str:

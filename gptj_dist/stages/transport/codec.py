@@ -5,13 +5,21 @@ Every frame carries the epoch of the pipeline that it belongs to; frames of anot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import assert_never
+from dataclasses import dataclass, fields
+from typing import Any, assert_never
 
 import msgpack
 
 from gptj_dist.config import DTypeName
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result, StageTiming
+from gptj_dist.engine.plan import (
+    Chunk,
+    NewRequest,
+    Plan,
+    PromptLogprobs,
+    Result,
+    StageTiming,
+)
+from gptj_dist.params import SamplingControls, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,9 @@ class EndFrame:
 Frame = PlanFrame | ResultFrame | EndFrame
 
 
+_CONTROLS = tuple(field.name for field in fields(SamplingControls))
+
+
 def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
     """The parts of the frame's message."""
     match frame:
@@ -65,7 +76,8 @@ def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
                 return [_pack(epoch, "plan", _plan_to_wire(plan), None, timings)]
             return [_pack(epoch, "plan", _plan_to_wire(plan), (hidden.dtype, hidden.shape), timings), hidden.data]
         case ResultFrame(result):
-            return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings))]
+            told = (result.logprobs, result.prompt_logprobs)
+            return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings, *told))]
         case EndFrame():
             return [_pack(epoch, "end")]
     assert_never(frame)
@@ -86,8 +98,13 @@ def decode(parts: list[bytes], epoch: int) -> Frame | None:
         case "plan", [plan, (dtype, shape), timings]:
             hidden = HiddenStates(dtype, shape, parts[1])
             return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings))
-        case "result", [(plan_id, token_ids, timings)]:
-            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings)))
+        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs)]:
+            told = tuple(None if token is None else TokenLogprobs(*token) for token in logprobs)
+            of_prompts = tuple(
+                PromptLogprobs(request_id, start, tuple(map(TokenLogprobs._make, tokens)))
+                for request_id, start, tokens in prompt_logprobs
+            )
+            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts))
         case "end", []:
             return EndFrame()
     raise ValueError(f"unknown kind of frame: {kind!r}")
@@ -100,20 +117,29 @@ def _pack(*fields: object) -> bytes:
 
 def _plan_to_wire(plan: Plan) -> tuple[object, ...]:
     new_requests = [
-        (r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position) for r in plan.new_requests
+        (
+            *(r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
+            None if r.controls is None else [getattr(r.controls, name) for name in _CONTROLS],
+        )
+        for r in plan.new_requests
     ]
-    chunks = [(c.request_id, c.start, c.token_ids, c.new_blocks, c.samples) for c in plan.chunks]
+    chunks = [(c.request_id, c.start, c.token_ids, c.new_blocks, c.samples, c.next_id) for c in plan.chunks]
     return plan.plan_id, plan.released, new_requests, chunks
 
 
-def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[object, ...]], list[tuple[object, ...]]]) -> Plan:
+def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[Any, ...]], list[tuple[Any, ...]]]) -> Plan:
     plan_id, released, new_requests, chunks = wire
     return Plan(
         plan_id,
         released,
-        tuple(NewRequest(*fields) for fields in new_requests),  # type: ignore[arg-type]
-        tuple(Chunk(*fields) for fields in chunks),  # type: ignore[arg-type]
+        tuple(map(_new_request_from_wire, new_requests)),
+        tuple(Chunk(*fields) for fields in chunks),
     )
+
+
+def _new_request_from_wire(wire: tuple[Any, ...]) -> NewRequest:
+    controls = None if wire[-1] is None else SamplingControls(*wire[-1])
+    return NewRequest(*wire[:-1], controls)  # type: ignore[call-arg]
 
 
 def _timings_from_wire(wire: tuple[tuple[int, int], ...]) -> tuple[StageTiming, ...]:

@@ -1,0 +1,30 @@
+"""Log probabilities of tokens, as the model has them. Knows no requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptj_dist.params import TokenLogprobs
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Those of one token a row.
+
+    Args:
+        logits: float32 [rows, vocab_size].
+        num_top: of how many of the likeliest tokens, for each row.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = 1 + (logprobs > own).sum(dim=-1)
+    most = min(max(num_top), logits.shape[1])
+    top, top_ids = torch.topk(logprobs, most) if most else (logprobs[:, :0], logprobs[:, :0])
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(zip(ids[:number], values[:number], strict=True)))
+        for token_id, (logprob,), rank, ids, values, number in zip(
+            token_ids, own.tolist(), ranks.tolist(), top_ids.tolist(), top.tolist(), num_top, strict=True
+        )
+    ]

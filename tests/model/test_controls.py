@@ -1,0 +1,125 @@
+"""Sampling controls against transformers' processors and against their definitions; log probabilities."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from gptj_dist.model.controls import apply_controls
+from gptj_dist.model.logprobs import token_logprobs
+from gptj_dist.model.sampler import Sampler, SampleSpec
+from gptj_dist.params import SamplingControls
+
+VOCAB_SIZE = 40
+EOS = 0
+HISTORY = (3, 5, 5, 7, 3, 9, 11, 9, 9)
+NUM_PROMPT = 4
+NONE = SamplingControls(NUM_PROMPT, 0.0, 0.0, 1.0, (), None, (), (), None, None)
+SPEC = SampleSpec(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, noise_key=1, position=9, may_end=True)
+
+
+def logits_of(seed: int = 0) -> Tensor:
+    return 3 * torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def ours(controls: SamplingControls, may_end: bool = True, seed: int = 0) -> Tensor:
+    row = logits_of(seed)
+    apply_controls(row, controls, HISTORY, may_end)
+    return row
+
+
+def theirs(processor: object, seed: int = 0) -> Tensor:
+    assert callable(processor)
+    row: Tensor = processor(torch.tensor([HISTORY]), logits_of(seed)[None])[0]
+    return row
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.7])
+def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
+    expected = theirs(RepetitionPenaltyLogitsProcessor(penalty))
+    torch.testing.assert_close(ours(replace(NONE, repetition_penalty=penalty)), expected)
+
+
+def test_biases_are_transformers() -> None:
+    expected = theirs(SequenceBiasLogitsProcessor([[[3], 1.5], [[8], -2.5]]))
+    torch.testing.assert_close(ours(replace(NONE, logit_bias=((3, 1.5), (8, -2.5)))), expected)
+
+
+@pytest.mark.parametrize("words", [((4,),), ((9, 9, 9, 6),), ((9, 9, 6), (9, 7), (11, 9, 6), (2,), (8, 9, 9, 20))])
+def test_bad_words_are_transformers(words: tuple[tuple[int, ...], ...]) -> None:
+    expected = theirs(NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=EOS))
+    torch.testing.assert_close(ours(replace(NONE, bad_token_ids=words)), expected)
+
+
+def test_a_bad_word_longer_than_the_text_is_not_there_yet() -> None:
+    row = logits_of()
+    apply_controls(row, replace(NONE, bad_token_ids=((1, 2, 3, 4),)), (2, 3), True)
+    assert torch.equal(row, logits_of())
+
+
+def test_allowed_tokens_suppress_all_others() -> None:
+    expected = theirs(SuppressTokensLogitsProcessor([id_ for id_ in range(VOCAB_SIZE) if id_ not in (2, 30)], "cpu"))
+    torch.testing.assert_close(ours(replace(NONE, allowed_token_ids=(30, 2))), expected)
+
+
+def test_presence_and_frequency_count_the_output_only() -> None:
+    expected = logits_of()
+    for token_id, count in ((3, 1), (9, 3), (11, 1)):  # OpenAI's formula
+        expected[token_id] -= 0.25 * count + 1.5
+    torch.testing.assert_close(ours(replace(NONE, frequency_penalty=0.25, presence_penalty=1.5)), expected)
+
+
+def test_tokens_that_end_a_request_do_not_come_early() -> None:
+    controls = replace(NONE, early_ids=(4, 6))
+    assert torch.equal(ours(controls, may_end=True), logits_of())
+    row = ours(controls, may_end=False)
+    assert (row == -math.inf).nonzero().flatten().tolist() == [4, 6]
+
+
+def test_each_row_is_sampled_by_its_own_controls_and_told_of_what_the_model_said() -> None:
+    logits = torch.stack([logits_of(seed) for seed in range(4)])
+    specs = [
+        replace(SPEC, controls=replace(NONE, allowed_token_ids=(17,), logprobs=2)),
+        SPEC,
+        replace(SPEC, controls=replace(NONE, logit_bias=((23, 100.0),), logprobs=0)),
+        replace(SPEC, controls=replace(NONE, repetition_penalty=1.5), history=HISTORY),
+    ]
+    tokens, told = Sampler((), EOS, torch.device("cpu")).sample_and_tell(logits.clone(), specs)
+    repeated = logits[3].clone()
+    apply_controls(repeated, replace(NONE, repetition_penalty=1.5), HISTORY, True)
+    assert tokens == [17, int(logits[1].argmax()), 23, int(repeated.argmax())]
+    assert [token is None for token in told] == [False, True, False, True]
+    for row, token_id, num_top in ((0, 17, 2), (2, 23, 0)):
+        token = told[row]
+        assert token is not None
+        assert token.token_id == token_id
+        assert token.logprob == pytest.approx(logits[row].log_softmax(-1)[token_id].item(), abs=1e-6)
+        assert len(token.top) == num_top
+
+
+def test_nobody_is_told_what_nobody_asked_for() -> None:
+    _, told = Sampler((), EOS, torch.device("cpu")).sample_and_tell(logits_of()[None], [SPEC])
+    assert told == ()
+
+
+def test_logprobs_are_log_softmax_with_ranks() -> None:
+    logits = torch.stack([logits_of(seed) for seed in range(3)])
+    expected = torch.log_softmax(logits.double(), -1)
+    told = token_logprobs(logits, [4, 9, int(logits[2].argmax())], [3, 0, VOCAB_SIZE])
+    for row, token in enumerate(told):
+        order = expected[row].argsort(descending=True).tolist()
+        assert token.logprob == pytest.approx(expected[row, token.token_id].item(), abs=1e-6)
+        assert order[token.rank - 1] == token.token_id
+        assert [id_ for id_, _ in token.top] == order[: len(token.top)]
+        assert [logprob for _, logprob in token.top] == pytest.approx(expected[row][order[: len(token.top)]].tolist())
+    assert [len(token.top) for token in told] == [3, 0, VOCAB_SIZE]
