@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -55,3 +55,14 @@ async def stream_text(
             )
             if is_stopped:
                 return
+
+
+def whole(deltas: Sequence[TextDelta]) -> TextDelta:
+    """All of a completion's deltas as one."""
+    return TextDelta(
+        "".join(delta.text for delta in deltas),
+        tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        deltas[-1].finish_reason,
+        tuple(token for delta in deltas for token in delta.logprobs),
+        deltas[0].prompt_logprobs,
+    )

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from gptj_dist.checkpoint.hub import resolve_model
-from gptj_dist.completion import TextDelta, stream_text
+from gptj_dist.completion import TextDelta, stream_text, whole
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.request import FinishReason
@@ -165,15 +165,15 @@ class LLM:
         for prompt_ids in prompts:
             self._engine.check(prompt_ids, params)
         choices = range(params.n)
-        streams = await asyncio.gather(*(self._deltas(p, params, choice) for p in prompts for choice in choices))
-        of_prompts = [streams[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
+        wholes = await asyncio.gather(*(self._complete(p, params, choice) for p in prompts for choice in choices))
+        of_prompts = [wholes[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
         return [
-            Output(tuple(prompt), tuple(map(_completion, of_prompt)), of_prompt[0][0].prompt_logprobs)
+            Output(tuple(prompt), tuple(map(_completion, of_prompt)), of_prompt[0].prompt_logprobs)
             for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
         ]
 
-    async def _deltas(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> list[TextDelta]:
-        return [delta async for delta in self._stream(prompt_ids, params, choice)]
+    async def _complete(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> TextDelta:
+        return whole([delta async for delta in self._stream(prompt_ids, params, choice)])
 
     def _stream(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> AsyncGenerator[TextDelta, None]:
         return stream_text(self._engine.generate(prompt_ids, params, choice), self.tokenizer, params)
@@ -203,16 +203,9 @@ class LLM:
         await asyncio.gather(*others, return_exceptions=True)
 
 
-def _completion(deltas: Sequence[TextDelta]) -> Completion:
-    """All of a stream."""
-    finish_reason = deltas[-1].finish_reason
-    assert finish_reason is not None, "a stream ends with a reason"
-    return Completion(
-        "".join(delta.text for delta in deltas),
-        tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        finish_reason,
-        tuple(token for delta in deltas for token in delta.logprobs),
-    )
+def _completion(all_: TextDelta) -> Completion:
+    assert all_.finish_reason is not None, "a stream ends with a reason"
+    return Completion(all_.text, all_.token_ids, all_.finish_reason, all_.logprobs)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -95,17 +95,6 @@ class ChoiceWriter:
         ]
 
 
-def whole(deltas: Sequence[TextDelta]) -> TextDelta:
-    """All of a completion's deltas as one."""
-    return TextDelta(
-        "".join(delta.text for delta in deltas),
-        tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        deltas[-1].finish_reason,
-        tuple(token for delta in deltas for token in delta.logprobs),
-        deltas[0].prompt_logprobs,
-    )
-
-
 def best(completions: Sequence[TextDelta], number: int) -> list[TextDelta]:
     """Those with the highest mean log probability of their tokens, the highest first."""
 

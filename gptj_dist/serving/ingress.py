@@ -22,12 +22,12 @@ from starlette.routing import Route
 
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
-from gptj_dist.completion import TextDelta, stream_text
+from gptj_dist.completion import TextDelta, stream_text, whole
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
-from gptj_dist.serving.choices import ChoiceWriter, best, whole
+from gptj_dist.serving.choices import ChoiceWriter, best
 from gptj_dist.serving.debug import debug_document
 from gptj_dist.serving.disconnect import unless_gone
 from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
