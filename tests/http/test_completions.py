@@ -126,7 +126,7 @@ def test_thirty_two_concurrent_streams_finish_with_the_same_text_as_alone(server
         ({"prompt": PROMPT, "top_p": 0}, "top_p"),
         ({"prompt": PROMPT, "n": 0}, "n"),
         ({"prompt": PROMPT, "no_such_field": 1}, "no_such_field"),
-        ({"prompt": PROMPT, "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": PROMPT, "logit_bias": {"99999": 1}}, "logit_bias"),
     ],
 )
 def test_bad_input_is_a_400_that_names_the_field_and_queues_nothing(

@@ -75,7 +75,7 @@ def test_under_load_every_stage_says_how_busy_it_is_and_what_it_holds(server: Se
     assert pipeline.plans_per_s > 0
     assert pipeline.output_tokens_per_s > pipeline.plans_per_s
     assert 0 < pipeline.num_used_blocks <= pipeline.num_blocks
-    assert [stage.layers for stage in pipeline.stages] == [(0, 14), (15, 27)]
+    assert [stage.layers for stage in pipeline.stages] == [(0, 13), (14, 27)]
     for stage in pipeline.stages:
         assert stage.busy_share is not None
         assert stage.bubble_share is not None
