@@ -115,7 +115,7 @@ def test_what_comes_before_serving_works_in_the_order_of_the_readme(tmp_path: Pa
 
 def test_plan_shows_the_stages() -> None:
     (command,) = [command for command in COMMANDS if command.startswith("gptj-dist plan demo --stages")]
-    assert "22-27 (6) + head" in run(command)
+    assert "23-27 (5) + head" in run(command)
 
 
 @pytest.mark.parametrize("command", SERVE_COMMANDS)

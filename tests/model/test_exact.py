@@ -17,7 +17,7 @@ from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import BLOCK_SIZE_TOKENS, LayerRange, ModelConfig
 from gptj_dist.engine.async_engine import noise_key
-from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.engine.plan import Plan, PromptLogprobs, Result
 from gptj_dist.engine.request import Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams
@@ -63,13 +63,13 @@ class RecordingRunner(StageRunner):
         super().__init__(spec)
         self.logits: dict[tuple[int, int], Tensor] = {}
 
-    def forward(self, plan: Plan, hidden: Tensor | None) -> Tensor:
-        output = super().forward(plan, hidden)
+    def _compute(self, plan: Plan, hidden: Tensor | None) -> tuple[Tensor, tuple[PromptLogprobs, ...]]:
+        output, told = super()._compute(plan, hidden)
         if self.spec.layers.is_last:
             sampled = [chunk for chunk in plan.chunks if chunk.samples]
             for chunk, row in zip(sampled, output, strict=True):
                 self.logits[chunk.request_id, chunk.start + len(chunk.token_ids)] = row.clone()
-        return output
+        return output, told
 
 
 @dataclass(frozen=True)
