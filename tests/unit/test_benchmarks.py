@@ -355,11 +355,12 @@ def test_plots_of_a_server_and_of_stages(tmp_path: Path) -> None:
     assert [Path(file).stem for file in drawn["files"]] == ["throughput", "first-token", "occupancy"]
 
 
-def test_a_comparison_of_our_engine_with_itself_ends_in_a_document() -> None:
+@pytest.mark.parametrize("loaded", ["--turn-s=0", "--apart"])
+def test_a_comparison_of_our_engine_with_itself_ends_in_a_document(loaded: str) -> None:
     contenders = ["--a", "ours max_chunk_tokens=4", "--b", f"ours package={ROOT}"]
-    document = run("compare", "demo", *contenders, "--cases", "1x8/2", "--rounds", "2", "--turn-s", "0")
+    document = run("compare", "demo", *contenders, "--cases", "1x8/2", "--rounds", "2", loaded)
     (case,) = document["cases"]
     assert case["figures"]["decode_tokens_per_s"].keys() == {"a", "b", "ratio", "ratio_min", "ratio_max"}
     assert [len(case["rounds"][side]) for side in "ab"] == [2, 2]
     assert document["b"]["package"] == str(ROOT / "gptj_dist")
-    assert "idle_cores" in document["a"]
+    assert ("idle_cores" in document["a"]) == (loaded != "--apart")
