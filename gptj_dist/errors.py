@@ -5,7 +5,10 @@
     │   └── CheckpointError     the model's files are missing, broken or not GPT-J
     ├── ConversionError         a converted checkpoint could not be written; source and destination are as they were
     ├── InvalidRequestError     the request cannot be served as it stands; `param` names the culprit
-    │   └── RequestTooLongError prompt and output exceed the context window or the whole KV cache
+    │   ├── RequestTooLongError prompt and output exceed the context window or the whole KV cache
+    │   └── TimeoutReachedError the request was not done in the time that it gave
+    ├── AuthenticationError     the call has no key, or one that opens nothing
+    ├── TooManyRequestsError    more is asked for than there is room or allowance for; `retry_after_s` says when to come
     ├── NotReadyError           no pipeline can make a token right now; trying again may help
     └── StageFailedError        a stage died with the request in flight; trying again may help
 
@@ -44,6 +47,26 @@ class InvalidRequestError(GPTJDistError):
 
 class RequestTooLongError(InvalidRequestError):
     """Prompt and requested output together exceed the context window or the whole KV cache."""
+
+
+class TimeoutReachedError(InvalidRequestError):
+    """The request was not done in the time that it gave itself, and was given up."""
+
+
+class AuthenticationError(GPTJDistError):
+    """The call has no API key, or one that opens nothing."""
+
+
+class TooManyRequestsError(GPTJDistError):
+    """More is asked for than there is room or allowance for.
+
+    Args:
+        retry_after_s: seconds after which trying again may help; None if it never will.
+    """
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotReadyError(GPTJDistError):

@@ -9,6 +9,7 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",

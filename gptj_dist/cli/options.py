@@ -43,6 +43,7 @@ Trace: TypeAlias = Annotated[
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
+DEFAULT_APP_NAME = "gptj-dist"
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import ssl
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptj_dist.cli.options import (
+    DEFAULT_APP_NAME,
     DEFAULT_HOST,
     DEFAULT_PORT,
     CPUsPerStage,
@@ -30,6 +34,9 @@ from gptj_dist.cli.options import (
 from gptj_dist.config import DEFAULT_MAX_BATCH_SIZE, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from gptj_dist.serving.keys import ApiKey
+
 
 def serve(
     model: Model,
@@ -40,9 +47,29 @@ def serve(
     max_replicas: Annotated[int | None, typer.Option(help="Most pipelines, when scaling by load.")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; again for an alias.")
+    ] = None,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must have.", envvar="GPTJ_API_KEY", show_default=False)
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Hashed keys with names and limits: docs/security.md.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Open to other machines without a key.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate, in PEM form.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Web page that browsers may call from; again for another.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Jinja template that makes conversations prompts.")
+    ] = None,
+    moderation: Annotated[
+        str | None, typer.Option(metavar="MODULE:CALLABLE", help="Asked whether prompts and answers may pass.")
+    ] = None,
     threads_per_stage: ThreadsPerStage = None,
     cpus_per_stage: CPUsPerStage = None,
     gpus_per_stage: GPUsPerStage = None,
@@ -53,6 +80,8 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; without it a local one is started.", envvar="RAY_ADDRESS")
     ] = None,
+    name: Annotated[str, typer.Option(help="Name of the Serve application on a cluster.")] = DEFAULT_APP_NAME,
+    route_prefix: Annotated[str, typer.Option(help="What its paths begin with on a cluster.")] = "/",
     trace: Trace = None,
 ) -> None:
     """Serve a model over HTTP as a pipeline of stages, until Ctrl-C."""
@@ -77,9 +106,58 @@ def serve(
     check_trace_path(trace)
     config = draw_blueprint(config).config  # whatever is wrong with the model is said before Ray starts
     from gptj_dist.serving.launcher import Launch, run_until_interrupted
-    from gptj_dist.serving.settings import AppConfig
+    from gptj_dist.serving.listener import Address
+    from gptj_dist.serving.settings import AppConfig, read_template
 
-    run_until_interrupted(Launch(AppConfig(config, served_model_name), scaling, host, port, address, trace))
+    sys.path.insert(0, "")  # a moderator may lie where the server is started, as it may for any module
+    keys, launcher_key = _keys(api_key, api_keys)
+    app = AppConfig(
+        config,
+        served_model_names=tuple(served_model_name or ()),
+        chat_template=None if chat_template is None else read_template(chat_template),
+        api_keys=keys,
+        cors_origins=tuple(cors_origin or ()),
+        moderation=moderation,
+    )
+    listen = Address(host, port, *_tls(tls_cert, tls_key))
+    run_until_interrupted(
+        Launch(app, scaling, listen, address, trace, name, route_prefix, launcher_key, is_open=insecure)
+    )
+
+
+def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], str | None]:
+    """The keys that open the server, one of them for its launcher; and that one.
+
+    Raises:
+        ConfigurationError: a key is empty, or the file will not do.
+    """
+    from gptj_dist.serving.keys import ApiKey, hash_key, new_key, read_keys
+
+    if api_key == "":
+        raise ConfigurationError("--api-key must not be empty")
+    named = () if file is None else read_keys(file)
+    single = () if api_key is None else (ApiKey("api-key", hash_key(api_key)),)
+    if not named and not single:
+        return (), None
+    own = new_key()
+    return (*named, *single, ApiKey("launcher", hash_key(own))), own
+
+
+def _tls(cert: Path | None, key: Path | None) -> tuple[str | None, str | None]:
+    """The files of a certificate, which are tried out.
+
+    Raises:
+        ConfigurationError: one is missing, or they do not belong together.
+    """
+    if cert is None and key is None:
+        return None, None
+    if cert is None or key is None:
+        raise ConfigurationError("--tls-cert and --tls-key belong together")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigurationError(f"{cert} and {key} cannot be used for TLS: {error.strerror or error}") from error
+    return str(cert.absolute()), str(key.absolute())
 
 
 def _scaling(replicas: int | None, min_replicas: int | None, max_replicas: int | None) -> dict[str, object]:

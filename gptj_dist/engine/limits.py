@@ -27,7 +27,7 @@ class EngineLimits:
         """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
         if not prompt_ids:
             raise InvalidRequestError("prompt has no tokens: GPT-J continues a text, so give it at least one", "prompt")
-        self._check_vocabulary("prompt", prompt_ids)
+        self.check_vocabulary("prompt", prompt_ids)
         if len(prompt_ids) + params.max_tokens > self.max_model_len:
             raise RequestTooLongError(
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {params.max_tokens} together exceed the context "
@@ -35,10 +35,11 @@ class EngineLimits:
                 "max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
             )
         for name, token_ids in params.listed_token_ids.items():
-            self._check_vocabulary(name, token_ids)
+            self.check_vocabulary(name, token_ids)
         check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
 
-    def _check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
+    def check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raises InvalidRequestError if a token is not in the vocabulary; `name` is the field that has it."""
         wrong = [token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size]
         if wrong:
             raise InvalidRequestError(

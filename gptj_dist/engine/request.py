@@ -14,6 +14,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    CONTENT_FILTER = "content_filter"
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,10 @@ from ray import serve
 from ray.serve import Application
 
 from gptj_dist.config import PipelineConfig
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.serving.allowances import Accounts
 from gptj_dist.serving.ingress import Ingress
+from gptj_dist.serving.listener import Address
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages
@@ -22,7 +25,7 @@ MAX_ONGOING_REQUESTS = 10_000
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of a Serve config: its `args` are the fields of `PipelineConfig` and `served_model_name`.
+    """The application of a Serve config: its `args` are what `parse_settings` reads.
 
     Raises:
         ConfigurationError: the settings or the checkpoint will not do; nothing has been placed.
@@ -31,17 +34,19 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def make_application(
-    config: AppConfig, scaling: Mapping[str, Any] | None = None, listen: tuple[str, int] | None = None
+    config: AppConfig, scaling: Mapping[str, Any] | None = None, listen: Address | None = None
 ) -> Application:
     """The application, bound and ready to be run on the cluster that Ray is connected to.
 
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config` for the pipelines.
-        listen: host and port at which the ingress itself takes HTTP; None leaves that to Serve's proxies.
+        listen: where the ingress itself takes HTTP; None leaves that to Serve's proxies.
 
     Raises:
-        ConfigurationError: as `build`.
+        ConfigurationError: as `build`; or several ingresses are to listen at one address.
     """
+    if listen is not None and config.ingress_replicas > 1:
+        raise ConfigurationError("several ingresses need Serve's proxies in front of them: they are for a cluster")
     # A replica that starts next week shall serve the commit that the first one does.
     config = replace(config, pipeline=draw_blueprint(config.pipeline).config)
     size = size_pipeline(config.pipeline)
@@ -52,11 +57,12 @@ def make_application(
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         **(scaling or {"num_replicas": 1}),
     )
-    ingress = serve.deployment(Ingress, name="Ingress").options(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING_REQUESTS
-    )
+    light = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS}
+    ingress = serve.deployment(Ingress, name="Ingress").options(num_replicas=config.ingress_replicas, **light)
     pipeline = pipelines.bind(config.pipeline, size.device, size.cpus_per_stage, size.gpus_per_stage)
-    return ingress.bind(config, pipeline, listen)
+    limited_keys = [key for key in config.api_keys if key.is_limited]
+    accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None
+    return ingress.bind(config, pipeline, accounts, listen)
 
 
 def size_pipeline(config: PipelineConfig) -> PipelineSize:

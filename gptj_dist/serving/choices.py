@@ -1,4 +1,4 @@
-"""Choices as OpenAI's completions have them, whole or piece by piece: text, tokens and log probabilities."""
+"""Choices as OpenAI's completions and chat have them, whole or piece by piece: text, tokens, log probabilities."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from gptj_dist.completion import TextDelta
 from gptj_dist.params import TokenLogprobs
-from gptj_dist.serving.protocol import CompletionRequest
+from gptj_dist.serving.schema.chat import ChatRequest
+from gptj_dist.serving.schema.completions import CompletionRequest
 from gptj_dist.text.tokenizer import Tokenizer
 
 JsonObject = dict[str, Any]
 
 
-class ChoiceWriter:
+class CompletionWriter:
     """Writes one choice; the first piece begins with the prompt where that is asked for.
 
     Args:
@@ -34,11 +35,16 @@ class ChoiceWriter:
 
     def has_news(self, delta: TextDelta) -> bool:
         """Whether a piece would say anything."""
-        tells = self._request.logprobs is not None or self._request.return_token_ids
-        is_due = not self._is_begun and self._request.echo
+        request = self._request
+        tells = request.logprobs is not None or request.return_token_ids
+        is_due = not self._is_begun and (request.echo or request.prompt_logprobs is not None)
         return bool(delta.text or delta.finish_reason or is_due or (tells and delta.token_ids))
 
-    def write(self, delta: TextDelta) -> JsonObject:
+    def whole(self, delta: TextDelta) -> JsonObject:
+        """The choice, all at once."""
+        return self.piece(delta)
+
+    def piece(self, delta: TextDelta) -> JsonObject:
         """The choice's next piece."""
         request, is_first = self._request, not self._is_begun
         echoes = request.echo and is_first
@@ -95,10 +101,51 @@ class ChoiceWriter:
         ]
 
 
-def best(completions: Sequence[TextDelta], number: int) -> list[TextDelta]:
-    """Those with the highest mean log probability of their tokens, the highest first."""
+class ChatWriter:
+    """Writes one choice of a chat; the first piece says who speaks.
 
-    def mean(completion: TextDelta) -> float:
-        return sum(token.logprob for token in completion.logprobs) / max(1, len(completion.logprobs))
+    Args:
+        prompt_ids: what the chat template made of the conversation.
+    """
 
-    return sorted(completions, key=mean, reverse=True)[:number]
+    def __init__(self, index: int, request: ChatRequest, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> None:
+        self._index = index
+        self._request = request
+        self._prompt_ids = prompt_ids
+        self._tokenizer = tokenizer
+        self._is_begun = False
+
+    def has_news(self, delta: TextDelta) -> bool:
+        """Whether a piece would say anything."""
+        tells = self._request.logprobs or self._request.return_token_ids
+        return bool(delta.text or delta.finish_reason or not self._is_begun or (tells and delta.token_ids))
+
+    def whole(self, delta: TextDelta) -> JsonObject:
+        """The choice, all at once."""
+        return self._choice("message", {"role": "assistant", "content": delta.text}, delta)
+
+    def piece(self, delta: TextDelta) -> JsonObject:
+        """The choice's next piece."""
+        role = {} if self._is_begun else {"role": "assistant"}
+        return self._choice("delta", {**role, "content": delta.text}, delta)
+
+    def _choice(self, name: str, content: JsonObject, delta: TextDelta) -> JsonObject:
+        is_first, self._is_begun = not self._is_begun, True
+        choice: JsonObject = {
+            "index": self._index,
+            name: content,
+            "logprobs": {"content": list(map(self._told, delta.logprobs))} if self._request.logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+        if self._request.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+            choice["prompt_token_ids"] = list(self._prompt_ids) if is_first else None
+        return choice
+
+    def _told(self, token: TokenLogprobs) -> JsonObject:
+        top = [self._entry(*pair) for pair in token.top]
+        return {**self._entry(token.token_id, token.logprob), "top_logprobs": top}
+
+    def _entry(self, token_id: int, logprob: float) -> JsonObject:
+        raw = self._tokenizer.token_or_special_bytes(token_id)
+        return {"token": self._tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(raw)}

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gptj_dist.errors import InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
+from gptj_dist.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    NotReadyError,
+    RequestTooLongError,
+    StageFailedError,
+    TimeoutReachedError,
+    TooManyRequestsError,
+)
+from gptj_dist.serving.moderation import ContentRefusedError
 
 
 class BodyTooLargeError(InvalidRequestError):
@@ -35,7 +44,11 @@ HTTP_ERRORS: Mapping[type[BaseException], HttpError] = {
     InvalidRequestError: HttpError(400, "invalid_request_error"),
     RequestTooLongError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModelError: HttpError(404, "invalid_request_error", "model_not_found"),
+    ContentRefusedError: HttpError(400, "invalid_request_error", "content_filter"),
     BodyTooLargeError: HttpError(413, "invalid_request_error"),
+    TimeoutReachedError: HttpError(408, "timeout", "timeout"),
+    AuthenticationError: HttpError(401, "authentication_error", "invalid_api_key"),
+    TooManyRequestsError: HttpError(429, "rate_limit_error", "rate_limit_exceeded"),
     NotReadyError: HttpError(503, "service_unavailable", "not_ready", RESTART_S),
     StageFailedError: HttpError(503, "service_unavailable", "stage_failed", RESTART_S),
     BaseException: HttpError(500, "internal_error"),
@@ -56,7 +69,19 @@ def error_response(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 def retry_after_s(error: BaseException) -> int | None:
     """Seconds for the `Retry-After` header, or None where there is to be none."""
-    return http_error(error).retry_after_s
+    return error.retry_after_s if isinstance(error, TooManyRequestsError) else http_error(error).retry_after_s
+
+
+def response_headers(error: BaseException) -> dict[str, str]:
+    """Headers of the response: when to try again, whether to, and how to show a key."""
+    headers = {}
+    if (retry := retry_after_s(error)) is not None:
+        headers["Retry-After"] = str(retry)
+    elif http_error(error).status in (408, 429):  # OpenAI's clients would try these again by themselves
+        headers["x-should-retry"] = "false"
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers
 
 
 def _message(error: BaseException, kind: HttpError) -> str:

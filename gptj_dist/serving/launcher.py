@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -23,8 +24,9 @@ from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import ConfigurationError, StageFailedError
+from gptj_dist.serving.listener import Address
 from gptj_dist.serving.settings import AppConfig
-from gptj_dist.serving.sockets import why_not_listen
+from gptj_dist.serving.sockets import is_loopback, why_not_listen
 
 APP_NAME = "gptj-dist"
 DRAIN_S = 5.0
@@ -52,16 +54,46 @@ class Launch:
 
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config`.
+        listen: where to take HTTP; a cluster that runs Serve already has decided that itself.
         address: the Ray cluster to join; None starts a local one.
         trace: where to write when each stage computed what, if anywhere.
+        name: the Serve application's, of which a cluster may have several.
+        route_prefix: what the paths of its endpoints begin with.
+        api_key: one of the application's, for its launcher; None if it has none.
+        is_open: it may be reached from other machines without a key.
+
+    Raises:
+        ConfigurationError: the settings contradict each other, or would open the model to the world.
     """
 
     app: AppConfig
     scaling: Mapping[str, Any]
-    host: str
-    port: int
+    listen: Address
     address: str | None
     trace: Path | None = None
+    name: str = APP_NAME
+    route_prefix: str = "/"
+    api_key: str | None = None
+    is_open: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.route_prefix.startswith("/"):
+            raise ConfigurationError(f"--route-prefix must begin with a slash, got {self.route_prefix!r}")
+        if self.address is None and self.route_prefix != "/":
+            raise ConfigurationError("--route-prefix is for several models on one cluster; give its --address too")
+        if self.address is not None and self.listen.tls_cert is not None:
+            raise ConfigurationError(
+                "on a cluster Serve's proxies take HTTP, and they know no TLS: put a proxy in front (docs/security.md)"
+            )
+        self.require_key_at(self.listen.host)
+
+    def require_key_at(self, host: str) -> None:
+        """Raises ConfigurationError if other machines would reach the application there, and it wants no key."""
+        if not (self.app.api_keys or self.is_open or is_loopback(host)):
+            raise ConfigurationError(
+                f"{host} is open to other machines, and there is no API key: give --api-key or --api-keys, or "
+                "--insecure if nobody else can reach it"
+            )
 
 
 def run_until_interrupted(launch: Launch) -> None:
@@ -76,9 +108,8 @@ def run_until_interrupted(launch: Launch) -> None:
         signal.signal(number, _interrupt)
     begin = time.monotonic()
     try:
-        with _ray(launch, console), _application(launch, console) as (host, port):
-            base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-            _await_ready(base, console)
+        with _ray(launch, console), _application(launch, console) as base:
+            _await_ready(launch, base, console)
             with _trace(launch):
                 _announce(launch, base, time.monotonic() - begin, console)
                 signal.pause()
@@ -90,7 +121,7 @@ def run_until_interrupted(launch: Launch) -> None:
 def _ray(launch: Launch, console: Console) -> Iterator[None]:
     """A connection to Ray; a local one ends with it."""
     if launch.address is None:
-        if reason := why_not_listen(launch.host, launch.port):
+        if reason := why_not_listen(launch.listen.host, launch.listen.port):
             raise ConfigurationError(f"{reason}; choose another --port")
         _fetch_all_weights(launch.app.pipeline, console)
         console.print("Starting Ray on this machine ...")
@@ -108,7 +139,7 @@ def connected(address: str | None) -> Iterator[None]:
     """
     if address is not None:
         _require_answer(address)
-    if address is None or _is_loopback(address):
+    if address is None or is_loopback(address.rpartition(":")[0].strip("[]")):
         os.environ.update(LOCAL_RAY_ENVIRONMENT)
     import ray
 
@@ -135,12 +166,12 @@ def _trace(launch: Launch) -> AbstractContextManager[None]:
 
     if launch.trace is None:
         return nullcontext()
-    return tracing(serve.get_deployment_handle("Pipeline", APP_NAME), launch.trace)
+    return tracing(serve.get_deployment_handle("Pipeline", launch.name), launch.trace)
 
 
 @contextmanager
-def _application(launch: Launch, console: Console) -> Iterator[tuple[str, int]]:
-    """The application, deployed; gives the host and port that Serve listens at. Drains it in the end."""
+def _application(launch: Launch, console: Console) -> Iterator[str]:
+    """The application, deployed; gives the URL that its paths follow. Drains it in the end."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -152,23 +183,31 @@ def _application(launch: Launch, console: Console) -> Iterator[tuple[str, int]]:
     application = make_application(
         launch.app,
         {**launch.scaling, "graceful_shutdown_timeout_s": DRAIN_S, "graceful_shutdown_wait_loop_s": 0.2},
-        listen=(launch.host, launch.port) if is_local else None,
+        listen=launch.listen if is_local else None,
     )
     _require_no_other(launch, console)
     if is_local:
         serve.start(proxy_location="Disabled")
     else:
-        serve.start(http_options=HTTPOptions(host=launch.host, port=launch.port))
+        serve.start(http_options=HTTPOptions(host=launch.listen.host, port=launch.listen.port))
+        launch.require_key_at(http_address()[0])
     try:
-        _deploy(application)
-        yield (launch.host, launch.port) if is_local else http_address()
+        _deploy(launch, application)
+        yield _base(launch, *((launch.listen.host, launch.listen.port) if is_local else http_address()))
     finally:
         with suppress(KeyboardInterrupt):
             console.print("Draining ...")
-            serve.delete(APP_NAME)
+            serve.delete(launch.name)
 
 
-def _deploy(application: Any) -> None:
+def _base(launch: Launch, host: str, port: int) -> str:
+    """The URL at which this machine reaches the application."""
+    scheme = "http" if launch.listen.tls_cert is None else "https"
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"{scheme}://{reachable}:{port}{launch.route_prefix.rstrip('/')}"
+
+
+def _deploy(launch: Launch, application: Any) -> None:
     """Hands the application to Serve, and does not wait for it.
 
     Raises:
@@ -179,7 +218,7 @@ def _deploy(application: Any) -> None:
 
     try:
         serve.run_many(
-            [serve.RunTarget(application, name=APP_NAME)],
+            [serve.RunTarget(application, name=launch.name, route_prefix=launch.route_prefix)],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
@@ -222,10 +261,6 @@ def _require_answer(address: str) -> None:
         raise ConfigurationError(f"no Ray answers at {address}: {error.strerror or error}") from None
 
 
-def _is_loopback(address: str) -> bool:
-    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
-
-
 def _require_room(launch: Launch) -> None:
     """A local cluster does not grow: what does not fit now never will."""
     import ray
@@ -249,8 +284,11 @@ def _require_no_other(launch: Launch, console: Console) -> None:
     """On a cluster that runs Serve already, refuses to replace an application, and says whose address counts."""
     if launch.address is None or (applications := applications_served()) is None:
         return
-    if APP_NAME in applications:
-        raise ConfigurationError(f"the cluster at {launch.address} already serves an application {APP_NAME!r}")
+    if launch.name in applications:
+        raise ConfigurationError(
+            f"the cluster at {launch.address} already serves an application {launch.name!r}; another --name and "
+            "--route-prefix make room for this one beside it"
+        )
     console.print("Serve runs on this cluster already: its host and port are used, not --host and --port.")
 
 
@@ -266,7 +304,7 @@ def applications_served() -> tuple[str, ...] | None:
     return tuple(serve.status().applications)
 
 
-def _await_ready(base: str, console: Console) -> None:
+def _await_ready(launch: Launch, base: str, console: Console) -> None:
     """Returns when a token can be made; shows meanwhile how far the stages have got.
 
     Raises:
@@ -274,11 +312,11 @@ def _await_ready(base: str, console: Console) -> None:
     """
     told, next_progress_s = "", 0.0
     with console.status("Starting Serve ...") as status:
-        while not _is_ready(base):
+        while not _is_ready(launch, base):
             if time.monotonic() >= next_progress_s:
                 next_progress_s = time.monotonic() + PROGRESS_S
-                _raise_if_failed()
-                progress = _progress()
+                _raise_if_failed(launch)
+                progress = _progress(launch)
                 status.update(progress)
                 if progress != told and not console.is_terminal:
                     console.print(progress)
@@ -286,18 +324,22 @@ def _await_ready(base: str, console: Console) -> None:
             time.sleep(POLL_S)
 
 
-def _is_ready(base: str) -> bool:
+def _is_ready(launch: Launch, base: str) -> bool:
+    headers = {} if launch.api_key is None else {"Authorization": f"Bearer {launch.api_key}"}
+    request = urllib.request.Request(f"{base}/ready", headers=headers)
+    # The certificate is for the name that others call the machine by; here it is the server that was just started.
+    context = ssl._create_unverified_context() if base.startswith("https:") else None
     try:
-        with urllib.request.urlopen(f"{base}/ready", timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=10, context=context) as response:
             return bool(json.load(response)["status"] == "ready")
     except (OSError, ValueError):
         return False
 
 
-def _raise_if_failed() -> None:
+def _raise_if_failed(launch: Launch) -> None:
     from ray import serve
 
-    application = serve.status().applications.get(APP_NAME)
+    application = serve.status().applications.get(launch.name)
     if application is not None and application.status == "DEPLOY_FAILED":
         messages = [deployment.message for deployment in application.deployments.values()]
         lines = [line for message in [*messages, application.message] for line in message.strip().splitlines()]
@@ -305,13 +347,14 @@ def _raise_if_failed() -> None:
         raise StageFailedError(f"the pipelines would not start: {(errors or lines or ['no reason known'])[-1]}")
 
 
-def _progress() -> str:
+def _progress(launch: Launch) -> str:
     """`Loading the model (stage-0: 9/14 layers, stage-1: fetching model.safetensors) ...`."""
     import ray
 
     from gptj_dist.stages.group import ACTOR_NAME_PREFIX
 
-    actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(ACTOR_NAME_PREFIX)]
+    everyone = ray.util.list_named_actors(all_namespaces=True)
+    actors = [a for a in everyone if a["name"].startswith(ACTOR_NAME_PREFIX) and f"::{launch.name}#" in a["name"]]
     parts = []
     for actor in sorted(actors, key=lambda a: str(a["name"])):
         with suppress(ray.exceptions.RayError, ValueError):
@@ -329,7 +372,7 @@ def _announce(launch: Launch, base: str, elapsed_s: float, console: Console) -> 
     from gptj_dist.serving.tables import stage_table
     from gptj_dist.stages.blueprint import is_lossless
 
-    status: PipelineStatus = serve.get_deployment_handle("Pipeline", APP_NAME).status.remote().result()
+    status: PipelineStatus = serve.get_deployment_handle("Pipeline", launch.name).status.remote().result()
     console.print(stage_table(status.stages, status.limits.kv_tokens))
     model = read_model_config(resolve_model(launch.app.pipeline.model, launch.app.pipeline.revision))
     if launch.app.pipeline.dtype == "auto" and not is_lossless(model, status.stages[0].dtype):
@@ -337,8 +380,11 @@ def _announce(launch: Launch, base: str, elapsed_s: float, console: Console) -> 
             f"The {model.dtype} weights are rounded to {status.stages[0].dtype}, because the memory is small."
         )
     body = {"prompt": "The state of the Union is", "max_tokens": 40, "stream": True}
-    console.print(f"Ready after {elapsed_s:.1f} s: {launch.app.model_name} at {base}", highlight=False)
-    console.print(f"\n  curl -N {base}/v1/completions -d '{json.dumps(body)}'\n", highlight=False, soft_wrap=True)
+    names = " or ".join(launch.app.model_names)
+    console.print(f"Ready after {elapsed_s:.1f} s: {names} at {base}", highlight=False)
+    key = "" if launch.api_key is None else ' -H "Authorization: Bearer $GPTJ_API_KEY"'
+    command = f"curl -N {base}/v1/completions{key} -d '{json.dumps(body)}'"
+    console.print(f"\n  {command}\n", highlight=False, soft_wrap=True)
     console.print("Ctrl-C stops.")
 
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from dataclasses import dataclass
 
 import uvicorn
 from starlette.types import ASGIApp
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen.
+
+    Args:
+        tls_cert, tls_key: files in PEM form; both or neither.
+    """
+
+    host: str
+    port: int
+    tls_cert: str | None = None
+    tls_key: str | None = None
 
 
 class Listener:
@@ -17,12 +32,12 @@ class Listener:
         drain_s: how long answers under way may take after `close`.
 
     Raises:
-        OSError: nobody can listen there.
+        OSError: nobody can listen there, or the certificate or its key cannot be used.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, drain_s: float) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family)
+    def __init__(self, app: ASGIApp, address: Address, drain_s: float) -> None:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        listening = socket.create_server((address.host, address.port), family=family)
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # whatever goes wrong is logged where it does
         config = uvicorn.Config(
             app,
@@ -30,7 +45,10 @@ class Listener:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=round(drain_s),
+            ssl_certfile=address.tls_cert,
+            ssl_keyfile=address.tls_key,
         )
+        config.load()
         self._server = uvicorn.Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.serving.keys import ApiKey, read_keys
+from gptj_dist.serving.moderation import load_moderation
+from gptj_dist.text.chat import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,37 +22,92 @@ class AppConfig:
 
     Args:
         pipeline: the settings of each of its pipelines.
-        served_model_name: what clients call the model; None takes the model's own name.
+        served_model_names: what clients call the model; none takes the model's own name.
+        chat_template: Jinja, in place of the checkpoint's.
+        api_keys: those that open it; none leaves it open.
+        cors_origins: web pages that browsers may call it from.
+        moderation: `module:callable`, as `serving.moderation` has it.
+        ingress_replicas: processes that take HTTP.
+
+    Raises:
+        ConfigurationError: the template or the moderator will not do.
     """
 
     pipeline: PipelineConfig
-    served_model_name: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    chat_template: str | None = None
+    api_keys: tuple[ApiKey, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    moderation: str | None = None
+    ingress_replicas: int = 1
+
+    def __post_init__(self) -> None:
+        if self.chat_template is not None:
+            ChatTemplate(self.chat_template, {})
+        if self.moderation is not None:
+            load_moderation(self.moderation)
 
     @property
-    def model_name(self) -> str:
-        """The name that clients see."""
-        return self.served_model_name or self.pipeline.model
+    def model_names(self) -> tuple[str, ...]:
+        """The names that clients may use; the first is what answers say."""
+        return self.served_model_names or (self.pipeline.model,)
 
 
-_PIPELINE_ADAPTER = TypeAdapter(PipelineConfig)
+class _Arguments(BaseModel):
+    """What a Serve config's `args` have beside the fields of `PipelineConfig`."""
+
+    model_config = ConfigDict(strict=True)
+
+    served_model_name: list[str] = []
+    chat_template: str | None = None
+    api_keys: str | None = None
+    cors_origins: list[str] = []
+    moderation: str | None = None
+    ingress_replicas: int = Field(1, ge=1)
+
+
+T = TypeVar("T")
 
 
 def parse_settings(args: Mapping[str, Any]) -> AppConfig:
-    """Reads the `args` of a Serve config: fields of `PipelineConfig`, and `served_model_name`.
+    """Reads the `args` of a Serve config: fields of `PipelineConfig`, and of `AppConfig`.
+
+    `served_model_name` is a name or a list of them; `chat_template` and `api_keys` are paths of files, read here.
 
     Raises:
         ConfigurationError: an unknown name, with the nearest known one, or a value that will not do.
     """
-    names = [field.name for field in fields(PipelineConfig)]
-    refuse_unknown_keys(args, [*names, "served_model_name"])
-    settings = dict(args)
-    served_model_name = settings.pop("served_model_name", None)
+    own_names = list(_Arguments.model_fields)
+    refuse_unknown_keys(args, [*(field.name for field in fields(PipelineConfig)), *own_names])
+    settings = {name: value for name, value in args.items() if name not in own_names}
     if settings.get("kv_cache_gb") == "auto":
         settings["kv_cache_gb"] = None
-    if not isinstance(served_model_name, str | None):
-        raise ConfigurationError(f"served_model_name must be a string, got {served_model_name!r}")
+    others = {name: value for name, value in args.items() if name in own_names}
+    if isinstance(others.get("served_model_name"), str):
+        others["served_model_name"] = [others["served_model_name"]]
+    own = _validated(TypeAdapter(_Arguments), others)
+    return AppConfig(
+        _validated(TypeAdapter(PipelineConfig), settings),
+        served_model_names=tuple(own.served_model_name),
+        chat_template=None if own.chat_template is None else read_template(Path(own.chat_template)),
+        api_keys=() if own.api_keys is None else read_keys(Path(own.api_keys)),
+        cors_origins=tuple(own.cors_origins),
+        moderation=own.moderation,
+        ingress_replicas=own.ingress_replicas,
+    )
+
+
+def read_template(path: Path) -> str:
+    """A chat template. Raises ConfigurationError if the file cannot be read."""
     try:
-        return AppConfig(_PIPELINE_ADAPTER.validate_python(settings), served_model_name)
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the chat template {path} cannot be read: {error}") from error
+
+
+def _validated(adapter: TypeAdapter[T], settings: Mapping[str, Any]) -> T:
+    try:
+        return adapter.validate_python(settings)
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))

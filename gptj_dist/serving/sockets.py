@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 
@@ -23,3 +24,11 @@ def why_not_reach(host: str, port: int, timeout_s: float) -> str | None:
     except OSError as error:
         return str(error.strerror or error)
     return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from gptj_dist.serving.listener import Address
 from gptj_dist.serving.pipeline import PipelineStatus
 from tests.waiting import wait_until
 
@@ -29,7 +30,7 @@ class Server:
 
     base: str
     client: httpx.Client
-    listen: tuple[str, int] | None = None
+    listen: Address | None = None
 
     def complete(self, **fields: Any) -> dict[str, Any]:
         """The body of a completion that must succeed."""
@@ -92,12 +93,12 @@ def serve_http(has_proxy: bool = True) -> Iterator[Server]:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    listen = ("127.0.0.1", free_port())
+    listen = Address("127.0.0.1", free_port())
     if has_proxy:
-        serve.start(http_options=HTTPOptions(host=listen[0], port=listen[1]))
+        serve.start(http_options=HTTPOptions(host=listen.host, port=listen.port))
     else:
         serve.start(proxy_location="Disabled")
-    base = f"http://{listen[0]}:{listen[1]}"
+    base = f"http://{listen.host}:{listen.port}"
     try:
         with httpx.Client(base_url=base, timeout=60) as client:
             yield Server(base, client, None if has_proxy else listen)
@@ -116,9 +117,7 @@ def serving(
         yield server
 
 
-def deploy(
-    args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None, listen: tuple[str, int] | None = None
-) -> None:
+def deploy(args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None, listen: Address | None = None) -> None:
     """Deploys the application without waiting for it."""
     from ray import serve
 

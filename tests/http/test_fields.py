@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.serving.protocol import CompletionRequest
+from gptj_dist.serving.schema.completions import CompletionRequest
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.http.server import Server, serving
 from tests.http.test_completions import stream_events

@@ -36,7 +36,7 @@ THIRD_PARTY_OF = {
     **dict.fromkeys(
         ["engine", "errors", "config", "params", "sizes", "chunking", "planning", "completion"], STDLIB_ONLY
     ),
-    "text": {"tokenizers"},
+    "text": {"tokenizers", "jinja2"},
     "model": {"torch", "triton"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub"},
 }

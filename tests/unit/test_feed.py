@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
-from gptj_dist.serving import ingress
+from gptj_dist.serving import pipelines
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox
 
 TIMEOUT_S = 10.0
@@ -73,7 +73,7 @@ def _task_error(cause: Exception) -> RayTaskError:
 def test_a_stream_without_tokens_says_why(
     monkeypatch: pytest.MonkeyPatch, failure: Callable[[], Exception | None], expected: GPTJDistError
 ) -> None:
-    monkeypatch.setattr(ingress, "LAST_TOKENS_S", 0.0)
+    monkeypatch.setattr(pipelines, "LAST_TOKENS_S", 0.0)
 
     async def call() -> None:
         if (error := failure()) is not None:
@@ -82,7 +82,7 @@ def test_a_stream_without_tokens_says_why(
     async def run() -> None:
         mailbox = Mailbox()
         call_: Any = call()
-        await ingress._watch(call_, mailbox)
+        await pipelines._watch(call_, mailbox)
         await mailbox.take()
 
     with pytest.raises(type(expected), match=str(expected)):

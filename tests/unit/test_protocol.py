@@ -7,22 +7,37 @@ import pickle
 from typing import Any
 
 import pytest
-from openai.types import Completion, Model
-from pydantic import ValidationError
 
-from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import (
+    AuthenticationError,
     CheckpointError,
     InvalidRequestError,
     NotReadyError,
     RequestTooLongError,
     StageFailedError,
+    TimeoutReachedError,
+    TooManyRequestsError,
 )
 from gptj_dist.params import SamplingParams
-from gptj_dist.serving import protocol
-from gptj_dist.serving.errors import BodyTooLargeError, UnknownModelError, error_response, retry_after_s
-from gptj_dist.serving.protocol import NEUTRAL_STREAM_OPTIONS, NEUTRAL_VALUES, CompletionRequest, parse_completion
+from gptj_dist.serving.errors import (
+    BodyTooLargeError,
+    UnknownModelError,
+    error_response,
+    response_headers,
+    retry_after_s,
+)
+from gptj_dist.serving.moderation import ContentRefusedError
+from gptj_dist.serving.schema.base import parse_body
+from gptj_dist.serving.schema.completions import CompletionRequest
+from gptj_dist.serving.schema.sampling import StreamOptions
 from gptj_dist.serving.sse import SSE_DONE, sse_frame
+
+NEUTRAL_VALUES = CompletionRequest.neutral
+NEUTRAL_STREAM_OPTIONS = StreamOptions.neutral
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    return parse_body(body, CompletionRequest)
 
 
 def parse(**fields: Any) -> CompletionRequest:
@@ -273,47 +288,7 @@ class TestFieldsWithoutEffect:
         assert not set(CompletionRequest.model_fields) & set(NEUTRAL_VALUES)
 
 
-def choice(index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-
 class TestResponses:
-    head = protocol.completion_head("7", 1_700_000_000, "demo")
-
-    def test_a_response_is_openais(self) -> None:
-        choices = [choice(0, " a", FinishReason.STOP), choice(1, " b", FinishReason.LENGTH)]
-        body = protocol.completion_response(self.head, choices, protocol.usage(3, 4))
-        completion = Completion.model_validate(body)
-        assert completion.model_dump(exclude_unset=True) == body
-        assert completion.id == "cmpl-7"
-        assert completion.usage is not None
-        assert completion.usage.total_tokens == 7
-
-    def test_chunks_are_openais(self) -> None:
-        chunk = protocol.completion_chunk(self.head, choice(0, "x", FinishReason.LENGTH), is_usage_streamed=False)
-        assert Completion.model_validate(chunk).model_dump(exclude_unset=True) == chunk
-        assert "usage" not in chunk
-
-    def test_a_chunk_before_the_last_has_a_null_finish_reason_as_openai_sends_it(self) -> None:
-        chunk = protocol.completion_chunk(self.head, choice(0, "x", None), is_usage_streamed=False)
-        # The client's type says the reason is never null, although the server it was made for sends null here.
-        with pytest.raises(ValidationError) as raised:
-            Completion.model_validate(chunk)
-        assert [error["loc"] for error in raised.value.errors()] == [("choices", 0, "finish_reason")]
-
-    def test_usage_comes_last_and_is_null_before(self) -> None:
-        chunk = protocol.completion_chunk(self.head, choice(0, "x", FinishReason.STOP), is_usage_streamed=True)
-        last = protocol.usage_chunk(self.head, protocol.usage(1, 1))
-        assert chunk["usage"] is None
-        assert last["choices"] == []
-        assert Completion.model_validate(chunk).usage is None
-        assert Completion.model_validate(last).usage is not None
-
-    def test_the_list_of_models_is_openais(self) -> None:
-        body = protocol.model_list(["demo", "other"], 1_700_000_000)
-        assert body["object"] == "list"
-        assert [Model.model_validate(entry).id for entry in body["data"]] == ["demo", "other"]
-
     def test_a_frame_is_one_line_for_any_reader(self) -> None:
         payload = {"text": "a\n\r\x85\u2028\u2029\x1c👩"}
         frame = sse_frame(payload)
@@ -331,6 +306,10 @@ class TestErrors:
             (RequestTooLongError("no", "prompt"), 400, "invalid_request_error", "context_length_exceeded"),
             (UnknownModelError("no", "model"), 404, "invalid_request_error", "model_not_found"),
             (BodyTooLargeError("no"), 413, "invalid_request_error", None),
+            (ContentRefusedError("no", "prompt"), 400, "invalid_request_error", "content_filter"),
+            (TimeoutReachedError("no", "timeout_s"), 408, "timeout", "timeout"),
+            (AuthenticationError("no"), 401, "authentication_error", "invalid_api_key"),
+            (TooManyRequestsError("no", 3), 429, "rate_limit_error", "rate_limit_exceeded"),
             (NotReadyError("no"), 503, "service_unavailable", "not_ready"),
             (StageFailedError("no"), 503, "service_unavailable", "stage_failed"),
         ],
@@ -359,8 +338,16 @@ class TestErrors:
         assert status == 503
         assert body["error"]["message"] == "stage 1 died"
 
+    def test_clients_that_try_again_by_themselves_are_told_when_that_is_in_vain(self) -> None:
+        assert response_headers(TooManyRequestsError("no", 3)) == {"Retry-After": "3"}
+        assert response_headers(TooManyRequestsError("no")) == {"x-should-retry": "false"}
+        assert response_headers(TimeoutReachedError("no")) == {"x-should-retry": "false"}
+        assert response_headers(AuthenticationError("no")) == {"WWW-Authenticate": "Bearer"}
+
     def test_only_what_may_pass_by_itself_is_to_be_retried(self) -> None:
         assert retry_after_s(NotReadyError("no")) is not None
         assert retry_after_s(StageFailedError("no")) is not None
+        assert retry_after_s(pickle.loads(pickle.dumps(TooManyRequestsError("no", 3)))) == 3
+        assert retry_after_s(TooManyRequestsError("no")) is None
         assert retry_after_s(InvalidRequestError("no")) is None
         assert retry_after_s(ValueError("no")) is None

@@ -22,8 +22,8 @@ def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
     config = parse_settings({"model": "demo", "layers": [20, 8], "kv_cache_gb": "auto", "served_model_name": "x"})
     assert config.pipeline.layers == (20, 8)
     assert config.pipeline.kv_cache_gb is None
-    assert config.model_name == "x"
-    assert parse_settings({"model": "demo"}).model_name == "demo"
+    assert config.model_names == ("x",)
+    assert parse_settings({"model": "demo"}).model_names == ("demo",)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
         ({"model": "demo", "stages": "two"}, "stages"),
         ({"model": "demo", "stages": 0}, "stages must be at least 1"),
         ({"model": "demo", "device": "tpu"}, "device"),
-        ({"model": "demo", "served_model_name": 5}, "served_model_name must be a string"),
+        ({"model": "demo", "served_model_name": 5}, "served_model_name: Input should be a valid list, got 5"),
         ({"stages": 2}, "model"),
     ],
 )

@@ -1,0 +1,49 @@
+"""The HTTP application: endpoints behind request ids, keys and the rules of browsers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gptj_dist.serving.endpoints import Endpoint, answering
+from gptj_dist.serving.keys import ApiKey
+from gptj_dist.serving.middleware import REQUEST_ID_HEADER, RequestIds, RequireKey
+
+
+def make_http_app(endpoints: Iterable[Endpoint], keys: Sequence[ApiKey], cors_origins: Sequence[str]) -> Starlette:
+    """The application.
+
+    Args:
+        keys: those that open it; none leaves it open.
+        cors_origins: web pages that browsers may call it from, such as `https://example.org`; `*` for all.
+    """
+    middleware = [Middleware(RequestIds)]
+    if cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "retry-after"],
+        )
+        middleware.append(cors)  # before keys: a browser asks first, without one
+    if keys:
+        middleware.append(Middleware(RequireKey, keys=keys))
+    routes = [Route(one.path, answering(one.handler), methods=[one.method]) for one in endpoints]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_such_route})
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    message = f"{request.method} {request.url.path} is not served here; GET /docs says what is"
+    code = "method_not_allowed" if status == 405 else "not_found"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return JSONResponse({"error": body}, status, headers)

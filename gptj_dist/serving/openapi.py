@@ -1,0 +1,155 @@
+"""The endpoints described: as an OpenAPI document made of the schemas that requests are checked by, and as a page."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment
+from pydantic.json_schema import models_json_schema
+
+import gptj_dist
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving.schema.base import Body
+
+if TYPE_CHECKING:
+    from gptj_dist.serving.endpoints import Endpoint
+
+JsonObject = dict[str, Any]
+
+PAGE = Path(__file__).with_name("docs.html.jinja")
+_REFERENCE = "#/components/schemas/{model}"
+_ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n     +.*)*)", re.MULTILINE)
+
+_ERROR: JsonObject = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "the field at fault"},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def openapi_document(endpoints: Iterable[Endpoint], root_path: str) -> JsonObject:
+    """The endpoints in OpenAPI 3.1.
+
+    Args:
+        root_path: what stands before every path.
+    """
+    endpoints = list(endpoints)
+    bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
+    paths: JsonObject = {}
+    for endpoint in endpoints:
+        path = endpoint.path.replace(":path}", "}")
+        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "gptj-dist", "version": gptj_dist.__version__},
+        "servers": [{"url": root_path or "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(bodies) | {"Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def docs_page(document: JsonObject) -> str:
+    """The document as a page that needs nothing from elsewhere."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["words"] = _type_in_words
+    return environment.from_string(PAGE.read_text("utf-8")).render(document=document)
+
+
+def _operation(endpoint: Endpoint) -> JsonObject:
+    error = {"description": "An error.", "content": {"application/json": {"schema": _reference("Error")}}}
+    done: JsonObject = {"description": "Done.", "content": {media: {} for media in endpoint.media}}
+    operation: JsonObject = {
+        "operationId": endpoint.handler.__name__,
+        "summary": endpoint.summary,
+        "responses": {"200": done, "default": error},
+    }
+    if endpoint.body is not None:
+        schema = _reference(endpoint.body.__name__)
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if names := re.findall(r"{(\w+)", endpoint.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    return operation
+
+
+def _schemas(bodies: Iterable[type[Body]]) -> JsonObject:
+    """Every body and its parts, with what their fields mean, and the fields that may only be neutral."""
+    kinds = list(_with_parts(bodies))
+    _, definitions = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REFERENCE)
+    schemas: JsonObject = definitions["$defs"]
+    for kind in kinds:
+        schema = schemas[kind.__name__]
+        meanings = {**_meanings(SamplingParams)}
+        for base in reversed(kind.__mro__):
+            meanings |= _meanings(base)
+        for name, field in schema["properties"].items():
+            field.pop("title", None)
+            if name in meanings:
+                field["description"] = meanings[name]
+            if name not in schema.get("required", ()):
+                schema["properties"][name] = _or_null(field)
+        for name, values in kind.neutral.items():
+            schema["properties"][name] = {"enum": [*values, None], "description": "Not supported yet."}
+        schema["description"] = (inspect.getdoc(kind) or "").partition("\n")[0]
+    return schemas
+
+
+def _with_parts(kinds: Iterable[type[Body]]) -> Iterator[type[Body]]:
+    for kind in kinds:
+        yield kind
+        yield from _with_parts(kind.parts.values())
+
+
+def _or_null(field: JsonObject) -> JsonObject:
+    """Null stands for the default in every field."""
+    outer: JsonObject = {name: field.pop(name) for name in ("description", "default") if name in field}
+    alternatives = field.get("anyOf", [field])
+    if {"type": "null"} not in alternatives:
+        alternatives = [*alternatives, {"type": "null"}]
+    return {"anyOf": alternatives, **outer}
+
+
+@cache
+def _meanings(kind: type) -> Mapping[str, str]:
+    """What a class's docstring says of its arguments."""
+    _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
+    arguments = arguments.partition("\nRaises:")[0]
+    return {name: " ".join(text.split()) for names, text in _ARGUMENT.findall(arguments) for name in names.split(", ")}
+
+
+def _reference(name: str) -> JsonObject:
+    return {"$ref": _REFERENCE.format(model=name)}
+
+
+def _type_in_words(schema: JsonObject) -> str:
+    """Such as `number or null`, for people."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type_in_words(one) for one in schema["anyOf"] if one != {"type": "null"}))
+    if "enum" in schema:
+        return " or ".join("null" if value is None else str(value) for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {_type_in_words(schema.get('items', {}))}s"
+    return str(schema.get("const", schema.get("type", "anything")))

@@ -1,0 +1,201 @@
+"""What the endpoints promise, short of HTTP: requests to answers, texts to tokens. Knows no Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptj_dist.completion import TextDelta, stream_text
+from gptj_dist.errors import InvalidRequestError
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving.answer import Answer, Head, JsonObject
+from gptj_dist.serving.choices import ChatWriter, CompletionWriter
+from gptj_dist.serving.errors import UnknownModelError
+from gptj_dist.serving.moderation import Moderation
+from gptj_dist.serving.schema.chat import ChatRequest, Message
+from gptj_dist.serving.schema.completions import CompletionRequest
+from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.serving.source import TokenSource
+from gptj_dist.text.chat import ChatTemplate
+from gptj_dist.text.tokenizer import Tokenizer
+
+MAX_CHOICES = 1024
+
+NO_TEMPLATE = (
+    "the model has no chat template, as GPT-J has none: start the server with --chat-template FILE, "
+    "or use /v1/completions"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is known of the model in front of it.
+
+    Args:
+        names: what clients call it; the first is what answers say.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    eos_token_id: int
+    chat_template: ChatTemplate | None = None
+
+
+class TextService:
+    """Understands requests for text.
+
+    Args:
+        moderation: is asked about prompts and answers, if there is one.
+    """
+
+    def __init__(self, model: ServedModel, source: TokenSource, moderation: Moderation | None = None) -> None:
+        self._model = model
+        self._source = source
+        self._moderation = moderation
+
+    async def complete(self, request: CompletionRequest, request_id: str) -> Answer:
+        """The answer to a request for completions.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        self.check_model(request.model)
+        params = request.sampling_params(self._bad_token_ids(request.bad_words))
+        prompts = [
+            self._cut(self.encode(prompt), prompt, request.truncate_prompt_tokens, request.max_tokens)
+            for prompt in request.prompts()
+        ]
+        num_choices = len(prompts) * request.num_sampled
+        if num_choices > MAX_CHOICES:
+            raise InvalidRequestError(f"{num_choices} completions in one request, at most {MAX_CHOICES} are made", "n")
+        writers = [
+            CompletionWriter(i * request.n + choice, request, prompt, prompt_ids, self._model.tokenizer)
+            for i, (prompt, prompt_ids) in enumerate(prompts)
+            for choice in range(request.n)
+        ]
+        head = Head(f"cmpl-{request_id}", int(time.time()), self._model.names[0], "text_completion", "text_completion")
+        return await self._answer(request, head, prompts, params, writers)
+
+    async def chat(self, request: ChatRequest, request_id: str) -> Answer:
+        """The answer to a conversation.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        self.check_model(request.model)
+        text = self.render(
+            request.messages,
+            request.chat_template_kwargs,
+            begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
+            continues_last=request.continue_final_message,
+        )
+        window = self._source.limits().max_model_len
+        prompt_ids = self.encode(text)
+        wanted = request.most_tokens or 1
+        text, prompt_ids = self._cut(prompt_ids, text, request.truncate_prompt_tokens, wanted)
+        max_tokens = request.most_tokens or max(1, min(window, self._source.limits().kv_tokens) - len(prompt_ids))
+        params = request.sampling_params(max_tokens, self._bad_token_ids(request.bad_words))
+        writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
+        kinds = ("chat.completion", "chat.completion.chunk")
+        head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
+        return await self._answer(request, head, [(text, prompt_ids)], params, writers)
+
+    def tokenize(self, request: TokenizeRequest) -> JsonObject:
+        """The tokens of a text or a conversation. Raises InvalidRequestError."""
+        self.check_model(request.model)
+        if request.messages is not None:
+            text = self.render(
+                request.messages, request.chat_template_kwargs, begins_answer=request.add_generation_prompt
+            )
+        else:
+            text = request.prompt or ""
+        token_ids = self._model.tokenizer.encode(text)
+        body: JsonObject = {
+            "count": len(token_ids),
+            "max_model_len": self._source.limits().max_model_len,
+            "tokens": token_ids,
+        }
+        if request.return_token_strs:
+            body["token_strs"] = [self._model.tokenizer.token_text(token_id) for token_id in token_ids]
+        return body
+
+    def detokenize(self, request: DetokenizeRequest) -> JsonObject:
+        """The text of tokens. Raises InvalidRequestError."""
+        self.check_model(request.model)
+        self._source.limits().check_vocabulary("tokens", request.tokens)
+        raw = b"".join(map(self._model.tokenizer.token_or_special_bytes, request.tokens))
+        return {"prompt": raw.decode("utf-8", "replace")}
+
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModelError if the model is not served here."""
+        if name is not None and name not in self._model.names:
+            served = " and ".join(map(repr, self._model.names))
+            raise UnknownModelError(f"model {name!r:.200} is not served here; {served} is", "model")
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's token ids."""
+        return self._model.tokenizer.encode_prompt(prompt, self._model.eos_token_id)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        *,
+        begins_answer: bool,
+        continues_last: bool = False,
+    ) -> str:
+        """The text that a conversation is to the model. Raises InvalidRequestError."""
+        if self._model.chat_template is None:
+            raise InvalidRequestError(NO_TEMPLATE)
+        return self._model.chat_template.render(
+            [message.for_template() for message in messages],
+            variables,
+            begins_answer=begins_answer,
+            continues_last=continues_last,
+        )
+
+    def _cut(
+        self, token_ids: list[int], prompt: str | list[int], most: int | None, max_tokens: int
+    ) -> tuple[str, list[int]]:
+        """A prompt's text and token ids, cut to what the request wants of it."""
+        if most == -1:
+            most = max(1, self._source.limits().max_model_len - max_tokens)
+        if most is not None and len(token_ids) > most:
+            token_ids = token_ids[-most:]
+            return self._model.tokenizer.decode(token_ids), token_ids
+        return prompt if isinstance(prompt, str) else self._model.tokenizer.decode(token_ids), token_ids
+
+    def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words, at the beginning of a text and within it."""
+        texts = [text for word in words for text in (word.strip(), f" {word.strip()}")]
+        return tuple(tuple(self._model.tokenizer.encode(text)) for text in texts)
+
+    async def _answer(
+        self,
+        request: CompletionRequest | ChatRequest,
+        head: Head,
+        prompts: Sequence[tuple[str, list[int]]],
+        params: SamplingParams,
+        writers: Sequence[CompletionWriter | ChatWriter],
+    ) -> Answer:
+        limits = self._source.limits()
+        for text, prompt_ids in prompts:
+            limits.check(prompt_ids, params)
+            if self._moderation is not None:
+                await self._moderation.check_prompt(text)
+
+        def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
+            return [
+                self._watched(stream_text(tokens, self._model.tokenizer, params))
+                for _, prompt_ids in prompts
+                for tokens in self._source.streams(prompt_ids, params, request.num_sampled)
+            ]
+
+        num_choices = len(prompts) * request.num_sampled
+        num_prompt_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
+        return Answer(request, head, open_streams, writers, num_prompt_tokens, num_choices * params.max_tokens)
+
+    def _watched(self, stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
+        return stream if self._moderation is None else self._moderation.watch(stream)

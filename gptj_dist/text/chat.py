@@ -1,0 +1,124 @@
+"""From a conversation to a prompt, by a Jinja template as Hugging Face's tokenizers have them. Knows no HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gptj_dist.errors import CheckpointError, InvalidRequestError
+
+TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class ChatTemplate:
+    """A template, compiled. It runs in a sandbox: a checkpoint is data.
+
+    Args:
+        source: Jinja, with the variables and functions that Hugging Face's templates rely on.
+        special_tokens: variables such as `eos_token`.
+
+    Raises:
+        CheckpointError: it is no Jinja template.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+        self._special_tokens = special_tokens
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(f"the chat template is not valid Jinja: {error}, line {error.lineno}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        variables: Mapping[str, Any],
+        *,
+        begins_answer: bool,
+        continues_last: bool = False,
+    ) -> str:
+        """The conversation as one text.
+
+        Args:
+            variables: more of them for the template.
+            begins_answer: let it end with the beginning of an answer.
+            continues_last: let it end with the last message's content, to be continued.
+
+        Raises:
+            InvalidRequestError: the template refuses the conversation, or fails on it.
+        """
+        try:
+            text = self._template.render(
+                {**self._special_tokens, **variables, "messages": messages, "add_generation_prompt": begins_answer}
+            )
+        except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise InvalidRequestError(f"the chat template refuses the messages: {error}", "messages") from error
+        return _cut_behind(text, messages[-1]["content"].strip()) if continues_last else text
+
+
+def load_chat_template(directory: Path, source: str | None = None) -> ChatTemplate | None:
+    """The checkpoint's chat template, if it has one.
+
+    Args:
+        source: a template that takes its place.
+
+    Raises:
+        CheckpointError: a file is broken.
+    """
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_bytes())
+    except FileNotFoundError:
+        config = {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory / CONFIG_FILE} is no JSON object")
+    if source is None and (directory / TEMPLATE_FILE).exists():
+        source = (directory / TEMPLATE_FILE).read_text("utf-8", "replace")
+    source = source or _default(config.get("chat_template"))
+    tokens = {name: _content(config.get(name)) for name in _SPECIAL_TOKENS}
+    return None if source is None else ChatTemplate(source, {name: text for name, text in tokens.items() if text})
+
+
+def _default(template: object) -> str | None:
+    """The template of a tokenizer's settings: a text, or several with names, of which one is the default."""
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _content(token: object) -> str | None:
+    """A special token's text: written as such, or as an object that holds it."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _cut_behind(text: str, content: str) -> str:
+    end = text.rfind(content)
+    if not content or end < 0:
+        raise InvalidRequestError("the chat template changes the last message, so it cannot be continued", "messages")
+    return text[: end + len(content)]
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
+    """JSON as it is: Jinja's own filter escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
