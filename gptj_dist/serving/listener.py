@@ -44,6 +44,7 @@ class Listener:
             lifespan="off",
             log_config=None,
             access_log=False,
+            server_header=False,
             timeout_graceful_shutdown=round(drain_s),
             ssl_certfile=address.tls_cert,
             ssl_keyfile=address.tls_key,

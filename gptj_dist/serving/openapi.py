@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from jinja2 import Environment
 from pydantic.json_schema import models_json_schema
@@ -95,7 +95,7 @@ def _operation(endpoint: Endpoint) -> JsonObject:
 
 def _schemas(bodies: Iterable[type[Body]]) -> JsonObject:
     """Every body and its parts, with what their fields mean, and the fields that may only be neutral."""
-    kinds = list(_with_parts(bodies))
+    kinds = list(dict.fromkeys(_with_parts(bodies)))
     _, definitions = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REFERENCE)
     schemas: JsonObject = definitions["$defs"]
     for kind in kinds:
@@ -103,14 +103,15 @@ def _schemas(bodies: Iterable[type[Body]]) -> JsonObject:
         meanings = {**_meanings(SamplingParams)}
         for base in reversed(kind.__mro__):
             meanings |= _meanings(base)
-        for name, field in schema["properties"].items():
+        required = schema.get("required", ())
+        fields: JsonObject = {}
+        for name, field in sorted(schema["properties"].items(), key=lambda item: item[0] not in required):
             field.pop("title", None)
-            if name in meanings:
-                field["description"] = meanings[name]
-            if name not in schema.get("required", ()):
-                schema["properties"][name] = _or_null(field)
+            described = field | ({"description": meanings[name]} if name in meanings else {})
+            fields[name] = described if name in required else _or_null(described)
         for name, values in kind.neutral.items():
-            schema["properties"][name] = {"enum": [*values, None], "description": "Not supported yet."}
+            fields[name] = {"enum": [*values, None], "description": "Not supported yet."}
+        schema["properties"] = fields
         schema["description"] = (inspect.getdoc(kind) or "").partition("\n")[0]
     return schemas
 
@@ -118,7 +119,15 @@ def _schemas(bodies: Iterable[type[Body]]) -> JsonObject:
 def _with_parts(kinds: Iterable[type[Body]]) -> Iterator[type[Body]]:
     for kind in kinds:
         yield kind
-        yield from _with_parts(kind.parts.values())
+        for field in kind.model_fields.values():
+            yield from _with_parts(_bodies_in(field.annotation))
+
+
+def _bodies_in(annotation: object) -> Iterator[type[Body]]:
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _bodies_in(argument)
 
 
 def _or_null(field: JsonObject) -> JsonObject:
@@ -151,5 +160,6 @@ def _type_in_words(schema: JsonObject) -> str:
     if "enum" in schema:
         return " or ".join("null" if value is None else str(value) for value in schema["enum"])
     if schema.get("type") == "array":
-        return f"list of {_type_in_words(schema.get('items', {}))}s"
+        items = _type_in_words(schema.get("items", {}))
+        return f"list of {items.replace('list of', 'lists of') if items.startswith('list') else items + 's'}"
     return str(schema.get("const", schema.get("type", "anything")))

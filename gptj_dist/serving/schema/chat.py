@@ -11,7 +11,12 @@ from gptj_dist.serving.schema.sampling import NEUTRAL_FIELDS, SamplingFields
 
 
 class TextPart(Body):
-    """A part of a message's content. GPT-J reads text, so other types are refused."""
+    """A part of a message's content.
+
+    Args:
+        type: GPT-J reads text, so other types are refused.
+        text: what the part says.
+    """
 
     type: Literal["text"]
     text: str
@@ -43,6 +48,7 @@ class ChatRequest(SamplingFields):
     """A conversation to be continued.
 
     Args:
+        messages: what was said so far, one or more.
         max_tokens: the most tokens to generate; null takes what the context window leaves.
         max_completion_tokens: OpenAI's newer name for it.
         logprobs: tell each token's log probability.

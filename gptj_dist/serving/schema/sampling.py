@@ -46,7 +46,11 @@ NEUTRAL_FIELDS: Neutral = {
 
 
 class StreamOptions(Body):
-    """Options of a streamed response."""
+    """Options of a streamed response.
+
+    Args:
+        include_usage: tell the numbers of tokens in a last event of its own.
+    """
 
     neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 

@@ -15,6 +15,8 @@ class TokenizeRequest(Body):
 
     Args:
         model: one of the names in `GET /v1/models`; null takes the model that there is.
+        prompt: the text.
+        messages: the conversation.
         return_token_strs: give the tokens as texts too.
         add_generation_prompt: let the template end with the beginning of an answer.
         chat_template_kwargs: variables for the template.
@@ -36,7 +38,12 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    """Token ids to be read as text."""
+    """Token ids to be read as text.
+
+    Args:
+        model: one of the names in `GET /v1/models`; null takes the model that there is.
+        tokens: one or more; a special one is read as its name.
+    """
 
     model: str | None = None
     tokens: TokenIds

@@ -1,0 +1,75 @@
+"""The description of the API says what the endpoints take."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from gptj_dist.serving.endpoints import Endpoint, Endpoints
+from gptj_dist.serving.openapi import docs_page, openapi_document
+from gptj_dist.serving.schema.base import Body
+
+
+def endpoints() -> list[Endpoint]:
+    nothing: Any = None  # the table says what there is; it calls nobody
+    return Endpoints(("demo",), nothing, nothing, nothing).table()
+
+
+DOCUMENT = openapi_document(endpoints(), "/a")
+SCHEMAS = DOCUMENT["components"]["schemas"]
+BODIES = [endpoint.body for endpoint in endpoints() if endpoint.body is not None]
+
+
+def test_every_endpoint_is_there_and_takes_what_it_checks() -> None:
+    assert DOCUMENT["servers"] == [{"url": "/a"}]
+    for endpoint in endpoints():
+        operation = DOCUMENT["paths"][endpoint.path.replace(":path", "")][endpoint.method.lower()]
+        content = operation.get("requestBody", {"content": {}})["content"]
+        references = [schema["schema"]["$ref"].rpartition("/")[2] for schema in content.values()]
+        assert references == ([] if endpoint.body is None else [endpoint.body.__name__])
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_schema_has_every_field_and_those_that_may_only_be_neutral(body: type[Body]) -> None:
+    schema = SCHEMAS[body.__name__]
+    assert set(schema["properties"]) == set(body.model_fields) | set(body.neutral)
+    assert schema["additionalProperties"] is False
+    for name, values in body.neutral.items():
+        assert schema["properties"][name]["enum"] == [*values, None]
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEMAS) - {"Error"}))
+def test_every_field_of_every_schema_says_what_it_means(name: str) -> None:
+    assert [field for field, value in SCHEMAS[name]["properties"].items() if not value.get("description")] == []
+
+
+def test_all_references_lead_somewhere() -> None:
+    text = json.dumps(DOCUMENT)
+    names = {part.partition('"')[0] for part in text.split('"#/components/schemas/')[1:]}
+    assert names == set(SCHEMAS)
+
+
+class Words(HTMLParser):
+    """The texts of a page, and whether it fetches anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.sources: list[str | None] = []
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split()
+
+    def handle_starttag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value for name, value in attrs if name == "src"]
+
+
+def test_the_page_names_every_path_and_field_and_needs_nothing_from_elsewhere() -> None:
+    page = Words()
+    page.feed(docs_page(DOCUMENT))
+    assert set(DOCUMENT["paths"]) <= set(page.words)
+    assert {name for body in BODIES for name in body.model_fields} <= set(page.words)
+    assert page.sources == []
