@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "GPTJ_DIST_BENCHMARK"
+_LISTENING = "0A"
+_LOOPBACK = ("0100007F", "00000000000000000000000001000000")
+"""127.0.0.1 and ::1 as `/proc/net/tcp` writes them."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -92,3 +95,27 @@ def content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+def open_addresses(family: Family) -> set[str]:
+    """Where other machines reach the processes by TCP: `address:port` of sockets that listen beyond loopback."""
+    links = [link for process in family.members() for link in _links(process / "fd")]
+    inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for fields in map(str.split, content(Path("/proc/net") / table).decode().splitlines()[1:]):
+            local, state, inode = fields[1], fields[3], fields[9]
+            host, _, port = local.partition(":")
+            if state == _LISTENING and inode in inodes and not host.endswith(_LOOPBACK):
+                addresses.add(f"{'*' if not int(host, 16) else host}:{int(port, 16)}")
+    return addresses
+
+
+def _links(directory: Path) -> list[str]:
+    """What the file descriptors of a process are; nothing if it has ended."""
+    links = []
+    with suppress(OSError):
+        for path in directory.iterdir():
+            with suppress(OSError):
+                links.append(str(path.readlink()))
+    return links

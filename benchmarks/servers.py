@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.vllm_settings import split_settings
 
+ROOT = Path(__file__).parent.parent
 READY_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
 POLL_S = 0.02
@@ -56,6 +57,23 @@ def running(
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+@contextmanager
+def ray_cluster(environment: Mapping[str, str]) -> Iterator[str]:
+    """A Ray cluster of one node on loopback; gives its address."""
+    command = [sys.executable, str(ROOT / "cluster" / "local_nodes.py"), "1", "--no-dashboard"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as nodes:
+        assert nodes.stdout is not None
+        try:
+            for line in nodes.stdout:
+                if "RAY_ADDRESS=" in line:
+                    yield line.partition("RAY_ADDRESS=")[2].strip()
+                    return
+            sys.exit("Ray did not start")
+        finally:
+            nodes.send_signal(signal.SIGINT)
+            nodes.communicate(timeout=STOP_TIMEOUT_S)
 
 
 def serve_command(model: str, settings: Mapping[str, Any], port: int) -> list[str]:
