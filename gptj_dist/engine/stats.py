@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from statistics import median
 
+from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.plan import Plan, Result, StageTiming
 
 WINDOW_S = 10.0
@@ -105,6 +106,9 @@ class PipelineStats:
         clock: nanoseconds; a `SteadyClock` wherever its readings meet those of stages.
         window_s: what a snapshot looks back on.
         max_records: the most plans remembered; of a quicker pipeline a snapshot looks back on less.
+
+    Attributes:
+        step_times: how long plans took each stage, since the first one; empty before it.
     """
 
     def __init__(self, clock: Callable[[], int], window_s: float = WINDOW_S, max_records: int = MAX_RECORDS) -> None:
@@ -114,6 +118,7 @@ class PipelineStats:
         self._flights: deque[_Flight] = deque()
         self._num_plans = 0
         self._complete_since_ns = clock()
+        self.step_times: tuple[Histogram, ...] = ()
 
     def note_submitted(self, plan: Plan, begin_ns: int) -> int:
         """A plan has left that the coordinator began to put together at `begin_ns`; returns the time now."""
@@ -133,6 +138,9 @@ class PipelineStats:
     def note_landed(self, result: Result, begin_ns: int) -> None:
         """The oldest plan in flight came back at `begin_ns`, and its tokens have been handed out."""
         flight = self._flights.popleft()
+        self.step_times = self.step_times or tuple(Histogram() for _ in result.timings)
+        for step_time, timing in zip(self.step_times, result.timings, strict=True):
+            step_time.observe(timing.end_ns - timing.begin_ns)
         if len(self._records) == self._records.maxlen:
             self._complete_since_ns = self._records[0].landing.begin_ns
         self._records.append(
