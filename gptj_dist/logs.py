@@ -83,12 +83,13 @@ class LineFormatter(logging.Formatter):
             fields["traceback"] = self.formatException(record.exc_info)
         if self._format == "json":
             return json.dumps(fields, default=str)
-        head = " ".join(fields.pop(name) for name in ("time", "level", "component", "event"))
-        return " ".join([head.replace("\n", " "), *(f"{name}={_text(value)}" for name, value in fields.items())])
+        head = [fields.pop(name) for name in ("time", "level", "component")]
+        event = fields.pop("event")
+        head.append(event if event.isprintable() else json.dumps(event))
+        return " ".join([*head, *(f"{name}={_text(value)}" for name, value in fields.items())])
 
 
 def _text(value: object) -> str:
     """A value in a line of text: in quotes where it could be taken for anything else."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    is_plain = text.isprintable() and text and not any(character in text for character in ' "=')
-    return text if is_plain or not isinstance(value, str) else json.dumps(value)
+    is_plain = isinstance(value, str) and value.isprintable() and value and not set(value) & set(' "=')
+    return str(value) if is_plain else json.dumps(value, default=str)

@@ -1,4 +1,4 @@
-"""Asks all replicas of a deployment at once, where a plain call by a Serve handle reaches whichever one Serve chooses."""
+"""Asks all replicas of a deployment at once, where a plain call by a handle reaches whichever one Serve chooses."""
 
 from __future__ import annotations
 

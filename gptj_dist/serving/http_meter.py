@@ -1,4 +1,4 @@
-"""Counts HTTP requests, and logs one line each. Knows no endpoint."""
+"""Counts HTTP requests, and logs a line of each. Knows no endpoint."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class HttpMeter:
 
     Args:
         routes: the other's.
+        metrics: is told.
         clock: seconds.
     """
 
@@ -66,8 +67,10 @@ class HttpMeter:
             self._metrics.num_in_flight -= 1
             self._metrics.num_responses[method, path, status] += 1
             if path not in UNLOGGED_PATHS:
-                took_s = round(self._clock() - begin_s, 6)
-                logger.info("http request", extra=values(method=method, path=path, status=status, took_s=took_s))
+                self._log(scope, method=method, path=path, status=status, took_s=round(self._clock() - begin_s, 6))
+
+    def _log(self, scope: Scope, **of_event: object) -> None:
+        logger.info("http request", extra=values(request_id=scope.get("state", {}).get("request_id"), **of_event))
 
     def _path(self, scope: Scope) -> str:
         """The path of the route that takes the request, with the names of its parameters in place of their values."""
