@@ -68,7 +68,7 @@ class Answer:
         writers: `request.n` for each prompt.
         num_prompt_tokens: of all prompts.
         most_tokens: the most that all completions together may have.
-        on_end: told how each completion ended: by a `FinishReason`, by `error`, or by `abort` if nobody wanted the rest.
+        on_end: told how each completion ended: a `FinishReason`, `error`, or `abort` if nobody wanted the rest.
 
     Attributes:
         num_tokens: that were generated so far, in all completions.

@@ -16,11 +16,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from gptj_dist.engine.histogram import BOUNDS_NS
+from gptj_dist.engine.request import FinishReason
 
 if TYPE_CHECKING:
     from gptj_dist.serving.pipeline import PipelineMetrics
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = (*FinishReason, "abort", "error")
 _BOUNDS = (*(f"{bound / 1e9:g}" for bound in BOUNDS_NS), "+Inf")
 
 _Rows = Iterable[tuple[tuple[str, ...], Any]]
@@ -153,7 +154,7 @@ FAMILIES: Sequence[Family] = (
         _COUNTER,
         "request_success",
         ("ingress", "finished_reason"),
-        "Completions, by how they ended: stop, length, abort (not wanted any more) or error.",
+        "Completions, by how they ended: stop, length, content_filter, abort (not wanted any more) or error.",
         _finished,
     ),
     Family(
