@@ -20,7 +20,11 @@ from gptj_dist.serving.middleware import REQUEST_ID_HEADER, RequestIds, RequireK
 
 
 def make_http_app(
-    endpoints: Iterable[Endpoint], metrics: IngressMetrics, keys: Sequence[ApiKey], cors_origins: Sequence[str]
+    endpoints: Iterable[Endpoint],
+    metrics: IngressMetrics,
+    keys: Sequence[ApiKey],
+    cors_origins: Sequence[str],
+    has_proxy: bool,
 ) -> Starlette:
     """The application.
 
@@ -28,9 +32,10 @@ def make_http_app(
         metrics: is told of every request.
         keys: those that open it; none leaves it open.
         cors_origins: web pages that browsers may call it from, such as `https://example.org`; `*` for all.
+        has_proxy: it is behind Serve's proxies.
     """
     routes = [Route(one.path, answering(one.handler), methods=[one.method]) for one in endpoints]
-    middleware = [Middleware(RequestIds), Middleware(HttpMeter, routes=routes, metrics=metrics)]
+    middleware = [Middleware(RequestIds, has_proxy=has_proxy), Middleware(HttpMeter, routes=routes, metrics=metrics)]
     if cors_origins:
         cors = Middleware(
             CORSMiddleware,

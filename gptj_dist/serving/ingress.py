@@ -58,7 +58,9 @@ class Ingress:
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
         endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape.metrics)
-        self._app = make_http_app(endpoints.table(), self._metrics, config.api_keys, config.cors_origins)
+        self._app = make_http_app(
+            endpoints.table(), self._metrics, config.api_keys, config.cors_origins, has_proxy=listen is None
+        )
         self._listener = None if listen is None else Listener(self._app, listen, DRAIN_S)
 
     def __serve_build_asgi_app__(self) -> Starlette:
