@@ -26,6 +26,7 @@ from gptj_dist.serving.schema.base import Body, parse_body
 from gptj_dist.serving.schema.chat import ChatRequest
 from gptj_dist.serving.schema.completions import CompletionRequest
 from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.texts import TextService
 from gptj_dist.stages.trace import TraceEvents
 
@@ -62,7 +63,6 @@ class Endpoints:
 
     Args:
         names: what the model is called.
-        metrics: says what has been counted.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Endpoints:
         texts: TextService,
         pipelines: Pipelines,
         allowances: Allowances,
-        metrics: Handler,
+        scrape: Scrape,
     ) -> None:
         self._names = names
         self._texts = texts
         self._pipelines = pipelines
         self._allowances = allowances
-        self._metrics = metrics
+        self._scrape = scrape
         self._created = int(time.time())
 
     def table(self) -> list[Endpoint]:
@@ -94,7 +94,7 @@ class Endpoints:
             Endpoint("GET", "/health", self.health, "Whether the server lives."),
             Endpoint("GET", "/ready", self.ready, "Whether a token can be made."),
             Endpoint("GET", "/version", self.version, "The version of gptj-dist."),
-            Endpoint("GET", "/metrics", self._metrics, "What was counted, for Prometheus.", media=("text/plain",)),
+            Endpoint("GET", "/metrics", self.metrics, "What was counted, for Prometheus.", media=("text/plain",)),
             Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "What every pipeline and its stages are doing."),
             Endpoint("GET", "/debug/trace", self.debug_trace, "The last plans of every pipeline, as a Chrome trace."),
             Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs."),
@@ -141,6 +141,11 @@ class Endpoints:
     async def version(self, _: Request) -> Response:
         """The version."""
         return JSONResponse({"version": gptj_dist.__version__})
+
+    async def metrics(self, request: Request) -> Response:
+        """What pipelines and ingresses have counted."""
+        text, content_type = (await self._scrape.take()).encoded(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
 
     async def debug_pipeline(self, _: Request) -> Response:
         """What every pipeline and its stages are doing."""

@@ -57,7 +57,7 @@ class Ingress:
         )
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
-        endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape.metrics)
+        endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape)
         self._app = make_http_app(
             endpoints.table(), self._metrics, config.api_keys, config.cors_origins, has_proxy=listen is None
         )

@@ -1,12 +1,10 @@
-"""`GET /metrics`: a scrape, whichever ingress it reaches, shows all pipelines and all ingresses of the application."""
+"""Gathers what was counted: whichever ingress is scraped shows all pipelines and all ingresses of the application."""
 
 from __future__ import annotations
 
 import asyncio
 
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
-from starlette.responses import Response
 
 from gptj_dist.errors import NotReadyError
 from gptj_dist.serving.everyone import ingress_metrics
@@ -16,7 +14,7 @@ from gptj_dist.serving.pipelines import Pipelines
 
 
 class Scrape:
-    """The endpoint.
+    """Asks everybody, each time anew.
 
     Args:
         model: the name that clients see.
@@ -30,11 +28,9 @@ class Scrape:
         self._ingresses = ingresses
         self._own = own
 
-    async def metrics(self, request: Request) -> Response:
+    async def take(self) -> Exposition:
         """What everybody has counted. Who does not answer is left out: a scrape must not fail."""
-        pipelines, ingresses = await asyncio.gather(self._of_pipelines(), self._of_ingresses())
-        text, content_type = Exposition(self._model, pipelines, ingresses).encoded(request.headers.get("accept", ""))
-        return Response(text, headers={"content-type": content_type})
+        return Exposition(self._model, *await asyncio.gather(self._of_pipelines(), self._of_ingresses()))
 
     async def _of_pipelines(self) -> tuple[PipelineMetrics, ...]:
         try:

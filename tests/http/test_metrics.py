@@ -144,7 +144,7 @@ def have_both_worked(server: Server) -> bool:
 
 def test_json_logs_carry_the_request_id_from_the_ingress_to_every_stage_and_no_prompt(server: Server) -> None:
     secret, request_id = "A very secret whale", "night-operator-7"
-    body = {"prompt": secret, "max_tokens": 3, "ignore_eos": True, "n": 2}
+    body = {"prompt": secret, "max_tokens": 3, "ignore_eos": True}
     response = server.client.post("/v1/completions", json=body, headers={"x-request-id": request_id})
     assert response.headers["x-request-id"] == request_id
     lines = wait_until(lambda: lines_of(request_id), "the last line is written", timeout_s=20)
@@ -153,9 +153,9 @@ def test_json_logs_carry_the_request_id_from_the_ingress_to_every_stage_and_no_p
         events[line["component"]].append(line["event"])
     assert events == {
         "ingress": ["request accepted", "http request"],
-        "coordinator": ["request queued"] * 2 + ["request ended"] * 2,
-        "stage-0": ["request met"] * 2,
-        "stage-1": ["request met"] * 2,
+        "coordinator": ["request queued", "request ended"],
+        "stage-0": ["request met"],
+        "stage-1": ["request met"],
     }
     assert {line["model"] for line in lines} == {"demo"}
     assert len({line["pipeline"] for line in lines if line["component"] != "ingress"}) == 1
@@ -168,7 +168,7 @@ def lines_of(request_id: str) -> list[dict[str, Any]] | None:
     """All lines that have the request's id, but those of stages that forget it, which depends on what comes next."""
     lines = [json.loads(line) for path in log_directory().iterdir() for line in path.read_text().splitlines()]
     found = [line for line in lines if line.get("request_id") == request_id and line["event"] != "request forgotten"]
-    return sorted(found, key=lambda line: str(line["time"])) if len(found) >= 10 else None
+    return sorted(found, key=lambda line: str(line["time"])) if len(found) >= 6 else None
 
 
 def test_a_stage_that_dies_is_an_error_a_restart_and_a_line_in_the_log(server: Server) -> None:
