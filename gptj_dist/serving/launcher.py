@@ -141,6 +141,7 @@ def connected(address: str | None) -> Iterator[None]:
         _require_answer(address)
     if address is None or is_loopback(address.rpartition(":")[0].strip("[]")):
         os.environ.update(LOCAL_RAY_ENVIRONMENT)
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."  # what raylets say of actors, which `log_to_driver` does not stop
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
