@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -19,6 +19,7 @@ from gptj_dist.engine.histogram import BOUNDS_NS
 from gptj_dist.engine.request import FinishReason
 
 if TYPE_CHECKING:
+    from gptj_dist.engine.stats import StageWork
     from gptj_dist.serving.pipeline import PipelineMetrics
 
 FINISH_REASONS = (*FinishReason, "abort", "error")
@@ -102,18 +103,15 @@ class Family:
 
 
 def _of_pipelines(value: Callable[[PipelineMetrics], Any]) -> Callable[[Exposition], _Rows]:
-    return lambda exposition: (((pipeline.status.name,), value(pipeline)) for pipeline in exposition.pipelines)
+    return lambda exposition: (((pipeline.name,), value(pipeline)) for pipeline in exposition.pipelines)
 
 
-def _of_parts(values: Callable[[PipelineMetrics], Iterable[tuple[str, Any]]]) -> Callable[[Exposition], _Rows]:
-    """Of stages or edges: `values` gives the name of each, and its value."""
+def _of_stages(value: Callable[[StageWork], Any]) -> Callable[[Exposition], _Rows]:
     return lambda exposition: (
-        ((pipeline.status.name, part), value) for pipeline in exposition.pipelines for part, value in values(pipeline)
+        ((pipeline.name, str(number)), value(stage))
+        for pipeline in exposition.pipelines
+        for number, stage in enumerate(pipeline.stages)
     )
-
-
-def _numbered(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((str(stage), value) for stage, value in enumerate(values))
 
 
 def _responses(exposition: Exposition) -> _Rows:
@@ -132,11 +130,12 @@ def _finished(exposition: Exposition) -> _Rows:
             yield (ingress.name, reason), number
 
 
-def _edges(pipeline: PipelineMetrics) -> Iterator[tuple[str, float]]:
-    """The ring's edges by name: `coordinator->0`, `0->1`, `1->coordinator`."""
-    num_stages = len(pipeline.edge_bytes) - 1
-    stops = ["coordinator", *map(str, range(num_stages)), "coordinator"]
-    return ((f"{stops[edge]}->{stops[edge + 1]}", number) for edge, number in enumerate(pipeline.edge_bytes))
+def _edges(exposition: Exposition) -> _Rows:
+    """By the names of the ring's edges: `coordinator->0`, `0->1`, `1->coordinator`."""
+    for pipeline in exposition.pipelines:
+        stops = ["coordinator", *map(str, range(len(pipeline.edge_bytes) - 1)), "coordinator"]
+        for (begin, end), number in zip(pairwise(stops), pipeline.edge_bytes, strict=True):
+            yield (pipeline.name, f"{begin}->{end}"), number
 
 
 _COUNTER, _GAUGE, _HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -162,21 +161,21 @@ FAMILIES: Sequence[Family] = (
         "num_requests_running",
         ("pipeline",),
         "Requests that are being computed.",
-        _of_pipelines(lambda pipeline: pipeline.status.num_running),
+        _of_pipelines(lambda pipeline: pipeline.num_running),
     ),
     Family(
         _GAUGE,
         "num_requests_waiting",
         ("pipeline",),
         "Requests that wait to be computed.",
-        _of_pipelines(lambda pipeline: pipeline.status.num_waiting),
+        _of_pipelines(lambda pipeline: pipeline.num_waiting),
     ),
     Family(
         _GAUGE,
         "kv_cache_usage_perc",
         ("pipeline",),
         "Share of the KV cache that is in use, from 0 to 1.",
-        _of_pipelines(lambda pipeline: pipeline.status.num_used_blocks / pipeline.status.num_blocks),
+        _of_pipelines(lambda pipeline: pipeline.num_used_blocks / pipeline.num_blocks),
     ),
     Family(
         _COUNTER,
@@ -197,7 +196,7 @@ FAMILIES: Sequence[Family] = (
         "num_preemptions",
         ("pipeline",),
         "How often a request lost its KV blocks to an older one.",
-        _of_pipelines(lambda pipeline: pipeline.status.num_preemptions),
+        _of_pipelines(lambda pipeline: pipeline.num_preemptions),
     ),
     Family(
         _HISTOGRAM,
@@ -232,55 +231,55 @@ FAMILIES: Sequence[Family] = (
         "num_plans_in_flight",
         ("pipeline",),
         "Micro-batches on their way through the stages.",
-        _of_pipelines(lambda pipeline: pipeline.status.num_in_flight),
+        _of_pipelines(lambda pipeline: pipeline.num_in_flight),
     ),
     Family(
         _GAUGE,
         "pipeline_up",
         ("pipeline",),
         "1 if the pipeline takes requests, 0 while its stages are replaced.",
-        _of_pipelines(lambda pipeline: pipeline.status.is_up),
+        _of_pipelines(lambda pipeline: pipeline.is_up),
     ),
     Family(
         _COUNTER,
         "pipeline_restarts",
         ("pipeline",),
         "How often the pipeline's stages were replaced.",
-        _of_pipelines(lambda pipeline: pipeline.status.num_restarts),
+        _of_pipelines(lambda pipeline: pipeline.num_restarts),
     ),
     Family(
-        _GAUGE,
-        "coordinator_busy_ratio",
+        _COUNTER,
+        "coordinator_busy_seconds",
         ("pipeline",),
-        "Share of the last 10 seconds in which the coordinator made plans or handed out tokens.",
-        _of_pipelines(lambda pipeline: pipeline.status.snapshot.coordinator_share),
+        "Time in which the coordinator made plans or handed out tokens.",
+        _of_pipelines(lambda pipeline: pipeline.coordinator_ns / 1e9),
     ),
     Family(
-        _GAUGE,
-        "stage_busy_ratio",
+        _COUNTER,
+        "stage_busy_seconds",
         ("pipeline", "stage"),
-        "Share of the last 10 seconds in which the stage computed.",
-        _of_parts(lambda pipeline: _numbered(stage.busy_share for stage in pipeline.status.snapshot.stages)),
+        "Time in which the stage computed.",
+        _of_stages(lambda stage: stage.step_time.sum_ns / 1e9),
     ),
     Family(
-        _GAUGE,
-        "stage_bubble_ratio",
+        _COUNTER,
+        "stage_bubble_seconds",
         ("pipeline", "stage"),
-        "Share of the last 10 seconds in which the stage did not compute, though plans were in flight.",
-        _of_parts(lambda pipeline: _numbered(stage.bubble_share for stage in pipeline.status.snapshot.stages)),
+        "Time in which the stage did not compute, though plans were in flight.",
+        _of_stages(lambda stage: stage.bubble_ns / 1e9),
     ),
     Family(
         _HISTOGRAM,
         "stage_step_seconds",
         ("pipeline", "stage"),
         "What a step, one plan, took the stage.",
-        _of_parts(lambda pipeline: _numbered(pipeline.step_times)),
+        _of_stages(lambda stage: stage.step_time),
     ),
     Family(
         _COUNTER,
         "edge_bytes",
         ("pipeline", "edge"),
         "Bytes that came over an edge of the ring of coordinator and stages.",
-        _of_parts(_edges),
+        _edges,
     ),
 )

@@ -15,10 +15,9 @@ from ray import serve
 
 from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
-from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
-from gptj_dist.engine.stats import Snapshot
+from gptj_dist.engine.stats import Snapshot, StageWork
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.logs import LogFormat, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
@@ -68,17 +67,25 @@ class PipelineStatus:
 
 @dataclass(frozen=True, slots=True)
 class PipelineMetrics:
-    """What a pipeline has counted.
+    """What a pipeline has counted since its coordinator started, and how it is; other than a status it costs no time.
 
     Args:
-        requests: since the coordinator started.
-        step_times: of each stage, first to last, since the coordinator started; empty before any work.
-        edge_bytes: as of `StageGroup`, since the stages were started last.
+        num_preemptions, edge_bytes: since the stages were started last; the bytes are those of `StageGroup`.
+        stages, coordinator_ns: as of `PipelineStats`.
     """
 
-    status: PipelineStatus
+    name: str
+    is_up: bool
+    num_running: int
+    num_waiting: int
+    num_in_flight: int
+    num_used_blocks: int
+    num_blocks: int
+    num_preemptions: int
+    num_restarts: int
     requests: RequestTotals
-    step_times: tuple[Histogram, ...]
+    stages: tuple[StageWork, ...]
+    coordinator_ns: int
     edge_bytes: tuple[int, ...]
 
 
@@ -167,11 +174,21 @@ class Pipeline:
         )
 
     async def metrics(self) -> PipelineMetrics:
-        """All that has been counted, and a look inside."""
+        """All that has been counted."""
+        scheduler = self._engine.scheduler
         return PipelineMetrics(
-            status=await self.status(),
+            name=self._name,
+            is_up=self._engine.is_up,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_in_flight=scheduler.num_in_flight,
+            num_used_blocks=scheduler.num_used_blocks,
+            num_blocks=self._loaded.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_restarts=self._epoch,
             requests=self._engine.journal.totals,
-            step_times=self._engine.stats.step_times,
+            stages=self._engine.stats.stages,
+            coordinator_ns=self._engine.stats.coordinator_ns,
             edge_bytes=tuple(self._group.edge_bytes),
         )
 

@@ -176,10 +176,34 @@ def test_the_engine_tells_its_journal_of_every_stream_however_it_ends() -> None:
 
 
 def test_steps_of_each_stage_are_counted_by_their_length() -> None:
-    assert Desk().stats.step_times == ()
+    assert Desk().stats.stages == ()
     desk = Desk()
     desk.submit(0.0)
     desk.submit(0.0)
     desk.land(5.0, (0.0, 0.002), (2.0, 2.030))
     desk.land(8.0, (2.0, 2.002), (3.0, 3.007))
-    assert [buckets(step_time) for step_time in desk.stats.step_times] == [{2: 2}, {7: 1, 30: 1}]
+    assert [buckets(stage.step_time) for stage in desk.stats.stages] == [{2: 2}, {7: 1, 30: 1}]
+
+
+def test_a_bubble_is_a_gap_between_steps_in_which_plans_were_in_flight() -> None:
+    desk = Desk()
+    desk.submit(1.0)
+    desk.submit(2.0)
+    desk.land(6.0, (1.0, 3.0), (3.0, 6.0))
+    desk.land(9.0, (3.0, 4.0), (7.0, 9.0))
+    assert [stage.bubble_ns for stage in desk.stats.stages] == [0, 1000 * MS]
+    desk.submit(20.0)  # nothing was in flight from 9 to 20
+    desk.land(25.0, (20.5, 21.0), (21.5, 25.0))
+    assert [stage.bubble_ns for stage in desk.stats.stages] == [5500 * MS, 2500 * MS]
+    desk.submit(30.0)
+    desk.stats.note_lost()
+    desk.submit(90.0)
+    desk.land(91.0, (90.0, 90.5), (90.5, 91.0))
+    assert [stage.bubble_ns for stage in desk.stats.stages] == [5500 * MS, 2500 * MS]
+
+
+def test_the_coordinators_own_time_is_added_up() -> None:
+    desk = Desk()
+    desk.submit(1.0, begin_s=0.75)
+    desk.land(2.0, (1.0, 2.0), end_s=2.5)
+    assert desk.stats.coordinator_ns == 750 * MS

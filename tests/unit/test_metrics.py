@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
-from gptj_dist.engine.limits import EngineLimits
-from gptj_dist.engine.stats import Snapshot, StageSnapshot
+from gptj_dist.engine.stats import StageWork
 from gptj_dist.serving.metrics import FAMILIES, Exposition, IngressMetrics
-from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
+from gptj_dist.serving.pipeline import PipelineMetrics
 
 ROOT = Path(__file__).parents[2]
 MS = 1_000_000
@@ -33,24 +33,22 @@ def histogram(*durations_ms: float) -> Histogram:
 
 def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineMetrics:
     """A pipeline of two stages that has worked."""
-    stages = (StageSnapshot(0.5, 0.25, 4.0, 0.1, 1.0), StageSnapshot(0.75, 0.125, 6.0, 0.2, 2.0))
-    status = PipelineStatus(
+    requests = RequestTotals(num_prompt_tokens, 11, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60))
+    return PipelineMetrics(
         name=name,
-        limits=EngineLimits(1000, 64, 640),
-        stages=(),
-        num_blocks=40,
-        num_used_blocks=10,
+        is_up=True,
         num_running=3,
         num_waiting=2,
         num_in_flight=1,
+        num_used_blocks=10,
+        num_blocks=40,
         num_preemptions=4,
         num_restarts=5,
-        pid=1,
-        is_up=True,
-        snapshot=Snapshot(10.0, 1.0, 2.0, 3.0, 0.0625, stages),
+        requests=requests,
+        stages=(StageWork(histogram(4), 250 * MS), StageWork(histogram(6, 8), 125 * MS)),
+        coordinator_ns=2000 * MS,
+        edge_bytes=(100, 2000, 30),
     )
-    requests = RequestTotals(num_prompt_tokens, 11, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60))
-    return PipelineMetrics(status, requests, (histogram(4), histogram(6, 8)), (100, 2000, 30))
 
 
 def ingress(name: str) -> IngressMetrics:
@@ -102,9 +100,9 @@ def test_the_numbers_are_those_of_each_replica(
         ("num_plans_in_flight", labels(pipeline="p")): 1,
         ("pipeline_up", labels(pipeline="p")): 1,
         ("pipeline_restarts_total", labels(pipeline="p")): 5,
-        ("coordinator_busy_ratio", labels(pipeline="p")): 0.0625,
-        ("stage_busy_ratio", labels(pipeline="p", stage="1")): 0.75,
-        ("stage_bubble_ratio", labels(pipeline="p", stage="0")): 0.25,
+        ("coordinator_busy_seconds_total", labels(pipeline="p")): 2,
+        ("stage_busy_seconds_total", labels(pipeline="p", stage="1")): 0.014,
+        ("stage_bubble_seconds_total", labels(pipeline="p", stage="0")): 0.25,
         ("stage_step_seconds_count", labels(pipeline="p", stage="1")): 2,
         ("stage_step_seconds_sum", labels(pipeline="p", stage="1")): 0.014,
         ("edge_bytes_total", labels(pipeline="p", edge="coordinator->0")): 100,
@@ -141,7 +139,7 @@ def test_without_replicas_every_family_is_there_and_has_no_samples() -> None:
 
 
 def test_a_pipeline_that_has_not_worked_yet_has_no_stages() -> None:
-    fresh = PipelineMetrics(pipeline("p").status, RequestTotals(), (), (0, 0, 0))
+    fresh = replace(pipeline("p"), stages=())
     names = {family.name for family in Exposition("demo", [fresh], []).collect() if family.samples}
     assert "gptj_dist_stage_step_seconds" not in names
     assert "gptj_dist_prompt_tokens" in names
