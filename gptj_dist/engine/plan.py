@@ -14,13 +14,14 @@ from gptj_dist.params import SamplingControls, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What the last stage must know of a request to sample for it.
+    """What the last stage must know of a request to sample for it, and all stages to log it.
 
     Args:
         request_id: unique in the life of the pipeline.
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
         min_position: first position at which end of text may be sampled.
         controls: None for the many requests that have none.
+        log_id: what logs call it; None for one that is not logged.
     """
 
     request_id: int
@@ -31,6 +32,7 @@ class NewRequest:
     noise_key: int
     min_position: int
     controls: SamplingControls | None = None
+    log_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
-from gptj_dist.serving.everyone import Answers, statuses, trace_parts
+from gptj_dist.serving.everyone import Answers, pipeline_metrics, statuses, trace_parts
 from gptj_dist.serving.feed import FeedInbox
-from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
 from gptj_dist.stages.trace import TracePart
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
 
@@ -52,10 +52,10 @@ class Pipelines:
         return self._limits
 
     def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
         """As `TokenSource` has it."""
-        return [self._stream(prompt_ids, params, choice) for choice in range(num_choices)]
+        return [self._stream(prompt_ids, params, choice, log_id) for choice in range(num_choices)]
 
     async def prove_ready(self) -> None:
         """Returns when a pipeline has made a token lately.
@@ -77,16 +77,20 @@ class Pipelines:
         self.limits()
         return await statuses(self._handle)
 
+    async def metrics(self) -> Answers[PipelineMetrics]:
+        """What every pipeline has counted; while the model loads there is none. Raises NotReadyError."""
+        return await pipeline_metrics(self._handle)
+
     async def trace_parts(self) -> Answers[TracePart]:
         """The plans that every pipeline remembers. Raises NotReadyError."""
         self.limits()
         return await trace_parts(self._handle, {})
 
     async def _stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int
+        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int, log_id: str
     ) -> AsyncGenerator[Delta, None]:
         reply_to, mailbox = self._feed.open()
-        call = self._handle.generate.remote(prompt_ids, params, choice, reply_to)
+        call = self._handle.generate.remote(prompt_ids, params, choice, reply_to, log_id)
         watcher = asyncio.create_task(_watch(call, mailbox))
         try:
             while True:

@@ -43,18 +43,25 @@ class PlanFrame:
     Args:
         hidden: stage 0 gets none.
         timings: of the stages that the plan has passed.
+        edge_bytes: what it took up on the edges to them.
     """
 
     plan: Plan
     hidden: HiddenStates | None
     timings: tuple[StageTiming, ...] = ()
+    edge_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ResultFrame:
-    """From the last stage to the coordinator."""
+    """From the last stage to the coordinator.
+
+    Args:
+        edge_bytes: what the plan took up on the edges to all stages.
+    """
 
     result: Result
+    edge_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +78,14 @@ _CONTROLS = tuple(field.name for field in fields(SamplingControls))
 def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
     """The parts of the frame's message."""
     match frame:
-        case PlanFrame(plan, hidden, timings):
+        case PlanFrame(plan, hidden, timings, edge_bytes):
             if hidden is None:
-                return [_pack(epoch, "plan", _plan_to_wire(plan), None, timings)]
-            return [_pack(epoch, "plan", _plan_to_wire(plan), (hidden.dtype, hidden.shape), timings), hidden.data]
-        case ResultFrame(result):
+                return [_pack(epoch, "plan", _plan_to_wire(plan), None, timings, edge_bytes)]
+            kind = (hidden.dtype, hidden.shape)
+            return [_pack(epoch, "plan", _plan_to_wire(plan), kind, timings, edge_bytes), hidden.data]
+        case ResultFrame(result, edge_bytes):
             told = (result.logprobs, result.prompt_logprobs)
-            return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings, *told))]
+            return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings, *told), edge_bytes)]
         case EndFrame():
             return [_pack(epoch, "end")]
     assert_never(frame)
@@ -93,18 +101,18 @@ def decode(parts: list[bytes], epoch: int) -> Frame | None:
     if frame_epoch != epoch:
         return None
     match kind, body:
-        case "plan", [plan, None, timings]:
-            return PlanFrame(_plan_from_wire(plan), None, _timings_from_wire(timings))
-        case "plan", [plan, (dtype, shape), timings]:
+        case "plan", [plan, None, timings, edge_bytes]:
+            return PlanFrame(_plan_from_wire(plan), None, _timings_from_wire(timings), edge_bytes)
+        case "plan", [plan, (dtype, shape), timings, edge_bytes]:
             hidden = HiddenStates(dtype, shape, parts[1])
-            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings))
-        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs)]:
+            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings), edge_bytes)
+        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs), edge_bytes]:
             told = tuple(None if token is None else TokenLogprobs(*token) for token in logprobs)
             of_prompts = tuple(
                 PromptLogprobs(request_id, start, tuple(map(TokenLogprobs._make, tokens)))
                 for request_id, start, tokens in prompt_logprobs
             )
-            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts))
+            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts), edge_bytes)
         case "end", []:
             return EndFrame()
     raise ValueError(f"unknown kind of frame: {kind!r}")
@@ -120,6 +128,7 @@ def _plan_to_wire(plan: Plan) -> tuple[object, ...]:
         (
             *(r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
             None if r.controls is None else [getattr(r.controls, name) for name in _CONTROLS],
+            r.log_id,
         )
         for r in plan.new_requests
     ]
@@ -138,8 +147,8 @@ def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[Any, ...]], lis
 
 
 def _new_request_from_wire(wire: tuple[Any, ...]) -> NewRequest:
-    controls = None if wire[-1] is None else SamplingControls(*wire[-1])
-    return NewRequest(*wire[:-1], controls)  # type: ignore[call-arg]
+    *settings, controls, log_id = wire
+    return NewRequest(*settings, None if controls is None else SamplingControls(*controls), log_id)  # type: ignore[call-arg]
 
 
 def _timings_from_wire(wire: tuple[tuple[int, int], ...]) -> tuple[StageTiming, ...]:
