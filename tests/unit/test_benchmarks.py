@@ -35,7 +35,7 @@ from benchmarks.vllm_settings import share_cores
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("compare", "http", "offline", "plots", "same_logits", "scheduler", "startup", "step", "transport")
+SCRIPTS = ("compare", "front", "http", "offline", "plots", "same_logits", "scheduler", "startup", "step", "transport")
 TIME_LIMIT_S = 60
 CASE = Case(2, 5, 3)
 

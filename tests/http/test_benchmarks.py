@@ -1,0 +1,20 @@
+"""The benchmarks that start servers of ours end in documents."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.test_benchmarks import run
+
+pytestmark = pytest.mark.ray
+
+
+def test_the_cost_of_the_front_is_told_by_process() -> None:
+    options = ["--ways", "engine", "ingress", "--streams", "2", "--rounds", "1", "--output-len", "16"]
+    ways = run("front", *options)["ways"]
+    assert all(load["output_throughput"] > 0 for way in ways.values() for load in way["loads"])
+    (load,) = ways["ingress"]["loads"]
+    assert load["ingress_us_per_request"] > 0
+    assert load["coordinator_us_per_request"] > 0
+    assert "proxy_us_per_request" not in load
+    assert ways["ingress"]["open_to_others"] == []
