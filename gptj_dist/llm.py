@@ -17,6 +17,7 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.completion import TextDelta, stream_text, whole
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import InvalidRequestError, NotReadyError
@@ -164,25 +165,22 @@ class LLM:
     async def _complete_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Output]:
         for prompt_ids in prompts:
             self._engine.check(prompt_ids, params)
-        choices = range(params.n)
-        wholes = await asyncio.gather(*(self._complete(p, params, choice) for p in prompts for choice in choices))
-        of_prompts = [wholes[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
-        return [
-            Output(tuple(prompt), tuple(map(_completion, of_prompt)), of_prompt[0].prompt_logprobs)
-            for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
-        ]
+        return await asyncio.gather(*(self._complete(prompt_ids, params) for prompt_ids in prompts))
 
-    async def _complete(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> TextDelta:
-        return whole([delta async for delta in self._stream(prompt_ids, params, choice)])
+    async def _complete(self, prompt_ids: list[int], params: SamplingParams) -> Output:
+        streams = self._engine.generate_all(prompt_ids, params, range(params.n))
+        wholes = await asyncio.gather(*(self._whole(stream, params) for stream in streams))
+        return Output(tuple(prompt_ids), tuple(map(_completion, wholes)), wholes[0].prompt_logprobs)
 
-    def _stream(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> AsyncGenerator[TextDelta, None]:
-        return stream_text(self._engine.generate(prompt_ids, params, choice), self.tokenizer, params)
+    async def _whole(self, stream: AsyncGenerator[Delta, None], params: SamplingParams) -> TextDelta:
+        return whole([delta async for delta in stream_text(stream, self.tokenizer, params)])
 
     async def _pour(
         self, prompt_ids: list[int], params: SamplingParams, pieces: SimpleQueue[str | BaseException | None]
     ) -> None:
         try:
-            async with aclosing(self._stream(prompt_ids, params, choice=0)) as deltas:
+            stream = self._engine.generate(prompt_ids, params)
+            async with aclosing(stream_text(stream, self.tokenizer, params)) as deltas:
                 async for delta in deltas:
                     pieces.put(delta.text)
         except Exception as error:  # whatever it is, the reader must not take the text for complete

@@ -12,6 +12,21 @@ from typing import NamedTuple
 from gptj_dist.params import SamplingControls, TokenLogprobs
 
 
+class PromptCopy(NamedTuple):
+    """The beginning of a request's KV, for another request of the same prompt.
+
+    Args:
+        request_id: whose KV; all stages have computed it by earlier plans.
+        num_tokens: the positions from 0 on that are taken over.
+        blocks: KV blocks that lie wholly within them and that both requests hold from now on; neither writes to them.
+            What lies behind is copied.
+    """
+
+    request_id: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class NewRequest:
     """What the last stage must know of a request to sample for it.
@@ -21,6 +36,8 @@ class NewRequest:
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
         min_position: first position at which end of text may be sampled.
         controls: None for the many requests that have none.
+        begins_with: what need not be computed; its first chunk goes on from there. None for a request that begins
+            with nothing.
     """
 
     request_id: int
@@ -31,6 +48,7 @@ class NewRequest:
     noise_key: int
     min_position: int
     controls: SamplingControls | None = None
+    begins_with: PromptCopy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +58,7 @@ class Chunk:
     Args:
         start: position of the first token.
         token_ids: the tokens, one or more.
-        new_blocks: KV blocks that the request gets with this chunk, behind those it has.
+        new_blocks: KV blocks that the request alone gets with this chunk, behind those it has.
         samples: whether the last token's logits are to be sampled.
         next_id: the token behind the chunk, where its log probability is wanted.
     """
@@ -55,7 +73,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One micro-batch: `released` requests are forgotten, then `new_requests` are met, then `chunks` are computed."""
+    """One micro-batch.
+
+    `released` requests are forgotten, `new_requests` are met, they and the `chunks` get their blocks, what they begin
+    with is copied, and then all chunks are computed.
+    """
 
     plan_id: int
     released: tuple[int, ...]

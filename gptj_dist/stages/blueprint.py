@@ -80,6 +80,7 @@ class StageReport:
         free_bytes: what was free in its memory pool after loading.
         kv_bytes_per_token: what a token costs it in the KV cache.
         pid: its process, on the machine named in `device.memory_pool`.
+        has_blocks: requests can have KV blocks in common.
     """
 
     layers: LayerRange
@@ -90,6 +91,7 @@ class StageReport:
     free_bytes: int
     kv_bytes_per_token: int
     pid: int
+    has_blocks: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ class LoadedPipeline:
                 eos_token_id=self.blueprint.model.eos_token_id,
                 max_chunk_tokens=config.max_chunk_tokens,
                 shares_memory=len({report.device.memory_pool for report in self.reports}) < len(self.reports),
+                can_share_blocks=all(report.has_blocks for report in self.reports),
             )
         )
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import DTypeName
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptLogprobs, Result
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, PromptLogprobs, Result
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
-from gptj_dist.model.kv_cache import cache_dtype, make_cache
+from gptj_dist.model.kv_cache import cache_dtype, has_blocks, make_cache
 from gptj_dist.model.logprobs import token_logprobs
 from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import TokenLogprobs
@@ -100,6 +100,7 @@ class StageRunner:
             * spec.config.d_model
             * cache_dtype(TORCH_DTYPES[dtype], self._device).itemsize,
             pid=os.getpid(),
+            has_blocks=has_blocks(self._device),
         )
 
     @torch.inference_mode()
@@ -206,13 +207,22 @@ class StageRunner:
         for request in plan.new_requests:
             self._requests[request.request_id] = request
             cache.add(request.request_id)
+            if request.begins_with is not None:
+                cache.extend(request.request_id, request.begins_with.blocks)
             if self._spec.layers.is_last and request.controls is not None and request.controls.needs_history:
-                self._histories[request.request_id] = []
+                self._histories[request.request_id] = self._first_history(request.begins_with)
         for chunk in plan.chunks:
             if chunk.request_id in self._histories:
                 self._histories[chunk.request_id] += chunk.token_ids
             if chunk.new_blocks:
                 cache.extend(chunk.request_id, chunk.new_blocks)
+        for request in plan.new_requests:
+            if request.begins_with is not None:
+                cache.copy(request.begins_with.request_id, request.request_id, request.begins_with.num_tokens)
+
+    def _first_history(self, begins_with: PromptCopy | None) -> list[int]:
+        """The tokens that a request begins with; the one that has computed them is sampled in the same way."""
+        return [] if begins_with is None else self._histories[begins_with.request_id][: begins_with.num_tokens]
 
     def _sample_spec(self, chunk: Chunk) -> SampleSpec:
         request = self._requests[chunk.request_id]

@@ -18,7 +18,7 @@ from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import BLOCK_SIZE_TOKENS, LayerRange, ModelConfig
 from gptj_dist.engine.async_engine import noise_key
 from gptj_dist.engine.plan import Plan, PromptLogprobs, Result
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams
 from gptj_dist.planning.partition import layer_ranges
@@ -126,7 +126,7 @@ class Model:
             )
         )
         requests = [
-            Request(id_, work.prompt_ids, work.params, noise_key(work.params.seed, 0))
+            Request(id_, Prompt(work.prompt_ids), work.params, noise_key(work.params.seed, 0))
             for id_, work in sorted(works.items())
         ]
         for request in requests:

@@ -17,7 +17,7 @@ from gptj_dist import LLM, SamplingParams
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.plan import Result
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import CheckpointError, StageFailedError
 from gptj_dist.stages.actor import Stage, _to_tensor, _to_wire
@@ -60,7 +60,7 @@ class Recorder:
         self.scheduler = Scheduler(SchedulerConfig(num_stages, NUM_BLOCKS, 16, 8, eos_token_id=0, max_chunk_tokens=7))
         params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
         for request_id, prompt in enumerate(prompts):
-            self.scheduler.add(Request(request_id, tuple(prompt), params, noise_key=0))
+            self.scheduler.add(Request(request_id, Prompt(tuple(prompt)), params, noise_key=0))
         self.logits: Logits = {}
 
     def land(self, plan: Any, logits: torch.Tensor) -> None:

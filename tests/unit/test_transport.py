@@ -11,7 +11,7 @@ import msgpack
 import pytest
 import torch
 
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptLogprobs, Result, StageTiming
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, PromptLogprobs, Result, StageTiming
 from gptj_dist.params import SamplingControls, TokenLogprobs
 from gptj_dist.stages.actor import _to_tensor, _to_wire
 from gptj_dist.stages.transport.codec import (
@@ -32,7 +32,10 @@ TOLD = TokenLogprobs(5, -0.25, 1, ((5, -0.25), (6, -2.0)))
 PLAN = Plan(
     plan_id=7,
     released=(1, 2),
-    new_requests=(NewRequest(3, 0.7, 0.9, 40, 0.05, 2**64 - 1, 12), NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0, CONTROLS)),
+    new_requests=(
+        NewRequest(3, 0.7, 0.9, 40, 0.05, 2**64 - 1, 12),
+        NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0, CONTROLS, PromptCopy(3, 17, (9,))),
+    ),
     chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True)),
 )
 TIMINGS = (StageTiming(1_753_000_000_000_000_000, 1_753_000_000_004_000_001), StageTiming(0, 2**63))

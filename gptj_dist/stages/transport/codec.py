@@ -5,7 +5,7 @@ Every frame carries the epoch of the pipeline that it belongs to; frames of anot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, replace
 from typing import Any, assert_never
 
 import msgpack
@@ -15,6 +15,7 @@ from gptj_dist.engine.plan import (
     Chunk,
     NewRequest,
     Plan,
+    PromptCopy,
     PromptLogprobs,
     Result,
     StageTiming,
@@ -63,9 +64,6 @@ class EndFrame:
 
 
 Frame = PlanFrame | ResultFrame | EndFrame
-
-
-_CONTROLS = tuple(field.name for field in fields(SamplingControls))
 
 
 def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
@@ -118,8 +116,9 @@ def _pack(*fields: object) -> bytes:
 def _plan_to_wire(plan: Plan) -> tuple[object, ...]:
     new_requests = [
         (
-            *(r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
-            None if r.controls is None else [getattr(r.controls, name) for name in _CONTROLS],
+            (r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
+            None if r.controls is None else astuple(r.controls),
+            r.begins_with,
         )
         for r in plan.new_requests
     ]
@@ -138,8 +137,12 @@ def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[Any, ...]], lis
 
 
 def _new_request_from_wire(wire: tuple[Any, ...]) -> NewRequest:
-    controls = None if wire[-1] is None else SamplingControls(*wire[-1])
-    return NewRequest(*wire[:-1], controls)  # type: ignore[call-arg]
+    settings, controls, begins_with = wire
+    return replace(
+        NewRequest(*settings),
+        controls=None if controls is None else SamplingControls(*controls),
+        begins_with=None if begins_with is None else PromptCopy(*begins_with),
+    )
 
 
 def _timings_from_wire(wire: tuple[tuple[int, int], ...]) -> tuple[StageTiming, ...]:
