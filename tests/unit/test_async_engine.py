@@ -131,6 +131,18 @@ def test_every_stream_gets_its_own_tokens_in_order_though_requests_wait_and_are_
     run(scenario())
 
 
+def test_the_choices_of_a_prompt_compute_it_once_and_have_tokens_of_their_own() -> None:
+    async def scenario() -> None:
+        async with running() as rig:
+            params = SamplingParams(max_tokens=5, seed=8)
+            streams = rig.engine.generate_all(PROMPT * 5, params, range(4))
+            token_ids = await asyncio.gather(*map(collect, streams))
+            assert token_ids == [expected_tokens(PROMPT * 5, params, choice) for choice in range(4)]
+            assert sum(plan.num_tokens for plan in rig.executor.plans) == 15 + 3 + 4 * 4
+
+    run(scenario())
+
+
 def test_a_stream_ends_at_end_of_text_or_at_its_length_with_the_reason_on_its_last_delta() -> None:
     async def scenario() -> None:
         async with running(end_positions=frozenset({6})) as rig:
