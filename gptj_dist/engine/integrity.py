@@ -59,5 +59,5 @@ def check_requests(running: Sequence[Request], waiting: WaitingQueue, awaited_id
     invariant(num_tokens == waiting.num_tokens, "waiting tokens are miscounted")
 
 
-def _order(request: Request) -> int:
+def _order(request: Request) -> tuple[int, int]:
     return request.order

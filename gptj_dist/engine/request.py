@@ -83,9 +83,9 @@ class Request:
         return self.prompt.token_ids
 
     @property
-    def order(self) -> int:
-        """Requests run in this order, and give up their blocks in the opposite one."""
-        return self.request_id
+    def order(self) -> tuple[int, int]:
+        """Requests run in this order, by priority and then by arrival, and give up their blocks in the opposite one."""
+        return self.params.priority, self.request_id
 
     @property
     def num_tokens(self) -> int:

@@ -3,8 +3,9 @@
 There is no prefill phase and no decode phase: every request has a number of computed tokens that catches up with its
 number of tokens. Chunked prefill and recomputation after a preemption both fall out of that rule.
 
-Requests run in order of arrival. When KV blocks run out, the youngest running request gives up its blocks and goes back
-to the head of the queue; the oldest can always go on, so all of them finish.
+Requests run in their order: by priority, and then by arrival. When KV blocks run out, the last of those that run gives
+up its blocks and goes back to the queue; the first can always go on, so all of them finish, if no others come before
+them for ever.
 
 Of the requests of one prompt, one computes it. The others wait until it has, and begin with its KV: whole blocks are
 held in common, and the stages copy the rest. If no request holds the prompt any more, the next computes it again.
@@ -187,7 +188,7 @@ class Scheduler:
         return [self._take_token(self._by_id[id_], token, told) for id_, token, told in sampled if id_ in self._by_id]
 
     def drain(self) -> list[Request]:
-        """Forgets all requests and plans, for a pipeline that has died; returns the requests in order of arrival.
+        """Forgets all requests and plans, for a pipeline that has died; returns the requests in their order.
 
         Each keeps its tokens: added again to a scheduler, it would be recomputed and go on where it was.
         """
@@ -223,7 +224,7 @@ class Scheduler:
         is_larger = sum(group > size for group in groups) < num_larger
         share = max(1, min(_ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
-            if request.is_running:  # an older one of the share may have preempted it
+            if request.is_running:  # one of the share before it may have preempted it
                 self._draft_chunk(draft, request, 1)
         draft.num_decodes = len(draft.chunks)
 
@@ -231,7 +232,7 @@ class Scheduler:
         """Fills up with prompt tokens: of running requests first, then of waiting ones."""
         room = self._prompt_room(has_decodes=draft.num_decodes > 0)
         for request in [r for r in self._running if r.num_uncomputed > 1]:
-            if room and request.is_running:  # an older one may have preempted it
+            if room and request.is_running:  # one before it may have preempted it
                 room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
         index = 0
         while room and index < len(self._waiting) and len(self._running) < self._config.max_batch_size:
@@ -310,7 +311,7 @@ class Scheduler:
         return num_tokens
 
     def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
-        """Preempts requests younger than this one, the youngest first, until the blocks are free; all or nothing."""
+        """Preempts requests behind this one, the last first, until the blocks are free; all or nothing."""
         victims: list[Request] = []
         num_given_back: Counter[int] = Counter()
         num_free = self._pool.num_free
@@ -328,7 +329,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Takes the blocks away; the request queues by age, and will be recomputed from its first token."""
+        """Takes the blocks away; the request queues in its order, and will be recomputed from its first token."""
         self._stop_running(request)
         self._waiting.add(request)
         self.num_preemptions += 1
@@ -370,7 +371,7 @@ class Scheduler:
         request.num_computed = 0
 
 
-def _order(request: Request) -> int:
+def _order(request: Request) -> tuple[int, int]:
     return request.order
 
 

@@ -37,5 +37,5 @@ class WaitingQueue:
         self.num_tokens -= request.num_expected
 
 
-def _order(request: Request) -> int:
+def _order(request: Request) -> tuple[int, int]:
     return request.order

@@ -71,7 +71,12 @@ class Walk:
         num_prompt = num_prompt if is_too_long or rng.random() < 0.3 else rng.randint(1, min(num_prompt, 12))
         max_tokens = max_tokens if is_too_long else min(max_tokens, room)
         prompt = tuple(rng.randrange(1, VOCAB_SIZE) for _ in range(max(1, num_prompt)))
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=rng.random() < 0.3, min_tokens=rng.randint(0, 1))
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=rng.random() < 0.3,
+            min_tokens=rng.randint(0, 1),
+            priority=rng.choice((0, 0, 0, -3, 7)),
+        )
         shared = Prompt(prompt)
         if self.latest and not is_too_long and rng.random() < 0.5:
             shared, params = rng.choice(self.latest)
@@ -104,7 +109,8 @@ class Walk:
     def check_released(self, plan: Plan) -> None:
         preempted = [id_ for id_ in plan.released if id_ in self.requests]
         self.num_preemptions += len(preempted)
-        assert not self.requests or min(self.requests) not in preempted, "the oldest was preempted"
+        first = min(self.requests.values(), key=lambda request: request.order, default=None)
+        assert first is None or first.request_id not in preempted, "the first was preempted"
 
     def check_new_requests(self, plan: Plan) -> None:
         for new in plan.new_requests:
@@ -167,8 +173,8 @@ class Walk:
         """The pipeline dies. Its requests go on in a new one, behind the same scheduler or a fresh one."""
         drained, emptied = self.scheduler.drain(), self.scheduler
         emptied.check_integrity()
-        assert [request.request_id for request in drained] == sorted(self.requests), "not in order of arrival"
-        assert [request.token_ids for request in drained] == [self.tokens[id_] for id_ in sorted(self.tokens)]
+        assert drained == sorted(self.requests.values(), key=lambda request: request.order), "not in their order"
+        assert all(request.token_ids == self.tokens[request.request_id] for request in drained)
         assert emptied.num_used_blocks == emptied.num_in_flight == 0
         assert not emptied.has_requests
         self.num_drains += 1
@@ -416,6 +422,34 @@ def test_no_more_requests_run_than_the_batch_may_hold_and_none_overtakes() -> No
         introduced += [new.request_id for new in plan.new_requests]
         assert len({chunk.request_id for chunk in plan.chunks}) <= 2
     assert introduced == [0, 1, 2, 3, 4]
+
+
+def test_a_lower_priority_runs_first_and_among_equals_the_earlier() -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    for request_id, priority in enumerate((0, 5, -1, 5, 0, -(2**31))):
+        scheduler.add(make_request(request_id, 4, SamplingParams(max_tokens=1, priority=priority)))
+    introduced = [new.request_id for plan in plans_until_idle(scheduler) for new in plan.new_requests]
+    assert introduced == [5, 2, 0, 4, 1, 3]
+
+
+def test_the_lowest_priority_is_preempted_first_even_if_it_is_the_oldest() -> None:
+    scheduler = make_scheduler(num_stages=1, num_blocks=8, block_size=1)
+    for request_id, priority in enumerate((3, 1, 2)):
+        scheduler.add(make_request(request_id, 2, SamplingParams(max_tokens=6, priority=priority)))
+    plans = plans_until_idle(scheduler)
+    released = [request_id for plan in plans for request_id in plan.released]
+    introduced = [new.request_id for plan in plans for new in plan.new_requests]
+    assert released[0] == 0
+    assert introduced.count(1) == 1
+
+
+def test_a_request_that_runs_is_not_preempted_for_one_that_waits() -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    scheduler.add(make_request(0, 4, SamplingParams(max_tokens=3, priority=9)))
+    in_flight = fill(scheduler)
+    scheduler.add(make_request(1, 4, SamplingParams(max_tokens=3, priority=-9)))
+    introduced = [new.request_id for plan in plans_until_idle(scheduler, in_flight) for new in plan.new_requests]
+    assert (introduced, scheduler.num_preemptions) == ([0, 1], 0)
 
 
 def test_a_request_that_could_never_fit_is_refused_and_one_that_just_fits_is_served() -> None:

@@ -188,6 +188,18 @@ def test_blocks_are_free_when_all_who_hold_them_have_gone_and_no_sooner() -> Non
     scheduler.check_integrity()
 
 
+def test_a_prompt_that_waits_for_its_priority_keeps_no_other_from_it() -> None:
+    scheduler = make_scheduler(num_stages=1, max_batch_size=2, max_chunk_tokens=10)
+    family = make_family(3, 25, SamplingParams(max_tokens=2, priority=1))
+    urgent = make_request(9, 5, SamplingParams(max_tokens=2, priority=-1))
+    add_all(scheduler, family)
+    in_flight = fill(scheduler)
+    scheduler.add(urgent)
+    for plan in in_flight:
+        land(scheduler, plan)
+    assert [new.request_id for plan in drive_on(scheduler) for new in plan.new_requests] == [9, 1, 2]
+
+
 def told(start: int, num_tokens: int) -> tuple[TokenLogprobs, ...]:
     return tuple(TokenLogprobs(position, -float(position), 1, ()) for position in range(start, start + num_tokens))
 
