@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -21,7 +22,7 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import InvalidRequestError, NotReadyError
-from gptj_dist.params import SamplingParams, TokenLogprobs
+from gptj_dist.params import Pooling, PoolingKind, SamplingParams, TokenLogprobs
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
@@ -103,6 +104,22 @@ class LLM:
         prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         return self._run(self._complete_all(prompt_ids, params))
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: PoolingKind = "mean", layer: int | None = None
+    ) -> list[tuple[float, ...]]:
+        """Embeddings of prompts, each `d_model` float32 numbers: hidden states of the model.
+
+        Args:
+            prompts: as `generate` takes them.
+            pooling, layer: as `Pooling` has them.
+
+        Raises:
+            InvalidRequestError: a prompt or the layer does not fit.
+        """
+        params = SamplingParams(max_tokens=0, pooling=Pooling(pooling, layer))
+        prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
+        return self._run(self._embed_all(prompt_ids, params))
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Completes one prompt once, yielding its text as it comes. Closing the iterator cancels."""
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
@@ -166,6 +183,16 @@ class LLM:
         for prompt_ids in prompts:
             self._engine.check(prompt_ids, params)
         return await asyncio.gather(*(self._complete(prompt_ids, params) for prompt_ids in prompts))
+
+    async def _embed_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[tuple[float, ...]]:
+        for prompt_ids in prompts:
+            self._engine.check(prompt_ids, params)
+        return await asyncio.gather(*(self._embed(prompt_ids, params) for prompt_ids in prompts))
+
+    async def _embed(self, prompt_ids: list[int], params: SamplingParams) -> tuple[float, ...]:
+        [delta] = [delta async for delta in self._engine.generate(prompt_ids, params)]
+        assert delta.embedding is not None, "it was asked for"
+        return tuple(array("f", delta.embedding))
 
     async def _complete(self, prompt_ids: list[int], params: SamplingParams) -> Output:
         streams = self._engine.generate_all(prompt_ids, params, range(params.n))

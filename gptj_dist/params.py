@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gptj_dist.errors import InvalidRequestError
 
@@ -14,6 +14,23 @@ MAX_PRIORITY = 2**31
 MAX_LOGPROBS = 20
 MAX_LISTED_TOKENS = 1024
 """Entries of each list of tokens: they travel to the last stage."""
+
+
+PoolingKind = Literal["mean", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What vector a request for an embedding gets of its prompt's hidden states.
+
+    Args:
+        kind: their mean over the prompt's tokens, or those of the last token.
+        layer: 0 for those that go into the first layer, k for those that come out of the k-th; None, or the number of
+            layers, for those behind the final LayerNorm. transformers' `hidden_states` are counted the same.
+    """
+
+    kind: PoolingKind = "mean"
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +60,7 @@ class SamplingParams:
         bad_token_ids: runs of tokens that are not sampled: the last one of a run never follows the others.
         logprobs: tell each token's log probability, and that of so many of the likeliest, 0 to 20; None tells nothing.
         prompt_logprobs: the same of the prompt's tokens but the first.
+        pooling: asks for an embedding of the prompt, instead of any tokens.
         priority: requests with a lower one are served first, and preempted last; among equals the earlier ones. Others
             may wait for ever.
 
@@ -72,6 +90,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     priority: int = 0
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", "must be at least 0", self.max_tokens)
@@ -96,6 +115,8 @@ class SamplingParams:
         _check_num_top("logprobs", self.logprobs)
         _check_num_top("prompt_logprobs", self.prompt_logprobs)
         _check(-MAX_PRIORITY <= self.priority < MAX_PRIORITY, "priority", "must fit in 32 bits", self.priority)
+        _check(self.pooling is None or self.max_tokens == 0, "max_tokens", "must be 0 with pooling", self.max_tokens)
+        _check(self.pooling is None or self.prompt_logprobs is None, "prompt_logprobs", "must be None with pooling", 0)
         self._check_tokens()
 
     def _check_tokens(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, Result
+from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
 
 FAKE_VOCAB_SIZE = 1000
@@ -112,6 +112,11 @@ def fake_token(noise_key: int, position: int) -> int:
     return 1 + (noise_key * 7919 + position * 104729) % (FAKE_VOCAB_SIZE - 1)
 
 
+def fake_embedding(chunk: Chunk) -> Embedding:
+    """What fake stages make of a prompt that ends with the chunk."""
+    return Embedding(chunk.request_id, f"{chunk.start + len(chunk.token_ids)} tokens".encode())
+
+
 class FakeExecutor:
     """An `Executor` whose tokens are `fake_token`, so that each stream's are known beforehand.
 
@@ -140,7 +145,8 @@ class FakeExecutor:
         self._stages.apply(plan)
         self.plans.append(plan)
         tokens = tuple(self._sample(chunk) for chunk in plan.chunks if chunk.samples)
-        self._computed.append(Result(plan.plan_id, tokens))
+        embeddings = tuple(fake_embedding(chunk) for chunk in plan.chunks if chunk.tells_embedding)
+        self._computed.append(Result(plan.plan_id, tokens, embeddings=embeddings))
         if not self._is_paused:
             self.step()
 

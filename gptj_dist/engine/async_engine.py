@@ -85,7 +85,7 @@ class AsyncEngine:
 
         Each stream fails for itself.
         """
-        prompt = Prompt(tuple(prompt_ids))
+        prompt = Prompt(tuple(prompt_ids), can_share=params.pooling is None)
         return [self._generate(prompt, params, choice) for choice in choices]
 
     async def _generate(self, prompt: Prompt, params: SamplingParams, choice: int) -> AsyncGenerator[Delta, None]:
@@ -198,13 +198,14 @@ class AsyncEngine:
 
 
 def _delta(output: TokenOutput) -> Delta:
-    """What a stream is told of a token."""
+    """What a stream is told of a token, or of an embedding."""
     request = output.request
     return Delta(
         token_ids=() if output.token_id is None else (output.token_id,),
         finish_reason=output.finish_reason,
         logprobs=() if output.logprobs is None else (output.logprobs,),
         prompt_logprobs=tuple(request.prompt.logprobs) if request.num_output_tokens <= 1 else (),
+        embedding=output.embedding,
     )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from gptj_dist.engine.block_pool import BlockPool
-from gptj_dist.engine.request import Prompt, Request
+from gptj_dist.engine.request import Prompt, Request, run_order
 from gptj_dist.engine.waiting import WaitingQueue
 
 
@@ -41,8 +41,8 @@ def check_requests(running: Sequence[Request], waiting: WaitingQueue, awaited_id
         awaited_ids: whom the plans in flight sample for, once for each time that they do.
     """
     everyone = [*running, *waiting]
-    invariant(list(running) == sorted(running, key=_order), "running requests are out of order")
-    invariant(list(waiting) == sorted(waiting, key=_order), "waiting requests are out of order")
+    invariant(list(running) == sorted(running, key=run_order), "running requests are out of order")
+    invariant(list(waiting) == sorted(waiting, key=run_order), "waiting requests are out of order")
     invariant(len(awaited_ids) == len(set(awaited_ids)), "two plans in flight sample for one request")
     for request in everyone:
         is_awaited = request.request_id in awaited_ids
@@ -57,7 +57,3 @@ def check_requests(running: Sequence[Request], waiting: WaitingQueue, awaited_id
     invariant(not any(request.is_running for request in waiting), "a waiting request believes that it runs")
     num_tokens = sum(request.num_expected for request in waiting)
     invariant(num_tokens == waiting.num_tokens, "waiting tokens are miscounted")
-
-
-def _order(request: Request) -> tuple[int, int]:
-    return request.order

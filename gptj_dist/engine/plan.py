@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gptj_dist.params import SamplingControls, TokenLogprobs
+from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
 
 
 class PromptCopy(NamedTuple):
@@ -29,7 +29,7 @@ class PromptCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What the last stage must know of a request to sample for it.
+    """What stages must know of a request: the last one to sample for it, or another one to make its embedding.
 
     Args:
         request_id: unique in the life of the pipeline.
@@ -38,6 +38,7 @@ class NewRequest:
         controls: None for the many requests that have none.
         begins_with: what need not be computed; its first chunk goes on from there. None for a request that begins
             with nothing.
+        pooling: which embedding it asks for; nothing is sampled for it then.
     """
 
     request_id: int
@@ -49,6 +50,7 @@ class NewRequest:
     min_position: int
     controls: SamplingControls | None = None
     begins_with: PromptCopy | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Chunk:
         new_blocks: KV blocks that the request alone gets with this chunk, behind those it has.
         samples: whether the last token's logits are to be sampled.
         next_id: the token behind the chunk, where its log probability is wanted.
+        tells_embedding: whether the request's embedding is complete with this chunk.
     """
 
     request_id: int
@@ -69,6 +72,7 @@ class Chunk:
     new_blocks: tuple[int, ...]
     samples: bool
     next_id: int | None = None
+    tells_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,13 @@ class PromptLogprobs(NamedTuple):
     tokens: tuple[TokenLogprobs, ...]
 
 
+class Embedding(NamedTuple):
+    """A request's: `d_model` float32 numbers, byte by byte."""
+
+    request_id: int
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a plan.
@@ -113,6 +124,7 @@ class Result:
         timings: of every stage, first to last; empty where nobody measures.
         logprobs: one for each of `token_ids`, None where it was not asked for; empty if it was for none.
         prompt_logprobs: of the plan's chunks, where it was asked for.
+        embeddings: one for each chunk that tells one.
     """
 
     plan_id: int
@@ -120,3 +132,4 @@ class Result:
     timings: tuple[StageTiming, ...] = ()
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()

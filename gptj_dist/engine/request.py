@@ -23,6 +23,7 @@ class Prompt:
 
     Args:
         token_ids: one or more.
+        can_share: its KV may be computed for all of them at once. Not where each wants something of every token.
 
     Attributes:
         first: the request that was made of it first.
@@ -31,6 +32,7 @@ class Prompt:
     """
 
     token_ids: tuple[int, ...]
+    can_share: bool = True
     first: Request | None = field(init=False, default=None)
     holders: list[Request] = field(init=False, default_factory=list)
     logprobs: list[TokenLogprobs] = field(init=False, default_factory=list)
@@ -38,7 +40,7 @@ class Prompt:
     @property
     def num_shareable(self) -> int:
         """Tokens whose KV one request takes over from another: the last token is each one's own, to sample behind."""
-        return len(self.token_ids) - 1
+        return len(self.token_ids) - 1 if self.can_share else 0
 
     def learn(self, told: PromptLogprobs) -> None:
         """Takes log probabilities; those known from another request, or before a preemption, come again."""
@@ -81,11 +83,6 @@ class Request:
     @property
     def prompt_ids(self) -> tuple[int, ...]:
         return self.prompt.token_ids
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Requests run in this order, by priority and then by arrival, and give up their blocks in the opposite one."""
-        return self.params.priority, self.request_id
 
     @property
     def num_tokens(self) -> int:
@@ -131,6 +128,7 @@ class Request:
             min_position=len(self.prompt_ids) + self.params.min_tokens,
             controls=self._controls(),
             begins_with=begins_with,
+            pooling=self.params.pooling,
         )
 
     def _controls(self) -> SamplingControls | None:
@@ -149,3 +147,8 @@ class Request:
         )
         is_usual = controls == SamplingControls(len(self.prompt_ids), 0.0, 0.0, 1.0, (), None, (), (), None, None)
         return None if is_usual else controls
+
+
+def run_order(request: Request) -> tuple[int, int]:
+    """Requests run in this order, by priority and then by arrival, and give up their blocks in the opposite one."""
+    return request.params.priority, request.request_id

@@ -28,7 +28,7 @@ from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, Result
-from gptj_dist.engine.request import FinishReason, Request
+from gptj_dist.engine.request import FinishReason, Request, run_order
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
 from gptj_dist.params import TokenLogprobs
@@ -73,12 +73,14 @@ class TokenOutput:
     Args:
         token_id: None if the request was to generate none.
         logprobs: the token's, where they are asked for.
+        embedding: in a token's place, as `Embedding.data`, where that is asked for.
     """
 
     request: Request
     token_id: int | None
     finish_reason: FinishReason | None
     logprobs: TokenLogprobs | None = None
+    embedding: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -97,13 +99,14 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A plan on its way, whom its chunks belong to, and whom its sampled tokens."""
+    """A plan on its way, whom its chunks belong to, and whom its sampled tokens and its embeddings."""
 
     plan_id: int
     num_decodes: int
     num_rows: int
     requests: dict[int, Request]
     sampled_ids: tuple[int, ...]
+    pooled_ids: tuple[int, ...]
 
 
 class Scheduler:
@@ -185,14 +188,17 @@ class Scheduler:
             landed.requests[of_prompt.request_id].prompt.learn(of_prompt)
         logprobs = result.logprobs or (None,) * len(result.token_ids)
         sampled = zip(landed.sampled_ids, result.token_ids, logprobs, strict=True)
-        return [self._take_token(self._by_id[id_], token, told) for id_, token, told in sampled if id_ in self._by_id]
+        return [
+            *(self._take_token(self._by_id[id_], token, told) for id_, token, told in sampled if id_ in self._by_id),
+            *(self._take_embedding(self._by_id[id_], data) for id_, data in result.embeddings if id_ in self._by_id),
+        ]
 
     def drain(self) -> list[Request]:
         """Forgets all requests and plans, for a pipeline that has died; returns the requests in their order.
 
         Each keeps its tokens: added again to a scheduler, it would be recomputed and go on where it was.
         """
-        requests = sorted([*self._running, *self._waiting], key=_order)
+        requests = sorted([*self._running, *self._waiting], key=run_order)
         for request in requests:
             self._remove(request)
             request.is_awaiting_token = False
@@ -208,8 +214,8 @@ class Scheduler:
         invariant(len(self._running) <= self._config.max_batch_size, "too many requests run")
         invariant(len(self._in_flight) <= self._config.max_in_flight, "too many plans in flight")
         check_blocks(self._running, self._pool)
-        awaited_ids = [id_ for plan in self._in_flight for id_ in plan.sampled_ids if id_ in self._by_id]
-        check_requests(self._running, self._waiting, awaited_ids)
+        awaited_ids = [id_ for plan in self._in_flight for id_ in (*plan.sampled_ids, *plan.pooled_ids)]
+        check_requests(self._running, self._waiting, [id_ for id_ in awaited_ids if id_ in self._by_id])
 
     def _draft_decodes(self, draft: _Draft) -> None:
         """Shares the requests with one token to compute evenly over some micro-batches, mostly one a stage."""
@@ -280,7 +286,7 @@ class Scheduler:
     def _admit(self, draft: _Draft, request: Request, source: Request | None) -> None:
         """Lets the request run; it begins with the source's KV of the prompt if there is one."""
         self._waiting.remove(request)
-        insort(self._running, request, key=_order)
+        insort(self._running, request, key=run_order)
         request.is_running = True
         if request.prompt.num_shareable:
             request.prompt.holders.append(request)
@@ -302,10 +308,17 @@ class Scheduler:
         request.blocks.extend(new_blocks)
         request.num_computed = stop
         request.is_awaiting_token = stop == request.num_tokens
-        tokens = tuple(request.token_ids[start:stop])
-        next_id = request.next_prompt_id(stop)
+        pools = request.params.pooling is not None
         draft.chunks.append(
-            Chunk(request.request_id, start, tokens, tuple(new_blocks), request.is_awaiting_token, next_id)
+            Chunk(
+                request_id=request.request_id,
+                start=start,
+                token_ids=tuple(request.token_ids[start:stop]),
+                new_blocks=tuple(new_blocks),
+                samples=request.is_awaiting_token and not pools,
+                next_id=request.next_prompt_id(stop),
+                tells_embedding=request.is_awaiting_token and pools,
+            )
         )
         draft.starts[request] = start
         return num_tokens
@@ -339,8 +352,11 @@ class Scheduler:
         self._released.clear()
         self._next_plan_id += 1
         sampled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.samples)
+        pooled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.tells_embedding)
         requests = {request.request_id: request for request in draft.starts}
-        self._in_flight.append(_InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, requests, sampled_ids))
+        self._in_flight.append(
+            _InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, requests, sampled_ids, pooled_ids)
+        )
         return plan
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
@@ -351,6 +367,11 @@ class Scheduler:
         if reason is not None:
             self._remove(request)
         return TokenOutput(request, token_id if request.params.max_tokens else None, reason, logprobs)
+
+    def _take_embedding(self, request: Request, data: bytes) -> TokenOutput:
+        request.is_awaiting_token = False
+        self._remove(request)
+        return TokenOutput(request, None, FinishReason.LENGTH, embedding=data)
 
     def _remove(self, request: Request) -> None:
         del self._by_id[request.request_id]
@@ -369,10 +390,6 @@ class Scheduler:
         self._released.append(request.request_id)
         request.blocks = []
         request.num_computed = 0
-
-
-def _order(request: Request) -> tuple[int, int]:
-    return request.order
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import Request, run_order
 
 
 class WaitingQueue:
-    """Sorted by `Request.order`.
+    """Sorted by `run_order`.
 
     Attributes:
         num_tokens: that have to be computed, as far as can be told, for all of them to have caught up.
@@ -29,13 +29,9 @@ class WaitingQueue:
         return self._requests[index]
 
     def add(self, request: Request) -> None:
-        insort(self._requests, request, key=_order)
+        insort(self._requests, request, key=run_order)
         self.num_tokens += request.num_expected
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
         self.num_tokens -= request.num_expected
-
-
-def _order(request: Request) -> tuple[int, int]:
-    return request.order

@@ -82,7 +82,7 @@ class FeedOutbox:
         """Sends a stream's new tokens, soon."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
-        told = (delta.logprobs, delta.prompt_logprobs)
+        told = (delta.logprobs, delta.prompt_logprobs, delta.embedding)
         self._waiting[stream.address].append((stream.stream_id, delta.token_ids, delta.finish_reason, *told))
 
     def stop(self) -> None:
@@ -99,10 +99,14 @@ class FeedOutbox:
 
 
 def _from_wire(
-    token_ids: tuple[int, ...], reason: str | None, logprobs: _WireLogprobs, prompt_logprobs: _WireLogprobs
+    token_ids: tuple[int, ...],
+    reason: str | None,
+    logprobs: _WireLogprobs,
+    prompt_logprobs: _WireLogprobs,
+    embedding: bytes | None,
 ) -> Delta:
     told, of_prompt = (tuple(map(TokenLogprobs._make, tokens)) for tokens in (logprobs, prompt_logprobs))
-    return Delta(token_ids, None if reason is None else FinishReason(reason), told, of_prompt)
+    return Delta(token_ids, None if reason is None else FinishReason(reason), told, of_prompt, embedding)
 
 
 def _connect(address: str) -> zmq.Socket[bytes]:

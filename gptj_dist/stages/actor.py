@@ -18,6 +18,8 @@ from gptj_dist.stages.transport.zeromq import Inbound, Outbound
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gptj_dist.stages.runner import StageOutput
+
 END_LINGER_MS = 1000
 
 
@@ -78,12 +80,19 @@ class Stage:
         if not isinstance(frame, PlanFrame):
             raise TypeError(f"a stage takes plans, not a {type(frame).__name__}")
         begin_ns = self._clock()
-        output = self._runner.step(frame.plan, _to_tensor(frame.hidden))
-        passed_on = output if isinstance(output, Result) else _to_wire(output)
+        output = self._runner.step(frame.plan, _before(frame))
+        hidden = None if isinstance(output, Result) else _to_wire(output.hidden)
         timings = (*frame.timings, StageTiming(begin_ns, self._clock()))  # after the copy that waits for a GPU
-        if isinstance(passed_on, Result):
-            return ResultFrame(replace(passed_on, timings=timings))
-        return PlanFrame(frame.plan, passed_on, timings)
+        if isinstance(output, Result):
+            return ResultFrame(replace(output, timings=timings))
+        return PlanFrame(frame.plan, hidden, timings, output.embeddings)
+
+
+def _before(frame: PlanFrame) -> StageOutput | None:
+    from gptj_dist.stages.runner import StageOutput
+
+    hidden = _to_tensor(frame.hidden)
+    return None if hidden is None else StageOutput(hidden, frame.embeddings)
 
 
 def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:

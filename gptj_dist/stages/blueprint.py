@@ -186,7 +186,8 @@ class LoadedPipeline:
 
     def limits(self) -> EngineLimits:
         """What requests are checked against."""
-        return EngineLimits(self.blueprint.model.vocab_size, self.blueprint.max_model_len, self.num_kv_tokens)
+        model = self.blueprint.model
+        return EngineLimits(model.vocab_size, self.blueprint.max_model_len, self.num_kv_tokens, model.num_layers)
 
 
 def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[DeviceReport]) -> DTypeName:

@@ -23,7 +23,7 @@ from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams
 from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.stages.blueprint import StageSpec
-from gptj_dist.stages.runner import StageRunner
+from gptj_dist.stages.runner import StageOutput, StageRunner
 
 WHOLE = 10_000
 """Prompt tokens in a micro-batch: more than any test has."""
@@ -174,7 +174,7 @@ def _drive(scheduler: Scheduler, runners: Sequence[StageRunner]) -> int:
 
 
 def _compute(plan: Plan, runners: Sequence[StageRunner]) -> Result:
-    output: Tensor | Result | None = None
+    output: StageOutput | Result | None = None
     for runner in runners:
         assert not isinstance(output, Result)
         output = runner.step(plan, output)

@@ -49,13 +49,13 @@ def test_what_comes_for_a_stream_that_was_closed_is_dropped() -> None:
         (closed, _), (open_, mailbox) = inbox.open(), inbox.open()
         inbox.close(closed)
         outbox.put(closed, Delta((1,), None))
-        outbox.put(open_, Delta((2, 3), FinishReason.STOP))
+        outbox.put(open_, Delta((2, 3), FinishReason.STOP, embedding=bytes(range(256))))
         delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
         inbox.stop()
         outbox.stop()
         return delta
 
-    assert asyncio.run(run()) == Delta((2, 3), FinishReason.STOP)
+    assert asyncio.run(run()) == Delta((2, 3), FinishReason.STOP, embedding=bytes(range(256)))
 
 
 def _task_error(cause: Exception) -> RayTaskError:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from gptj_dist.chunking import MAX_CHUNK_TOKENS, StepCost, best_chunk_tokens, most_chunk_tokens_beside_decodes
-from gptj_dist.engine.plan import NewRequest, Plan, Result, StageTiming
-from gptj_dist.engine.request import FinishReason, Prompt, Request
+from gptj_dist.engine.plan import Embedding, NewRequest, Plan, Result, StageTiming
+from gptj_dist.engine.request import FinishReason, Prompt, Request, run_order
 from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler, SchedulerConfig, TokenOutput, _Draft
 from gptj_dist.errors import RequestTooLongError
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import Pooling, SamplingParams
 from tests.fakes import FakeStages
 
 EOS = 0
@@ -77,7 +77,9 @@ class Walk:
             min_tokens=rng.randint(0, 1),
             priority=rng.choice((0, 0, 0, -3, 7)),
         )
-        shared = Prompt(prompt)
+        if not is_too_long and rng.random() < 0.1:
+            params = SamplingParams(max_tokens=0, pooling=Pooling(), priority=params.priority)
+        shared = Prompt(prompt, can_share=params.pooling is None)
         if self.latest and not is_too_long and rng.random() < 0.5:
             shared, params = rng.choice(self.latest)
         elif not is_too_long:
@@ -93,7 +95,7 @@ class Walk:
         self.requests[request.request_id] = request
 
     def schedule(self) -> bool:
-        awaited = {id_ for _, sampled in self.in_flight for id_ in sampled}
+        awaited = {id_ for plan, sampled in self.in_flight for id_ in (*sampled, *pooled_ids(plan))}
         plan = self.scheduler.schedule()
         if plan is None:
             assert self.in_flight or not self.requests, "there is work, nothing is in flight, and nothing is planned"
@@ -109,7 +111,7 @@ class Walk:
     def check_released(self, plan: Plan) -> None:
         preempted = [id_ for id_ in plan.released if id_ in self.requests]
         self.num_preemptions += len(preempted)
-        first = min(self.requests.values(), key=lambda request: request.order, default=None)
+        first = min(self.requests.values(), key=run_order, default=None)
         assert first is None or first.request_id not in preempted, "the first was preempted"
 
     def check_new_requests(self, plan: Plan) -> None:
@@ -117,7 +119,7 @@ class Walk:
             request, params = self.requests[new.request_id], self.requests[new.request_id].params
             min_position = len(request.prompt_ids) + params.min_tokens
             settings = (new.request_id, 1.0, 1.0, 0, 0.0, request.noise_key, min_position)
-            assert new == NewRequest(*settings, begins_with=new.begins_with)
+            assert new == NewRequest(*settings, begins_with=new.begins_with, pooling=params.pooling)
             if new.begins_with is not None:
                 source = self.requests[new.begins_with.request_id]
                 assert (source.prompt, new.begins_with.num_tokens) == (request.prompt, len(request.prompt_ids) - 1)
@@ -129,7 +131,9 @@ class Walk:
             assert chunk.request_id not in awaited, "a chunk of a request whose next token is not known yet"
             tokens, stop = self.tokens[chunk.request_id], chunk.start + len(chunk.token_ids)
             assert list(chunk.token_ids) == tokens[chunk.start : stop], "wrong tokens"
-            assert chunk.samples == (stop == len(tokens)), "samples too early, or not at all"
+            is_due = chunk.tells_embedding if self.pools(chunk.request_id) else chunk.samples
+            assert is_due == (stop == len(tokens)), "samples too early, or not at all"
+            assert not (chunk.samples and chunk.tells_embedding)
         num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
         assert num_prompt_tokens <= (self.config.max_chunk_tokens or MAX_CHUNK_TOKENS)
 
@@ -138,8 +142,17 @@ class Walk:
             return
         plan, sampled = self.in_flight.popleft()
         tokens = tuple(EOS if self.rng.random() < 0.05 else self.rng.randrange(1, VOCAB_SIZE) for _ in sampled)
-        outputs = self.scheduler.update(Result(plan.plan_id, tokens, self.timings()))
-        assert outputs == list(self.take_tokens(zip(sampled, tokens, strict=True)))
+        embeddings = tuple(Embedding(id_, str(id_).encode()) for id_ in pooled_ids(plan))
+        outputs = self.scheduler.update(Result(plan.plan_id, tokens, self.timings(), embeddings=embeddings))
+        expected = list(self.take_tokens(zip(sampled, tokens, strict=True)))
+        for id_ in pooled_ids(plan):
+            if (request := self.requests.pop(id_, None)) is not None:
+                del self.tokens[id_]
+                expected.append(TokenOutput(request, None, FinishReason.LENGTH, embedding=str(id_).encode()))
+        assert outputs == expected
+
+    def pools(self, request_id: int) -> bool:
+        return self.requests[request_id].params.pooling is not None
 
     def timings(self) -> tuple[StageTiming, ...]:
         """Anything that clocks may say, whatever was computed; at times nothing."""
@@ -173,7 +186,7 @@ class Walk:
         """The pipeline dies. Its requests go on in a new one, behind the same scheduler or a fresh one."""
         drained, emptied = self.scheduler.drain(), self.scheduler
         emptied.check_integrity()
-        assert drained == sorted(self.requests.values(), key=lambda request: request.order), "not in their order"
+        assert drained == sorted(self.requests.values(), key=run_order), "not in their order"
         assert all(request.token_ids == self.tokens[request.request_id] for request in drained)
         assert emptied.num_used_blocks == emptied.num_in_flight == 0
         assert not emptied.has_requests
@@ -183,6 +196,11 @@ class Walk:
             self.scheduler = emptied
         for request in drained:
             self.scheduler.add(request)
+
+
+def pooled_ids(plan: Plan) -> list[int]:
+    """Whose embeddings come back with it."""
+    return [chunk.request_id for chunk in plan.chunks if chunk.tells_embedding]
 
 
 @pytest.mark.parametrize("max_chunk_tokens", [None, 1, 7, 64])

@@ -13,6 +13,7 @@ import msgpack
 from gptj_dist.config import DTypeName
 from gptj_dist.engine.plan import (
     Chunk,
+    Embedding,
     NewRequest,
     Plan,
     PromptCopy,
@@ -20,7 +21,7 @@ from gptj_dist.engine.plan import (
     Result,
     StageTiming,
 )
-from gptj_dist.params import SamplingControls, TokenLogprobs
+from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,13 @@ class PlanFrame:
     Args:
         hidden: stage 0 gets none.
         timings: of the stages that the plan has passed.
+        embeddings: that they have completed.
     """
 
     plan: Plan
     hidden: HiddenStates | None
     timings: tuple[StageTiming, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,12 @@ Frame = PlanFrame | ResultFrame | EndFrame
 def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
     """The parts of the frame's message."""
     match frame:
-        case PlanFrame(plan, hidden, timings):
-            if hidden is None:
-                return [_pack(epoch, "plan", _plan_to_wire(plan), None, timings)]
-            return [_pack(epoch, "plan", _plan_to_wire(plan), (hidden.dtype, hidden.shape), timings), hidden.data]
+        case PlanFrame(plan, hidden, timings, embeddings):
+            head = None if hidden is None else (hidden.dtype, hidden.shape)
+            packed = _pack(epoch, "plan", _plan_to_wire(plan), head, timings, embeddings)
+            return [packed] if hidden is None else [packed, hidden.data]
         case ResultFrame(result):
-            told = (result.logprobs, result.prompt_logprobs)
+            told = (result.logprobs, result.prompt_logprobs, result.embeddings)
             return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings, *told))]
         case EndFrame():
             return [_pack(epoch, "end")]
@@ -91,18 +94,18 @@ def decode(parts: list[bytes], epoch: int) -> Frame | None:
     if frame_epoch != epoch:
         return None
     match kind, body:
-        case "plan", [plan, None, timings]:
-            return PlanFrame(_plan_from_wire(plan), None, _timings_from_wire(timings))
-        case "plan", [plan, (dtype, shape), timings]:
-            hidden = HiddenStates(dtype, shape, parts[1])
-            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings))
-        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs)]:
+        case "plan", [plan, head, timings, embeddings]:
+            hidden = None if head is None else HiddenStates(dtype=head[0], shape=head[1], data=parts[1])
+            done = tuple(map(Embedding._make, embeddings))
+            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings), done)
+        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs, embeddings)]:
             told = tuple(None if token is None else TokenLogprobs(*token) for token in logprobs)
             of_prompts = tuple(
                 PromptLogprobs(request_id, start, tuple(map(TokenLogprobs._make, tokens)))
                 for request_id, start, tokens in prompt_logprobs
             )
-            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts))
+            done = tuple(map(Embedding._make, embeddings))
+            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts, done))
         case "end", []:
             return EndFrame()
     raise ValueError(f"unknown kind of frame: {kind!r}")
@@ -119,10 +122,13 @@ def _plan_to_wire(plan: Plan) -> tuple[object, ...]:
             (r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
             None if r.controls is None else astuple(r.controls),
             r.begins_with,
+            None if r.pooling is None else astuple(r.pooling),
         )
         for r in plan.new_requests
     ]
-    chunks = [(c.request_id, c.start, c.token_ids, c.new_blocks, c.samples, c.next_id) for c in plan.chunks]
+    chunks = [
+        (c.request_id, c.start, c.token_ids, c.new_blocks, c.samples, c.next_id, c.tells_embedding) for c in plan.chunks
+    ]
     return plan.plan_id, plan.released, new_requests, chunks
 
 
@@ -137,11 +143,12 @@ def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[Any, ...]], lis
 
 
 def _new_request_from_wire(wire: tuple[Any, ...]) -> NewRequest:
-    settings, controls, begins_with = wire
+    settings, controls, begins_with, pooling = wire
     return replace(
         NewRequest(*settings),
         controls=None if controls is None else SamplingControls(*controls),
         begins_with=None if begins_with is None else PromptCopy(*begins_with),
+        pooling=None if pooling is None else Pooling(*pooling),
     )
 
 
