@@ -19,4 +19,7 @@ class TokenSource(Protocol):
     def streams(
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int
     ) -> list[AsyncGenerator[Delta, None]]:
-        """So many completions of one prompt. Nothing is asked for before a stream is read; closing one cancels it."""
+        """So many completions of one prompt, to be read at the same time.
+
+        Nothing is asked for before a stream is read; closing one cancels it.
+        """
