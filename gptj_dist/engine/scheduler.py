@@ -325,9 +325,11 @@ class Scheduler:
 
     def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
         """Preempts requests behind this one, the last first, until the blocks are free; all or nothing."""
+        num_free = self._pool.num_free
+        if num_free >= num_blocks:
+            return True
         victims: list[Request] = []
         num_given_back: Counter[int] = Counter()
-        num_free = self._pool.num_free
         for victim in reversed(self._running):
             if num_free >= num_blocks or victim is request:
                 break
