@@ -11,6 +11,7 @@ from gptj_dist.cli.doctor import doctor
 from gptj_dist.cli.download import download
 from gptj_dist.cli.generate import generate
 from gptj_dist.cli.inspect import inspect
+from gptj_dist.cli.key import key
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
 from gptj_dist.cli.synth import synth
@@ -34,6 +35,7 @@ app.command()(download)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
+app.command()(key)
 
 
 def main() -> None:

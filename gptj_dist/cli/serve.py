@@ -33,6 +33,7 @@ from gptj_dist.cli.options import (
 )
 from gptj_dist.config import DEFAULT_MAX_BATCH_SIZE, PipelineConfig
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.logs import LogFormat
 
 if TYPE_CHECKING:
     from gptj_dist.serving.keys import ApiKey
@@ -83,6 +84,8 @@ def serve(
     name: Annotated[str, typer.Option(help="Name of the Serve application on a cluster.")] = DEFAULT_APP_NAME,
     route_prefix: Annotated[str, typer.Option(help="What its paths begin with on a cluster.")] = "/",
     trace: Trace = None,
+    log_format: Annotated[LogFormat, typer.Option(help="How a line of a log is written.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in logs.")] = False,
 ) -> None:
     """Serve a model over HTTP as a pipeline of stages, until Ctrl-C."""
     config = PipelineConfig(
@@ -118,6 +121,8 @@ def serve(
         api_keys=keys,
         cors_origins=tuple(cors_origin or ()),
         moderation=moderation,
+        log_format=log_format,
+        log_prompts=log_prompts,
     )
     listen = Address(host, port, *_tls(tls_cert, tls_key))
     run_until_interrupted(

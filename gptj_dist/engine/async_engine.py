@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.executor import Executor
+from gptj_dist.engine.journal import Journal
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import Prompt, Request
@@ -35,6 +36,7 @@ class AsyncEngine:
 
     Attributes:
         last_token_s: when a token last came through all stages of the present executor; None before the first.
+        journal: what became of requests.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class AsyncEngine:
         self._broken: asyncio.Future[None] | None = None
         self.last_token_s: float | None = None
         self.stats = stats or PipelineStats(SteadyClock())
+        self.journal = Journal()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -66,30 +69,35 @@ class AsyncEngine:
         return self._executor is not None
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int = 0
+        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int = 0, log_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Streams one completion of the prompt; `params.n` is the caller's business, which numbers its choices.
+
+        Args:
+            log_id: as of `Request`.
 
         Raises:
             InvalidRequestError: the request can never be served; nothing was queued.
             NotReadyError: the pipeline is down; nothing was queued.
             StageFailedError: the pipeline died under way.
         """
-        [stream] = self.generate_all(prompt_ids, params, [choice])
+        [stream] = self.generate_all(prompt_ids, params, [choice], log_id)
         return stream
 
     def generate_all(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choices: Iterable[int]
+        self, prompt_ids: Sequence[int], params: SamplingParams, choices: Iterable[int], log_id: str | None = None
     ) -> list[AsyncGenerator[Delta, None]]:
         """As `generate`, once for each choice. The prompt is computed once for those whose streams are begun together.
 
         Each stream fails for itself.
         """
         prompt = Prompt(tuple(prompt_ids), can_share=params.pooling is None)
-        return [self._generate(prompt, params, choice) for choice in choices]
+        return [self._generate(prompt, params, choice, log_id) for choice in choices]
 
-    async def _generate(self, prompt: Prompt, params: SamplingParams, choice: int) -> AsyncGenerator[Delta, None]:
-        request, mailbox = self._admit(prompt, params, choice)
+    async def _generate(
+        self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
+    ) -> AsyncGenerator[Delta, None]:
+        request, mailbox = self._admit(prompt, params, choice, log_id)
         try:
             while True:
                 delta = await mailbox.take()
@@ -127,6 +135,7 @@ class AsyncEngine:
         self.stats.note_lost()
         for request in self._scheduler.drain():
             self._mailboxes[request.request_id].fail(error)
+            self.journal.note_failed(request, error)
 
     def resume(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
         """Goes on with a fresh executor and what fits it, after `run` has raised."""
@@ -138,12 +147,15 @@ class AsyncEngine:
         """Raises InvalidRequestError if the request can never be served."""
         self._limits.check(prompt_ids, params)
 
-    def _admit(self, prompt: Prompt, params: SamplingParams, choice: int) -> tuple[Request, Mailbox]:
+    def _admit(
+        self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
+    ) -> tuple[Request, Mailbox]:
         self.check(prompt.token_ids, params)
         if self._executor is None:
             raise NotReadyError("the pipeline is restarting after the loss of a stage; try again shortly")
-        request = Request(self._next_request_id, prompt, params, noise_key(params.seed, choice))
+        request = Request(self._next_request_id, prompt, params, noise_key(params.seed, choice), log_id)
         self._scheduler.add(request)
+        self.journal.note_arrival(request, self.stats.now_ns())
         self._next_request_id += 1
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         self._pump_soon()
@@ -151,6 +163,7 @@ class AsyncEngine:
 
     def _forget(self, request: Request) -> None:
         self._scheduler.abort(request.request_id)
+        self.journal.note_closed(request, self.stats.now_ns())
         del self._mailboxes[request.request_id]
         self._pump_soon()
 
@@ -165,6 +178,7 @@ class AsyncEngine:
             for output in self._scheduler.update(result):
                 self.last_token_s = self._clock()
                 self._mailboxes[output.request.request_id].put(_delta(output))
+                self.journal.note_output(output, landed_ns)
             self.stats.note_landed(result, landed_ns)
             self._pump()
         finally:
@@ -193,6 +207,7 @@ class AsyncEngine:
         while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
             begin_ns = self.stats.note_submitted(plan, begin_ns)
+            self.journal.note_plan(plan, begin_ns)
         if not self._scheduler.has_requests:
             self._scheduler.check_integrity()
 

@@ -29,13 +29,14 @@ class PromptCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What stages must know of a request: the last one to sample for it, or another one to make its embedding.
+    """What stages must know of a request: to sample for it, to make its embedding, and to log it.
 
     Args:
         request_id: unique in the life of the pipeline.
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
         min_position: first position at which end of text may be sampled.
         controls: None for the many requests that have none.
+        log_id: what logs call it; None for one that is not logged.
         begins_with: what need not be computed; its first chunk goes on from there. None for a request that begins
             with nothing.
         pooling: which embedding it asks for; nothing is sampled for it then.
@@ -49,6 +50,7 @@ class NewRequest:
     noise_key: int
     min_position: int
     controls: SamplingControls | None = None
+    log_id: str | None = None
     begins_with: PromptCopy | None = None
     pooling: Pooling | None = None
 

@@ -56,6 +56,7 @@ class Request:
         prompt: that of other requests, too, or its own.
         params: how to sample; `params.n` is for the caller, this is one completion.
         noise_key: 64 bits that determine all of the request's sampling noise.
+        log_id: what logs call it; None for one that is neither logged nor counted.
 
     Attributes:
         token_ids: the prompt and what was generated so far.
@@ -69,6 +70,7 @@ class Request:
     prompt: Prompt
     params: SamplingParams
     noise_key: int
+    log_id: str | None = None
     token_ids: list[int] = field(init=False)
     num_computed: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
@@ -127,6 +129,7 @@ class Request:
             noise_key=self.noise_key,
             min_position=len(self.prompt_ids) + self.params.min_tokens,
             controls=self._controls(),
+            log_id=self.log_id,
             begins_with=begins_with,
             pooling=self.params.pooling,
         )

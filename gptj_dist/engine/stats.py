@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
 
+from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.plan import Plan, Result, StageTiming
 
 WINDOW_S = 10.0
@@ -87,6 +88,19 @@ class Snapshot:
     stages: tuple[StageSnapshot, ...]
 
 
+@dataclass(slots=True)
+class StageWork:
+    """What a stage has done since the first plan.
+
+    Attributes:
+        step_time: how long plans took it; the sum is the time in which it computed.
+        bubble_ns: in which it did not, though plans were in flight.
+    """
+
+    step_time: Histogram = field(default_factory=Histogram)
+    bubble_ns: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Flight:
     """A plan on its way."""
@@ -105,6 +119,10 @@ class PipelineStats:
         clock: nanoseconds; a `SteadyClock` wherever its readings meet those of stages.
         window_s: what a snapshot looks back on.
         max_records: the most plans remembered; of a quicker pipeline a snapshot looks back on less.
+
+    Attributes:
+        stages: first to last; empty before the first plan has come back.
+        coordinator_ns: time in which plans were put together and tokens handed out.
     """
 
     def __init__(self, clock: Callable[[], int], window_s: float = WINDOW_S, max_records: int = MAX_RECORDS) -> None:
@@ -114,6 +132,9 @@ class PipelineStats:
         self._flights: deque[_Flight] = deque()
         self._num_plans = 0
         self._complete_since_ns = clock()
+        self._before: PlanRecord | None = None
+        self.stages: tuple[StageWork, ...] = ()
+        self.coordinator_ns = 0
 
     def note_submitted(self, plan: Plan, begin_ns: int) -> int:
         """A plan has left that the coordinator began to put together at `begin_ns`; returns the time now."""
@@ -135,24 +156,25 @@ class PipelineStats:
         flight = self._flights.popleft()
         if len(self._records) == self._records.maxlen:
             self._complete_since_ns = self._records[0].landing.begin_ns
-        self._records.append(
-            PlanRecord(
-                number=self._num_plans,
-                plan_id=flight.plan_id,
-                num_decodes=flight.num_decodes,
-                num_prefill_tokens=flight.num_prefill_tokens,
-                num_context_tokens=flight.num_context_tokens,
-                num_sampled_tokens=len(result.token_ids),
-                scheduling=flight.scheduling,
-                landing=StageTiming(begin_ns, self.now_ns()),
-                timings=result.timings,
-            )
+        record = PlanRecord(
+            number=self._num_plans,
+            plan_id=flight.plan_id,
+            num_decodes=flight.num_decodes,
+            num_prefill_tokens=flight.num_prefill_tokens,
+            num_context_tokens=flight.num_context_tokens,
+            num_sampled_tokens=len(result.token_ids),
+            scheduling=flight.scheduling,
+            landing=StageTiming(begin_ns, self.now_ns()),
+            timings=result.timings,
         )
+        self._records.append(record)
         self._num_plans += 1
+        self._add_up(record)
 
     def note_lost(self) -> None:
         """The stages are gone, and what was in flight with them."""
         self._flights.clear()
+        self._before = None
 
     def records(self, since: int = 0) -> tuple[PlanRecord, ...]:
         """The plans from number `since` on that came back and are still remembered, oldest first."""
@@ -174,6 +196,18 @@ class PipelineStats:
             coordinator_share=_covered_ns(coordinating, begin_ns, now_ns) / 1e9 / window_s,
             stages=self._stages(now_ns),
         )
+
+    def _add_up(self, record: PlanRecord) -> None:
+        """A stage's bubble is the gap between its steps, less the time in which nothing was in flight."""
+        self.coordinator_ns += sum(end - begin for begin, end in (record.scheduling, record.landing))
+        self.stages = self.stages or tuple(StageWork() for _ in record.timings)
+        before, self._before = self._before, record
+        empty_ns = max(0, record.scheduling.end_ns - before.landing.begin_ns) if before else 0
+        for stage, work in enumerate(self.stages):
+            begin_ns, end_ns = record.timings[stage]
+            work.step_time.observe(end_ns - begin_ns)
+            if before is not None:
+                work.bubble_ns += max(0, begin_ns - before.timings[stage].end_ns - empty_ns)
 
     def _stages(self, now_ns: int) -> tuple[StageSnapshot, ...]:
         if not self._records:

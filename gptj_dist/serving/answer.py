@@ -68,6 +68,7 @@ class Answer:
         writers: `request.n` for each prompt.
         num_prompt_tokens: of all prompts.
         most_tokens: the most that all completions together may have.
+        on_end: told how each completion ended: a `FinishReason`, `error`, or `abort` if nobody wanted the rest.
 
     Attributes:
         num_tokens: that were generated so far, in all completions.
@@ -81,6 +82,7 @@ class Answer:
         writers: Sequence[Writer],
         num_prompt_tokens: int,
         most_tokens: int,
+        on_end: Callable[[str], None],
     ) -> None:
         self._request = request
         self._open_streams = open_streams
@@ -88,6 +90,7 @@ class Answer:
         self.head = head
         self.num_prompt_tokens = num_prompt_tokens
         self.most_tokens = most_tokens
+        self._on_end = on_end
         self.num_tokens = 0
 
     @property
@@ -140,10 +143,21 @@ class Answer:
     async def _deltas(
         self, streams: Sequence[AsyncGenerator[TextDelta, None]]
     ) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        async with aclosing(_until(merge(streams), self._request.timeout_s)) as deltas:
-            async for index, delta in deltas:
-                self.num_tokens += len(delta.token_ids)
-                yield index, delta
+        num_open, end = len(streams), "abort"
+        try:
+            async with aclosing(_until(merge(streams), self._request.timeout_s)) as deltas:
+                async for index, delta in deltas:
+                    self.num_tokens += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        num_open -= 1
+                        self._on_end(delta.finish_reason)
+                    yield index, delta
+        except Exception:
+            end = "error"
+            raise
+        finally:
+            for _ in range(num_open):
+                self._on_end(end)
 
 
 async def _until(stream: AsyncGenerator[T, None], timeout_s: float | None) -> AsyncGenerator[T, None]:

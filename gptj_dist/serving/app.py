@@ -59,7 +59,14 @@ def make_application(
     )
     light = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS}
     ingress = serve.deployment(Ingress, name="Ingress").options(num_replicas=config.ingress_replicas, **light)
-    pipeline = pipelines.bind(config.pipeline, size.device, size.cpus_per_stage, size.gpus_per_stage)
+    pipeline = pipelines.bind(
+        config.pipeline,
+        size.device,
+        size.cpus_per_stage,
+        size.gpus_per_stage,
+        config.model_names[0],
+        config.log_format,
+    )
     limited_keys = [key for key in config.api_keys if key.is_limited]
     accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None
     return ingress.bind(config, pipeline, accounts, listen)

@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 
 import gptj_dist
 from gptj_dist.errors import GPTJDistError
+from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.answer import Answer
 from gptj_dist.serving.debug import debug_document
@@ -25,10 +26,11 @@ from gptj_dist.serving.schema.base import Body, parse_body
 from gptj_dist.serving.schema.chat import ChatRequest
 from gptj_dist.serving.schema.completions import CompletionRequest
 from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.texts import TextService
 from gptj_dist.stages.trace import TraceEvents
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4_000_000
 
@@ -64,12 +66,18 @@ class Endpoints:
     """
 
     def __init__(
-        self, names: tuple[str, ...], texts: TextService, pipelines: Pipelines, allowances: Allowances
+        self,
+        names: tuple[str, ...],
+        texts: TextService,
+        pipelines: Pipelines,
+        allowances: Allowances,
+        scrape: Scrape,
     ) -> None:
         self._names = names
         self._texts = texts
         self._pipelines = pipelines
         self._allowances = allowances
+        self._scrape = scrape
         self._created = int(time.time())
 
     def table(self) -> list[Endpoint]:
@@ -86,6 +94,7 @@ class Endpoints:
             Endpoint("GET", "/health", self.health, "Whether the server lives."),
             Endpoint("GET", "/ready", self.ready, "Whether a token can be made."),
             Endpoint("GET", "/version", self.version, "The version of gptj-dist."),
+            Endpoint("GET", "/metrics", self.metrics, "What was counted, for Prometheus.", media=("text/plain",)),
             Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "What every pipeline and its stages are doing."),
             Endpoint("GET", "/debug/trace", self.debug_trace, "The last plans of every pipeline, as a Chrome trace."),
             Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs."),
@@ -95,12 +104,12 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         """OpenAI's completions."""
         body = parse_body(await _read_body(request), CompletionRequest)
-        return await self._respond(request, await self._texts.complete(body, request.state.request_id), body.user)
+        return await self._respond(request, await self._texts.complete(body, request.state.request_id))
 
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat."""
         body = parse_body(await _read_body(request), ChatRequest)
-        return await self._respond(request, await self._texts.chat(body, request.state.request_id), body.user)
+        return await self._respond(request, await self._texts.chat(body, request.state.request_id))
 
     async def tokenize(self, request: Request) -> Response:
         """Tokens of a text."""
@@ -133,6 +142,11 @@ class Endpoints:
         """The version."""
         return JSONResponse({"version": gptj_dist.__version__})
 
+    async def metrics(self, request: Request) -> Response:
+        """What pipelines and ingresses have counted."""
+        text, content_type = (await self._scrape.take()).encoded(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
+
     async def debug_pipeline(self, _: Request) -> Response:
         """What every pipeline and its stages are doing."""
         answers = await self._pipelines.statuses()
@@ -155,9 +169,8 @@ class Endpoints:
     def _model(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "gptj-dist"}
 
-    async def _respond(self, request: Request, answer: Answer, user: str | None) -> Response:
+    async def _respond(self, request: Request, answer: Answer) -> Response:
         """Computes the answer, and sends it whole or as it is made."""
-        logger.info("%s: %d prompt tokens, user %r", answer.head.id, answer.num_prompt_tokens, user)
         key = request.scope["state"].get("api_key")
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._allowances.charged(key, answer))
@@ -189,7 +202,7 @@ def answering(handler: Handler) -> Handler:
             return await handler(request)
         except Exception as error:
             if not isinstance(error, GPTJDistError):
-                logger.exception("%s %s failed", request.method, request.url.path)
+                logger.exception("endpoint failed", extra=values(request_id=request.state.request_id))
             return refusal(error)
 
     return respond

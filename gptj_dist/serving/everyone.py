@@ -1,4 +1,4 @@
-"""Asks all pipelines at once, where a plain call through a Serve handle reaches whichever one Serve chooses."""
+"""Asks all replicas of a deployment at once, where a plain call by a handle reaches whichever one Serve chooses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.errors import NotReadyError
-from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.logs import values
+from gptj_dist.serving.metrics import IngressMetrics
+from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
 from gptj_dist.stages.trace import TracePart
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
 
@@ -23,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answers(Generic[T]):
-    """What pipelines said.
+    """What replicas said.
 
     Args:
         num_silent: how many failed instead, such as one whose coordinator has just died.
@@ -42,6 +44,24 @@ async def statuses(pipelines: DeploymentHandle) -> Answers[PipelineStatus]:
     return await _ask(pipelines, PipelineStatus, "status")
 
 
+async def pipeline_metrics(pipelines: DeploymentHandle) -> Answers[PipelineMetrics]:
+    """`Pipeline.metrics` of every pipeline.
+
+    Raises:
+        NotReadyError: as `statuses`.
+    """
+    return await _ask(pipelines, PipelineMetrics, "metrics")
+
+
+async def ingress_metrics(ingresses: DeploymentHandle) -> Answers[IngressMetrics]:
+    """`Ingress.metrics` of every ingress.
+
+    Raises:
+        NotReadyError: as `statuses`.
+    """
+    return await _ask(ingresses, IngressMetrics, "metrics")
+
+
 async def trace_parts(pipelines: DeploymentHandle, since: Mapping[str, int]) -> Answers[TracePart]:
     """`Pipeline.trace_part` of every pipeline.
 
@@ -51,15 +71,15 @@ async def trace_parts(pipelines: DeploymentHandle, since: Mapping[str, int]) -> 
     return await _ask(pipelines, TracePart, "trace_part", since)
 
 
-async def _ask(pipelines: DeploymentHandle, kind: type[T], method: str, *arguments: object) -> Answers[T]:
+async def _ask(replicas: DeploymentHandle, kind: type[T], method: str, *arguments: object) -> Answers[T]:
     try:
-        response = pipelines.broadcast(method, *arguments)
+        response = replicas.broadcast(method, *arguments)
         results = await response.results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
     except DeploymentUnavailableError:  # there is none
         return Answers((), 0)
     except TimeoutError:
-        raise NotReadyError(f"a pipeline has not answered for {TIMEOUT_S:.0f} s") from None
+        raise NotReadyError(f"a replica has not answered for {TIMEOUT_S:.0f} s") from None
     failures = [result for result in results if not isinstance(result, kind)]
     for failure in failures:
-        logger.warning("a pipeline did not answer %s: %r", method, failure)
+        logger.warning("replica did not answer", extra=values(method=method, error=repr(failure)))
     return Answers(tuple(result for result in results if isinstance(result, kind)), len(failures))

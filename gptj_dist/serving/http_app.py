@@ -13,18 +13,29 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gptj_dist.serving.endpoints import Endpoint, answering
+from gptj_dist.serving.http_meter import HttpMeter
 from gptj_dist.serving.keys import ApiKey
+from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.middleware import REQUEST_ID_HEADER, RequestIds, RequireKey
 
 
-def make_http_app(endpoints: Iterable[Endpoint], keys: Sequence[ApiKey], cors_origins: Sequence[str]) -> Starlette:
+def make_http_app(
+    endpoints: Iterable[Endpoint],
+    metrics: IngressMetrics,
+    keys: Sequence[ApiKey],
+    cors_origins: Sequence[str],
+    has_proxy: bool,
+) -> Starlette:
     """The application.
 
     Args:
+        metrics: is told of every request.
         keys: those that open it; none leaves it open.
         cors_origins: web pages that browsers may call it from, such as `https://example.org`; `*` for all.
+        has_proxy: it is behind Serve's proxies.
     """
-    middleware = [Middleware(RequestIds)]
+    routes = [Route(one.path, answering(one.handler), methods=[one.method]) for one in endpoints]
+    middleware = [Middleware(RequestIds, has_proxy=has_proxy), Middleware(HttpMeter, routes=routes, metrics=metrics)]
     if cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -36,7 +47,6 @@ def make_http_app(endpoints: Iterable[Endpoint], keys: Sequence[ApiKey], cors_or
         middleware.append(cors)  # before keys: a browser asks first, without one
     if keys:
         middleware.append(Middleware(RequireKey, keys=keys))
-    routes = [Route(one.path, answering(one.handler), methods=[one.method]) for one in endpoints]
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_such_route})
 
 

@@ -8,15 +8,19 @@ from starlette.applications import Starlette
 
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.endpoints import Endpoints
 from gptj_dist.serving.http_app import make_http_app
 from gptj_dist.serving.listener import Address, Listener
 from gptj_dist.serving.loopback import keep_replica_on_node_address
+from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.moderation import load_moderation
 from gptj_dist.serving.pipelines import Pipelines
+from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.settings import AppConfig
 from gptj_dist.serving.texts import ServedModel, TextService
+from gptj_dist.stages.actor import log_directory
 from gptj_dist.text.chat import load_chat_template
 from gptj_dist.text.tokenizer import Tokenizer
 
@@ -42,16 +46,30 @@ class Ingress:
         listen: Address | None = None,
     ) -> None:
         keep_replica_on_node_address()
+        replica = serve.get_replica_context()
+        name = replica.replica_id.unique_id
+        open_log(log_directory(), LogSettings(config.log_format, config.model_names[0], name), "ingress")
+        self._metrics = IngressMetrics(name)
         self._pipelines = Pipelines(pipeline)
         moderation = None if config.moderation is None else load_moderation(config.moderation)
-        texts = TextService(_served_model(config), self._pipelines, moderation)
-        endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts))
-        self._app = make_http_app(endpoints.table(), config.api_keys, config.cors_origins)
+        texts = TextService(
+            _served_model(config), self._pipelines, moderation, self._metrics.note_end, config.log_prompts
+        )
+        ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
+        scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
+        endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape)
+        self._app = make_http_app(
+            endpoints.table(), self._metrics, config.api_keys, config.cors_origins, has_proxy=listen is None
+        )
         self._listener = None if listen is None else Listener(self._app, listen, DRAIN_S)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve after the constructor."""
         return self._app
+
+    async def metrics(self) -> IngressMetrics:
+        """What this ingress has counted."""
+        return self._metrics
 
     async def __del__(self) -> None:
         """Called by Serve when the application ends."""

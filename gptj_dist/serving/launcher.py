@@ -141,6 +141,7 @@ def connected(address: str | None) -> Iterator[None]:
         _require_answer(address)
     if address is None or is_loopback(address.rpartition(":")[0].strip("[]")):
         os.environ.update(LOCAL_RAY_ENVIRONMENT)
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."  # what raylets say of actors, which `log_to_driver` does not stop
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -370,6 +371,7 @@ def _announce(launch: Launch, base: str, elapsed_s: float, console: Console) -> 
 
     from gptj_dist.serving.pipeline import PipelineStatus
     from gptj_dist.serving.tables import stage_table
+    from gptj_dist.stages.actor import log_directory
     from gptj_dist.stages.blueprint import is_lossless
 
     status: PipelineStatus = serve.get_deployment_handle("Pipeline", launch.name).status.remote().result()
@@ -385,6 +387,7 @@ def _announce(launch: Launch, base: str, elapsed_s: float, console: Console) -> 
     key = "" if launch.api_key is None else ' -H "Authorization: Bearer $GPTJ_API_KEY"'
     command = f"curl -N {base}/v1/completions{key} -d '{json.dumps(body)}'"
     console.print(f"\n  {command}\n", highlight=False, soft_wrap=True)
+    console.print(f"Logs: {log_directory()}", highlight=False, soft_wrap=True)
     console.print("Ctrl-C stops.")
 
 

@@ -19,10 +19,15 @@ _ACCEPTABLE_ID = re.compile(r"[!-~]{1,128}")
 
 
 class RequestIds:
-    """Takes the call's `x-request-id` or makes one; it is in `scope["state"]["request_id"]` and in the response."""
+    """Takes the call's `x-request-id` or makes one; it is in `scope["state"]["request_id"]` and in the response.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        has_proxy: Serve's proxy has done the same, and adds the header to the response itself.
+    """
+
+    def __init__(self, app: ASGIApp, has_proxy: bool) -> None:
         self._app = app
+        self._has_proxy = has_proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,7 +38,7 @@ class RequestIds:
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and not self._has_proxy:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 

@@ -15,18 +15,21 @@ from ray import serve
 
 from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.engine.stats import Snapshot
+from gptj_dist.engine.stats import Snapshot, StageWork
 from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.logs import LogFormat, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.feed import FeedOutbox, ReplyTo
 from gptj_dist.serving.loopback import keep_replica_on_node_address
+from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.trace import TracePart
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 PROOF_LIFETIME_S = 10.0
 """How long a token that came through all stages proves that another can be made."""
@@ -63,6 +66,30 @@ class PipelineStatus:
     snapshot: Snapshot
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineMetrics:
+    """What a pipeline has counted since its coordinator started, and how it is; other than a status it costs no time.
+
+    Args:
+        num_preemptions, edge_bytes: since the stages were started last; the bytes are those of `StageGroup`.
+        stages, coordinator_ns: as of `PipelineStats`.
+    """
+
+    name: str
+    is_up: bool
+    num_running: int
+    num_waiting: int
+    num_in_flight: int
+    num_used_blocks: int
+    num_blocks: int
+    num_preemptions: int
+    num_restarts: int
+    requests: RequestTotals
+    stages: tuple[StageWork, ...]
+    coordinator_ns: int
+    edge_bytes: tuple[int, ...]
+
+
 class Pipeline:
     """Coordinator of one pipeline: starts its stages, feeds them, replaces them when one dies.
 
@@ -70,15 +97,24 @@ class Pipeline:
 
     Args:
         device, cpus_per_stage, gpus_per_stage: how the replica's placement group was cut.
+        model_name: what clients call the model.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits the constructor
-        self, config: PipelineConfig, device: DeviceKind, cpus_per_stage: float, gpus_per_stage: float
+        self,
+        config: PipelineConfig,
+        device: DeviceKind,
+        cpus_per_stage: float,
+        gpus_per_stage: float,
+        model_name: str,
+        log_format: LogFormat,
     ) -> None:
         keep_replica_on_node_address()
-        self._blueprint = draw_blueprint(config)
         replica = serve.get_replica_context().replica_id
         self._name: str = replica.unique_id
+        self._log = LogSettings(log_format, model_name, self._name)
+        open_log(log_directory(), self._log, "coordinator")
+        self._blueprint = draw_blueprint(config)
         self._placement = Placement(
             group=ray.util.get_current_placement_group(),
             device=device,
@@ -90,15 +126,16 @@ class Pipeline:
         self._is_lost = False
         self._group: StageGroup
         self._loaded: LoadedPipeline
-        self._group, self._loaded = await StageGroup.start(self._blueprint, self._placement, self._epoch)
+        self._group, self._loaded = await self._start_stages()
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._driver = asyncio.create_task(self._drive())
         await self.prove_ready()
+        logger.info("pipeline up", extra=values(stages=len(self._loaded.reports), pid=os.getpid()))
 
     async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, reply_to: ReplyTo
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, reply_to: ReplyTo, log_id: str
     ) -> None:
         """As `AsyncEngine.generate_all`, for choices from 0 on, with what they give sent to an ingress.
 
@@ -107,7 +144,7 @@ class Pipeline:
         Args:
             reply_to: where that of choice 0 goes; those of the others go to the streams behind.
         """
-        streams = self._engine.generate_all(prompt_ids, params, range(num_choices))
+        streams = self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
         tasks = {
             (to := reply_to.behind(choice)): asyncio.create_task(self._send(to, stream))
             for choice, stream in enumerate(streams)
@@ -164,6 +201,25 @@ class Pipeline:
             snapshot=self._engine.stats.snapshot(),
         )
 
+    async def metrics(self) -> PipelineMetrics:
+        """All that has been counted."""
+        scheduler = self._engine.scheduler
+        return PipelineMetrics(
+            name=self._name,
+            is_up=self._engine.is_up,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_in_flight=scheduler.num_in_flight,
+            num_used_blocks=scheduler.num_used_blocks,
+            num_blocks=self._loaded.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_restarts=self._epoch,
+            requests=self._engine.journal.totals,
+            stages=self._engine.stats.stages,
+            coordinator_ns=self._engine.stats.coordinator_ns,
+            edge_bytes=tuple(self._group.edge_bytes),
+        )
+
     async def trace_part(self, since: Mapping[str, int]) -> TracePart:
         """The plans that came back and are still remembered.
 
@@ -190,7 +246,7 @@ class Pipeline:
             try:
                 await self._engine.run()
             except GPTJDistError as error:
-                logger.error("the pipeline lost a stage and restarts: %s", error)
+                logger.error("stage lost, pipeline restarts", extra=values(error=str(error)))
                 self._group.kill()
                 await self._restart()
 
@@ -198,12 +254,16 @@ class Pipeline:
         for attempt in range(MAX_RESTARTS_IN_A_ROW):
             self._epoch += 1
             try:
-                self._group, self._loaded = await StageGroup.start(self._blueprint, self._placement, self._epoch)
+                self._group, self._loaded = await self._start_stages()
             except GPTJDistError:
-                logger.exception("restart %d of %d failed", attempt + 1, MAX_RESTARTS_IN_A_ROW)
+                logger.exception("restart failed", extra=values(attempt=attempt + 1, most=MAX_RESTARTS_IN_A_ROW))
                 await asyncio.sleep(RESTART_DELAY_S * 2**attempt)
             else:
                 self._engine.resume(self._loaded.make_scheduler(), self._group, self._loaded.limits())
-                logger.info("the pipeline is back, epoch %d", self._epoch)
+                logger.info("pipeline back", extra=values(num_restarts=self._epoch))
                 return
+        logger.error("pipeline lost")
         self._is_lost = True
+
+    async def _start_stages(self) -> tuple[StageGroup, LoadedPipeline]:
+        return await StageGroup.start(self._blueprint, self._placement, self._epoch, self._log)

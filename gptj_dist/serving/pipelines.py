@@ -14,12 +14,12 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
-from gptj_dist.serving.everyone import Answers, statuses, trace_parts
+from gptj_dist.serving.everyone import Answers, pipeline_metrics, statuses, trace_parts
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
-from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
 from gptj_dist.stages.trace import TracePart
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
 
@@ -52,10 +52,10 @@ class Pipelines:
         return self._limits
 
     def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
         """As `TokenSource` has it."""
-        call = _Call(self._handle, self._feed, prompt_ids, params, num_choices)
+        call = _Call(self._handle, self._feed, prompt_ids, params, num_choices, log_id)
         return [call.stream(choice) for choice in range(num_choices)]
 
     async def prove_ready(self) -> None:
@@ -77,6 +77,10 @@ class Pipelines:
         """What every pipeline says of itself. Raises NotReadyError."""
         self.limits()
         return await statuses(self._handle)
+
+    async def metrics(self) -> Answers[PipelineMetrics]:
+        """What every pipeline has counted; while the model loads there is none. Raises NotReadyError."""
+        return await pipeline_metrics(self._handle)
 
     async def trace_parts(self) -> Answers[TracePart]:
         """The plans that every pipeline remembers. Raises NotReadyError."""
@@ -103,11 +107,13 @@ class _Call:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         num_choices: int,
+        log_id: str,
     ) -> None:
-        self._handle = handle
         self._feed = feed
-        self._arguments = (prompt_ids, params, num_choices)
         self._num_choices = num_choices
+        self._handle = handle
+        self._arguments = (prompt_ids, params, num_choices)
+        self._log_id = log_id
         self._num_read = 0
         self._reply_to: ReplyTo
         self._mailboxes: list[Mailbox]
@@ -133,7 +139,7 @@ class _Call:
 
     def _begin(self) -> None:
         self._reply_to, self._mailboxes = self._feed.open(self._num_choices)
-        self._response = self._handle.generate.remote(*self._arguments, self._reply_to)
+        self._response = self._handle.generate.remote(*self._arguments, self._reply_to, self._log_id)
         self._watcher = asyncio.create_task(_watch(self._response, self._mailboxes))
 
     def _end(self) -> None:

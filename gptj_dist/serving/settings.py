@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.logs import LogFormat
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.serving.moderation import load_moderation
 from gptj_dist.text.chat import ChatTemplate
@@ -28,6 +29,8 @@ class AppConfig:
         cors_origins: web pages that browsers may call it from.
         moderation: `module:callable`, as `serving.moderation` has it.
         ingress_replicas: processes that take HTTP.
+        log_format: how a line of a log is written.
+        log_prompts: whether logs show prompts.
 
     Raises:
         ConfigurationError: the template or the moderator will not do.
@@ -40,6 +43,8 @@ class AppConfig:
     cors_origins: tuple[str, ...] = ()
     moderation: str | None = None
     ingress_replicas: int = 1
+    log_format: LogFormat = "text"
+    log_prompts: bool = False
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:
@@ -64,6 +69,8 @@ class _Arguments(BaseModel):
     cors_origins: list[str] = []
     moderation: str | None = None
     ingress_replicas: int = Field(1, ge=1)
+    log_format: LogFormat = "text"
+    log_prompts: bool = False
 
 
 T = TypeVar("T")
@@ -94,6 +101,8 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         cors_origins=tuple(own.cors_origins),
         moderation=own.moderation,
         ingress_replicas=own.ingress_replicas,
+        log_format=own.log_format,
+        log_prompts=own.log_prompts,
     )
 
 

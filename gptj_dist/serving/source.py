@@ -17,9 +17,12 @@ class TokenSource(Protocol):
         """What requests are checked against. Raises NotReadyError while nobody can make a token."""
 
     def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
         """So many completions of one prompt, to be read at the same time.
 
         Nothing is asked for before a stream is read; closing one cancels it.
+
+        Args:
+            log_id: what logs call the request.
         """

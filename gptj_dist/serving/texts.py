@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gptj_dist.completion import TextDelta, stream_text
 from gptj_dist.errors import InvalidRequestError
+from gptj_dist.logs import values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.answer import Answer, Head, JsonObject
 from gptj_dist.serving.choices import ChatWriter, CompletionWriter
@@ -20,6 +22,8 @@ from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.serving.source import TokenSource
 from gptj_dist.text.chat import ChatTemplate
 from gptj_dist.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 1024
 
@@ -48,12 +52,23 @@ class TextService:
 
     Args:
         moderation: is asked about prompts and answers, if there is one.
+        on_end: as of `Answer`.
+        logs_prompts: whether the log shows prompts.
     """
 
-    def __init__(self, model: ServedModel, source: TokenSource, moderation: Moderation | None = None) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        source: TokenSource,
+        moderation: Moderation | None = None,
+        on_end: Callable[[str], None] = lambda _: None,
+        logs_prompts: bool = False,
+    ) -> None:
         self._model = model
         self._source = source
         self._moderation = moderation
+        self._on_end = on_end
+        self._logs_prompts = logs_prompts
 
     async def complete(self, request: CompletionRequest, request_id: str) -> Answer:
         """The answer to a request for completions.
@@ -76,7 +91,7 @@ class TextService:
             for choice in range(request.n)
         ]
         head = Head(f"cmpl-{request_id}", int(time.time()), self._model.names[0], "text_completion", "text_completion")
-        return await self._answer(request, head, prompts, params, writers)
+        return await self._answer(request, request_id, head, prompts, params, writers)
 
     async def chat(self, request: ChatRequest, request_id: str) -> Answer:
         """The answer to a conversation.
@@ -100,7 +115,7 @@ class TextService:
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
-        return await self._answer(request, head, [(text, prompt_ids)], params, writers)
+        return await self._answer(request, request_id, head, [(text, prompt_ids)], params, writers)
 
     def tokenize(self, request: TokenizeRequest) -> JsonObject:
         """The tokens of a text or a conversation. Raises InvalidRequestError."""
@@ -175,6 +190,7 @@ class TextService:
     async def _answer(
         self,
         request: CompletionRequest | ChatRequest,
+        request_id: str,
         head: Head,
         prompts: Sequence[tuple[str, list[int]]],
         params: SamplingParams,
@@ -190,12 +206,23 @@ class TextService:
             return [
                 self._watched(stream_text(tokens, self._model.tokenizer, params))
                 for _, prompt_ids in prompts
-                for tokens in self._source.streams(prompt_ids, params, request.num_sampled)
+                for tokens in self._source.streams(prompt_ids, params, request.num_sampled, request_id)
             ]
 
         num_choices = len(prompts) * request.num_sampled
         num_prompt_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
-        return Answer(request, head, open_streams, writers, num_prompt_tokens, num_choices * params.max_tokens)
+        logger.info(
+            "request accepted",
+            extra=values(
+                request_id=request_id,
+                choices=num_choices,
+                prompt_tokens=num_prompt_tokens,
+                user=request.user,
+                prompts=[text for text, _ in prompts] if self._logs_prompts else None,
+            ),
+        )
+        most_tokens = num_choices * params.max_tokens
+        return Answer(request, head, open_streams, writers, num_prompt_tokens, most_tokens, self._on_end)
 
     def _watched(self, stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
         return stream if self._moderation is None else self._moderation.watch(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -10,8 +11,10 @@ import ray
 from gptj_dist.config import DTypeName
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
+from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
+from gptj_dist.stages.request_log import RequestLog
 from gptj_dist.stages.transport.codec import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
 from gptj_dist.stages.transport.zeromq import Inbound, Outbound
 
@@ -28,15 +31,19 @@ class Stage:
 
     Args:
         epoch: the pipeline's incarnation; frames of another one are dropped.
+        log: None logs nothing.
     """
 
-    def __init__(self, spec: StageSpec, epoch: int) -> None:
+    def __init__(self, spec: StageSpec, epoch: int, log: LogSettings | None = None) -> None:
         from gptj_dist.stages.runner import StageRunner
 
+        if log is not None:
+            open_log(log_directory(), log, f"stage-{spec.layers.stage}")
         self._runner = StageRunner(spec)
         self._epoch = epoch
         self._clock = SteadyClock()
         self._inbound = Inbound(ray.util.get_node_ip_address(), epoch)
+        self._requests = RequestLog()
         self._progress = "starting"
         self._cores: CoreClaim | None = None
 
@@ -79,13 +86,21 @@ class Stage:
     def _compute(self, frame: Frame) -> Frame:
         if not isinstance(frame, PlanFrame):
             raise TypeError(f"a stage takes plans, not a {type(frame).__name__}")
+        self._requests.note(frame.plan)
+        edge_bytes = (*frame.edge_bytes, self._inbound.frame_bytes)
         begin_ns = self._clock()
         output = self._runner.step(frame.plan, _before(frame))
         hidden = None if isinstance(output, Result) else _to_wire(output.hidden)
         timings = (*frame.timings, StageTiming(begin_ns, self._clock()))  # after the copy that waits for a GPU
         if isinstance(output, Result):
-            return ResultFrame(replace(output, timings=timings))
-        return PlanFrame(frame.plan, hidden, timings, output.embeddings)
+            return ResultFrame(replace(output, timings=timings), edge_bytes)
+        return PlanFrame(frame.plan, hidden, timings, edge_bytes, output.embeddings)
+
+
+def log_directory() -> Path:
+    """Where this node's processes log: beside what Ray's own do."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), "logs", "gptj-dist")
 
 
 def _before(frame: PlanFrame) -> StageOutput | None:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from gptj_dist.config import DeviceKind
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.logs import LogSettings
 from gptj_dist.stages.actor import StageActor
 from gptj_dist.stages.blueprint import (
     Blueprint,
@@ -53,26 +54,37 @@ class Placement:
 
 
 class StageGroup:
-    """Running stages: an `engine.Executor` over actors. Made by `start`."""
+    """Running stages: an `engine.Executor` over actors. Made by `start`.
+
+    Attributes:
+        edge_bytes: what came over the ring's edges: from the coordinator to stage 0, from there to stage 1, and so on,
+            and from the last stage to the coordinator.
+    """
 
     def __init__(self, stages: Sequence[Any], inbound: AsyncInbound, outbound: Outbound, sentinels: Sequence[Any]):
         self._stages = stages
         self._inbound = inbound
         self._outbound = outbound
+        self.edge_bytes = [0] * (len(stages) + 1)
         self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._collect())]
         self._tasks += [asyncio.create_task(self._watch(i, sentinel)) for i, sentinel in enumerate(sentinels)]
 
     @classmethod
-    async def start(cls, blueprint: Blueprint, placement: Placement, epoch: int) -> tuple[StageGroup, LoadedPipeline]:
+    async def start(
+        cls, blueprint: Blueprint, placement: Placement, epoch: int, log: LogSettings | None = None
+    ) -> tuple[StageGroup, LoadedPipeline]:
         """Creates the actors, loads their weights, sizes their caches and joins them to a ring.
+
+        Args:
+            log: how the stages log; None logs nothing.
 
         Raises:
             ConfigurationError: the devices or the checkpoint will not do.
             StageFailedError: a stage died on the way.
         """
         stages = [
-            _stage_options(placement, index, epoch).remote(spec, epoch)
+            _stage_options(placement, index, epoch).remote(spec, epoch, log)
             for index, spec in enumerate(blueprint.stage_specs(placement.device))
         ]
         try:
@@ -134,6 +146,8 @@ class StageGroup:
     async def _collect(self) -> None:
         try:
             while isinstance(frame := await self._inbound.receive(), ResultFrame):
+                for edge, num_bytes in enumerate((*frame.edge_bytes, self._inbound.frame_bytes)):
+                    self.edge_bytes[edge] += num_bytes
                 self._results.put_nowait(frame.result)
         except ValueError as error:  # bytes that are no frame: nothing behind them can be trusted
             self._results.put_nowait(StageFailedError(f"the last stage sent no result: {error}"))

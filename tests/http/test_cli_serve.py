@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.serving.debug import DebugDocument
 from tests.http.command import STOP_LIMIT_S, Command, running
 from tests.http.server import free_port
 from tests.unit.test_trace import check
@@ -33,6 +35,7 @@ def wait_until_gone(command: Command) -> None:
 def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mid_stream(tmp_path: Path) -> None:
     port, trace = free_port(), tmp_path / "trace.json"
     options = ["--stages", "2", "--port", str(port), "--served-model-name", "tiny", "--trace", str(trace)]
+    options += ["--log-prompts"]
     with running([*SERVE, "demo", *options]) as command:
         base = command.wait_for(r"Ready after [\d.]+ s: tiny at (http://127\.0\.0\.1:\d+)")
         command.wait_for(r"(Ctrl-C stops)")
@@ -40,9 +43,14 @@ def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mi
         assert base.endswith(str(port))
         assert "embed + 0-13 (14)" in output
         assert "14-27 (14) + head" in output
+        logs = Path(command.wait_for(r"Logs: (\S+)"))
         curl = next(line.strip() for line in output.splitlines() if "curl" in line)
         answer = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True).stdout
         assert answer.rstrip().endswith("data: [DONE]")
+        found = {path.name.rpartition("-")[0]: path.read_text() for path in logs.iterdir()}
+        assert found.keys() == {"ingress", "coordinator", "stage-0", "stage-1"}
+        assert "INFO ingress request accepted model=tiny" in found["ingress"]
+        assert "The state of the Union is" in found["ingress"]
         lines: list[str] = []
         reader = threading.Thread(target=_read_stream, args=(base, lines))
         reader.start()
@@ -54,6 +62,25 @@ def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mi
         assert command.process.returncode == 0
         assert "Traceback" not in command.output()
         assert all(len(slices) >= 40 for slices in _stages_of(trace).values())
+
+
+def test_a_stage_that_dies_is_in_the_log_and_nothing_of_ray_is_at_the_terminal() -> None:
+    with running([*SERVE, "demo", "--stages", "2", "--port", str(free_port()), "--log-format", "json"]) as command:
+        base = command.wait_for(r"Ready after [\d.]+ s: demo at (http://127\.0\.0\.1:\d+)")
+        command.wait_for(r"(Ctrl-C stops)")
+        before, logs = command.output(), Path(command.wait_for(r"Logs: (\S+)"))
+        document = DebugDocument.model_validate_json(httpx.get(f"{base}/debug/pipeline").content)
+        os.kill(document.pipelines[0].stages[1].pid, signal.SIGKILL)
+        (log,) = logs.glob("coordinator-*")
+        wait_until(lambda: _events_of(log).count("pipeline back") == 1, "the pipeline is back")
+        assert "stage lost, pipeline restarts" in _events_of(log)
+        command.interrupt()
+        wait_until_gone(command)
+        assert command.output().removeprefix(before).split() == ["Draining", "...", "Stopped."]
+
+
+def _events_of(log: Path) -> list[str]:
+    return [json.loads(line)["event"] for line in log.read_text().splitlines()]
 
 
 def _stages_of(trace: Path) -> dict[str, list[dict[str, Any]]]:

@@ -21,4 +21,8 @@ def test_ready_is_503_while_stages_load_and_health_is_200() -> None:
         assert "retry-after" in refused.headers
         looked = server.client.get("/debug/pipeline")
         assert (looked.status_code, looked.json()["error"]["code"]) == (503, "not_ready")
+        counted = server.client.get("/metrics")
+        assert counted.status_code == 200
+        assert 'path="/ready",status="503"' in counted.text
+        assert "gptj_dist_pipeline_up{" not in counted.text
         wait_until(server.is_ready, "the stages have loaded")

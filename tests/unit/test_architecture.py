@@ -17,7 +17,7 @@ PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
-    {ROOT_UNIT, "errors", "config", "params", "sizes", "chunking"},
+    {ROOT_UNIT, "errors", "config", "params", "sizes", "chunking", "logs"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"completion", "llm", "verification"},
@@ -34,7 +34,7 @@ UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "param
 STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {
     **dict.fromkeys(
-        ["engine", "errors", "config", "params", "sizes", "chunking", "planning", "completion"], STDLIB_ONLY
+        ["engine", "errors", "config", "params", "sizes", "chunking", "logs", "planning", "completion"], STDLIB_ONLY
     ),
     "text": {"tokenizers", "jinja2"},
     "model": {"torch", "triton"},

@@ -61,7 +61,7 @@ async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, C
         handle: Any = Handle(replica)
 
         def ask(params: SamplingParams) -> Streams:
-            call = _Call(handle, inbox, PROMPT, params, NUM_CHOICES)
+            call = _Call(handle, inbox, PROMPT, params, NUM_CHOICES, "a request")
             return [call.stream(choice) for choice in range(NUM_CHOICES)]
 
         yield rig, handle, ask

@@ -34,6 +34,8 @@ def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
         ({"model": "demo", "stages": 0}, "stages must be at least 1"),
         ({"model": "demo", "device": "tpu"}, "device"),
         ({"model": "demo", "served_model_name": 5}, "served_model_name: Input should be a valid list, got 5"),
+        ({"model": "demo", "log_format": "xml"}, "log_format: Input should be 'text' or 'json', got 'xml'"),
+        ({"model": "demo", "log_prompts": "yes"}, "log_prompts: Input should be a valid boolean"),
         ({"stages": 2}, "model"),
     ],
 )
@@ -106,6 +108,12 @@ def test_a_bad_sampling_value_is_one_line_and_exit_code_2() -> None:
     result = command("generate", "demo", "--prompt", "x", "--temperature", "-1")
     assert result.returncode == 2
     assert result.stderr == "gptj-dist: temperature must be from 0 to 100, got -1.0\n"
+
+
+def test_a_log_format_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    result = command("serve", "demo", "--log-format", "xml")
+    assert result.returncode == 2
+    assert "'xml' is not one of 'text', 'json'" in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_plan_tells_the_reason_and_obeys_layers() -> None:

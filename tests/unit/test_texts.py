@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,14 +63,16 @@ class Script:
     num_before_error: int = 0
     is_stuck: bool = False
     asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
+    log_ids: list[str] = field(default_factory=list)
     num_open: int = 0
 
     def limits(self) -> EngineLimits:
         return LIMITS
 
     def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
+        self.log_ids.append(log_id)
         self.asked.append((tuple(prompt_ids), params))
         return [self._stream(prompt_ids, params) for _ in range(num_choices)]
 
@@ -268,6 +272,59 @@ class TestChat:
         with pytest.raises(InvalidRequestError) as raised:
             chat_request(**fields)
         assert raised.value.param == param
+
+
+class TestTelling:
+    """What is told of a request: how its completions ended, and what the log says."""
+
+    @staticmethod
+    def ends(script: Script, moderation: Moderation | None = None, num_read: int = 100, **fields: Any) -> list[str]:
+        """How the completions of a stream ended of which so many events were read."""
+        ends: list[str] = []
+
+        async def run() -> None:
+            texts = TextService(ServedModel(("demo",), TOKENIZER, EOS), script, moderation, ends.append)
+            request = parse_body(json.dumps({"prompt": "x", "stream": True} | fields).encode(), CompletionRequest)
+            async with aclosing((await texts.complete(request, "7")).events()) as stream:
+                for _ in range(num_read):
+                    if await anext(stream, None) is None:
+                        return
+
+        with suppress(StageFailedError):
+            asyncio.run(run())
+        return ends
+
+    def test_every_completion_ends_once_for_the_reason_that_its_client_is_told(self) -> None:
+        assert self.ends(Script(), n=2) == ["length", "length"]
+        assert self.ends(Script(), stop=[TEXT[1]]) == ["stop"]
+        assert self.ends(Script(), Moderation(lambda _, role: "no" if role == "output" else None)) == ["content_filter"]
+
+    def test_a_client_that_goes_aborts_and_a_failure_is_an_error(self) -> None:
+        assert self.ends(Script(), num_read=1, n=3) == ["abort"] * 3
+        failing = Script(error=StageFailedError("stage 1 died"), num_before_error=1)
+        assert self.ends(failing, n=2) == ["error", "error"]
+        assert self.ends(Script(error=StageFailedError("stage 1 died"))) == ["error"]
+
+    @pytest.mark.parametrize("logs_prompts", [False, True])
+    def test_the_log_has_the_requests_id_and_its_prompt_only_if_it_shall(
+        self, caplog: pytest.LogCaptureFixture, logs_prompts: bool
+    ) -> None:
+        caplog.set_level(logging.INFO, logger="gptj_dist")
+        script = Script()
+        texts = TextService(ServedModel(("demo",), TOKENIZER, EOS), script, logs_prompts=logs_prompts)
+        request = parse_body(b'{"prompt": "very secret", "n": 2, "user": "u"}', CompletionRequest)
+
+        async def run() -> None:
+            await (await texts.complete(request, "req-9")).whole()
+
+        asyncio.run(run())
+        (record,) = caplog.records
+        told = vars(record)["values"]
+        num_tokens = len(TOKENIZER.encode("very secret"))
+        prompts = {"prompts": ["very secret"]} if logs_prompts else {}
+        assert record.getMessage() == "request accepted"
+        assert told == {"request_id": "req-9", "choices": 2, "prompt_tokens": num_tokens, "user": "u"} | prompts
+        assert script.log_ids == ["req-9"]
 
 
 class TestModeration:

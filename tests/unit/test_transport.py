@@ -36,7 +36,7 @@ PLAN = Plan(
     released=(1, 2),
     new_requests=(
         NewRequest(3, 0.7, 0.9, 40, 0.05, 2**64 - 1, 12),
-        NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0, CONTROLS, PromptCopy(3, 17, (9,))),
+        NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0, CONTROLS, "a request", PromptCopy(3, 17, (9,))),
         NewRequest(5, 0.0, 1.0, -1, 0.0, 0, 0, pooling=Pooling("last", 7)),
     ),
     chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True), TELLING),
@@ -50,7 +50,7 @@ FRAMES: list[Frame] = [
     ResultFrame(Result(8, ())),
     ResultFrame(Result(9, (1,), TIMINGS)),
     ResultFrame(Result(10, (5, 6), (), (TOLD, None), (PromptLogprobs(3, 1, (TOLD, TOLD)), PromptLogprobs(4, 9, ())))),
-    PlanFrame(PLAN, HiddenStates("float16", (4, 2), bytes(range(16))), TIMINGS, (EMBEDDING, Embedding(6, b""))),
+    PlanFrame(PLAN, HiddenStates("float16", (4, 2), bytes(range(16))), TIMINGS, (1, 2), (EMBEDDING, Embedding(6, b""))),
     ResultFrame(Result(11, (), embeddings=(EMBEDDING,))),
     EndFrame(),
 ]

@@ -45,20 +45,27 @@ class PlanFrame:
     Args:
         hidden: stage 0 gets none.
         timings: of the stages that the plan has passed.
+        edge_bytes: what it took up on the edges to them.
         embeddings: that they have completed.
     """
 
     plan: Plan
     hidden: HiddenStates | None
     timings: tuple[StageTiming, ...] = ()
+    edge_bytes: tuple[int, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ResultFrame:
-    """From the last stage to the coordinator."""
+    """From the last stage to the coordinator.
+
+    Args:
+        edge_bytes: what the plan took up on the edges to all stages.
+    """
 
     result: Result
+    edge_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +79,13 @@ Frame = PlanFrame | ResultFrame | EndFrame
 def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
     """The parts of the frame's message."""
     match frame:
-        case PlanFrame(plan, hidden, timings, embeddings):
+        case PlanFrame(plan, hidden, timings, edge_bytes, embeddings):
             head = None if hidden is None else (hidden.dtype, hidden.shape)
-            packed = _pack(epoch, "plan", _plan_to_wire(plan), head, timings, embeddings)
+            packed = _pack(epoch, "plan", _plan_to_wire(plan), head, timings, edge_bytes, embeddings)
             return [packed] if hidden is None else [packed, hidden.data]
-        case ResultFrame(result):
+        case ResultFrame(result, edge_bytes):
             told = (result.logprobs, result.prompt_logprobs, result.embeddings)
-            return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings, *told))]
+            return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings, *told), edge_bytes)]
         case EndFrame():
             return [_pack(epoch, "end")]
     assert_never(frame)
@@ -94,18 +101,19 @@ def decode(parts: list[bytes], epoch: int) -> Frame | None:
     if frame_epoch != epoch:
         return None
     match kind, body:
-        case "plan", [plan, head, timings, embeddings]:
+        case "plan", [plan, head, timings, edge_bytes, embeddings]:
             hidden = None if head is None else HiddenStates(dtype=head[0], shape=head[1], data=parts[1])
             done = tuple(map(Embedding._make, embeddings))
-            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings), done)
-        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs, embeddings)]:
+            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings), edge_bytes, done)
+        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs, embeddings), edge_bytes]:
             told = tuple(None if token is None else TokenLogprobs(*token) for token in logprobs)
             of_prompts = tuple(
                 PromptLogprobs(request_id, start, tuple(map(TokenLogprobs._make, tokens)))
                 for request_id, start, tokens in prompt_logprobs
             )
             done = tuple(map(Embedding._make, embeddings))
-            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts, done))
+            result = Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts, done)
+            return ResultFrame(result, edge_bytes)
         case "end", []:
             return EndFrame()
     raise ValueError(f"unknown kind of frame: {kind!r}")
@@ -121,6 +129,7 @@ def _plan_to_wire(plan: Plan) -> tuple[object, ...]:
         (
             (r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
             None if r.controls is None else astuple(r.controls),
+            r.log_id,
             r.begins_with,
             None if r.pooling is None else astuple(r.pooling),
         )
@@ -143,10 +152,11 @@ def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[Any, ...]], lis
 
 
 def _new_request_from_wire(wire: tuple[Any, ...]) -> NewRequest:
-    settings, controls, begins_with, pooling = wire
+    settings, controls, log_id, begins_with, pooling = wire
     return replace(
         NewRequest(*settings),
         controls=None if controls is None else SamplingControls(*controls),
+        log_id=log_id,
         begins_with=None if begins_with is None else PromptCopy(*begins_with),
         pooling=None if pooling is None else Pooling(*pooling),
     )

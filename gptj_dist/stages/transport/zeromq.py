@@ -15,17 +15,22 @@ class Inbound:
 
     Args:
         host: the address to bind; the port is a free one.
+
+    Attributes:
+        frame_bytes: of the frame that came last.
     """
 
     def __init__(self, host: str, epoch: int) -> None:
         self._epoch = epoch
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self.address = bind_free_port(self._socket, host)
+        self.frame_bytes = 0
 
     def receive(self) -> Frame:
         """Waits for the next frame of this epoch."""
-        while (frame := decode(self._socket.recv_multipart(), self._epoch)) is None:
+        while (frame := decode(parts := self._socket.recv_multipart(), self._epoch)) is None:
             pass
+        self.frame_bytes = sum(map(len, parts))
         return frame
 
     def close(self) -> None:
@@ -33,17 +38,19 @@ class Inbound:
 
 
 class AsyncInbound:
-    """The receiving end of an edge, for an event loop."""
+    """The receiving end of an edge, for an event loop; otherwise as `Inbound`."""
 
     def __init__(self, host: str, epoch: int) -> None:
         self._epoch = epoch
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self.address = bind_free_port(self._socket, host)
+        self.frame_bytes = 0
 
     async def receive(self) -> Frame:
         """Waits for the next frame of this epoch."""
-        while (frame := decode(await self._socket.recv_multipart(), self._epoch)) is None:
+        while (frame := decode(parts := await self._socket.recv_multipart(), self._epoch)) is None:
             pass
+        self.frame_bytes = sum(map(len, parts))
         return frame
 
     def close(self) -> None:

@@ -1,0 +1,29 @@
+"""How often something took how long. Plain data, so that it can cross process borders."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+BOUNDS_NS = (
+    *(round(mantissa * 10**exponent * 1e9) for exponent in range(-3, 3) for mantissa in (1, 1.5, 2, 3, 5, 7)),
+    1000 * 10**9,
+)
+"""Upper bounds of the buckets: from a millisecond to 1,000 seconds, each at most 1.7 times the one below."""
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Durations, counted by size.
+
+    Attributes:
+        counts: of each bucket, not cumulative; the last is of those above all bounds.
+        sum_ns: of all durations.
+    """
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_NS) + 1))
+    sum_ns: int = 0
+
+    def observe(self, duration_ns: int) -> None:
+        self.counts[bisect_left(BOUNDS_NS, duration_ns)] += 1
+        self.sum_ns += duration_ns

@@ -1,0 +1,122 @@
+"""What becomes of requests: counted for metrics, and told to the log. Decides nothing.
+
+Requests without a `log_id` are left out: the server makes them itself, to see whether a token can be made.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from gptj_dist.engine.histogram import Histogram
+from gptj_dist.engine.plan import Plan
+from gptj_dist.engine.request import Request
+from gptj_dist.engine.scheduler import TokenOutput
+from gptj_dist.logs import values
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RequestTotals:
+    """All requests since the coordinator started.
+
+    Attributes:
+        num_prompt_tokens: of the requests whose prompts have been computed.
+        num_generation_tokens: tokens that were sampled, those behind a stop string included.
+        queue_time: from a request's arrival until a plan had it first.
+        time_to_first_token: from its arrival.
+        inter_token_latency: between two tokens of a request.
+        e2e_latency: from its arrival until it had its last token or was closed; not of requests that failed.
+    """
+
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    queue_time: Histogram = field(default_factory=Histogram)
+    time_to_first_token: Histogram = field(default_factory=Histogram)
+    inter_token_latency: Histogram = field(default_factory=Histogram)
+    e2e_latency: Histogram = field(default_factory=Histogram)
+
+
+@dataclass(slots=True)
+class _Life:
+    """A request that has not ended. None is what has not happened yet."""
+
+    request: Request
+    arrived_ns: int
+    planned_ns: int | None = None
+    first_ns: int | None = None
+    last_ns: int = 0
+
+
+class Journal:
+    """Told of every request by its engine. Times are nanoseconds of one clock."""
+
+    def __init__(self) -> None:
+        self.totals = RequestTotals()
+        self._lives: dict[int, _Life] = {}
+
+    def note_arrival(self, request: Request, now_ns: int) -> None:
+        """A request is in the queue."""
+        if request.log_id is None:
+            return
+        self._lives[request.request_id] = _Life(request, now_ns)
+        _log("request queued", request, prompt_tokens=len(request.prompt_ids), max_tokens=request.params.max_tokens)
+
+    def note_plan(self, plan: Plan, now_ns: int) -> None:
+        """A plan has left. Requests that come back after a preemption are new to it, but have waited before."""
+        for new in plan.new_requests:
+            life = self._lives.get(new.request_id)
+            if life is not None and life.planned_ns is None:
+                life.planned_ns = now_ns
+                self.totals.queue_time.observe(now_ns - life.arrived_ns)
+
+    def note_output(self, output: TokenOutput, now_ns: int) -> None:
+        """A token has come, or the end of a request that was to generate none."""
+        life, totals = self._lives.get(output.request.request_id), self.totals
+        if life is None:
+            return
+        if output.token_id is not None:
+            totals.num_generation_tokens += 1
+        if life.first_ns is not None:
+            totals.inter_token_latency.observe(now_ns - life.last_ns)
+        else:
+            life.first_ns = now_ns
+            totals.num_prompt_tokens += len(life.request.prompt_ids)
+            if output.token_id is not None:
+                totals.time_to_first_token.observe(now_ns - life.arrived_ns)
+        life.last_ns = now_ns
+        if output.finish_reason is not None:
+            self._end(life, output.finish_reason, now_ns)
+
+    def note_closed(self, request: Request, now_ns: int) -> None:
+        """The request's stream was closed: after its end, or before it by a stop string or by its client."""
+        life = self._lives.get(request.request_id)
+        if life is not None:
+            self._end(life, "closed", now_ns)
+
+    def note_failed(self, request: Request, error: Exception) -> None:
+        """The pipeline has lost the request."""
+        if self._lives.pop(request.request_id, None) is not None:
+            _log("request failed", request, error=str(error), generation_tokens=request.num_output_tokens)
+
+    def _end(self, life: _Life, reason: str, now_ns: int) -> None:
+        del self._lives[life.request.request_id]
+        self.totals.e2e_latency.observe(now_ns - life.arrived_ns)
+        _log(
+            "request ended",
+            life.request,
+            reason=reason,
+            generation_tokens=life.request.num_output_tokens,
+            queue_s=_seconds(life.arrived_ns, life.planned_ns),
+            first_token_s=_seconds(life.arrived_ns, life.first_ns),
+            total_s=_seconds(life.arrived_ns, now_ns),
+        )
+
+
+def _log(event: str, request: Request, **of_event: object) -> None:
+    logger.info(event, extra=values(request_id=request.log_id, number=request.request_id, **of_event))
+
+
+def _seconds(begin_ns: int, end_ns: int | None) -> float | None:
+    return None if end_ns is None else round((end_ns - begin_ns) / 1e9, 6)

@@ -1,0 +1,95 @@
+"""Log lines: one an event, as text or as JSON, in a file of the process. Knows neither Ray nor what is logged.
+
+Modules log by the standard library; the message is the event, and what belongs to it comes as values:
+
+    logger.info("request queued", extra=values(request_id="req-1", prompt_tokens=12))
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+
+MAX_FILE_BYTES = 50_000_000
+NUM_OLD_FILES = 3
+"""A process keeps at most 200 MB of lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """How the processes of one replica log.
+
+    Args:
+        model: the name that clients see.
+        replica: the name of the ingress or of the pipeline, unique in the application.
+    """
+
+    format: LogFormat
+    model: str
+    replica: str
+
+
+def values(**of_event: object) -> dict[str, Any]:
+    """What belongs to an event, for `extra`. None is left out."""
+    return {"values": {name: value for name, value in of_event.items() if value is not None}}
+
+
+def open_log(directory: Path, settings: LogSettings, component: str) -> logging.Handler:
+    """From now on this process's events go to `<component>-<replica>.log`, and nowhere else.
+
+    Args:
+        directory: made if need be.
+        component: `ingress`, `coordinator` or a stage such as `stage-1`.
+    """
+    replica = "ingress" if component == "ingress" else "pipeline"
+    labels = {"component": component, "model": settings.model, replica: settings.replica}
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{component}-{settings.replica}.log"
+    handler = RotatingFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8")
+    handler.setFormatter(LineFormatter(settings.format, labels))
+    logger = logging.getLogger("gptj_dist")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return handler
+
+
+class LineFormatter(logging.Formatter):
+    """Writes an event as one line, whatever is in it.
+
+    Args:
+        labels: stand in every line; `component` is one of them.
+    """
+
+    def __init__(self, log_format: LogFormat, labels: Mapping[str, str]) -> None:
+        super().__init__()
+        self._format = log_format
+        self._labels = labels
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        fields = {"time": time, "level": record.levelname, **self._labels}
+        fields |= {"event": record.getMessage(), **vars(record).get("values", {})}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        if self._format == "json":
+            return json.dumps(fields, default=str)
+        head = [fields.pop(name) for name in ("time", "level", "component")]
+        event = fields.pop("event")
+        head.append(event if event.isprintable() else json.dumps(event))
+        return " ".join([*head, *(f"{name}={_text(value)}" for name, value in fields.items())])
+
+
+def _text(value: object) -> str:
+    """A value in a line of text: in quotes where it could be taken for anything else."""
+    is_plain = isinstance(value, str) and value.isprintable() and value and not set(value) & set(' "=')
+    return str(value) if is_plain else json.dumps(value, default=str)

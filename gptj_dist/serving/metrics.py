@@ -1,0 +1,285 @@
+"""What `GET /metrics` says: Prometheus families, made of what pipelines and ingresses say of themselves. Knows no Ray.
+
+The names are vLLM's where it has one, under the prefix `gptj_dist_`. `docs/metrics.md` lists them for people.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from gptj_dist.engine.histogram import BOUNDS_NS
+from gptj_dist.engine.request import FinishReason
+
+if TYPE_CHECKING:
+    from gptj_dist.engine.stats import StageWork
+    from gptj_dist.serving.pipeline import PipelineMetrics
+
+FINISH_REASONS = (*FinishReason, "abort", "error")
+_BOUNDS = (*(f"{bound / 1e9:g}" for bound in BOUNDS_NS), "+Inf")
+
+_Rows = Iterable[tuple[tuple[str, ...], Any]]
+"""Values of the labels, and what they label: a `Histogram` for a histogram, else a number."""
+
+
+@dataclass(slots=True)
+class IngressMetrics:
+    """What one ingress has counted since it started.
+
+    Args:
+        name: the replica's.
+
+    Attributes:
+        num_responses: by method, path of the route, and status.
+        num_in_flight: HTTP requests that are being answered.
+        num_finished: completions, by how they ended.
+    """
+
+    name: str
+    num_responses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    num_in_flight: int = 0
+    num_finished: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FINISH_REASONS, 0)))
+
+    def note_end(self, reason: str) -> None:
+        """A completion has ended."""
+        self.num_finished[reason] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Exposition(Collector):
+    """All that a scrape shows.
+
+    Args:
+        model: the name that clients see.
+        pipelines, ingresses: those that answered.
+    """
+
+    model: str
+    pipelines: Sequence[PipelineMetrics]
+    ingresses: Sequence[IngressMetrics]
+
+    def encoded(self, accept: str) -> tuple[bytes, str]:
+        """The text and its content type, in what the scraper's header of that name accepts."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self), content_type
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, each of them even where it has no samples."""
+        return (family.of(self) for family in FAMILIES)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric, and how to find its values.
+
+    Args:
+        name: without the prefix, and a counter's without `_total`.
+        labels: behind `model_name`, which all have.
+    """
+
+    kind: type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]
+    name: str
+    labels: tuple[str, ...]
+    meaning: str
+    rows: Callable[[Exposition], _Rows]
+
+    def of(self, exposition: Exposition) -> Metric:
+        """The family with its samples."""
+        metric = self.kind(f"gptj_dist_{self.name}", self.meaning, labels=("model_name", *self.labels))
+        for row, value in self.rows(exposition):
+            if isinstance(metric, HistogramMetricFamily):
+                buckets = list(zip(_BOUNDS, accumulate(value.counts), strict=True))
+                metric.add_metric((exposition.model, *row), buckets, value.sum_ns / 1e9)
+            else:
+                metric.add_metric((exposition.model, *row), value)
+        return metric
+
+
+def _of_pipelines(value: Callable[[PipelineMetrics], Any]) -> Callable[[Exposition], _Rows]:
+    return lambda exposition: (((pipeline.name,), value(pipeline)) for pipeline in exposition.pipelines)
+
+
+def _of_stages(value: Callable[[StageWork], Any]) -> Callable[[Exposition], _Rows]:
+    return lambda exposition: (
+        ((pipeline.name, str(number)), value(stage))
+        for pipeline in exposition.pipelines
+        for number, stage in enumerate(pipeline.stages)
+    )
+
+
+def _responses(exposition: Exposition) -> _Rows:
+    for ingress in exposition.ingresses:
+        for (method, path, status), number in ingress.num_responses.items():
+            yield (ingress.name, method, path, str(status)), number
+
+
+def _in_flight(exposition: Exposition) -> _Rows:
+    return (((ingress.name,), ingress.num_in_flight) for ingress in exposition.ingresses)
+
+
+def _finished(exposition: Exposition) -> _Rows:
+    for ingress in exposition.ingresses:
+        for reason, number in ingress.num_finished.items():
+            yield (ingress.name, reason), number
+
+
+def _edges(exposition: Exposition) -> _Rows:
+    """By the names of the ring's edges: `coordinator->0`, `0->1`, `1->coordinator`."""
+    for pipeline in exposition.pipelines:
+        stops = ["coordinator", *map(str, range(len(pipeline.edge_bytes) - 1)), "coordinator"]
+        for (begin, end), number in zip(pairwise(stops), pipeline.edge_bytes, strict=True):
+            yield (pipeline.name, f"{begin}->{end}"), number
+
+
+_COUNTER, _GAUGE, _HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+FAMILIES: Sequence[Family] = (
+    Family(
+        _COUNTER,
+        "http_requests",
+        ("ingress", "method", "path", "status"),
+        "HTTP requests that were answered; status 499 if the client went first.",
+        _responses,
+    ),
+    Family(_GAUGE, "http_requests_in_flight", ("ingress",), "HTTP requests that are being answered.", _in_flight),
+    Family(
+        _COUNTER,
+        "request_success",
+        ("ingress", "finished_reason"),
+        "Completions, by how they ended: stop, length, content_filter, abort (not wanted any more) or error.",
+        _finished,
+    ),
+    Family(
+        _GAUGE,
+        "num_requests_running",
+        ("pipeline",),
+        "Requests that are being computed.",
+        _of_pipelines(lambda pipeline: pipeline.num_running),
+    ),
+    Family(
+        _GAUGE,
+        "num_requests_waiting",
+        ("pipeline",),
+        "Requests that wait to be computed.",
+        _of_pipelines(lambda pipeline: pipeline.num_waiting),
+    ),
+    Family(
+        _GAUGE,
+        "kv_cache_usage_perc",
+        ("pipeline",),
+        "Share of the KV cache that is in use, from 0 to 1.",
+        _of_pipelines(lambda pipeline: pipeline.num_used_blocks / pipeline.num_blocks),
+    ),
+    Family(
+        _COUNTER,
+        "prompt_tokens",
+        ("pipeline",),
+        "Tokens of prompts that were computed.",
+        _of_pipelines(lambda pipeline: pipeline.requests.num_prompt_tokens),
+    ),
+    Family(
+        _COUNTER,
+        "generation_tokens",
+        ("pipeline",),
+        "Tokens that were sampled.",
+        _of_pipelines(lambda pipeline: pipeline.requests.num_generation_tokens),
+    ),
+    Family(
+        _COUNTER,
+        "num_preemptions",
+        ("pipeline",),
+        "How often a request lost its KV blocks to an older one.",
+        _of_pipelines(lambda pipeline: pipeline.num_preemptions),
+    ),
+    Family(
+        _HISTOGRAM,
+        "request_queue_time_seconds",
+        ("pipeline",),
+        "From a request's arrival at the coordinator until the first plan with it left.",
+        _of_pipelines(lambda pipeline: pipeline.requests.queue_time),
+    ),
+    Family(
+        _HISTOGRAM,
+        "time_to_first_token_seconds",
+        ("pipeline",),
+        "From a request's arrival at the coordinator to its first token.",
+        _of_pipelines(lambda pipeline: pipeline.requests.time_to_first_token),
+    ),
+    Family(
+        _HISTOGRAM,
+        "inter_token_latency_seconds",
+        ("pipeline",),
+        "Between two tokens of a request.",
+        _of_pipelines(lambda pipeline: pipeline.requests.inter_token_latency),
+    ),
+    Family(
+        _HISTOGRAM,
+        "e2e_request_latency_seconds",
+        ("pipeline",),
+        "From a request's arrival at the coordinator until its last token or until it was closed.",
+        _of_pipelines(lambda pipeline: pipeline.requests.e2e_latency),
+    ),
+    Family(
+        _GAUGE,
+        "num_plans_in_flight",
+        ("pipeline",),
+        "Micro-batches on their way through the stages.",
+        _of_pipelines(lambda pipeline: pipeline.num_in_flight),
+    ),
+    Family(
+        _GAUGE,
+        "pipeline_up",
+        ("pipeline",),
+        "1 if the pipeline takes requests, 0 while its stages are replaced.",
+        _of_pipelines(lambda pipeline: pipeline.is_up),
+    ),
+    Family(
+        _COUNTER,
+        "pipeline_restarts",
+        ("pipeline",),
+        "How often the pipeline's stages were replaced.",
+        _of_pipelines(lambda pipeline: pipeline.num_restarts),
+    ),
+    Family(
+        _COUNTER,
+        "coordinator_busy_seconds",
+        ("pipeline",),
+        "Time in which the coordinator made plans or handed out tokens.",
+        _of_pipelines(lambda pipeline: pipeline.coordinator_ns / 1e9),
+    ),
+    Family(
+        _COUNTER,
+        "stage_busy_seconds",
+        ("pipeline", "stage"),
+        "Time in which the stage computed.",
+        _of_stages(lambda stage: stage.step_time.sum_ns / 1e9),
+    ),
+    Family(
+        _COUNTER,
+        "stage_bubble_seconds",
+        ("pipeline", "stage"),
+        "Time in which the stage did not compute, though plans were in flight.",
+        _of_stages(lambda stage: stage.bubble_ns / 1e9),
+    ),
+    Family(
+        _HISTOGRAM,
+        "stage_step_seconds",
+        ("pipeline", "stage"),
+        "What a step, one plan, took the stage.",
+        _of_stages(lambda stage: stage.step_time),
+    ),
+    Family(
+        _COUNTER,
+        "edge_bytes",
+        ("pipeline", "edge"),
+        "Bytes that came over an edge of the ring of coordinator and stages.",
+        _edges,
+    ),
+)

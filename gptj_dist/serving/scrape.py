@@ -1,0 +1,46 @@
+"""Gathers what was counted: whichever ingress is scraped shows all pipelines and all ingresses of the application."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ray.serve.handle import DeploymentHandle
+
+from gptj_dist.errors import NotReadyError
+from gptj_dist.serving.everyone import ingress_metrics
+from gptj_dist.serving.metrics import Exposition, IngressMetrics
+from gptj_dist.serving.pipeline import PipelineMetrics
+from gptj_dist.serving.pipelines import Pipelines
+
+
+class Scrape:
+    """Asks everybody, each time anew.
+
+    Args:
+        model: the name that clients see.
+        ingresses: handle to the ingress's own deployment.
+        own: what this ingress counts.
+    """
+
+    def __init__(self, model: str, pipelines: Pipelines, ingresses: DeploymentHandle, own: IngressMetrics) -> None:
+        self._model = model
+        self._pipelines = pipelines
+        self._ingresses = ingresses
+        self._own = own
+
+    async def take(self) -> Exposition:
+        """What everybody has counted. Who does not answer is left out: a scrape must not fail."""
+        return Exposition(self._model, *await asyncio.gather(self._of_pipelines(), self._of_ingresses()))
+
+    async def _of_pipelines(self) -> tuple[PipelineMetrics, ...]:
+        try:
+            return (await self._pipelines.metrics()).given
+        except NotReadyError:
+            return ()
+
+    async def _of_ingresses(self) -> list[IngressMetrics]:
+        try:
+            answered = (await ingress_metrics(self._ingresses)).given
+        except NotReadyError:
+            answered = ()
+        return [self._own, *(one for one in answered if one.name != self._own.name)]

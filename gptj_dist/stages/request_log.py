@@ -1,0 +1,27 @@
+"""A stage's log of the requests that it computes. Knows no Ray."""
+
+from __future__ import annotations
+
+import logging
+
+from gptj_dist.engine.plan import Plan
+from gptj_dist.logs import values
+
+logger = logging.getLogger(__name__)
+
+
+class RequestLog:
+    """Told of every plan; logs when the stage meets a request, and when it forgets it."""
+
+    def __init__(self) -> None:
+        self._log_ids: dict[int, str] = {}
+
+    def note(self, plan: Plan) -> None:
+        """The stage takes up a plan."""
+        for number in plan.released:
+            if (log_id := self._log_ids.pop(number, None)) is not None:
+                logger.info("request forgotten", extra=values(request_id=log_id, number=number))
+        for new in plan.new_requests:
+            if new.log_id is not None:
+                self._log_ids[new.request_id] = new.log_id
+                logger.info("request met", extra=values(request_id=new.log_id, number=new.request_id))
