@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.figures import machine, percentile, print_document
 from gptj_dist.config import BLOCK_SIZE_TOKENS
 from gptj_dist.engine.plan import Plan, Result
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams
 
@@ -75,7 +75,7 @@ def make_requests(num_requests: int) -> list[Request]:
     return [
         Request(
             request_id,
-            (TOKEN_ID,) * rng.randint(*PROMPT_TOKENS),
+            Prompt((TOKEN_ID,) * rng.randint(*PROMPT_TOKENS)),
             SamplingParams(max_tokens=rng.randint(*OUTPUT_TOKENS), temperature=0, ignore_eos=True),
             noise_key=request_id,
         )

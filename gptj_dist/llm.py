@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -17,10 +18,11 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.completion import TextDelta, stream_text, whole
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import InvalidRequestError, NotReadyError
-from gptj_dist.params import SamplingParams, TokenLogprobs
+from gptj_dist.params import Pooling, PoolingKind, SamplingParams, TokenLogprobs
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
@@ -102,6 +104,22 @@ class LLM:
         prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         return self._run(self._complete_all(prompt_ids, params))
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: PoolingKind = "mean", layer: int | None = None
+    ) -> list[tuple[float, ...]]:
+        """Embeddings of prompts, each `d_model` float32 numbers: hidden states of the model.
+
+        Args:
+            prompts: as `generate` takes them.
+            pooling, layer: as `Pooling` has them.
+
+        Raises:
+            InvalidRequestError: a prompt or the layer does not fit.
+        """
+        params = SamplingParams(max_tokens=0, pooling=Pooling(pooling, layer))
+        prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
+        return self._run(self._embed_all(prompt_ids, params))
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Completes one prompt once, yielding its text as it comes. Closing the iterator cancels."""
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
@@ -164,25 +182,32 @@ class LLM:
     async def _complete_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Output]:
         for prompt_ids in prompts:
             self._engine.check(prompt_ids, params)
-        choices = range(params.n)
-        wholes = await asyncio.gather(*(self._complete(p, params, choice) for p in prompts for choice in choices))
-        of_prompts = [wholes[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
-        return [
-            Output(tuple(prompt), tuple(map(_completion, of_prompt)), of_prompt[0].prompt_logprobs)
-            for prompt, of_prompt in zip(prompts, of_prompts, strict=True)
-        ]
+        return await asyncio.gather(*(self._complete(prompt_ids, params) for prompt_ids in prompts))
 
-    async def _complete(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> TextDelta:
-        return whole([delta async for delta in self._stream(prompt_ids, params, choice)])
+    async def _embed_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[tuple[float, ...]]:
+        for prompt_ids in prompts:
+            self._engine.check(prompt_ids, params)
+        return await asyncio.gather(*(self._embed(prompt_ids, params) for prompt_ids in prompts))
 
-    def _stream(self, prompt_ids: list[int], params: SamplingParams, choice: int) -> AsyncGenerator[TextDelta, None]:
-        return stream_text(self._engine.generate(prompt_ids, params, choice), self.tokenizer, params)
+    async def _embed(self, prompt_ids: list[int], params: SamplingParams) -> tuple[float, ...]:
+        [delta] = [delta async for delta in self._engine.generate(prompt_ids, params)]
+        assert delta.embedding is not None, "it was asked for"
+        return tuple(array("f", delta.embedding))
+
+    async def _complete(self, prompt_ids: list[int], params: SamplingParams) -> Output:
+        streams = self._engine.generate_all(prompt_ids, params, range(params.n))
+        wholes = await asyncio.gather(*(self._whole(stream, params) for stream in streams))
+        return Output(tuple(prompt_ids), tuple(map(_completion, wholes)), wholes[0].prompt_logprobs)
+
+    async def _whole(self, stream: AsyncGenerator[Delta, None], params: SamplingParams) -> TextDelta:
+        return whole([delta async for delta in stream_text(stream, self.tokenizer, params)])
 
     async def _pour(
         self, prompt_ids: list[int], params: SamplingParams, pieces: SimpleQueue[str | BaseException | None]
     ) -> None:
         try:
-            async with aclosing(self._stream(prompt_ids, params, choice=0)) as deltas:
+            stream = self._engine.generate(prompt_ids, params)
+            async with aclosing(stream_text(stream, self.tokenizer, params)) as deltas:
                 async for delta in deltas:
                     pieces.put(delta.text)
         except Exception as error:  # whatever it is, the reader must not take the text for complete

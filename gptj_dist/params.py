@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gptj_dist.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63
 MAX_TOP_K = 2**31
+MAX_PRIORITY = 2**31
 MAX_LOGPROBS = 20
 MAX_LISTED_TOKENS = 1024
 """Entries of each list of tokens: they travel to the last stage."""
+
+
+PoolingKind = Literal["mean", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What vector a request for an embedding gets of its prompt's hidden states.
+
+    Args:
+        kind: their mean over the prompt's tokens, or those of the last token.
+        layer: 0 for those that go into the first layer, k for those that come out of the k-th; None, or the number of
+            layers, for those behind the final LayerNorm. transformers' `hidden_states` are counted the same.
+    """
+
+    kind: PoolingKind = "mean"
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +60,9 @@ class SamplingParams:
         bad_token_ids: runs of tokens that are not sampled: the last one of a run never follows the others.
         logprobs: tell each token's log probability, and that of so many of the likeliest, 0 to 20; None tells nothing.
         prompt_logprobs: the same of the prompt's tokens but the first.
+        pooling: asks for an embedding of the prompt, instead of any tokens.
+        priority: requests with a lower one are served first, and preempted last; among equals the earlier ones. Others
+            may wait for ever.
 
     Raises:
         InvalidRequestError: a value is out of its range; `param` names it.
@@ -68,6 +89,8 @@ class SamplingParams:
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    priority: int = 0
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", "must be at least 0", self.max_tokens)
@@ -86,12 +109,14 @@ class SamplingParams:
         _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", len(self.stop))
         _check(not isinstance(self.stop, str), "stop", "must be a tuple of strings", self.stop)
         _check(all(self.stop), "stop", "must not hold an empty string", self.stop)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2 <= getattr(self, name) <= 2, name, "must be from -2 to 2", getattr(self, name))
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", "must be from -2 to 2", self.presence_penalty)
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be from -2 to 2", self.frequency_penalty)
         _check(0 < self.repetition_penalty <= 10, "repetition_penalty", "must be in (0, 10]", self.repetition_penalty)
-        for name in ("logprobs", "prompt_logprobs"):
-            number = getattr(self, name)
-            _check(number is None or 0 <= number <= MAX_LOGPROBS, name, f"must be from 0 to {MAX_LOGPROBS}", number)
+        _check_num_top("logprobs", self.logprobs)
+        _check_num_top("prompt_logprobs", self.prompt_logprobs)
+        _check(-MAX_PRIORITY <= self.priority < MAX_PRIORITY, "priority", "must fit in 32 bits", self.priority)
+        _check(self.pooling is None or self.max_tokens == 0, "max_tokens", "must be 0 with pooling", self.max_tokens)
+        _check(self.pooling is None or self.prompt_logprobs is None, "prompt_logprobs", "must be None with pooling", 0)
         self._check_tokens()
 
     def _check_tokens(self) -> None:
@@ -99,9 +124,14 @@ class SamplingParams:
         _check(all(-100 <= bias <= 100 for bias in biases), "logit_bias", "takes numbers from -100 to 100", biases)
         _check(self.allowed_token_ids != (), "allowed_token_ids", "must allow a token", self.allowed_token_ids)
         _check(all(self.bad_token_ids), "bad_words", "must not hold an empty one", self.bad_token_ids)
-        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "bad_token_ids"):
-            length = len(getattr(self, name) or ())
-            _check(length <= MAX_LISTED_TOKENS, name, f"takes at most {MAX_LISTED_TOKENS} entries", length)
+        lists = {
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias": self.logit_bias,
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_token_ids": self.bad_token_ids,
+        }
+        for name, entries in lists.items():
+            _check(len(entries) <= MAX_LISTED_TOKENS, name, f"takes at most {MAX_LISTED_TOKENS} entries", len(entries))
 
     @property
     def listed_token_ids(self) -> dict[str, tuple[int, ...]]:
@@ -162,3 +192,7 @@ class TokenLogprobs(NamedTuple):
 def _check(is_valid: bool, param: str, rule: str, value: object) -> None:
     if not is_valid:
         raise InvalidRequestError(f"{param} {rule}, got {value!r}", param)
+
+
+def _check_num_top(param: str, number: int | None) -> None:
+    _check(number is None or 0 <= number <= MAX_LOGPROBS, param, f"must be from 0 to {MAX_LOGPROBS}", number)

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
+from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
 
 FAKE_VOCAB_SIZE = 1000
@@ -15,7 +15,7 @@ FAKE_EOS_TOKEN_ID = 0
 
 @dataclass(slots=True)
 class HeldRequest:
-    """What stages hold of one request: the tokens they have computed, and the blocks those lie in."""
+    """What stages hold of one request: the tokens whose KV they have for it, and the blocks those lie in."""
 
     introduction: NewRequest
     token_ids: list[int] = field(default_factory=list)
@@ -35,7 +35,8 @@ class FakeStages:
         self._block_size = block_size
         self._max_requests = max_requests
         self._next_plan_id = 0
-        self._holders: dict[int, int] = {}
+        self._holders: dict[int, set[int]] = {}
+        self._cells: dict[tuple[int, int], int] = {}
         self.requests: dict[int, HeldRequest] = {}
 
     def apply(self, plan: Plan) -> None:
@@ -45,36 +46,75 @@ class FakeStages:
         for request_id in plan.released:
             assert request_id in self.requests, f"request {request_id} is released, but no stage knows it"
             for block in self.requests.pop(request_id).blocks:
-                del self._holders[block]
+                self._holders[block].remove(request_id)
         for new in plan.new_requests:
             assert new.request_id not in self.requests, f"request {new.request_id} is introduced twice"
             self.requests[new.request_id] = HeldRequest(new)
+            if new.begins_with is not None:
+                self._take_over(new.request_id, new.begins_with)
         assert len(self.requests) <= self._max_requests, "more requests than stages have room for"
         computed = [chunk.request_id for chunk in plan.chunks]
         assert computed, "a plan with nothing to compute"
         assert len(computed) == len(set(computed)), "two chunks of one request in a plan"
         assert {new.request_id for new in plan.new_requests} <= set(computed), "an introduction without a chunk"
         for chunk in plan.chunks:
+            self._give_blocks(chunk)
+        for new in plan.new_requests:
+            if new.begins_with is not None:
+                self._copy(new.request_id, new.begins_with)
+        for chunk in plan.chunks:
             self._compute(chunk)
 
-    def _compute(self, chunk: Chunk) -> None:
+    def _take_over(self, request_id: int, begins_with: PromptCopy) -> None:
+        assert begins_with.request_id in self.requests, "the KV of a request that no stage knows"
+        source = self.requests[begins_with.request_id]
+        assert 0 < begins_with.num_tokens <= len(source.token_ids), "KV that was not computed by earlier plans"
+        assert begins_with.blocks == tuple(source.blocks[: len(begins_with.blocks)]), "not its blocks"
+        assert len(begins_with.blocks) * self._block_size <= begins_with.num_tokens, "blocks that are still written to"
+        for block in begins_with.blocks:
+            self._holders[block].add(request_id)
+        self.requests[request_id].blocks.extend(begins_with.blocks)
+        self.requests[request_id].token_ids.extend(source.token_ids[: begins_with.num_tokens])
+
+    def _give_blocks(self, chunk: Chunk) -> None:
         assert chunk.request_id in self.requests, f"request {chunk.request_id} was never introduced"
+        for block in chunk.new_blocks:
+            assert 0 <= block < self._num_blocks, "no such block"
+            assert not self._holders.get(block), f"block {block} has two holders"
+            self._holders[block] = {chunk.request_id}
+        self.requests[chunk.request_id].blocks.extend(chunk.new_blocks)
+
+    def _copy(self, request_id: int, begins_with: PromptCopy) -> None:
+        for position in range(len(begins_with.blocks) * self._block_size, begins_with.num_tokens):
+            self._cells[self._cell(request_id, position)] = self._cells[self._cell(begins_with.request_id, position)]
+
+    def _compute(self, chunk: Chunk) -> None:
         held = self.requests[chunk.request_id]
         assert chunk.token_ids, "an empty chunk"
         assert chunk.start == len(held.token_ids), "a chunk does not continue where its request was"
-        for block in chunk.new_blocks:
-            assert 0 <= block < self._num_blocks, "no such block"
-            assert block not in self._holders, f"block {block} has two holders"
-            self._holders[block] = chunk.request_id
-        held.blocks.extend(chunk.new_blocks)
         held.token_ids.extend(chunk.token_ids)
         num_needed = -(-len(held.token_ids) // self._block_size)
         assert len(held.blocks) == num_needed, "blocks do not cover the positions, or there are too many"
+        for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
+            cell = self._cell(chunk.request_id, position)
+            assert self._holders[cell[0]] == {chunk.request_id}, "a block is written to that others read"
+            self._cells[cell] = token_id
+        read = [self._cells[self._cell(chunk.request_id, position)] for position in range(len(held.token_ids))]
+        assert read == held.token_ids, "blocks hold another request's KV"
+
+    def _cell(self, request_id: int, position: int) -> tuple[int, int]:
+        """Block, and place in it."""
+        return self.requests[request_id].blocks[position // self._block_size], position % self._block_size
 
 
 def fake_token(noise_key: int, position: int) -> int:
     """The token that fake stages sample; never end of text."""
     return 1 + (noise_key * 7919 + position * 104729) % (FAKE_VOCAB_SIZE - 1)
+
+
+def fake_embedding(chunk: Chunk) -> Embedding:
+    """What fake stages make of a prompt that ends with the chunk."""
+    return Embedding(chunk.request_id, f"{chunk.start + len(chunk.token_ids)} tokens".encode())
 
 
 class FakeExecutor:
@@ -105,7 +145,8 @@ class FakeExecutor:
         self._stages.apply(plan)
         self.plans.append(plan)
         tokens = tuple(self._sample(chunk) for chunk in plan.chunks if chunk.samples)
-        self._computed.append(Result(plan.plan_id, tokens))
+        embeddings = tuple(fake_embedding(chunk) for chunk in plan.chunks if chunk.tells_embedding)
+        self._computed.append(Result(plan.plan_id, tokens, embeddings=embeddings))
         if not self._is_paused:
             self.step()
 

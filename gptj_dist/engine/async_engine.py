@@ -10,14 +10,14 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.journal import Journal
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
@@ -68,7 +68,7 @@ class AsyncEngine:
         """Whether requests are taken: not between `fail` and `resume`."""
         return self._executor is not None
 
-    async def generate(
+    def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, choice: int = 0, log_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Streams one completion of the prompt; `params.n` is the caller's business, which numbers its choices.
@@ -81,7 +81,23 @@ class AsyncEngine:
             NotReadyError: the pipeline is down; nothing was queued.
             StageFailedError: the pipeline died under way.
         """
-        request, mailbox = self._admit(prompt_ids, params, choice, log_id)
+        [stream] = self.generate_all(prompt_ids, params, [choice], log_id)
+        return stream
+
+    def generate_all(
+        self, prompt_ids: Sequence[int], params: SamplingParams, choices: Iterable[int], log_id: str | None = None
+    ) -> list[AsyncGenerator[Delta, None]]:
+        """As `generate`, once for each choice. The prompt is computed once for those whose streams are begun together.
+
+        Each stream fails for itself.
+        """
+        prompt = Prompt(tuple(prompt_ids), can_share=params.pooling is None)
+        return [self._generate(prompt, params, choice, log_id) for choice in choices]
+
+    async def _generate(
+        self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
+    ) -> AsyncGenerator[Delta, None]:
+        request, mailbox = self._admit(prompt, params, choice, log_id)
         try:
             while True:
                 delta = await mailbox.take()
@@ -132,12 +148,12 @@ class AsyncEngine:
         self._limits.check(prompt_ids, params)
 
     def _admit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int, log_id: str | None
+        self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
     ) -> tuple[Request, Mailbox]:
-        self.check(prompt_ids, params)
+        self.check(prompt.token_ids, params)
         if self._executor is None:
             raise NotReadyError("the pipeline is restarting after the loss of a stage; try again shortly")
-        request = Request(self._next_request_id, tuple(prompt_ids), params, noise_key(params.seed, choice), log_id)
+        request = Request(self._next_request_id, prompt, params, noise_key(params.seed, choice), log_id)
         self._scheduler.add(request)
         self.journal.note_arrival(request, self.stats.now_ns())
         self._next_request_id += 1
@@ -197,13 +213,14 @@ class AsyncEngine:
 
 
 def _delta(output: TokenOutput) -> Delta:
-    """What a stream is told of a token."""
+    """What a stream is told of a token, or of an embedding."""
     request = output.request
     return Delta(
         token_ids=() if output.token_id is None else (output.token_id,),
         finish_reason=output.finish_reason,
         logprobs=() if output.logprobs is None else (output.logprobs,),
-        prompt_logprobs=tuple(request.prompt_logprobs) if request.num_output_tokens <= 1 else (),
+        prompt_logprobs=tuple(request.prompt.logprobs) if request.num_output_tokens <= 1 else (),
+        embedding=output.embedding,
     )
 
 

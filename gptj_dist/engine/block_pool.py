@@ -1,12 +1,12 @@
-"""Counts out KV blocks. Knows neither who holds a block nor where it lies."""
+"""Counts out KV blocks. Knows how many hold a block, but neither who nor where it lies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class BlockPool:
-    """A fixed number of blocks of `block_size` tokens; each is free or handed out.
+    """A fixed number of blocks of `block_size` tokens; each is free or has holders.
 
     Args:
         num_blocks: blocks 0 .. num_blocks - 1.
@@ -17,6 +17,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_holders = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
@@ -38,7 +39,26 @@ class BlockPool:
         """
         if num_blocks > len(self._free):
             raise ValueError(f"{num_blocks} blocks wanted, {len(self._free)} free")
-        return [self._free.pop() for _ in range(num_blocks)]
+        taken = [self._free.pop() for _ in range(num_blocks)]
+        for block in taken:
+            self._num_holders[block] = 1
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Gives blocks that are held one more holder."""
+        for block in blocks:
+            self._num_holders[block] += 1
 
     def give_back(self, blocks: Iterable[int]) -> None:
-        self._free.extend(blocks)
+        """Takes a holder away from each; those that have none left are free."""
+        for block in blocks:
+            self._num_holders[block] -= 1
+            if not self._num_holders[block]:
+                self._free.append(block)
+
+    def num_holders(self, block: int) -> int:
+        return self._num_holders[block]
+
+    def num_freed(self, num_given_back: Mapping[int, int]) -> int:
+        """How many blocks would become free if so many holders of each gave it back."""
+        return sum(self._num_holders[block] == number for block, number in num_given_back.items())

@@ -17,11 +17,13 @@ class EngineLimits:
         vocab_size: token ids are below this.
         max_model_len: the most tokens of prompt and output together.
         kv_tokens: tokens that the KV cache holds.
+        num_layers: of the model.
     """
 
     vocab_size: int
     max_model_len: int
     kv_tokens: int
+    num_layers: int
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
@@ -36,6 +38,8 @@ class EngineLimits:
             )
         for name, token_ids in params.listed_token_ids.items():
             self.check_vocabulary(name, token_ids)
+        if params.pooling is not None:
+            self._check_layer(params.pooling.layer)
         check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
 
     def check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
@@ -45,6 +49,10 @@ class EngineLimits:
             raise InvalidRequestError(
                 f"{name} holds token id {wrong[0]}, the vocabulary ends at {self.vocab_size - 1}", name
             )
+
+    def _check_layer(self, layer: int | None) -> None:
+        if layer is not None and not 0 <= layer <= self.num_layers:
+            raise InvalidRequestError(f"layer must be from 0 to {self.num_layers}, got {layer}", "layer")
 
 
 def check_fits_cache(num_prompt_tokens: int, max_tokens: int, kv_tokens: int) -> None:

@@ -17,12 +17,14 @@ class Delta:
         token_ids: one or more; none if the request was to generate none.
         logprobs: one for each token, if they are asked for.
         prompt_logprobs: of the prompt's tokens from the second on, with the first tokens, if they are asked for.
+        embedding: float32 numbers, byte by byte, if it is asked for.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: bytes | None = None
 
 
 class Mailbox:

@@ -9,12 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gptj_dist.params import SamplingControls, TokenLogprobs
+from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
+
+
+class PromptCopy(NamedTuple):
+    """The beginning of a request's KV, for another request of the same prompt.
+
+    Args:
+        request_id: whose KV; all stages have computed it by earlier plans.
+        num_tokens: the positions from 0 on that are taken over.
+        blocks: KV blocks that lie wholly within them and that both requests hold from now on; neither writes to them.
+            What lies behind is copied.
+    """
+
+    request_id: int
+    num_tokens: int
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What the last stage must know of a request to sample for it, and all stages to log it.
+    """What stages must know of a request: to sample for it, to make its embedding, and to log it.
 
     Args:
         request_id: unique in the life of the pipeline.
@@ -22,6 +37,9 @@ class NewRequest:
         min_position: first position at which end of text may be sampled.
         controls: None for the many requests that have none.
         log_id: what logs call it; None for one that is not logged.
+        begins_with: what need not be computed; its first chunk goes on from there. None for a request that begins
+            with nothing.
+        pooling: which embedding it asks for; nothing is sampled for it then.
     """
 
     request_id: int
@@ -33,6 +51,8 @@ class NewRequest:
     min_position: int
     controls: SamplingControls | None = None
     log_id: str | None = None
+    begins_with: PromptCopy | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +62,10 @@ class Chunk:
     Args:
         start: position of the first token.
         token_ids: the tokens, one or more.
-        new_blocks: KV blocks that the request gets with this chunk, behind those it has.
+        new_blocks: KV blocks that the request alone gets with this chunk, behind those it has.
         samples: whether the last token's logits are to be sampled.
         next_id: the token behind the chunk, where its log probability is wanted.
+        tells_embedding: whether the request's embedding is complete with this chunk.
     """
 
     request_id: int
@@ -53,11 +74,16 @@ class Chunk:
     new_blocks: tuple[int, ...]
     samples: bool
     next_id: int | None = None
+    tells_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One micro-batch: `released` requests are forgotten, then `new_requests` are met, then `chunks` are computed."""
+    """One micro-batch.
+
+    `released` requests are forgotten, `new_requests` are met, they and the `chunks` get their blocks, what they begin
+    with is copied, and then all chunks are computed.
+    """
 
     plan_id: int
     released: tuple[int, ...]
@@ -84,6 +110,13 @@ class PromptLogprobs(NamedTuple):
     tokens: tuple[TokenLogprobs, ...]
 
 
+class Embedding(NamedTuple):
+    """A request's: `d_model` float32 numbers, byte by byte."""
+
+    request_id: int
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a plan.
@@ -93,6 +126,7 @@ class Result:
         timings: of every stage, first to last; empty where nobody measures.
         logprobs: one for each of `token_ids`, None where it was not asked for; empty if it was for none.
         prompt_logprobs: of the plan's chunks, where it was asked for.
+        embeddings: one for each chunk that tells one.
     """
 
     plan_id: int
@@ -100,3 +134,4 @@ class Result:
     timings: tuple[StageTiming, ...] = ()
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()

@@ -1,11 +1,11 @@
-"""One sequence to be continued, as the scheduler sees it."""
+"""One sequence to be continued, as the scheduler sees it, and the prompt that it may have in common with others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from gptj_dist.engine.plan import NewRequest, PromptLogprobs
+from gptj_dist.engine.plan import NewRequest, PromptCopy, PromptLogprobs
 from gptj_dist.params import SamplingControls, SamplingParams, TokenLogprobs
 
 
@@ -18,12 +18,42 @@ class FinishReason(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
+class Prompt:
+    """A prompt, and what the requests that continue it have in common: they differ in their noise alone.
+
+    Args:
+        token_ids: one or more.
+        can_share: its KV may be computed for all of them at once. Not where each wants something of every token.
+
+    Attributes:
+        first: the request that was made of it first.
+        holders: those requests that run, and so hold its KV or compute it, if there is any to be shared.
+        logprobs: of its tokens from the second on, where they are asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    can_share: bool = True
+    first: Request | None = field(init=False, default=None)
+    holders: list[Request] = field(init=False, default_factory=list)
+    logprobs: list[TokenLogprobs] = field(init=False, default_factory=list)
+
+    @property
+    def num_shareable(self) -> int:
+        """Tokens whose KV one request takes over from another: the last token is each one's own, to sample behind."""
+        return len(self.token_ids) - 1 if self.can_share else 0
+
+    def learn(self, told: PromptLogprobs) -> None:
+        """Takes log probabilities; those known from another request, or before a preemption, come again."""
+        self.logprobs += told.tokens[len(self.logprobs) + 1 - told.start :]
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """A request and how far it has got.
 
     Args:
         request_id: unique, and larger for a later arrival.
-        prompt_ids: one or more tokens.
+        prompt: that of other requests, too, or its own.
         params: how to sample; `params.n` is for the caller, this is one completion.
         noise_key: 64 bits that determine all of the request's sampling noise.
         log_id: what logs call it; None for one that is neither logged nor counted.
@@ -34,11 +64,10 @@ class Request:
         blocks: KV blocks held, in order of position.
         is_running: it is one of those that plans are made of, not waiting.
         is_awaiting_token: a plan in flight samples the request's next token.
-        prompt_logprobs: of the prompt's tokens from the second on, where they are asked for.
     """
 
     request_id: int
-    prompt_ids: tuple[int, ...]
+    prompt: Prompt
     params: SamplingParams
     noise_key: int
     log_id: str | None = None
@@ -47,10 +76,15 @@ class Request:
     blocks: list[int] = field(init=False, default_factory=list)
     is_running: bool = field(init=False, default=False)
     is_awaiting_token: bool = field(init=False, default=False)
-    prompt_logprobs: list[TokenLogprobs] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_ids)
+        self.token_ids = list(self.prompt.token_ids)
+        if self.prompt.first is None:
+            self.prompt.first = self
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.prompt.token_ids
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +93,11 @@ class Request:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_expected(self) -> int:
+        """As `num_uncomputed`, if those that are not the first of their prompt find its KV."""
+        return self.num_uncomputed - (0 if self.prompt.first is self else self.prompt.num_shareable)
 
     @property
     def num_output_tokens(self) -> int:
@@ -74,16 +113,12 @@ class Request:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output_tokens == self.params.max_tokens else None
 
-    def learn(self, told: PromptLogprobs) -> None:
-        """Takes log probabilities of its prompt; those known before a preemption come again."""
-        self.prompt_logprobs += told.tokens[len(self.prompt_logprobs) + 1 - told.start :]
-
     def next_prompt_id(self, stop: int) -> int | None:
         """The prompt's token at `stop`, if its log probability is asked for."""
         is_told = self.params.prompt_logprobs is not None and stop < len(self.prompt_ids)
         return self.prompt_ids[stop] if is_told else None
 
-    def introduction(self) -> NewRequest:
+    def introduction(self, begins_with: PromptCopy | None = None) -> NewRequest:
         """The request as the stages are told of it."""
         return NewRequest(
             request_id=self.request_id,
@@ -95,6 +130,8 @@ class Request:
             min_position=len(self.prompt_ids) + self.params.min_tokens,
             controls=self._controls(),
             log_id=self.log_id,
+            begins_with=begins_with,
+            pooling=self.params.pooling,
         )
 
     def _controls(self) -> SamplingControls | None:
@@ -113,3 +150,8 @@ class Request:
         )
         is_usual = controls == SamplingControls(len(self.prompt_ids), 0.0, 0.0, 1.0, (), None, (), (), None, None)
         return None if is_usual else controls
+
+
+def run_order(request: Request) -> tuple[int, int]:
+    """Requests run in this order, by priority and then by arrival, and give up their blocks in the opposite one."""
+    return request.params.priority, request.request_id

@@ -3,14 +3,18 @@
 There is no prefill phase and no decode phase: every request has a number of computed tokens that catches up with its
 number of tokens. Chunked prefill and recomputation after a preemption both fall out of that rule.
 
-Requests run in order of arrival. When KV blocks run out, the youngest running request gives up its blocks and goes back
-to the head of the queue; the oldest can always go on, so all of them finish.
+Requests run in their order: by priority, and then by arrival. When KV blocks run out, the last of those that run gives
+up its blocks and goes back to the queue; the first can always go on, so all of them finish, if no others come before
+them for ever.
+
+Of the requests of one prompt, one computes it. The others wait until it has, and begin with its KV: whole blocks are
+held in common, and the stages copy the rest. If no request holds the prompt any more, the next computes it again.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from gptj_dist.chunking import (
@@ -21,10 +25,12 @@ from gptj_dist.chunking import (
     num_decode_groups,
 )
 from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, Result
-from gptj_dist.engine.request import FinishReason, Request
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, Result
+from gptj_dist.engine.request import FinishReason, Request, run_order
 from gptj_dist.engine.step_cost import StepCostEstimate
+from gptj_dist.engine.waiting import WaitingQueue
 from gptj_dist.params import TokenLogprobs
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
@@ -42,6 +48,7 @@ class SchedulerConfig:
         eos_token_id: the token that ends a text.
         max_chunk_tokens: the most prompt tokens in a micro-batch; None fits them to what steps were seen to take.
         shares_memory: the stages read their weights from the memory of one machine.
+        can_share_blocks: several requests can hold a block on every stage.
     """
 
     num_stages: int
@@ -51,6 +58,7 @@ class SchedulerConfig:
     eos_token_id: int
     max_chunk_tokens: int | None = None
     shares_memory: bool = False
+    can_share_blocks: bool = True
 
     @property
     def max_in_flight(self) -> int:
@@ -65,32 +73,40 @@ class TokenOutput:
     Args:
         token_id: None if the request was to generate none.
         logprobs: the token's, where they are asked for.
+        embedding: in a token's place, as `Embedding.data`, where that is asked for.
     """
 
     request: Request
     token_id: int | None
     finish_reason: FinishReason | None
     logprobs: TokenLogprobs | None = None
+    embedding: bytes | None = None
 
 
 @dataclass(slots=True)
 class _Draft:
-    """The micro-batch being put together."""
+    """The micro-batch being put together.
+
+    Args:
+        starts: of each request in it, the tokens that were computed before.
+    """
 
     new_requests: list[NewRequest] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
-    requests: set[Request] = field(default_factory=set)
+    starts: dict[Request, int] = field(default_factory=dict)
     num_decodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A plan on its way, and whom its sampled tokens belong to."""
+    """A plan on its way, whom its chunks belong to, and whom its sampled tokens and its embeddings."""
 
     plan_id: int
     num_decodes: int
     num_rows: int
+    requests: dict[int, Request]
     sampled_ids: tuple[int, ...]
+    pooled_ids: tuple[int, ...]
 
 
 class Scheduler:
@@ -99,13 +115,12 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._pool = BlockPool(config.num_blocks, config.block_size)
-        self._waiting: deque[Request] = deque()
+        self._waiting = WaitingQueue()
         self._running: list[Request] = []
         self._by_id: dict[int, Request] = {}
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._next_plan_id = 0
-        self._num_waiting_tokens = 0
         self._chunk_tokens = 0
         self._step_cost = StepCostEstimate()
         self.num_preemptions = 0
@@ -139,8 +154,7 @@ class Scheduler:
         kv_tokens = self._config.num_blocks * self._config.block_size
         check_fits_cache(len(request.prompt_ids), request.params.max_tokens, kv_tokens)
         self._by_id[request.request_id] = request
-        self._waiting.append(request)
-        self._num_waiting_tokens += request.num_uncomputed
+        self._waiting.add(request)
 
     def abort(self, request_id: int) -> None:
         """Forgets a request and frees its blocks at once; plans in flight may go on with it. Unknown ids pass."""
@@ -170,19 +184,21 @@ class Scheduler:
         landed = self._in_flight.popleft()
         if result.timings:
             self._step_cost.observe(landed.num_rows, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
-        for of_prompt in result.prompt_logprobs:
-            if of_prompt.request_id in self._by_id:
-                self._by_id[of_prompt.request_id].learn(of_prompt)
+        for of_prompt in result.prompt_logprobs:  # of a request that is gone, too: others of its prompt need them
+            landed.requests[of_prompt.request_id].prompt.learn(of_prompt)
         logprobs = result.logprobs or (None,) * len(result.token_ids)
         sampled = zip(landed.sampled_ids, result.token_ids, logprobs, strict=True)
-        return [self._take_token(self._by_id[id_], token, told) for id_, token, told in sampled if id_ in self._by_id]
+        return [
+            *(self._take_token(self._by_id[id_], token, told) for id_, token, told in sampled if id_ in self._by_id),
+            *(self._take_embedding(self._by_id[id_], data) for id_, data in result.embeddings if id_ in self._by_id),
+        ]
 
     def drain(self) -> list[Request]:
-        """Forgets all requests and plans, for a pipeline that has died; returns the requests in order of arrival.
+        """Forgets all requests and plans, for a pipeline that has died; returns the requests in their order.
 
         Each keeps its tokens: added again to a scheduler, it would be recomputed and go on where it was.
         """
-        requests = sorted([*self._running, *self._waiting], key=_age)
+        requests = sorted([*self._running, *self._waiting], key=run_order)
         for request in requests:
             self._remove(request)
             request.is_awaiting_token = False
@@ -193,30 +209,13 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if any invariant is broken. Costs time in proportion to the number of blocks."""
-        held = [block for request in self._running for block in request.blocks]
-        _invariant(len(held) == len(set(held)), "a block has two holders")
-        _invariant(self._pool.free_blocks.isdisjoint(held), "a held block is free")
-        _invariant(len(held) + self._pool.num_free == self._config.num_blocks, "a block is lost")
-        _invariant(len(self._pool.free_blocks) == self._pool.num_free, "a block is free twice")
-        everyone = [*self._running, *self._waiting]
-        ids = [request.request_id for request in everyone]
-        _invariant(self._running == sorted(self._running, key=_age), "running requests are out of order")
-        _invariant(list(self._waiting) == sorted(self._waiting, key=_age), "waiting requests are out of order")
-        _invariant(set(ids) == set(self._by_id) and len(ids) == len(self._by_id), "a request is lost")
-        _invariant(len(self._running) <= self._config.max_batch_size, "too many requests run")
-        _invariant(len(self._in_flight) <= self._config.max_in_flight, "too many plans in flight")
-        awaited = [id_ for plan in self._in_flight for id_ in plan.sampled_ids if id_ in self._by_id]
-        _invariant(len(awaited) == len(set(awaited)), "two plans in flight sample for one request")
-        for request in everyone:
-            _invariant(request.is_awaiting_token == (request.request_id in awaited), "a token is awaited in vain")
-            _invariant(request.num_uncomputed >= 0, "more tokens computed than there are")
-            fits = len(request.blocks) == self._pool.blocks_for(request.num_computed)
-            _invariant(fits, "blocks do not match computed tokens")
-        _invariant(not any(request.num_computed for request in self._waiting), "a waiting request holds something")
-        _invariant(all(r.is_running for r in self._running), "a running request does not know that it runs")
-        _invariant(not any(r.is_running for r in self._waiting), "a waiting request believes that it runs")
-        num_waiting_tokens = sum(request.num_uncomputed for request in self._waiting)
-        _invariant(num_waiting_tokens == self._num_waiting_tokens, "waiting tokens are miscounted")
+        ids = [request.request_id for request in (*self._running, *self._waiting)]
+        invariant(set(ids) == set(self._by_id) and len(ids) == len(self._by_id), "a request is lost")
+        invariant(len(self._running) <= self._config.max_batch_size, "too many requests run")
+        invariant(len(self._in_flight) <= self._config.max_in_flight, "too many plans in flight")
+        check_blocks(self._running, self._pool)
+        awaited_ids = [id_ for plan in self._in_flight for id_ in (*plan.sampled_ids, *plan.pooled_ids)]
+        check_requests(self._running, self._waiting, [id_ for id_ in awaited_ids if id_ in self._by_id])
 
     def _draft_decodes(self, draft: _Draft) -> None:
         """Shares the requests with one token to compute evenly over some micro-batches, mostly one a stage."""
@@ -231,7 +230,7 @@ class Scheduler:
         is_larger = sum(group > size for group in groups) < num_larger
         share = max(1, min(_ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
-            if request.is_running:  # an older one of the share may have preempted it
+            if request.is_running:  # one of the share before it may have preempted it
                 self._draft_chunk(draft, request, 1)
         draft.num_decodes = len(draft.chunks)
 
@@ -239,21 +238,25 @@ class Scheduler:
         """Fills up with prompt tokens: of running requests first, then of waiting ones."""
         room = self._prompt_room(has_decodes=draft.num_decodes > 0)
         for request in [r for r in self._running if r.num_uncomputed > 1]:
-            if room and request.is_running:  # an older one may have preempted it
+            if room and request.is_running:  # one before it may have preempted it
                 room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
-        while room and (head := self._admissible()) is not None:
-            self._waiting.popleft()
-            self._num_waiting_tokens -= head.num_uncomputed
-            insort(self._running, head, key=_age)
-            head.is_running = True
-            draft.new_requests.append(head.introduction())
-            room -= self._draft_chunk(draft, head, min(room, head.num_uncomputed))
+        index = 0
+        while room and index < len(self._waiting) and len(self._running) < self._config.max_batch_size:
+            request = self._waiting[index]
+            source = self._source(draft, request)
+            if source is None and request.prompt.holders:
+                index += 1  # another one is at the prompt; others may overtake
+            elif self._can_run(request, source):
+                self._admit(draft, request, source)
+                room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
+            else:
+                return
 
     def _prompt_room(self, has_decodes: bool) -> int:
         """How many prompt tokens the micro-batch shall take."""
         if self._config.max_chunk_tokens is not None:
             return self._config.max_chunk_tokens
-        num_tokens = self._num_waiting_tokens + sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
+        num_tokens = self._waiting.num_tokens + sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
         if not num_tokens:
             self._chunk_tokens = 0
             return 0
@@ -264,13 +267,36 @@ class Scheduler:
             return min(self._chunk_tokens, most_chunk_tokens_beside_decodes(cost))
         return self._chunk_tokens
 
-    def _admissible(self) -> Request | None:
-        """The head of the queue if it may run now: none overtakes it, and it needs room for all its present tokens."""
-        if not self._waiting or len(self._running) >= self._config.max_batch_size:
-            return None
-        request = self._waiting[0]
-        has_room = self._pool.blocks_for(request.num_tokens) <= self._pool.num_free
-        return request if has_room and not request.is_awaiting_token else None
+    def _source(self, draft: _Draft, request: Request) -> Request | None:
+        """A request of the same prompt whose KV of it was computed by earlier plans, and can be taken over."""
+        num_needed = request.prompt.num_shareable
+        return next((r for r in request.prompt.holders if draft.starts.get(r, r.num_computed) >= num_needed), None)
+
+    def _can_run(self, request: Request, source: Request | None) -> bool:
+        """Whether there is room for all its present tokens, and all of them are known."""
+        num_blocks = self._pool.blocks_for(request.num_tokens) - len(self._shared_blocks(source))
+        return num_blocks <= self._pool.num_free and not request.is_awaiting_token
+
+    def _shared_blocks(self, source: Request | None) -> list[int]:
+        """Those that a request of the same prompt can hold, too."""
+        if source is None or not self._config.can_share_blocks:
+            return []
+        return source.blocks[: source.prompt.num_shareable // self._config.block_size]
+
+    def _admit(self, draft: _Draft, request: Request, source: Request | None) -> None:
+        """Lets the request run; it begins with the source's KV of the prompt if there is one."""
+        self._waiting.remove(request)
+        insort(self._running, request, key=run_order)
+        request.is_running = True
+        if request.prompt.num_shareable:
+            request.prompt.holders.append(request)
+        begins_with = None
+        if source is not None:
+            request.blocks = self._shared_blocks(source)
+            self._pool.share(request.blocks)
+            request.num_computed = request.prompt.num_shareable
+            begins_with = PromptCopy(source.request_id, request.num_computed, tuple(request.blocks))
+        draft.new_requests.append(request.introduction(begins_with))
 
     def _draft_chunk(self, draft: _Draft, request: Request, num_tokens: int) -> int:
         """Adds the request's next tokens to the draft; returns how many: 0 if there are no blocks for them."""
@@ -282,24 +308,35 @@ class Scheduler:
         request.blocks.extend(new_blocks)
         request.num_computed = stop
         request.is_awaiting_token = stop == request.num_tokens
-        tokens = tuple(request.token_ids[start:stop])
-        next_id = request.next_prompt_id(stop)
+        pools = request.params.pooling is not None
         draft.chunks.append(
-            Chunk(request.request_id, start, tokens, tuple(new_blocks), request.is_awaiting_token, next_id)
+            Chunk(
+                request_id=request.request_id,
+                start=start,
+                token_ids=tuple(request.token_ids[start:stop]),
+                new_blocks=tuple(new_blocks),
+                samples=request.is_awaiting_token and not pools,
+                next_id=request.next_prompt_id(stop),
+                tells_embedding=request.is_awaiting_token and pools,
+            )
         )
-        draft.requests.add(request)
+        draft.starts[request] = start
         return num_tokens
 
     def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
-        """Preempts requests younger than this one, the youngest first, until the blocks are free; all or nothing."""
-        victims: list[Request] = []
+        """Preempts requests behind this one, the last first, until the blocks are free; all or nothing."""
         num_free = self._pool.num_free
+        if num_free >= num_blocks:
+            return True
+        victims: list[Request] = []
+        num_given_back: Counter[int] = Counter()
         for victim in reversed(self._running):
             if num_free >= num_blocks or victim is request:
                 break
-            if victim not in draft.requests and victim.blocks:
+            if victim not in draft.starts and victim.blocks:
                 victims.append(victim)
-                num_free += len(victim.blocks)
+                num_given_back.update(victim.blocks)
+                num_free = self._pool.num_free + self._pool.num_freed(num_given_back)
         if num_free < num_blocks:
             return False
         for victim in victims:
@@ -307,10 +344,9 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Takes the blocks away; the request queues by age, and will be recomputed from its first token."""
+        """Takes the blocks away; the request queues in its order, and will be recomputed from its first token."""
         self._stop_running(request)
-        insort(self._waiting, request, key=_age)
-        self._num_waiting_tokens += request.num_uncomputed
+        self._waiting.add(request)
         self.num_preemptions += 1
 
     def _commit(self, draft: _Draft) -> Plan:
@@ -318,17 +354,26 @@ class Scheduler:
         self._released.clear()
         self._next_plan_id += 1
         sampled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.samples)
-        self._in_flight.append(_InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, sampled_ids))
+        pooled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.tells_embedding)
+        requests = {request.request_id: request for request in draft.starts}
+        self._in_flight.append(
+            _InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, requests, sampled_ids, pooled_ids)
+        )
         return plan
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         num_tokens = request.num_tokens
         reason = request.append(token_id, self._config.eos_token_id)
         if not request.is_running:  # preempted while the token was on its way
-            self._num_waiting_tokens += request.num_tokens - num_tokens
+            self._waiting.num_tokens += request.num_tokens - num_tokens
         if reason is not None:
             self._remove(request)
         return TokenOutput(request, token_id if request.params.max_tokens else None, reason, logprobs)
+
+    def _take_embedding(self, request: Request, data: bytes) -> TokenOutput:
+        request.is_awaiting_token = False
+        self._remove(request)
+        return TokenOutput(request, None, FinishReason.LENGTH, embedding=data)
 
     def _remove(self, request: Request) -> None:
         del self._by_id[request.request_id]
@@ -336,27 +381,18 @@ class Scheduler:
             self._stop_running(request)
         else:
             self._waiting.remove(request)
-            self._num_waiting_tokens -= request.num_uncomputed
 
     def _stop_running(self, request: Request) -> None:
         """Takes its blocks away; the stages will be told to forget it."""
         self._running.remove(request)
         request.is_running = False
+        if request.prompt.num_shareable:
+            request.prompt.holders.remove(request)
         self._pool.give_back(request.blocks)
         self._released.append(request.request_id)
         request.blocks = []
         request.num_computed = 0
 
 
-def _age(request: Request) -> int:
-    """Sorts by arrival."""
-    return request.request_id
-
-
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
-
-
-def _invariant(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)

@@ -32,6 +32,12 @@ class KVCache(Protocol):
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
         """Gives the request more blocks, behind those it has."""
 
+    def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
+        """Gives a request that has no tokens yet the keys and values of another's first tokens, in every layer.
+
+        Both have their blocks; those that they have in common already hold what they should.
+        """
+
     def release(self, request_id: int) -> None:
         """Forgets the request; its memory may be given to the next one at once."""
 

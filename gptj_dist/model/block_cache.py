@@ -37,8 +37,8 @@ class BlockCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, 2, num_blocks + 1, num_heads, block_size, head_dim)
-        memory = torch.empty(shape, dtype=dtype, device=device)
-        self._layers = [(layer[0], layer[1]) for layer in memory.unbind()]
+        self._memory = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = [(layer[0], layer[1]) for layer in self._memory.unbind()]
         self._table_width = -(-max_tokens // block_size)
         self._tables: dict[int, Tensor] = {}
         self._num_blocks_of: dict[int, int] = {}
@@ -61,6 +61,14 @@ class BlockCache:
         num_blocks = self._num_blocks_of[request_id]
         self._tables[request_id][num_blocks : num_blocks + len(new)] = new
         self._num_blocks_of[request_id] = num_blocks + len(new)
+
+    def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
+        """As `KVCache` has it."""
+        num_blocks = -(-num_tokens // self.block_size)
+        theirs, ours = self._tables[source_id][:num_blocks], self._tables[request_id][:num_blocks]
+        for block_from, block_to in zip(theirs.tolist(), ours.tolist(), strict=True):
+            if block_from != block_to:
+                self._memory[:, :, block_to] = self._memory[:, :, block_from]
 
     def release(self, request_id: int) -> None:
         """Forgets the request; its blocks may be given to the next one at once."""

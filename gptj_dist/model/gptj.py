@@ -14,6 +14,13 @@ from gptj_dist.model.inputs import MicroBatch, to_device
 from gptj_dist.model.layers import PartLoader, ReadTensor
 from gptj_dist.model.rotary import RotaryTable
 
+OnHidden = Callable[[int, Tensor], None]
+"""Is shown hidden states [rows, d_model], and how many of the model's layers they have been through."""
+
+
+def _unwatched(_depth: int, _hidden: Tensor) -> None:
+    """Nobody looks."""
+
 
 class StageModel:
     """The layers of one stage on one device.
@@ -33,6 +40,7 @@ class StageModel:
         on_layer: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._config = config
+        self._first_layer = layers.start
         self._dtype = dtype
         self._device = device
         self._rotary = RotaryTable(config.context_length, config.rotary_dim, device)
@@ -55,15 +63,27 @@ class StageModel:
             raise ValueError("only the first stage embeds")
         return self._embedding[to_device(token_ids, self._device)]
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache) -> Tensor:
-        """Runs the stage's layers over [rows, d_model], writing keys and values to the cache."""
-        return self.run_layers(hidden, cache.attention(batch, self._rotary))
+    def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache, on_hidden: OnHidden = _unwatched) -> Tensor:
+        """Runs the stage's layers over [rows, d_model], writing keys and values to the cache.
 
-    def run_layers(self, hidden: Tensor, attend: Attention) -> Tensor:
+        Args:
+            on_hidden: called with what goes into the stage's first layer, and with what comes out of each.
+        """
+        return self.run_layers(hidden, cache.attention(batch, self._rotary), on_hidden)
+
+    def run_layers(self, hidden: Tensor, attend: Attention, on_hidden: OnHidden = _unwatched) -> Tensor:
         """As `forward`, with an attention made for the rows."""
+        on_hidden(self._first_layer, hidden)
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden, partial(attend, index))
+            on_hidden(self._first_layer + index + 1, hidden)
         return hidden
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the last stage's head sees of what its last layer gives: [rows, d_model] -> the same."""
+        if self._head is None:
+            raise ValueError("only the last stage has the final LayerNorm")
+        return self._head[0](hidden)
 
     def blank_inputs(self, num_rows: int) -> Tensor:
         """Room for what `compute` takes, filled with something that it can take."""
@@ -87,5 +107,4 @@ class StageModel:
         """The last stage's output: [rows, d_model] -> float32 [rows, vocab_size]."""
         if self._head is None:
             raise ValueError("only the last stage has logits")
-        norm, projection = self._head
-        return projection(norm(hidden)).float()
+        return self._head[1](self.normed(hidden)).float()

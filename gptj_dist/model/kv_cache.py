@@ -19,6 +19,11 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 and load_library() is not None else torch.float32
 
 
+def has_blocks(device: torch.device) -> bool:
+    """Whether its cache has blocks, which requests can have in common, and not a region for each request."""
+    return device.type != "cpu" or load_library() is not None
+
+
 def make_cache(
     config: ModelConfig,
     num_layers: int,

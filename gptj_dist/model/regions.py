@@ -58,6 +58,11 @@ class RegionCache:
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
         """Nothing to do: a region is as long as it can get."""
 
+    def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
+        """As `KVCache` has it."""
+        theirs, ours = (self._regions[self._region_of[id_]] for id_ in (source_id, request_id))
+        ours[..., :num_tokens, :] = theirs[..., :num_tokens, :]
+
     def release(self, request_id: int) -> None:
         del self._views_of[request_id]
         region = self._region_of.pop(request_id)

@@ -1,13 +1,15 @@
 """The way of tokens from pipelines to an ingress: those of many streams in one ZeroMQ message.
 
 Through a Serve handle every token of every stream would be a message of its own, with a task at either end. The handle
-starts a stream, ends it and cancels it; what lies between comes this way.
+starts the streams of a prompt, ends them and cancels them; what lies between comes this way. Back goes only that a
+stream is not read any more, by itself, while others of its prompt are: to whoever sends tokens for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgpack
@@ -34,6 +36,10 @@ class ReplyTo:
     address: str
     stream_id: int
 
+    def behind(self, number: int) -> ReplyTo:
+        """The stream that was opened so many behind this one."""
+        return ReplyTo(self.address, self.stream_id + number)
+
 
 class FeedInbox:
     """The ingress's end: hands tokens to the streams that are open.
@@ -43,21 +49,23 @@ class FeedInbox:
     """
 
     def __init__(self, host: str) -> None:
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._address = bind_free_port(self._socket, host)
         self._mailboxes: dict[int, Mailbox] = {}
         self._num_opened = 0
         self._reader = asyncio.create_task(self._read())
 
-    def open(self) -> tuple[ReplyTo, Mailbox]:
-        """A new stream, and where its tokens will be."""
-        self._num_opened += 1
-        mailbox = self._mailboxes[self._num_opened] = Mailbox()
-        return ReplyTo(self._address, self._num_opened), mailbox
+    def open(self, num_streams: int) -> tuple[ReplyTo, list[Mailbox]]:
+        """The first of so many new streams, and where the tokens of each will be."""
+        first = ReplyTo(self._address, self._num_opened)
+        self._num_opened += num_streams
+        mailboxes = [Mailbox() for _ in range(num_streams)]
+        self._mailboxes |= {first.stream_id + number: mailbox for number, mailbox in enumerate(mailboxes)}
+        return first, mailboxes
 
     def close(self, stream: ReplyTo) -> None:
-        """Drops what still comes for the stream."""
-        del self._mailboxes[stream.stream_id]
+        """Drops what still comes for the stream, and has its sender stop. A second call does nothing."""
+        self._mailboxes.pop(stream.stream_id, None)
 
     def stop(self) -> None:
         """Takes no more messages."""
@@ -66,27 +74,41 @@ class FeedInbox:
 
     async def _read(self) -> None:
         while True:
-            for stream_id, *delta in msgpack.unpackb(await self._socket.recv(), use_list=False):
+            sender, deltas = await self._socket.recv_multipart()
+            unread: list[int] = []
+            for stream_id, *delta in msgpack.unpackb(deltas, use_list=False):
                 if (mailbox := self._mailboxes.get(stream_id)) is not None:
                     mailbox.put(_from_wire(*delta))
+                else:
+                    unread.append(stream_id)
+            if unread:
+                await self._socket.send_multipart([sender, msgpack.packb(unread)])
 
 
 class FeedOutbox:
-    """A pipeline's end: what is put in the same turn of the event loop leaves in one message an inbox."""
+    """A pipeline's end: what is put in the same turn of the event loop leaves in one message an inbox.
 
-    def __init__(self) -> None:
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+    Args:
+        on_unread: called with a stream, perhaps several times, for which tokens came that nobody reads.
+    """
+
+    def __init__(self, on_unread: Callable[[ReplyTo], None]) -> None:
+        self._on_unread = on_unread
+        self._sockets: dict[str, zmq.asyncio.Socket] = {}
+        self._readers: list[asyncio.Task[None]] = []
         self._waiting: defaultdict[str, list[tuple[object, ...]]] = defaultdict(list)
 
     def put(self, stream: ReplyTo, delta: Delta) -> None:
         """Sends a stream's new tokens, soon."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
-        told = (delta.logprobs, delta.prompt_logprobs)
+        told = (delta.logprobs, delta.prompt_logprobs, delta.embedding)
         self._waiting[stream.address].append((stream.stream_id, delta.token_ids, delta.finish_reason, *told))
 
     def stop(self) -> None:
         """Drops what has not left yet."""
+        for reader in self._readers:
+            reader.cancel()
         for socket in self._sockets.values():
             socket.close()
 
@@ -94,19 +116,29 @@ class FeedOutbox:
         for address, deltas in self._waiting.items():
             if address not in self._sockets:
                 self._sockets[address] = _connect(address)
+                self._readers.append(asyncio.create_task(self._read(address)))
             self._sockets[address].send(msgpack.packb(deltas), flags=zmq.NOBLOCK)
         self._waiting.clear()
 
+    async def _read(self, address: str) -> None:
+        while True:
+            for stream_id in msgpack.unpackb(await self._sockets[address].recv()):
+                self._on_unread(ReplyTo(address, stream_id))
+
 
 def _from_wire(
-    token_ids: tuple[int, ...], reason: str | None, logprobs: _WireLogprobs, prompt_logprobs: _WireLogprobs
+    token_ids: tuple[int, ...],
+    reason: str | None,
+    logprobs: _WireLogprobs,
+    prompt_logprobs: _WireLogprobs,
+    embedding: bytes | None,
 ) -> Delta:
     told, of_prompt = (tuple(map(TokenLogprobs._make, tokens)) for tokens in (logprobs, prompt_logprobs))
-    return Delta(token_ids, None if reason is None else FinishReason(reason), told, of_prompt)
+    return Delta(token_ids, None if reason is None else FinishReason(reason), told, of_prompt, embedding)
 
 
-def _connect(address: str) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+def _connect(address: str) -> zmq.asyncio.Socket:
+    socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)

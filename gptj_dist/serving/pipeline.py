@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.stats import Snapshot, StageWork
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.logs import LogFormat, LogSettings, open_log, values
@@ -127,18 +128,45 @@ class Pipeline:
         self._loaded: LoadedPipeline
         self._group, self._loaded = await self._start_stages()
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
-        self._outbox = FeedOutbox()
+        self._outbox = FeedOutbox(self._stop_sending)
+        self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._driver = asyncio.create_task(self._drive())
         await self.prove_ready()
         logger.info("pipeline up", extra=values(stages=len(self._loaded.reports), pid=os.getpid()))
 
     async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int, reply_to: ReplyTo, log_id: str
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, reply_to: ReplyTo, log_id: str
     ) -> None:
-        """As `AsyncEngine.generate`, with the tokens sent to an ingress; Serve's cancellation closes it."""
-        async with aclosing(self._engine.generate(prompt_ids, params, choice, log_id)) as deltas:
+        """As `AsyncEngine.generate_all`, for choices from 0 on, with what they give sent to an ingress.
+
+        Serve's cancellation closes all; one of them is closed when the ingress no longer reads it.
+
+        Args:
+            reply_to: where that of choice 0 goes; those of the others go to the streams behind.
+        """
+        streams = self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
+        tasks = {
+            (to := reply_to.behind(choice)): asyncio.create_task(self._send(to, stream))
+            for choice, stream in enumerate(streams)
+        }
+        self._sending |= tasks
+        try:
+            ends = await asyncio.gather(*tasks.values(), return_exceptions=True)
+        finally:
+            for to in tasks:
+                del self._sending[to]
+        for end in ends:
+            if isinstance(end, Exception):  # and not the cancellation of one
+                raise end
+
+    async def _send(self, reply_to: ReplyTo, stream: AsyncGenerator[Delta, None]) -> None:
+        async with aclosing(stream) as deltas:
             async for delta in deltas:
                 self._outbox.put(reply_to, delta)
+
+    def _stop_sending(self, reply_to: ReplyTo) -> None:
+        if (task := self._sending.get(reply_to)) is not None:
+            task.cancel()
 
     async def prove_ready(self) -> None:
         """Returns when a token has been through every stage lately; makes one if need be.

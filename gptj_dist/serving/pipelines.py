@@ -15,7 +15,7 @@ from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.everyone import Answers, pipeline_metrics, statuses, trace_parts
-from gptj_dist.serving.feed import FeedInbox
+from gptj_dist.serving.feed import FeedInbox, ReplyTo
 from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
 from gptj_dist.stages.trace import TracePart
 
@@ -55,7 +55,8 @@ class Pipelines:
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
         """As `TokenSource` has it."""
-        return [self._stream(prompt_ids, params, choice, log_id) for choice in range(num_choices)]
+        call = _Call(self._handle, self._feed, prompt_ids, params, num_choices, log_id)
+        return [call.stream(choice) for choice in range(num_choices)]
 
     async def prove_ready(self) -> None:
         """Returns when a pipeline has made a token lately.
@@ -86,23 +87,6 @@ class Pipelines:
         self.limits()
         return await trace_parts(self._handle, {})
 
-    async def _stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choice: int, log_id: str
-    ) -> AsyncGenerator[Delta, None]:
-        reply_to, mailbox = self._feed.open()
-        call = self._handle.generate.remote(prompt_ids, params, choice, reply_to, log_id)
-        watcher = asyncio.create_task(_watch(call, mailbox))
-        try:
-            while True:
-                delta = await mailbox.take()
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        finally:
-            self._feed.close(reply_to)
-            watcher.cancel()
-            call.cancel()
-
     async def _meet(self) -> None:
         """Waits for the first pipeline. Serve holds calls back until there is one, which a client must not feel."""
         while self._limits is None:
@@ -113,15 +97,74 @@ class Pipelines:
                 await asyncio.sleep(1)
 
 
-async def _watch(call: DeploymentResponse, mailbox: Mailbox) -> None:
-    """Ends a stream whose call fails, or whose tokens do not come."""
+class _Call:
+    """`Pipeline.generate` for all choices of a prompt: begins when the first is read, ends when none is any more."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        feed: FeedInbox,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        num_choices: int,
+        log_id: str,
+    ) -> None:
+        self._feed = feed
+        self._num_choices = num_choices
+        self._handle = handle
+        self._arguments = (prompt_ids, params, num_choices)
+        self._log_id = log_id
+        self._num_read = 0
+        self._reply_to: ReplyTo
+        self._mailboxes: list[Mailbox]
+        self._response: DeploymentResponse
+        self._watcher: asyncio.Task[None]
+
+    async def stream(self, choice: int) -> AsyncGenerator[Delta, None]:
+        """One of the choices."""
+        if not self._num_read:
+            self._begin()
+        self._num_read += 1
+        try:
+            while True:
+                delta = await self._mailboxes[choice].take()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._feed.close(self._reply_to.behind(choice))
+            self._num_read -= 1
+            if not self._num_read:
+                self._end()
+
+    def _begin(self) -> None:
+        self._reply_to, self._mailboxes = self._feed.open(self._num_choices)
+        self._response = self._handle.generate.remote(*self._arguments, self._reply_to, self._log_id)
+        self._watcher = asyncio.create_task(_watch(self._response, self._mailboxes))
+
+    def _end(self) -> None:
+        for choice in range(self._num_choices):
+            self._feed.close(self._reply_to.behind(choice))
+        self._watcher.cancel()
+        self._response.cancel()
+
+
+async def _watch(call: DeploymentResponse, mailboxes: Sequence[Mailbox]) -> None:
+    """Ends streams whose call fails, or whose tokens do not come."""
+    failure = await _failure(call)
+    for mailbox in mailboxes:
+        mailbox.fail(failure)
+
+
+async def _failure(call: DeploymentResponse) -> Exception:
+    """What is to be said of streams that are still open some time after the call has ended."""
     try:
         await call
         await asyncio.sleep(LAST_TOKENS_S)
-        mailbox.fail(StageFailedError("the pipeline's tokens were lost on their way"))
+        return StageFailedError("the pipeline's tokens were lost on their way")
     except RayTaskError as error:
-        mailbox.fail(error.cause if isinstance(error.cause, GPTJDistError) else error)
+        return error.cause if isinstance(error.cause, GPTJDistError) else error
     except RayActorError:
-        mailbox.fail(StageFailedError("the pipeline's coordinator died"))
+        return StageFailedError("the pipeline's coordinator died")
     except Exception as error:
-        mailbox.fail(error)
+        return error

@@ -19,7 +19,9 @@ class TokenSource(Protocol):
     def streams(
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
-        """So many completions of one prompt. Nothing is asked for before a stream is read; closing one cancels it.
+        """So many completions of one prompt, to be read at the same time.
+
+        Nothing is asked for before a stream is read; closing one cancels it.
 
         Args:
             log_id: what logs call the request.

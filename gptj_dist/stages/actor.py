@@ -21,6 +21,8 @@ from gptj_dist.stages.transport.zeromq import Inbound, Outbound
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gptj_dist.stages.runner import StageOutput
+
 END_LINGER_MS = 1000
 
 
@@ -87,18 +89,25 @@ class Stage:
         self._requests.note(frame.plan)
         edge_bytes = (*frame.edge_bytes, self._inbound.frame_bytes)
         begin_ns = self._clock()
-        output = self._runner.step(frame.plan, _to_tensor(frame.hidden))
-        passed_on = output if isinstance(output, Result) else _to_wire(output)
+        output = self._runner.step(frame.plan, _before(frame))
+        hidden = None if isinstance(output, Result) else _to_wire(output.hidden)
         timings = (*frame.timings, StageTiming(begin_ns, self._clock()))  # after the copy that waits for a GPU
-        if isinstance(passed_on, Result):
-            return ResultFrame(replace(passed_on, timings=timings), edge_bytes)
-        return PlanFrame(frame.plan, passed_on, timings, edge_bytes)
+        if isinstance(output, Result):
+            return ResultFrame(replace(output, timings=timings), edge_bytes)
+        return PlanFrame(frame.plan, hidden, timings, edge_bytes, output.embeddings)
 
 
 def log_directory() -> Path:
     """Where this node's processes log: beside what Ray's own do."""
     context = ray.get_runtime_context()
     return Path(context.get_temp_dir(), context.get_session_name(), "logs", "gptj-dist")
+
+
+def _before(frame: PlanFrame) -> StageOutput | None:
+    from gptj_dist.stages.runner import StageOutput
+
+    hidden = _to_tensor(frame.hidden)
+    return None if hidden is None else StageOutput(hidden, frame.embeddings)
 
 
 def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:

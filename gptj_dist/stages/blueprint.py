@@ -80,6 +80,7 @@ class StageReport:
         free_bytes: what was free in its memory pool after loading.
         kv_bytes_per_token: what a token costs it in the KV cache.
         pid: its process, on the machine named in `device.memory_pool`.
+        has_blocks: requests can have KV blocks in common.
     """
 
     layers: LayerRange
@@ -90,6 +91,7 @@ class StageReport:
     free_bytes: int
     kv_bytes_per_token: int
     pid: int
+    has_blocks: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +180,14 @@ class LoadedPipeline:
                 eos_token_id=self.blueprint.model.eos_token_id,
                 max_chunk_tokens=config.max_chunk_tokens,
                 shares_memory=len({report.device.memory_pool for report in self.reports}) < len(self.reports),
+                can_share_blocks=all(report.has_blocks for report in self.reports),
             )
         )
 
     def limits(self) -> EngineLimits:
         """What requests are checked against."""
-        return EngineLimits(self.blueprint.model.vocab_size, self.blueprint.max_model_len, self.num_kv_tokens)
+        model = self.blueprint.model
+        return EngineLimits(model.vocab_size, self.blueprint.max_model_len, self.num_kv_tokens, model.num_layers)
 
 
 def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[DeviceReport]) -> DTypeName:

@@ -6,15 +6,13 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import torch
-
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Plan, Result, StageTiming
 from gptj_dist.errors import StageFailedError
 from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint, require_memory
 from gptj_dist.stages.device import local_device
-from gptj_dist.stages.runner import StageRunner
+from gptj_dist.stages.runner import StageOutput, StageRunner
 
 
 class LocalExecutor:
@@ -45,7 +43,7 @@ class LocalExecutor:
         self._thread.shutdown(cancel_futures=True)
 
     def _compute(self, plan: Plan) -> Result:
-        output: torch.Tensor | Result | None = None
+        output: StageOutput | Result | None = None
         timings = []
         for runner in self._runners:
             assert not isinstance(output, Result), "only the last stage gives a result"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,18 +13,19 @@ from torch import Tensor
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import DTypeName
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptLogprobs, Result
+from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
-from gptj_dist.model.kv_cache import cache_dtype, make_cache
+from gptj_dist.model.kv_cache import cache_dtype, has_blocks, make_cache
 from gptj_dist.model.logprobs import token_logprobs
 from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
+from gptj_dist.stages.embeddings import EmbeddingPools
 from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -32,6 +34,19 @@ if TYPE_CHECKING:
 
 TOLD_ROWS_AT_ONCE = 64
 """Rows of a prompt whose logits are in memory together."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """What a stage gives to the next.
+
+    Args:
+        hidden: [rows, d_model].
+        embeddings: that this stage and those before have completed.
+    """
+
+    hidden: Tensor
+    embeddings: tuple[Embedding, ...] = ()
 
 
 class StageRunner:
@@ -49,6 +64,7 @@ class StageRunner:
         self._device = open_device(spec.device)
         self._requests: dict[int, NewRequest] = {}
         self._histories: dict[int, list[int]] = {}
+        self._pools = EmbeddingPools(spec.layers, spec.config.num_layers)
         self._model: StageModel | None = None
         self._cache: KVCache | None = None
         self._steps: RecordedSteps | None = None
@@ -100,6 +116,7 @@ class StageRunner:
             * spec.config.d_model
             * cache_dtype(TORCH_DTYPES[dtype], self._device).itemsize,
             pid=os.getpid(),
+            has_blocks=has_blocks(self._device),
         )
 
     @torch.inference_mode()
@@ -124,21 +141,22 @@ class StageRunner:
             self._steps = RecordedSteps(self._model, self._cache, sizes, GraphRecorder())
 
     @torch.inference_mode()
-    def step(self, plan: Plan, hidden: Tensor | None) -> Tensor | Result:
+    def step(self, plan: Plan, before: StageOutput | None) -> StageOutput | Result:
         """Computes one plan.
 
         Args:
-            hidden: [rows, d_model] of the stage before; None on the first stage.
+            before: of the stage before; None on the first stage.
 
         Returns:
-            The hidden states for the stage behind, or the tokens if this is the last.
+            What the stage behind takes, or the tokens if this is the last.
         """
-        output, prompt_logprobs = self._compute(plan, hidden)
+        output, prompt_logprobs = self._compute(plan, None if before is None else before.hidden)
+        embeddings = (() if before is None else before.embeddings) + self._pools.complete(plan.chunks)
         if not self._spec.layers.is_last:
-            return output
+            return StageOutput(output, embeddings)
         specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
         token_ids, logprobs = self._sampler.sample_and_tell(output, specs) if specs else ([], ())
-        return Result(plan.plan_id, tuple(token_ids), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return Result(plan.plan_id, tuple(token_ids), (), logprobs, prompt_logprobs, embeddings)
 
     @torch.inference_mode()
     def forward(self, plan: Plan, hidden: Tensor | None) -> Tensor:
@@ -154,10 +172,13 @@ class StageRunner:
         inputs = _token_ids(plan) if hidden is None else hidden
         told = [chunk for chunk in plan.chunks if self._spec.layers.is_last and self._num_told(chunk)]
         wants_all_rows = not self._spec.layers.is_last or all(chunk.samples for chunk in plan.chunks)
-        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not told:
+        pooled = self._pools.spans_by_depth(batch.spans)
+        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not told and not pooled:
             return self._steps(batch, inputs), ()
         hidden = self._model.embed(inputs) if hidden is None else to_device(hidden, self._device)
-        hidden = self._model.forward(hidden, batch, self._cache)
+        hidden = self._model.forward(
+            hidden, batch, self._cache, lambda depth, hidden: self._pool(pooled.get(depth, ()), depth, hidden)
+        )
         if not self._spec.layers.is_last:
             return hidden, ()
         rows_of = {chunk.request_id: span for chunk, span in zip(plan.chunks, batch.spans, strict=True)}
@@ -167,6 +188,14 @@ class StageRunner:
             return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
         last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in spans])
         return self._model.logits(hidden[to_device(last_rows, self._device)]), prompt_logprobs
+
+    def _pool(self, spans: Sequence[Span], depth: int, hidden: Tensor) -> None:
+        """Takes requests' hidden states in; those behind the last layer are normalised first."""
+        assert self._model is not None
+        for span in spans:
+            rows = hidden[span.rows]
+            is_final = depth == self._spec.config.num_layers
+            self._pools.add(span.request_id, self._model.normed(rows) if is_final else rows)
 
     @torch.inference_mode()
     def embed(self, plan: Plan) -> Tensor:
@@ -202,17 +231,28 @@ class StageRunner:
         for request_id in plan.released:
             del self._requests[request_id]
             self._histories.pop(request_id, None)
+            self._pools.forget(request_id)
             cache.release(request_id)
         for request in plan.new_requests:
             self._requests[request.request_id] = request
             cache.add(request.request_id)
+            self._pools.meet(request)
+            if request.begins_with is not None:
+                cache.extend(request.request_id, request.begins_with.blocks)
             if self._spec.layers.is_last and request.controls is not None and request.controls.needs_history:
-                self._histories[request.request_id] = []
+                self._histories[request.request_id] = self._first_history(request.begins_with)
         for chunk in plan.chunks:
             if chunk.request_id in self._histories:
                 self._histories[chunk.request_id] += chunk.token_ids
             if chunk.new_blocks:
                 cache.extend(chunk.request_id, chunk.new_blocks)
+        for request in plan.new_requests:
+            if request.begins_with is not None:
+                cache.copy(request.begins_with.request_id, request.request_id, request.begins_with.num_tokens)
+
+    def _first_history(self, begins_with: PromptCopy | None) -> list[int]:
+        """The tokens that a request begins with; the one that has computed them is sampled in the same way."""
+        return [] if begins_with is None else self._histories[begins_with.request_id][: begins_with.num_tokens]
 
     def _sample_spec(self, chunk: Chunk) -> SampleSpec:
         request = self._requests[chunk.request_id]

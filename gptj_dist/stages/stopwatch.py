@@ -23,7 +23,7 @@ from gptj_dist.engine.plan import Chunk, NewRequest, Plan
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.planning.cost import Chunks
 from gptj_dist.stages.blueprint import StageSpec
-from gptj_dist.stages.runner import StageRunner
+from gptj_dist.stages.runner import StageOutput, StageRunner
 from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 CASE_S = 0.2
@@ -98,11 +98,11 @@ class StageStopwatch:
         )
         self._num_plans += 1
         self._released = ()
-        hidden = None
+        before = None
         if not self._spec.layers.is_first:
-            hidden = torch.randn(plan.num_tokens, self._spec.config.d_model).to(self._dtype)
+            before = StageOutput(torch.randn(plan.num_tokens, self._spec.config.d_model).to(self._dtype))
         begin = time.perf_counter()
-        self._runner.step(plan, hidden)
+        self._runner.step(plan, before)
         return time.perf_counter() - begin
 
     def _new_blocks(self, request_id: int, num_tokens: int) -> tuple[int, ...]:

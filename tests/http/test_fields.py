@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.http.server import Server, serving
 from tests.http.test_completions import stream_events
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -55,13 +58,16 @@ class Face:
 
 Check = Callable[[Face], None]
 CHECKS: dict[tuple[type[Body], str], Check] = {}
+BATCH_SIZE = 8
+"""Requests that run at once: few, so that a queue is made with few."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template: Path = tmp_path_factory.mktemp("chat") / "template.jinja"
     template.write_text(TEMPLATE)
-    settings = {"model": "demo", "stages": 3, "device": "cpu", "dtype": "float32", "chat_template": str(template)}
+    settings = {"model": "demo", "stages": 3, "device": "cpu", "dtype": "float32", "max_batch_size": BATCH_SIZE}
+    settings["chat_template"] = str(template)
     with serving(settings) as server:
         yield server
 
@@ -341,6 +347,26 @@ def of_stream(face: Face) -> None:
 def of_stream_options(face: Face) -> None:
     *_, last = events(face, stream_options={"include_usage": True})
     assert last["usage"]["completion_tokens"] == 12
+
+
+@check(SamplingFields)
+def of_priority(face: Face) -> None:
+    def ended_s(priority: int) -> float:
+        choice(face, max_tokens=1, priority=priority)
+        return time.monotonic()
+
+    def num_waiting() -> int:
+        [pipeline] = face.server.client.get("/debug/pipeline").json()["pipelines"]
+        return int(pipeline["num_waiting"])
+
+    with ThreadPoolExecutor(3) as threads:
+        working = threads.submit(lambda: complete(face, n=3 * BATCH_SIZE, max_tokens=100, temperature=1, priority=5))
+        wait_until(lambda: num_waiting() == 2 * BATCH_SIZE, "there is a queue")
+        last = threads.submit(ended_s, 6)
+        wait_until(lambda: num_waiting() == 2 * BATCH_SIZE + 1, "the last one waits")
+        first = threads.submit(ended_s, -1)
+        assert first.result() < last.result()
+        assert len(working.result()["choices"]) == 3 * BATCH_SIZE
 
 
 @check(SamplingFields)

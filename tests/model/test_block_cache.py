@@ -53,3 +53,21 @@ def test_layers_keys_and_values_share_nothing() -> None:
         part.fill_(value)
     assert [bool((part == value).all()) for value, part in enumerate(parts)] == [True] * 4
     assert {part.dtype for part in parts} == {torch.float16}
+
+
+def test_a_copy_fills_the_blocks_that_are_not_held_in_common_and_no_others() -> None:
+    cache = _cache()
+    parts = [part for layer in range(2) for part in cache.layer(layer)]
+    for seed, part in enumerate(parts):
+        part.normal_(generator=torch.Generator().manual_seed(seed))
+    before = [part.clone() for part in parts]
+    cache.add(0)
+    cache.extend(0, (7, 3, 11, 2))
+    cache.add(1)
+    cache.extend(1, (7, 3))
+    cache.extend(1, (5, 9))
+    cache.copy(0, 1, 2 * BLOCK_SIZE + 1)
+    for part, was in zip(parts, before, strict=True):
+        assert torch.equal(part[5], was[11])
+        others = [block for block in range(NUM_BLOCKS) if block != 5]
+        assert torch.equal(part[others], was[others])

@@ -18,12 +18,12 @@ from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import BLOCK_SIZE_TOKENS, LayerRange, ModelConfig
 from gptj_dist.engine.async_engine import noise_key
 from gptj_dist.engine.plan import Plan, PromptLogprobs, Result
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams
 from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.stages.blueprint import StageSpec
-from gptj_dist.stages.runner import StageRunner
+from gptj_dist.stages.runner import StageOutput, StageRunner
 
 WHOLE = 10_000
 """Prompt tokens in a micro-batch: more than any test has."""
@@ -126,7 +126,7 @@ class Model:
             )
         )
         requests = [
-            Request(id_, work.prompt_ids, work.params, noise_key(work.params.seed, 0))
+            Request(id_, Prompt(work.prompt_ids), work.params, noise_key(work.params.seed, 0))
             for id_, work in sorted(works.items())
         ]
         for request in requests:
@@ -174,7 +174,7 @@ def _drive(scheduler: Scheduler, runners: Sequence[StageRunner]) -> int:
 
 
 def _compute(plan: Plan, runners: Sequence[StageRunner]) -> Result:
-    output: Tensor | Result | None = None
+    output: StageOutput | Result | None = None
     for runner in runners:
         assert not isinstance(output, Result)
         output = runner.step(plan, output)

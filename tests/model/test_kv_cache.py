@@ -124,3 +124,20 @@ def test_memory_is_taken_by_tokens_written_and_given_back_by_release() -> None:
     assert with_rows - before > 30 * MEGABYTE
     cache.release(0)
     assert with_rows - _resident_bytes() > 30 * MEGABYTE
+
+
+def test_a_copy_is_as_long_as_asked_for_in_every_layer_and_a_life_of_its_own() -> None:
+    cache = _regions()
+    cache.add(0)
+    written = [_keys_and_values(layer, 7) for layer in range(NUM_LAYERS)]
+    for layer, both in enumerate(written):
+        _write(cache, layer, 0, 0, 7, *both)
+    cache.add(1)
+    cache.copy(0, 1, 5)
+    for layer, both in enumerate(written):
+        for copied, original in zip(_read(cache, layer, 1, 7), both, strict=True):
+            assert torch.equal(copied[:, :5], original[:5].transpose(0, 1))
+            assert bool((copied[:, 5:] == 0).all())
+        _write(cache, layer, 1, 0, 1, *_keys_and_values(9, 1))
+        for kept, original in zip(_read(cache, layer, 0, 7), both, strict=True):
+            assert torch.equal(kept, original.transpose(0, 1))

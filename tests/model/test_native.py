@@ -304,3 +304,22 @@ def test_memory_that_cannot_be_had_is_an_error() -> None:
     attend._batch.max_tokens = 2**55
     with pytest.raises(MemoryError, match="attention of 1 rows"):
         attend(0, stage.heads(0, [Span(1, 0, 0, 1)]))
+
+
+def test_a_copy_fills_the_blocks_that_are_not_held_in_common_and_no_others() -> None:
+    assert LIBRARY is not None
+    cache = NativeCache(LIBRARY, NUM_LAYERS, 12, MAX_REQUESTS, 75, 3, 5, torch.float32)
+    parts = [part for layer in range(NUM_LAYERS) for part in (cache.keys[layer], cache.values[layer])]
+    for seed, part in enumerate(parts):
+        part.normal_(generator=torch.Generator().manual_seed(seed))
+    before = [part.clone() for part in parts]
+    cache.add(0)
+    cache.extend(0, (7, 3, 11, 2))
+    cache.add(1)
+    cache.extend(1, (7, 3))
+    cache.extend(1, (5, 9))
+    cache.copy(0, 1, 2 * LANES + 1)
+    for part, was in zip(parts, before, strict=True):
+        assert torch.equal(part[5], was[11])
+        others = [block for block in range(12) if block != 5]
+        assert torch.equal(part[others], was[others])

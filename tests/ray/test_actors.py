@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from array import array
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,10 +17,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Result
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import CheckpointError, StageFailedError
+from gptj_dist.params import Pooling
 from gptj_dist.stages.actor import Stage, _to_tensor, _to_wire
 from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
@@ -60,7 +63,7 @@ class Recorder:
         self.scheduler = Scheduler(SchedulerConfig(num_stages, NUM_BLOCKS, 16, 8, eos_token_id=0, max_chunk_tokens=7))
         params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
         for request_id, prompt in enumerate(prompts):
-            self.scheduler.add(Request(request_id, tuple(prompt), params, noise_key=0))
+            self.scheduler.add(Request(request_id, Prompt(tuple(prompt)), params, noise_key=0))
         self.logits: Logits = {}
 
     def land(self, plan: Any, logits: torch.Tensor) -> None:
@@ -137,7 +140,11 @@ async def running_group(config: PipelineConfig, epoch: int = 0) -> AsyncIterator
 
 
 async def complete(engine: AsyncEngine, prompt: list[int], params: SamplingParams, choice: int) -> tuple[int, ...]:
-    tokens = [delta.token_ids async for delta in engine.generate(prompt, params, choice)]
+    return await _tokens(engine.generate(prompt, params, choice))
+
+
+async def _tokens(stream: AsyncIterator[Delta]) -> tuple[int, ...]:
+    tokens = [delta.token_ids async for delta in stream]
     return tuple(token for ids in tokens for token in ids)
 
 
@@ -157,6 +164,30 @@ def test_greedy_and_seeded_tokens_of_actors_are_those_of_one_process(num_stages:
             )
 
     assert asyncio.run(run()) == expected
+
+
+def test_shared_prompts_and_embeddings_of_actors_are_those_of_one_process() -> None:
+    depths = (0, 5, 14, 28)
+    sampling = SamplingParams(max_tokens=9, seed=2, n=4, repetition_penalty=1.3)
+    with LLM("demo", device="cpu", dtype="float32") as llm:
+        prompt = llm.tokenizer.encode(PROMPTS[1])
+        expected = [completion.token_ids for completion in llm.generate(prompt, sampling)[0].completions]
+        expected_embeddings = [llm.embed(prompt, layer=depth)[0] for depth in depths]
+
+    async def embedding(engine: AsyncEngine, depth: int) -> tuple[float, ...]:
+        params = SamplingParams(max_tokens=0, pooling=Pooling("mean", depth))
+        [delta] = [delta async for delta in engine.generate(prompt, params)]
+        assert delta.embedding is not None
+        return tuple(array("f", delta.embedding))
+
+    async def run() -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
+        async with running_group(PipelineConfig("demo", stages=3, dtype="float32"), epoch=2) as (_, engine):
+            streams = engine.generate_all(prompt, sampling, range(4))
+            completing = asyncio.gather(*map(_tokens, streams))
+            embeddings = await asyncio.gather(*(embedding(engine, depth) for depth in depths))
+            return await completing, embeddings
+
+    assert asyncio.run(run()) == (expected, expected_embeddings)
 
 
 async def _exhaust(stream: AsyncIterator[Any]) -> None:

@@ -16,7 +16,7 @@ from gptj_dist.engine.plan import Result
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import Pooling, SamplingParams
 from tests.fakes import FAKE_EOS_TOKEN_ID, FAKE_VOCAB_SIZE, FakeExecutor, FakeStages, fake_token
 
 TIMEOUT_S = 20
@@ -44,7 +44,7 @@ class Rig:
         await until(lambda: len(self.executor.plans) >= num_plans)
 
 
-LIMITS = EngineLimits(FAKE_VOCAB_SIZE, MAX_MODEL_LEN, kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
+LIMITS = EngineLimits(FAKE_VOCAB_SIZE, MAX_MODEL_LEN, kv_tokens=NUM_BLOCKS * BLOCK_SIZE, num_layers=4)
 
 
 def make_executor(is_paused: bool = False, end_positions: frozenset[int] = frozenset()) -> FakeExecutor:
@@ -127,6 +127,33 @@ def test_every_stream_gets_its_own_tokens_in_order_though_requests_wait_and_are_
             token_ids = await asyncio.gather(*map(collect, streams))
             assert token_ids == [expected_tokens(prompt, params) for prompt, params in wanted]
             assert rig.scheduler.num_preemptions > 0
+
+    run(scenario())
+
+
+def test_the_choices_of_a_prompt_compute_it_once_and_have_tokens_of_their_own() -> None:
+    async def scenario() -> None:
+        async with running() as rig:
+            params = SamplingParams(max_tokens=5, seed=8)
+            streams = rig.engine.generate_all(PROMPT * 5, params, range(4))
+            token_ids = await asyncio.gather(*map(collect, streams))
+            assert token_ids == [expected_tokens(PROMPT * 5, params, choice) for choice in range(4)]
+            assert sum(plan.num_tokens for plan in rig.executor.plans) == 15 + 3 + 4 * 4
+
+    run(scenario())
+
+
+def test_an_embedding_comes_as_the_one_delta_of_its_stream() -> None:
+    async def scenario() -> None:
+        async with running() as rig:
+            params = SamplingParams(max_tokens=0, pooling=Pooling("last", 4))
+            completing = asyncio.ensure_future(collect(rig.engine.generate(PROMPT, SamplingParams(max_tokens=5))))
+            streams = [rig.engine.generate(PROMPT * n, params) for n in (1, 5)]
+            deltas = [[delta async for delta in stream] for stream in streams]
+            assert deltas == [[Delta((), FinishReason.LENGTH, embedding=f"{n} tokens".encode())] for n in (3, 15)]
+            assert len(await completing) == 5
+            with pytest.raises(InvalidRequestError, match="layer must be from 0 to 4"):
+                await anext(rig.engine.generate(PROMPT, SamplingParams(max_tokens=0, pooling=Pooling("last", 5))))
 
     run(scenario())
 
@@ -357,7 +384,7 @@ def test_a_request_that_just_fits_the_kv_cache_is_served(num_prompt: int, max_to
 
 
 def test_a_request_that_just_fits_the_context_passes_the_limits() -> None:
-    EngineLimits(FAKE_VOCAB_SIZE, 64, kv_tokens=1000).check((5,) * 60, SamplingParams(max_tokens=4))
+    EngineLimits(FAKE_VOCAB_SIZE, 64, kv_tokens=1000, num_layers=4).check((5,) * 60, SamplingParams(max_tokens=4))
 
 
 def test_noise_is_the_same_for_the_same_seed_and_choice_and_differs_for_others() -> None:

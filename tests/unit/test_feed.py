@@ -13,15 +13,16 @@ from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.serving import pipelines
-from gptj_dist.serving.feed import FeedInbox, FeedOutbox
+from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
 
 TIMEOUT_S = 10.0
 
 
 def test_each_stream_gets_its_tokens_from_whichever_pipeline_makes_them() -> None:
     async def run() -> None:
-        inboxes, outboxes = [FeedInbox("127.0.0.1") for _ in range(2)], [FeedOutbox() for _ in range(2)]
-        streams = [inbox.open() for inbox in inboxes for _ in range(3)]
+        inboxes, outboxes = [FeedInbox("127.0.0.1") for _ in range(2)], [FeedOutbox(unexpected) for _ in range(2)]
+        opened = [inbox.open(number) for inbox in inboxes for number in (1, 2)]
+        streams = [(first.behind(i), mailbox) for first, mailboxes in opened for i, mailbox in enumerate(mailboxes)]
         for step in range(20):
             for index, (reply_to, _) in enumerate(streams):
                 reason = FinishReason.LENGTH if step == 19 else None
@@ -43,19 +44,30 @@ def test_each_stream_gets_its_tokens_from_whichever_pipeline_makes_them() -> Non
     asyncio.run(run())
 
 
-def test_what_comes_for_a_stream_that_was_closed_is_dropped() -> None:
+def unexpected(stream: ReplyTo) -> None:
+    pytest.fail(f"{stream} is not read")
+
+
+def test_what_comes_for_a_stream_that_was_closed_is_dropped_and_its_sender_is_told() -> None:
     async def run() -> Delta:
-        inbox, outbox = FeedInbox("127.0.0.1"), FeedOutbox()
-        (closed, _), (open_, mailbox) = inbox.open(), inbox.open()
+        inbox, told = FeedInbox("127.0.0.1"), asyncio.Queue[ReplyTo]()
+        outbox, bystander = FeedOutbox(told.put_nowait), FeedOutbox(unexpected)
+        closed, [_, mailbox] = inbox.open(2)
+        open_ = closed.behind(1)
+        bystander.put(open_, Delta((1,), None))
+        assert (await asyncio.wait_for(mailbox.take(), TIMEOUT_S)).token_ids == (1,)
+        inbox.close(closed)
         inbox.close(closed)
         outbox.put(closed, Delta((1,), None))
-        outbox.put(open_, Delta((2, 3), FinishReason.STOP))
+        outbox.put(open_, Delta((2, 3), FinishReason.STOP, embedding=bytes(range(256))))
         delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
+        assert await asyncio.wait_for(told.get(), TIMEOUT_S) == closed
         inbox.stop()
         outbox.stop()
+        bystander.stop()
         return delta
 
-    assert asyncio.run(run()) == Delta((2, 3), FinishReason.STOP)
+    assert asyncio.run(run()) == Delta((2, 3), FinishReason.STOP, embedding=bytes(range(256)))
 
 
 def _task_error(cause: Exception) -> RayTaskError:
@@ -80,10 +92,12 @@ def test_a_stream_without_tokens_says_why(
             raise error
 
     async def run() -> None:
-        mailbox = Mailbox()
+        mailboxes = [Mailbox(), Mailbox()]
         call_: Any = call()
-        await pipelines._watch(call_, mailbox)
-        await mailbox.take()
+        await pipelines._watch(call_, mailboxes)
+        with pytest.raises(type(expected), match=str(expected)):
+            await mailboxes[0].take()
+        await mailboxes[1].take()
 
     with pytest.raises(type(expected), match=str(expected)):
         asyncio.run(run())

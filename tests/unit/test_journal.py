@@ -16,7 +16,7 @@ from gptj_dist.engine.histogram import BOUNDS_NS, Histogram
 from gptj_dist.engine.journal import Journal, RequestTotals
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Plan
-from gptj_dist.engine.request import FinishReason, Request
+from gptj_dist.engine.request import FinishReason, Prompt, Request
 from gptj_dist.engine.scheduler import TokenOutput
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import StageFailedError
@@ -28,7 +28,7 @@ MS = 1_000_000
 
 
 def make_request(number: int, num_prompt_tokens: int = 3, log_id: str | None = "r") -> Request:
-    return Request(number, (5,) * num_prompt_tokens, SamplingParams(max_tokens=9), 0, log_id)
+    return Request(number, Prompt((5,) * num_prompt_tokens), SamplingParams(max_tokens=9), 0, log_id)
 
 
 def plan_of(*requests: Request) -> Plan:

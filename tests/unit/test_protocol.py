@@ -272,12 +272,12 @@ class TestFieldsWithoutEffect:
         assert error.param == field
         assert "not supported yet" in str(error)
 
-    @pytest.mark.parametrize(("field", "value"), [("priority", False), ("use_beam_search", 0)])
+    @pytest.mark.parametrize(("field", "value"), [("length_penalty", True), ("use_beam_search", 0)])
     def test_a_neutral_value_of_the_wrong_type_is_refused(self, field: str, value: object) -> None:
         assert refusal(**{field: value}).param == field
 
-    def test_zero_is_neutral_however_it_is_written(self) -> None:
-        assert parse(priority=0.0) == parse()
+    def test_a_neutral_number_is_neutral_however_it_is_written(self) -> None:
+        assert parse(length_penalty=1.0) == parse()
 
     @pytest.mark.parametrize(("field", "values"), NEUTRAL_STREAM_OPTIONS.items())
     def test_neutral_stream_options_are_accepted(self, field: str, values: tuple[object, ...]) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from gptj_dist.chunking import MAX_CHUNK_TOKENS, StepCost, best_chunk_tokens, most_chunk_tokens_beside_decodes
-from gptj_dist.engine.plan import NewRequest, Plan, Result, StageTiming
-from gptj_dist.engine.request import FinishReason, Request
-from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler, SchedulerConfig, TokenOutput
+from gptj_dist.engine.plan import Embedding, NewRequest, Plan, Result, StageTiming
+from gptj_dist.engine.request import FinishReason, Prompt, Request, run_order
+from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler, SchedulerConfig, TokenOutput, _Draft
 from gptj_dist.errors import RequestTooLongError
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import Pooling, SamplingParams
 from tests.fakes import FakeStages
 
 EOS = 0
@@ -31,7 +31,8 @@ class Walk:
     def __init__(self, config: SchedulerConfig, longest_tokens: int, rng: random.Random) -> None:
         self.config, self.longest_tokens, self.rng = config, longest_tokens, rng
         self.next_request_id = 0
-        self.num_preemptions = self.num_drains = 0
+        self.num_preemptions = self.num_drains = self.num_copies = 0
+        self.latest: list[tuple[Prompt, SamplingParams]] = []
         self.tokens: dict[int, list[int]] = {}
         self.requests: dict[int, Request] = {}
         self.start_pipeline()
@@ -70,19 +71,31 @@ class Walk:
         num_prompt = num_prompt if is_too_long or rng.random() < 0.3 else rng.randint(1, min(num_prompt, 12))
         max_tokens = max_tokens if is_too_long else min(max_tokens, room)
         prompt = tuple(rng.randrange(1, VOCAB_SIZE) for _ in range(max(1, num_prompt)))
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=rng.random() < 0.3, min_tokens=rng.randint(0, 1))
-        request = Request(self.next_request_id, prompt, params, rng.getrandbits(64))
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=rng.random() < 0.3,
+            min_tokens=rng.randint(0, 1),
+            priority=rng.choice((0, 0, 0, -3, 7)),
+        )
+        if not is_too_long and rng.random() < 0.1:
+            params = SamplingParams(max_tokens=0, pooling=Pooling(), priority=params.priority)
+        shared = Prompt(prompt, can_share=params.pooling is None)
+        if self.latest and not is_too_long and rng.random() < 0.5:
+            shared, params = rng.choice(self.latest)
+        elif not is_too_long:
+            self.latest = [*self.latest[-2:], (shared, params)]
+        request = Request(self.next_request_id, shared, params, rng.getrandbits(64))
         self.next_request_id += 1
         if is_too_long and num_prompt >= 1:
             with pytest.raises(RequestTooLongError):
                 self.scheduler.add(request)
             return
         self.scheduler.add(request)
-        self.tokens[request.request_id] = list(prompt)
+        self.tokens[request.request_id] = list(shared.token_ids)
         self.requests[request.request_id] = request
 
     def schedule(self) -> bool:
-        awaited = {id_ for _, sampled in self.in_flight for id_ in sampled}
+        awaited = {id_ for plan, sampled in self.in_flight for id_ in (*sampled, *pooled_ids(plan))}
         plan = self.scheduler.schedule()
         if plan is None:
             assert self.in_flight or not self.requests, "there is work, nothing is in flight, and nothing is planned"
@@ -98,13 +111,19 @@ class Walk:
     def check_released(self, plan: Plan) -> None:
         preempted = [id_ for id_ in plan.released if id_ in self.requests]
         self.num_preemptions += len(preempted)
-        assert not self.requests or min(self.requests) not in preempted, "the oldest was preempted"
+        first = min(self.requests.values(), key=run_order, default=None)
+        assert first is None or first.request_id not in preempted, "the first was preempted"
 
     def check_new_requests(self, plan: Plan) -> None:
         for new in plan.new_requests:
             request, params = self.requests[new.request_id], self.requests[new.request_id].params
             min_position = len(request.prompt_ids) + params.min_tokens
-            assert new == NewRequest(new.request_id, 1.0, 1.0, 0, 0.0, request.noise_key, min_position)
+            settings = (new.request_id, 1.0, 1.0, 0, 0.0, request.noise_key, min_position)
+            assert new == NewRequest(*settings, begins_with=new.begins_with, pooling=params.pooling)
+            if new.begins_with is not None:
+                source = self.requests[new.begins_with.request_id]
+                assert (source.prompt, new.begins_with.num_tokens) == (request.prompt, len(request.prompt_ids) - 1)
+                self.num_copies += 1
 
     def check_chunks(self, plan: Plan, awaited: set[int]) -> None:
         for chunk in plan.chunks:
@@ -112,7 +131,9 @@ class Walk:
             assert chunk.request_id not in awaited, "a chunk of a request whose next token is not known yet"
             tokens, stop = self.tokens[chunk.request_id], chunk.start + len(chunk.token_ids)
             assert list(chunk.token_ids) == tokens[chunk.start : stop], "wrong tokens"
-            assert chunk.samples == (stop == len(tokens)), "samples too early, or not at all"
+            is_due = chunk.tells_embedding if self.pools(chunk.request_id) else chunk.samples
+            assert is_due == (stop == len(tokens)), "samples too early, or not at all"
+            assert not (chunk.samples and chunk.tells_embedding)
         num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
         assert num_prompt_tokens <= (self.config.max_chunk_tokens or MAX_CHUNK_TOKENS)
 
@@ -121,8 +142,17 @@ class Walk:
             return
         plan, sampled = self.in_flight.popleft()
         tokens = tuple(EOS if self.rng.random() < 0.05 else self.rng.randrange(1, VOCAB_SIZE) for _ in sampled)
-        outputs = self.scheduler.update(Result(plan.plan_id, tokens, self.timings()))
-        assert outputs == list(self.take_tokens(zip(sampled, tokens, strict=True)))
+        embeddings = tuple(Embedding(id_, str(id_).encode()) for id_ in pooled_ids(plan))
+        outputs = self.scheduler.update(Result(plan.plan_id, tokens, self.timings(), embeddings=embeddings))
+        expected = list(self.take_tokens(zip(sampled, tokens, strict=True)))
+        for id_ in pooled_ids(plan):
+            if (request := self.requests.pop(id_, None)) is not None:
+                del self.tokens[id_]
+                expected.append(TokenOutput(request, None, FinishReason.LENGTH, embedding=str(id_).encode()))
+        assert outputs == expected
+
+    def pools(self, request_id: int) -> bool:
+        return self.requests[request_id].params.pooling is not None
 
     def timings(self) -> tuple[StageTiming, ...]:
         """Anything that clocks may say, whatever was computed; at times nothing."""
@@ -144,19 +174,20 @@ class Walk:
 
     def abort(self) -> None:
         request_id = self.rng.randrange(self.next_request_id + 1)
-        num_held = len(self.requests[request_id].blocks) if request_id in self.requests else 0
         num_used = self.scheduler.num_used_blocks
+        aborted = self.requests.pop(request_id, None)
+        elsewhere = {block for request in self.requests.values() for block in request.blocks}
+        num_freed = 0 if aborted is None else len(set(aborted.blocks) - elsewhere)
         self.scheduler.abort(request_id)
-        assert self.scheduler.num_used_blocks == num_used - num_held
-        self.requests.pop(request_id, None)
+        assert self.scheduler.num_used_blocks == num_used - num_freed
         self.tokens.pop(request_id, None)
 
     def drain(self) -> None:
         """The pipeline dies. Its requests go on in a new one, behind the same scheduler or a fresh one."""
         drained, emptied = self.scheduler.drain(), self.scheduler
         emptied.check_integrity()
-        assert [request.request_id for request in drained] == sorted(self.requests), "not in order of arrival"
-        assert [request.token_ids for request in drained] == [self.tokens[id_] for id_ in sorted(self.tokens)]
+        assert drained == sorted(self.requests.values(), key=run_order), "not in their order"
+        assert all(request.token_ids == self.tokens[request.request_id] for request in drained)
         assert emptied.num_used_blocks == emptied.num_in_flight == 0
         assert not emptied.has_requests
         self.num_drains += 1
@@ -167,18 +198,23 @@ class Walk:
             self.scheduler.add(request)
 
 
+def pooled_ids(plan: Plan) -> list[int]:
+    """Whose embeddings come back with it."""
+    return [chunk.request_id for chunk in plan.chunks if chunk.tells_embedding]
+
+
 @pytest.mark.parametrize("max_chunk_tokens", [None, 1, 7, 64])
 @pytest.mark.parametrize("num_stages", STAGE_COUNTS)
 def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_tokens: int | None) -> None:
     rng = random.Random(f"{num_stages} {max_chunk_tokens}")
-    num_preemptions = num_drains = 0
+    num_preemptions = num_drains = num_copies = 0
     for block_size in (1, 4, 16):
         for slack in (1, 1.3, 3, 12):
             longest_tokens = rng.choice((16, 40, 100))
             num_blocks = max(1, int(-(-longest_tokens // block_size) * slack))
             max_batch_size = rng.choice((1, 2, 5, 16) if slack < 3 else (3, 8, 16))
             limits = (num_stages, num_blocks, block_size, max_batch_size, EOS, max_chunk_tokens)
-            config = SchedulerConfig(*limits, shares_memory=rng.random() < 0.5)
+            config = SchedulerConfig(*limits, shares_memory=rng.random() < 0.5, can_share_blocks=rng.random() < 0.75)
             walk = Walk(config, longest_tokens, rng)
             try:
                 walk.go(num_steps=400)
@@ -188,8 +224,10 @@ def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_toke
                 raise
             num_preemptions += walk.num_preemptions
             num_drains += walk.num_drains
+            num_copies += walk.num_copies
     assert num_preemptions > 0
     assert num_drains > 0
+    assert num_copies > 0
 
 
 def make_scheduler(
@@ -204,7 +242,7 @@ def make_scheduler(
 
 def make_request(request_id: int, num_prompt_tokens: int, params: SamplingParams | None = None) -> Request:
     prompt = tuple(1 + position % (VOCAB_SIZE - 1) for position in range(num_prompt_tokens))
-    return Request(request_id, prompt, params or SamplingParams(max_tokens=100), noise_key=request_id)
+    return Request(request_id, Prompt(prompt), params or SamplingParams(max_tokens=100), noise_key=request_id)
 
 
 def fill(scheduler: Scheduler) -> list[Plan]:
@@ -404,6 +442,34 @@ def test_no_more_requests_run_than_the_batch_may_hold_and_none_overtakes() -> No
     assert introduced == [0, 1, 2, 3, 4]
 
 
+def test_a_lower_priority_runs_first_and_among_equals_the_earlier() -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    for request_id, priority in enumerate((0, 5, -1, 5, 0, -(2**31))):
+        scheduler.add(make_request(request_id, 4, SamplingParams(max_tokens=1, priority=priority)))
+    introduced = [new.request_id for plan in plans_until_idle(scheduler) for new in plan.new_requests]
+    assert introduced == [5, 2, 0, 4, 1, 3]
+
+
+def test_the_lowest_priority_is_preempted_first_even_if_it_is_the_oldest() -> None:
+    scheduler = make_scheduler(num_stages=1, num_blocks=8, block_size=1)
+    for request_id, priority in enumerate((3, 1, 2)):
+        scheduler.add(make_request(request_id, 2, SamplingParams(max_tokens=6, priority=priority)))
+    plans = plans_until_idle(scheduler)
+    released = [request_id for plan in plans for request_id in plan.released]
+    introduced = [new.request_id for plan in plans for new in plan.new_requests]
+    assert released[0] == 0
+    assert introduced.count(1) == 1
+
+
+def test_a_request_that_runs_is_not_preempted_for_one_that_waits() -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    scheduler.add(make_request(0, 4, SamplingParams(max_tokens=3, priority=9)))
+    in_flight = fill(scheduler)
+    scheduler.add(make_request(1, 4, SamplingParams(max_tokens=3, priority=-9)))
+    introduced = [new.request_id for plan in plans_until_idle(scheduler, in_flight) for new in plan.new_requests]
+    assert (introduced, scheduler.num_preemptions) == ([0, 1], 0)
+
+
 def test_a_request_that_could_never_fit_is_refused_and_one_that_just_fits_is_served() -> None:
     scheduler = make_scheduler(num_blocks=4, block_size=4)
     with pytest.raises(RequestTooLongError, match="16") as refusal:
@@ -528,7 +594,7 @@ def test_a_request_ends_at_end_of_text_or_at_its_length(
 def test_an_introduction_says_how_to_sample_and_where_end_of_text_may_come() -> None:
     params = SamplingParams(max_tokens=9, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, min_tokens=3)
     scheduler = make_scheduler()
-    scheduler.add(Request(3, (1, 2, 3, 4), params, noise_key=99))
+    scheduler.add(Request(3, Prompt((1, 2, 3, 4)), params, noise_key=99))
     [plan] = fill(scheduler)
     assert plan.new_requests == (NewRequest(3, 0.5, 0.9, 7, 0.1, 99, min_position=7),)
 
@@ -641,15 +707,16 @@ def corrupt_running_order(scheduler: Scheduler) -> None:
 
 
 def corrupt_waiting_order(scheduler: Scheduler) -> None:
-    scheduler._waiting.reverse()
+    scheduler._waiting._requests.reverse()
 
 
 def corrupt_lost_request(scheduler: Scheduler) -> None:
-    scheduler._waiting.pop()
+    scheduler._waiting.remove(scheduler._waiting[0])
 
 
 def corrupt_batch_size(scheduler: Scheduler) -> None:
-    scheduler._running.append(scheduler._waiting.popleft())
+    for request in list(scheduler._waiting):
+        scheduler._admit(_Draft(), request, None)
 
 
 def corrupt_too_many_in_flight(scheduler: Scheduler) -> None:
@@ -678,7 +745,31 @@ def corrupt_waiting_request_holds(scheduler: Scheduler) -> None:
 
 
 def corrupt_waiting_tokens(scheduler: Scheduler) -> None:
-    scheduler._num_waiting_tokens += 1
+    scheduler._waiting.num_tokens += 1
+
+
+def corrupt_holders(scheduler: Scheduler) -> None:
+    scheduler._running[0].prompt.holders.clear()
+
+
+def corrupt_holder_is_gone(scheduler: Scheduler) -> None:
+    scheduler._running[0].prompt.holders.append(make_request(99, 9))
+
+
+def corrupt_shared_by_strangers(scheduler: Scheduler) -> None:
+    one, other = scheduler._running
+    scheduler._pool.give_back(other.blocks[:1])
+    scheduler._pool.share(one.blocks[:1])
+    other.blocks[0] = one.blocks[0]
+
+
+def corrupt_shared_block_is_written(scheduler: Scheduler) -> None:
+    one, other = scheduler._running
+    scheduler._pool.give_back(other.blocks)
+    scheduler._pool.share(one.blocks)
+    other.blocks = list(one.blocks)
+    one.prompt.holders.append(other)
+    other.prompt = one.prompt
 
 
 @pytest.mark.parametrize(
@@ -699,6 +790,10 @@ def corrupt_waiting_tokens(scheduler: Scheduler) -> None:
         (corrupt_missing_block, "blocks do not match"),
         (corrupt_waiting_request_holds, "waiting request holds"),
         (corrupt_waiting_tokens, "waiting tokens are miscounted"),
+        (corrupt_holders, "holders are wrong"),
+        (corrupt_holder_is_gone, "a holder that is gone"),
+        (corrupt_shared_by_strangers, "shared by strangers"),
+        (corrupt_shared_block_is_written, "shared block is written"),
     ],
 )
 def test_check_integrity_catches_corruption(corrupt: Callable[[Scheduler], None], message: str) -> None:

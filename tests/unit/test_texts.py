@@ -34,7 +34,7 @@ TOKENIZER = Tokenizer.load(resolve_model("demo"))
 TEXT = " a new world of"
 TOKENS = tuple(TOKENIZER.encode(TEXT))
 EOS = 50256
-LIMITS = EngineLimits(vocab_size=50400, max_model_len=64, kv_tokens=1024)
+LIMITS = EngineLimits(vocab_size=50400, max_model_len=64, kv_tokens=1024, num_layers=28)
 TEMPLATE = ChatTemplate(
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}",

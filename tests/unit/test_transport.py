@@ -11,8 +11,8 @@ import msgpack
 import pytest
 import torch
 
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptLogprobs, Result, StageTiming
-from gptj_dist.params import SamplingControls, TokenLogprobs
+from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result, StageTiming
+from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
 from gptj_dist.stages.actor import _to_tensor, _to_wire
 from gptj_dist.stages.transport.codec import (
     EndFrame,
@@ -29,11 +29,17 @@ TIME_LIMIT_S = 20
 
 CONTROLS = SamplingControls(3, 0.5, -0.5, 1.2, ((7, 1.5),), (7, 8), ((1, 2), (3,)), (9,), 5, 0)
 TOLD = TokenLogprobs(5, -0.25, 1, ((5, -0.25), (6, -2.0)))
+TELLING = Chunk(5, 3, (8,), (), False, None, True)
+EMBEDDING = Embedding(5, bytes(range(256)))
 PLAN = Plan(
     plan_id=7,
     released=(1, 2),
-    new_requests=(NewRequest(3, 0.7, 0.9, 40, 0.05, 2**64 - 1, 12), NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0, CONTROLS)),
-    chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True)),
+    new_requests=(
+        NewRequest(3, 0.7, 0.9, 40, 0.05, 2**64 - 1, 12),
+        NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0, CONTROLS, "a request", PromptCopy(3, 17, (9,))),
+        NewRequest(5, 0.0, 1.0, -1, 0.0, 0, 0, pooling=Pooling("last", 7)),
+    ),
+    chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True), TELLING),
 )
 TIMINGS = (StageTiming(1_753_000_000_000_000_000, 1_753_000_000_004_000_001), StageTiming(0, 2**63))
 FRAMES: list[Frame] = [
@@ -44,6 +50,8 @@ FRAMES: list[Frame] = [
     ResultFrame(Result(8, ())),
     ResultFrame(Result(9, (1,), TIMINGS)),
     ResultFrame(Result(10, (5, 6), (), (TOLD, None), (PromptLogprobs(3, 1, (TOLD, TOLD)), PromptLogprobs(4, 9, ())))),
+    PlanFrame(PLAN, HiddenStates("float16", (4, 2), bytes(range(16))), TIMINGS, (1, 2), (EMBEDDING, Embedding(6, b""))),
+    ResultFrame(Result(11, (), embeddings=(EMBEDDING,))),
     EndFrame(),
 ]
 

@@ -70,6 +70,15 @@ class NativeCache:
         self.tables[self._slot_of[request_id], first : first + len(new)] = new
         self._num_blocks_of[request_id] = first + len(new)
 
+    def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
+        """As `KVCache` has it."""
+        num_blocks = -(-num_tokens // LANES)
+        theirs, ours = (self.tables[self._slot_of[id_], :num_blocks].tolist() for id_ in (source_id, request_id))
+        for block_from, block_to in zip(theirs, ours, strict=True):
+            if block_from != block_to:
+                self.keys[:, block_to] = self.keys[:, block_from]
+                self.values[:, block_to] = self.values[:, block_from]
+
     def release(self, request_id: int) -> None:
         """Forgets the request; its blocks may be given to the next one at once."""
         self._free_slots.append(self._slot_of.pop(request_id))

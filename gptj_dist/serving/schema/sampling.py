@@ -41,7 +41,6 @@ NEUTRAL_FIELDS: Neutral = {
     "use_beam_search": (False,),
     "vllm_xargs": (),
     "watermarking": (False,),
-    "priority": (0,),
 }
 
 
@@ -99,6 +98,7 @@ class SamplingFields(Body):
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool = False
     timeout_s: float | None = None
+    priority: int = 0
 
     @property
     def num_sampled(self) -> int:
@@ -157,6 +157,7 @@ class SamplingFields(Body):
             bad_token_ids=bad_token_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            priority=self.priority,
         )
 
 

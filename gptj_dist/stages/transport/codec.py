@@ -5,7 +5,7 @@ Every frame carries the epoch of the pipeline that it belongs to; frames of anot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, replace
 from typing import Any, assert_never
 
 import msgpack
@@ -13,13 +13,15 @@ import msgpack
 from gptj_dist.config import DTypeName
 from gptj_dist.engine.plan import (
     Chunk,
+    Embedding,
     NewRequest,
     Plan,
+    PromptCopy,
     PromptLogprobs,
     Result,
     StageTiming,
 )
-from gptj_dist.params import SamplingControls, TokenLogprobs
+from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,14 @@ class PlanFrame:
         hidden: stage 0 gets none.
         timings: of the stages that the plan has passed.
         edge_bytes: what it took up on the edges to them.
+        embeddings: that they have completed.
     """
 
     plan: Plan
     hidden: HiddenStates | None
     timings: tuple[StageTiming, ...] = ()
     edge_bytes: tuple[int, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +76,15 @@ class EndFrame:
 Frame = PlanFrame | ResultFrame | EndFrame
 
 
-_CONTROLS = tuple(field.name for field in fields(SamplingControls))
-
-
 def encode(epoch: int, frame: Frame) -> list[bytes | memoryview]:
     """The parts of the frame's message."""
     match frame:
-        case PlanFrame(plan, hidden, timings, edge_bytes):
-            if hidden is None:
-                return [_pack(epoch, "plan", _plan_to_wire(plan), None, timings, edge_bytes)]
-            kind = (hidden.dtype, hidden.shape)
-            return [_pack(epoch, "plan", _plan_to_wire(plan), kind, timings, edge_bytes), hidden.data]
+        case PlanFrame(plan, hidden, timings, edge_bytes, embeddings):
+            head = None if hidden is None else (hidden.dtype, hidden.shape)
+            packed = _pack(epoch, "plan", _plan_to_wire(plan), head, timings, edge_bytes, embeddings)
+            return [packed] if hidden is None else [packed, hidden.data]
         case ResultFrame(result, edge_bytes):
-            told = (result.logprobs, result.prompt_logprobs)
+            told = (result.logprobs, result.prompt_logprobs, result.embeddings)
             return [_pack(epoch, "result", (result.plan_id, result.token_ids, result.timings, *told), edge_bytes)]
         case EndFrame():
             return [_pack(epoch, "end")]
@@ -101,18 +101,19 @@ def decode(parts: list[bytes], epoch: int) -> Frame | None:
     if frame_epoch != epoch:
         return None
     match kind, body:
-        case "plan", [plan, None, timings, edge_bytes]:
-            return PlanFrame(_plan_from_wire(plan), None, _timings_from_wire(timings), edge_bytes)
-        case "plan", [plan, (dtype, shape), timings, edge_bytes]:
-            hidden = HiddenStates(dtype, shape, parts[1])
-            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings), edge_bytes)
-        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs), edge_bytes]:
+        case "plan", [plan, head, timings, edge_bytes, embeddings]:
+            hidden = None if head is None else HiddenStates(dtype=head[0], shape=head[1], data=parts[1])
+            done = tuple(map(Embedding._make, embeddings))
+            return PlanFrame(_plan_from_wire(plan), hidden, _timings_from_wire(timings), edge_bytes, done)
+        case "result", [(plan_id, token_ids, timings, logprobs, prompt_logprobs, embeddings), edge_bytes]:
             told = tuple(None if token is None else TokenLogprobs(*token) for token in logprobs)
             of_prompts = tuple(
                 PromptLogprobs(request_id, start, tuple(map(TokenLogprobs._make, tokens)))
                 for request_id, start, tokens in prompt_logprobs
             )
-            return ResultFrame(Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts), edge_bytes)
+            done = tuple(map(Embedding._make, embeddings))
+            result = Result(plan_id, token_ids, _timings_from_wire(timings), told, of_prompts, done)
+            return ResultFrame(result, edge_bytes)
         case "end", []:
             return EndFrame()
     raise ValueError(f"unknown kind of frame: {kind!r}")
@@ -126,13 +127,17 @@ def _pack(*fields: object) -> bytes:
 def _plan_to_wire(plan: Plan) -> tuple[object, ...]:
     new_requests = [
         (
-            *(r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
-            None if r.controls is None else [getattr(r.controls, name) for name in _CONTROLS],
+            (r.request_id, r.temperature, r.top_p, r.top_k, r.min_p, r.noise_key, r.min_position),
+            None if r.controls is None else astuple(r.controls),
             r.log_id,
+            r.begins_with,
+            None if r.pooling is None else astuple(r.pooling),
         )
         for r in plan.new_requests
     ]
-    chunks = [(c.request_id, c.start, c.token_ids, c.new_blocks, c.samples, c.next_id) for c in plan.chunks]
+    chunks = [
+        (c.request_id, c.start, c.token_ids, c.new_blocks, c.samples, c.next_id, c.tells_embedding) for c in plan.chunks
+    ]
     return plan.plan_id, plan.released, new_requests, chunks
 
 
@@ -147,8 +152,14 @@ def _plan_from_wire(wire: tuple[int, tuple[int, ...], list[tuple[Any, ...]], lis
 
 
 def _new_request_from_wire(wire: tuple[Any, ...]) -> NewRequest:
-    *settings, controls, log_id = wire
-    return NewRequest(*settings, None if controls is None else SamplingControls(*controls), log_id)  # type: ignore[call-arg]
+    settings, controls, log_id, begins_with, pooling = wire
+    return replace(
+        NewRequest(*settings),
+        controls=None if controls is None else SamplingControls(*controls),
+        log_id=log_id,
+        begins_with=None if begins_with is None else PromptCopy(*begins_with),
+        pooling=None if pooling is None else Pooling(*pooling),
+    )
 
 
 def _timings_from_wire(wire: tuple[tuple[int, int], ...]) -> tuple[StageTiming, ...]:
