@@ -21,6 +21,7 @@ DTYPE_BYTES: Mapping[DTypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 
 
 BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
+DEFAULT_MAX_QUEUED_REQUESTS = 1024
 GPTJ_EOS_TOKEN_ID = 50256
 
 _ALIASES = {
@@ -185,6 +186,7 @@ class PipelineConfig:
         max_model_len: the most tokens of prompt and output together; None is the model's context.
         kv_cache_gb: KV cache of the whole pipeline in 10**9 bytes; None (`auto`) takes what is free, less a margin.
         max_batch_size: the most requests that run at once; more wait.
+        max_queued_requests: the most that wait in a server's pipeline; more are refused.
         max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
 
     Raises:
@@ -203,6 +205,7 @@ class PipelineConfig:
     max_model_len: int | None = None
     kv_cache_gb: float | None = None
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
+    max_queued_requests: int = DEFAULT_MAX_QUEUED_REQUESTS
     max_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -215,6 +218,7 @@ class PipelineConfig:
         _at_least_one("threads_per_stage", self.threads_per_stage)
         _at_least_one("max_model_len", self.max_model_len)
         _at_least_one("max_batch_size", self.max_batch_size)
+        _at_least_one("max_queued_requests", self.max_queued_requests)
         _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
         if self.layers == ():
             raise ConfigurationError("layers must name at least one stage")

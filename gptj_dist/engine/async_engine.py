@@ -143,6 +143,13 @@ class AsyncEngine:
         self._executor = executor
         self._limits = limits
 
+    def backlog_s(self) -> float:
+        """About how many seconds it takes until all that wait now run, at the pace of requests so far."""
+        totals = self.journal.totals
+        run_ns = totals.e2e_latency.sum_ns - totals.queue_time.sum_ns
+        mean_s = run_ns / 1e9 / max(1, sum(totals.e2e_latency.counts))
+        return self._scheduler.num_waiting * mean_s / max(1, self._scheduler.num_running)
+
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises InvalidRequestError if the request can never be served."""
         self._limits.check(prompt_ids, params)

@@ -82,7 +82,8 @@ class Journal:
             totals.inter_token_latency.observe(now_ns - life.last_ns)
         else:
             life.first_ns = now_ns
-            totals.num_prompt_tokens += len(life.request.prompt_ids)
+            if life.request.prompt.first is life.request:  # the others of the prompt did not compute it
+                totals.num_prompt_tokens += len(life.request.prompt_ids)
             if output.token_id is not None:
                 totals.time_to_first_token.observe(now_ns - life.arrived_ns)
         life.last_ns = now_ns

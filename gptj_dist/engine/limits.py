@@ -25,16 +25,20 @@ class EngineLimits:
     kv_tokens: int
     num_layers: int
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, field: str = "prompt") -> None:
+        """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served.
+
+        Args:
+            field: what the request calls its prompt.
+        """
         if not prompt_ids:
-            raise InvalidRequestError("prompt has no tokens: GPT-J continues a text, so give it at least one", "prompt")
-        self.check_vocabulary("prompt", prompt_ids)
+            raise InvalidRequestError(f"{field} has no tokens: GPT-J continues a text, so give it at least one", field)
+        self.check_vocabulary(field, prompt_ids)
         if len(prompt_ids) + params.max_tokens > self.max_model_len:
             raise RequestTooLongError(
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {params.max_tokens} together exceed the context "
                 f"window of {self.max_model_len} tokens",
-                "max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
+                "max_tokens" if len(prompt_ids) < self.max_model_len else field,
             )
         for name, token_ids in params.listed_token_ids.items():
             self.check_vocabulary(name, token_ids)

@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.errors import NotReadyError, TooManyRequestsError
 from gptj_dist.serving.answer import Answer
+from gptj_dist.serving.embedding import EmbeddingAnswer
 from gptj_dist.serving.keys import ApiKey, Quotas
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 
@@ -44,7 +45,7 @@ class Allowances:
         self._accounts = accounts
 
     @asynccontextmanager
-    async def charged(self, key: ApiKey | None, answer: Answer) -> AsyncGenerator[None, None]:
+    async def charged(self, key: ApiKey | None, answer: Answer | EmbeddingAnswer) -> AsyncGenerator[None, None]:
         """Charges a request with the most tokens that it may take; gives back in the end what it did not.
 
         Raises:

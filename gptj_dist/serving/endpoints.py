@@ -19,13 +19,14 @@ from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.answer import Answer
 from gptj_dist.serving.debug import debug_document
 from gptj_dist.serving.disconnect import unless_gone
+from gptj_dist.serving.embedding import EmbeddingAnswer
 from gptj_dist.serving.errors import BodyTooLargeError, error_response, response_headers
 from gptj_dist.serving.openapi import docs_page, openapi_document
 from gptj_dist.serving.pipelines import Pipelines
 from gptj_dist.serving.schema.base import Body, parse_body
 from gptj_dist.serving.schema.chat import ChatRequest
 from gptj_dist.serving.schema.completions import CompletionRequest
-from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.serving.schema.tokens import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.texts import TextService
 from gptj_dist.stages.trace import TraceEvents
@@ -87,6 +88,7 @@ class Endpoints:
                 "POST", "/v1/completions", self.completions, "Continues texts.", CompletionRequest, (JSON, EVENTS)
             ),
             Endpoint("POST", "/v1/chat/completions", self.chat, "Continues a talk.", ChatRequest, (JSON, EVENTS)),
+            Endpoint("POST", "/v1/embeddings", self.embeddings, "Vectors of texts.", EmbeddingRequest),
             Endpoint("POST", "/tokenize", self.tokenize, "The tokens of a text.", TokenizeRequest),
             Endpoint("POST", "/detokenize", self.detokenize, "The text of tokens.", DetokenizeRequest),
             Endpoint("GET", "/v1/models", self.models, "The model, under each of its names."),
@@ -110,6 +112,13 @@ class Endpoints:
         """OpenAI's chat."""
         body = parse_body(await _read_body(request), ChatRequest)
         return await self._respond(request, await self._texts.chat(body, request.state.request_id))
+
+    async def embeddings(self, request: Request) -> Response:
+        """OpenAI's embeddings."""
+        body = parse_body(await _read_body(request), EmbeddingRequest)
+        answer = await self._texts.embed(body, request.state.request_id)
+        async with self._allowances.charged(request.scope["state"].get("api_key"), answer):
+            return await unless_gone(request, _whole(answer))
 
     async def tokenize(self, request: Request) -> Response:
         """Tokens of a text."""
@@ -182,7 +191,7 @@ class Endpoints:
         return StreamingResponse(stream, media_type=EVENTS)
 
 
-async def _whole(answer: Answer) -> Response:
+async def _whole(answer: Answer | EmbeddingAnswer) -> Response:
     return JSONResponse(await answer.whole())
 
 

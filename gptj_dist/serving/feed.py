@@ -8,6 +8,7 @@ stream is not read any more, by itself, while others of its prompt are: to whoev
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.stages.transport.zeromq import bind_free_port
+
+logger = logging.getLogger(__name__)
+
+MAX_RECONNECT_MS = 10_000
+"""An ingress that has died is not looked for more often than that."""
 
 _WireLogprobs = tuple[tuple[object, ...], ...]
 
@@ -74,15 +80,24 @@ class FeedInbox:
 
     async def _read(self) -> None:
         while True:
-            sender, deltas = await self._socket.recv_multipart()
-            unread: list[int] = []
-            for stream_id, *delta in msgpack.unpackb(deltas, use_list=False):
-                if (mailbox := self._mailboxes.get(stream_id)) is not None:
-                    mailbox.put(_from_wire(*delta))
-                else:
-                    unread.append(stream_id)
+            sender, *parts = await self._socket.recv_multipart()
+            try:
+                unread = self._hand_out(b"".join(parts))
+            except Exception:  # whoever reaches the port can send anything; streams go on
+                logger.exception("a message is not one of tokens")
+                continue
             if unread:
                 await self._socket.send_multipart([sender, msgpack.packb(unread)])
+
+    def _hand_out(self, deltas: bytes) -> list[int]:
+        """Puts tokens where they are read; gives the streams that nobody reads."""
+        unread: list[int] = []
+        for stream_id, *delta in msgpack.unpackb(deltas, use_list=False):
+            if (mailbox := self._mailboxes.get(stream_id)) is not None:
+                mailbox.put(_from_wire(*delta))
+            else:
+                unread.append(stream_id)
+        return unread
 
 
 class FeedOutbox:
@@ -141,5 +156,6 @@ def _connect(address: str) -> zmq.asyncio.Socket:
     socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
     socket.connect(address)
     return socket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -19,7 +20,7 @@ from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.stats import Snapshot, StageWork
-from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.errors import GPTJDistError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.feed import FeedOutbox, ReplyTo
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 PROOF_LIFETIME_S = 10.0
 """How long a token that came through all stages proves that another can be made."""
 
+MAX_RETRY_AFTER_S = 600
 MAX_RESTARTS_IN_A_ROW = 3
 RESTART_DELAY_S = 1.0
 
@@ -122,6 +124,7 @@ class Pipeline:
             gpus=gpus_per_stage,
             name=replica.to_full_id_str(),
         )
+        self._max_queued_requests = config.max_queued_requests
         self._epoch = 0
         self._is_lost = False
         self._group: StageGroup
@@ -143,7 +146,11 @@ class Pipeline:
 
         Args:
             reply_to: where that of choice 0 goes; those of the others go to the streams behind.
+
+        Raises:
+            TooManyRequestsError: too many wait already.
         """
+        self._require_room()
         streams = self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
         tasks = {
             (to := reply_to.behind(choice)): asyncio.create_task(self._send(to, stream))
@@ -158,6 +165,12 @@ class Pipeline:
         for end in ends:
             if isinstance(end, Exception):  # and not the cancellation of one
                 raise end
+
+    def _require_room(self) -> None:
+        num_waiting = self._engine.scheduler.num_waiting
+        if num_waiting >= self._max_queued_requests:
+            retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._engine.backlog_s())))
+            raise TooManyRequestsError(f"{num_waiting} requests are waiting already; try again later", retry_after_s)
 
     async def _send(self, reply_to: ReplyTo, stream: AsyncGenerator[Delta, None]) -> None:
         async with aclosing(stream) as deltas:

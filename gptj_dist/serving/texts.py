@@ -6,19 +6,21 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from gptj_dist.completion import TextDelta, stream_text
+from gptj_dist.engine.mailbox import Delta
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.logs import values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.answer import Answer, Head, JsonObject
 from gptj_dist.serving.choices import ChatWriter, CompletionWriter
+from gptj_dist.serving.embedding import EmbeddingAnswer
 from gptj_dist.serving.errors import UnknownModelError
 from gptj_dist.serving.moderation import Moderation
 from gptj_dist.serving.schema.chat import ChatRequest, Message
 from gptj_dist.serving.schema.completions import CompletionRequest
-from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.serving.schema.tokens import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from gptj_dist.serving.source import TokenSource
 from gptj_dist.text.chat import ChatTemplate
 from gptj_dist.text.tokenizer import Tokenizer
@@ -26,6 +28,8 @@ from gptj_dist.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 1024
+Prompt: TypeAlias = tuple[str, list[int]]
+"""Its text, and its tokens."""
 
 NO_TEMPLATE = (
     "the model has no chat template, as GPT-J has none: start the server with --chat-template FILE, "
@@ -117,6 +121,24 @@ class TextService:
         head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
         return await self._answer(request, request_id, head, [(text, prompt_ids)], params, writers)
 
+    async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
+        """The answer to a request for embeddings.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        self.check_model(request.model)
+        params = request.sampling_params()
+        prompts = [self._cut(self.encode(prompt), prompt, None, 0) for prompt in request.prompts()]
+        if len(prompts) > MAX_CHOICES:
+            raise InvalidRequestError(f"{len(prompts)} inputs in one request, at most {MAX_CHOICES} are taken", "input")
+        num_prompt_tokens = await self._accept(request_id, request.user, prompts, params, "input")
+
+        def open_streams() -> list[AsyncGenerator[Delta, None]]:
+            return [self._source.streams(prompt_ids, params, 1, request_id)[0] for _, prompt_ids in prompts]
+
+        return EmbeddingAnswer(request, self._model.names[0], open_streams, num_prompt_tokens)
+
     def tokenize(self, request: TokenizeRequest) -> JsonObject:
         """The tokens of a text or a conversation. Raises InvalidRequestError."""
         self.check_model(request.model)
@@ -171,9 +193,7 @@ class TextService:
             continues_last=continues_last,
         )
 
-    def _cut(
-        self, token_ids: list[int], prompt: str | list[int], most: int | None, max_tokens: int
-    ) -> tuple[str, list[int]]:
+    def _cut(self, token_ids: list[int], prompt: str | list[int], most: int | None, max_tokens: int) -> Prompt:
         """A prompt's text and token ids, cut to what the request wants of it."""
         if most == -1:
             most = max(1, self._source.limits().max_model_len - max_tokens)
@@ -192,15 +212,11 @@ class TextService:
         request: CompletionRequest | ChatRequest,
         request_id: str,
         head: Head,
-        prompts: Sequence[tuple[str, list[int]]],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         writers: Sequence[CompletionWriter | ChatWriter],
     ) -> Answer:
-        limits = self._source.limits()
-        for text, prompt_ids in prompts:
-            limits.check(prompt_ids, params)
-            if self._moderation is not None:
-                await self._moderation.check_prompt(text)
+        num_prompt_tokens = await self._accept(request_id, request.user, prompts, params, "prompt")
 
         def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
             return [
@@ -209,20 +225,37 @@ class TextService:
                 for tokens in self._source.streams(prompt_ids, params, request.num_sampled, request_id)
             ]
 
-        num_choices = len(prompts) * request.num_sampled
-        num_prompt_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
+        most_tokens = len(prompts) * request.num_sampled * params.max_tokens
+        return Answer(request, head, open_streams, writers, num_prompt_tokens, most_tokens, self._on_end)
+
+    async def _accept(
+        self, request_id: str, user: str | None, prompts: Sequence[Prompt], params: SamplingParams, field: str
+    ) -> int:
+        """Checks prompts against limits and moderation, and logs them; how many tokens they have.
+
+        Args:
+            field: what the request calls its prompts.
+
+        Raises:
+            InvalidRequestError, NotReadyError: they cannot be served.
+        """
+        limits = self._source.limits()
+        for text, prompt_ids in prompts:
+            limits.check(prompt_ids, params, field)
+            if self._moderation is not None:
+                await self._moderation.check_prompt(text)
+        num_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
         logger.info(
             "request accepted",
             extra=values(
                 request_id=request_id,
-                choices=num_choices,
-                prompt_tokens=num_prompt_tokens,
-                user=request.user,
+                choices=len(prompts) * params.n,
+                prompt_tokens=num_tokens,
+                user=user,
                 prompts=[text for text, _ in prompts] if self._logs_prompts else None,
             ),
         )
-        most_tokens = num_choices * params.max_tokens
-        return Answer(request, head, open_streams, writers, num_prompt_tokens, most_tokens, self._on_end)
+        return num_tokens
 
     def _watched(self, stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
         return stream if self._moderation is None else self._moderation.watch(stream)

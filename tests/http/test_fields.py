@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import base64
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from gptj_dist.serving.schema.base import Body
 from gptj_dist.serving.schema.chat import ChatRequest, Message, TextPart
 from gptj_dist.serving.schema.completions import CompletionRequest
 from gptj_dist.serving.schema.sampling import SamplingFields, StreamOptions
-from gptj_dist.serving.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.serving.schema.tokens import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.http.server import Server, serving
 from tests.http.test_completions import stream_events
@@ -31,7 +33,16 @@ TEMPLATE = (
     "{% if message.role == 'system' %}({{ message.content }}) {% else %}{{ message.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ suffix }}{% endif %}"
 )
-BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, StreamOptions)
+BODIES = (
+    CompletionRequest,
+    ChatRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    Message,
+    TextPart,
+    StreamOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -530,3 +541,59 @@ def of_model_(face: Face) -> None:
 @check(DetokenizeRequest)
 def of_model__(face: Face) -> None:
     refuses_another_model(face, "/detokenize", tokens=[5])
+
+
+def embeddings(face: Face, **fields: Any) -> list[list[float]]:
+    return [entry["embedding"] for entry in post(face, "/v1/embeddings", **{"input": PROMPT} | fields)["data"]]
+
+
+@check(EmbeddingRequest)
+def of_input(face: Face) -> None:
+    one, other = embeddings(face, input=[PROMPT, "The whale"])
+    assert len(one) == len(other) == 128
+    assert [one] == embeddings(face, input=tokenizer().encode(PROMPT)) == embeddings(face) != [other]
+    body = post(face, "/v1/embeddings", input=[PROMPT, "The"])
+    assert body["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    assert [entry["index"] for entry in body["data"]] == [0, 1]
+    refused = face.server.client.post("/v1/embeddings", json={"input": "word " * 2000})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+
+
+@check(EmbeddingRequest)
+def of_encoding_format(face: Face) -> None:
+    [encoded] = post(face, "/v1/embeddings", input=PROMPT, encoding_format="base64")["data"]
+    assert array.array("f", base64.b64decode(encoded["embedding"])).tolist() == embeddings(face)[0]
+
+
+@check(EmbeddingRequest)
+def of_pooling(face: Face) -> None:
+    tokens = tokenizer().encode(PROMPT)
+    last = [embeddings(face, input=tokens[: i + 1], pooling="last")[0] for i in range(len(tokens))]
+    mean = [sum(column) / len(tokens) for column in zip(*last, strict=True)]
+    assert embeddings(face, pooling="mean")[0] == pytest.approx(mean, abs=1e-5)
+
+
+@check(EmbeddingRequest)
+def of_layer(face: Face) -> None:
+    layers = [embeddings(face, layer=layer)[0] for layer in (0, 5, 14, 27, 28)]
+    assert len(set(map(tuple, layers))) == 5
+    assert layers[-1] == embeddings(face)[0]
+    refused = face.server.client.post("/v1/embeddings", json={"input": PROMPT, "layer": 29})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "layer")
+
+
+@check(EmbeddingRequest)
+def of_priority_(face: Face) -> None:
+    assert embeddings(face, priority=-5) == embeddings(face)
+    refused = face.server.client.post("/v1/embeddings", json={"input": PROMPT, "priority": 2**31})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "priority")
+
+
+@check(EmbeddingRequest)
+def of_user_(face: Face) -> None:
+    assert embeddings(face, user="somebody") == embeddings(face)  # it goes to the log only
+
+
+@check(EmbeddingRequest)
+def of_model___(face: Face) -> None:
+    refuses_another_model(face, "/v1/embeddings", input="x")

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import pytest
+import zmq.asyncio
 from ray.exceptions import RayActorError, RayTaskError
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
@@ -101,3 +103,21 @@ def test_a_stream_without_tokens_says_why(
 
     with pytest.raises(type(expected), match=str(expected)):
         asyncio.run(run())
+
+
+def test_a_message_that_is_not_one_of_tokens_ends_no_stream() -> None:
+    async def run() -> Delta:
+        inbox, outbox = FeedInbox("127.0.0.1"), FeedOutbox(unexpected)
+        stream, [mailbox] = inbox.open(1)
+        stranger = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        stranger.connect(stream.address)
+        for message in ([b"not msgpack"], [msgpack.packb(7)], [msgpack.packb([[0, "x"]])], [b"", b""]):
+            await stranger.send_multipart(message)
+        outbox.put(stream, Delta((1,), FinishReason.STOP))
+        delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
+        stranger.close(linger=0)
+        inbox.stop()
+        outbox.stop()
+        return delta
+
+    assert asyncio.run(run()).token_ids == (1,)

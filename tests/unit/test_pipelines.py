@@ -6,13 +6,16 @@ The handle calls the pipeline in this process; feed, engine and what lies betwee
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.errors import InvalidRequestError, StageFailedError
+from gptj_dist.errors import InvalidRequestError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import Pooling, SamplingParams
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
 from gptj_dist.serving.pipeline import Pipeline
@@ -21,6 +24,7 @@ from tests.unit.test_async_engine import PROMPT, Rig, collect, expected_tokens, 
 
 PARAMS = SamplingParams(max_tokens=9, seed=6)
 NUM_CHOICES = 3
+MOST_WAITING = 2
 
 Streams = list[AsyncGenerator[Delta, None]]
 
@@ -45,6 +49,7 @@ class Replica(Pipeline):
     """A pipeline over an engine at hand, without Ray."""
 
     def __init__(self, rig: Rig) -> None:
+        self._max_queued_requests = MOST_WAITING
         self._engine = rig.engine
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
@@ -168,6 +173,24 @@ def test_an_embedding_comes_the_same_way() -> None:
             first, *_ = ask(SamplingParams(max_tokens=0, pooling=Pooling()))
             [delta] = [delta async for delta in first]
             assert delta.embedding == f"{len(PROMPT)} tokens".encode()
+            await polled(lambda: all(call.done() for call in handle.calls), rig)
+
+    run(scenario())
+
+
+def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again() -> None:
+    async def scenario() -> None:
+        async with serving(is_paused=True) as (rig, handle, ask):
+            rig.engine.journal.totals.e2e_latency.observe(90 * 10**9)
+            first = [asyncio.create_task(collect(stream)) for stream in ask(PARAMS)]
+            await polled(lambda: rig.scheduler.num_waiting >= MOST_WAITING, rig)
+            expected_s = math.ceil(90 * rig.scheduler.num_waiting / max(1, rig.scheduler.num_running))
+            with pytest.raises(TooManyRequestsError, match="are waiting already") as raised:
+                await anext(ask(PARAMS)[0])
+            assert raised.value.retry_after_s == expected_s
+            for task in first:
+                task.cancel()
+            await asyncio.gather(*first, return_exceptions=True)
             await polled(lambda: all(call.done() for call in handle.calls), rig)
 
     run(scenario())
