@@ -32,9 +32,7 @@ class HttpAnswerer:
         transport: carries the requests; None is the network.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, concurrency: int, transport: httpx.AsyncBaseTransport | None = None
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, concurrency: int, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._endpoint = endpoint
         self._http = httpx.AsyncClient(
             base_url=endpoint.base,

@@ -21,7 +21,8 @@ def convert(
     source: Model,
     destination: Annotated[Path, typer.Argument(help="The directory to write.", show_default=False)],
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="'auto' takes the checkpoint's.")
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="float32, bfloat16, float16, or 'auto': the checkpoint's.", metavar="TYPE"),
     ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint there, once the new one is whole.")

@@ -13,9 +13,7 @@ from gptj_dist.cli.request_options import MAX_TOKENS, MIN_P, TEMPERATURE, TOP_K,
 from gptj_dist.params import SamplingParams
 
 
-@takes_settings(
-    "stages", "layers", "device", "dtype", "threads_per_stage", "max_model_len", "kv_cache_gb", "revision"
-)
+@takes_settings("stages", "layers", "device", "dtype", "threads_per_stage", "max_model_len", "kv_cache_gb", "revision")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],

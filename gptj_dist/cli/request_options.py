@@ -23,7 +23,8 @@ ApiKey: TypeAlias = Annotated[
     ),
 ]
 Timeout: TypeAlias = Annotated[
-    float, typer.Option(help="Most seconds without a word from the server.", rich_help_panel="Server", metavar="SECONDS")
+    float,
+    typer.Option(help="Most seconds of silence.", rich_help_panel="Server", metavar="SECONDS"),
 ]
 
 ServedModel: TypeAlias = Annotated[
