@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -131,6 +132,8 @@ class AnswerFile:
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise ConfigurationError(f"{path} is no file: a batch reads there how far it has got")
             self._lock()
             self._take_over(expected)
         except BaseException:

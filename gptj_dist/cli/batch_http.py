@@ -78,7 +78,7 @@ def _outcome(request: BatchRequest, response: httpx.Response) -> Answer | TryAga
     """
     status = response.status_code
     message, param = told_error(response)
-    if status in PASSING_STATUSES:
+    if status in PASSING_STATUSES and response.headers.get("x-should-retry") != "false":
         return TryAgain(f"{message} ({status})", retry_after_s(response))
     if status in (401, 403) or (status == httpx.codes.NOT_FOUND and param != "model"):
         raise refusal(response)

@@ -177,7 +177,7 @@ def told_error(response: httpx.Response) -> tuple[str, str | None]:
         error = response.json()["error"]
         return str(error["message"]), error.get("param")
     except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{response.url} answers {response.reason_phrase or 'nothing more'}", None
+        return response.reason_phrase or f"{response.url} refuses", None
 
 
 def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
