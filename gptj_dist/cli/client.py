@@ -6,6 +6,8 @@ Knows HTTP and OpenAI's error shape, and no endpoint in particular.
 from __future__ import annotations
 
 import json
+import os
+import ssl
 from collections.abc import Generator
 from dataclasses import dataclass
 from types import TracebackType
@@ -182,11 +184,14 @@ def told_error(response: httpx.Response) -> tuple[str, str | None]:
 
 def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
     """Why there was no answer, and what may help."""
+    cause = _cause(error)
+    if isinstance(cause, ssl.SSLError):
+        return f"no safe connection to {base}: {cause.strerror}; SSL_CERT_FILE names certificates to trust"
     if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
-        return f"no server answers at {base}: {_reason(error)}; `gptj-dist serve demo` starts one, --url names another"
+        return f"no server answers at {base}: {_reason(cause)}; `gptj-dist serve demo` starts one, --url names another"
     if isinstance(error, httpx.TimeoutException):
         return f"{base} was silent for {timeout_s:g} s; --timeout gives it longer"
-    return f"the answer of {base} broke off: {_reason(error)}"
+    return f"the answer of {base} broke off: {_reason(cause)}"
 
 
 def retry_after_s(response: httpx.Response) -> float | None:
@@ -233,11 +238,17 @@ def _hint(response: httpx.Response, param: str | None) -> str | None:
     return HINTS.get(response.status_code)
 
 
-def _reason(error: BaseException) -> str:
-    """The operating system's words, which lie below those of the libraries between."""
+def _cause(error: BaseException) -> BaseException:
+    """The operating system's error below those of the libraries between, or the error itself."""
     inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
+    while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
         inner = inner.__cause__ or inner.__context__
-    return str(error) or type(error).__name__
+    return error if inner is None else inner
+
+
+def _reason(cause: BaseException) -> str:
+    if isinstance(cause, ConnectionError) and cause.errno:  # asyncio puts words of its own there
+        return os.strerror(cause.errno)
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause) or type(cause).__name__

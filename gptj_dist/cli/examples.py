@@ -33,7 +33,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "gptj-dist batch requests.jsonl answers.jsonl --url 10.0.0.7:8000",
         "gptj-dist batch requests.jsonl answers.jsonl --model demo --stages 2",
     ),
-    "generate": ('gptj-dist generate demo --prompt "The state of the Union is" --seed 3 --stages 2',),
+    "generate": ('gptj-dist generate demo --prompt "Call me Ishmael." --seed 3 --stages 2',),
     "download": (
         "gptj-dist download EleutherAI/gpt-j-6b --revision float16",
         "gptj-dist download EleutherAI/gpt-j-6b --stages 4 --stage 2",

@@ -27,8 +27,9 @@ def render(state: ServerState, width: int) -> RenderableType:
     if state.debug is None or not state.debug.pipelines:
         return rows
     rows.add_row("load", _load(state.debug.pipelines))
-    if state.debug.num_silent:
-        rows.add_row("", Text(f"{state.debug.num_silent} more pipelines gave no answer", "yellow"))
+    if number := state.debug.num_silent:
+        noun = "pipeline" if number == 1 else "pipelines"
+        rows.add_row("", Text(f"{number} more {noun} gave no answer", "yellow"))
     return Group(rows, Text(), _stages(state.debug.pipelines, width >= WIDE_COLUMNS))
 
 
@@ -45,7 +46,7 @@ def _load(pipelines: tuple[PipelineDocument, ...]) -> Text:
 
 def _stages(pipelines: tuple[PipelineDocument, ...], is_wide: bool) -> RenderableType:
     """A row a stage; the pipeline's name and state stand before its first."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), border_style="bright_black")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), border_style="bright_black")
     for column in ("pipeline", "state", "stage", "layers"):
         table.add_column(column, no_wrap=True)
     table.add_column("device")  # the one that gives way where the terminal is narrow

@@ -75,7 +75,7 @@ def test_the_curl_line_answers(served: tuple[Command, str]) -> None:
 def test_top_shows_the_stages_in_the_columns_of_the_readme(served: tuple[Command, str]) -> None:
     _, address = served
     (command,) = [command for command in COMMANDS if command.startswith("gptj-dist top")]
-    printed = run(f"{command} {address}")
+    printed = run(f"{command} --url {address}")
     table = next(block for block in blocks("text") if "bubbles" in block)
     (header,) = [line for line in table.splitlines() if line.startswith("stage ")]
     (printed_header,) = [line for line in printed.splitlines() if line.startswith("stage ")]
