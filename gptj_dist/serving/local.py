@@ -29,10 +29,10 @@ class EngineSource:
         return self._limits
 
     def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
         """As `TokenSource` has it."""
-        return [self._engine.generate(prompt_ids, params, choice) for choice in range(num_choices)]
+        return self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
 
 
 @asynccontextmanager
