@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import inspect as inspect_
 import sys
+from collections.abc import Callable, Mapping
 
 import typer
 
+from gptj_dist.cli.batch import batch
+from gptj_dist.cli.chat import chat
+from gptj_dist.cli.complete import complete
 from gptj_dist.cli.convert import convert
 from gptj_dist.cli.doctor import doctor
 from gptj_dist.cli.download import download
+from gptj_dist.cli.examples import examples_of
 from gptj_dist.cli.generate import generate
 from gptj_dist.cli.inspect import inspect
 from gptj_dist.cli.key import key
 from gptj_dist.cli.plan import plan
 from gptj_dist.cli.serve import serve
+from gptj_dist.cli.status import status
 from gptj_dist.cli.synth import synth
 from gptj_dist.cli.top import top
 from gptj_dist.cli.verify import verify
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
 
+VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
+    "Serving": (serve, status, top, plan, doctor, key),
+    "Text": (complete, chat, batch, generate),
+    "Checkpoints": (download, inspect, convert, verify, synth),
+}
+"""As `--help` groups them."""
+
+
+def _help_of(verb: Callable[..., None]) -> str:
+    """Its docstring, with the lines of a paragraph joined: typer would keep the breaks of all but the first."""
+    paragraphs = inspect_.cleandoc(verb.__doc__ or "").split("\n\n")
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+
+
 app = typer.Typer(
     help="Serves GPT-J, and every checkpoint of its architecture, as a pipeline of stages.",
+    epilog="gptj-dist VERB --help has examples. gptj-dist --install-completion lets the Tab key complete verbs, "
+    "options and values.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(serve)
-app.command()(generate)
-app.command()(top)
-app.command()(plan)
-app.command()(synth)
-app.command()(doctor)
-app.command()(download)
-app.command()(inspect)
-app.command()(convert)
-app.command()(verify)
-app.command()(key)
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(help=_help_of(verb), epilog=examples_of(verb.__name__), rich_help_panel=panel)(verb)
 
 
 def main() -> None:

@@ -7,25 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.cli.options import (
-    DEFAULT_HOST,
-    DEFAULT_PORT,
-    CPUsPerStage,
-    Device,
-    DType,
-    GPUsPerStage,
-    Host,
-    KVCacheGB,
-    Layers,
-    MaxBatchSize,
-    MaxModelLen,
-    Port,
-    Revision,
-    Stages,
-    parse_kv_cache_gb,
-    parse_layers,
-)
-from gptj_dist.config import DEFAULT_MAX_BATCH_SIZE, PipelineConfig
+from gptj_dist.cli.options import DEFAULT_HOST, DEFAULT_PORT, Host, Port
+from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
+from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -37,25 +21,17 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 _NO_MODEL = PipelineConfig("no model")
 
 
+@takes_settings(*OPTIONS)
 def doctor(
+    settings: Settings,
     model: Annotated[
         str | None,
         typer.Argument(
             help="What shall be served, as for `serve`; without it no memory is checked.", show_default=False
         ),
     ] = None,
-    stages: Stages = None,
-    layers: Layers = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
-    cpus_per_stage: CPUsPerStage = None,
-    gpus_per_stage: GPUsPerStage = None,
-    max_model_len: MaxModelLen = None,
-    kv_cache_gb: KVCacheGB = "auto",
-    max_batch_size: MaxBatchSize = DEFAULT_MAX_BATCH_SIZE,
-    revision: Revision = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to examine; without it this machine.", envvar="RAY_ADDRESS")
     ] = None,
@@ -64,19 +40,7 @@ def doctor(
 
     Takes the settings of `serve`, and examines one pipeline of them. Starts nothing that stays.
     """
-    config = PipelineConfig(
-        model or _NO_MODEL.model,
-        revision=revision,
-        stages=stages,
-        layers=parse_layers(layers),
-        device=device,
-        dtype=dtype,
-        cpus_per_stage=cpus_per_stage,
-        gpus_per_stage=gpus_per_stage,
-        max_model_len=max_model_len,
-        kv_cache_gb=parse_kv_cache_gb(kv_cache_gb),
-        max_batch_size=max_batch_size,
-    )
+    config = PipelineConfig(model or _NO_MODEL.model, **settings)
     if model is None and config != _NO_MODEL:
         raise ConfigurationError("settings of a pipeline need a MODEL to go with them, such as 'demo'")
     findings = _examine(None if model is None else config, (host, port), address)

@@ -10,30 +10,27 @@ from typing import Annotated
 import typer
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHT_FORMS
-from gptj_dist.cli.options import Layers, Model, Revision, Stages, parse_layers
+from gptj_dist.cli.options import Model
+from gptj_dist.cli.pipeline_settings import Settings, takes_settings
 from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 
-INTERRUPTED = 130
-"""What a shell makes of a command that SIGINT ended."""
 
-
+@takes_settings("stages", "layers", "revision")
 def download(
     model: Model,
-    stages: Stages = None,
-    layers: Layers = None,
+    settings: Settings,
     stage: Annotated[
         int | None, typer.Option(help="Fetch this stage's files alone, for the machine that will run it; from 0.")
     ] = None,
-    revision: Revision = None,
 ) -> None:
     """Fetch a model's files from the hub, and say where they lie. What is there already is not fetched again."""
-    config = PipelineConfig(model, revision=revision, stages=stages, layers=parse_layers(layers))
+    config = PipelineConfig(model, **settings)
     try:
         files = _fetch(config, stage)
     except KeyboardInterrupt:
         typer.echo("\nStopped. Complete files are kept: run the same again to fetch the rest.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise
     from gptj_dist.sizes import bytes_text
 
     num_bytes = sum(file.stat().st_size for file in files)

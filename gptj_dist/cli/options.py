@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
 from gptj_dist.errors import ConfigurationError
 
+PIPELINE_PANEL = "Pipeline"
+
+
+def _setting(help: str, metavar: str | None = None) -> Any:
+    """An option that sets a pipeline; `--help` has them together."""
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=PIPELINE_PANEL)
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """What a shell offers for a model: `demo`, and directories that hold one."""
+    directories = [str(path.parent) for path in Path().glob(f"{glob.escape(incomplete)}*/config.json")]
+    return [name for name in ("demo", *sorted(directories)) if name.startswith(incomplete)]
+
+
 Model: TypeAlias = Annotated[
-    str, typer.Argument(help="'demo', a directory in the Hugging Face layout, or a hub name.", show_default=False)
+    str,
+    typer.Argument(
+        help="'demo', a directory in the Hugging Face layout, or a hub name.",
+        show_default=False,
+        autocompletion=complete_model,
+    ),
 ]
-Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Stages: TypeAlias = Annotated[int | None, typer.Option(help="Number of stages; layers are cut by cost.")]
-Layers: TypeAlias = Annotated[str | None, typer.Option(help="Layers of each stage, such as 8,7,7,6.")]
-Device: TypeAlias = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="'auto' takes GPUs where there are any.")
-]
+Stages: TypeAlias = Annotated[int | None, _setting("Number of stages; layers are cut by cost.")]
+Layers: TypeAlias = Annotated[str | None, _setting("Layers of each stage, such as 8,7,7,6.", "NUMBERS")]
+Device: TypeAlias = Annotated[Literal["auto", "cpu", "cuda"], _setting("'auto' takes GPUs where there are any.")]
 DType: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="'auto' takes the checkpoint's, or float32 if the device is bad at that."),
+    _setting("float32, bfloat16, float16, or 'auto': the checkpoint's, or float32 if the device is bad at it.", "TYPE"),
 ]
 ThreadsPerStage: TypeAlias = Annotated[
-    int | None, typer.Option(help="Threads of a CPU stage; by default stages share the cores.")
+    int | None, _setting("Threads of a CPU stage; by default stages share the cores.")
 ]
-CPUsPerStage: TypeAlias = Annotated[float | None, typer.Option(help="Ray CPUs that a stage takes.")]
-GPUsPerStage: TypeAlias = Annotated[float | None, typer.Option(help="Ray GPUs that a stage takes, such as 0.5.")]
+CPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray CPUs that a stage takes.")]
+GPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray GPUs that a stage takes, such as 0.5.")]
+MaxModelLen: TypeAlias = Annotated[int | None, _setting("Most tokens of prompt and output together.")]
+KVCacheGB: TypeAlias = Annotated[
+    str, _setting("KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.", "GB")
+]
+MaxBatchSize: TypeAlias = Annotated[int, _setting("Most requests that run at once; more wait.")]
+Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="NAME")]
 Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen at.")]
 Port: TypeAlias = Annotated[int, typer.Option(help="Port to listen at.")]
-MaxModelLen: TypeAlias = Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")]
-KVCacheGB: TypeAlias = Annotated[
-    str, typer.Option(help="KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.")
-]
-MaxBatchSize: TypeAlias = Annotated[int, typer.Option(help="Most requests that run at once; more wait.")]
+MaxQueuedRequests: TypeAlias = Annotated[int, typer.Option(help="Most requests that wait; more are refused.")]
 Trace: TypeAlias = Annotated[
     Path | None,
     typer.Option(

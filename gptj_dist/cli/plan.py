@@ -7,20 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.cli.options import (
-    Device,
-    DType,
-    KVCacheGB,
-    Layers,
-    MaxBatchSize,
-    MaxModelLen,
-    Model,
-    Revision,
-    Stages,
-    parse_kv_cache_gb,
-    parse_layers,
-)
-from gptj_dist.config import BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_SIZE, ModelConfig, PipelineConfig
+from gptj_dist.cli.options import Model
+from gptj_dist.cli.pipeline_settings import Settings, takes_settings
+from gptj_dist.config import BLOCK_SIZE_TOKENS, ModelConfig, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.planning.partition import (
     OUTPUT_TOKEN_COST,
@@ -34,16 +23,10 @@ if TYPE_CHECKING:
     from gptj_dist.stages.blueprint import Blueprint, StageReport
 
 
+@takes_settings("stages", "layers", "device", "dtype", "max_model_len", "kv_cache_gb", "max_batch_size", "revision")
 def plan(
     model: Model,
-    stages: Stages = None,
-    layers: Layers = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    max_model_len: MaxModelLen = None,
-    kv_cache_gb: KVCacheGB = "auto",
-    max_batch_size: MaxBatchSize = DEFAULT_MAX_BATCH_SIZE,
-    revision: Revision = None,
+    settings: Settings,
     devices: Annotated[
         str | None,
         typer.Option(help="A YAML file that lists devices, or 'cluster': find the best cut for them, and its speed."),
@@ -56,17 +39,7 @@ def plan(
     ] = False,
 ) -> None:
     """Show how a model would be cut into stages, and why. Loads no weights but with --check."""
-    config = PipelineConfig(
-        model,
-        revision=revision,
-        stages=stages,
-        layers=parse_layers(layers),
-        device=device,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        kv_cache_gb=parse_kv_cache_gb(kv_cache_gb),
-        max_batch_size=max_batch_size,
-    )
+    config = PipelineConfig(model, **settings)
     if devices is not None and check:
         raise ConfigurationError("--check measures this machine, --devices describes others: give one of them")
     if devices is not None:

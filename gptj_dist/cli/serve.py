@@ -9,29 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.cli.options import (
-    DEFAULT_APP_NAME,
-    DEFAULT_HOST,
-    DEFAULT_PORT,
-    CPUsPerStage,
-    Device,
-    DType,
-    GPUsPerStage,
-    Host,
-    KVCacheGB,
-    Layers,
-    MaxBatchSize,
-    MaxModelLen,
-    Model,
-    Port,
-    Revision,
-    Stages,
-    ThreadsPerStage,
-    Trace,
-    parse_kv_cache_gb,
-    parse_layers,
-)
-from gptj_dist.config import DEFAULT_MAX_BATCH_SIZE, PipelineConfig
+from gptj_dist.cli.options import DEFAULT_APP_NAME, DEFAULT_HOST, DEFAULT_PORT, Host, Model, Port, Trace
+from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
+from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.logs import LogFormat
 
@@ -39,15 +19,13 @@ if TYPE_CHECKING:
     from gptj_dist.serving.keys import ApiKey
 
 
+@takes_settings(*OPTIONS)
 def serve(
     model: Model,
-    stages: Stages = None,
-    layers: Layers = None,
+    settings: Settings,
     replicas: Annotated[int | None, typer.Option(help="Number of pipelines.")] = None,
     min_replicas: Annotated[int | None, typer.Option(help="Fewest pipelines, when scaling by load.")] = None,
     max_replicas: Annotated[int | None, typer.Option(help="Most pipelines, when scaling by load.")] = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model; again for an alias.")
     ] = None,
@@ -71,13 +49,6 @@ def serve(
     moderation: Annotated[
         str | None, typer.Option(metavar="MODULE:CALLABLE", help="Asked whether prompts and answers may pass.")
     ] = None,
-    threads_per_stage: ThreadsPerStage = None,
-    cpus_per_stage: CPUsPerStage = None,
-    gpus_per_stage: GPUsPerStage = None,
-    max_model_len: MaxModelLen = None,
-    kv_cache_gb: KVCacheGB = "auto",
-    max_batch_size: MaxBatchSize = DEFAULT_MAX_BATCH_SIZE,
-    revision: Revision = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; without it a local one is started.", envvar="RAY_ADDRESS")
     ] = None,
@@ -88,20 +59,7 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in logs.")] = False,
 ) -> None:
     """Serve a model over HTTP as a pipeline of stages, until Ctrl-C."""
-    config = PipelineConfig(
-        model,
-        revision=revision,
-        stages=stages,
-        layers=parse_layers(layers),
-        device=device,
-        dtype=dtype,
-        threads_per_stage=threads_per_stage,
-        cpus_per_stage=cpus_per_stage,
-        gpus_per_stage=gpus_per_stage,
-        max_model_len=max_model_len,
-        kv_cache_gb=parse_kv_cache_gb(kv_cache_gb),
-        max_batch_size=max_batch_size,
-    )
+    config = PipelineConfig(model, **settings)
     scaling = _scaling(replicas, min_replicas, max_replicas)
     from gptj_dist.stages.blueprint import draw_blueprint
     from gptj_dist.stages.trace import check_trace_path

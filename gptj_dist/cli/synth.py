@@ -28,7 +28,10 @@ Size = Annotated[int | None, typer.Option(min=1)]
 def synth(
     shape: Annotated[Literal["6b", "wide", "deep", "tiny"], typer.Argument(help="The shape to start from.")],
     dst: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights: float32, bfloat16 or float16.", metavar="TYPE"),
+    ] = "bfloat16",
     form: Annotated[
         Literal["safetensors", "bin"], typer.Option(help="'bin' is PyTorch's pickle, causal masks and all.")
     ] = "safetensors",

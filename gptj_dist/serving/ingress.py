@@ -6,8 +6,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
-from gptj_dist.checkpoint.hub import resolve_model
-from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.endpoints import Endpoints
@@ -21,8 +19,6 @@ from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.settings import AppConfig
 from gptj_dist.serving.texts import ServedModel, TextService
 from gptj_dist.stages.actor import log_directory
-from gptj_dist.text.chat import load_chat_template
-from gptj_dist.text.tokenizer import Tokenizer
 
 DRAIN_S = 5.0
 """How long answers under way may take when the application ends."""
@@ -53,7 +49,7 @@ class Ingress:
         self._pipelines = Pipelines(pipeline)
         moderation = None if config.moderation is None else load_moderation(config.moderation)
         texts = TextService(
-            _served_model(config), self._pipelines, moderation, self._metrics.note_end, config.log_prompts
+            ServedModel.load(config), self._pipelines, moderation, self._metrics.note_end, config.log_prompts
         )
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
@@ -76,13 +72,3 @@ class Ingress:
         if self._listener is not None:
             await self._listener.close()
         self._pipelines.close()
-
-
-def _served_model(config: AppConfig) -> ServedModel:
-    directory = resolve_model(config.pipeline.model, config.pipeline.revision)
-    return ServedModel(
-        names=config.model_names,
-        tokenizer=Tokenizer.load(directory),
-        eos_token_id=read_model_config(directory).eos_token_id,
-        chat_template=load_chat_template(directory, config.chat_template),
-    )

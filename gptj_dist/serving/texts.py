@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.completion import TextDelta, stream_text
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.errors import InvalidRequestError
@@ -21,8 +23,9 @@ from gptj_dist.serving.moderation import Moderation
 from gptj_dist.serving.schema.chat import ChatRequest, Message
 from gptj_dist.serving.schema.completions import CompletionRequest
 from gptj_dist.serving.schema.tokens import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from gptj_dist.serving.settings import AppConfig
 from gptj_dist.serving.source import TokenSource
-from gptj_dist.text.chat import ChatTemplate
+from gptj_dist.text.chat import ChatTemplate, load_chat_template
 from gptj_dist.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,21 @@ class ServedModel:
     tokenizer: Tokenizer
     eos_token_id: int
     chat_template: ChatTemplate | None = None
+
+    @classmethod
+    def load(cls, config: AppConfig) -> Self:
+        """Reads it from the model's files, which have been fetched.
+
+        Raises:
+            CheckpointError: one of them is broken.
+        """
+        directory = resolve_model(config.pipeline.model, config.pipeline.revision)
+        return cls(
+            names=config.model_names,
+            tokenizer=Tokenizer.load(directory),
+            eos_token_id=read_model_config(directory).eos_token_id,
+            chat_template=load_chat_template(directory, config.chat_template),
+        )
 
 
 class TextService:

@@ -61,7 +61,7 @@ def look(server: Server) -> PipelineDocument:
 
 
 def top(server: Server, *arguments: str) -> str:
-    command = [sys.executable, "-m", "gptj_dist", "top", server.base, *arguments]
+    command = [sys.executable, "-m", "gptj_dist", "top", "--url", server.base, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,13 +35,17 @@ CHECKPOINT_COMMANDS = [
     for command in COMMANDS
     if "random-gptj" in command or command == "gptj-dist plan demo --devices examples/devices.yaml"
 ]
+ASKING_COMMANDS = [command for command in COMMANDS if re.search(r"gptj-dist (status|complete|batch) ?", command)]
 SERVE_COMMANDS = [command for command in COMMANDS if command.startswith("gptj-dist serve")]
 
 
-def run(command: str, directory: Path = ROOT) -> str:
+def run(command: str, directory: Path = ROOT, **variables: str) -> str:
     """Runs a command line, in the repository if nowhere else; its standard output."""
     line = f'export PATH="{BIN}:$PATH"; {command}'
-    return subprocess.run(line, shell=True, cwd=directory, capture_output=True, text=True, check=True).stdout
+    environment = os.environ | variables
+    return subprocess.run(
+        line, shell=True, cwd=directory, env=environment, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +80,25 @@ def test_the_curl_line_answers(served: tuple[Command, str]) -> None:
 def test_top_shows_the_stages_in_the_columns_of_the_readme(served: tuple[Command, str]) -> None:
     _, address = served
     (command,) = [command for command in COMMANDS if command.startswith("gptj-dist top")]
-    printed = run(f"{command} {address}")
+    printed = run(f"{command} --url {address}")
     table = next(block for block in blocks("text") if "bubbles" in block)
     (header,) = [line for line in table.splitlines() if line.startswith("stage ")]
     (printed_header,) = [line for line in printed.splitlines() if line.startswith("stage ")]
     assert printed_header.split() == header.split()
     assert all(layers in printed and layers in table for layers in ("0-13", "14-27"))
+
+
+def test_the_verbs_that_ask_a_server_do(served: tuple[Command, str], tmp_path: Path) -> None:
+    _, address = served
+    for name in ("examples", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    status, text, piped, *batches = [run(command, tmp_path, GPTJ_URL=address) for command in ASKING_COMMANDS]
+    assert "ready" in status
+    assert "14-27" in status
+    assert text.strip()
+    assert piped.strip()
+    assert [batch.startswith("3 requests answered") for batch in batches] == [True, True]
+    assert {len((tmp_path / name).read_text().splitlines()) for name in ("answers.jsonl", "answers-here.jsonl")} == {3}
 
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
@@ -144,6 +162,7 @@ def test_every_command_is_covered() -> None:
         ),
         SERVE_COMMANDS.__contains__,
         CHECKPOINT_COMMANDS.__contains__,
+        ASKING_COMMANDS.__contains__,
     )
     for command in COMMANDS:
         if command in elsewhere:

@@ -183,9 +183,13 @@ def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again() -
         async with serving(is_paused=True) as (rig, handle, ask):
             rig.engine.journal.totals.e2e_latency.observe(90 * 10**9)
             first: list[asyncio.Task[list[int]]] = []
+
+            def all_are_there() -> bool:
+                return rig.scheduler.num_waiting + rig.scheduler.num_running == len(first)
+
             while rig.scheduler.num_waiting < MOST_WAITING:
                 first += [asyncio.create_task(collect(stream)) for stream in ask(PARAMS)]
-                await polled(lambda: rig.scheduler.num_waiting + rig.scheduler.num_running == len(first), rig)
+                await polled(all_are_there, rig)
             expected_s = math.ceil(90 * rig.scheduler.num_waiting / rig.scheduler.num_running)
             with pytest.raises(TooManyRequestsError, match="are waiting already") as raised:
                 await anext(ask(PARAMS)[0])

@@ -6,10 +6,7 @@ import asyncio
 import io
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -18,6 +15,8 @@ from rich.console import Console
 from gptj_dist.cli.top_view import render
 from gptj_dist.errors import NotReadyError
 from gptj_dist.serving.debug import DebugDocument, PipelineDocument, StageDocument
+from tests.fake_server import FakeServer, Reply, fake_server
+from tests.verbs import run_verb
 
 NO_WORK = StageDocument(
     stage=1,
@@ -109,47 +108,23 @@ def test_the_head_says_what_goes_on_and_mentions_trouble_only_when_there_is_some
     assert "restarting  32 running, 400 waiting, 5 in flight, 3 preempted, 1 restarted" in text
 
 
-@contextmanager
-def answering(status: int, body: bytes) -> Iterator[str]:
-    """An HTTP server that says the same to everyone; its address."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def top(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gptj_dist", "top", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+def answering(status: int, body: bytes) -> AbstractContextManager[FakeServer]:
+    """A server that says the same to everyone."""
+    return fake_server(lambda _: Reply(status, body))
 
 
 def test_without_a_terminal_the_table_is_printed_once() -> None:
-    with answering(200, DOCUMENT.model_dump_json().encode()) as address:
-        for arguments in ([address], [f"http://{address}/v1", "--once"]):
-            result = top(*arguments)
+    with answering(200, DOCUMENT.model_dump_json().encode()) as server:
+        for arguments in (["--url", server.base], ["--url", f"{server.base}/v1", "--once"]):
+            result = run_verb("top", *arguments)
             assert (result.returncode, result.stderr) == (0, "")
             assert "0-14" in result.stdout
 
 
 def test_json_is_the_document() -> None:
-    with answering(200, DOCUMENT.model_dump_json().encode()) as address:
-        assert DebugDocument.model_validate_json(top(address, "--json").stdout) == DOCUMENT
+    with answering(200, DOCUMENT.model_dump_json().encode()) as server:
+        done = run_verb("top", "--json", GPTJ_URL=server.base)
+    assert DebugDocument.model_validate_json(done.stdout) == DOCUMENT
 
 
 @pytest.mark.parametrize(
@@ -163,20 +138,21 @@ def test_json_is_the_document() -> None:
     ids=["loading", "no such path", "no JSON", "another JSON"],
 )
 def test_what_is_no_running_server_is_one_line(status: int, body: bytes, exit_code: int, message: str) -> None:
-    with answering(status, body) as address:
-        result = top(address)
+    with answering(status, body) as server:
+        result = run_verb("top", "--url", server.base)
     assert (result.returncode, result.stdout) == (exit_code, "")
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
-    assert address in result.stderr
+    assert server.base in result.stderr
 
 
 def test_where_nobody_listens_and_what_is_no_address_are_one_line_each() -> None:
-    result = top("127.0.0.1:1")
+    result = run_verb("top", "--url", "127.0.0.1:1")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "gptj-dist: no server answers at http://127.0.0.1:1: Connection refused\n"
+    assert result.stderr.startswith("gptj-dist: no server answers at http://127.0.0.1:1: Connection refused; ")
+    assert len(result.stderr.splitlines()) == 1
     for wrong in ("ftp://somewhere", "127.0.0.1:port", "http://", ""):
-        result = top(wrong)
+        result = run_verb("top", "--url", wrong)
         assert (result.returncode, result.stdout) == (2, "")
         assert "is no address of a server" in result.stderr
 

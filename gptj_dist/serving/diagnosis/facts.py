@@ -38,6 +38,7 @@ PACKAGES = (
     "numpy",
     "typer",
     "rich",
+    "httpx",
     "pyyaml",
 )
 """What gptj-dist needs, as `pyproject.toml` has it: a package that is not installed by pip has no list to be read."""

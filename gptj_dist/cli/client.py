@@ -1,0 +1,254 @@
+"""A client of a running server: JSON and server-sent events, and refusals in words that a person can act on.
+
+Knows HTTP and OpenAI's error shape, and no endpoint in particular.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+from collections.abc import Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx
+
+from gptj_dist.cli.events import read_events
+from gptj_dist.errors import ConfigurationError, ServerError
+
+JsonObject = dict[str, Any]
+
+CONNECT_TIMEOUT_S = 10.0
+
+HINTS = {
+    401: "give the server's key with --api-key or GPTJ_API_KEY",
+    403: "the key that was given may not do this",
+    404: "`gptj-dist status` says what is served there",
+    413: "send less at once",
+    500: "the server's log says more",
+}
+"""What to do about a refusal. Those of 429 and 503 depend on when to try again."""
+
+OPTION_FIELDS = frozenset(
+    ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs")
+)
+"""Fields of a request that the verbs have an option for."""
+
+NOT_THROUGH_A_PROXY = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"), None)
+"""A proxy of the environment is for other machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server listens, and how it wants to be asked.
+
+    Args:
+        base: its URL, without the `/v1` of OpenAI's clients.
+        timeout_s: how long the server may be silent.
+    """
+
+    base: str
+    api_key: str | None
+    timeout_s: float
+
+    @classmethod
+    def of(cls, url: str, api_key: str | None, timeout_s: float) -> Endpoint:
+        """What a person gave.
+
+        Raises:
+            ConfigurationError: not the URL of an HTTP server, or no time at all.
+        """
+        if not timeout_s > 0:
+            raise ConfigurationError(f"--timeout must be positive, got {timeout_s:g}")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigurationError("the API key holds characters that no HTTP header can hold")
+        return cls(base_url(url), api_key, timeout_s)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+
+    @property
+    def timeout(self) -> httpx.Timeout:
+        return httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, CONNECT_TIMEOUT_S))
+
+
+class Server:
+    """A server to ask; closing an answer that is under way cancels it there.
+
+    Args:
+        transport: carries the requests; None is the network.
+    """
+
+    def __init__(self, endpoint: Endpoint, transport: httpx.BaseTransport | None = None) -> None:
+        self.base = endpoint.base
+        self._timeout_s = endpoint.timeout_s
+        self._http = httpx.Client(
+            base_url=endpoint.base,
+            headers=endpoint.headers,
+            timeout=endpoint.timeout,
+            transport=transport,
+            mounts=NOT_THROUGH_A_PROXY,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def get(self, path: str) -> httpx.Response:
+        """The answer, whatever its status.
+
+        Raises:
+            ServerError: there was none.
+        """
+        try:
+            return self._http.get(path)
+        except httpx.HTTPError as error:
+            raise self._failure(error) from None
+
+    def post(self, path: str, body: JsonObject) -> JsonObject:
+        """The JSON object that answers `body`.
+
+        Raises:
+            ServerError: a refusal, or no answer.
+        """
+        try:
+            response = self._http.post(path, json=body)
+        except httpx.HTTPError as error:
+            raise self._failure(error) from None
+        if response.status_code != httpx.codes.OK:
+            raise refusal(response)
+        return json_object(response)
+
+    def stream(self, path: str, body: JsonObject) -> Generator[JsonObject, None, None]:
+        """The chunks of an answer, as they come.
+
+        Raises:
+            ServerError: a refusal, or an answer that broke off.
+        """
+        try:
+            with self._http.stream("POST", path, json={**body, "stream": True}) as response:
+                if response.status_code != httpx.codes.OK:
+                    response.read()
+                    raise refusal(response)
+                for data in read_events(response.iter_bytes()):
+                    if data == "[DONE]":
+                        return
+                    yield _chunk(data)
+        except httpx.HTTPError as error:
+            raise self._failure(error) from None
+        raise ServerError(f"the answer of {self.base} broke off")
+
+    def _failure(self, error: httpx.HTTPError) -> ServerError:
+        return ServerError(failure_text(error, self.base, self._timeout_s))
+
+
+def base_url(url: str) -> str:
+    """`host:port`, or a URL with or without OpenAI's `/v1`, as the URL that paths are put behind.
+
+    Raises:
+        ConfigurationError: not the URL of an HTTP server.
+    """
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+    except ValueError:  # the port is no number
+        pass
+    raise ConfigurationError(f"{url!r} is no address of a server, such as 127.0.0.1:8000")
+
+
+def refusal(response: httpx.Response) -> ServerError:
+    """What a status other than 200 means, in one line."""
+    message, param = told_error(response)
+    place = f"{response.status_code}, param {param}" if param else str(response.status_code)
+    hint = _hint(response, param)
+    return ServerError(f"{message} ({place}){f'; {hint}' if hint else ''}")
+
+
+def told_error(response: httpx.Response) -> tuple[str, str | None]:
+    """The message of OpenAI's error shape and the field that it is about, or the status's own words."""
+    try:
+        error = response.json()["error"]
+        return str(error["message"]), error.get("param")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return response.reason_phrase or f"{response.url} refuses", None
+
+
+def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
+    """Why there was no answer, and what may help."""
+    cause = _cause(error)
+    if isinstance(cause, ssl.SSLError):
+        return f"no safe connection to {base}: {cause.strerror}; SSL_CERT_FILE names certificates to trust"
+    if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
+        return f"no server answers at {base}: {_reason(cause)}; `gptj-dist serve demo` starts one, --url names another"
+    if isinstance(error, httpx.TimeoutException):
+        return f"{base} was silent for {timeout_s:g} s; --timeout gives it longer"
+    return f"the answer of {base} broke off: {_reason(cause)}"
+
+
+def retry_after_s(response: httpx.Response) -> float | None:
+    """How long the server asks to wait, if it does so in seconds."""
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isascii() and text.isdigit() else None
+
+
+def json_object(response: httpx.Response) -> JsonObject:
+    """The body.
+
+    Raises:
+        ServerError: something else than a JSON object.
+    """
+    try:
+        value = response.json()
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ServerError(f"{response.url} does not answer in JSON: is it a gptj-dist server?")
+    return value
+
+
+def _chunk(data: str) -> JsonObject:
+    """One event; an error is the last of a stream that failed under way."""
+    try:
+        chunk = json.loads(data)
+    except ValueError:
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise ServerError("the server streams something else than JSON objects")
+    if (error := chunk.get("error")) is not None:
+        message = error.get("message") if isinstance(error, dict) else error
+        raise ServerError(f"the answer broke off: {message}")
+    return chunk
+
+
+def _hint(response: httpx.Response, param: str | None) -> str | None:
+    if param in OPTION_FIELDS:
+        return f"change --{param.replace('_', '-')}"
+    if response.status_code in (429, 502, 503, 504):
+        seconds = retry_after_s(response)
+        return "try again shortly" if seconds is None else f"try again in {seconds:g} s"
+    return HINTS.get(response.status_code)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The operating system's error below those of the libraries between, or the error itself."""
+    inner: BaseException | None = error
+    while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
+        inner = inner.__cause__ or inner.__context__
+    return error if inner is None else inner
+
+
+def _reason(cause: BaseException) -> str:
+    if isinstance(cause, ConnectionError) and cause.errno:  # asyncio puts words of its own there
+        return os.strerror(cause.errno)
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause) or type(cause).__name__

@@ -1,0 +1,65 @@
+"""Options of the verbs that ask a running server, and the fields of a request that they become."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from gptj_dist.errors import ConfigurationError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT_S = 600.0
+STANDARD_INPUT = "-"
+
+Url: TypeAlias = Annotated[
+    str, typer.Option(help="Where the server listens.", envvar="GPTJ_URL", rich_help_panel="Server", metavar="URL")
+]
+ApiKey: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="The server's key, if it wants one.", envvar="GPTJ_API_KEY", rich_help_panel="Server", metavar="KEY"
+    ),
+]
+Timeout: TypeAlias = Annotated[
+    float,
+    typer.Option(help="Most seconds of silence.", rich_help_panel="Server", metavar="SECONDS"),
+]
+
+ServedModel: TypeAlias = Annotated[
+    str | None, typer.Option(help="The model to ask; by default the one that is served.", metavar="NAME")
+]
+
+# What the fields mean is said once, for `generate` and for the verbs that leave their values to the server.
+MAX_TOKENS = typer.Option(help="Most tokens to generate.")
+TEMPERATURE = typer.Option(help="0 is greedy; larger is more random.")
+TOP_P = typer.Option(help="Keep the likeliest tokens up to this probability.")
+TOP_K = typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")
+MIN_P = typer.Option(help="Drop tokens less likely than this part of the likeliest.")
+
+Seed: TypeAlias = Annotated[int | None, typer.Option(help="Makes the output repeatable.")]
+Stop: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="Ends the text; may be given several times.", metavar="TEXT")
+]
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """The fields that have a value; the others are the server's to choose."""
+    return {name: value for name, value in fields.items() if value is not None and value != []}
+
+
+def read_text(text: str | None, what: str) -> str:
+    """The text, or standard input less its last line break where the text is `-` or missing at the end of a pipe.
+
+    Raises:
+        ConfigurationError: there is neither, or what was piped is not UTF-8.
+    """
+    if text is None and sys.stdin.isatty():
+        raise ConfigurationError(f"give a {what}, or - to read it from standard input")
+    if text is not None and text != STANDARD_INPUT:
+        return text
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"standard input is not text in UTF-8: {error}") from None

@@ -1,0 +1,114 @@
+"""What a running server says of itself: ready or not, models, version, pipelines. For `status` and `top`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from gptj_dist.cli.client import Server, json_object, refusal, told_error
+from gptj_dist.errors import ConfigurationError, NotReadyError
+from gptj_dist.serving.debug import DebugDocument
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """A look at a server.
+
+    Args:
+        problem: why it is not ready; None if it is.
+        version: None if the server does not say.
+        debug: its pipelines; None while there are none.
+    """
+
+    base: str
+    problem: str | None
+    version: str | None
+    models: tuple[str, ...]
+    debug: DebugDocument | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs: the pipelines are those of `GET /debug/pipeline`."""
+        return {
+            "url": self.base,
+            "is_ready": self.problem is None,
+            "problem": self.problem,
+            "version": self.version,
+            "models": list(self.models),
+            "pipelines": [] if self.debug is None else self.debug.model_dump(mode="json")["pipelines"],
+        }
+
+
+def look(server: Server) -> ServerState:
+    """Asks the server for all of it.
+
+    Raises:
+        ServerError: nothing answers there, or it refuses to say.
+        ConfigurationError: something else listens there.
+    """
+    problem: str | None = None
+    debug: DebugDocument | None = None
+    try:
+        _require_ready(server)
+    except NotReadyError as error:
+        problem = str(error)
+    version = server.get("/version")
+    models = server.get("/v1/models")
+    try:
+        debug = fetch_pipelines(server)
+    except NotReadyError as error:
+        problem = problem or str(error)
+    return ServerState(
+        server.base,
+        problem,
+        str(json_object(version).get("version")) if version.status_code == httpx.codes.OK else None,
+        tuple(str(model["id"]) for model in _require_ok(models).get("data", [])),
+        debug,
+    )
+
+
+def fetch_pipelines(server: Server) -> DebugDocument:
+    """The server's pipelines, and what their stages do.
+
+    Raises:
+        NotReadyError: the model is still loading.
+        ServerError: nothing answers there, or it refuses to say.
+        ConfigurationError: something else listens there.
+    """
+    response = server.get("/debug/pipeline")
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        raise NotReadyError(f"the model at {server.base} is still loading; try again shortly")
+    try:
+        return DebugDocument.model_validate_json(_require_known(response, server).content)
+    except ValidationError:
+        raise ConfigurationError(f"the server at {server.base} is not gptj-dist, or of another version") from None
+
+
+def _require_ready(server: Server) -> None:
+    """Raises NotReadyError, in the server's words, if no token can be made."""
+    response = server.get("/ready")
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        raise NotReadyError(told_error(response)[0])
+    _require_known(response, server)
+
+
+def _require_known(response: httpx.Response, server: Server) -> httpx.Response:
+    """The answer, if it is one of ours.
+
+    Raises:
+        ServerError: refused.
+        ConfigurationError: there is no such path, so another program listens there.
+    """
+    if response.status_code == httpx.codes.NOT_FOUND:
+        raise ConfigurationError(f"the server at {server.base} is not gptj-dist, or an older one")
+    if response.status_code != httpx.codes.OK:
+        raise refusal(response)
+    return response
+
+
+def _require_ok(response: httpx.Response) -> dict[str, Any]:
+    if response.status_code != httpx.codes.OK:
+        raise refusal(response)
+    return json_object(response)

@@ -1,0 +1,103 @@
+"""`gptj-dist status`: what it says of servers that are ready, loading, of an older kind, or none of ours."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from gptj_dist.cli.server_state import ServerState
+from gptj_dist.cli.status_view import render
+from tests.fake_server import Call, Reply, fake_server, refused
+from tests.unit.test_top import DOCUMENT, PIPELINE
+from tests.verbs import run_verb
+
+READY: dict[str, Reply] = {
+    "/ready": Reply(body={"status": "ready"}),
+    "/version": Reply(body={"version": "1.2.3"}),
+    "/v1/models": Reply(body={"object": "list", "data": [{"id": "demo"}, {"id": "alias"}]}),
+    "/debug/pipeline": Reply(body=DOCUMENT.model_dump(mode="json")),
+}
+LOADING = READY | {
+    path: refused(503, "the model is still loading; try again shortly") for path in ("/ready", "/debug/pipeline")
+}
+
+
+def status(replies: dict[str, Reply], *arguments: str) -> tuple[int, str, str]:
+    """Exit code and output against a server with these answers, and 404 to all else."""
+
+    def answer(call: Call) -> Reply:
+        return replies.get(call.path, refused(404, "not served here"))
+
+    with fake_server(answer) as server:
+        done = run_verb("status", "--url", server.base, *arguments, COLUMNS="80")
+        return done.returncode, done.stdout.replace(server.base, "URL"), done.stderr.replace(server.base, "URL")
+
+
+def test_a_server_that_is_ready_tells_all_in_eighty_columns() -> None:
+    code, text, errors = status(READY)
+    assert (code, errors) == (0, "")
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert lines[:4] == [
+        "server   URL  ready",
+        "version  1.2.3",
+        "models   demo, alias",
+        "load     32 running, 400 waiting, 1,234 tokens/s out, 11,000 in, KV 25.0% in use",
+    ]
+    first, second = lines[-2:]
+    assert first.split()[:4] == ["ab12cd34", "up", "0", "0-14"]
+    assert all(cell in first for cell in ("NVIDIA A100", "float32", "123 MB of 1.0 GB"))
+    assert second.split() == ["1", "15-27", "cpu", "float32", "0", "B", "of", "1.0", "GB"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_as_json_it_is_one_document() -> None:
+    code, text, _ = status(READY, "--json")
+    document = json.loads(text)
+    assert code == 0
+    assert (document["is_ready"], document["problem"], document["version"]) == (True, None, "1.2.3")
+    assert document["models"] == ["demo", "alias"]
+    assert document["pipelines"] == DOCUMENT.model_dump(mode="json")["pipelines"]
+
+
+def test_a_server_that_loads_says_so_and_the_exit_code_too() -> None:
+    code, text, errors = status(LOADING)
+    assert (code, errors) == (1, "")
+    assert "not ready: the model is still loading; try again shortly" in " ".join(text.split())
+    assert "stage" not in text
+    code, text, _ = status(LOADING, "--json")
+    assert (code, json.loads(text)["is_ready"], json.loads(text)["pipelines"]) == (1, False, [])
+
+
+def test_a_server_that_does_not_tell_its_version_is_shown_all_the_same() -> None:
+    code, text, _ = status({path: reply for path, reply in READY.items() if path != "/version"})
+    assert (code, "version  not told" in text, "ab12cd34" in text) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("replies", "code", "told"),
+    [
+        ({}, 2, "gptj-dist: the server at URL is not gptj-dist, or an older one\n"),
+        (READY | {"/v1/models": Reply(body=b"<html>")}, 1, "does not answer in JSON"),
+        (READY | {"/debug/pipeline": Reply(body={"x": 1})}, 2, "is not gptj-dist, or of another version"),
+        (READY | {"/ready": refused(401, "no key")}, 1, "no key (401); give the server's key with --api-key"),
+    ],
+)
+def test_what_is_no_server_of_ours_is_one_line(replies: dict[str, Reply], code: int, told: str) -> None:
+    found, text, errors = status(replies)
+    assert (found, text, len(errors.splitlines())) == (code, "", 1)
+    assert told in errors
+
+
+def test_pipelines_are_added_up_and_those_that_are_silent_counted() -> None:
+    restarting = PIPELINE.model_copy(update={"name": "ef56", "state": "restarting"})
+    debug = DOCUMENT.model_copy(update={"pipelines": (PIPELINE, restarting), "num_silent": 1})
+    console = Console(width=120, file=io.StringIO(), highlight=False)
+    console.print(render(ServerState("http://host", None, "1", ("demo",), debug), 120))
+    assert isinstance(console.file, io.StringIO)
+    text = " ".join(console.file.getvalue().split())
+    assert "64 running, 800 waiting, 2,468 tokens/s out, 22,000 in, KV 25.0% in use" in text
+    assert "1 more pipeline gave no answer" in text
+    assert "ef56 restarting 0 0-14 NVIDIA A100-SXM4-80GB float32 head 123 MB of 1.0 GB" in text
