@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.cli.options import PIPELINE_PANEL
+from gptj_dist.cli.options import PIPELINE_PANEL, ChatTemplate, ServedModelName
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.cli.request_options import DEFAULT_TIMEOUT_S, DEFAULT_URL, ApiKey, Timeout, Url
 from gptj_dist.config import PipelineConfig
@@ -28,8 +28,10 @@ DEFAULT_CONCURRENCY = 32
 DEFAULT_WAIT_S = 600.0
 
 SERVER_OPTIONS = ("url", "api_key", "timeout", "wait")
-LOCAL_SETTINGS = tuple(name for name in OPTIONS if name not in ("cpus_per_stage", "gpus_per_stage"))
-"""Those that mean something without Ray."""
+LOCAL_SETTINGS = tuple(
+    name for name in OPTIONS if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests")
+)
+"""Those that mean something without Ray and without others who ask."""
 
 LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template")
 
@@ -60,18 +62,11 @@ def batch(
         typer.Option(
             help="Answer in this process, without a server: 'demo', a directory or a hub name.",
             rich_help_panel=PIPELINE_PANEL,
+            metavar="MODEL",
         ),
     ] = None,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What requests call the model; again for an alias.", rich_help_panel=PIPELINE_PANEL, metavar="NAME"
-        ),
-    ] = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(help="Jinja template for conversations.", rich_help_panel=PIPELINE_PANEL, metavar="FILE"),
-    ] = None,
+    served_model_name: ServedModelName = None,
+    chat_template: ChatTemplate = None,
     *,
     settings: Settings,
 ) -> None:
@@ -127,7 +122,6 @@ def _by_model(
 ) -> AbstractAsyncContextManager[Answerer]:
     from gptj_dist.cli.batch_local import answering_here
 
-    print(f"Loading {config.model} ...", file=sys.stderr)
     return answering_here(config, tuple(names or ()), chat_template)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import pydantic_core
 
@@ -24,7 +24,8 @@ from gptj_dist.errors import ConfigurationError, GPTJDistError
 
 JsonObject = dict[str, Any]
 
-URLS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+Url = Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
+URLS: tuple[Url, ...] = get_args(Url)
 FIELDS = ("custom_id", "method", "url", "body")
 MAX_SHOWN_PROBLEMS = 10
 _LINE_BEGIN = b'{"id": "batch_req_'
@@ -40,7 +41,7 @@ class BatchRequest:
     """
 
     custom_id: str
-    url: str
+    url: Url
     body: JsonObject
 
 

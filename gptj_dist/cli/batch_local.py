@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from gptj_dist.cli.batch_files import Answer, BatchRequest, JsonObject, respond
+from gptj_dist.cli import batch_files
+from gptj_dist.cli.batch_files import BatchRequest, JsonObject, respond
 from gptj_dist.config import PipelineConfig
-from gptj_dist.errors import ConfigurationError, GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.serving.answer import Answer
+from gptj_dist.serving.embedding import EmbeddingAnswer
 from gptj_dist.serving.errors import error_response
 from gptj_dist.serving.local import serve_in_process
 from gptj_dist.serving.schema.base import parse_body
@@ -27,31 +31,31 @@ class LocalAnswerer:
     def __init__(self, texts: TextService) -> None:
         self._texts = texts
 
-    async def answer(self, request: BatchRequest) -> Answer:
+    async def answer(self, request: BatchRequest) -> batch_files.Answer:
         """What a server would answer.
 
         Raises:
-            StageFailedError: the model failed.
-            ConfigurationError: nothing is served at the request's url.
+            NotReadyError, StageFailedError: the model failed.
         """
         request_id = uuid.uuid4().hex
         try:
             return respond(request, 200, await self._answer(request, request_id), request_id)
-        except (ConfigurationError, NotReadyError, StageFailedError):
+        except (NotReadyError, StageFailedError):
             raise
         except GPTJDistError as error:
             return respond(request, *error_response(error), request_id)
 
     async def _answer(self, request: BatchRequest, request_id: str) -> JsonObject:
         body = json.dumps(request.body).encode()
+        answer: Answer | EmbeddingAnswer
         match request.url:
             case "/v1/completions":
-                return await (await self._texts.complete(parse_body(body, CompletionRequest), request_id)).whole()
+                answer = await self._texts.complete(parse_body(body, CompletionRequest), request_id)
             case "/v1/chat/completions":
-                return await (await self._texts.chat(parse_body(body, ChatRequest), request_id)).whole()
+                answer = await self._texts.chat(parse_body(body, ChatRequest), request_id)
             case "/v1/embeddings":
-                return await (await self._texts.embed(parse_body(body, EmbeddingRequest), request_id)).whole()
-        raise ConfigurationError(f"{request.url} is not served")
+                answer = await self._texts.embed(parse_body(body, EmbeddingRequest), request_id)
+        return await answer.whole()
 
 
 @asynccontextmanager
@@ -66,6 +70,7 @@ async def answering_here(
     Raises:
         ConfigurationError: the settings, the template or the checkpoint will not do.
     """
+    print(f"Loading {config.model} ...", file=sys.stderr)
     template = None if chat_template is None else read_template(chat_template)
     async with serve_in_process(AppConfig(config, served_model_names=names, chat_template=template)) as texts:
         yield LocalAnswerer(texts)

@@ -47,6 +47,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 """By the verb's name."""
 
 
-def examples_of(verb: str) -> str:
+def examples_of(verb: str) -> str | None:
     """The end of a verb's help."""
-    return "\n".join(["Examples:", *(f"  {line}" for line in EXAMPLES[verb])])
+    return "\n".join(["Examples:", *EXAMPLES[verb]]) if verb in EXAMPLES else None

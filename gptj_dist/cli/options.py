@@ -49,10 +49,16 @@ KVCacheGB: TypeAlias = Annotated[
     str, _setting("KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.", "GB")
 ]
 MaxBatchSize: TypeAlias = Annotated[int, _setting("Most requests that run at once; more wait.")]
+MaxQueuedRequests: TypeAlias = Annotated[int, _setting("Most requests that wait in a pipeline; more are refused.")]
 Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="NAME")]
+ServedModelName: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="What clients call the model; again for an alias.", metavar="NAME")
+]
+ChatTemplate: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Jinja template that makes conversations prompts.", metavar="FILE")
+]
 Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen at.")]
 Port: TypeAlias = Annotated[int, typer.Option(help="Port to listen at.")]
-MaxQueuedRequests: TypeAlias = Annotated[int, typer.Option(help="Most requests that wait; more are refused.")]
 Trace: TypeAlias = Annotated[
     Path | None,
     typer.Option(

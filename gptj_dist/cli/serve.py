@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.cli.options import DEFAULT_APP_NAME, DEFAULT_HOST, DEFAULT_PORT, Host, Model, Port, Trace
+from gptj_dist.cli.options import (
+    DEFAULT_APP_NAME,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    ChatTemplate,
+    Host,
+    Model,
+    Port,
+    ServedModelName,
+    Trace,
+)
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
@@ -26,9 +36,7 @@ def serve(
     replicas: Annotated[int | None, typer.Option(help="Number of pipelines.")] = None,
     min_replicas: Annotated[int | None, typer.Option(help="Fewest pipelines, when scaling by load.")] = None,
     max_replicas: Annotated[int | None, typer.Option(help="Most pipelines, when scaling by load.")] = None,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the model; again for an alias.")
-    ] = None,
+    served_model_name: ServedModelName = None,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
     api_key: Annotated[
@@ -43,9 +51,7 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Web page that browsers may call from; again for another.")
     ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Jinja template that makes conversations prompts.")
-    ] = None,
+    chat_template: ChatTemplate = None,
     moderation: Annotated[
         str | None, typer.Option(metavar="MODULE:CALLABLE", help="Asked whether prompts and answers may pass.")
     ] = None,

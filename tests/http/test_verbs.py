@@ -93,6 +93,7 @@ def write_requests(path: Path) -> Path:
         ("/v1/completions", {"prompt": "x", "max_tokens": 10_000}),
         ("/v1/completions", {"prompt": ["one", "two"], "n": 2, "best_of": 3, "seed": 1, "echo": True}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "seed": 1}),
+        ("/v1/embeddings", {"input": ["one", "two"]}),
     ]
     lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, (url, body) in enumerate(bodies)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -120,7 +121,7 @@ def test_a_batch_is_answered_in_process_exactly_as_by_a_server(server: Server, t
         "batch", requests, tmp_path / "here", "--model", "demo", "--kv-cache-gb", "0.5", "--chat-template", template
     )
     assert (by_server.returncode, here.returncode) == (1, 1)
-    assert "2 of 24 requests failed" in by_server.stderr
+    assert "2 of 25 requests failed" in by_server.stderr
     assert [answers_in(tmp_path / "served")[name]["status"] for name in ("19", "20", "21", "22", "23")] == [
         200,
         400,
