@@ -1,0 +1,213 @@
+"""What every field does of chat, of messages, of tokens and of embeddings."""
+
+from __future__ import annotations
+
+import array
+import base64
+from typing import Any
+
+import pytest
+
+from gptj_dist.serving.schema.chat import ChatRequest, Message, TextPart
+from gptj_dist.serving.schema.completions import CompletionRequest
+from gptj_dist.serving.schema.sampling import StreamOptions
+from gptj_dist.serving.schema.tokens import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from tests.http.field_checks_text import of_stream_options
+from tests.http.fields import (
+    PROMPT,
+    Face,
+    check,
+    choice,
+    complete,
+    post,
+    prompt_of,
+    refuses_another_model,
+    tokenizer,
+)
+
+
+@check(ChatRequest)
+def of_messages(face: Face) -> None:
+    said = [{"role": "user", "content": "The state of"}, {"role": "assistant", "content": " the Union is"}]
+    assert choice(face, messages=said)["text"] == choice(face)["text"]
+
+
+@check(ChatRequest)
+def of_max_tokens_(face: Face) -> None:
+    assert complete(face, max_tokens=5)["usage"]["completion_tokens"] == 5
+
+
+@check(ChatRequest)
+def of_max_completion_tokens(face: Face) -> None:
+    assert complete(face, max_tokens=None, max_completion_tokens=5)["usage"]["completion_tokens"] == 5
+
+
+@check(ChatRequest)
+def of_logprobs_(face: Face) -> None:
+    told = choice(face, logprobs=True, return_token_ids=True)["logprobs"]["content"]
+    as_text = choice(Face(face.server, CompletionRequest), logprobs=0)["logprobs"]
+    assert [token["logprob"] for token in told] == as_text["token_logprobs"]
+    assert [token["token"] for token in told] == as_text["tokens"]
+    assert all(token["top_logprobs"] == [] for token in told)
+    assert choice(face)["logprobs"] is None
+
+
+@check(ChatRequest)
+def of_top_logprobs(face: Face) -> None:
+    for token in choice(face, logprobs=True, top_logprobs=3)["logprobs"]["content"]:
+        assert len(token["top_logprobs"]) == 3
+        assert token["top_logprobs"][0]["logprob"] == token["logprob"]  # it is greedy
+        assert bytes(token["bytes"]).decode("utf-8", "replace") == token["token"]
+
+
+@check(ChatRequest)
+def of_chat_template_kwargs(face: Face) -> None:
+    prefixed = choice(face, prompt="state", chat_template_kwargs={"prefix": "The "}, return_token_ids=True)
+    assert tokenizer().decode(prefixed["prompt_token_ids"]) == "The state"
+
+
+@check(ChatRequest)
+def of_add_generation_prompt(face: Face) -> None:
+    begun = {"chat_template_kwargs": {"suffix": " is"}, "prompt": "It", "return_token_ids": True}
+    for wanted, prompt in ((None, "It is"), (True, "It is"), (False, "It")):
+        told = choice(face, **begun, add_generation_prompt=wanted)
+        assert tokenizer().decode(told["prompt_token_ids"]) == prompt
+
+
+@check(ChatRequest)
+def of_continue_final_message(face: Face) -> None:
+    begun = {"chat_template_kwargs": {"suffix": " is"}, "prompt": "It", "return_token_ids": True}
+    told = choice(face, **begun, continue_final_message=True)
+    assert tokenizer().decode(told["prompt_token_ids"]) == "It"
+
+
+@check(Message)
+def of_role(face: Face) -> None:
+    assert prompt_of(face, {"role": "system", "content": "Be brief."}) == "(Be brief.) "
+
+
+@check(Message)
+def of_content(face: Face) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert prompt_of(face, {"role": "user", "content": parts}) == "Hello"
+    assert prompt_of(face, {"role": "user", "content": "Hello"}) == "Hello"
+
+
+@check(Message)
+def of_name(face: Face) -> None:
+    assert prompt_of(face, {"role": "user", "content": ": hi", "name": "ann"}) == "ann: hi"
+
+
+@check(TextPart)
+def of_type(face: Face) -> None:
+    image = {"role": "user", "content": [{"type": "image", "text": "x"}]}
+    assert face.server.client.post("/tokenize", json={"messages": [image]}).status_code == 400
+
+
+@check(TextPart)
+def of_text(face: Face) -> None:
+    assert prompt_of(face, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}) == "Hi"
+
+
+@check(StreamOptions)
+def of_include_usage(face: Face) -> None:
+    of_stream_options(Face(face.server, CompletionRequest))
+
+
+@check(TokenizeRequest)
+def of_prompt_(face: Face) -> None:
+    body = post(face, "/tokenize", prompt=PROMPT)
+    assert body == {"count": 6, "max_model_len": 1024, "tokens": tokenizer().encode(PROMPT)}
+
+
+@check(TokenizeRequest)
+def of_messages_(face: Face) -> None:
+    assert prompt_of(face, {"role": "user", "content": PROMPT}) == PROMPT
+
+
+@check(TokenizeRequest)
+def of_return_token_strs(face: Face) -> None:
+    assert "".join(post(face, "/tokenize", prompt=PROMPT, return_token_strs=True)["token_strs"]) == PROMPT
+
+
+@check(TokenizeRequest)
+def of_add_generation_prompt_(face: Face) -> None:
+    said = {"messages": [{"role": "user", "content": "It"}], "chat_template_kwargs": {"suffix": " is"}}
+    texts = [post(face, "/tokenize", **said, add_generation_prompt=wanted)["tokens"] for wanted in (True, False)]
+    assert list(map(tokenizer().decode, texts)) == ["It is", "It"]
+
+
+@check(TokenizeRequest)
+def of_chat_template_kwargs_(face: Face) -> None:
+    of_add_generation_prompt_(face)
+
+
+@check(DetokenizeRequest)
+def of_tokens(face: Face) -> None:
+    assert post(face, "/detokenize", tokens=tokenizer().encode(PROMPT)) == {"prompt": PROMPT}
+
+
+@check(TokenizeRequest)
+def of_model_(face: Face) -> None:
+    refuses_another_model(face, "/tokenize", prompt="x")
+
+
+@check(DetokenizeRequest)
+def of_model__(face: Face) -> None:
+    refuses_another_model(face, "/detokenize", tokens=[5])
+
+
+def embeddings(face: Face, **fields: Any) -> list[list[float]]:
+    return [entry["embedding"] for entry in post(face, "/v1/embeddings", **{"input": PROMPT} | fields)["data"]]
+
+
+@check(EmbeddingRequest)
+def of_input(face: Face) -> None:
+    one, other = embeddings(face, input=[PROMPT, "The whale"])
+    assert len(one) == len(other) == 128
+    assert [one] == embeddings(face, input=tokenizer().encode(PROMPT)) == embeddings(face) != [other]
+    body = post(face, "/v1/embeddings", input=[PROMPT, "The"])
+    assert body["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    assert [entry["index"] for entry in body["data"]] == [0, 1]
+    refused = face.server.client.post("/v1/embeddings", json={"input": "word " * 2000})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+
+
+@check(EmbeddingRequest)
+def of_encoding_format(face: Face) -> None:
+    [encoded] = post(face, "/v1/embeddings", input=PROMPT, encoding_format="base64")["data"]
+    assert array.array("f", base64.b64decode(encoded["embedding"])).tolist() == embeddings(face)[0]
+
+
+@check(EmbeddingRequest)
+def of_pooling(face: Face) -> None:
+    tokens = tokenizer().encode(PROMPT)
+    last = [embeddings(face, input=tokens[: i + 1], pooling="last")[0] for i in range(len(tokens))]
+    mean = [sum(column) / len(tokens) for column in zip(*last, strict=True)]
+    assert embeddings(face, pooling="mean")[0] == pytest.approx(mean, abs=1e-5)
+
+
+@check(EmbeddingRequest)
+def of_layer(face: Face) -> None:
+    layers = [embeddings(face, layer=layer)[0] for layer in (0, 5, 14, 27, 28)]
+    assert len(set(map(tuple, layers))) == 5
+    assert layers[-1] == embeddings(face)[0]
+    refused = face.server.client.post("/v1/embeddings", json={"input": PROMPT, "layer": 29})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "layer")
+
+
+@check(EmbeddingRequest)
+def of_priority_(face: Face) -> None:
+    assert embeddings(face, priority=-5) == embeddings(face)
+    refused = face.server.client.post("/v1/embeddings", json={"input": PROMPT, "priority": 2**31})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "priority")
+
+
+@check(EmbeddingRequest)
+def of_user_(face: Face) -> None:
+    assert embeddings(face, user="somebody") == embeddings(face)  # it goes to the log only
+
+
+@check(EmbeddingRequest)
+def of_model___(face: Face) -> None:
+    refuses_another_model(face, "/v1/embeddings", input="x")

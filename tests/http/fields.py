@@ -1,0 +1,113 @@
+"""What the checks of fields are made with: an endpoint seen as one that continues a text, and their register."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from gptj_dist.serving.schema.base import Body
+from gptj_dist.serving.schema.chat import ChatRequest
+from gptj_dist.text.tokenizer import Tokenizer
+from tests.http.server import Server
+from tests.http.test_completions import stream_events
+
+PROMPT = "The state of the Union is"
+GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Face:
+    """An endpoint that continues texts; with the template of this test, chat and completions give the same."""
+
+    server: Server
+    body: type[Body]
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.body is ChatRequest else "/v1/completions"
+
+    def fields(self, fields: dict[str, Any]) -> dict[str, Any]:
+        fields = GREEDY | {"prompt": PROMPT} | fields
+        if self.body is not ChatRequest:
+            return fields
+        prompt = fields.pop("prompt")
+        return {"messages": [{"role": "user", "content": prompt}]} | fields
+
+    def post(self, **fields: Any) -> httpx.Response:
+        return self.server.client.post(self.path, json=self.fields(fields))
+
+
+Check = Callable[[Face], None]
+CHECKS: dict[tuple[type[Body], str], Check] = {}
+BATCH_SIZE = 8
+"""Requests that run at once: few, so that a queue is made with few."""
+
+
+def check(body: type[Body]) -> Callable[[Check], Check]:
+    """Registers the check of the body's field that the function is named after."""
+
+    def register(function: Check) -> Check:
+        CHECKS[body, function.__name__.removeprefix("of_").rstrip("_")] = function
+        return function
+
+    return register
+
+
+def checks_of(body: type[Body]) -> dict[str, Check]:
+    """The checks of a body's own fields and of those that it shares."""
+    return {field: check for base in reversed(body.__mro__) for (of, field), check in CHECKS.items() if of is base}
+
+
+def complete(face: Face, **fields: Any) -> dict[str, Any]:
+    """The body of a greedy completion."""
+    response = face.post(**fields)
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    for entry in body["choices"]:
+        if "message" in entry:
+            entry["text"] = entry.pop("message")["content"]
+    return body
+
+
+def choice(face: Face, **fields: Any) -> dict[str, Any]:
+    """The first choice of a greedy completion."""
+    first: dict[str, Any] = complete(face, **fields)["choices"][0]
+    return first
+
+
+def ids(face: Face, **fields: Any) -> list[int]:
+    return list(choice(face, return_token_ids=True, **fields)["token_ids"])
+
+
+def tokenizer() -> Tokenizer:
+    from gptj_dist.checkpoint.hub import resolve_model
+
+    return Tokenizer.load(resolve_model("demo"))
+
+
+def events(face: Face, **fields: Any) -> list[dict[str, Any]]:
+    body = face.fields({"stream": True} | fields)
+    with face.server.client.stream("POST", face.path, json=body) as response:
+        return stream_events(list(response.iter_lines()))
+
+
+def prompt_of(face: Face, message: dict[str, Any]) -> str:
+    """What the template makes of a message."""
+    answer = face.server.client.post("/tokenize", json={"messages": [message]})
+    assert answer.status_code == 200, answer.text
+    return tokenizer().decode(answer.json()["tokens"])
+
+
+def post(face: Face, path: str, **fields: Any) -> dict[str, Any]:
+    answer = face.server.client.post(path, json=fields)
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def refuses_another_model(face: Face, path: str, **fields: Any) -> None:
+    assert face.server.client.post(path, json=fields | {"model": "demo"}).status_code == 200
+    assert face.server.client.post(path, json=fields | {"model": "another"}).status_code == 404
