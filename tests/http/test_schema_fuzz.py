@@ -39,7 +39,7 @@ CHECKS = [
 ]
 OPERATIONS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods]
 WITH_BODY = [(path, method) for path, method in OPERATIONS if "requestBody" in DOCUMENT["paths"][path][method]]
-NUM_EXAMPLES = 40
+NUM_EXAMPLES = 60
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -92,7 +92,8 @@ def fuzz(schema: BaseSchema, operation: tuple[str, str], mode: GenerationMode, c
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=" ".join)
 def test_what_fits_the_description_is_answered_as_it_promises(schema: BaseSchema, operation: tuple[str, str]) -> None:
-    assert fuzz(schema, operation, GenerationMode.POSITIVE, CHECKS)
+    statuses = fuzz(schema, operation, GenerationMode.POSITIVE, CHECKS)
+    assert statuses[404 if "{model}" in operation[0] else 200] > 0
 
 
 @pytest.mark.parametrize("operation", WITH_BODY, ids=" ".join)
@@ -132,7 +133,10 @@ def test_what_is_no_request_at_all_is_refused(server: Server, body: bytes) -> No
 
 PATHS = [
     *((path.replace("{model}", "demo"), method) for path, method in OPERATIONS),
-    *((path, "get") for path in ("/", "/v1", "/no/such/path", "/v1/models/demo/", "/static/../metrics", "//metrics")),
+    *(
+        (path, "get")
+        for path in ("/", "/v1", "/no/such/path", "/v1/models/demo/", "/static/%2e%2e/metrics", "//metrics")
+    ),
     *((path, "post") for path in ("/v1/models", "/v1/embeddings", "/metrics")),
     ("/v1/models", "options"),
     ("/v1/models", "delete"),
@@ -141,7 +145,7 @@ BASIC = base64.b64encode(f"ann:{key_of('ann')}".encode()).decode()
 STRANGERS: dict[str, dict[str, str]] = {
     "no key": {},
     "a wrong key": bearer("nobody"),
-    "an empty key": {"Authorization": "Bearer "},
+    "an empty key": {"Authorization": "Bearer"},
     "no scheme": {"Authorization": key_of("ann")},
     "another scheme": {"Authorization": f"Basic {BASIC}"},
     "a scheme of no name": {"Authorization": f"Token {key_of('ann')}"},
@@ -165,7 +169,8 @@ def test_nothing_is_open_without_the_key(server: Server, stranger: str) -> None:
 def test_with_the_key_everything_is(server: Server) -> None:
     for path, method in PATHS:
         response = server.client.request(method, path, json={"prompt": "x"})
-        assert response.status_code in ((200, 400) if path in DOCUMENT["paths"] else (200, 307, 404, 405)), path
+        is_served = (path.replace("demo", "{model}"), method) in OPERATIONS
+        assert response.status_code in ((200, 400) if is_served else (307, 404, 405)), (path, method)
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer  "])
