@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import sys
 from pathlib import Path
@@ -98,12 +99,12 @@ def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], s
     """The keys that open the server, one of them for its launcher; and that one.
 
     Raises:
-        ConfigurationError: a key is empty, or the file will not do.
+        ConfigurationError: no header can hold the key, or the file will not do.
     """
     from gptj_dist.serving.keys import ApiKey, hash_key, new_key, read_keys
 
-    if api_key == "":
-        raise ConfigurationError("--api-key must not be empty")
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise ConfigurationError("an API key is one or more ASCII letters, digits or signs, without spaces")
     named = () if file is None else read_keys(file)
     single = () if api_key is None else (ApiKey("api-key", hash_key(api_key)),)
     if not named and not single:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from dataclasses import dataclass
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from gptj_dist.serving.sockets import listen_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,7 @@ class Listener:
     """
 
     def __init__(self, app: ASGIApp, address: Address, drain_s: float) -> None:
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        listening = socket.create_server((address.host, address.port), family=family)
+        listening = listen_at(address.host, address.port)
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # whatever goes wrong is logged where it does
         config = uvicorn.Config(
             app,

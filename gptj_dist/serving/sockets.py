@@ -1,4 +1,4 @@
-"""Tries out TCP addresses. Stdlib only."""
+"""Listens at TCP addresses, and tries them out. Stdlib only."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import ipaddress
 import socket
 
 
+def listen_at(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises OSError."""
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
 def why_not_listen(host: str, port: int) -> str | None:
     """Why nobody can listen there now, or None if one can."""
     try:
-        socket.create_server((host, port)).close()
+        listen_at(host, port).close()
     except OSError as error:
         return f"cannot listen at {host}:{port}: {error.strerror}"
     except OverflowError:

@@ -88,8 +88,8 @@ def local_ray(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def serve_http(has_proxy: bool = True) -> Iterator[Server]:
-    """A Serve on the connected Ray, without an application yet."""
+def serve_http(has_proxy: bool = True, api_key: str | None = None) -> Iterator[Server]:
+    """A Serve on the connected Ray, without an application yet; its client shows the key."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -99,8 +99,9 @@ def serve_http(has_proxy: bool = True) -> Iterator[Server]:
     else:
         serve.start(proxy_location="Disabled")
     base = f"http://{listen.host}:{listen.port}"
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
-        with httpx.Client(base_url=base, timeout=60) as client:
+        with httpx.Client(base_url=base, timeout=60, headers=headers) as client:
             yield Server(base, client, None if has_proxy else listen)
     finally:
         serve.shutdown()
@@ -108,10 +109,14 @@ def serve_http(has_proxy: bool = True) -> Iterator[Server]:
 
 @contextmanager
 def serving(
-    args: Mapping[str, Any], scaling: Mapping[str, Any] | None = None, num_cpus: int = 4, has_proxy: bool = False
+    args: Mapping[str, Any],
+    scaling: Mapping[str, Any] | None = None,
+    num_cpus: int = 4,
+    has_proxy: bool = False,
+    api_key: str | None = None,
 ) -> Iterator[Server]:
-    """An application of these settings, ready, on a Ray of its own."""
-    with local_ray(num_cpus), serve_http(has_proxy) as server:
+    """An application of these settings, ready, on a Ray of its own; its client shows the key."""
+    with local_ray(num_cpus), serve_http(has_proxy, api_key) as server:
         deploy(args, scaling, server.listen)
         wait_until(server.is_ready, "the server is ready")
         yield server

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from gptj_dist import LLM, SamplingParams
@@ -30,10 +29,6 @@ def server() -> Iterator[Server]:
 def llm() -> Iterator[LLM]:
     with LLM("demo", device="cpu", dtype="float32") as llm:
         yield llm
-
-
-def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.base}/v1", api_key="none", max_retries=0)
 
 
 def stream_events(lines: list[str]) -> list[dict[str, Any]]:
@@ -85,14 +80,6 @@ def test_every_form_of_prompt_is_taken(server: Server, llm: LLM) -> None:
 
 def test_an_empty_prompt_stands_for_end_of_text(server: Server) -> None:
     assert server.complete(prompt="", max_tokens=4)["usage"]["prompt_tokens"] == 1
-
-
-def test_openais_client_works(server: Server) -> None:
-    client = client_of(server)
-    assert [model.id for model in client.models.list()] == ["demo"]
-    whole = client.completions.create(model="demo", prompt=PROMPT, max_tokens=12, seed=1)
-    chunks = list(client.completions.create(model="demo", prompt=PROMPT, max_tokens=12, seed=1, stream=True))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
 
 
 def test_thirty_two_concurrent_streams_finish_with_the_same_text_as_alone(server: Server) -> None:

@@ -1,0 +1,30 @@
+"""API keys of servers under test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from gptj_dist.serving.keys import hash_key
+
+
+def write_keys(path: Path, **limits: dict[str, int]) -> str:
+    """Writes a file of keys, as `api_keys` takes it, and gives its path.
+
+    Args:
+        limits: by name of a key; the key itself is `key_of` the name.
+    """
+    entries = [{"name": name, "sha256": hash_key(key_of(name)), **limit} for name, limit in limits.items()]
+    path.write_text(yaml.safe_dump({"keys": entries}))
+    return str(path)
+
+
+def key_of(name: str) -> str:
+    """The key that a test gives this name."""
+    return f"secret of {name}"
+
+
+def bearer(name: str) -> dict[str, str]:
+    """The header that shows the key."""
+    return {"Authorization": f"Bearer {key_of(name)}"}
