@@ -79,6 +79,47 @@ def test_presence_and_frequency_count_the_output_only() -> None:
     torch.testing.assert_close(ours(replace(NONE, frequency_penalty=0.25, presence_penalty=1.5)), expected)
 
 
+def test_all_together_come_in_the_stated_order() -> None:
+    """What is ruled out, then biases, then penalties; transformers' processors are called in that order."""
+    allowed = (3, 5, 6, 9, 20, 30)
+    processors = [
+        SuppressTokensLogitsProcessor([id_ for id_ in range(VOCAB_SIZE) if id_ not in allowed], "cpu"),
+        NoBadWordsLogitsProcessor([[9, 6], [20]], eos_token_id=EOS),
+        SequenceBiasLogitsProcessor([[[3], 4.0], [[9], -6.0], [[30], 2.0]]),
+        RepetitionPenaltyLogitsProcessor(1.4),
+    ]
+    expected = logits_of()[None]
+    for processor in processors:
+        expected = processor(torch.tensor([HISTORY]), expected)
+    for token_id, count in ((3, 1), (9, 3), (11, 1)):
+        expected[0, token_id] -= 0.25 * count - 0.5
+    controls = replace(
+        NONE,
+        allowed_token_ids=allowed,
+        bad_token_ids=((9, 6), (20,)),
+        logit_bias=((3, 4.0), (9, -6.0), (30, 2.0)),
+        repetition_penalty=1.4,
+        frequency_penalty=0.25,
+        presence_penalty=-0.5,
+    )
+    torch.testing.assert_close(ours(controls), expected[0])
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(1.0, 0.0), (0.0, 1.0), (-2.0, 0.5)])
+def test_a_repeated_token_comes_as_often_as_its_penalties_leave_it(presence: float, frequency: float) -> None:
+    """Of two tokens with equal logits one has come twice: the sigmoid of what it has lost is its chance."""
+    chance = 1 / (1 + math.exp(presence + 2 * frequency))
+    controls = replace(NONE, num_prompt_tokens=0, presence_penalty=presence, frequency_penalty=frequency)
+    num_draws = 20_000
+    specs = [
+        replace(SPEC, temperature=1.0, position=position, controls=controls, history=(1, 1))
+        for position in range(num_draws)
+    ]
+    drawn = sum(Sampler((), VOCAB_SIZE - 1, torch.device("cpu"))(torch.zeros(num_draws, 2), specs))
+    deviation = math.sqrt(num_draws * chance * (1 - chance))
+    assert abs(drawn - num_draws * chance) < 3.3 * deviation  # a right sampler fails this once in 1,000 times
+
+
 def test_tokens_that_end_a_request_do_not_come_early() -> None:
     controls = replace(NONE, early_ids=(4, 6))
     assert torch.equal(ours(controls, may_end=True), logits_of())
