@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-$(TORCH_VERSION)
 DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 
-.PHONY: serve test quick lint bench clean
+.PHONY: serve test quick lint bench eval clean
 
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
@@ -33,6 +33,11 @@ lint: $(DEVELOPMENT)
 
 bench: $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.http
+
+# lm-eval against a server and against transformers; it brings 600 MB of packages, so it is no part of `test`.
+eval: $(DEVELOPMENT)
+	$(PIP) install --quiet --editable ".[eval]"
+	$(BIN)/python -m pytest tests/http/test_lm_eval.py
 
 clean:
 	rm -rf $(VENV)
