@@ -163,6 +163,14 @@ def test_the_request_id_comes_once_and_is_the_bodys(server: Server, stream: bool
     assert {answer["id"] for answer in answers} == {f"cmpl-{told}"}
 
 
+@pytest.mark.parametrize("given", ["two words", "x" * 129])
+def test_a_request_id_that_will_not_do_is_taken_by_serves_proxy_alone(server: Server, given: str) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 1}
+    response = server.client.post("/v1/completions", json=body, headers={"x-request-id": given})
+    assert response.headers.get_list("x-request-id") == [given]
+    assert response.json()["id"].removeprefix("cmpl-").isalnum()
+
+
 def test_refusals_have_a_request_id_too(server: Server) -> None:
     for path, headers in (("/v1/completions", bearer("free")), ("/v1/models", {}), ("/no/such/path", bearer("free"))):
         response = httpx.get(server.base + path, headers=headers | {"x-request-id": "job-8"})

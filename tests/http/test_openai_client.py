@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
-from gptj_dist.errors import NotReadyError
-from gptj_dist.serving.errors import error_response, response_headers
+from tests.http.front import Front, fronted
 from tests.http.keys import key_of, write_keys
 from tests.http.server import Server, serving
 from tests.waiting import wait_until
@@ -290,69 +284,12 @@ def test_a_key_that_is_used_up_is_a_rate_limit_error(client: openai.OpenAI) -> N
 # Retries
 
 
-@dataclass
-class Front:
-    """A server in front of another, that first says so many times what ours says while the model loads.
-
-    Attributes:
-        num_calls: that reached it.
-    """
-
-    behind: str
-    num_refusals: int
-    num_calls: int = 0
-    base: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def answer(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
-        with self.lock:
-            self.num_calls += 1
-            is_refused = self.num_calls <= self.num_refusals
-        if is_refused:
-            error = NotReadyError("the model is still loading; try again shortly")
-            status, refusal = error_response(error)
-            retry_soon = dict.fromkeys(response_headers(error), "0.01")
-            return status, json.dumps(refusal).encode(), retry_soon
-        response = httpx.post(self.behind + path, content=body, headers=headers, timeout=60)
-        told = {name: value for name, value in response.headers.items() if name in ("x-should-retry", "retry-after")}
-        return response.status_code, response.content, told
-
-
-@contextmanager
-def fronted(server: Server, num_refusals: int) -> Iterator[Front]:
-    front = Front(server.base, num_refusals)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            status, answer, headers = front.answer(
-                self.path, body, {"authorization": self.headers["authorization"], "content-type": "application/json"}
-            )
-            self.send_response(status)
-            for name, value in {**headers, "content-type": "application/json"}.items():
-                self.send_header(name, value)
-            self.send_header("content-length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        front.base = f"http://127.0.0.1:{http.server_port}"
-        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-        thread.start()
-        yield front
-        http.shutdown()
-        thread.join()
-
-
 def client_of(front: Front, max_retries: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{front.base}/v1", api_key=key_of("ann"), max_retries=max_retries)
 
 
 def test_a_client_waits_out_a_server_that_is_loading(server: Server) -> None:
-    with fronted(server, num_refusals=2) as front, client_of(front, max_retries=2) as client:
+    with fronted(server.base, num_refusals=2) as front, client_of(front, max_retries=2) as client:
         raw = client.completions.with_raw_response.create(model="demo", prompt=PROMPT, max_tokens=3)
         assert raw.retries_taken == 2
         assert raw.parse().choices
@@ -360,7 +297,7 @@ def test_a_client_waits_out_a_server_that_is_loading(server: Server) -> None:
 
 
 def test_a_client_that_gives_up_hears_why(server: Server) -> None:
-    with fronted(server, num_refusals=9) as front, client_of(front, max_retries=1) as client:
+    with fronted(server.base, num_refusals=9) as front, client_of(front, max_retries=1) as client:
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model="demo", prompt=PROMPT)
         assert (caught.value.status_code, caught.value.code) == (503, "not_ready")
@@ -368,7 +305,7 @@ def test_a_client_that_gives_up_hears_why(server: Server) -> None:
 
 
 def test_what_would_fail_again_is_not_tried_again(server: Server) -> None:
-    with fronted(server, num_refusals=0) as front, client_of(front, max_retries=2) as client:
+    with fronted(server.base, num_refusals=0) as front, client_of(front, max_retries=2) as client:
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model="demo", prompt=PROMPT, **UNENDING | {"extra_body": {"timeout_s": 0.05}})
         assert caught.value.status_code == 408
