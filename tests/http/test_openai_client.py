@@ -170,6 +170,17 @@ def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
     assert len(second.token_logprobs) == 10
 
 
+def test_embeddings_are_the_same_as_numbers_and_in_base64(client: openai.OpenAI) -> None:
+    texts = ["The whale", "Call me Ishmael."]
+    as_base64 = client.embeddings.create(model="demo", input=texts)  # what the client asks for by itself
+    as_numbers = client.embeddings.create(model="demo", input=texts, encoding_format="float")
+    vectors = [entry.embedding for entry in as_base64.data]
+    assert vectors == [entry.embedding for entry in as_numbers.data]
+    assert [len(vector) for vector in vectors] == [128, 128]
+    assert vectors[0] != vectors[1]
+    assert as_base64.usage.prompt_tokens == as_base64.usage.total_tokens > 2
+
+
 def test_vllms_fields_travel_in_extra_body(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="demo", prompt=PROMPT, max_tokens=5, extra_body={"allowed_token_ids": [300], "return_token_ids": True}
