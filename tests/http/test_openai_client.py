@@ -172,7 +172,8 @@ def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
 
 def test_embeddings_are_the_same_as_numbers_and_in_base64(client: openai.OpenAI) -> None:
     texts = ["The whale", "Call me Ishmael."]
-    as_base64 = client.embeddings.create(model="demo", input=texts)  # what the client asks for by itself
+    # The client asks for base64 by itself, and its strict mode looks at it before it is decoded.
+    as_base64 = lenient(client).embeddings.create(model="demo", input=texts)
     as_numbers = client.embeddings.create(model="demo", input=texts, encoding_format="float")
     vectors = [entry.embedding for entry in as_base64.data]
     assert vectors == [entry.embedding for entry in as_numbers.data]
