@@ -66,13 +66,12 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in logs.")] = False,
 ) -> None:
     """Serve a model over HTTP as a pipeline of stages, until Ctrl-C."""
-    config = PipelineConfig(model, **settings)
     scaling = _scaling(replicas, min_replicas, max_replicas)
     from gptj_dist.stages.blueprint import draw_blueprint
     from gptj_dist.stages.trace import check_trace_path
 
     check_trace_path(trace)
-    config = draw_blueprint(config).config  # whatever is wrong with the model is said before Ray starts
+    config = draw_blueprint(PipelineConfig(model, **settings)).config  # what is wrong with it is said before Ray starts
     from gptj_dist.serving.launcher import Launch, run_until_interrupted
     from gptj_dist.serving.listener import Address
     from gptj_dist.serving.settings import AppConfig, read_template
@@ -90,9 +89,8 @@ def serve(
         log_prompts=log_prompts,
     )
     listen = Address(host, port, *_tls(tls_cert, tls_key))
-    run_until_interrupted(
-        Launch(app, scaling, listen, address, trace, name, route_prefix, launcher_key, is_open=insecure)
-    )
+    launch = Launch(app, scaling, listen, address, trace, name, route_prefix, launcher_key, is_open=insecure)
+    run_until_interrupted(launch)
 
 
 def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], str | None]:
