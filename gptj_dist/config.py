@@ -11,7 +11,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from gptj_dist.errors import CheckpointError, ConfigurationError
 
@@ -144,6 +144,11 @@ class LayerRange:
     num_stages: int
     start: int
     stop: int
+
+    @classmethod
+    def whole(cls, num_layers: int) -> Self:
+        """All layers, as the one stage of a pipeline."""
+        return cls(0, 1, 0, num_layers)
 
     @property
     def num_layers(self) -> int:

@@ -14,8 +14,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from gptj_dist.answers.completion import TextDelta, stream_text, whole
 from gptj_dist.checkpoint.hub import resolve_model
-from gptj_dist.completion import TextDelta, stream_text, whole
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.mailbox import Delta
@@ -29,7 +29,7 @@ from gptj_dist.stages.trace import TraceFile, TracePart
 from gptj_dist.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Prompt = str | Sequence[int]
+PromptInput = str | Sequence[int]
 
 _CLOSED = "the LLM has been closed"
 
@@ -91,7 +91,9 @@ class LLM:
         self._engine = AsyncEngine(self.pipeline.make_scheduler(), self._executor, self.pipeline.limits())
         self._driver = self._run(self._start())
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Output]:
+    def generate(
+        self, prompts: PromptInput | Sequence[PromptInput], params: SamplingParams | None = None
+    ) -> list[Output]:
         """Completes prompts, all at once.
 
         Args:
@@ -105,7 +107,7 @@ class LLM:
         return self._run(self._complete_all(prompt_ids, params))
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], pooling: PoolingKind = "mean", layer: int | None = None
+        self, prompts: PromptInput | Sequence[PromptInput], pooling: PoolingKind = "mean", layer: int | None = None
     ) -> list[tuple[float, ...]]:
         """Embeddings of prompts, each `d_model` float32 numbers: hidden states of the model.
 
@@ -120,7 +122,7 @@ class LLM:
         prompt_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         return self._run(self._embed_all(prompt_ids, params))
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: PromptInput, params: SamplingParams | None = None) -> Iterator[str]:
         """Completes one prompt once, yielding its text as it comes. Closing the iterator cancels."""
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
         pouring = self._submit(self._pour(self._encode(prompt), params or SamplingParams(), pieces))
@@ -160,7 +162,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: PromptInput) -> list[int]:
         if not isinstance(prompt, str) and not all(type(token_id) is int for token_id in prompt):
             raise InvalidRequestError("a prompt is a text or a list of token ids, which are whole numbers", "prompt")
         return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.eos_token_id)
@@ -233,7 +235,7 @@ def _completion(all_: TextDelta) -> Completion:
     return Completion(all_.text, all_.token_ids, all_.finish_reason, all_.logprobs)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
     if isinstance(prompts, str):
         return [prompts]
     ids = [item for item in prompts if isinstance(item, int)]

@@ -1,4 +1,4 @@
-"""How sizes are spelled for people. Stdlib only."""
+"""How sizes are divided, and how people read them. Stdlib only."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ def bytes_text(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.1f} GB"
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """The quotient, rounded up."""
+    return -(-numerator // denominator)

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from gptj_dist.serving.launcher import LOCAL_RAY_ENVIRONMENT
+from gptj_dist.operate.launcher import LOCAL_RAY_ENVIRONMENT
 
 os.environ.update(LOCAL_RAY_ENVIRONMENT)
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -321,7 +321,7 @@ def _has_infinity(values: torch.Tensor) -> bool:
 
 
 def _whole(config: ModelConfig) -> LayerRange:
-    return LayerRange(0, 1, 0, config.num_layers)
+    return LayerRange.whole(config.num_layers)
 
 
 def _file_bytes(content: Layout | bytes) -> int:

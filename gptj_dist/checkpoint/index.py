@@ -108,7 +108,7 @@ def check_checkpoint(directory: Path, config: ModelConfig) -> None:
         CheckpointError: names every tensor that is missing, unexpected, of another shape or of an unreadable dtype.
     """
     index = CheckpointIndex(directory)
-    check_tensors(directory, config, LayerRange(0, 1, 0, config.num_layers), index.headers(index.file_of))
+    check_tensors(directory, config, LayerRange.whole(config.num_layers), index.headers(index.file_of))
 
 
 def check_tensors(directory: Path, config: ModelConfig, layers: LayerRange, found: Mapping[str, TensorHeader]) -> None:

@@ -170,7 +170,7 @@ def _weight_bytes(weights: Mapping[str, TensorHeader], beginnings: Sequence[str]
 
 
 def _whole(config: ModelConfig) -> LayerRange:
-    return LayerRange(0, 1, 0, config.num_layers)
+    return LayerRange.whole(config.num_layers)
 
 
 def _listing(names: Sequence[str]) -> str:

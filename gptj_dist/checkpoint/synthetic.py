@@ -104,7 +104,7 @@ def hf_config(config: ModelConfig, init_std: float = 0.02) -> dict[str, Any]:
 
 def _layout(config: ModelConfig, legacy_buffers: bool) -> Layout:
     code = CODE_OF[config.dtype]
-    whole_model = LayerRange(0, 1, 0, config.num_layers)
+    whole_model = LayerRange.whole(config.num_layers)
     layout: Layout = {name: (code, shape) for name, shape in expected_tensors(config, whole_model).items()}
     if legacy_buffers:
         mask_shape = (1, 1, config.context_length, config.context_length)

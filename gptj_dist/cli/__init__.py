@@ -8,22 +8,22 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from gptj_dist.cli.batch import batch
-from gptj_dist.cli.chat import chat
-from gptj_dist.cli.complete import complete
-from gptj_dist.cli.convert import convert
-from gptj_dist.cli.doctor import doctor
-from gptj_dist.cli.download import download
+from gptj_dist.cli.checkpoints.convert import convert
+from gptj_dist.cli.checkpoints.download import download
+from gptj_dist.cli.checkpoints.inspect import inspect
+from gptj_dist.cli.checkpoints.synth import synth
+from gptj_dist.cli.checkpoints.verify import verify
 from gptj_dist.cli.examples import examples_of
-from gptj_dist.cli.generate import generate
-from gptj_dist.cli.inspect import inspect
-from gptj_dist.cli.key import key
-from gptj_dist.cli.plan import plan
-from gptj_dist.cli.serve import serve
-from gptj_dist.cli.status import status
-from gptj_dist.cli.synth import synth
-from gptj_dist.cli.top import top
-from gptj_dist.cli.verify import verify
+from gptj_dist.cli.server.doctor import doctor
+from gptj_dist.cli.server.key import key
+from gptj_dist.cli.server.plan import plan
+from gptj_dist.cli.server.serve import serve
+from gptj_dist.cli.server.status import status
+from gptj_dist.cli.server.top import top
+from gptj_dist.cli.text.batch import batch
+from gptj_dist.cli.text.chat import chat
+from gptj_dist.cli.text.complete import complete
+from gptj_dist.cli.text.generate import generate
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
 
 VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {

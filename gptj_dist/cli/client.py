@@ -11,15 +11,14 @@ import ssl
 from collections.abc import Generator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from urllib.parse import urlsplit
 
 import httpx
 
 from gptj_dist.cli.events import read_events
 from gptj_dist.errors import ConfigurationError, ServerError
-
-JsonObject = dict[str, Any]
+from gptj_dist.json_types import JsonObject
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -42,7 +41,7 @@ NOT_THROUGH_A_PROXY = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class ServerAddress:
     """Where a server listens, and how it wants to be asked.
 
     Args:
@@ -55,7 +54,7 @@ class Endpoint:
     timeout_s: float
 
     @classmethod
-    def of(cls, url: str, api_key: str | None, timeout_s: float) -> Endpoint:
+    def of(cls, url: str, api_key: str | None, timeout_s: float) -> ServerAddress:
         """What a person gave.
 
         Raises:
@@ -83,7 +82,7 @@ class Server:
         transport: carries the requests; None is the network.
     """
 
-    def __init__(self, endpoint: Endpoint, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, endpoint: ServerAddress, transport: httpx.BaseTransport | None = None) -> None:
         self.base = endpoint.base
         self._timeout_s = endpoint.timeout_s
         self._http = httpx.Client(

@@ -54,12 +54,12 @@ Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or co
 ServedModelName: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="What clients call the model; again for an alias.", metavar="NAME")
 ]
-ChatTemplate: TypeAlias = Annotated[
+TemplateFile: TypeAlias = Annotated[
     Path | None, typer.Option(help="Jinja template that makes conversations prompts.", metavar="FILE")
 ]
 Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen at.")]
 Port: TypeAlias = Annotated[int, typer.Option(help="Port to listen at.")]
-Trace: TypeAlias = Annotated[
+TraceFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", help="Write when each stage computed what, for https://ui.perfetto.dev.", show_default=False

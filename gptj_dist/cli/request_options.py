@@ -13,10 +13,10 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 600.0
 STANDARD_INPUT = "-"
 
-Url: TypeAlias = Annotated[
+ServerUrl: TypeAlias = Annotated[
     str, typer.Option(help="Where the server listens.", envvar="GPTJ_URL", rich_help_panel="Server", metavar="URL")
 ]
-ApiKey: TypeAlias = Annotated[
+KeyOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
         help="The server's key, if it wants one.", envvar="GPTJ_API_KEY", rich_help_panel="Server", metavar="KEY"
@@ -27,7 +27,7 @@ Timeout: TypeAlias = Annotated[
     typer.Option(help="Most seconds of silence.", rich_help_panel="Server", metavar="SECONDS"),
 ]
 
-ServedModel: TypeAlias = Annotated[
+ModelName: TypeAlias = Annotated[
     str | None, typer.Option(help="The model to ask; by default the one that is served.", metavar="NAME")
 ]
 
@@ -39,7 +39,7 @@ TOP_K = typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all."
 MIN_P = typer.Option(help="Drop tokens less likely than this part of the likeliest.")
 
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="Makes the output repeatable.")]
-Stop: TypeAlias = Annotated[
+StopOption: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="Ends the text; may be given several times.", metavar="TEXT")
 ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from gptj_dist.sizes import ceil_div
+
 
 class BlockPool:
     """A fixed number of blocks of `block_size` tokens; each is free or has holders.
@@ -29,7 +31,7 @@ class BlockPool:
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens`."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def take(self, num_blocks: int) -> list[int]:
         """Hands out blocks, the most recently returned first: their memory is warm.

@@ -32,6 +32,7 @@ from gptj_dist.engine.request import FinishReason, Request, run_order
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
 from gptj_dist.params import TokenLogprobs
+from gptj_dist.sizes import ceil_div
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
 """Before the first step only the ratio is assumed."""
@@ -228,7 +229,7 @@ class Scheduler:
             return
         size, num_larger = divmod(len(decoding), num_groups)
         is_larger = sum(group > size for group in groups) < num_larger
-        share = max(1, min(_ceil_div(len(ready), num_groups_free), size + is_larger))
+        share = max(1, min(ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
             if request.is_running:  # one of the share before it may have preempted it
                 self._draft_chunk(draft, request, 1)
@@ -392,7 +393,3 @@ class Scheduler:
         self._released.append(request.request_id)
         request.blocks = []
         request.num_computed = 0
-
-
-def _ceil_div(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptj_dist.model.attention import Attention
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.rotary import RotaryTable
+from gptj_dist.sizes import ceil_div
 
 SCRATCH_REQUEST = -1
 """A request that is always there, for rows that fill up a micro-batch: its only block belongs to nobody."""
@@ -39,7 +40,7 @@ class BlockCache:
         shape = (num_layers, 2, num_blocks + 1, num_heads, block_size, head_dim)
         self._memory = torch.empty(shape, dtype=dtype, device=device)
         self._layers = [(layer[0], layer[1]) for layer in self._memory.unbind()]
-        self._table_width = -(-max_tokens // block_size)
+        self._table_width = ceil_div(max_tokens, block_size)
         self._tables: dict[int, Tensor] = {}
         self._num_blocks_of: dict[int, int] = {}
         self.device = device
@@ -64,7 +65,7 @@ class BlockCache:
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
         """As `KVCache` has it."""
-        num_blocks = -(-num_tokens // self.block_size)
+        num_blocks = ceil_div(num_tokens, self.block_size)
         theirs, ours = self._tables[source_id][:num_blocks], self._tables[request_id][:num_blocks]
         for block_from, block_to in zip(theirs.tolist(), ours.tolist(), strict=True):
             if block_from != block_to:

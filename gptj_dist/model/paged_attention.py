@@ -7,19 +7,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import triton
 from torch import Tensor
 
 from gptj_dist.model import kernels
-from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
 from gptj_dist.model.rotary import RotaryTable
+from gptj_dist.sizes import ceil_div
 
 MAX_SPLITS = 32
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """As many programs at least shall attend for single rows; contexts are split until there are."""
+
+
+class Blocks(Protocol):
+    """What attention reads of a cache in blocks, as `BlockCache` has it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    block_size: int
+    num_heads: int
+    head_dim: int
+
+    def tables(self, request_ids: Sequence[int]) -> Tensor:
+        """The requests' block tables, int32 [requests, blocks]."""
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [blocks, num_heads, block_size, head_dim] each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +58,7 @@ class Grain:
     tile_stages: int
 
     @classmethod
-    def of(cls, cache: BlockCache) -> Grain:
+    def of(cls, cache: Blocks) -> Grain:
         """What suits the cache's device and type."""
         if cache.device.type != "cuda":
             return cls(1, 16, 64, 32, 1, 1)
@@ -66,7 +83,7 @@ class Grain:
         """Shares to cut each row's context into, a power of two, if there are so many rows and heads."""
         if num_programs == 0:
             return 1
-        return min(int(triton.next_power_of_2(-(-self.wanted_programs // num_programs))), MAX_SPLITS)
+        return min(int(triton.next_power_of_2(ceil_div(self.wanted_programs, num_programs))), MAX_SPLITS)
 
 
 class RowIndex:
@@ -89,7 +106,7 @@ class RowIndex:
         )
 
     @classmethod
-    def draw(cls, batch: MicroBatch, cache: BlockCache, tile_rows: int) -> RowIndex:
+    def draw(cls, batch: MicroBatch, cache: Blocks, tile_rows: int) -> RowIndex:
         """The index of a micro-batch, on the host; tiles have up to `tile_rows` rows."""
         lengths = torch.tensor([span.num_tokens for span in batch.spans])
         lone_rows = [span.row for span in batch.spans if span.num_tokens == 1]
@@ -126,7 +143,7 @@ class PagedAttention:
         index: of the micro-batch, on the cache's device, with the tiles of this grain.
     """
 
-    def __init__(self, cache: BlockCache, index: RowIndex, rotary: RotaryTable, grain: Grain) -> None:
+    def __init__(self, cache: Blocks, index: RowIndex, rotary: RotaryTable, grain: Grain) -> None:
         heads, dim = cache.num_heads, cache.head_dim
         num_lone_rows = len(index.lone_rows)
         self._cache, self._index, self._grain = cache, index, grain
@@ -206,7 +223,7 @@ class PagedAttention:
         return torch.empty(shape, dtype=torch.float32, device=self._cache.device)
 
 
-def attend_in_blocks(cache: BlockCache, batch: MicroBatch, rotary: RotaryTable) -> PagedAttention:
+def attend_in_blocks(cache: Blocks, batch: MicroBatch, rotary: RotaryTable) -> PagedAttention:
     """The attention of a micro-batch that is on the host."""
     grain = Grain.of(cache)
     return PagedAttention(cache, RowIndex.draw(batch, cache, grain.tile_rows).to(cache.device), rotary, grain)
@@ -220,4 +237,4 @@ def _tiles(span: Span, tile_rows: int) -> list[tuple[int, int]]:
 
 def _whole_borders(num_elements: int) -> int:
     """Elements of 4 bytes up to the next border of 16."""
-    return -(-num_elements // 4) * 4
+    return ceil_div(num_elements, 4) * 4

@@ -19,6 +19,7 @@ from torch import Tensor
 from gptj_dist.model.attention import Attention
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.rotary import RotaryTable, rotate_
+from gptj_dist.sizes import ceil_div
 
 EXACT_TILE_ROWS = 8
 
@@ -41,7 +42,7 @@ class RegionCache:
     """
 
     def __init__(self, num_layers: int, num_regions: int, max_tokens: int, num_heads: int, head_dim: int) -> None:
-        whole_tiles = -(-max_tokens // EXACT_TILE_ROWS) * EXACT_TILE_ROWS
+        whole_tiles = ceil_div(max_tokens, EXACT_TILE_ROWS) * EXACT_TILE_ROWS
         shape = (num_regions, num_layers, 2, num_heads, whole_tiles, head_dim)
         self._memory = _lazy_memory(4 * math.prod(shape))
         self._regions = torch.frombuffer(self._memory, dtype=torch.float32).view(shape)
@@ -96,7 +97,7 @@ class RegionCache:
         Zeros also keep one request's infinities from ever reaching another through the masked columns of a tile.
         """
         start, stop = region * self._region_bytes, (region + 1) * self._region_bytes
-        first_page, last_page = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        first_page, last_page = ceil_div(start, mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         flat = self._regions[region].view(-1)
         if first_page >= last_page:
             flat.zero_()

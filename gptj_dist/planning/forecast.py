@@ -41,7 +41,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PlannedStage:
     """A stage on a device."""
 
     device: DeviceSpec
@@ -64,7 +64,7 @@ class Stage:
         return math.floor(free * FREE_MEMORY_USED[self.device.kind] / per_token)
 
 
-Pipeline = Sequence[Stage]
+PlannedPipeline = Sequence[PlannedStage]
 """All stages, first to last."""
 
 
@@ -80,12 +80,12 @@ def mixed_step(workload: Workload, num_requests: int) -> Step:
     return (*decode_step(workload, num_requests), Chunks(1, prompt_tokens, context, has_samples=False))
 
 
-def num_kv_tokens(workload: Workload, pipeline: Pipeline) -> int:
+def num_kv_tokens(workload: Workload, pipeline: PlannedPipeline) -> int:
     """Tokens that every stage has room for."""
     return min(stage.num_kv_tokens(workload) for stage in pipeline)
 
 
-def num_running(workload: Workload, pipeline: Pipeline, num_requests: int) -> int:
+def num_running(workload: Workload, pipeline: PlannedPipeline, num_requests: int) -> int:
     """How many of the requests run at once: those whose tokens fit the KV cache, but one at least."""
     return max(1, min(num_requests, num_kv_tokens(workload, pipeline) // workload.context_tokens))
 
@@ -95,19 +95,19 @@ def group_size(num_requests: int, num_stages: int) -> int:
     return math.ceil(num_requests / min(num_requests, num_stages))
 
 
-def decode_tokens_per_s(workload: Workload, pipeline: Pipeline, num_requests: int) -> float:
+def decode_tokens_per_s(workload: Workload, pipeline: PlannedPipeline, num_requests: int) -> float:
     """Tokens a second of all requests together while none has prompt tokens to compute."""
     running = num_running(workload, pipeline, num_requests)
     return _tokens_per_s(workload, pipeline, running, decode_step(workload, group_size(running, len(pipeline))))
 
 
-def mixed_tokens_per_s(workload: Workload, pipeline: Pipeline, num_requests: int) -> float:
+def mixed_tokens_per_s(workload: Workload, pipeline: PlannedPipeline, num_requests: int) -> float:
     """Output tokens a second of all requests together under the assumed traffic."""
     running = num_running(workload, pipeline, num_requests)
     return _tokens_per_s(workload, pipeline, running, mixed_step(workload, group_size(running, len(pipeline))))
 
 
-def first_token_s(workload: Workload, pipeline: Pipeline, num_prompt_tokens: int) -> float:
+def first_token_s(workload: Workload, pipeline: PlannedPipeline, num_prompt_tokens: int) -> float:
     """Seconds from a prompt to its first token on an idle pipeline.
 
     The prompt goes through in chunks: the first fills the pipeline, each further one takes the slowest stage's time.
@@ -122,7 +122,7 @@ def first_token_s(workload: Workload, pipeline: Pipeline, num_prompt_tokens: int
     return sum(last) + (num_chunks - 1) * max(others)
 
 
-def _step_cost(workload: Workload, pipeline: Pipeline) -> StepCost:
+def _step_cost(workload: Workload, pipeline: PlannedPipeline) -> StepCost:
     """What the scheduler will find steps to cost: the line through a small and a large chunk."""
     small, large = (
         max(stage.period_s(workload, (Chunks(1, size, size, has_samples=False),)) for stage in pipeline)
@@ -132,7 +132,7 @@ def _step_cost(workload: Workload, pipeline: Pipeline) -> StepCost:
     return StepCost(max(small - MIN_CHUNK_TOKENS * row_s, row_s), row_s)
 
 
-def limiting_stage(workload: Workload, pipeline: Pipeline, num_requests: int) -> int:
+def limiting_stage(workload: Workload, pipeline: PlannedPipeline, num_requests: int) -> int:
     """Index of the stage that the others wait for under the assumed traffic."""
     running = num_running(workload, pipeline, num_requests)
     step = mixed_step(workload, group_size(running, len(pipeline)))
@@ -140,7 +140,7 @@ def limiting_stage(workload: Workload, pipeline: Pipeline, num_requests: int) ->
     return periods.index(max(periods))
 
 
-def _tokens_per_s(workload: Workload, pipeline: Pipeline, num_requests: int, step: Step) -> float:
+def _tokens_per_s(workload: Workload, pipeline: PlannedPipeline, num_requests: int, step: Step) -> float:
     """Each request gets a token in the time in which the slowest stage serves all micro-batches, or, when those are too
     few to fill the pipeline, in which one goes all the way round."""
     periods = [stage.period_s(workload, step) for stage in pipeline]

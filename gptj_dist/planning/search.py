@@ -22,7 +22,7 @@ from gptj_dist.planning.forecast import (
     CONTEXT_TOKENS,
     FREE_MEMORY_USED,
     RESERVED_BYTES,
-    Stage,
+    PlannedStage,
     Workload,
     group_size,
     mixed_step,
@@ -54,7 +54,7 @@ class _Options:
         return self.first, self.middle, self.last
 
 
-def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[Stage, ...]:
+def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[PlannedStage, ...]:
     """The pipeline with the most output tokens a second under the assumed traffic.
 
     Every stage has room for its weights and for the KV cache of one request of full length. Of pipelines that are
@@ -103,7 +103,7 @@ def gains_of_one_more(workload: Workload, devices: Sequence[DeviceSpec]) -> dict
     }
 
 
-def _candidates(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[tuple[Stage, ...]]:
+def _candidates(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[tuple[PlannedStage, ...]]:
     """The pipeline with the fastest slowest stage, for each number of stages and of requests that there is room for."""
     num_requests = NUM_REQUESTS
     while num_requests:
@@ -116,7 +116,7 @@ def _candidates(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[t
 
 def _fastest(
     workload: Workload, devices: Sequence[DeviceSpec], num_stages: int, num_requests: int
-) -> tuple[Stage, ...] | None:
+) -> tuple[PlannedStage, ...] | None:
     """None if it does not fit."""
     options = {
         device: _options(workload, device, count, num_stages, num_requests)
@@ -131,7 +131,7 @@ def _fastest(
     costs = [options[device].middle for device in chosen]
     costs[0], costs[-1] = options[chosen[0]].first, options[chosen[-1]].last
     ranges = layer_ranges(share_layers(num_layers, costs))
-    return tuple(Stage(device, layers) for device, layers in zip(chosen, ranges, strict=True))
+    return tuple(PlannedStage(device, layers) for device, layers in zip(chosen, ranges, strict=True))
 
 
 def _options(workload: Workload, device: DeviceSpec, num_devices: int, num_stages: int, num_requests: int) -> _Options:
@@ -140,7 +140,9 @@ def _options(workload: Workload, device: DeviceSpec, num_devices: int, num_stage
     num_tokens = max(workload.max_model_len, num_requests * workload.context_tokens)
 
     def costs(place: int) -> StageCosts:
-        stages = [Stage(device, LayerRange(place, num_stages, 0, n + 1)) for n in range(workload.model.num_layers)]
+        stages = [
+            PlannedStage(device, LayerRange(place, num_stages, 0, n + 1)) for n in range(workload.model.num_layers)
+        ]
         fits = takewhile(lambda stage: stage.num_kv_tokens(workload) >= num_tokens, stages)
         return [stage.period_s(workload, step) for stage in fits]
 
@@ -188,7 +190,7 @@ def _why_not(workload: Workload, devices: Sequence[DeviceSpec]) -> str:
 
 
 def _needed_bytes(workload: Workload, devices: Sequence[DeviceSpec]) -> float:
-    whole = LayerRange(0, 1, 0, workload.model.num_layers)
+    whole = LayerRange.whole(workload.model.num_layers)
     kv_bytes = max(
         kv_bytes_per_token(workload.model, whole.num_layers, workload.dtype, kind) / FREE_MEMORY_USED[kind]
         for kind in {device.kind for device in devices}

@@ -11,9 +11,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from gptj_dist.answers.answer import Answer
+from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.errors import NotReadyError, TooManyRequestsError
-from gptj_dist.serving.answer import Answer
-from gptj_dist.serving.embedding import EmbeddingAnswer
 from gptj_dist.serving.keys import ApiKey, Quotas
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 

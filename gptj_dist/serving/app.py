@@ -13,8 +13,8 @@ from ray.serve import Application
 from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.serving.allowances import Accounts
+from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.ingress import Ingress
-from gptj_dist.serving.listener import Address
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages

@@ -6,18 +6,18 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
+from gptj_dist.answers.moderation import load_moderation
+from gptj_dist.answers.service import AnswerService, ServedModel
 from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.allowances import Allowances
-from gptj_dist.serving.endpoints import Endpoints
-from gptj_dist.serving.http_app import make_http_app
-from gptj_dist.serving.listener import Address, Listener
+from gptj_dist.serving.http.application import make_http_app
+from gptj_dist.serving.http.endpoints import Endpoints
+from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.metrics import IngressMetrics
-from gptj_dist.serving.moderation import load_moderation
-from gptj_dist.serving.pipelines import Pipelines
+from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.settings import AppConfig
-from gptj_dist.serving.texts import ServedModel, TextService
 from gptj_dist.stages.actor import log_directory
 
 DRAIN_S = 5.0
@@ -46,10 +46,14 @@ class Ingress:
         name = replica.replica_id.unique_id
         open_log(log_directory(), LogSettings(config.log_format, config.model_names[0], name), "ingress")
         self._metrics = IngressMetrics(name)
-        self._pipelines = Pipelines(pipeline)
+        self._pipelines = PipelineClient(pipeline)
         moderation = None if config.moderation is None else load_moderation(config.moderation)
-        texts = TextService(
-            ServedModel.load(config), self._pipelines, moderation, self._metrics.note_end, config.log_prompts
+        texts = AnswerService(
+            ServedModel.load(config.pipeline, config.model_names, config.chat_template),
+            self._pipelines,
+            moderation,
+            self._metrics.note_end,
+            config.log_prompts,
         )
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)

@@ -7,10 +7,10 @@ import asyncio
 from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.errors import NotReadyError
-from gptj_dist.serving.everyone import ingress_metrics
+from gptj_dist.serving.broadcast import ingress_metrics
 from gptj_dist.serving.metrics import Exposition, IngressMetrics
 from gptj_dist.serving.pipeline import PipelineMetrics
-from gptj_dist.serving.pipelines import Pipelines
+from gptj_dist.serving.pipeline_client import PipelineClient
 
 
 class Scrape:
@@ -22,7 +22,7 @@ class Scrape:
         own: what this ingress counts.
     """
 
-    def __init__(self, model: str, pipelines: Pipelines, ingresses: DeploymentHandle, own: IngressMetrics) -> None:
+    def __init__(self, model: str, pipelines: PipelineClient, ingresses: DeploymentHandle, own: IngressMetrics) -> None:
         self._model = model
         self._pipelines = pipelines
         self._ingresses = ingresses

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from gptj_dist.answers.moderation import load_moderation
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.logs import LogFormat
 from gptj_dist.serving.keys import ApiKey, read_keys
-from gptj_dist.serving.moderation import load_moderation
-from gptj_dist.text.chat import ChatTemplate
+from gptj_dist.text.chat import ChatTemplate, read_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class AppConfig:
         chat_template: Jinja, in place of the checkpoint's.
         api_keys: those that open it; none leaves it open.
         cors_origins: web pages that browsers may call it from.
-        moderation: `module:callable`, as `serving.moderation` has it.
+        moderation: `module:callable`, see `answers.moderation`.
         ingress_replicas: processes that take HTTP.
         log_format: how a line of a log is written.
         log_prompts: whether logs show prompts.
@@ -104,14 +104,6 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         log_format=own.log_format,
         log_prompts=own.log_prompts,
     )
-
-
-def read_template(path: Path) -> str:
-    """A chat template. Raises ConfigurationError if the file cannot be read."""
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the chat template {path} cannot be read: {error}") from error
 
 
 def _validated(adapter: TypeAdapter[T], settings: Mapping[str, Any]) -> T:

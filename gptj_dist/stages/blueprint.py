@@ -26,7 +26,7 @@ from gptj_dist.errors import ConfigurationError
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.planning.forecast import FREE_MEMORY_USED
 from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
-from gptj_dist.sizes import bytes_text
+from gptj_dist.sizes import bytes_text, ceil_div
 from gptj_dist.text.tokenizer import Tokenizer
 
 WEIGHTS_SHARE = 0.8
@@ -203,7 +203,7 @@ def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[D
     lossless: DTypeName = model.dtype if model.dtype in fast else "float32"
     shorter = [dtype for dtype in fast if DTYPE_BYTES[dtype] < DTYPE_BYTES[lossless]]
     room_bytes = WEIGHTS_SHARE * sum({device.memory_pool: device.total_bytes for device in devices}.values())
-    whole_model = LayerRange(0, 1, 0, model.num_layers)
+    whole_model = LayerRange.whole(model.num_layers)
     return next((d for d in (lossless, *shorter) if weight_bytes(model, whole_model, d) <= room_bytes), lossless)
 
 
@@ -239,7 +239,7 @@ def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int
     Raises:
         ConfigurationError: not even one block fits, or `kv_cache_gb` is more than there is.
     """
-    blocks_per_request = -(-blueprint.max_model_len // BLOCK_SIZE_TOKENS)
+    blocks_per_request = ceil_div(blueprint.max_model_len, BLOCK_SIZE_TOKENS)
     most_useful = blueprint.config.max_batch_size * blocks_per_request * BLOCK_SIZE_TOKENS
     free_tokens = min(_free_tokens_by_pool(reports, blueprint.config.kv_cache_gb is None))
     if blueprint.config.kv_cache_gb is None:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gptj_dist.errors import CheckpointError, InvalidRequestError
+from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
@@ -122,3 +122,11 @@ def _refuse(message: str) -> None:
 def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
     """JSON as it is: Jinja's own filter escapes it for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def read_template(path: Path) -> str:
+    """A chat template. Raises ConfigurationError if the file cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the chat template {path} cannot be read: {error}") from error

@@ -72,7 +72,7 @@ def _hashed(value: Any) -> bytes:
 
 def _scattered() -> bytes:
     """A file from before torch 1.6 whose last tensor has 64 numbers all over 4 GiB."""
-    shapes = expected_tensors(CONFIG, LayerRange(0, 1, 0, CONFIG.num_layers))
+    shapes = expected_tensors(CONFIG, LayerRange.whole(CONFIG.num_layers))
     state: dict[str, Any] = {}
     rest = b""
     names = sorted(shapes, key=lambda name: name == "lm_head.weight")

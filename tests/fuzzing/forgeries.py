@@ -82,7 +82,7 @@ def as_legacy(*pickles: bytes, rest: bytes = b"") -> bytes:
 
 def forge_torch_file(config: ModelConfig, random: Random) -> bytes:
     """A state dict of the right names, in which one tensor is absurd."""
-    shapes = expected_tensors(config, LayerRange(0, 1, 0, config.num_layers))
+    shapes = expected_tensors(config, LayerRange.whole(config.num_layers))
     state: dict[str, Any] = {name: _honest(key, shape) for key, (name, shape) in enumerate(shapes.items())}
     name = random.choice(list(shapes))
     state[name] = _absurd_tensor(random, list(shapes).index(name), shapes[name])
@@ -100,7 +100,7 @@ def forge_safetensors(config: ModelConfig, random: Random) -> bytes:
     """A header of the right names, in which one entry is absurd."""
     header: dict[str, Any] = {}
     end = 0
-    for name, shape in expected_tensors(config, LayerRange(0, 1, 0, config.num_layers)).items():
+    for name, shape in expected_tensors(config, LayerRange.whole(config.num_layers)).items():
         begin, end = end, end + 4 * torch.Size(shape).numel()
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     entry = header[random.choice(list(header))]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.serving.schema.chat import ChatRequest, Message, TextPart
-from gptj_dist.serving.schema.completions import CompletionRequest
-from gptj_dist.serving.schema.sampling import StreamOptions
-from gptj_dist.serving.schema.tokens import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
+from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.sampling import StreamOptions
+from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tests.http.field_checks_text import of_stream_options
 from tests.http.fields import (
     PROMPT,

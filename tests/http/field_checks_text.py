@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from gptj_dist.serving.schema.completions import CompletionRequest
-from gptj_dist.serving.schema.sampling import SamplingFields
+from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.sampling import SamplingFields
 from tests.http.fields import (
     BATCH_SIZE,
     PROMPT,

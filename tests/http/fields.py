@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from gptj_dist.serving.schema.base import Body
-from gptj_dist.serving.schema.chat import ChatRequest
+from gptj_dist.answers.schema.base import Body
+from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.http.server import Server
 from tests.http.test_completions import stream_events

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 
+from gptj_dist.answers.error_responses import error_response, response_headers
 from gptj_dist.errors import NotReadyError
-from gptj_dist.serving.errors import error_response, response_headers
 
 
 @dataclass

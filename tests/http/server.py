@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from gptj_dist.serving.listener import Address
+from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.pipeline import PipelineStatus
 from tests.waiting import wait_until
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gptj_dist.serving.schema.base import Body
-from gptj_dist.serving.schema.chat import ChatRequest, Message, TextPart
-from gptj_dist.serving.schema.completions import CompletionRequest
-from gptj_dist.serving.schema.sampling import SamplingFields, StreamOptions
-from gptj_dist.serving.schema.tokens import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from gptj_dist.answers.schema.base import Body
+from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
+from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.sampling import SamplingFields, StreamOptions
+from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tests.http import field_checks_others, field_checks_text
 from tests.http.fields import BATCH_SIZE, Face, checks_of
 from tests.http.server import Server, serving

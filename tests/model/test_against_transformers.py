@@ -66,7 +66,7 @@ class Reader:
 
     def __init__(self, directory: Path, dtype: torch.dtype, memory: Memory, num_sequences: int) -> None:
         self.config = config = read_model_config(directory)
-        layers = LayerRange(0, 1, 0, config.num_layers)
+        layers = LayerRange.whole(config.num_layers)
         with StageTensors(directory, config, layers) as tensors:
             self._model = StageModel(config, layers, tensors.read, dtype, DEVICE if memory == "blocks" else CPU)
         self._cache = _make_cache(memory, config, num_sequences, dtype)

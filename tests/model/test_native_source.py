@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptj_dist.model.native.attention import LANES, TILE_ROWS
-from gptj_dist.model.native.library import HEADERS, SOURCES, Batch, Product
+from gptj_dist.model.native.library import HEADERS, SOURCES, NativeBatch, Product
 
 COMPILE_TIMEOUT_S = 120
 ATTENTION, PRODUCT = SOURCES
@@ -138,7 +138,9 @@ def test_tiles_are_as_long_as_the_source_has_them() -> None:
     assert any(line.startswith(f"#define TILE_ROWS {TILE_ROWS} ") for line in lines)
 
 
-@pytest.mark.parametrize(("name", "source", "structure"), [("batch", ATTENTION, Batch), ("product", PRODUCT, Product)])
+@pytest.mark.parametrize(
+    ("name", "source", "structure"), [("batch", ATTENTION, NativeBatch), ("product", PRODUCT, Product)]
+)
 def test_a_structure_is_passed_as_the_source_has_it(name: str, source: Path, structure: type[ctypes.Structure]) -> None:
     declaration = source.read_text().partition(f"struct {name} {{")[2].partition("};")[0]
     code = " ".join(line.split("/*")[0].strip() for line in declaration.splitlines())

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from gptj_dist import cli, verification
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.checkpoint.synthetic import write_checkpoint
-from gptj_dist.cli.verify import PROMPTS
+from gptj_dist.cli.checkpoints.verify import PROMPTS
 from gptj_dist.config import ModelConfig
 from gptj_dist.errors import CheckpointError
+from gptj_dist.operate.verification import LayerTrace, compare, trace_ours, trace_theirs
 from gptj_dist.text.vocabulary import eos_token_id, write_tokenizer
-from gptj_dist.verification import Trace, compare, trace_ours, trace_theirs
 
 CONFIG = ModelConfig(300, 4, 32, 2, 8, 128, 64, eos_token_id(300))
 TIED = replace(CONFIG, has_tied_embeddings=True)
@@ -143,8 +143,8 @@ def test_the_part_that_reads_another_number_is_named(model: Path, tensor: str, p
 
 
 def test_logits_that_are_no_numbers_differ() -> None:
-    sound = Trace((torch.ones(2, 3), torch.ones(2, 3)), torch.ones(2, 5))
-    broken = Trace((torch.ones(2, 3), torch.full((2, 3), torch.nan)), torch.full((2, 5), torch.nan))
+    sound = LayerTrace((torch.ones(2, 3), torch.ones(2, 3)), torch.ones(2, 5))
+    broken = LayerTrace((torch.ones(2, 3), torch.full((2, 3), torch.nan)), torch.full((2, 5), torch.nan))
     for theirs, ours in ((sound, broken), (broken, broken)):
         first = compare(theirs, ours, TOLERANCE).first
         assert first is not None

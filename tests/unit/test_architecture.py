@@ -17,31 +17,34 @@ PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
-    {ROOT_UNIT, "errors", "config", "params", "sizes", "chunking", "logs"},
+    {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
-    {"completion", "llm", "verification"},
+    {"answers"},
+    {"llm"},
     {"serving"},
+    {"operate"},
     {"cli"},
     {"__main__"},
 ]
 """Units, that is, modules and packages right below `gptj_dist`. Imports go to lower levels only."""
 
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
-UNITS_THAT_SHARE_THEIR_LEVEL = LEVELS[0] | {"completion", "llm"}
+UNITS_THAT_SHARE_THEIR_LEVEL = LEVELS[0]
 UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "params"}
 
 STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {
     **dict.fromkeys(
-        ["engine", "errors", "config", "params", "sizes", "chunking", "logs", "planning", "completion"], STDLIB_ONLY
+        ["engine", "errors", "config", "params", "sizes", "chunking", "logs", "planning", "json_types"], STDLIB_ONLY
     ),
     "text": {"tokenizers", "jinja2"},
     "model": {"torch", "triton"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub"},
+    "answers": {"pydantic", "pydantic_core"},
 }
 RAY_MODULES = {"stages.actor", "stages.group"}
-RAY_UNITS = {"serving", "cli"}
+RAY_UNITS = {"serving", "operate", "cli"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +127,54 @@ def test_imports_within_the_package_only_go_down(imports: list[Import]) -> None:
     assert [str(imported) for imported in inner if not may_import(imported.unit, imported.target_unit)] == []
 
 
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for target in sorted(graph.get(module, ())):
+            if circle := visit(target, [*path, module]):
+                return circle
+        done.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := visit(module, []))), [])
+
+
+def module_graph(imports: list[Import]) -> dict[str, set[str]]:
+    """Which modules of the package each module imports, lazily or under `TYPE_CHECKING` too."""
+    names = {name for name, _ in modules()} - {ROOT_UNIT}
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for imported in imports:
+        target = imported.target.removeprefix("gptj_dist.")
+        found = target if target in names else target.rpartition(".")[0]
+        if imported.top_level == "gptj_dist" and imported.module in names and found in names - {imported.module}:
+            graph[imported.module].add(found)
+    return graph
+
+
+def test_no_circle_of_imports_exists_between_modules(imports: list[Import]) -> None:
+    graph = module_graph(imports)
+    assert sum(map(len, graph.values())) > 300
+    assert cycle_in(graph) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_serving_never_imports_operate(imports: list[Import]) -> None:
+    below = [str(imported) for imported in imports if imported.unit == "serving" and imported.target_unit == "operate"]
+    assert below == []
+
+
 def may_import_transformers(imported: Import) -> bool:
     """The oracle of `gptj-dist verify`: optional, so loaded where it is wanted and nowhere else."""
-    return imported.module == "verification" and imported.is_lazy
+    return imported.module == "operate.verification" and imported.is_lazy
 
 
 def test_ray_is_imported_only_where_actors_are_and_transformers_only_as_the_oracle(imports: list[Import]) -> None:
@@ -151,7 +199,12 @@ def test_light_units_import_no_third_party_package_but_their_own(imports: list[I
 
 @pytest.mark.parametrize(
     "names",
-    ["gptj_dist", "gptj_dist.engine.scheduler, gptj_dist.engine.async_engine", "gptj_dist.completion", "gptj_dist.cli"],
+    [
+        "gptj_dist",
+        "gptj_dist.engine.scheduler, gptj_dist.engine.async_engine",
+        "gptj_dist.answers.completion",
+        "gptj_dist.cli",
+    ],
 )
 def test_importing_what_must_be_light_loads_neither_torch_nor_ray(names: str) -> None:
     code = f"import sys, {names}; print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"

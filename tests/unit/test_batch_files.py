@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.cli.batch_files import Answer, AnswerFile, BatchRequest, check_requests, read_requests, respond
+from gptj_dist.cli.text.batch_files import AnswerFile, BatchAnswer, BatchRequest, check_requests, read_requests, respond
 from gptj_dist.errors import ConfigurationError, GPTJDistError
 
 
@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_refused(tmp_path: Path) -> No
             check_requests(path)
 
 
-def answer(custom_id: str, status: int = 200, **body: Any) -> Answer:
+def answer(custom_id: str, status: int = 200, **body: Any) -> BatchAnswer:
     return respond(BatchRequest(custom_id, "/v1/completions", {}), status, body, "r1")
 
 
@@ -84,7 +84,7 @@ def test_answers_have_openais_form(tmp_path: Path) -> None:
     path = tmp_path / "out"
     with AnswerFile(path, {"a", "b"}) as file:
         file.append(answer("a", text="é\u2028"))
-        file.append(Answer("b", None, {"code": "timeout", "message": "late"}))
+        file.append(BatchAnswer("b", None, {"code": "timeout", "message": "late"}))
     first, second = lines_of(path)
     assert first.pop("id").startswith("batch_req_")
     assert first == {
@@ -104,7 +104,7 @@ def test_answers_that_are_there_are_counted_and_kept(tmp_path: Path) -> None:
     before = path.read_text()
     with AnswerFile(path, {"a", "b", "c"}) as file:
         assert (file.answered, file.num_failed) == ({"a", "b"}, 1)
-        file.append(Answer("c", None, {"code": "timeout"}))
+        file.append(BatchAnswer("c", None, {"code": "timeout"}))
         assert (file.answered, file.num_failed) == ({"a", "b", "c"}, 2)
     assert path.read_text().startswith(before)
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptj_dist.cli.batch_files import Answer, BatchRequest, Url
-from gptj_dist.cli.batch_local import answering_here
+from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest, Url
+from gptj_dist.cli.text.batch_local import answering_here
 from gptj_dist.config import PipelineConfig
 from gptj_dist.llm import LLM
 from gptj_dist.params import SamplingParams
@@ -21,8 +21,8 @@ CHAT: Url = "/v1/chat/completions"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
-def answered(*requests: BatchRequest, chat_template: Path | None = None) -> list[Answer]:
-    async def answer_all() -> list[Answer]:
+def answered(*requests: BatchRequest, chat_template: Path | None = None) -> list[BatchAnswer]:
+    async def answer_all() -> list[BatchAnswer]:
         config = PipelineConfig("demo", stages=2, device="cpu", kv_cache_gb=0.1)
         async with answering_here(config, ("demo", "alias"), chat_template) as answerer:
             return list(await asyncio.gather(*map(answerer.answer, requests)))
@@ -30,7 +30,7 @@ def answered(*requests: BatchRequest, chat_template: Path | None = None) -> list
     return asyncio.run(answer_all())
 
 
-def body_of(answer: Answer, status: int = 200) -> dict[str, Any]:
+def body_of(answer: BatchAnswer, status: int = 200) -> dict[str, Any]:
     assert answer.response is not None
     assert (answer.response["status_code"], answer.error) == (status, None)
     body: dict[str, Any] = answer.response["body"]
@@ -95,5 +95,5 @@ def test_the_command_answers_without_a_server(tmp_path: Path) -> None:
 
 
 def test_no_ray_is_loaded_for_it() -> None:
-    code = "import sys, gptj_dist.cli.batch_local; sys.exit('ray' in sys.modules)"
+    code = "import sys, gptj_dist.cli.text.batch_local; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from gptj_dist.cli.batch_files import Answer, BatchRequest, respond
-from gptj_dist.cli.batch_http import HttpAnswerer
-from gptj_dist.cli.batch_run import BatchRun, Patience, TryAgain
-from gptj_dist.cli.client import Endpoint
+from gptj_dist.cli.client import ServerAddress
+from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest, respond
+from gptj_dist.cli.text.batch_http import HttpAnswerer
+from gptj_dist.cli.text.batch_run import BatchRun, Patience, TryAgain
 from gptj_dist.errors import GPTJDistError, ServerError
 
 REQUESTS = [BatchRequest(f"id-{i}", "/v1/completions", {"prompt": str(i)}) for i in range(20)]
@@ -36,14 +36,17 @@ class Clock:
 
 
 def run_batch(
-    outcome: Callable[[BatchRequest], Answer | TryAgain], requests: list[BatchRequest], clock: Clock, wait_s: float = 60
-) -> tuple[list[Answer], list[str]]:
+    outcome: Callable[[BatchRequest], BatchAnswer | TryAgain],
+    requests: list[BatchRequest],
+    clock: Clock,
+    wait_s: float = 60,
+) -> tuple[list[BatchAnswer], list[str]]:
     """Answers and notes of a batch of two at a time."""
-    answers: list[Answer] = []
+    answers: list[BatchAnswer] = []
     notes: list[str] = []
 
     class Scripted:
-        async def answer(self, request: BatchRequest) -> Answer | TryAgain:
+        async def answer(self, request: BatchRequest) -> BatchAnswer | TryAgain:
             await asyncio.sleep(0)
             return outcome(request)
 
@@ -52,7 +55,7 @@ def run_batch(
     return answers, notes
 
 
-def fine(request: BatchRequest) -> Answer:
+def fine(request: BatchRequest) -> BatchAnswer:
     return respond(request, 200, {}, None)
 
 
@@ -62,7 +65,7 @@ def test_never_more_requests_are_under_way_than_wanted_and_each_is_answered_once
     class Counting:
         num_under_way = 0
 
-        async def answer(self, request: BatchRequest) -> Answer:
+        async def answer(self, request: BatchRequest) -> BatchAnswer:
             nonlocal most
             self.num_under_way += 1
             most = max(most, self.num_under_way)
@@ -71,7 +74,7 @@ def test_never_more_requests_are_under_way_than_wanted_and_each_is_answered_once
             self.num_under_way -= 1
             return fine(request)
 
-    answers: list[Answer] = []
+    answers: list[BatchAnswer] = []
     run = BatchRun(Counting(), answers.append, lambda _: None, Clock().patience(1))
     asyncio.run(run.run(iter(REQUESTS), concurrency=3))
     assert most == 3
@@ -104,7 +107,7 @@ def test_a_batch_that_gets_no_answer_for_long_ends_with_the_reason() -> None:
 def test_answers_to_others_keep_a_batch_waiting_for_one() -> None:
     clock = Clock()
 
-    def outcome(request: BatchRequest) -> Answer | TryAgain:
+    def outcome(request: BatchRequest) -> BatchAnswer | TryAgain:
         if request.custom_id == "id-0" and clock.now_s < 500:
             return TryAgain("busy (429)", 30.0)
         clock.now_s += 30
@@ -115,7 +118,7 @@ def test_answers_to_others_keep_a_batch_waiting_for_one() -> None:
 
 
 def test_an_error_that_concerns_all_requests_ends_the_batch() -> None:
-    def outcome(request: BatchRequest) -> Answer:
+    def outcome(request: BatchRequest) -> BatchAnswer:
         if request.custom_id == "id-3":
             raise ServerError("no key")
         return fine(request)
@@ -124,11 +127,11 @@ def test_an_error_that_concerns_all_requests_ends_the_batch() -> None:
         run_batch(outcome, REQUESTS, Clock())
 
 
-def posted(answer: Callable[[httpx.Request], httpx.Response]) -> Answer | TryAgain:
+def posted(answer: Callable[[httpx.Request], httpx.Response]) -> BatchAnswer | TryAgain:
     """What one attempt over HTTP comes to."""
 
-    async def post() -> Answer | TryAgain:
-        endpoint = Endpoint("http://host/model", "secret", 3.0)
+    async def post() -> BatchAnswer | TryAgain:
+        endpoint = ServerAddress("http://host/model", "secret", 3.0)
         async with HttpAnswerer(endpoint, 1, httpx.MockTransport(answer)) as answerer:
             return await answerer.answer(REQUESTS[0])
 
@@ -148,7 +151,7 @@ def test_over_http_an_answer_is_what_the_server_said() -> None:
         return httpx.Response(200, json={"id": "cmpl-1", "usage": {"completion_tokens": 5}})
 
     outcome = posted(answer)
-    assert isinstance(outcome, Answer)
+    assert isinstance(outcome, BatchAnswer)
     assert outcome.response == {
         "status_code": 200,
         "request_id": "cmpl-1",
@@ -165,7 +168,7 @@ def test_over_http_an_answer_is_what_the_server_said() -> None:
 )
 def test_a_request_that_is_refused_for_good_has_its_error_as_the_answer(response: httpx.Response) -> None:
     outcome = posted(lambda _: response)
-    assert isinstance(outcome, Answer)
+    assert isinstance(outcome, BatchAnswer)
     assert outcome.is_failure
     assert outcome.response is not None
     assert outcome.response["status_code"] == response.status_code
@@ -174,7 +177,7 @@ def test_a_request_that_is_refused_for_good_has_its_error_as_the_answer(response
 
 def test_a_limit_that_waiting_does_not_lift_is_an_answer() -> None:
     outcome = posted(lambda _: failing(429, "more than the key may ever", x_should_retry="false"))
-    assert isinstance(outcome, Answer)
+    assert isinstance(outcome, BatchAnswer)
     assert outcome.is_failure
 
 
@@ -204,7 +207,7 @@ def test_a_server_that_is_away_is_to_be_asked_again_and_one_that_is_silent_has_f
     cut = posted(raising(httpx.RemoteProtocolError("cut")))
     assert isinstance(cut, TryAgain)
     silent = posted(raising(httpx.ReadTimeout("late")))
-    assert isinstance(silent, Answer)
+    assert isinstance(silent, BatchAnswer)
     assert silent.response is None
     assert silent.error == {
         "code": "timeout",

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gptj_dist.cli.client import Endpoint, Server, base_url
+from gptj_dist.cli.client import Server, ServerAddress, base_url
 from gptj_dist.cli.events import read_events
 from gptj_dist.errors import ConfigurationError, ServerError
 
@@ -44,13 +44,13 @@ def test_what_is_no_address_is_refused(given: str) -> None:
 
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="--timeout must be positive"):
-        Endpoint.of("host", None, 0)
+        ServerAddress.of("host", None, 0)
     with pytest.raises(ConfigurationError, match="API key"):
-        Endpoint.of("host", "schlüssel", 1)
+        ServerAddress.of("host", "schlüssel", 1)
 
 
 def server(answer: Callable[[httpx.Request], httpx.Response], api_key: str | None = None) -> Server:
-    return Server(Endpoint("http://host/model", api_key, 3.0), httpx.MockTransport(answer))
+    return Server(ServerAddress("http://host/model", api_key, 3.0), httpx.MockTransport(answer))
 
 
 def test_a_request_goes_to_the_path_behind_the_address_with_the_key() -> None:
@@ -172,6 +172,6 @@ def test_a_stream_that_is_closed_closes_the_connection() -> None:
 
 def test_what_is_asked_of_this_machine_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    with Server(Endpoint("http://127.0.0.1:2", None, 3.0)) as asked, pytest.raises(ServerError) as failed:
+    with Server(ServerAddress("http://127.0.0.1:2", None, 3.0)) as asked, pytest.raises(ServerError) as failed:
         asked.get("/x")
     assert "no server answers at http://127.0.0.1:2" in str(failed.value)

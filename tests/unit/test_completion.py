@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import gptj_dist
-from gptj_dist.completion import TextDelta, stream_text
+from gptj_dist.answers.completion import TextDelta, stream_text
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import StageFailedError

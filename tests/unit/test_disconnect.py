@@ -9,7 +9,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from gptj_dist.serving.disconnect import unless_gone
+from gptj_dist.serving.http.disconnect import unless_gone
 
 
 def request_of(messages: list[dict[str, Any]]) -> Request:

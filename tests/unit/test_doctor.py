@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from gptj_dist.config import LayerRange, ModelConfig, PipelineConfig
-from gptj_dist.serving.diagnosis.cluster import Cluster, Finding, Node, SilentNode, this_machine
-from gptj_dist.serving.diagnosis.facts import PACKAGES, DeviceFacts, ModelFacts, NodeFacts
-from gptj_dist.serving.diagnosis.findings import find_in_nodes
-from gptj_dist.serving.diagnosis.fit import STAGE_WORKING_BYTES, find_in_plan
-from gptj_dist.serving.launcher import APP_NAME
+from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node, SilentNode, this_machine
+from gptj_dist.operate.doctor.facts import PACKAGES, DeviceFacts, ModelFacts, NodeFacts
+from gptj_dist.operate.doctor.findings import find_in_nodes
+from gptj_dist.operate.doctor.fit import STAGE_WORKING_BYTES, find_in_plan
+from gptj_dist.operate.launcher import APP_NAME
 from gptj_dist.stages.blueprint import Blueprint, DeviceReport
 
 GB = 10**9

@@ -17,7 +17,7 @@ import pytest
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import expected_tensors, read_model_config
 from gptj_dist.config import LayerRange
-from gptj_dist.serving.diagnosis.facts import PACKAGES, gather_facts
+from gptj_dist.operate.doctor.facts import PACKAGES, gather_facts
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,8 +32,8 @@ def test_packages_are_those_that_the_project_needs() -> None:
 
 def test_facts_of_this_machine_are_gathered_without_ray() -> None:
     code = (
-        "import sys; from gptj_dist.serving.diagnosis.facts import gather_facts; gather_facts(None, None); "
-        "from gptj_dist.serving.diagnosis import findings, fit; assert 'ray' not in sys.modules"
+        "import sys; from gptj_dist.operate.doctor.facts import gather_facts; gather_facts(None, None); "
+        "from gptj_dist.operate.doctor import findings, fit; assert 'ray' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     gathered = gather_facts(None, None)

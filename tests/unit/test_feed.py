@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
-from gptj_dist.serving import pipelines
+from gptj_dist.serving import pipeline_client as pipelines
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
 
 TIMEOUT_S = 10.0

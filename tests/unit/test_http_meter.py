@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gptj_dist.serving.http_meter import HttpMeter
+from gptj_dist.serving.http.meter import HttpMeter
 from gptj_dist.serving.metrics import IngressMetrics
 
 

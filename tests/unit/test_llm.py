@@ -14,7 +14,7 @@ import pytest
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError, RequestTooLongError
-from gptj_dist.llm import Completion, Prompt
+from gptj_dist.llm import Completion, PromptInput
 from tests.waiting import wait_until
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def _num_used_blocks(llm: LLM) -> int:
     return llm._engine.scheduler.num_used_blocks
 
 
-def _texts(llm: LLM, prompts: Prompt | Sequence[Prompt], params: SamplingParams = GREEDY) -> list[str]:
+def _texts(llm: LLM, prompts: PromptInput | Sequence[PromptInput], params: SamplingParams = GREEDY) -> list[str]:
     return [output.text for output in llm.generate(prompts, params)]
 
 
@@ -86,7 +86,7 @@ def test_texts_and_ids_alone_or_in_lists_say_the_same(llm: LLM) -> None:
     assert _texts(llm, tuple(PROMPTS)) == expected
     assert _texts(llm, ids) == expected
     assert [_texts(llm, one)[0] for one in ids] == expected
-    mixed: list[Prompt] = [PROMPTS[0], ids[1], tuple(ids[2])]
+    mixed: list[PromptInput] = [PROMPTS[0], ids[1], tuple(ids[2])]
     assert _texts(llm, mixed) == expected
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.serving.endpoints import Endpoint, Endpoints
-from gptj_dist.serving.openapi import docs_page, openapi_document
-from gptj_dist.serving.schema.base import Body
+from gptj_dist.answers.schema.base import Body
+from gptj_dist.serving.http.endpoint import Endpoint
+from gptj_dist.serving.http.endpoints import Endpoints
+from gptj_dist.serving.http.openapi import docs_page, openapi_document
 
 
 def endpoints() -> list[Endpoint]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from gptj_dist.cli import app, plan_check
-from gptj_dist.cli.plan_devices import devices_of_nodes
+from gptj_dist.cli import app
+from gptj_dist.cli.server import plan_check
+from gptj_dist.cli.server.plan_devices import devices_of_nodes
 from gptj_dist.config import ModelConfig
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.operate.calibration import check_pipeline
 from gptj_dist.planning.devices import known_device
-from gptj_dist.stages.calibration import check_pipeline
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "devices.yaml")
 SIX_B = {

@@ -15,7 +15,7 @@ from gptj_dist.planning import cost
 from gptj_dist.planning.cost import Chunks, Work, num_parameters, step_s, step_work
 from gptj_dist.planning.devices import GPU_BANDWIDTH_EFFICIENCY, KNOWN_DEVICES, DeviceSpec, known_device
 from gptj_dist.planning.forecast import (
-    Stage,
+    PlannedStage,
     Workload,
     decode_step,
     decode_tokens_per_s,
@@ -30,8 +30,8 @@ GPTJ_6B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, 50256, "float16")
 SIX_B = Workload(GPTJ_6B, "float16", 2048)
 
 
-def pipeline(*devices: DeviceSpec, layers: tuple[int, ...] = (28,)) -> tuple[Stage, ...]:
-    return tuple(Stage(device, range_) for device, range_ in zip(devices, layer_ranges(layers), strict=True))
+def pipeline(*devices: DeviceSpec, layers: tuple[int, ...] = (28,)) -> tuple[PlannedStage, ...]:
+    return tuple(PlannedStage(device, range_) for device, range_ in zip(devices, layer_ranges(layers), strict=True))
 
 
 @pytest.mark.parametrize("layers", [(5,), (2, 3), (1, 3, 1)])

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.operate.calibration import CALIBRATION_SHAPES, CASES
 from gptj_dist.planning.cost import Work, step_s, step_work
 from gptj_dist.planning.devices import known_device
 from gptj_dist.planning.fit import fit_device
-from gptj_dist.stages.calibration import CALIBRATION_SHAPES, CASES
 
 TRUE = replace(
     known_device("cpu"),
@@ -27,7 +27,7 @@ DEEP = ModelConfig(50400, 28, 1024, 16, 32, 4096, 2048, 50256, "bfloat16")
 
 
 def timed(model: ModelConfig) -> list[tuple[Work, float]]:
-    whole = LayerRange(0, 1, 0, model.num_layers)
+    whole = LayerRange.whole(model.num_layers)
     works = [step_work(model, whole, "bfloat16", "cpu", [case]) for case in CASES]
     return [(work, step_s(TRUE, "bfloat16", work)) for work in works]
 

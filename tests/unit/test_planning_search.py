@@ -13,7 +13,7 @@ from gptj_dist.config import ModelConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.planning.devices import DeviceSpec, known_device
-from gptj_dist.planning.forecast import RESERVED_BYTES, Stage, Workload, mixed_tokens_per_s
+from gptj_dist.planning.forecast import RESERVED_BYTES, PlannedStage, Workload, mixed_tokens_per_s
 from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.planning.search import NUM_REQUESTS, best_pipeline, gains_of_one_more
 
@@ -26,14 +26,14 @@ WEAK = replace(known_device("l4"), name="weak", memory_bytes=40e9, flops=5e12)
 """Bound by arithmetic."""
 
 
-def all_pipelines(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[tuple[Stage, ...]]:
+def all_pipelines(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[tuple[PlannedStage, ...]]:
     """Every cut over every order of every subset that has room for one request of full length."""
     num_layers = workload.model.num_layers
     for num_stages in range(1, min(len(devices), num_layers) + 1):
         for chosen in set(permutations(devices, num_stages)):
             for borders in combinations(range(1, num_layers), num_stages - 1):
                 layers = tuple(stop - start for start, stop in pairwise((0, *borders, num_layers)))
-                stages = tuple(map(Stage, chosen, layer_ranges(layers)))
+                stages = tuple(map(PlannedStage, chosen, layer_ranges(layers)))
                 if all(stage.num_kv_tokens(workload) >= workload.max_model_len for stage in stages):
                     yield stages
 
@@ -49,7 +49,7 @@ def random_device(rng: random.Random, memory_gb: tuple[float, float]) -> DeviceS
     )
 
 
-def rate(workload: Workload, pipeline: Sequence[Stage]) -> float:
+def rate(workload: Workload, pipeline: Sequence[PlannedStage]) -> float:
     return mixed_tokens_per_s(workload, pipeline, NUM_REQUESTS)
 
 

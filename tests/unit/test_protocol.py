@@ -8,6 +8,18 @@ from typing import Any
 
 import pytest
 
+from gptj_dist.answers.error_responses import (
+    BodyTooLargeError,
+    UnknownModelError,
+    error_response,
+    response_headers,
+    retry_after_s,
+)
+from gptj_dist.answers.moderation import ContentRefusedError
+from gptj_dist.answers.schema.base import parse_body
+from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.sampling import StreamOptions
+from gptj_dist.answers.sse import SSE_DONE, sse_frame
 from gptj_dist.errors import (
     AuthenticationError,
     CheckpointError,
@@ -19,18 +31,6 @@ from gptj_dist.errors import (
     TooManyRequestsError,
 )
 from gptj_dist.params import SamplingParams
-from gptj_dist.serving.errors import (
-    BodyTooLargeError,
-    UnknownModelError,
-    error_response,
-    response_headers,
-    retry_after_s,
-)
-from gptj_dist.serving.moderation import ContentRefusedError
-from gptj_dist.serving.schema.base import parse_body
-from gptj_dist.serving.schema.completions import CompletionRequest
-from gptj_dist.serving.schema.sampling import StreamOptions
-from gptj_dist.serving.sse import SSE_DONE, sse_frame
 
 NEUTRAL_VALUES = CompletionRequest.neutral
 NEUTRAL_STREAM_OPTIONS = StreamOptions.neutral

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from gptj_dist.answers.merge import merge
 from gptj_dist.config import LayerRange
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.serving.merge import merge
+from gptj_dist.operate.tables import layers_text
 from gptj_dist.serving.settings import parse_settings
-from gptj_dist.serving.tables import layers_text
 from gptj_dist.sizes import bytes_text
 
 

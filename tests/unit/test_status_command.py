@@ -8,8 +8,8 @@ import json
 import pytest
 from rich.console import Console
 
-from gptj_dist.cli.server_state import ServerState
-from gptj_dist.cli.status_view import render
+from gptj_dist.cli.server.server_state import ServerState
+from gptj_dist.cli.server.status_view import render
 from tests.fake_server import Call, Reply, fake_server, refused
 from tests.unit.test_top import DOCUMENT, PIPELINE
 from tests.verbs import run_verb

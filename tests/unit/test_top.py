@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gptj_dist.cli.top_view import render
+from gptj_dist.cli.server.top_view import render
 from gptj_dist.errors import NotReadyError
 from gptj_dist.serving.debug import DebugDocument, PipelineDocument, StageDocument
 from tests.fake_server import FakeServer, Reply, fake_server
@@ -159,7 +159,7 @@ def test_where_nobody_listens_and_what_is_no_address_are_one_line_each() -> None
 
 def test_top_loads_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, gptj_dist.cli.top_view, gptj_dist.serving.debug; "
+        "import sys, gptj_dist.cli.server.top_view, gptj_dist.serving.debug; "
         "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -187,7 +187,7 @@ def test_pipelines_that_died_are_counted_and_none_at_all_is_no_error() -> None:
     from ray.serve._private.common import DeploymentID
     from ray.serve.exceptions import DeploymentUnavailableError
 
-    from gptj_dist.serving.everyone import trace_parts
+    from gptj_dist.serving.broadcast import trace_parts
     from gptj_dist.stages.trace import TracePart
 
     part = TracePart("a", (), ())

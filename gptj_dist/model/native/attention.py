@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gptj_dist.model.inputs import MicroBatch, Span
-from gptj_dist.model.native.library import Batch
+from gptj_dist.model.native.library import NativeBatch
 from gptj_dist.model.rotary import RotaryTable
+from gptj_dist.sizes import ceil_div
 
 LANES = 16
 """Tokens in a block, and numbers in the widest vector of a CPU."""
@@ -42,11 +43,11 @@ class NativeCache:
         dtype: torch.dtype,
     ) -> None:
         self._library = library
-        self.padded_dim = -(-head_dim // LANES) * LANES
+        self.padded_dim = ceil_div(head_dim, LANES) * LANES
         self.dtype = dtype
         self.keys = torch.empty(num_layers, num_blocks, num_heads, head_dim, LANES, dtype=dtype)
         self.values = torch.empty(num_layers, num_blocks, num_heads, LANES, self.padded_dim, dtype=dtype)
-        self.tables = torch.zeros(max_requests, -(-max_tokens // LANES), dtype=torch.int32)
+        self.tables = torch.zeros(max_requests, ceil_div(max_tokens, LANES), dtype=torch.int32)
         self._free_slots = list(range(max_requests - 1, -1, -1))
         self._slot_of: dict[int, int] = {}
         self._num_blocks_of: dict[int, int] = {}
@@ -72,7 +73,7 @@ class NativeCache:
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
         """As `KVCache` has it."""
-        num_blocks = -(-num_tokens // LANES)
+        num_blocks = ceil_div(num_tokens, LANES)
         theirs, ours = (self.tables[self._slot_of[id_], :num_blocks].tolist() for id_ in (source_id, request_id))
         for block_from, block_to in zip(theirs, ours, strict=True):
             if block_from != block_to:
@@ -113,7 +114,7 @@ class NativeAttention:
         positions, slots = batch.positions.to(torch.int32), cache.slots(batch.spans)
         tiles = torch.tensor(_tiles(batch.spans), dtype=torch.int32)
         self._read_by_library = (positions, slots, tiles, cos, sin)  # kept alive: it is given their addresses
-        self._batch = Batch(
+        self._batch = NativeBatch(
             num_rows=len(positions),
             num_tiles=len(tiles),
             num_heads=cache.keys.shape[2],

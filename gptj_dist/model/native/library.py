@@ -28,7 +28,7 @@ _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 _LINK = ("-shared", "-nostdlib")
 
 
-class Batch(ctypes.Structure):
+class NativeBatch(ctypes.Structure):
     """`struct batch` of the source."""
 
     _fields_ = (
@@ -125,7 +125,7 @@ def _run(*command: str, directory: str | None = None) -> str:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointers = (ctypes.c_void_p,) * 3
     for function in (library.attend_float32, library.attend_bfloat16):
-        function.argtypes = (ctypes.POINTER(Batch), *pointers, ctypes.c_int)
+        function.argtypes = (ctypes.POINTER(NativeBatch), *pointers, ctypes.c_int)
         function.restype = ctypes.c_int
     if library.can_multiply():
         sizes = (ctypes.c_int64,) * 2

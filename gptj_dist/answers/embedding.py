@@ -1,0 +1,58 @@
+"""The answer to a request for embeddings: what the prompts' hidden states come to, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import array
+import base64
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+from gptj_dist.answers.merge import merge
+from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.engine.mailbox import Delta
+from gptj_dist.json_types import JsonObject
+
+
+class EmbeddingAnswer:
+    """A request that was understood and can be served. Nothing is computed before `whole` is asked for.
+
+    Args:
+        open_streams: starts the computation, a stream for each input.
+        num_prompt_tokens: of all inputs.
+
+    Attributes:
+        most_tokens, num_tokens: none are generated.
+    """
+
+    def __init__(
+        self,
+        request: EmbeddingRequest,
+        model: str,
+        open_streams: Callable[[], Sequence[AsyncGenerator[Delta, None]]],
+        num_prompt_tokens: int,
+    ) -> None:
+        self._request = request
+        self._model = model
+        self._open_streams = open_streams
+        self.num_prompt_tokens = num_prompt_tokens
+        self.most_tokens = self.num_tokens = 0
+
+    async def whole(self) -> JsonObject:
+        """The response. Raises what the request failed with; the other inputs are given up then."""
+        vectors: dict[int, bytes] = {}
+        async with aclosing(merge(self._open_streams())) as deltas:
+            async for index, delta in deltas:
+                if delta.embedding is not None:
+                    vectors[index] = delta.embedding
+        data = [
+            {"object": "embedding", "index": index, "embedding": self._written(vectors[index])}
+            for index in sorted(vectors)
+        ]
+        totals = {"prompt_tokens": self.num_prompt_tokens, "total_tokens": self.num_prompt_tokens}
+        return {"object": "list", "data": data, "model": self._model, "usage": totals}
+
+    def _written(self, vector: bytes) -> str | list[float]:
+        """A vector of float32 numbers, as the request wants it."""
+        if self._request.encoding_format == "base64":
+            return base64.b64encode(vector).decode()
+        return array.array("f", vector).tolist()

@@ -1,0 +1,61 @@
+"""A model served in this process: what is behind the endpoints, without HTTP and without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from gptj_dist.answers.service import AnswerService, ServedModel
+from gptj_dist.config import PipelineConfig
+from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.mailbox import Delta
+from gptj_dist.errors import NotReadyError
+from gptj_dist.params import SamplingParams
+from gptj_dist.stages.local import start_local
+
+
+class EngineSource:
+    """A `TokenSource` whose tokens come from an engine on this event loop."""
+
+    def __init__(self, engine: AsyncEngine, limits: EngineLimits) -> None:
+        self._engine = engine
+        self._limits = limits
+
+    def limits(self) -> EngineLimits:
+        """As `TokenSource` has it."""
+        return self._limits
+
+    def streams(
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
+    ) -> list[AsyncGenerator[Delta, None]]:
+        """As `TokenSource` has it."""
+        return self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
+
+
+@asynccontextmanager
+async def serve_in_process(
+    config: PipelineConfig, names: tuple[str, ...], chat_template: str | None
+) -> AsyncIterator[AnswerService]:
+    """Loads the model, and answers requests for it while the context lasts.
+
+    Args:
+        names: what requests may call the model.
+        chat_template: Jinja, in place of the checkpoint's.
+
+    Raises:
+        ConfigurationError: the settings or the checkpoint will not do.
+    """
+    pipeline, executor = start_local(config)
+    limits = pipeline.limits()
+    engine = AsyncEngine(pipeline.make_scheduler(), executor, limits)
+    model = ServedModel.load(pipeline.blueprint.config, names, chat_template)
+    driver = asyncio.create_task(engine.run())
+    try:
+        yield AnswerService(model, EngineSource(engine, limits))
+    finally:
+        driver.cancel()
+        engine.fail(NotReadyError("the model is not served any more"))
+        await asyncio.gather(driver, return_exceptions=True)
+        executor.close()

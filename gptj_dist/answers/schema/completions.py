@@ -1,0 +1,81 @@
+"""The body of `POST /v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, TypeAlias
+
+from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, Neutral, TokenIds
+from gptj_dist.answers.schema.sampling import NEUTRAL_FIELDS, SamplingFields
+from gptj_dist.errors import InvalidRequestError
+from gptj_dist.params import SamplingParams
+
+PromptField: TypeAlias = str | Annotated[list[str], NON_EMPTY] | TokenIds | Annotated[list[TokenIds], NON_EMPTY]
+MAX_BEST_OF = 128
+
+
+class CompletionRequest(SamplingFields):
+    """A text to be continued, or several.
+
+    Args:
+        prompt: a text, several, token ids, or several lists of them; an empty text stands for end of text.
+        best_of: completions to sample, of which the `n` with the highest mean log probability are returned.
+        echo: begin the text with the prompt, and its log probabilities with the prompt's.
+    """
+
+    neutral: ClassVar[Neutral] = {**NEUTRAL_FIELDS, "suffix": ("",)}
+    unions: ClassVar = {"prompt": PROMPT_FORMS, "stop": "a string or a list of strings"}
+
+    prompt: PromptField
+    max_tokens: int = 16
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        """Completions of each prompt that are computed."""
+        return self.n if self.best_of is None else self.best_of
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one, each text or token ids."""
+        return list_prompts(self.prompt)
+
+    def sampling_params(self, bad_token_ids: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+        """How each prompt is to be sampled.
+
+        Args:
+            bad_token_ids: what `bad_words` are.
+
+        Raises:
+            InvalidRequestError: a value is out of its range.
+        """
+        asked = [
+            number for number in (self.prompt_logprobs, self.logprobs if self.echo else None) if number is not None
+        ]
+        picks = self.num_sampled > self.n and self.logprobs is None
+        return self._sampling_params(
+            self.max_tokens, 0 if picks else self.logprobs, max(asked, default=None), bad_token_ids
+        )
+
+    def check(self) -> None:
+        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
+        super().check()
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                "max_tokens must be at least 1, unless echo or prompt_logprobs ask for the prompt", "max_tokens"
+            )
+        self.sampling_params()
+        if not self.n <= self.num_sampled <= MAX_BEST_OF:
+            raise InvalidRequestError(f"best_of must be from n ({self.n}) to {MAX_BEST_OF}", "best_of")
+        if self.num_sampled > self.n and self.stream:
+            raise InvalidRequestError("best_of cannot be more than n in a stream: the best is known last", "best_of")
+
+
+def list_prompts(prompt: PromptField) -> list[str | list[int]]:
+    """The prompts one by one, each text or token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)

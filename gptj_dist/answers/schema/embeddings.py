@@ -1,0 +1,46 @@
+"""The body of `POST /v1/embeddings`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from gptj_dist.answers.schema.base import PROMPT_FORMS, Body, Neutral
+from gptj_dist.answers.schema.completions import PromptField, list_prompts
+from gptj_dist.params import Pooling, SamplingParams
+
+
+class EmbeddingRequest(Body):
+    """Texts whose hidden states are wanted.
+
+    Args:
+        model: one of the names in `GET /v1/models`; null takes the model that there is.
+        input: a text, several, token ids, or several lists of them; an empty text stands for end of text.
+        encoding_format: lists of numbers, or base64 of little-endian float32.
+        pooling: the mean over all tokens, or the last token.
+        layer: 0 for the embedding, k for the k-th layer's output, null for the last with the final layer norm.
+        priority: as in completions.
+        user: goes to the log and changes nothing, as at OpenAI.
+    """
+
+    neutral: ClassVar[Neutral] = {"add_special_tokens": (True, False), "dimensions": ()}
+    unions: ClassVar = {"input": PROMPT_FORMS}
+
+    model: str | None = None
+    input: PromptField
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Literal["mean", "last"] = "mean"
+    layer: int | None = None
+    priority: int = 0
+    user: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The inputs one by one, each text or token ids."""
+        return list_prompts(self.input)
+
+    def sampling_params(self) -> SamplingParams:
+        """What an engine is asked for. Raises InvalidRequestError if a value is out of its range."""
+        return SamplingParams(max_tokens=0, pooling=Pooling(self.pooling, self.layer), priority=self.priority)
+
+    def check(self) -> None:
+        """Raises InvalidRequestError if a value is out of its range."""
+        self.sampling_params()

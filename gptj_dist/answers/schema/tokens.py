@@ -1,0 +1,48 @@
+"""The bodies of `POST /tokenize` and `POST /detokenize`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from gptj_dist.answers.schema.base import Body, Neutral, TokenIds
+from gptj_dist.answers.schema.chat import Messages
+from gptj_dist.errors import InvalidRequestError
+
+
+class TokenizeRequest(Body):
+    """A text, or a conversation that the chat template makes one.
+
+    Args:
+        model: one of the names in `GET /v1/models`; null takes the model that there is.
+        prompt: the text.
+        messages: the conversation.
+        return_token_strs: give the tokens as texts too.
+        add_generation_prompt: let the template end with the beginning of an answer.
+        chat_template_kwargs: variables for the template.
+    """
+
+    neutral: ClassVar[Neutral] = {"add_special_tokens": (True, False), "chat_template": (), "tools": ([],)}
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Raises InvalidRequestError unless there is either a prompt or a conversation."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("give either prompt or messages", "prompt")
+
+
+class DetokenizeRequest(Body):
+    """Token ids to be read as text.
+
+    Args:
+        model: one of the names in `GET /v1/models`; null takes the model that there is.
+        tokens: one or more; a special one is read as its name.
+    """
+
+    model: str | None = None
+    tokens: TokenIds

@@ -1,0 +1,285 @@
+"""What the endpoints promise, short of HTTP: requests to answers, texts to tokens. Knows no Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+from gptj_dist.answers.answer import Answer, Head
+from gptj_dist.answers.completion import TextDelta, stream_text
+from gptj_dist.answers.embedding import EmbeddingAnswer
+from gptj_dist.answers.error_responses import UnknownModelError
+from gptj_dist.answers.moderation import Moderation
+from gptj_dist.answers.schema.chat import ChatRequest, Message
+from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.answers.source import TokenSource
+from gptj_dist.answers.writers import ChatWriter, CompletionWriter
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.config import PipelineConfig
+from gptj_dist.engine.mailbox import Delta
+from gptj_dist.errors import InvalidRequestError
+from gptj_dist.json_types import JsonObject
+from gptj_dist.logs import values
+from gptj_dist.params import SamplingParams
+from gptj_dist.text.chat import ChatTemplate, load_chat_template
+from gptj_dist.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_CHOICES = 1024
+EncodedPrompt: TypeAlias = tuple[str, list[int]]
+"""Its text, and its tokens."""
+
+NO_TEMPLATE = (
+    "the model has no chat template, as GPT-J has none: start the server with --chat-template FILE, "
+    "or use /v1/completions"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is known of the model in front of it.
+
+    Args:
+        names: what clients call it; the first is what answers say.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    eos_token_id: int
+    chat_template: ChatTemplate | None = None
+
+    @classmethod
+    def load(cls, config: PipelineConfig, names: tuple[str, ...], chat_template: str | None) -> Self:
+        """Reads it from the model's files, which have been fetched.
+
+        Args:
+            names: what clients call it.
+            chat_template: Jinja, in place of the checkpoint's.
+
+        Raises:
+            CheckpointError: one of them is broken.
+        """
+        directory = resolve_model(config.model, config.revision)
+        return cls(
+            names=names,
+            tokenizer=Tokenizer.load(directory),
+            eos_token_id=read_model_config(directory).eos_token_id,
+            chat_template=load_chat_template(directory, chat_template),
+        )
+
+
+class AnswerService:
+    """Understands requests for text.
+
+    Args:
+        moderation: is asked about prompts and answers, if there is one.
+        on_end: as of `Answer`.
+        logs_prompts: whether the log shows prompts.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        source: TokenSource,
+        moderation: Moderation | None = None,
+        on_end: Callable[[str], None] = lambda _: None,
+        logs_prompts: bool = False,
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._moderation = moderation
+        self._on_end = on_end
+        self._logs_prompts = logs_prompts
+
+    async def complete(self, request: CompletionRequest, request_id: str) -> Answer:
+        """The answer to a request for completions.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        self.check_model(request.model)
+        params = request.sampling_params(self._bad_token_ids(request.bad_words))
+        prompts = [
+            self._cut(self.encode(prompt), prompt, request.truncate_prompt_tokens, request.max_tokens)
+            for prompt in request.prompts()
+        ]
+        num_choices = len(prompts) * request.num_sampled
+        if num_choices > MAX_CHOICES:
+            raise InvalidRequestError(f"{num_choices} completions in one request, at most {MAX_CHOICES} are made", "n")
+        writers = [
+            CompletionWriter(i * request.n + choice, request, prompt, prompt_ids, self._model.tokenizer)
+            for i, (prompt, prompt_ids) in enumerate(prompts)
+            for choice in range(request.n)
+        ]
+        head = Head(f"cmpl-{request_id}", int(time.time()), self._model.names[0], "text_completion", "text_completion")
+        return await self._answer(request, request_id, head, prompts, params, writers)
+
+    async def chat(self, request: ChatRequest, request_id: str) -> Answer:
+        """The answer to a conversation.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        self.check_model(request.model)
+        text = self.render(
+            request.messages,
+            request.chat_template_kwargs,
+            begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
+            continues_last=request.continue_final_message,
+        )
+        window = self._source.limits().max_model_len
+        prompt_ids = self.encode(text)
+        wanted = request.most_tokens or 1
+        text, prompt_ids = self._cut(prompt_ids, text, request.truncate_prompt_tokens, wanted)
+        max_tokens = request.most_tokens or max(1, min(window, self._source.limits().kv_tokens) - len(prompt_ids))
+        params = request.sampling_params(max_tokens, self._bad_token_ids(request.bad_words))
+        writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
+        kinds = ("chat.completion", "chat.completion.chunk")
+        head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
+        return await self._answer(request, request_id, head, [(text, prompt_ids)], params, writers)
+
+    async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
+        """The answer to a request for embeddings.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        self.check_model(request.model)
+        params = request.sampling_params()
+        prompts = [self._cut(self.encode(prompt), prompt, None, 0) for prompt in request.prompts()]
+        if len(prompts) > MAX_CHOICES:
+            raise InvalidRequestError(f"{len(prompts)} inputs in one request, at most {MAX_CHOICES} are taken", "input")
+        num_prompt_tokens = await self._accept(request_id, request.user, prompts, params, "input")
+
+        def open_streams() -> list[AsyncGenerator[Delta, None]]:
+            return [self._source.streams(prompt_ids, params, 1, request_id)[0] for _, prompt_ids in prompts]
+
+        return EmbeddingAnswer(request, self._model.names[0], open_streams, num_prompt_tokens)
+
+    def tokenize(self, request: TokenizeRequest) -> JsonObject:
+        """The tokens of a text or a conversation. Raises InvalidRequestError."""
+        self.check_model(request.model)
+        if request.messages is not None:
+            text = self.render(
+                request.messages, request.chat_template_kwargs, begins_answer=request.add_generation_prompt
+            )
+        else:
+            text = request.prompt or ""
+        token_ids = self._model.tokenizer.encode(text)
+        body: JsonObject = {
+            "count": len(token_ids),
+            "max_model_len": self._source.limits().max_model_len,
+            "tokens": token_ids,
+        }
+        if request.return_token_strs:
+            body["token_strs"] = [self._model.tokenizer.token_text(token_id) for token_id in token_ids]
+        return body
+
+    def detokenize(self, request: DetokenizeRequest) -> JsonObject:
+        """The text of tokens. Raises InvalidRequestError."""
+        self.check_model(request.model)
+        self._source.limits().check_vocabulary("tokens", request.tokens)
+        raw = b"".join(map(self._model.tokenizer.token_or_special_bytes, request.tokens))
+        return {"prompt": raw.decode("utf-8", "replace")}
+
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModelError if the model is not served here."""
+        if name is not None and name not in self._model.names:
+            served = " and ".join(map(repr, self._model.names))
+            raise UnknownModelError(f"model {name!r:.200} is not served here; {served} is", "model")
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's token ids."""
+        return self._model.tokenizer.encode_prompt(prompt, self._model.eos_token_id)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        *,
+        begins_answer: bool,
+        continues_last: bool = False,
+    ) -> str:
+        """The text that a conversation is to the model. Raises InvalidRequestError."""
+        if self._model.chat_template is None:
+            raise InvalidRequestError(NO_TEMPLATE)
+        return self._model.chat_template.render(
+            [message.for_template() for message in messages],
+            variables,
+            begins_answer=begins_answer,
+            continues_last=continues_last,
+        )
+
+    def _cut(self, token_ids: list[int], prompt: str | list[int], most: int | None, max_tokens: int) -> EncodedPrompt:
+        """A prompt's text and token ids, cut to what the request wants of it."""
+        if most == -1:
+            most = max(1, self._source.limits().max_model_len - max_tokens)
+        if most is not None and len(token_ids) > most:
+            token_ids = token_ids[-most:]
+            return self._model.tokenizer.decode(token_ids), token_ids
+        return prompt if isinstance(prompt, str) else self._model.tokenizer.decode(token_ids), token_ids
+
+    def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words, at the beginning of a text and within it."""
+        texts = [text for word in words for text in (word.strip(), f" {word.strip()}")]
+        return tuple(tuple(self._model.tokenizer.encode(text)) for text in texts)
+
+    async def _answer(
+        self,
+        request: CompletionRequest | ChatRequest,
+        request_id: str,
+        head: Head,
+        prompts: Sequence[EncodedPrompt],
+        params: SamplingParams,
+        writers: Sequence[CompletionWriter | ChatWriter],
+    ) -> Answer:
+        num_prompt_tokens = await self._accept(request_id, request.user, prompts, params, "prompt")
+
+        def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
+            return [
+                self._watched(stream_text(tokens, self._model.tokenizer, params))
+                for _, prompt_ids in prompts
+                for tokens in self._source.streams(prompt_ids, params, request.num_sampled, request_id)
+            ]
+
+        most_tokens = len(prompts) * request.num_sampled * params.max_tokens
+        return Answer(request, head, open_streams, writers, num_prompt_tokens, most_tokens, self._on_end)
+
+    async def _accept(
+        self, request_id: str, user: str | None, prompts: Sequence[EncodedPrompt], params: SamplingParams, field: str
+    ) -> int:
+        """Checks prompts against limits and moderation, and logs them; how many tokens they have.
+
+        Args:
+            field: what the request calls its prompts.
+
+        Raises:
+            InvalidRequestError, NotReadyError: they cannot be served.
+        """
+        limits = self._source.limits()
+        for text, prompt_ids in prompts:
+            limits.check(prompt_ids, params, field)
+            if self._moderation is not None:
+                await self._moderation.check_prompt(text)
+        num_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
+        logger.info(
+            "request accepted",
+            extra=values(
+                request_id=request_id,
+                choices=len(prompts) * params.n,
+                prompt_tokens=num_tokens,
+                user=user,
+                prompts=[text for text, _ in prompts] if self._logs_prompts else None,
+            ),
+        )
+        return num_tokens
+
+    def _watched(self, stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
+        return stream if self._moderation is None else self._moderation.watch(stream)

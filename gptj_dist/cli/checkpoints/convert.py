@@ -1,0 +1,66 @@
+"""`gptj-dist convert`: any form of checkpoint to safetensors of one file a layer, resumable, without filling memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gptj_dist.cli.options import Model, Revision
+from gptj_dist.sizes import bytes_text
+
+if TYPE_CHECKING:
+    from gptj_dist.checkpoint.convert import Conversion
+    from gptj_dist.config import DTypeName
+
+
+def convert(
+    source: Model,
+    destination: Annotated[Path, typer.Argument(help="The directory to write.", show_default=False)],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="float32, bfloat16, float16, or 'auto': the checkpoint's.", metavar="TYPE"),
+    ] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint there, once the new one is whole.")
+    ] = False,
+    revision: Revision = None,
+) -> None:
+    """Rewrite a checkpoint as one safetensors file a layer, so that a stage's files are its own.
+
+    Killed or interrupted, the same command resumes.
+    """
+    start_s = time.monotonic()
+    try:
+        conversion = _convert(source, revision, destination, None if dtype == "auto" else dtype, overwrite)
+    except KeyboardInterrupt:
+        print("gptj-dist: interrupted; running it again resumes", file=sys.stderr)
+        raise
+    print(
+        f"{conversion.directory}: {bytes_text(conversion.num_bytes)} in {conversion.num_files} files, "
+        f"{conversion.dtype}, {time.monotonic() - start_s:.1f} s"
+    )
+    print(f"gptj-dist serve {conversion.directory}")
+
+
+def _convert(
+    source: str, revision: str | None, destination: Path, dtype: DTypeName | None, overwrite: bool
+) -> Conversion:
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from gptj_dist.checkpoint.convert import check_destination, convert_checkpoint
+    from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
+    from gptj_dist.checkpoint.index import read_model_config
+    from gptj_dist.cli.progress import displayed
+    from gptj_dist.config import LayerRange
+
+    directory = resolve_model(source, revision)
+    check_destination(directory, destination, overwrite)  # before a download, which may take an hour
+    config = read_model_config(directory)
+    fetch_weights(source, directory, LayerRange.whole(config.num_layers), config)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with displayed(*columns, as_text=lambda done, all_: f"{bytes_text(done)} of {bytes_text(all_)}") as observer:
+        return convert_checkpoint(directory, destination, dtype, overwrite, observer)

@@ -1,0 +1,125 @@
+"""`gptj-dist inspect`: what a checkpoint holds, and what is odd about it, without reading a weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptj_dist.checkpoint.files import TOKENIZER_FILES
+from gptj_dist.cli.options import Model, Revision
+from gptj_dist.config import DTYPE_BYTES, LayerRange, ModelConfig
+from gptj_dist.errors import CheckpointError
+from gptj_dist.sizes import bytes_text
+
+if TYPE_CHECKING:
+    from gptj_dist.checkpoint.inspection import Inspection
+
+_MAX_LISTED = 8
+
+
+def inspect(model: Model, revision: Revision = None) -> None:
+    """Show what a checkpoint holds, and what is odd about it. Reads no weights, and downloads none."""
+    from gptj_dist.checkpoint.hub import local_directory, resolve_model
+    from gptj_dist.checkpoint.index import read_model_config
+    from gptj_dist.checkpoint.inspection import inspect_checkpoint, missing_files
+
+    directory = resolve_model(model, revision)
+    is_remote = local_directory(model) is None
+    if is_remote and (missing := missing_files(directory)):
+        config = read_model_config(directory)
+        rows = [*_shape_rows(config), ("weights", _undownloaded(config, len(missing)))]
+        _show(directory, [*rows, *_tokenizer_rows(directory, config)], [])
+        return
+    inspection = inspect_checkpoint(directory)
+    rows = [*_shape_rows(inspection.config), *_weight_rows(inspection)]
+    tokenizer_rows = list(_tokenizer_rows(directory, inspection.config))
+    _show(directory, [*rows, *tokenizer_rows], [*inspection.oddities, *_advice(model, inspection)])
+
+
+def _show(directory: Path, rows: Sequence[tuple[str, str]], remarks: Sequence[str]) -> None:
+    """Prints lines that are not wrapped, so that what is piped or copied stays whole."""
+    print(directory)
+    for name, text in rows:
+        print(f"{name:<10}  {text}")
+    for remark in remarks:
+        print(f"- {remark}")
+
+
+def _shape_rows(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    yield (
+        "model",
+        f"{config.num_layers} layers of width {config.d_model}, {config.num_heads} heads, "
+        f"context of {config.context_length} tokens, vocabulary of {config.vocab_size}",
+    )
+
+
+def _weight_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    num_files = len(inspection.file_bytes)
+    form = "safetensors" if inspection.is_safetensors else "PyTorch's pickle"
+    files = "1 file" if num_files == 1 else f"{num_files} files"
+    yield "weights", f"{form}, {files}, {bytes_text(inspection.num_bytes)}"
+    yield "parameters", f"{inspection.num_parameters:,}"
+    dtypes = inspection.bytes_of_dtype
+    yield (
+        "dtype",
+        next(iter(dtypes)) if len(dtypes) == 1 else _listing([f"{d}: {bytes_text(n)}" for d, n in dtypes.items()]),
+    )
+    yield "embedding", bytes_text(inspection.embedding_bytes)
+    yield "layers", _layers_text(inspection.layer_bytes)
+    tied = ", tied to the embedding" if inspection.config.has_tied_embeddings else ""
+    yield "head", bytes_text(inspection.head_bytes) + tied
+
+
+def _layers_text(layer_bytes: Sequence[int]) -> str:
+    usual = Counter(layer_bytes).most_common(1)[0][0]
+    odd = [f"layer {i}: {bytes_text(n)}" for i, n in enumerate(layer_bytes) if n != usual]
+    return f"{len(layer_bytes)} of {bytes_text(usual)}" + (f", but {_listing(odd)}" if odd else "")
+
+
+def _tokenizer_rows(directory: Path, config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """A tokenizer that cannot be loaded is worth a row, not the end: its checkpoint can be converted."""
+    from gptj_dist.text.tokenizer import Tokenizer
+
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        yield "tokenizer", "none"
+        return
+    try:
+        tokenizer = Tokenizer.load(directory)
+    except CheckpointError as error:
+        yield "tokenizer", f"cannot be loaded, {error}"
+        return
+    num_unsampled = len(tokenizer.unsampled_ids(config.vocab_size))
+    text = f"{tokenizer.num_entries} entries for {config.vocab_size} rows"
+    if num_unsampled:
+        text += f"; {num_unsampled} rows stand for no text and are not generated"
+    if tokenizer.num_entries > config.vocab_size:
+        text += f"; {tokenizer.num_entries - config.vocab_size} entries have no row: text with them cannot be served"
+    yield "tokenizer", text
+
+
+def _undownloaded(config: ModelConfig, num_missing: int) -> str:
+    from math import prod
+
+    from gptj_dist.checkpoint.index import expected_tensors
+
+    shapes = expected_tensors(config, LayerRange.whole(config.num_layers))
+    num_parameters = sum(map(prod, shapes.values()))
+    size = bytes_text(num_parameters * DTYPE_BYTES[config.dtype])
+    files = "1 file is" if num_missing == 1 else f"{num_missing} files are"
+    return f"{files} not downloaded; by config.json {num_parameters:,} parameters, {config.dtype}, {size}"
+
+
+def _advice(model: str, inspection: Inspection) -> Iterator[str]:
+    (file, num_bytes), *others = inspection.file_bytes.items()
+    if not others:
+        yield (
+            f"every stage has to fetch all of {file}, {bytes_text(num_bytes)}: "
+            f"`gptj-dist convert {model} DIRECTORY` gives each stage files of its own"
+        )
+
+
+def _listing(parts: Sequence[str]) -> str:
+    more = f" and {len(parts) - _MAX_LISTED} more" if len(parts) > _MAX_LISTED else ""
+    return ", ".join(parts[:_MAX_LISTED]) + more

@@ -1,0 +1,134 @@
+"""`gptj-dist plan`: the partition, its memory and the reason for it; its speed on devices named, or checked on this."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptj_dist.cli.options import Model
+from gptj_dist.cli.pipeline_settings import Settings, takes_settings
+from gptj_dist.config import BLOCK_SIZE_TOKENS, ModelConfig, PipelineConfig
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.planning.partition import (
+    OUTPUT_TOKEN_COST,
+    PROMPT_TOKENS_PER_OUTPUT_TOKEN,
+    cut_cost,
+    lm_head_cost_layers,
+)
+from gptj_dist.sizes import bytes_text
+
+if TYPE_CHECKING:
+    from gptj_dist.stages.blueprint import Blueprint, StageReport
+
+
+@takes_settings("stages", "layers", "device", "dtype", "max_model_len", "kv_cache_gb", "max_batch_size", "revision")
+def plan(
+    model: Model,
+    settings: Settings,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="A YAML file that lists devices, or 'cluster': find the best cut for them, and its speed."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster that '--devices cluster' asks.", envvar="RAY_ADDRESS")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Predict the speed on this machine, then load the model and measure it.")
+    ] = False,
+) -> None:
+    """Show how a model would be cut into stages, and why. Loads no weights but with --check."""
+    config = PipelineConfig(model, **settings)
+    if devices is not None and check:
+        raise ConfigurationError("--check measures this machine, --devices describes others: give one of them")
+    if devices is not None:
+        from gptj_dist.cli.server.plan_devices import print_best_pipeline
+
+        _refuse_beside("--devices", config, allowed=("dtype", "max_model_len"))
+        print_best_pipeline(config, devices, address)
+    elif check:
+        from gptj_dist.cli.server.plan_check import print_check
+
+        _refuse_beside("--check", config, allowed=("dtype",))
+        if not print_check(config):
+            raise typer.Exit(1)
+    else:
+        _print_cut(config)
+
+
+def _refuse_beside(option: str, config: PipelineConfig, allowed: tuple[str, ...]) -> None:
+    """Refuses settings that would do nothing.
+
+    Raises:
+        ConfigurationError: names them.
+    """
+    given, default = asdict(config), asdict(PipelineConfig(config.model, revision=config.revision))
+    changed = [name for name in given if name not in allowed and given[name] != default[name]]
+    if changed:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise ConfigurationError(f"{option} chooses for itself: it does not go with {names}")
+
+
+def _print_cut(config: PipelineConfig) -> None:
+    """The cut for equal devices, and what its stages would take of this machine's memory."""
+    from rich.console import Console
+
+    from gptj_dist.operate.tables import stage_table
+    from gptj_dist.stages.blueprint import count_kv_blocks, draw_blueprint
+
+    blueprint = draw_blueprint(config)
+    reports = _foresee(blueprint)
+    console = Console()
+    try:
+        num_kv_tokens = count_kv_blocks(blueprint, reports) * BLOCK_SIZE_TOKENS
+    except ConfigurationError as error:  # the cut is worth seeing all the same: it may be for other machines
+        num_kv_tokens = 0
+        console.print(f"All stages together do not fit this machine: {error}.")
+    console.print(stage_table(reports, num_kv_tokens))
+    weights = sum(report.weight_bytes for report in reports)
+    kv_bytes = sum(report.kv_bytes_per_token for report in reports)
+    console.print(f"All stages on this machine: {bytes_text(weights)} of weights, {bytes_text(kv_bytes)} a KV token.")
+    for line in _reasons(blueprint.model, tuple(r.num_layers for r in blueprint.layers), config.layers is not None):
+        console.print(line)
+    console.print("Speed is predicted by --devices (for devices you name) and --check (on this machine, and measured).")
+
+
+def _foresee(blueprint: Blueprint) -> list[StageReport]:
+    """The reports that stages would give after loading, all of them on this machine's first device."""
+    from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+    from gptj_dist.stages.blueprint import StageReport, choose_dtype
+    from gptj_dist.stages.device import describe_device, free_bytes, local_device
+
+    kind, device = local_device(blueprint.config.device)
+    description = describe_device(device)
+    dtype = choose_dtype(blueprint.config, blueprint.model, [description])
+    reports = [
+        StageReport(
+            layers=layers,
+            device=description,
+            kind=kind,
+            dtype=dtype,
+            weight_bytes=weight_bytes(blueprint.model, layers, dtype),
+            free_bytes=0,
+            kv_bytes_per_token=kv_bytes_per_token(blueprint.model, layers.num_layers, dtype, kind),
+            pid=0,
+        )
+        for layers in blueprint.layers
+    ]
+    left = max(0, free_bytes(device) - sum(report.weight_bytes for report in reports))
+    return [replace(report, free_bytes=left) for report in reports]
+
+
+def _reasons(model: ModelConfig, layers: tuple[int, ...], is_explicit: bool) -> list[str]:
+    cost, head = cut_cost(model, layers), lm_head_cost_layers(model)
+    lines = [
+        f"lm_head counts as {head:.2f} layers, for output tokens only. Each of them is assumed to come with "
+        f"{PROMPT_TOKENS_PER_OUTPUT_TOKEN} prompt tokens, and to cost as much as {OUTPUT_TOKEN_COST}.",
+        f"The slowest stage costs {cost.prompt:g} layers for prompts, {cost.output:.2f} for outputs: it leaves "
+        f"{sum(layers) / len(layers) / cost.prompt:.0%} and {(sum(layers) + head) / len(layers) / cost.output:.0%} of "
+        "the ideal speed.",
+    ]
+    if is_explicit:
+        lines.append("The layers were given; without --layers the planner makes that traffic as cheap as can be.")
+    return lines

@@ -1,0 +1,219 @@
+"""`gptj-dist plan --devices`: the best pipeline over devices from a file or a cluster, and what it would do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.config import ModelConfig, PipelineConfig
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.operate.tables import layers_text
+from gptj_dist.planning.cost import weight_bytes
+from gptj_dist.planning.devices import (
+    GPU_BANDWIDTH_EFFICIENCY,
+    GPU_FLOPS_EFFICIENCY,
+    KNOWN_DEVICES,
+    DeviceSpec,
+    known_device,
+    parse_devices,
+)
+from gptj_dist.planning.forecast import (
+    PlannedStage,
+    Workload,
+    decode_tokens_per_s,
+    first_token_s,
+    group_size,
+    limiting_stage,
+    mixed_step,
+    mixed_tokens_per_s,
+    num_kv_tokens,
+    num_running,
+)
+from gptj_dist.planning.partition import PROMPT_TOKENS_PER_OUTPUT_TOKEN
+from gptj_dist.planning.search import NUM_REQUESTS, best_pipeline, gains_of_one_more
+from gptj_dist.sizes import bytes_text
+from gptj_dist.stages.blueprint import DeviceReport, choose_dtype
+
+CLUSTER = ("cluster", "ray")
+REQUEST_COUNTS = (1, 8, 32, 64)
+PROMPT_TOKENS = 512
+
+_KNOWN_NAME_OF = {"a100-80g": "a100-80", "a100-40g": "a100-40", "a100": "a100-40"}
+"""What Ray calls an accelerator, where we do not; of two sizes that it does not tell apart, the smaller."""
+
+
+def print_best_pipeline(config: PipelineConfig, devices: str, address: str | None) -> None:
+    """Finds the best pipeline and prints it with its predicted speed.
+
+    Args:
+        devices: a YAML file, or `cluster`.
+        address: of the cluster; None finds the one that runs on this machine.
+
+    Raises:
+        ConfigurationError: the description or the settings are wrong, no cluster answers, or the model does not fit.
+    """
+    specs = _ask_cluster(address) if devices in CLUSTER else parse_devices(_read(Path(devices)))
+    model = read_model_config(resolve_model(config.model, config.revision))
+    workload = _workload(config, model, specs)
+    pipeline = best_pipeline(workload, specs)
+    console = Console()
+    console.print(_stage_table(workload, pipeline))
+    console.print(_speed_table(workload, pipeline))
+    for line in _remarks(workload, pipeline, specs, config):
+        console.print(line, highlight=False, soft_wrap=line.startswith("gptj-dist"))
+
+
+def _read(path: Path) -> object:
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"--devices: {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--devices: {path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _ask_cluster(address: str | None) -> tuple[DeviceSpec, ...]:
+    """The GPUs of a running Ray cluster, or if it has none, a CPU device for each node.
+
+    Raises:
+        ConfigurationError: no cluster answers, or it has a GPU without known figures.
+    """
+    import ray
+
+    from gptj_dist.operate.launcher import connected
+
+    try:
+        with connected(address or "auto"):
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    except ConfigurationError as error:
+        if address is None:
+            message = "--devices cluster: no Ray cluster runs on this machine; --address names one elsewhere"
+            raise ConfigurationError(message) from error
+        raise
+    return devices_of_nodes(nodes)
+
+
+def devices_of_nodes(nodes: Sequence[Mapping[str, float]]) -> tuple[DeviceSpec, ...]:
+    """The devices of a cluster by the resources that Ray reports of its nodes.
+
+    Raises:
+        ConfigurationError: a GPU's type is not reported, or has no known figures.
+    """
+    gpus = [gpu for node in nodes for gpu in _gpus(node)]
+    if gpus:
+        return tuple(gpus)
+    cpus = [replace(known_device("cpu"), memory_bytes=node.get("memory", 0.0)) for node in nodes if node.get("CPU")]
+    if not cpus:
+        raise ConfigurationError("--devices cluster: the cluster has neither a GPU nor a CPU")
+    return tuple(cpus)
+
+
+def _gpus(node: Mapping[str, float]) -> list[DeviceSpec]:
+    count = int(node.get("GPU", 0))
+    types = [key.partition(":")[2].lower() for key in node if key.startswith("accelerator_type:")]
+    if count and not types:
+        raise ConfigurationError("--devices cluster: a node has GPUs, but Ray does not say of which type: write a file")
+    return [known_device(_KNOWN_NAME_OF.get(types[0], types[0]))] * count if count else []
+
+
+def _workload(config: PipelineConfig, model: ModelConfig, specs: Sequence[DeviceSpec]) -> Workload:
+    max_model_len = config.max_model_len or model.context_length
+    if max_model_len > model.context_length:
+        raise ConfigurationError(f"max_model_len {max_model_len} exceeds the model's context of {model.context_length}")
+    reports = [
+        DeviceReport(spec.name, f"{spec.name}/{i}", 1, int(spec.memory_bytes), spec.fast_dtypes)
+        for i, spec in enumerate(specs)
+    ]
+    return Workload(model, choose_dtype(config, model, reports), max_model_len)
+
+
+def _stage_table(workload: Workload, pipeline: Sequence[PlannedStage]) -> Table:
+    running = num_running(workload, pipeline, NUM_REQUESTS)
+    step = mixed_step(workload, group_size(running, len(pipeline)))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "layers", "device"):
+        table.add_column(column)
+    for column in ("weights", "KV tokens", "ms a step"):
+        table.add_column(column, justify="right")
+    for stage in pipeline:
+        table.add_row(
+            str(stage.layers.stage),
+            layers_text(stage.layers),
+            f"{stage.device.name}, {workload.dtype}",
+            bytes_text(weight_bytes(workload.model, stage.layers, workload.dtype)),
+            f"{stage.num_kv_tokens(workload):,}",
+            _ms(stage.step_s(workload, step)),
+        )
+    return table
+
+
+def _speed_table(workload: Workload, pipeline: Sequence[PlannedStage]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("predicted tokens/s at", "run at once", "decode alone", "with prompts"):
+        table.add_column(column, justify="right")
+    for count in REQUEST_COUNTS:
+        table.add_row(
+            f"{count} request{'s' * (count > 1)}",
+            str(num_running(workload, pipeline, count)),
+            f"{decode_tokens_per_s(workload, pipeline, count):,.1f}",
+            f"{mixed_tokens_per_s(workload, pipeline, count):,.1f}",
+        )
+    return table
+
+
+def _remarks(
+    workload: Workload, pipeline: Sequence[PlannedStage], specs: Sequence[DeviceSpec], config: PipelineConfig
+) -> list[str]:
+    limiting = pipeline[limiting_stage(workload, pipeline, NUM_REQUESTS)]
+    num_prompt_tokens = min(PROMPT_TOKENS, workload.max_model_len)
+    gains = [f"{name} {gain:.2f} x" for name, gain in gains_of_one_more(workload, specs).items()]
+    unused = Counter(specs) - Counter(stage.device for stage in pipeline)
+    lines = [
+        f"First token of {num_prompt_tokens} prompt tokens, idle: "
+        f"{_ms(first_token_s(workload, pipeline, num_prompt_tokens))} ms. "
+        f"KV cache: {num_kv_tokens(workload, pipeline):,} tokens, the least of all stages.",
+        f"Stage {limiting.layers.stage} ({limiting.device.name}) limits the speed.",
+        f"One more device would make it: {', '.join(gains)}.",
+    ]
+    if unused:
+        names = ", ".join(f"{count} {device.name}" for device, count in unused.items())
+        lines.append(f"Left out, as they would only slow it: {names}.")
+    return [*lines, *_assumptions(workload, specs), *_how_to_serve(workload, pipeline, config)]
+
+
+def _assumptions(workload: Workload, specs: Sequence[DeviceSpec]) -> list[str]:
+    lines = [
+        f"Assumed: the cut is best for {NUM_REQUESTS} requests, {PROMPT_TOKENS_PER_OUTPUT_TOKEN} prompt tokens for "
+        f"each output token, {workload.context_tokens} tokens of context; HTTP and coordinator cost nothing."
+    ]
+    if any(spec.kind == "cuda" and spec.name in KNOWN_DEVICES for spec in specs):
+        lines.append(
+            f"GPUs of known name: {GPU_BANDWIDTH_EFFICIENCY:.0%} of the published bandwidth, "
+            f"{GPU_FLOPS_EFFICIENCY:.0%} of the FLOP/s, 5 us a kernel launch. Not measured."
+        )
+    if any(spec.kind == "cpu" for spec in specs):
+        lines.append("A 'cpu' is 2 cores of an AMD EPYC with AVX-512 BF16, unless its figures were given.")
+    return lines
+
+
+def _how_to_serve(workload: Workload, pipeline: Sequence[PlannedStage], config: PipelineConfig) -> list[str]:
+    layers = ",".join(str(stage.layers.num_layers) for stage in pipeline)
+    lines = [f"gptj-dist serve {config.model} --layers {layers} --dtype {workload.dtype}"]
+    if len({stage.device for stage in pipeline}) > 1:
+        lines.insert(
+            0, "Keep the order of the devices: Ray places stages where there is room, not by this table. Then:"
+        )
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"

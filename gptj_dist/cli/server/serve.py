@@ -1,0 +1,148 @@
+"""`gptj-dist serve`: a pipeline behind HTTP, on a Ray of its own or on a cluster, until Ctrl-C."""
+
+from __future__ import annotations
+
+import re
+import ssl
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptj_dist.cli.options import (
+    DEFAULT_APP_NAME,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    Host,
+    Model,
+    Port,
+    ServedModelName,
+    TemplateFile,
+    TraceFile,
+)
+from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
+from gptj_dist.config import PipelineConfig
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.logs import LogFormat
+
+if TYPE_CHECKING:
+    from gptj_dist.serving.keys import ApiKey
+
+
+@takes_settings(*OPTIONS)
+def serve(
+    model: Model,
+    settings: Settings,
+    replicas: Annotated[int | None, typer.Option(help="Number of pipelines.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(help="Fewest pipelines, when scaling by load.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="Most pipelines, when scaling by load.")] = None,
+    served_model_name: ServedModelName = None,
+    host: Host = DEFAULT_HOST,
+    port: Port = DEFAULT_PORT,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must have.", envvar="GPTJ_API_KEY", show_default=False)
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Hashed keys with names and limits: docs/security.md.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Open to other machines without a key.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate, in PEM form.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Web page that browsers may call from; again for another.")
+    ] = None,
+    chat_template: TemplateFile = None,
+    moderation: Annotated[
+        str | None, typer.Option(metavar="MODULE:CALLABLE", help="Asked whether prompts and answers may pass.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; without it a local one is started.", envvar="RAY_ADDRESS")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the Serve application on a cluster.")] = DEFAULT_APP_NAME,
+    route_prefix: Annotated[str, typer.Option(help="What its paths begin with on a cluster.")] = "/",
+    trace: TraceFile = None,
+    log_format: Annotated[LogFormat, typer.Option(help="How a line of a log is written.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in logs.")] = False,
+) -> None:
+    """Serve a model over HTTP as a pipeline of stages, until Ctrl-C."""
+    scaling = _scaling(replicas, min_replicas, max_replicas)
+    from gptj_dist.stages.blueprint import draw_blueprint
+    from gptj_dist.stages.trace import check_trace_path
+
+    check_trace_path(trace)
+    config = draw_blueprint(PipelineConfig(model, **settings)).config  # what is wrong with it is said before Ray starts
+    from gptj_dist.operate.launcher import Launch, run_until_interrupted
+    from gptj_dist.serving.http.listener import Address
+    from gptj_dist.serving.settings import AppConfig
+    from gptj_dist.text.chat import read_template
+
+    sys.path.insert(0, "")  # a moderator may lie where the server is started, as it may for any module
+    keys, launcher_key = _keys(api_key, api_keys)
+    app = AppConfig(
+        config,
+        served_model_names=tuple(served_model_name or ()),
+        chat_template=None if chat_template is None else read_template(chat_template),
+        api_keys=keys,
+        cors_origins=tuple(cors_origin or ()),
+        moderation=moderation,
+        log_format=log_format,
+        log_prompts=log_prompts,
+    )
+    listen = Address(host, port, *_tls(tls_cert, tls_key))
+    launch = Launch(app, scaling, listen, address, trace, name, route_prefix, launcher_key, is_open=insecure)
+    run_until_interrupted(launch)
+
+
+def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], str | None]:
+    """The keys that open the server, one of them for its launcher; and that one.
+
+    Raises:
+        ConfigurationError: no header can hold the key, or the file will not do.
+    """
+    from gptj_dist.serving.keys import ApiKey, hash_key, new_key, read_keys
+
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise ConfigurationError("an API key is one or more ASCII letters, digits or signs, without spaces")
+    named = () if file is None else read_keys(file)
+    single = () if api_key is None else (ApiKey("api-key", hash_key(api_key)),)
+    if not named and not single:
+        return (), None
+    own = new_key()
+    return (*named, *single, ApiKey("launcher", hash_key(own))), own
+
+
+def _tls(cert: Path | None, key: Path | None) -> tuple[str | None, str | None]:
+    """The files of a certificate, which are tried out.
+
+    Raises:
+        ConfigurationError: one is missing, or they do not belong together.
+    """
+    if cert is None and key is None:
+        return None, None
+    if cert is None or key is None:
+        raise ConfigurationError("--tls-cert and --tls-key belong together")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigurationError(f"{cert} and {key} cannot be used for TLS: {error.strerror or error}") from error
+    return str(cert.absolute()), str(key.absolute())
+
+
+def _scaling(replicas: int | None, min_replicas: int | None, max_replicas: int | None) -> dict[str, object]:
+    """Serve's settings for the number of pipelines.
+
+    Raises:
+        ConfigurationError: numbers that contradict each other.
+    """
+    if min_replicas is None and max_replicas is None:
+        if replicas is not None and replicas < 1:
+            raise ConfigurationError(f"--replicas must be at least 1, got {replicas}")
+        return {"num_replicas": replicas or 1}
+    if replicas is not None:
+        raise ConfigurationError("--replicas fixes the number of pipelines, --min-replicas and --max-replicas scale it")
+    least = 1 if min_replicas is None else min_replicas
+    most = max(least, 1) if max_replicas is None else max_replicas
+    if not 0 <= least <= most or most < 1:
+        raise ConfigurationError(f"--min-replicas {least} and --max-replicas {most} contradict each other")
+    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": 16}}

@@ -1,0 +1,191 @@
+"""`gptj-dist batch`: a file of requests answered by a running server or in this process, resumable after a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptj_dist.cli.options import PIPELINE_PANEL, ServedModelName, TemplateFile
+from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
+from gptj_dist.cli.request_options import DEFAULT_TIMEOUT_S, DEFAULT_URL, KeyOption, ServerUrl, Timeout
+from gptj_dist.config import PipelineConfig
+from gptj_dist.errors import ConfigurationError, GPTJDistError
+
+if TYPE_CHECKING:
+    from gptj_dist.cli.progress import Display
+    from gptj_dist.cli.text.batch_files import AnswerFile, BatchAnswer
+    from gptj_dist.cli.text.batch_run import Answerer, Patience
+
+HAS_FAILURES = 1
+DEFAULT_CONCURRENCY = 32
+DEFAULT_WAIT_S = 600.0
+
+SERVER_OPTIONS = ("url", "api_key", "timeout", "wait")
+LOCAL_SETTINGS = tuple(
+    name for name in OPTIONS if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests")
+)
+"""Those that mean something without Ray and without others who ask."""
+
+LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template")
+
+
+@takes_settings(*LOCAL_SETTINGS)
+def batch(
+    context: typer.Context,
+    requests: Annotated[
+        Path, typer.Argument(metavar="IN", help="Requests, one a line, as OpenAI's batches have them.")
+    ],
+    answers: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Where answers are appended; it says how far the batch has got.")
+    ],
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = DEFAULT_CONCURRENCY,
+    url: ServerUrl = DEFAULT_URL,
+    api_key: KeyOption = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    wait: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long to put up with a server that is busy, loading or away.",
+            rich_help_panel="Server",
+        ),
+    ] = DEFAULT_WAIT_S,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer in this process, without a server: 'demo', a directory or a hub name.",
+            rich_help_panel=PIPELINE_PANEL,
+            metavar="MODEL",
+        ),
+    ] = None,
+    served_model_name: ServedModelName = None,
+    chat_template: TemplateFile = None,
+    *,
+    settings: Settings,
+) -> None:
+    """Answer a file of requests. Killed or interrupted, the same command goes on where it was.
+
+    A line of IN is {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The whale"}}, or
+    has the url of chat or embeddings. A request that is refused has its error in OUT, and is not sent again unless its
+    line is removed there. Exit code 1 if there are any.
+    """
+    from gptj_dist.cli.text.batch_files import AnswerFile, check_requests
+    from gptj_dist.cli.text.batch_run import Patience
+
+    if model is None:
+        _refuse_options(context, LOCAL_OPTIONS, "goes with --model, by which requests are answered in this process")
+        answerer = _by_server(url, api_key, timeout, concurrency)
+    else:
+        _refuse_options(context, SERVER_OPTIONS, "is about a server, and --model asks none")
+        answerer = _by_model(PipelineConfig(model, **settings), served_model_name, chat_template)
+    expected = check_requests(requests)
+    with AnswerFile(answers, expected) as file:
+        if len(file.answered) < len(expected):
+            _run(BatchJob(requests, file, len(expected)), answerer, concurrency, Patience(wait))
+        else:
+            print(f"{answers}: all {len(expected)} requests have been answered")
+        if file.num_failed:
+            print(f"{file.num_failed} of {len(expected)} requests failed; {answers} says why", file=sys.stderr)
+            raise typer.Exit(HAS_FAILURES)
+
+
+def _refuse_options(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
+    """Refuses options of the command line that would do nothing.
+
+    Raises:
+        ConfigurationError: names the first of them.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigurationError(f"--{name.replace('_', '-')} {reason}")
+
+
+def _by_server(
+    url: str, api_key: str | None, timeout_s: float, concurrency: int
+) -> AbstractAsyncContextManager[Answerer]:
+    from gptj_dist.cli.client import ServerAddress
+    from gptj_dist.cli.text.batch_http import HttpAnswerer
+
+    return HttpAnswerer(ServerAddress.of(url, api_key, timeout_s), concurrency)
+
+
+def _by_model(
+    config: PipelineConfig, names: list[str] | None, chat_template: Path | None
+) -> AbstractAsyncContextManager[Answerer]:
+    from gptj_dist.cli.text.batch_local import answering_here
+
+    return answering_here(config, tuple(names or ()), chat_template)
+
+
+@dataclass(slots=True)
+class BatchJob:
+    """What a batch reads and writes.
+
+    Args:
+        num_requests: all of them, those that are answered already included.
+    """
+
+    requests: Path
+    file: AnswerFile
+    num_requests: int
+
+
+def _run(
+    batch: BatchJob, answerer: AbstractAsyncContextManager[Answerer], concurrency: int, patience: Patience
+) -> None:
+    """Has the rest of the requests answered, and says how far it got."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from gptj_dist.cli.progress import displayed
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    begin_s, num_before, num_tokens = time.monotonic(), len(batch.file.answered), 0
+    try:
+        with displayed(*columns, as_text=lambda done, all_: f"{done} of {all_} requests") as display:
+            num_tokens = asyncio.run(_answer(batch, answerer, display, concurrency, patience))
+    except (KeyboardInterrupt, GPTJDistError):
+        print(
+            f"gptj-dist: {len(batch.file.answered)} of {batch.num_requests} requests are answered; "
+            "running it again goes on there",
+            file=sys.stderr,
+        )
+        raise
+    elapsed_s = time.monotonic() - begin_s
+    print(
+        f"{len(batch.file.answered) - num_before} requests answered in {elapsed_s:.1f} s, "
+        f"{num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} a second"
+    )
+
+
+async def _answer(
+    batch: BatchJob,
+    answerer: AbstractAsyncContextManager[Answerer],
+    display: Display,
+    concurrency: int,
+    patience: Patience,
+) -> int:
+    """Has requests answered that have no answer yet. The number of tokens that were generated."""
+    from gptj_dist.cli.text.batch_files import read_requests
+    from gptj_dist.cli.text.batch_run import BatchRun
+
+    num_tokens = 0
+
+    def take(answer: BatchAnswer) -> None:
+        nonlocal num_tokens
+        batch.file.append(answer)
+        num_tokens += answer.num_output_tokens
+        display.progress(len(batch.file.answered), batch.num_requests)
+
+    async with answerer as entered:
+        display.progress(len(batch.file.answered), batch.num_requests)
+        run = BatchRun(entered, take, display.note, patience)
+        await run.run(read_requests(batch.requests, set(batch.file.answered)), concurrency)
+    return num_tokens

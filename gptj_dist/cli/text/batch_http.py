@@ -1,0 +1,87 @@
+"""Has a batch's requests answered by a running server."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from gptj_dist.cli.client import (
+    NOT_THROUGH_A_PROXY,
+    ServerAddress,
+    failure_text,
+    json_object,
+    refusal,
+    retry_after_s,
+    told_error,
+)
+from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest, respond
+from gptj_dist.cli.text.batch_run import TryAgain
+
+PASSING_STATUSES = (429, 502, 503, 504)
+"""The server, or a proxy before it, is busy, loads or restarts."""
+
+
+class HttpAnswerer:
+    """Posts requests to a server.
+
+    Args:
+        concurrency: the most at a time.
+        transport: carries the requests; None is the network.
+    """
+
+    def __init__(
+        self, endpoint: ServerAddress, concurrency: int, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self._endpoint = endpoint
+        self._http = httpx.AsyncClient(
+            base_url=endpoint.base,
+            headers={**endpoint.headers, "Content-Type": "application/json"},
+            timeout=endpoint.timeout,
+            limits=httpx.Limits(max_connections=concurrency),
+            transport=transport,
+            mounts=NOT_THROUGH_A_PROXY,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def answer(self, request: BatchRequest) -> BatchAnswer | TryAgain:
+        """Posts a request once.
+
+        Raises:
+            ServerError: the key is wrong, or another program listens there.
+        """
+        try:
+            response = await self._http.post(request.url, content=json.dumps(request.body))
+        except httpx.ReadTimeout as error:
+            told = {"code": "timeout", "message": self._failure(error)}
+            return BatchAnswer(request.custom_id, response=None, error=told)
+        except httpx.HTTPError as error:
+            return TryAgain(self._failure(error))
+        return _outcome(request, response)
+
+    def _failure(self, error: httpx.HTTPError) -> str:
+        return failure_text(error, self._endpoint.base, self._endpoint.timeout_s)
+
+
+def _outcome(request: BatchRequest, response: httpx.Response) -> BatchAnswer | TryAgain:
+    """What a response means for its request.
+
+    Raises:
+        ServerError: it means the same for all requests.
+    """
+    status = response.status_code
+    message, param = told_error(response)
+    if status in PASSING_STATUSES and response.headers.get("x-should-retry") != "false":
+        return TryAgain(f"{message} ({status})", retry_after_s(response))
+    if status in (401, 403) or (status == httpx.codes.NOT_FOUND and param != "model"):
+        raise refusal(response)
+    return respond(request, status, json_object(response), response.headers.get("X-Request-Id"))

@@ -1,0 +1,51 @@
+"""`gptj-dist generate`: one completion in this process, without Ray, streamed to the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from gptj_dist.cli.options import Model, TraceFile
+from gptj_dist.cli.pipeline_settings import Settings, takes_settings
+from gptj_dist.cli.request_options import MAX_TOKENS, MIN_P, TEMPERATURE, TOP_K, TOP_P, Seed, StopOption
+from gptj_dist.params import SamplingParams
+
+
+@takes_settings("stages", "layers", "device", "dtype", "threads_per_stage", "max_model_len", "kv_cache_gb", "revision")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
+    settings: Settings,
+    max_tokens: Annotated[int, MAX_TOKENS] = 64,
+    temperature: Annotated[float, TEMPERATURE] = 0.8,
+    top_p: Annotated[float, TOP_P] = 1.0,
+    top_k: Annotated[int, TOP_K] = 0,
+    min_p: Annotated[float, MIN_P] = 0.0,
+    seed: Seed = None,
+    stop: StopOption = None,
+    trace: TraceFile = None,
+) -> None:
+    """Continue a prompt in this process, without Ray, and print the text as it comes."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    from gptj_dist.llm import LLM
+    from gptj_dist.stages.trace import check_trace_path
+
+    check_trace_path(trace)
+    with LLM(model, **settings, max_batch_size=1) as llm:
+        sys.stdout.write(prompt)
+        for text in llm.stream(prompt, params):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        if trace is not None:
+            llm.write_trace(trace)
+    sys.stdout.write("\n")

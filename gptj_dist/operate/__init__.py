@@ -1,0 +1,1 @@
+"""For the person who runs a server: launcher, doctor, calibration, verification. `serving` never imports it."""

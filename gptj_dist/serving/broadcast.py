@@ -1,0 +1,85 @@
+"""Asks all replicas of a deployment at once, where a plain call by a handle reaches whichever one Serve chooses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from gptj_dist.errors import NotReadyError
+from gptj_dist.logs import values
+from gptj_dist.serving.metrics import IngressMetrics
+from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
+from gptj_dist.stages.trace import TracePart
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Replies(Generic[T]):
+    """What replicas said.
+
+    Args:
+        num_silent: how many failed instead, such as one whose coordinator has just died.
+    """
+
+    given: tuple[T, ...]
+    num_silent: int
+
+
+async def statuses(pipelines: DeploymentHandle) -> Replies[PipelineStatus]:
+    """`Pipeline.status` of every pipeline.
+
+    Raises:
+        NotReadyError: one of them neither answers nor fails.
+    """
+    return await _ask(pipelines, PipelineStatus, "status")
+
+
+async def pipeline_metrics(pipelines: DeploymentHandle) -> Replies[PipelineMetrics]:
+    """`Pipeline.metrics` of every pipeline.
+
+    Raises:
+        NotReadyError: as `statuses`.
+    """
+    return await _ask(pipelines, PipelineMetrics, "metrics")
+
+
+async def ingress_metrics(ingresses: DeploymentHandle) -> Replies[IngressMetrics]:
+    """`Ingress.metrics` of every ingress.
+
+    Raises:
+        NotReadyError: as `statuses`.
+    """
+    return await _ask(ingresses, IngressMetrics, "metrics")
+
+
+async def trace_parts(pipelines: DeploymentHandle, since: Mapping[str, int]) -> Replies[TracePart]:
+    """`Pipeline.trace_part` of every pipeline.
+
+    Raises:
+        NotReadyError: as `statuses`.
+    """
+    return await _ask(pipelines, TracePart, "trace_part", since)
+
+
+async def _ask(replicas: DeploymentHandle, kind: type[T], method: str, *arguments: object) -> Replies[T]:
+    try:
+        response = replicas.broadcast(method, *arguments)
+        results = await response.results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
+    except DeploymentUnavailableError:  # there is none
+        return Replies((), 0)
+    except TimeoutError:
+        raise NotReadyError(f"a replica has not answered for {TIMEOUT_S:.0f} s") from None
+    failures = [result for result in results if not isinstance(result, kind)]
+    for failure in failures:
+        logger.warning("replica did not answer", extra=values(method=method, error=repr(failure)))
+    return Replies(tuple(result for result in results if isinstance(result, kind)), len(failures))

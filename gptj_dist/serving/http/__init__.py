@@ -1,0 +1,1 @@
+"""The ingress over HTTP: endpoints, middleware, the listener and the OpenAPI document."""

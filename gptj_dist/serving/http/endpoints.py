@@ -1,0 +1,215 @@
+"""The HTTP endpoints: which there are, and how a call becomes an answer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+
+import gptj_dist
+from gptj_dist.answers.answer import Answer
+from gptj_dist.answers.embedding import EmbeddingAnswer
+from gptj_dist.answers.error_responses import BodyTooLargeError, error_response, response_headers
+from gptj_dist.answers.schema.base import parse_body
+from gptj_dist.answers.schema.chat import ChatRequest
+from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.answers.service import AnswerService
+from gptj_dist.errors import GPTJDistError
+from gptj_dist.logs import values
+from gptj_dist.serving.allowances import Allowances
+from gptj_dist.serving.debug import debug_document
+from gptj_dist.serving.http.disconnect import unless_gone
+from gptj_dist.serving.http.endpoint import EVENTS, JSON, Endpoint, Handler
+from gptj_dist.serving.http.openapi import docs_page, openapi_document
+from gptj_dist.serving.pipeline_client import PipelineClient
+from gptj_dist.serving.scrape import Scrape
+from gptj_dist.stages.trace import TraceEvents
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 4_000_000
+
+
+class Endpoints:
+    """Calls in, responses out.
+
+    Args:
+        names: what the model is called.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        texts: AnswerService,
+        pipelines: PipelineClient,
+        allowances: Allowances,
+        scrape: Scrape,
+    ) -> None:
+        self._names = names
+        self._texts = texts
+        self._pipelines = pipelines
+        self._allowances = allowances
+        self._scrape = scrape
+        self._created = int(time.time())
+
+    def table(self) -> list[Endpoint]:
+        """All endpoints."""
+        return [
+            Endpoint(
+                "POST", "/v1/completions", self.completions, "Continues texts.", CompletionRequest, (JSON, EVENTS)
+            ),
+            Endpoint("POST", "/v1/chat/completions", self.chat, "Continues a talk.", ChatRequest, (JSON, EVENTS)),
+            Endpoint("POST", "/v1/embeddings", self.embeddings, "Vectors of texts.", EmbeddingRequest),
+            Endpoint("POST", "/tokenize", self.tokenize, "The tokens of a text.", TokenizeRequest),
+            Endpoint("POST", "/detokenize", self.detokenize, "The text of tokens.", DetokenizeRequest),
+            Endpoint("GET", "/v1/models", self.models, "The model, under each of its names."),
+            Endpoint("GET", "/v1/models/{model:path}", self.model, "The model, if it has this name."),
+            Endpoint("GET", "/health", self.health, "Whether the server lives."),
+            Endpoint("GET", "/ready", self.ready, "Whether a token can be made."),
+            Endpoint("GET", "/version", self.version, "The version of gptj-dist."),
+            Endpoint("GET", "/metrics", self.metrics, "What was counted, for Prometheus.", media=("text/plain",)),
+            Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "What every pipeline and its stages are doing."),
+            Endpoint("GET", "/debug/trace", self.debug_trace, "The last plans of every pipeline, as a Chrome trace."),
+            Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs."),
+            Endpoint("GET", "/docs", self.docs, "This list, for people.", media=("text/html",)),
+        ]
+
+    async def completions(self, request: Request) -> Response:
+        """OpenAI's completions."""
+        body = parse_body(await _read_body(request), CompletionRequest)
+        return await self._respond(request, await self._texts.complete(body, request.state.request_id))
+
+    async def chat(self, request: Request) -> Response:
+        """OpenAI's chat."""
+        body = parse_body(await _read_body(request), ChatRequest)
+        return await self._respond(request, await self._texts.chat(body, request.state.request_id))
+
+    async def embeddings(self, request: Request) -> Response:
+        """OpenAI's embeddings."""
+        body = parse_body(await _read_body(request), EmbeddingRequest)
+        answer = await self._texts.embed(body, request.state.request_id)
+        async with self._allowances.charged(request.scope["state"].get("api_key"), answer):
+            return await unless_gone(request, _whole(answer))
+
+    async def tokenize(self, request: Request) -> Response:
+        """Tokens of a text."""
+        return JSONResponse(self._texts.tokenize(parse_body(await _read_body(request), TokenizeRequest)))
+
+    async def detokenize(self, request: Request) -> Response:
+        """Text of tokens."""
+        return JSONResponse(self._texts.detokenize(parse_body(await _read_body(request), DetokenizeRequest)))
+
+    async def models(self, _: Request) -> Response:
+        """The model, once for each of its names."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._names]})
+
+    async def model(self, request: Request) -> Response:
+        """The model, by name."""
+        name = request.path_params["model"]
+        self._texts.check_model(name)
+        return JSONResponse(self._model(name))
+
+    async def health(self, _: Request) -> Response:
+        """Whether this process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Whether a token can be made."""
+        await self._pipelines.prove_ready()
+        return JSONResponse({"status": "ready"})
+
+    async def version(self, _: Request) -> Response:
+        """The version."""
+        return JSONResponse({"version": gptj_dist.__version__})
+
+    async def metrics(self, request: Request) -> Response:
+        """What pipelines and ingresses have counted."""
+        text, content_type = (await self._scrape.take()).encoded(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
+
+    async def debug_pipeline(self, _: Request) -> Response:
+        """What every pipeline and its stages are doing."""
+        answers = await self._pipelines.statuses()
+        document = debug_document(self._names[0], answers.given, answers.num_silent)
+        return JSONResponse(document.model_dump(mode="json"))
+
+    async def debug_trace(self, _: Request) -> Response:
+        """The last plans of every pipeline, as a Chrome trace."""
+        answers = await self._pipelines.trace_parts()
+        return JSONResponse(TraceEvents().of(answers.given))
+
+    async def openapi(self, request: Request) -> Response:
+        """The endpoints as an OpenAPI document."""
+        return JSONResponse(openapi_document(self.table(), request.scope.get("root_path", "")))
+
+    async def docs(self, request: Request) -> Response:
+        """The endpoints as a page."""
+        return HTMLResponse(docs_page(openapi_document(self.table(), request.scope.get("root_path", ""))))
+
+    def _model(self, name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "gptj-dist"}
+
+    async def _respond(self, request: Request, answer: Answer) -> Response:
+        """Computes the answer, and sends it whole or as it is made."""
+        key = request.scope["state"].get("api_key")
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._allowances.charged(key, answer))
+            if not answer.is_streamed:
+                return await unless_gone(request, _whole(answer))
+            events = answer.events()
+            first = await anext(events)  # an error before the first token still gets a status of its own
+            stream = _chain(first, events, stack.pop_all())
+        return StreamingResponse(stream, media_type=EVENTS)
+
+
+async def _whole(answer: Answer | EmbeddingAnswer) -> Response:
+    return JSONResponse(await answer.whole())
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None], stack: AsyncExitStack) -> AsyncIterator[bytes]:
+    async with stack, aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
+
+
+def answering(handler: Handler) -> Handler:
+    """The handler, with what it raises made a response."""
+
+    @functools.wraps(handler)
+    async def respond(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            if not isinstance(error, GPTJDistError):
+                logger.exception("endpoint failed", extra=values(request_id=request.state.request_id))
+            return refusal(error)
+
+    return respond
+
+
+def refusal(error: BaseException) -> Response:
+    """The response that tells a client of an error."""
+    status, body = error_response(error)
+    return JSONResponse(body, status, response_headers(error))
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body, refused as soon as it is known to be too large."""
+    declared = request.headers.get("content-length", "0")
+    body = bytearray()
+    if not declared.isdigit() or int(declared) <= MAX_BODY_BYTES:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                break
+        else:
+            return bytes(body)
+    raise BodyTooLargeError(f"the request's body is larger than {MAX_BODY_BYTES} bytes")

@@ -1,0 +1,80 @@
+"""Counts HTTP requests, and logs a line of each. Knows no endpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from starlette.routing import BaseRoute, Match, Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptj_dist.logs import values
+from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST
+from gptj_dist.serving.metrics import IngressMetrics
+
+logger = logging.getLogger(__name__)
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""What machines ask every few seconds."""
+
+OTHER = "other"
+"""Stands for all methods and paths that are not served: clients shall not be able to make up time series."""
+
+
+class HttpMeter:
+    """An ASGI application in front of another.
+
+    Args:
+        routes: the other's.
+        metrics: is told.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Sequence[BaseRoute],
+        metrics: IngressMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._app = app
+        self._routes = routes
+        self._metrics = metrics
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"] if scope["method"] in METHODS else OTHER
+        path, status, begin_s = self._path(scope), CLIENT_CLOSED_REQUEST, self._clock()
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._metrics.num_in_flight += 1
+        try:
+            await self._app(scope, receive, note_status)
+        except Exception:
+            status = 500  # which whoever catches it will send
+            raise
+        finally:
+            self._metrics.num_in_flight -= 1
+            self._metrics.num_responses[method, path, status] += 1
+            if path not in UNLOGGED_PATHS:
+                self._log(scope, method=method, path=path, status=status, took_s=round(self._clock() - begin_s, 6))
+
+    def _log(self, scope: Scope, **of_event: object) -> None:
+        logger.info("http request", extra=values(request_id=scope.get("state", {}).get("request_id"), **of_event))
+
+    def _path(self, scope: Scope) -> str:
+        """The path of the route that takes the request, with the names of its parameters in place of their values."""
+        for route in self._routes:
+            if isinstance(route, Route | Mount) and route.matches(scope)[0] is not Match.NONE:
+                return route.path
+        return OTHER

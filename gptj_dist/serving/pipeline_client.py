@@ -1,0 +1,170 @@
+"""The pipelines as the ingress sees them: one handle to all, and the feed by which their tokens come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving.broadcast import Replies, pipeline_metrics, statuses, trace_parts
+from gptj_dist.serving.feed import FeedInbox, ReplyTo
+from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
+from gptj_dist.stages.trace import TracePart
+
+logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 5.0
+
+LAST_TOKENS_S = 5.0
+"""How long a stream's last tokens may be behind the answer of the call that made them."""
+
+
+class PipelineClient:
+    """A `TokenSource` whose tokens come from whichever pipeline Serve chooses. Made on a running event loop.
+
+    Args:
+        handle: to the deployment whose replicas are pipelines.
+    """
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._feed = FeedInbox(ray.util.get_node_ip_address())
+        self._limits: EngineLimits | None = None
+        self._meeting = asyncio.get_running_loop().create_task(self._meet())
+
+    def close(self) -> None:
+        """Takes no more tokens."""
+        self._meeting.cancel()
+        self._feed.stop()
+
+    def limits(self) -> EngineLimits:
+        """As `TokenSource` has it."""
+        if self._limits is None:
+            raise NotReadyError("the model is still loading; try again shortly")
+        return self._limits
+
+    def streams(
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
+    ) -> list[AsyncGenerator[Delta, None]]:
+        """As `TokenSource` has it."""
+        call = _Call(self._handle, self._feed, prompt_ids, params, num_choices, log_id)
+        return [call.stream(choice) for choice in range(num_choices)]
+
+    async def prove_ready(self) -> None:
+        """Returns when a pipeline has made a token lately.
+
+        Raises:
+            NotReadyError, StageFailedError: none can.
+        """
+        self.limits()
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._handle.prove_ready.remote()
+        except (RayError, TimeoutError) as error:
+            if isinstance(error, GPTJDistError):  # as an error out of an actor is
+                raise
+            raise NotReadyError("no pipeline makes a token right now") from error
+
+    async def statuses(self) -> Replies[PipelineStatus]:
+        """What every pipeline says of itself. Raises NotReadyError."""
+        self.limits()
+        return await statuses(self._handle)
+
+    async def metrics(self) -> Replies[PipelineMetrics]:
+        """What every pipeline has counted; while the model loads there is none. Raises NotReadyError."""
+        return await pipeline_metrics(self._handle)
+
+    async def trace_parts(self) -> Replies[TracePart]:
+        """The plans that every pipeline remembers. Raises NotReadyError."""
+        self.limits()
+        return await trace_parts(self._handle, {})
+
+    async def _meet(self) -> None:
+        """Waits for the first pipeline. Serve holds calls back until there is one, which a client must not feel."""
+        while self._limits is None:
+            try:
+                self._limits = (await self._handle.status.remote()).limits
+            except Exception:
+                logger.exception("no pipeline yet")
+                await asyncio.sleep(1)
+
+
+class _Call:
+    """`Pipeline.generate` for all choices of a prompt: begins when the first is read, ends when none is any more."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        feed: FeedInbox,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        num_choices: int,
+        log_id: str,
+    ) -> None:
+        self._feed = feed
+        self._num_choices = num_choices
+        self._handle = handle
+        self._arguments = (prompt_ids, params, num_choices)
+        self._log_id = log_id
+        self._num_read = 0
+        self._reply_to: ReplyTo
+        self._mailboxes: list[Mailbox]
+        self._response: DeploymentResponse
+        self._watcher: asyncio.Task[None]
+
+    async def stream(self, choice: int) -> AsyncGenerator[Delta, None]:
+        """One of the choices."""
+        if not self._num_read:
+            self._begin()
+        self._num_read += 1
+        try:
+            while True:
+                delta = await self._mailboxes[choice].take()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._feed.close(self._reply_to.behind(choice))
+            self._num_read -= 1
+            if not self._num_read:
+                self._end()
+
+    def _begin(self) -> None:
+        self._reply_to, self._mailboxes = self._feed.open(self._num_choices)
+        self._response = self._handle.generate.remote(*self._arguments, self._reply_to, self._log_id)
+        self._watcher = asyncio.create_task(_watch(self._response, self._mailboxes))
+
+    def _end(self) -> None:
+        for choice in range(self._num_choices):
+            self._feed.close(self._reply_to.behind(choice))
+        self._watcher.cancel()
+        self._response.cancel()
+
+
+async def _watch(call: DeploymentResponse, mailboxes: Sequence[Mailbox]) -> None:
+    """Ends streams whose call fails, or whose tokens do not come."""
+    failure = await _failure(call)
+    for mailbox in mailboxes:
+        mailbox.fail(failure)
+
+
+async def _failure(call: DeploymentResponse) -> Exception:
+    """What is to be said of streams that are still open some time after the call has ended."""
+    try:
+        await call
+        await asyncio.sleep(LAST_TOKENS_S)
+        return StageFailedError("the pipeline's tokens were lost on their way")
+    except RayTaskError as error:
+        return error.cause if isinstance(error.cause, GPTJDistError) else error
+    except RayActorError:
+        return StageFailedError("the pipeline's coordinator died")
+    except Exception as error:
+        return error

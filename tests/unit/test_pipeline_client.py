@@ -1,0 +1,202 @@
+"""From the ingress to a pipeline's engine and back: a call a prompt, and what becomes of choices that nobody reads.
+
+The handle calls the pipeline in this process; feed, engine and what lies between are the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from gptj_dist.engine.mailbox import Delta
+from gptj_dist.errors import InvalidRequestError, StageFailedError, TooManyRequestsError
+from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
+from gptj_dist.serving.pipeline import Pipeline
+from gptj_dist.serving.pipeline_client import _Call
+from tests.unit.test_async_engine import PROMPT, Rig, collect, expected_tokens, running
+
+PARAMS = SamplingParams(max_tokens=9, seed=6)
+NUM_CHOICES = 3
+MOST_WAITING = 2
+
+Streams = list[AsyncGenerator[Delta, None]]
+
+
+@dataclass
+class Handle:
+    """As Serve's, to one replica: `generate.remote` gives what can be awaited and cancelled."""
+
+    pipeline: Pipeline
+    calls: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def generate(self) -> Handle:
+        return self
+
+    def remote(self, *arguments: Any) -> asyncio.Task[None]:
+        self.calls.append(asyncio.ensure_future(self.pipeline.generate(*arguments)))
+        return self.calls[-1]
+
+
+class Replica(Pipeline):
+    """A pipeline over an engine at hand, without Ray."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._max_queued_requests = MOST_WAITING
+        self._engine = rig.engine
+        self._outbox = FeedOutbox(self._stop_sending)
+        self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
+
+    def __del__(self) -> None:  # type: ignore[override]
+        """Nothing was started."""
+
+
+@asynccontextmanager
+async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, Callable[[SamplingParams], Streams]]]:
+    """An engine, a handle to it, and what asks it for all choices of `PROMPT`."""
+    async with running(is_paused) as rig:
+        replica, inbox = Replica(rig), FeedInbox("127.0.0.1")
+        handle: Any = Handle(replica)
+
+        def ask(params: SamplingParams) -> Streams:
+            call = _Call(handle, inbox, PROMPT, params, NUM_CHOICES, "a request")
+            return [call.stream(choice) for choice in range(NUM_CHOICES)]
+
+        yield rig, handle, ask
+        assert all(call.done() for call in handle.calls)
+        assert not replica._sending
+        assert not inbox._mailboxes
+        replica._outbox.stop()
+        inbox.stop()
+
+
+def run(scenario: Coroutine[None, None, None]) -> None:
+    asyncio.run(scenario)
+
+
+async def polled(condition: Callable[[], bool], rig: Rig) -> None:
+    """Waits for what comes over sockets; the rig's timeout limits it."""
+    while not condition():  # noqa: ASYNC110  # what is looked at sets no events
+        await asyncio.sleep(0.001)
+    rig.scheduler.check_integrity()
+
+
+def test_all_choices_of_a_prompt_are_one_call_and_the_prompt_is_computed_once() -> None:
+    async def scenario() -> None:
+        async with serving() as (rig, handle, ask):
+            token_ids = await asyncio.gather(*map(collect, ask(PARAMS)))
+            assert token_ids == [expected_tokens(PROMPT, PARAMS, choice) for choice in range(NUM_CHOICES)]
+            assert len(handle.calls) == 1
+            assert sum(plan.num_tokens for plan in rig.executor.plans) == len(PROMPT) + 2 + NUM_CHOICES * 8
+            await polled(handle.calls[0].done, rig)
+
+    run(scenario())
+
+
+def test_a_choice_that_is_closed_frees_its_blocks_with_its_next_token_and_the_others_go_on() -> None:
+    async def scenario() -> None:
+        async with serving(is_paused=True) as (rig, handle, ask):
+            closed, *others = ask(PARAMS)
+            rest = [asyncio.ensure_future(collect(stream)) for stream in others]
+            reading = asyncio.ensure_future(anext(closed))
+            await polled(lambda: rig.scheduler.num_running == NUM_CHOICES, rig)
+            rig.executor.step()
+            await reading
+            await closed.aclose()
+            assert rig.scheduler.num_running == NUM_CHOICES
+            rig.executor.step()
+            rig.executor.step()
+            await polled(lambda: rig.scheduler.num_running == NUM_CHOICES - 1, rig)
+            rig.executor.go_on()
+            assert [await task for task in rest] == [expected_tokens(PROMPT, PARAMS, choice) for choice in (1, 2)]
+            await polled(handle.calls[0].done, rig)
+
+    run(scenario())
+
+
+def test_when_no_choice_is_read_any_more_the_call_is_cancelled() -> None:
+    async def scenario() -> None:
+        async with serving(is_paused=True) as (rig, handle, ask):
+            reading = [asyncio.ensure_future(collect(stream)) for stream in ask(PARAMS)]
+            await polled(lambda: rig.scheduler.num_running == NUM_CHOICES, rig)
+            for task in reading:
+                task.cancel()
+            await polled(handle.calls[0].done, rig)
+            assert handle.calls[0].cancelled()
+            assert not rig.scheduler.has_requests
+
+    run(scenario())
+
+
+def test_choices_that_are_read_one_after_the_other_are_whole_too() -> None:
+    async def scenario() -> None:
+        async with serving() as (rig, handle, ask):
+            token_ids = [await collect(stream) for stream in ask(PARAMS)]
+            assert token_ids == [expected_tokens(PROMPT, PARAMS, choice) for choice in range(NUM_CHOICES)]
+            await polled(lambda: all(call.done() for call in handle.calls), rig)
+
+    run(scenario())
+
+
+def test_every_choice_is_told_of_a_failure() -> None:
+    async def scenario() -> None:
+        async with serving(is_paused=True) as (rig, _, ask):
+            reading = [asyncio.ensure_future(collect(stream)) for stream in ask(PARAMS)]
+            await polled(lambda: rig.scheduler.num_running == NUM_CHOICES, rig)
+            rig.executor.fail()
+            ends = await asyncio.gather(*reading, return_exceptions=True)
+            assert [type(end) for end in ends] == [StageFailedError] * NUM_CHOICES
+
+    run(scenario())
+
+
+def test_a_request_that_cannot_be_served_says_so_to_every_choice() -> None:
+    async def scenario() -> None:
+        async with serving() as (_, _, ask):
+            reading = [collect(stream) for stream in ask(SamplingParams(max_tokens=1000))]
+            ends = await asyncio.gather(*reading, return_exceptions=True)
+            assert all(isinstance(end, InvalidRequestError) for end in ends)
+
+    run(scenario())
+
+
+def test_an_embedding_comes_the_same_way() -> None:
+    async def scenario() -> None:
+        async with serving() as (rig, handle, ask):
+            first, *_ = ask(SamplingParams(max_tokens=0, pooling=Pooling()))
+            [delta] = [delta async for delta in first]
+            assert delta.embedding == f"{len(PROMPT)} tokens".encode()
+            await polled(lambda: all(call.done() for call in handle.calls), rig)
+
+    run(scenario())
+
+
+def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again() -> None:
+    async def scenario() -> None:
+        async with serving(is_paused=True) as (rig, handle, ask):
+            rig.engine.journal.totals.e2e_latency.observe(90 * 10**9)
+            first: list[asyncio.Task[list[int]]] = []
+
+            def all_are_there() -> bool:
+                return rig.scheduler.num_waiting + rig.scheduler.num_running == len(first)
+
+            while rig.scheduler.num_waiting < MOST_WAITING:
+                first += [asyncio.create_task(collect(stream)) for stream in ask(PARAMS)]
+                await polled(all_are_there, rig)
+            expected_s = math.ceil(90 * rig.scheduler.num_waiting / rig.scheduler.num_running)
+            with pytest.raises(TooManyRequestsError, match="are waiting already") as raised:
+                await anext(ask(PARAMS)[0])
+            assert raised.value.retry_after_s == expected_s
+            for task in first:
+                task.cancel()
+            await asyncio.gather(*first, return_exceptions=True)
+            await polled(lambda: all(call.done() for call in handle.calls), rig)
+
+    run(scenario())
