@@ -25,8 +25,9 @@ import zmq
 
 from benchmarks.figures import Figures, machine, medians, print_document, print_row
 from gptj_dist.engine.plan import Chunk, Plan
-from gptj_dist.stages.transport.codec import EndFrame, Frame, HiddenStates, PlanFrame
-from gptj_dist.stages.transport.zeromq import Inbound, Outbound
+from gptj_dist.stages.transport import open_transport
+from gptj_dist.stages.transport.edge import Inbound, Outbound
+from gptj_dist.stages.transport.frames import EndFrame, Frame, HiddenStates, PlanFrame
 
 HOST = "127.0.0.1"
 EPOCH = 1
@@ -78,7 +79,9 @@ def make_frame(size_kb: int) -> PlanFrame:
     """A decode plan, one request a row."""
     rows = max(1, 1024 * size_kb // ROW_BYTES)
     chunks = tuple(Chunk(i, 128, (i,), (), True) for i in range(rows))
-    return PlanFrame(Plan(0, (), (), chunks), HiddenStates("bfloat16", (rows, D_MODEL), bytes(1024 * size_kb)))
+    return PlanFrame(
+        Plan(0, (), (), chunks), HiddenStates("bfloat16", (rows, D_MODEL), memoryview(bytes(1024 * size_kb)))
+    )
 
 
 def time_ring(ring: Ring, num_frames: int, in_flight: int) -> dict[str, float]:
@@ -123,9 +126,10 @@ class OurRing:
 @contextmanager
 def our_ring(num_stages: int, frame: Frame) -> Iterator[Ring]:
     """A ring whose stages decode each frame and encode it again."""
-    inbound = Inbound(HOST, EPOCH)
+    transport = open_transport(EPOCH)
+    inbound = transport.inbound(HOST)
     with _processes(_our_stage, num_stages, inbound.address) as address:
-        outbound = Outbound(address, EPOCH)
+        outbound = transport.outbound(address)
         yield OurRing(inbound, outbound, frame)
         outbound.send(EndFrame())
         inbound.receive()
@@ -134,9 +138,10 @@ def our_ring(num_stages: int, frame: Frame) -> Iterator[Ring]:
 
 
 def _our_stage(connection: Connection) -> None:
-    inbound = Inbound(HOST, EPOCH)
+    transport = open_transport(EPOCH)
+    inbound = transport.inbound(HOST)
     connection.send(inbound.address)
-    outbound = Outbound(connection.recv(), EPOCH)
+    outbound = transport.outbound(connection.recv())
     while not isinstance(frame := inbound.receive(), EndFrame):
         outbound.send(frame)
     outbound.send(frame)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What a stream has to say: new tokens; `finish_reason` comes with the last.
 
     Args:

@@ -55,8 +55,7 @@ class NewRequest:
     pooling: Pooling | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A run of tokens of one request, to be computed in one micro-batch.
 
     Args:

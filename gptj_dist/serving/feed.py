@@ -12,14 +12,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import msgpack
 import zmq
 import zmq.asyncio
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
-from gptj_dist.engine.request import FinishReason
-from gptj_dist.params import TokenLogprobs
+from gptj_dist.logs import values
+from gptj_dist.stages.transport.codec import Codec, CodecError
 from gptj_dist.stages.transport.zeromq import bind_free_port
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,16 @@ logger = logging.getLogger(__name__)
 MAX_RECONNECT_MS = 10_000
 """An ingress that has died is not looked for more often than that."""
 
-_WireLogprobs = tuple[tuple[object, ...], ...]
+
+class StreamDelta(NamedTuple):
+    """New tokens of one stream of an inbox."""
+
+    stream_id: int
+    delta: Delta
+
+
+_TOKENS = Codec(tuple[StreamDelta, ...])
+_UNREAD = Codec(tuple[int, ...])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +92,18 @@ class FeedInbox:
             sender, *parts = await self._socket.recv_multipart()
             try:
                 unread = self._hand_out(b"".join(parts))
-            except Exception:  # whoever reaches the port can send anything; streams go on
-                logger.exception("a message is not one of tokens")
+            except CodecError as error:
+                logger.warning("malformed feed message dropped", extra=values(error=str(error)))
                 continue
             if unread:
-                await self._socket.send_multipart([sender, msgpack.packb(unread)])
+                await self._socket.send_multipart([sender, _UNREAD.encode(tuple(unread))])
 
     def _hand_out(self, deltas: bytes) -> list[int]:
         """Puts tokens where they are read; gives the streams that nobody reads."""
         unread: list[int] = []
-        for stream_id, *delta in msgpack.unpackb(deltas, use_list=False):
+        for stream_id, delta in _TOKENS.decode(deltas):
             if (mailbox := self._mailboxes.get(stream_id)) is not None:
-                mailbox.put(_from_wire(*delta))
+                mailbox.put(delta)
             else:
                 unread.append(stream_id)
         return unread
@@ -111,14 +120,13 @@ class FeedOutbox:
         self._on_unread = on_unread
         self._sockets: dict[str, zmq.asyncio.Socket] = {}
         self._readers: list[asyncio.Task[None]] = []
-        self._waiting: defaultdict[str, list[tuple[object, ...]]] = defaultdict(list)
+        self._waiting: defaultdict[str, list[StreamDelta]] = defaultdict(list)
 
     def put(self, stream: ReplyTo, delta: Delta) -> None:
         """Sends a stream's new tokens, soon."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
-        told = (delta.logprobs, delta.prompt_logprobs, delta.embedding)
-        self._waiting[stream.address].append((stream.stream_id, delta.token_ids, delta.finish_reason, *told))
+        self._waiting[stream.address].append(StreamDelta(stream.stream_id, delta))
 
     def stop(self) -> None:
         """Drops what has not left yet."""
@@ -132,24 +140,13 @@ class FeedOutbox:
             if address not in self._sockets:
                 self._sockets[address] = _connect(address)
                 self._readers.append(asyncio.create_task(self._read(address)))
-            self._sockets[address].send(msgpack.packb(deltas), flags=zmq.NOBLOCK)
+            self._sockets[address].send(_TOKENS.encode(tuple(deltas)), flags=zmq.NOBLOCK)
         self._waiting.clear()
 
     async def _read(self, address: str) -> None:
         while True:
-            for stream_id in msgpack.unpackb(await self._sockets[address].recv()):
+            for stream_id in _UNREAD.decode(await self._sockets[address].recv()):
                 self._on_unread(ReplyTo(address, stream_id))
-
-
-def _from_wire(
-    token_ids: tuple[int, ...],
-    reason: str | None,
-    logprobs: _WireLogprobs,
-    prompt_logprobs: _WireLogprobs,
-    embedding: bytes | None,
-) -> Delta:
-    told, of_prompt = (tuple(map(TokenLogprobs._make, tokens)) for tokens in (logprobs, prompt_logprobs))
-    return Delta(token_ids, None if reason is None else FinishReason(reason), told, of_prompt, embedding)
 
 
 def _connect(address: str) -> zmq.asyncio.Socket:

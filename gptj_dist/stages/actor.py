@@ -15,8 +15,8 @@ from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
 from gptj_dist.stages.request_log import RequestLog
-from gptj_dist.stages.transport.codec import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
-from gptj_dist.stages.transport.zeromq import Inbound, Outbound
+from gptj_dist.stages.transport import open_transport
+from gptj_dist.stages.transport.frames import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +40,9 @@ class Stage:
         if log is not None:
             open_log(log_directory(), log, f"stage-{spec.layers.stage}")
         self._runner = StageRunner(spec)
-        self._epoch = epoch
         self._clock = SteadyClock()
-        self._inbound = Inbound(ray.util.get_node_ip_address(), epoch)
+        self._transport = open_transport(epoch)
+        self._inbound = self._transport.inbound(ray.util.get_node_ip_address())
         self._requests = RequestLog()
         self._progress = "starting"
         self._cores: CoreClaim | None = None
@@ -74,7 +74,7 @@ class Stage:
     @ray.method(concurrency_group="run")
     def run(self, next_address: str) -> None:
         """Computes frames until one says that it is the last. Whoever holds its reference sees the stage die."""
-        outbound = Outbound(next_address, self._epoch)
+        outbound = self._transport.outbound(next_address)
         try:
             while not isinstance(frame := self._inbound.receive(), EndFrame):
                 outbound.send(self._compute(frame))

@@ -29,8 +29,9 @@ from gptj_dist.stages.blueprint import (
     count_kv_blocks,
     require_memory,
 )
-from gptj_dist.stages.transport.codec import EndFrame, PlanFrame, ResultFrame
-from gptj_dist.stages.transport.zeromq import AsyncInbound, Outbound
+from gptj_dist.stages.transport import open_transport
+from gptj_dist.stages.transport.edge import AsyncInbound, Outbound
+from gptj_dist.stages.transport.frames import EndFrame, PlanFrame, ResultFrame
 
 ACTOR_NAME_PREFIX = "gptj-dist"
 END_TIMEOUT_S = 2.0
@@ -110,9 +111,10 @@ class StageGroup:
         )
         pipeline = LoadedPipeline(blueprint, tuple(reports), count_kv_blocks(blueprint, reports))
         await asyncio.gather(*(stage.allocate.remote(pipeline.num_blocks, dtype) for stage in stages))
-        inbound = AsyncInbound(ray.util.get_node_ip_address(), epoch)
+        transport = open_transport(epoch)
+        inbound = transport.async_inbound(ray.util.get_node_ip_address())
         addresses = [address for _, address in described]
-        outbound = Outbound(addresses[0], epoch)
+        outbound = transport.outbound(addresses[0])
         next_addresses = [*addresses[1:], inbound.address]
         sentinels = [stage.run.remote(address) for stage, address in zip(stages, next_addresses, strict=True)]
         return cls(stages, inbound, outbound, sentinels), pipeline

@@ -27,8 +27,8 @@ from gptj_dist.stages.actor import Stage, _to_tensor, _to_wire
 from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.local import load_local
-from gptj_dist.stages.transport.codec import EndFrame, Frame, PlanFrame
-from gptj_dist.stages.transport.zeromq import Inbound, Outbound
+from gptj_dist.stages.transport import open_transport
+from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame
 from tests.http.server import local_ray
 
 pytestmark = pytest.mark.ray
@@ -88,7 +88,8 @@ def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
     addresses = [address for _, address in ray.get([stage.describe.remote() for stage in stages])]
     ray.get([stage.load.remote("float32", 1) for stage in stages])
     ray.get([stage.allocate.remote(NUM_BLOCKS, "float32") for stage in stages])
-    inbound, outbound = Inbound("127.0.0.1", epoch=3), Outbound(addresses[0], epoch=3)
+    transport = open_transport(epoch=3)
+    inbound, outbound = transport.inbound("127.0.0.1"), transport.outbound(addresses[0])
     runs = [stage.run.remote(address) for stage, address in zip(stages, [*addresses[1:], inbound.address], strict=True)]
     recorder = Recorder(num_stages, prompts)
     with contextlib.closing(inbound), contextlib.closing(outbound):

@@ -131,7 +131,7 @@ def test_a_node_that_does_not_answer_is_a_failure_and_a_cluster_of_such_nodes_no
         ("ray", "ray", "2.61.0", "failure"),
         ("gptj-dist", "gptj-dist", "0.2.0", "failure"),
         ("torch", "torch", "2.12.0", "warning"),
-        ("msgpack", "msgpack", "9", "warning"),
+        ("msgspec", "msgspec", "9", "warning"),
     ],
 )
 def test_versions_that_differ_are_told_with_their_places(
@@ -159,9 +159,9 @@ def test_builds_of_one_torch_for_cpu_and_gpu_nodes_agree() -> None:
 
 
 def test_a_missing_package_is_a_failure_with_the_command_that_installs_it() -> None:
-    finding = only(find_in_nodes(cluster(facts(versions=without("msgpack"))), CONFIG), "packages")
-    assert (finding.severity, finding.what) == ("failure", "node 1 lacks msgpack")
-    assert "pip install msgpack" in (finding.cure or "")
+    finding = only(find_in_nodes(cluster(facts(versions=without("msgspec"))), CONFIG), "packages")
+    assert (finding.severity, finding.what) == ("failure", "node 1 lacks msgspec")
+    assert "pip install msgspec" in (finding.cure or "")
 
 
 def test_a_torch_that_cannot_be_imported_is_a_failure_and_ends_no_other_check() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import msgpack
+import msgspec
 import pytest
 import zmq.asyncio
 from ray.exceptions import RayActorError, RayTaskError
@@ -111,7 +111,14 @@ def test_a_message_that_is_not_one_of_tokens_ends_no_stream() -> None:
         stream, [mailbox] = inbox.open(1)
         stranger = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         stranger.connect(stream.address)
-        for message in ([b"not msgpack"], [msgpack.packb(7)], [msgpack.packb([[0, "x"]])], [b"", b""]):
+        packed = msgspec.msgpack.encode
+        for message in (
+            [b"not msgpack"],
+            [packed(7)],
+            [packed([[0, "x"]])],
+            [packed([[0, [[1], "no reason"]]])],
+            [b"", b""],
+        ):
             await stranger.send_multipart(message)
         outbox.put(stream, Delta((1,), FinishReason.STOP))
         delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Frames survive the wire byte for byte; those of another epoch are dropped; nothing on it is a pickle."""
+"""Frames survive the wire byte for byte; those of another epoch are dropped; malformed ones are a `CodecError`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import asyncio
 import contextlib
 import pickle
 import random
+from dataclasses import dataclass
+from typing import Literal
 
-import msgpack
+import msgspec
 import pytest
 import torch
 
 from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result, StageTiming
 from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
 from gptj_dist.stages.actor import _to_tensor, _to_wire
-from gptj_dist.stages.transport.codec import (
+from gptj_dist.stages.transport import open_transport
+from gptj_dist.stages.transport.codec import Codec, CodecError
+from gptj_dist.stages.transport.frames import (
     EndFrame,
     Frame,
     HiddenStates,
@@ -23,7 +27,6 @@ from gptj_dist.stages.transport.codec import (
     decode,
     encode,
 )
-from gptj_dist.stages.transport.zeromq import AsyncInbound, Inbound, Outbound
 
 TIME_LIMIT_S = 20
 
@@ -41,16 +44,17 @@ PLAN = Plan(
     ),
     chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True), TELLING),
 )
+HIDDEN = HiddenStates("float16", (4, 2), memoryview(bytes(range(16))))
 TIMINGS = (StageTiming(1_753_000_000_000_000_000, 1_753_000_000_004_000_001), StageTiming(0, 2**63))
 FRAMES: list[Frame] = [
     PlanFrame(PLAN, None),
     PlanFrame(Plan(8, (), (), ()), None),
-    PlanFrame(PLAN, HiddenStates("float16", (4, 2), bytes(range(16))), TIMINGS[:1]),
+    PlanFrame(PLAN, HIDDEN, TIMINGS[:1]),
     ResultFrame(Result(7, (50_399, 0))),
     ResultFrame(Result(8, ())),
     ResultFrame(Result(9, (1,), TIMINGS)),
     ResultFrame(Result(10, (5, 6), (), (TOLD, None), (PromptLogprobs(3, 1, (TOLD, TOLD)), PromptLogprobs(4, 9, ())))),
-    PlanFrame(PLAN, HiddenStates("float16", (4, 2), bytes(range(16))), TIMINGS, (1, 2), (EMBEDDING, Embedding(6, b""))),
+    PlanFrame(PLAN, HIDDEN, TIMINGS, (1, 2), (EMBEDDING, Embedding(6, b""))),
     ResultFrame(Result(11, (), embeddings=(EMBEDDING,))),
     EndFrame(),
 ]
@@ -87,12 +91,75 @@ def test_random_plans_survive() -> None:
         assert decode(as_bytes(encode(0, frame)), epoch=0) == frame
 
 
-@pytest.mark.parametrize(
-    "message", [msgpack.packb((0, "evil", 1)), msgpack.packb((0, "plan")), pickle.dumps((0, "end")), b""]
-)
-def test_what_is_no_frame_is_an_error_and_is_not_unpickled(message: bytes) -> None:
-    with pytest.raises((ValueError, msgpack.exceptions.UnpackException)):
-        decode([message], epoch=0)
+def packed(*fields: object) -> bytes:
+    return msgspec.msgpack.encode(fields)
+
+
+def plan_parts(**changes: object) -> list[bytes]:
+    """The message of a plan with hidden states, with some fields of its header changed."""
+    header, data = as_bytes(encode(0, PlanFrame(PLAN, HIDDEN)))
+    epoch, kind, frame = msgspec.msgpack.decode(header)
+    return [packed(epoch, kind, frame | changes), data]
+
+
+def hidden_header(shape: tuple[int, int], dtype: str = "float16") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data": b""}
+
+
+MALFORMED = {
+    "nothing": [b""],
+    "no envelope": [packed(7)],
+    "an unknown kind": [packed(0, "evil", 1)],
+    "a kind without a frame": [packed(0, "PlanFrame")],
+    "a pickle": [pickle.dumps((0, "EndFrame"))],
+    "deep nesting": [packed(0, "PlanFrame")[:-1] + b"\x91" * 100_000],
+    "a longer array than bytes": [b"\xdd\xff\xff\xff\xff"],
+    "an HTTP request": [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"],
+    "an epoch that is text": [packed("0", "EndFrame", {})],
+    "a plan without chunks": plan_parts(plan={"plan_id": 1, "released": (), "new_requests": ()}),
+    "a plan id that is text": plan_parts(plan={"plan_id": "1", "released": (), "new_requests": (), "chunks": ()}),
+    "a chunk of too few fields": plan_parts(plan={"plan_id": 1, "released": (), "new_requests": (), "chunks": [[1]]}),
+    "another dtype": plan_parts(hidden=hidden_header((4, 2), "float64")),
+    "a dtype of other width": plan_parts(hidden=hidden_header((4, 2), "float32")),
+    "more rows than bytes": plan_parts(hidden=hidden_header((5, 2))),
+    "negative rows": plan_parts(hidden=hidden_header((-4, -2))),
+    "bytes without a shape": plan_parts(hidden=None),
+    "a shape without bytes": plan_parts()[:1],
+    "a part too many": [*plan_parts(), b""],
+}
+
+
+@pytest.mark.parametrize("parts", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_message_is_a_codec_error(parts: list[bytes]) -> None:
+    with pytest.raises(CodecError):
+        decode(parts, epoch=0)
+
+
+def test_a_frame_that_was_cut_or_changed_anywhere_is_a_frame_or_a_codec_error_and_nothing_else() -> None:
+    chooser = random.Random(1)
+    header, data = as_bytes(encode(0, PlanFrame(PLAN, HIDDEN, TIMINGS, (1, 2), (EMBEDDING,))))
+    for _ in range(3000):
+        start = chooser.randrange(len(header))
+        stop = start + chooser.randrange(3)
+        broken = header[:start] + chooser.randbytes(chooser.randrange(3)) + header[stop:]
+        with contextlib.suppress(CodecError):
+            decode([broken, data], epoch=0)
+        with contextlib.suppress(CodecError):
+            decode([chooser.randbytes(chooser.randrange(200))], epoch=0)
+
+
+def test_a_message_type_needs_no_wire_code_of_its_own() -> None:
+    @dataclass(frozen=True)
+    class Sighting:
+        where: tuple[float, float]
+        species: Literal["whale", "gull"]
+        note: str | None = None
+
+    codec = Codec(tuple[Sighting, ...])
+    sightings = (Sighting((1.5, -2.0), "whale"), Sighting((0.0, 0.0), "gull", "far off"))
+    assert codec.decode(codec.encode(sightings)) == sightings
+    with pytest.raises(CodecError):
+        codec.decode(codec.encode(sightings).replace(b"gull", b"tuna"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -107,8 +174,8 @@ def test_hidden_states_keep_every_bit(dtype: torch.dtype) -> None:
 
 
 def test_an_edge_delivers_in_order_and_drops_frames_of_an_older_epoch() -> None:
-    with contextlib.closing(Inbound("127.0.0.1", epoch=5)) as inbound:
-        old, new = Outbound(inbound.address, epoch=4), Outbound(inbound.address, epoch=5)
+    with contextlib.closing(open_transport(epoch=5).inbound("127.0.0.1")) as inbound:
+        old, new = (open_transport(epoch).outbound(inbound.address) for epoch in (4, 5))
         with contextlib.closing(old), contextlib.closing(new):
             old.send(ResultFrame(Result(0, (1,))))
             for frame in FRAMES:
@@ -117,9 +184,10 @@ def test_an_edge_delivers_in_order_and_drops_frames_of_an_older_epoch() -> None:
 
 
 def test_each_receiving_end_binds_a_free_port_of_its_host() -> None:
+    transport = open_transport(epoch=0)
     with (
-        contextlib.closing(Inbound("127.0.0.1", epoch=0)) as one,
-        contextlib.closing(Inbound("127.0.0.1", epoch=0)) as other,
+        contextlib.closing(transport.inbound("127.0.0.1")) as one,
+        contextlib.closing(transport.inbound("127.0.0.1")) as other,
     ):
         assert one.address != other.address
         assert one.address.startswith("tcp://127.0.0.1:")
@@ -128,8 +196,9 @@ def test_each_receiving_end_binds_a_free_port_of_its_host() -> None:
 
 def test_an_event_loop_receives_too() -> None:
     async def receive() -> list[Frame]:
-        inbound = AsyncInbound("127.0.0.1", epoch=1)
-        outbound = Outbound(inbound.address, epoch=1)
+        transport = open_transport(epoch=1)
+        inbound = transport.async_inbound("127.0.0.1")
+        outbound = transport.outbound(inbound.address)
         with contextlib.closing(inbound), contextlib.closing(outbound):
             for frame in FRAMES:
                 outbound.send(frame)

@@ -29,7 +29,7 @@ PACKAGES = (
     "tokenizers",
     "huggingface_hub",
     "pyzmq",
-    "msgpack",
+    "msgspec",
     "pydantic",
     "starlette",
     "uvicorn",

@@ -1,24 +1,34 @@
-"""Edges of the ring over ZeroMQ: a receiver binds a free port, its sender connects. A socket belongs to one thread."""
+"""The transport over ZeroMQ: a receiver binds a free port and its sender connects. A socket belongs to one thread."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
-from gptj_dist.stages.transport.codec import Frame, decode, encode
+from gptj_dist.stages.transport.frames import Frame, decode, encode
 
 
-class Inbound:
-    """The receiving end of an edge, for a thread that waits.
+@dataclass(frozen=True, slots=True)
+class ZeroMQTransport:
+    """Implements `edge.Transport`."""
 
-    Args:
-        host: the address to bind; the port is a free one.
+    epoch: int
 
-    Attributes:
-        frame_bytes: of the frame that came last.
-    """
+    def inbound(self, host: str) -> ZeroMQInbound:
+        return ZeroMQInbound(host, self.epoch)
+
+    def async_inbound(self, host: str) -> AsyncZeroMQInbound:
+        return AsyncZeroMQInbound(host, self.epoch)
+
+    def outbound(self, address: str) -> ZeroMQOutbound:
+        return ZeroMQOutbound(address, self.epoch)
+
+
+class ZeroMQInbound:
+    """Implements `edge.Inbound`."""
 
     def __init__(self, host: str, epoch: int) -> None:
         self._epoch = epoch
@@ -27,7 +37,6 @@ class Inbound:
         self.frame_bytes = 0
 
     def receive(self) -> Frame:
-        """Waits for the next frame of this epoch."""
         while (frame := decode(parts := self._socket.recv_multipart(), self._epoch)) is None:
             pass
         self.frame_bytes = sum(map(len, parts))
@@ -37,8 +46,8 @@ class Inbound:
         self._socket.close(linger=0)
 
 
-class AsyncInbound:
-    """The receiving end of an edge, for an event loop; otherwise as `Inbound`."""
+class AsyncZeroMQInbound:
+    """Implements `edge.AsyncInbound`."""
 
     def __init__(self, host: str, epoch: int) -> None:
         self._epoch = epoch
@@ -47,7 +56,6 @@ class AsyncInbound:
         self.frame_bytes = 0
 
     async def receive(self) -> Frame:
-        """Waits for the next frame of this epoch."""
         while (frame := decode(parts := await self._socket.recv_multipart(), self._epoch)) is None:
             pass
         self.frame_bytes = sum(map(len, parts))
@@ -57,8 +65,8 @@ class AsyncInbound:
         self._socket.close(linger=0)
 
 
-class Outbound:
-    """The sending end of an edge; frames queue while the other end is slow or not there yet."""
+class ZeroMQOutbound:
+    """Implements `edge.Outbound`."""
 
     def __init__(self, address: str, epoch: int) -> None:
         self._epoch = epoch
@@ -67,16 +75,14 @@ class Outbound:
         self._socket.connect(address)
 
     def send(self, frame: Frame) -> None:
-        """Hands the frame over; never blocks."""
         self._socket.send_multipart(encode(self._epoch, frame), flags=zmq.NOBLOCK)
 
     def close(self, linger_ms: int = 0) -> None:
-        """Gives frames not yet on their way `linger_ms` to leave."""
         self._socket.close(linger=linger_ms)
 
 
 def bind_free_port(socket: zmq.Socket[Any], host: str) -> str:
-    """Binds a free port; the address to connect to."""
+    """Binds a free port of the host; returns the address to connect to."""
     if ":" in host:
         socket.setsockopt(zmq.IPV6, 1)
         host = f"[{host}]"

@@ -1,0 +1,69 @@
+"""The ends of the connections between coordinator and stages. A transport is a module that implements these protocols.
+
+Frames of an edge arrive complete and in order. An end belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gptj_dist.stages.transport.frames import Frame
+
+
+class Inbound(Protocol):
+    """The receiving end of an edge, for a thread."""
+
+    @property
+    def address(self) -> str:
+        """The address that the sending end connects to."""
+
+    @property
+    def frame_bytes(self) -> int:
+        """Size of the frame that was received last."""
+
+    def receive(self) -> Frame:
+        """Waits for the next frame."""
+
+    def close(self) -> None:
+        """Frees the address; frames that were not received are lost."""
+
+
+class AsyncInbound(Protocol):
+    """The receiving end of an edge, for an event loop."""
+
+    @property
+    def address(self) -> str:
+        """The address that the sending end connects to."""
+
+    @property
+    def frame_bytes(self) -> int:
+        """Size of the frame that was received last."""
+
+    async def receive(self) -> Frame:
+        """Waits for the next frame."""
+
+    def close(self) -> None:
+        """Frees the address; frames that were not received are lost."""
+
+
+class Outbound(Protocol):
+    """The sending end of an edge. Frames queue while the other end is slow or not there yet."""
+
+    def send(self, frame: Frame) -> None:
+        """Queues the frame; never blocks."""
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Waits at most `linger_ms` for queued frames to leave."""
+
+
+class Transport(Protocol):
+    """Opens the ends of one pipeline's edges."""
+
+    def inbound(self, host: str) -> Inbound:
+        """A receiving end on a free port of the host."""
+
+    def async_inbound(self, host: str) -> AsyncInbound:
+        """A receiving end on a free port of the host, for the running event loop."""
+
+    def outbound(self, address: str) -> Outbound:
+        """A sending end, connected to the receiving end at the address."""
