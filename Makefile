@@ -19,12 +19,13 @@ DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
 
+# Two workers: one has all that starts Ray, the other the rest.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25
 
 # All but what starts Ray and the long comparisons of numbers.
 quick: lint
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit
 
 lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A real Ray Serve for a test module: its own local Ray, a free port, always shut down."""
+"""A real Ray Serve for a test module: a local Ray that modules share, a free port, shut down at the session's end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -64,26 +64,90 @@ def free_port() -> int:
         return port
 
 
-@contextmanager
-def local_ray(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
-    """A Ray cluster of one node with logical resources."""
-    import ray
+@dataclass
+class SharedRay:
+    """The Ray and the Serve of this process. Modules that ask for the same one after the other share them.
 
+    Attributes:
+        resources: CPUs and GPUs of the Ray that runs; None if none runs.
+        listen: where the Serve that runs takes HTTP by its proxy; None if it has no proxy.
+        is_serving: whether a Serve runs.
+        environment: the variables of a process that joins this Ray.
+    """
+
+    resources: tuple[int, int] | None = None
+    listen: Address | None = None
+    is_serving: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def require(self, num_cpus: int, num_gpus: int) -> None:
+        """Starts a local Ray with these logical resources, unless it runs."""
+        import ray
+
+        if self.resources == (num_cpus, num_gpus) and ray.is_initialized():
+            return
+        self.stop()
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        self.resources = (num_cpus, num_gpus)
+
+    def require_serve(self, has_proxy: bool) -> None:
+        """Starts a Serve, unless one of this kind runs."""
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+
+        if self.is_serving and has_proxy == (self.listen is not None):
+            return
+        self.stop_serve()
+        if has_proxy:
+            self.listen = Address("127.0.0.1", free_port())
+            serve.start(http_options=HTTPOptions(host=self.listen.host, port=self.listen.port))
+        else:
+            serve.start(proxy_location="Disabled")
+        self.is_serving = True
+
+    def stop_serve(self) -> None:
+        """Stops Serve, if it runs."""
+        from ray import serve
+
+        if self.is_serving:
+            serve.shutdown()
+        self.listen, self.is_serving = None, False
+
+    def stop(self) -> None:
+        """Stops all that runs."""
+        import ray
+
+        if self.resources is not None:
+            self.stop_serve()
+            ray.shutdown()
+        self.resources, self.environment = None, {}
+
+
+SHARED = SharedRay()
+
+
+@contextmanager
+def local_ray(num_cpus: int = 8, num_gpus: int = 0) -> Iterator[None]:
+    """A Ray cluster of one node with logical resources. It may outlive the context, for the next module.
+
+    What it leaves in the environment, such as its token for processes that join it, is there within the context only.
+    """
     before = dict(os.environ)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        _node_ip_address="127.0.0.1",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    os.environ.update(SHARED.environment)
     try:
+        SHARED.require(num_cpus, num_gpus)
+        SHARED.environment = dict(os.environ)
         yield
     finally:
-        ray.shutdown()
-        os.environ.clear()  # ray.init has left settings there, such as token authentication for processes to come
+        os.environ.clear()
         os.environ.update(before)
 
 
@@ -91,31 +155,28 @@ def local_ray(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
 def serve_http(has_proxy: bool = True, api_key: str | None = None) -> Iterator[Server]:
     """A Serve on the connected Ray, without an application yet; its client shows the key."""
     from ray import serve
-    from ray.serve.config import HTTPOptions
 
-    listen = Address("127.0.0.1", free_port())
-    if has_proxy:
-        serve.start(http_options=HTTPOptions(host=listen.host, port=listen.port))
-    else:
-        serve.start(proxy_location="Disabled")
+    SHARED.require_serve(has_proxy)
+    listen = SHARED.listen or Address("127.0.0.1", free_port())
     base = f"http://{listen.host}:{listen.port}"
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         with httpx.Client(base_url=base, timeout=60, headers=headers) as client:
             yield Server(base, client, None if has_proxy else listen)
     finally:
-        serve.shutdown()
+        for name in serve.status().applications:
+            serve.delete(name)
 
 
 @contextmanager
 def serving(
     args: Mapping[str, Any],
     scaling: Mapping[str, Any] | None = None,
-    num_cpus: int = 4,
+    num_cpus: int = 8,
     has_proxy: bool = False,
     api_key: str | None = None,
 ) -> Iterator[Server]:
-    """An application of these settings, ready, on a Ray of its own; its client shows the key."""
+    """An application of these settings, ready; its client shows the key."""
     with local_ray(num_cpus), serve_http(has_proxy, api_key) as server:
         deploy(args, scaling, server.listen)
         wait_until(server.is_ready, "the server is ready")

@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "cors_origins": [ORIGIN],
         "api_keys": write_keys(tmp_path_factory.mktemp("keys") / "keys.yaml", **limits),
     }
-    with serving(settings, num_cpus=8, has_proxy=True, api_key=key_of("free")) as server:
+    with serving(settings, has_proxy=True, api_key=key_of("free")) as server:
         yield server
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_ready_is_503_while_stages_load_and_health_is_200() -> None:
-    with local_ray(num_cpus=4), serve_http() as server:
+    with local_ray(), serve_http() as server:
         deploy({"model": "demo", "stages": 4, "device": "cpu"})
         wait_until(lambda: server.client.get("/health").status_code == 200, "the ingress is up")
         response = server.client.get("/ready")

@@ -169,10 +169,11 @@ def test_its_directory_is_the_users_alone(home: Path) -> None:
 
 
 def test_the_wheel_brings_the_source(tmp_path: Path) -> None:
-    builders = pytest.importorskip("hatchling.builders.wheel")
+    from hatchling.builders.wheel import WheelBuilder
+
     root = SOURCES[0].parents[3]
     if not (root / "pyproject.toml").exists():
         pytest.skip("the package is not in its repository")
-    (wheel,) = builders.WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"])
+    (wheel,) = WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"])
     for path in (*SOURCES, *HEADERS):
         assert zipfile.ZipFile(wheel).read(f"gptj_dist/model/native/{path.name}") == path.read_bytes()

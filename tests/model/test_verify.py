@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptj_dist import cli, verification
+from gptj_dist import cli
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.cli.checkpoints.verify import PROMPTS
 from gptj_dist.config import ModelConfig
 from gptj_dist.errors import CheckpointError
+from gptj_dist.operate import verification
 from gptj_dist.operate.verification import LayerTrace, compare, trace_ours, trace_theirs
 from gptj_dist.text.vocabulary import eos_token_id, write_tokenizer
 

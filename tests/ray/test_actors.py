@@ -40,7 +40,7 @@ NUM_BLOCKS = 7
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=8):
+    with local_ray():
         yield
 
 

@@ -383,8 +383,11 @@ def test_a_request_that_just_fits_the_kv_cache_is_served(num_prompt: int, max_to
     run(scenario())
 
 
-def test_a_request_that_just_fits_the_context_passes_the_limits() -> None:
-    EngineLimits(FAKE_VOCAB_SIZE, 64, kv_tokens=1000, num_layers=4).check((5,) * 60, SamplingParams(max_tokens=4))
+def test_a_request_that_just_fits_the_context_passes_the_limits_and_one_token_more_does_not() -> None:
+    limits = EngineLimits(FAKE_VOCAB_SIZE, 64, kv_tokens=1000, num_layers=4)
+    limits.check((5,) * 60, SamplingParams(max_tokens=4))
+    with pytest.raises(RequestTooLongError, match="exceed the context window of 64 tokens"):
+        limits.check((5,) * 61, SamplingParams(max_tokens=4))
 
 
 def test_noise_is_the_same_for_the_same_seed_and_choice_and_differs_for_others() -> None:

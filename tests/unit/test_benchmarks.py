@@ -34,6 +34,8 @@ from benchmarks.sse_client import ChunkedBody, FrameSplitter, StreamRecord
 from benchmarks.vllm_settings import share_cores
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("compare", "front", "http", "offline", "plots", "same_logits", "scheduler", "startup", "step", "transport")
 TIME_LIMIT_S = 60

@@ -465,6 +465,7 @@ def test_part_of_another_conversion_is_not_kept(
     assert _contents(tmp_path / "result") == _contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_conversion_killed_at_random_moments_gives_the_same_bytes(tmp_path: Path, conversions: Conversions) -> None:
     write_checkpoint(tmp_path / "source", ModelConfig(4000, 6, 256, 2, 4, 1024, 32, 0))
     code, error, undisturbed_s = conversions.run(tmp_path / "source", tmp_path / "undisturbed")
@@ -487,6 +488,7 @@ def test_conversion_killed_at_random_moments_gives_the_same_bytes(tmp_path: Path
     pytest.fail(f"only {num_kills} kills hit a running conversion")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_conversion_killed_at_any_step_leaves_old_or_new_and_resumes(
     tmp_path: Path, conversions: Conversions, overwrite: bool
@@ -606,6 +608,7 @@ def _peak_bytes(source: Path, destination: Path) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor_however_large_the_checkpoint(tmp_path: Path) -> None:
     # What grows with a model is the largest tensor, in the new dtype, alone: 826 MB of GPT-J-6B in float32.
     large = ModelConfig(4000, 6, 1024, 8, 64, 4096, 32, 0)

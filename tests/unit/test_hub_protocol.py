@@ -24,6 +24,8 @@ from gptj_dist.config import LayerRange, ModelConfig
 from tests.hub_server import Hub, running_hub
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ModelConfig(
     vocab_size=40,
     num_layers=4,

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise, permutations
+from statistics import median
 
 import pytest
 
@@ -62,19 +63,18 @@ def test_no_order_and_no_cut_is_faster_where_memory_is_ample(seed: int) -> None:
     assert rate(WORKLOAD, best_pipeline(WORKLOAD, devices)) == pytest.approx(best)
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_what_is_found_where_memory_is_short_fits_and_is_close_to_the_best(seed: int) -> None:
-    """Between room for 32, 16, 8 ... requests lies the best, so a factor of two is the most that can be lost."""
-    rng = random.Random(seed)
-    devices = [random_device(rng, (1.15, 1.5)) for _ in range(4)]
-    rates = [rate(WORKLOAD, pipeline) for pipeline in all_pipelines(WORKLOAD, devices)]
-    if not rates:
-        with pytest.raises(ConfigurationError, match="does not fit"):
-            best_pipeline(WORKLOAD, devices)
-        return
-    found = best_pipeline(WORKLOAD, devices)
-    assert all(stage.num_kv_tokens(WORKLOAD) >= WORKLOAD.max_model_len for stage in found)
-    assert rate(WORKLOAD, found) >= max(rates) / 2
+def test_what_is_found_where_memory_is_short_fits_and_is_close_to_the_best() -> None:
+    """The search tries room for 32, 16, 8 ... requests only, so it may miss the best."""
+    shares = []
+    for seed in range(25):
+        rng = random.Random(seed)
+        devices = [random_device(rng, (1.15, 1.5)) for _ in range(4)]
+        found = best_pipeline(WORKLOAD, devices)
+        assert all(stage.num_kv_tokens(WORKLOAD) >= WORKLOAD.max_model_len for stage in found)
+        best = max(rate(WORKLOAD, pipeline) for pipeline in all_pipelines(WORKLOAD, devices))
+        shares.append(rate(WORKLOAD, found) / best)
+    assert min(shares) > 0.8
+    assert median(shares) == pytest.approx(1)
 
 
 def test_equal_devices_are_cut_evenly() -> None:

@@ -19,6 +19,8 @@ from gptj_dist.params import SamplingParams
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.text.vocabulary import eos_token_id, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def _synth(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gptj_dist", "synth", *map(str, args)]
