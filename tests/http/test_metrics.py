@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.serving.metrics import FAMILIES
 from gptj_dist.stages.actor import log_directory
-from tests.http.server import Server, serving
+from tests.http.server import SHARED, Server, serving
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -37,6 +37,7 @@ Counts = dict[str, float]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
+    SHARED.stop()  # so that the logs hold nothing of other modules
     with serving(SETTINGS, {"num_replicas": 2}, has_proxy=True) as server:
         wait_until(lambda: len(names(server, "pipeline_up", "pipeline")) == 2, "both pipelines are counted")
         wait_until(lambda: len(names(server, "http_requests_in_flight", "ingress")) == 2, "both ingresses are counted")
