@@ -1,4 +1,4 @@
-"""The layering of design section 2, read off the imports; and that what must stay light does."""
+"""The layering of `docs/architecture.md`, read off the imports; what must stay light loads neither torch nor Ray."""
 
 from __future__ import annotations
 
