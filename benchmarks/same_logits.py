@@ -18,6 +18,7 @@ import torch
 
 from gptj_dist.config import BLOCK_SIZE_TOKENS, PipelineConfig
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
+from gptj_dist.params import SamplingParams
 from gptj_dist.stages.local import load_local
 
 NUM_PROMPT_TOKENS = 64
@@ -46,7 +47,7 @@ def last_logits(model: str, dtype: Any, stages: int) -> tuple[torch.Tensor, dict
         "seconds_to_load": round(time.perf_counter() - begin, 1),
     }
     token_ids = tuple((7919 * i) % pipeline.blueprint.model.eos_token_id for i in range(NUM_PROMPT_TOKENS))
-    request = NewRequest(1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, noise_key=0, min_position=0)
+    request = NewRequest(1, SamplingParams(), noise_key=0, num_prompt_tokens=0)
     chunk = Chunk(1, 0, token_ids, tuple(range(-(-NUM_PROMPT_TOKENS // BLOCK_SIZE_TOKENS))), samples=True)
     plan = Plan(1, new_requests=(request,), chunks=(chunk,), released=())
     hidden: torch.Tensor | None = None

@@ -8,13 +8,11 @@ from typing import Literal, NamedTuple
 from gptj_dist.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
-MAX_SEED = 2**63
+MIN_SEED = -(2**63)
+MAX_SEED = 2**64 - 1
 MAX_TOP_K = 2**31
 MAX_PRIORITY = 2**31
 MAX_LOGPROBS = 20
-MAX_LISTED_TOKENS = 1024
-"""Entries of each list of tokens: they travel to the last stage."""
-
 
 PoolingKind = Literal["mean", "last"]
 
@@ -40,10 +38,10 @@ class SamplingParams:
     Args:
         max_tokens: the most tokens to generate; 0 generates none, for a prompt whose log probabilities are wanted.
         temperature: 0 is greedy; larger is more random.
-        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        top_p: keep the smallest set of tokens whose probability reaches this, in [0, 1]; 0 is greedy.
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than this fraction of the likeliest one, in [0, 1].
-        seed: makes sampling repeatable; None draws a fresh one for each request.
+        seed: makes sampling repeatable, from -2^63 to 2^64 - 1; None draws a fresh one for each request.
         n: completions of the prompt, 1 or more.
         stop: strings that end the text; they are not part of it.
         min_tokens: tokens before which neither end of text nor a stop string can end the request.
@@ -57,7 +55,7 @@ class SamplingParams:
             in (0, 10] (Keskar et al. 2019, section 4.1).
         logit_bias: (token id, number from -100 to 100 that is added to its logit).
         allowed_token_ids: no other token is sampled; None allows all.
-        bad_token_ids: runs of tokens that are not sampled: the last one of a run never follows the others.
+        bad_words: runs of token ids; the last token of a run is never sampled right after the others.
         logprobs: tell each token's log probability, and that of so many of the likeliest, 0 to 20; None tells nothing.
         prompt_logprobs: the same of the prompt's tokens but the first.
         pooling: asks for an embedding of the prompt, instead of any tokens.
@@ -86,7 +84,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
-    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     priority: int = 0
@@ -95,11 +93,12 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", "must be at least 0", self.max_tokens)
         _check(0 <= self.temperature <= 100, "temperature", "must be from 0 to 100", self.temperature)
-        _check(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
+        _check(0 <= self.top_p <= 1, "top_p", "must be in [0, 1]", self.top_p)
         _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", f"must be from -1 (all tokens, as 0) to {MAX_TOP_K}", self.top_k)
         _check(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]", self.min_p)
         _check(1 <= self.n <= 128, "n", "must be from 1 to 128", self.n)
-        _check(self.seed is None or -MAX_SEED <= self.seed < MAX_SEED, "seed", "must fit in 64 bits", self.seed)
+        is_seed = self.seed is None or MIN_SEED <= self.seed <= MAX_SEED
+        _check(is_seed, "seed", f"must be from {MIN_SEED} to {MAX_SEED}", self.seed)
         _check(
             0 <= self.min_tokens <= self.max_tokens,
             "min_tokens",
@@ -123,15 +122,7 @@ class SamplingParams:
         biases = [bias for _, bias in self.logit_bias]
         _check(all(-100 <= bias <= 100 for bias in biases), "logit_bias", "takes numbers from -100 to 100", biases)
         _check(self.allowed_token_ids != (), "allowed_token_ids", "must allow a token", self.allowed_token_ids)
-        _check(all(self.bad_token_ids), "bad_words", "must not hold an empty one", self.bad_token_ids)
-        lists = {
-            "stop_token_ids": self.stop_token_ids,
-            "logit_bias": self.logit_bias,
-            "allowed_token_ids": self.allowed_token_ids or (),
-            "bad_token_ids": self.bad_token_ids,
-        }
-        for name, entries in lists.items():
-            _check(len(entries) <= MAX_LISTED_TOKENS, name, f"takes at most {MAX_LISTED_TOKENS} entries", len(entries))
+        _check(all(self.bad_words), "bad_words", "must not hold an empty one", self.bad_words)
 
     @property
     def listed_token_ids(self) -> dict[str, tuple[int, ...]]:
@@ -140,39 +131,13 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids,
             "logit_bias": tuple(token_id for token_id, _ in self.logit_bias),
             "allowed_token_ids": self.allowed_token_ids or (),
-            "bad_words": tuple(token_id for run in self.bad_token_ids for token_id in run),
+            "bad_words": tuple(token_id for run in self.bad_words for token_id in run),
         }
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingControls:
-    """What changes a request's logits beyond the usual, and what is to be told of them; names as in `SamplingParams`.
-
-    Args:
-        num_prompt_tokens: of prompt and output the penalties for presence and frequency count the output only.
-        early_ids: tokens that end the request, and so must not come before `min_position`.
-    """
-
-    num_prompt_tokens: int
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    allowed_token_ids: tuple[int, ...] | None
-    bad_token_ids: tuple[tuple[int, ...], ...]
-    early_ids: tuple[int, ...]
-    logprobs: int | None
-    prompt_logprobs: int | None
-
-    @property
-    def needs_history(self) -> bool:
-        """Whether sampling depends on the tokens so far."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
-        return any(penalties) or bool(self.bad_token_ids)
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0 or self.top_p == 0
 
 
 class TokenLogprobs(NamedTuple):

@@ -105,7 +105,7 @@ class AnswerService:
             GPTJDistError: it cannot be served.
         """
         self.check_model(request.model)
-        params = request.sampling_params(self._bad_token_ids(request.bad_words))
+        params = request.sampling_params(self._bad_words(request.bad_words))
         prompts = [
             self._cut(self.encode(prompt), prompt, request.truncate_prompt_tokens, request.max_tokens)
             for prompt in request.prompts()
@@ -139,7 +139,7 @@ class AnswerService:
         wanted = request.most_tokens or 1
         text, prompt_ids = self._cut(prompt_ids, text, request.truncate_prompt_tokens, wanted)
         max_tokens = request.most_tokens or max(1, min(window, self._source.limits().kv_tokens) - len(prompt_ids))
-        params = request.sampling_params(max_tokens, self._bad_token_ids(request.bad_words))
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words))
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
@@ -226,7 +226,7 @@ class AnswerService:
             return self._model.tokenizer.decode(token_ids), token_ids
         return prompt if isinstance(prompt, str) else self._model.tokenizer.decode(token_ids), token_ids
 
-    def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of words, at the beginning of a text and within it."""
         texts = [text for word in words for text in (word.strip(), f" {word.strip()}")]
         return tuple(tuple(self._model.tokenizer.encode(text)) for text in texts)

@@ -235,5 +235,6 @@ def noise_key(seed: int | None, choice: int) -> int:
     """64 bits that determine a completion's sampling noise; without a seed, fresh ones."""
     if seed is None:
         return secrets.randbits(64)
-    digest = hashlib.blake2b(seed.to_bytes(8, "little", signed=True) + choice.to_bytes(8, "little"), digest_size=8)
+    message = (seed % 2**64).to_bytes(8, "little") + choice.to_bytes(8, "little")
+    digest = hashlib.blake2b(message, digest_size=8)
     return int.from_bytes(digest.digest(), "little")

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from gptj_dist.errors import InvalidRequestError, RequestTooLongError
 from gptj_dist.params import SamplingParams
 
+MAX_LISTED_TOKENS = 1024
+"""Token ids in each of a request's lists: the lists go to every stage."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -41,6 +44,8 @@ class EngineLimits:
                 "max_tokens" if len(prompt_ids) < self.max_model_len else field,
             )
         for name, token_ids in params.listed_token_ids.items():
+            if len(token_ids) > MAX_LISTED_TOKENS:
+                raise InvalidRequestError(f"{name} holds {len(token_ids)} tokens, at most {MAX_LISTED_TOKENS}", name)
             self.check_vocabulary(name, token_ids)
         if params.pooling is not None:
             self._check_layer(params.pooling.layer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
+from gptj_dist.params import SamplingParams, TokenLogprobs
 
 
 class PromptCopy(NamedTuple):
@@ -29,30 +29,23 @@ class PromptCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What stages must know of a request: to sample for it, to make its embedding, and to log it.
+    """What stages need to know of a request: to sample for it, to make its embedding, and to log it.
 
     Args:
         request_id: unique in the life of the pipeline.
+        params: the request's own, unchanged.
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
-        min_position: first position at which end of text may be sampled.
-        controls: None for the many requests that have none.
-        log_id: what logs call it; None for one that is not logged.
-        begins_with: what need not be computed; its first chunk goes on from there. None for a request that begins
-            with nothing.
-        pooling: which embedding it asks for; nothing is sampled for it then.
+        num_prompt_tokens: positions below this belong to the prompt.
+        log_id: the request's name in logs; None for one that is not logged.
+        begins_with: KV that need not be computed; the first chunk starts after it. None if there is none.
     """
 
     request_id: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
+    params: SamplingParams
     noise_key: int
-    min_position: int
-    controls: SamplingControls | None = None
+    num_prompt_tokens: int
     log_id: str | None = None
     begins_with: PromptCopy | None = None
-    pooling: Pooling | None = None
 
 
 class Chunk(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gptj_dist.engine.plan import NewRequest, PromptCopy, PromptLogprobs
-from gptj_dist.params import SamplingControls, SamplingParams, TokenLogprobs
+from gptj_dist.params import SamplingParams, TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -119,37 +119,9 @@ class Request:
         return self.prompt_ids[stop] if is_told else None
 
     def introduction(self, begins_with: PromptCopy | None = None) -> NewRequest:
-        """The request as the stages are told of it."""
-        return NewRequest(
-            request_id=self.request_id,
-            temperature=self.params.temperature,
-            top_p=self.params.top_p,
-            top_k=self.params.top_k,
-            min_p=self.params.min_p,
-            noise_key=self.noise_key,
-            min_position=len(self.prompt_ids) + self.params.min_tokens,
-            controls=self._controls(),
-            log_id=self.log_id,
-            begins_with=begins_with,
-            pooling=self.params.pooling,
-        )
-
-    def _controls(self) -> SamplingControls | None:
-        params = self.params
-        controls = SamplingControls(
-            num_prompt_tokens=len(self.prompt_ids),
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=params.logit_bias,
-            allowed_token_ids=params.allowed_token_ids,
-            bad_token_ids=params.bad_token_ids,
-            early_ids=params.stop_token_ids if params.min_tokens else (),
-            logprobs=params.logprobs,
-            prompt_logprobs=params.prompt_logprobs,
-        )
-        is_usual = controls == SamplingControls(len(self.prompt_ids), 0.0, 0.0, 1.0, (), None, (), (), None, None)
-        return None if is_usual else controls
+        """The request's part of the first plan that computes it."""
+        num_prompt_tokens = len(self.prompt_ids)
+        return NewRequest(self.request_id, self.params, self.noise_key, num_prompt_tokens, self.log_id, begins_with)
 
 
 def run_order(request: Request) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""What a request asks to be done to its logits before they are sampled.
+"""The changes that a request asks for in its logits before they are sampled.
 
-First tokens are ruled out, then biases are added, then the penalties are taken, as in vLLM.
+First tokens are ruled out, then biases are added, then penalties are taken, as in vLLM.
 """
 
 from __future__ import annotations
@@ -11,37 +11,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gptj_dist.params import SamplingControls
+from gptj_dist.params import SamplingParams
 
 
-def apply_controls(row: Tensor, controls: SamplingControls, history: Sequence[int], may_end: bool) -> None:
-    """Changes one row of logits, float32 [vocab_size].
+def apply_controls(
+    row: Tensor, params: SamplingParams, history: Sequence[int], num_prompt_tokens: int, banned_ids: Sequence[int] = ()
+) -> None:
+    """Changes one row of logits, float32 [vocab_size]. A request without controls costs some comparisons.
 
     Args:
-        history: the request's tokens so far; only looked at where the controls need it.
-        may_end: whether tokens that end the request may come.
+        history: the request's tokens so far, those of the prompt first.
+        num_prompt_tokens: penalties for presence and frequency count the tokens from here on.
+        banned_ids: tokens that must not come at this position.
     """
-    if controls.allowed_token_ids is not None:
-        allowed = _ids(controls.allowed_token_ids, row)
+    if params.allowed_token_ids is not None:
+        allowed = _ids(params.allowed_token_ids, row)
         kept = row[allowed]
         row.fill_(-math.inf)
         row[allowed] = kept
-    banned = [*_completing(controls.bad_token_ids, history), *(() if may_end else controls.early_ids)]
-    if banned:
-        row[_ids(banned, row)] = -math.inf
-    for token_id, bias in controls.logit_bias:
+    if params.bad_words:
+        banned_ids = (*banned_ids, *_completing(params.bad_words, history))
+    if banned_ids:
+        row[_ids(banned_ids, row)] = -math.inf
+    for token_id, bias in params.logit_bias:
         row[token_id] += bias
-    if controls.repetition_penalty != 1:
+    if params.repetition_penalty != 1:
         seen = _ids(sorted(set(history)), row)
-        logits, penalty = row[seen], controls.repetition_penalty
+        logits, penalty = row[seen], params.repetition_penalty
         row[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
-    if controls.frequency_penalty or controls.presence_penalty:
-        generated, counts = torch.unique(_ids(history[controls.num_prompt_tokens :], row), return_counts=True)
-        row[generated] -= controls.frequency_penalty * counts + controls.presence_penalty
+    if params.frequency_penalty or params.presence_penalty:
+        generated, counts = torch.unique(_ids(history[num_prompt_tokens:], row), return_counts=True)
+        row[generated] -= params.frequency_penalty * counts + params.presence_penalty
 
 
 def _completing(runs: Sequence[Sequence[int]], history: Sequence[int]) -> list[int]:
-    """The last tokens of those runs whose other tokens have just come."""
+    """The last tokens of the runs whose other tokens end the history."""
     return [run[-1] for run in runs if list(run[:-1]) == list(history[len(history) - len(run) + 1 :])]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gptj_dist.model.controls import apply_controls
 from gptj_dist.model.inputs import to_device
 from gptj_dist.model.logprobs import token_logprobs
-from gptj_dist.params import SamplingControls, TokenLogprobs
+from gptj_dist.params import SamplingParams, TokenLogprobs
 
 CPU_ROWS_AT_ONCE = 2
 """Rows of a kind that a CPU samples together: the numbers of more leave its cache (50,400 tokens, 32 rows on two cores:
@@ -29,29 +29,23 @@ class SampleSpec:
     """How one row is sampled.
 
     Args:
-        temperature: 0 is greedy.
-        top_p, top_k, min_p: as in `SamplingParams`.
+        params: the request's.
         noise_key: 64 bits of the request.
         position: where the sampled token will stand in its sequence.
-        may_end: whether end of text may be sampled.
-        controls: None for the many that have none.
-        history: the request's tokens so far, where the controls need them.
+        num_prompt_tokens: positions below this belong to the prompt.
+        history: the request's tokens so far; only controls read it.
     """
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
+    params: SamplingParams
     noise_key: int
     position: int
-    may_end: bool
-    controls: SamplingControls | None = None
+    num_prompt_tokens: int = 0
     history: Sequence[int] = ()
 
     @property
-    def num_top(self) -> int | None:
-        """Of how many tokens log probabilities are asked for, beside the sampled one's; None for none at all."""
-        return None if self.controls is None else self.controls.logprobs
+    def may_end(self) -> bool:
+        """Whether a token that ends the request may come."""
+        return self.position >= self.num_prompt_tokens + self.params.min_tokens
 
 
 class Sampler:
@@ -77,7 +71,7 @@ class Sampler:
         self, logits: Tensor, specs: Sequence[SampleSpec]
     ) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
         """As a call; and the log probabilities that specs ask for, empty if none does."""
-        num_top = {row: spec.num_top for row, spec in enumerate(specs) if spec.num_top is not None}
+        num_top = {row: num for row, spec in enumerate(specs) if (num := spec.params.logprobs) is not None}
         if not num_top:
             return self(logits, specs), ()
         untouched = logits[to_device(torch.tensor(list(num_top)), self._device)]
@@ -89,12 +83,9 @@ class Sampler:
     def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         """As a call, but the tokens stay on the device, int64 [rows]; the host waits for nothing."""
         logits.index_fill_(1, self._unsampled_ids, -math.inf)
-        if not all(spec.may_end for spec in specs):
-            is_banned = to_device(torch.tensor([not spec.may_end for spec in specs]), self._device)
-            logits[:, self._eos_token_id].masked_fill_(is_banned, -math.inf)
-        for row, spec in enumerate(specs):
-            if spec.controls is not None:
-                apply_controls(logits[row], spec.controls, spec.history, spec.may_end)
+        for row, spec in zip(logits.unbind(), specs, strict=True):
+            early_ids = () if spec.may_end else (self._eos_token_id, *spec.params.stop_token_ids)
+            apply_controls(row, spec.params, spec.history, spec.num_prompt_tokens, early_ids)
         tokens = logits.argmax(dim=-1)
         for rows in _group_by_kind(specs, self._rows_at_once):
             places = to_device(torch.tensor(rows), self._device)
@@ -103,15 +94,17 @@ class Sampler:
 
     def _sample_kind(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         """Tokens for rows of one kind."""
-        numbers = [(s.temperature, s.top_p, s.min_p, uniform_noise(s.noise_key, s.position)) for s in specs]
+        settings = [spec.params for spec in specs]
+        noises = [uniform_noise(spec.noise_key, spec.position) for spec in specs]
+        numbers = [(p.temperature, p.top_p, p.min_p, noise) for p, noise in zip(settings, noises, strict=True)]
         columns = to_device(torch.tensor(numbers, dtype=torch.float64), self._device)
         temperature, top_p, min_p, noise = columns[:, :, None].unbind(1)
         # This never overflows: the likeliest token is at 0.
         scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
-        probabilities, token_ids = _sort(torch.softmax(scaled, dim=-1), specs[0])
-        if any(spec.top_p < 1 for spec in specs):
+        probabilities, token_ids = _sort(torch.softmax(scaled, dim=-1), settings[0])
+        if any(params.top_p < 1 for params in settings):
             probabilities = _keep_top_p(probabilities, top_p)
-        if any(spec.min_p > 0 for spec in specs):
+        if any(params.min_p > 0 for params in settings):
             is_likely = probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True)
             probabilities = probabilities.where(is_likely, 0)
         places = _invert(probabilities, noise)
@@ -129,21 +122,22 @@ def _group_by_kind(specs: Sequence[SampleSpec], most_rows: int) -> Iterator[list
     """The rows that are not greedy, by how their tokens are sorted: rows of another kind must not change the order."""
     kinds = defaultdict(list)
     for row, spec in enumerate(specs):
-        if spec.temperature > 0:
-            kinds[spec.top_k, spec.top_k <= 0 and spec.top_p < 1].append(row)
+        params = spec.params
+        if not params.is_greedy:
+            kinds[params.top_k, params.top_k <= 0 and params.top_p < 1].append(row)
     for rows in kinds.values():
         for first in range(0, len(rows), most_rows):
             yield rows[first : first + most_rows]
 
 
-def _sort(probabilities: Tensor, spec: SampleSpec) -> tuple[Tensor, Tensor | None]:
+def _sort(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
     """The likeliest `top_k` or, where `top_p` wants them, all probabilities in descending order, and their tokens' ids.
 
     None for all of them in their own order: that is much cheaper.
     """
-    if spec.top_k > 0:
-        return torch.topk(probabilities, min(spec.top_k, probabilities.shape[1]))
-    if spec.top_p < 1:
+    if params.top_k > 0:
+        return torch.topk(probabilities, min(params.top_k, probabilities.shape[1]))
+    if params.top_p < 1:
         return torch.sort(probabilities, descending=True, stable=True)
     return probabilities, None
 

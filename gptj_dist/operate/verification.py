@@ -16,6 +16,7 @@ from torch import Tensor
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DTYPE_BYTES, LayerRange, ModelConfig
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
 from gptj_dist.errors import CheckpointError, ConfigurationError
+from gptj_dist.params import SamplingParams
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.sizes import bytes_text, ceil_div
 from gptj_dist.stages.blueprint import StageSpec
@@ -210,7 +211,7 @@ def _plan(request_id: int, start: int, token_ids: Sequence[int]) -> Plan:
     return Plan(
         plan_id=0,
         released=(request_id - 1,) if is_new and request_id else (),
-        new_requests=(NewRequest(request_id, 0.0, 1.0, 0, 0.0, 0, 0),) if is_new else (),
+        new_requests=(NewRequest(request_id, SamplingParams(), noise_key=0, num_prompt_tokens=0),) if is_new else (),
         chunks=(Chunk(request_id, start, tuple(token_ids), new_blocks, samples=True),),
     )
 

@@ -56,11 +56,12 @@ class EmbeddingPools:
 
     def meet(self, request: NewRequest) -> None:
         """A request that may ask for an embedding; it begins with its first token."""
-        if request.pooling is None:
+        pooling = request.params.pooling
+        if pooling is None:
             return
-        depth = self._num_layers if request.pooling.layer is None else request.pooling.layer
+        depth = self._num_layers if pooling.layer is None else pooling.layer
         if self._layers.start < depth <= self._layers.stop or (depth == 0 and self._layers.is_first):
-            self._pools[request.request_id] = _Pool(request.pooling.kind, depth)
+            self._pools[request.request_id] = _Pool(pooling.kind, depth)
 
     def forget(self, request_id: int) -> None:
         """Whether or not anything is known of it."""

@@ -206,24 +206,23 @@ class StageRunner:
 
     def _num_told(self, chunk: Chunk) -> int:
         """Rows of a chunk that predict a token of the prompt whose log probability is asked for."""
-        controls = self._requests[chunk.request_id].controls
-        if controls is None or controls.prompt_logprobs is None:
+        request = self._requests[chunk.request_id]
+        if request.params.prompt_logprobs is None:
             return 0
         num_known = len(chunk.token_ids) - 1 + (chunk.next_id is not None)
-        return max(0, min(num_known, controls.num_prompt_tokens - chunk.start - 1))
+        return max(0, min(num_known, request.num_prompt_tokens - chunk.start - 1))
 
     def _tell(self, chunk: Chunk, hidden: Tensor) -> PromptLogprobs:
         """Log probabilities of the prompt's tokens that a chunk's rows [rows, d_model] predict; some rows at a time."""
         assert self._model is not None
-        controls = self._requests[chunk.request_id].controls
-        assert controls is not None
-        assert controls.prompt_logprobs is not None
+        num_top = self._requests[chunk.request_id].params.prompt_logprobs
+        assert num_top is not None
         targets = (*chunk.token_ids[1:], *(() if chunk.next_id is None else (chunk.next_id,)))[: self._num_told(chunk)]
         told: list[TokenLogprobs] = []
         for first in range(0, len(targets), TOLD_ROWS_AT_ONCE):
             some = targets[first : first + TOLD_ROWS_AT_ONCE]
             logits = self._model.logits(hidden[first : first + len(some)])
-            told += token_logprobs(logits, some, [controls.prompt_logprobs] * len(some))
+            told += token_logprobs(logits, some, [num_top] * len(some))
         return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(told))
 
     def _register(self, plan: Plan, cache: KVCache) -> None:
@@ -239,7 +238,7 @@ class StageRunner:
             self._pools.meet(request)
             if request.begins_with is not None:
                 cache.extend(request.request_id, request.begins_with.blocks)
-            if self._spec.layers.is_last and request.controls is not None and request.controls.needs_history:
+            if self._spec.layers.is_last:
                 self._histories[request.request_id] = self._first_history(request.begins_with)
         for chunk in plan.chunks:
             if chunk.request_id in self._histories:
@@ -256,17 +255,12 @@ class StageRunner:
 
     def _sample_spec(self, chunk: Chunk) -> SampleSpec:
         request = self._requests[chunk.request_id]
-        position = chunk.start + len(chunk.token_ids)
         return SampleSpec(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            noise_key=request.noise_key,
-            position=position,
-            may_end=position >= request.min_position,
-            controls=request.controls,
-            history=self._histories.get(chunk.request_id, ()),
+            request.params,
+            request.noise_key,
+            chunk.start + len(chunk.token_ids),
+            request.num_prompt_tokens,
+            self._histories[chunk.request_id],
         )
 
 

@@ -21,6 +21,7 @@ from gptj_dist.config import BLOCK_SIZE_TOKENS, DTypeName
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
 from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.params import SamplingParams
 from gptj_dist.planning.cost import Chunks
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.runner import StageOutput, StageRunner
@@ -35,6 +36,8 @@ FILL_TOKENS = 128
 
 MAX_BLOCKS = 8192
 """KV blocks, if there is memory: 64 requests of 2,048 tokens."""
+
+GREEDY = SamplingParams(temperature=0)
 
 BARRIER_TIMEOUT_S = 600.0
 """A process that waits so long for the others has lost one."""
@@ -93,7 +96,7 @@ class StageStopwatch:
         plan = Plan(
             self._num_plans,
             self._released,
-            tuple(NewRequest(id_, 0.0, 1.0, 0, 0.0, id_, 0) for id_ in request_ids) if start == 0 else (),
+            tuple(NewRequest(id_, GREEDY, id_, num_tokens) for id_ in request_ids) if start == 0 else (),
             tuple(Chunk(id_, start, token_ids, self._new_blocks(id_, start + num_tokens), True) for id_ in request_ids),
         )
         self._num_plans += 1

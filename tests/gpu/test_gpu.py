@@ -24,6 +24,7 @@ from gptj_dist.stages.runner import StageRunner
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 TOKEN_IDS = tuple(range(5, 105))
+GREEDY = SamplingParams(temperature=0)
 
 
 def logits_step_by_step(dtype: DTypeName, chunk_tokens: int) -> torch.Tensor:
@@ -35,7 +36,7 @@ def logits_step_by_step(dtype: DTypeName, chunk_tokens: int) -> torch.Tensor:
         tokens = TOKEN_IDS[start : start + chunk_tokens]
         num_new = -(-(start + len(tokens)) // 16) - -(-start // 16)
         new_blocks = tuple(blocks.pop() for _ in range(num_new))
-        new = (NewRequest(0, 0.0, 1.0, 0, 0.0, 0, 0),) if start == 0 else ()
+        new = (NewRequest(0, GREEDY, 0, 0),) if start == 0 else ()
         rows.append(runner.forward(Plan(start, (), new, (Chunk(0, start, tokens, new_blocks, True),)), None))
     return torch.cat(rows).cpu()
 
@@ -48,7 +49,7 @@ def load_one(dtype: DTypeName = "float32", max_batch_size: int = 8) -> StageRunn
 
 
 def new_requests(num_requests: int) -> tuple[NewRequest, ...]:
-    return tuple(NewRequest(id_, 0.0, 1.0, 0, 0.0, 0, 0) for id_ in range(num_requests))
+    return tuple(NewRequest(id_, GREEDY, 0, 0) for id_ in range(num_requests))
 
 
 @contextmanager
@@ -121,7 +122,8 @@ def test_the_host_waits_for_nothing_but_the_sampled_tokens() -> None:
     """Neither for chunks, nor for a micro-batch of both kinds, nor for single rows; once all kernels are compiled."""
     runner = load_one("float16")
     sampler = Sampler((3, 4), 0, torch.device("cuda", 0))
-    specs = [SampleSpec(0.8, 0.9, 0, 0.1, 1, 5, False), SampleSpec(0.5, 1.0, 7, 0.0, 2, 6, True)]
+    early, late = SamplingParams(temperature=0.8, top_p=0.9, min_p=0.1, min_tokens=9), SamplingParams(top_k=7)
+    specs = [SampleSpec(early, noise_key=1, position=5), SampleSpec(late, noise_key=2, position=6)]
     for plan in two_requests(first_id=0):
         sampler.draw(runner.forward(plan, None), specs)
     for plan in two_requests(first_id=2):
@@ -132,7 +134,7 @@ def test_the_host_waits_for_nothing_but_the_sampled_tokens() -> None:
 def two_requests(first_id: int) -> list[Plan]:
     """Their prompts, one token and two more, one token each."""
     a, b = first_id, first_id + 1
-    new = tuple(NewRequest(id_, 0.0, 1.0, 0, 0.0, 0, 0) for id_ in (a, b))
+    new = tuple(NewRequest(id_, GREEDY, 0, 0) for id_ in (a, b))
     prompts = tuple(Chunk(id_, 0, TOKEN_IDS[:20], (2 * id_, 2 * id_ + 1), True) for id_ in (a, b))
     return [
         Plan(0, (), new, prompts),
@@ -143,7 +145,18 @@ def two_requests(first_id: int) -> list[Plan]:
 
 def test_the_sampler_draws_what_it_draws_on_the_cpu() -> None:
     logits = torch.randn(24, 50400, generator=torch.Generator().manual_seed(0)) * 3
-    specs = [SampleSpec(i % 3 * 0.5, 1 - i % 2 * 0.1, i % 4 * 10, i % 5 * 0.02, i, i, i % 2 == 0) for i in range(24)]
+    settings = [
+        SamplingParams(
+            max_tokens=99,
+            temperature=i % 3 * 0.5,
+            top_p=1 - i % 2 * 0.1,
+            top_k=i % 4 * 10,
+            min_p=i % 5 * 0.02,
+            min_tokens=99 * (i % 2),
+        )
+        for i in range(24)
+    ]
+    specs = [SampleSpec(params, noise_key=i, position=i) for i, params in enumerate(settings)]
     drawn = [
         Sampler(range(50257, 50400), 50256, device)(logits.to(device), specs)
         for device in (torch.device("cpu"), torch.device("cuda", 0))

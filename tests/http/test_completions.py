@@ -110,7 +110,7 @@ def test_thirty_two_concurrent_streams_finish_with_the_same_text_as_alone(server
         ({"prompt": PROMPT, "max_tokens": 5000}, "max_tokens"),
         ({"prompt": PROMPT, "temperature": -0.1}, "temperature"),
         ({"prompt": PROMPT, "temperature": "hot"}, "temperature"),
-        ({"prompt": PROMPT, "top_p": 0}, "top_p"),
+        ({"prompt": PROMPT, "top_p": 1.5}, "top_p"),
         ({"prompt": PROMPT, "n": 0}, "n"),
         ({"prompt": PROMPT, "no_such_field": 1}, "no_such_field"),
         ({"prompt": PROMPT, "logit_bias": {"99999": 1}}, "logit_bias"),

@@ -18,23 +18,23 @@ from transformers import (
 from gptj_dist.model.controls import apply_controls
 from gptj_dist.model.logprobs import token_logprobs
 from gptj_dist.model.sampler import Sampler, SampleSpec
-from gptj_dist.params import SamplingControls
+from gptj_dist.params import SamplingParams
 
 VOCAB_SIZE = 40
 EOS = 0
 HISTORY = (3, 5, 5, 7, 3, 9, 11, 9, 9)
 NUM_PROMPT = 4
-NONE = SamplingControls(NUM_PROMPT, 0.0, 0.0, 1.0, (), None, (), (), None, None)
-SPEC = SampleSpec(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, noise_key=1, position=9, may_end=True)
+NONE = SamplingParams(temperature=0)
+SPEC = SampleSpec(NONE, noise_key=1, position=9, num_prompt_tokens=NUM_PROMPT)
 
 
 def logits_of(seed: int = 0) -> Tensor:
     return 3 * torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def ours(controls: SamplingControls, may_end: bool = True, seed: int = 0) -> Tensor:
+def ours(params: SamplingParams, seed: int = 0) -> Tensor:
     row = logits_of(seed)
-    apply_controls(row, controls, HISTORY, may_end)
+    apply_controls(row, params, HISTORY, NUM_PROMPT)
     return row
 
 
@@ -58,12 +58,12 @@ def test_biases_are_transformers() -> None:
 @pytest.mark.parametrize("words", [((4,),), ((9, 9, 9, 6),), ((9, 9, 6), (9, 7), (11, 9, 6), (2,), (8, 9, 9, 20))])
 def test_bad_words_are_transformers(words: tuple[tuple[int, ...], ...]) -> None:
     expected = theirs(NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=EOS))
-    torch.testing.assert_close(ours(replace(NONE, bad_token_ids=words)), expected)
+    torch.testing.assert_close(ours(replace(NONE, bad_words=words)), expected)
 
 
 def test_a_bad_word_longer_than_the_text_is_not_there_yet() -> None:
     row = logits_of()
-    apply_controls(row, replace(NONE, bad_token_ids=((1, 2, 3, 4),)), (2, 3), True)
+    apply_controls(row, replace(NONE, bad_words=((1, 2, 3, 4),)), (2, 3), 2)
     assert torch.equal(row, logits_of())
 
 
@@ -93,51 +93,50 @@ def test_all_together_come_in_the_stated_order() -> None:
         expected = processor(torch.tensor([HISTORY]), expected)
     for token_id, count in ((3, 1), (9, 3), (11, 1)):
         expected[0, token_id] -= 0.25 * count - 0.5
-    controls = replace(
+    params = replace(
         NONE,
         allowed_token_ids=allowed,
-        bad_token_ids=((9, 6), (20,)),
+        bad_words=((9, 6), (20,)),
         logit_bias=((3, 4.0), (9, -6.0), (30, 2.0)),
         repetition_penalty=1.4,
         frequency_penalty=0.25,
         presence_penalty=-0.5,
     )
-    torch.testing.assert_close(ours(controls), expected[0])
+    torch.testing.assert_close(ours(params), expected[0])
 
 
 @pytest.mark.parametrize(("presence", "frequency"), [(1.0, 0.0), (0.0, 1.0), (-2.0, 0.5)])
 def test_a_repeated_token_comes_as_often_as_its_penalties_leave_it(presence: float, frequency: float) -> None:
     """Of two tokens with equal logits one has come twice: the sigmoid of what it has lost is its chance."""
     chance = 1 / (1 + math.exp(presence + 2 * frequency))
-    controls = replace(NONE, num_prompt_tokens=0, presence_penalty=presence, frequency_penalty=frequency)
+    params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
     num_draws = 20_000
-    specs = [
-        replace(SPEC, temperature=1.0, position=position, controls=controls, history=(1, 1))
-        for position in range(num_draws)
-    ]
+    specs = [SampleSpec(params, noise_key=1, position=position, history=(1, 1)) for position in range(num_draws)]
     drawn = sum(Sampler((), VOCAB_SIZE - 1, torch.device("cpu"))(torch.zeros(num_draws, 2), specs))
     deviation = math.sqrt(num_draws * chance * (1 - chance))
     assert abs(drawn - num_draws * chance) < 3.3 * deviation  # a right sampler fails this once in 1,000 times
 
 
 def test_tokens_that_end_a_request_do_not_come_early() -> None:
-    controls = replace(NONE, early_ids=(4, 6))
-    assert torch.equal(ours(controls, may_end=True), logits_of())
-    row = ours(controls, may_end=False)
-    assert (row == -math.inf).nonzero().flatten().tolist() == [4, 6]
+    """The logits are those that the sampler has changed."""
+    params = replace(NONE, stop_token_ids=(4, 6), min_tokens=6)
+    for position, expected in ((9, [EOS, 4, 6]), (10, [])):
+        logits = logits_of()[None]
+        Sampler((), EOS, torch.device("cpu"))(logits, [replace(SPEC, params=params, position=position)])
+        assert (logits[0] == -math.inf).nonzero().flatten().tolist() == expected
 
 
 def test_each_row_is_sampled_by_its_own_controls_and_told_of_what_the_model_said() -> None:
     logits = torch.stack([logits_of(seed) for seed in range(4)])
     specs = [
-        replace(SPEC, controls=replace(NONE, allowed_token_ids=(17,), logprobs=2)),
+        replace(SPEC, params=replace(NONE, allowed_token_ids=(17,), logprobs=2)),
         SPEC,
-        replace(SPEC, controls=replace(NONE, logit_bias=((23, 100.0),), logprobs=0)),
-        replace(SPEC, controls=replace(NONE, repetition_penalty=1.5), history=HISTORY),
+        replace(SPEC, params=replace(NONE, logit_bias=((23, 100.0),), logprobs=0)),
+        replace(SPEC, params=replace(NONE, repetition_penalty=1.5), history=HISTORY),
     ]
     tokens, told = Sampler((), EOS, torch.device("cpu")).sample_and_tell(logits.clone(), specs)
     repeated = logits[3].clone()
-    apply_controls(repeated, replace(NONE, repetition_penalty=1.5), HISTORY, True)
+    apply_controls(repeated, replace(NONE, repetition_penalty=1.5), HISTORY, NUM_PROMPT)
     assert tokens == [17, int(logits[1].argmax()), 23, int(repeated.argmax())]
     assert [token is None for token in told] == [False, True, False, True]
     for row, token_id, num_top in ((0, 17, 2), (2, 23, 0)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,23 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gptj_dist.model.sampler import Sampler, SampleSpec, uniform_noise
+from gptj_dist.params import SamplingParams
 
 CPU = torch.device("cpu")
 EOS = 3
-GREEDY = SampleSpec(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, noise_key=1, position=0, may_end=True)
-PLAIN = replace(GREEDY, temperature=1.0)
+PLAIN = SampleSpec(SamplingParams(), noise_key=1, position=0)
+GREEDY = replace(PLAIN, params=SamplingParams(temperature=0))
 NUM_DRAWS = 4000
 MANY_DRAWS = 20_000
 FALSE_ALARM = 1e-3
 """How often a right sampler fails a check of its chances; with fixed keys and positions it is decided once for all."""
+
+
+NEVER_ENDS = {"max_tokens": 10**6, "min_tokens": 10**6}
+
+
+def _with(spec: SampleSpec, **settings: Any) -> SampleSpec:
+    return replace(spec, params=replace(spec.params, **settings))
 
 
 def _logits(*values: float) -> Tensor:
@@ -45,18 +54,19 @@ def _draw(
 
 def _kept_by_brute_force(row: Tensor, spec: SampleSpec) -> dict[int, float]:
     """The tokens that may come, and their chances: top_k first, then top_p of what is left, then min_p. No ties."""
-    chances = dict(enumerate(torch.softmax(row.double() / spec.temperature, 0).tolist()))
+    params = spec.params
+    chances = dict(enumerate(torch.softmax(row.double() / params.temperature, 0).tolist()))
     order = sorted(chances, key=lambda token: -chances[token])
-    if spec.top_k > 0:
-        order = order[: spec.top_k]
+    if params.top_k > 0:
+        order = order[: params.top_k]
     total, reached = sum(chances[token] for token in order), 0.0
     kept: list[int] = []
     for token in order:
-        if kept and reached >= spec.top_p * total:
+        if kept and reached >= params.top_p * total:
             break
         kept.append(token)
         reached += chances[token]
-    kept = [token for token in kept if chances[token] >= spec.min_p * chances[order[0]]]
+    kept = [token for token in kept if chances[token] >= params.min_p * chances[order[0]]]
     total = sum(chances[token] for token in kept)
     return {token: chances[token] / total for token in kept}
 
@@ -80,6 +90,7 @@ def _odds(counts: Counter[int], chances: dict[int, float]) -> float:
 def test_greedy_takes_the_likeliest() -> None:
     logits = _random_logits(20, 50)
     assert _sample(logits, *[GREEDY] * 20) == logits.argmax(dim=1).tolist()
+    assert _sample(logits, *[_with(PLAIN, top_p=0, top_k=5, min_p=0.1)] * 20) == logits.argmax(dim=1).tolist()
 
 
 @pytest.mark.parametrize("vocab_size", [4, 33, 50400])
@@ -97,14 +108,14 @@ def test_greedy_takes_the_first_of_equals(vocab_size: int) -> None:
 def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
     row = _random_logits(1, 12, seed=1)[0]
     chances = dict(enumerate(torch.softmax(row.double() / temperature, 0).tolist()))
-    assert _odds(_draw(row, replace(PLAIN, temperature=temperature), num_draws=MANY_DRAWS), chances) > FALSE_ALARM
+    assert _odds(_draw(row, _with(PLAIN, temperature=temperature), num_draws=MANY_DRAWS), chances) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("wrong", [0.9, 1.1])
 def test_a_temperature_that_is_a_tenth_off_would_be_noticed(wrong: float) -> None:
     row = _random_logits(1, 12, seed=1)[0]
     chances = dict(enumerate(torch.softmax(row.double(), 0).tolist()))
-    counts = _draw(row, replace(PLAIN, temperature=wrong), num_draws=MANY_DRAWS)
+    counts = _draw(row, _with(PLAIN, temperature=wrong), num_draws=MANY_DRAWS)
     assert _odds(counts, chances) < FALSE_ALARM / 100
 
 
@@ -123,23 +134,24 @@ def test_noise_is_even_over_positions_and_over_keys(key: int) -> None:
 
 
 KEEPING = [
-    replace(PLAIN, top_k=1),
-    replace(PLAIN, top_k=3),
-    replace(PLAIN, top_k=1000),
-    replace(PLAIN, top_p=0.5),
-    replace(PLAIN, top_p=0.9),
-    replace(PLAIN, top_p=1e-9),
-    replace(PLAIN, min_p=0.2),
-    replace(PLAIN, min_p=1.0),
-    replace(PLAIN, temperature=2.0, top_k=5, top_p=0.8),
-    replace(PLAIN, temperature=0.5, top_k=8, min_p=0.05),
-    replace(PLAIN, temperature=3.0, top_p=0.9, min_p=0.3),
-    replace(PLAIN, temperature=1.5, top_k=6, top_p=0.95, min_p=0.1),
+    _with(PLAIN, top_k=1),
+    _with(PLAIN, top_k=3),
+    _with(PLAIN, top_k=1000),
+    _with(PLAIN, top_p=0.5),
+    _with(PLAIN, top_p=0.9),
+    _with(PLAIN, top_p=1e-9),
+    _with(PLAIN, min_p=0.2),
+    _with(PLAIN, min_p=1.0),
+    _with(PLAIN, temperature=2.0, top_k=5, top_p=0.8),
+    _with(PLAIN, temperature=0.5, top_k=8, min_p=0.05),
+    _with(PLAIN, temperature=3.0, top_p=0.9, min_p=0.3),
+    _with(PLAIN, temperature=1.5, top_k=6, top_p=0.95, min_p=0.1),
 ]
 
 
 def _spec_id(spec: SampleSpec) -> str:
-    return f"t{spec.temperature}-k{spec.top_k}-p{spec.top_p}-min{spec.min_p}"
+    params = spec.params
+    return f"t{params.temperature}-k{params.top_k}-p{params.top_p}-min{params.min_p}"
 
 
 @pytest.mark.parametrize("spec", KEEPING, ids=_spec_id)
@@ -156,10 +168,14 @@ def test_exactly_the_right_tokens_are_kept(spec: SampleSpec, seed: int) -> None:
 @pytest.mark.parametrize("spec", KEEPING, ids=_spec_id)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_right_tokens_are_those_of_transformers(spec: SampleSpec, seed: int) -> None:
-    row = _random_logits(1, 10, seed, std=1.0)
-    warpers = [TemperatureLogitsWarper(spec.temperature), TopPLogitsWarper(spec.top_p), MinPLogitsWarper(spec.min_p)]
-    if spec.top_k > 0:
-        warpers.insert(1, TopKLogitsWarper(spec.top_k))
+    params, row = spec.params, _random_logits(1, 10, seed, std=1.0)
+    warpers = [
+        TemperatureLogitsWarper(params.temperature),
+        TopPLogitsWarper(params.top_p),
+        MinPLogitsWarper(params.min_p),
+    ]
+    if params.top_k > 0:
+        warpers.insert(1, TopKLogitsWarper(params.top_k))
     for warper in warpers:
         row = warper(torch.zeros(1, 1, dtype=torch.int64), row)
     chances = {token: chance for token, chance in enumerate(torch.softmax(row[0].double(), 0).tolist()) if chance > 0}
@@ -169,13 +185,13 @@ def test_the_right_tokens_are_those_of_transformers(spec: SampleSpec, seed: int)
 def test_top_p_keeps_as_few_as_reach_it() -> None:
     row = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     for top_p, expected in ((0.49, {0}), (0.51, {0, 1}), (0.74, {0, 1}), (0.76, {0, 1, 2}), (0.99, {0, 1, 2, 3})):
-        assert _draw(row, replace(PLAIN, top_p=top_p)).keys() == expected
+        assert _draw(row, _with(PLAIN, top_p=top_p)).keys() == expected
 
 
 def test_a_filter_that_keeps_everything_changes_nothing() -> None:
     row = _random_logits(1, 10)[0]
-    assert _draw(row, replace(PLAIN, top_k=10)) == _draw(row, replace(PLAIN, top_p=1 - 1e-12))
-    assert _draw(row, replace(PLAIN, min_p=1e-12)) == _draw(row, PLAIN)
+    assert _draw(row, _with(PLAIN, top_k=10)) == _draw(row, _with(PLAIN, top_p=1 - 1e-12))
+    assert _draw(row, _with(PLAIN, min_p=1e-12)) == _draw(row, PLAIN)
 
 
 # Tokens that must not come
@@ -185,21 +201,21 @@ def test_masked_tokens_never_come() -> None:
     masked = (0, 4, 9)
     row = torch.tensor([9.0, 1.0, 0.0, 0.5, 9.0, 1.0, 1.5, 0.0, 0.0, 9.0])
     assert _sample(row[None], GREEDY, unsampled_ids=masked) == [6]
-    for spec in (PLAIN, replace(PLAIN, temperature=100.0), replace(PLAIN, top_k=10), replace(PLAIN, top_p=0.99)):
+    for spec in (PLAIN, _with(PLAIN, temperature=100.0), _with(PLAIN, top_k=10), _with(PLAIN, top_p=0.99)):
         counts = _draw(row, spec, unsampled_ids=masked)
         assert counts.keys() == {1, 2, 3, 5, 6, 7, 8}
 
 
-@pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, top_k=5), replace(PLAIN, top_p=0.999), GREEDY])
+@pytest.mark.parametrize("spec", [PLAIN, _with(PLAIN, top_k=5), _with(PLAIN, top_p=0.999), GREEDY])
 def test_end_of_text_comes_only_where_it_may(spec: SampleSpec) -> None:
     row = torch.tensor([0.0, 0.0, 0.0, 3.0, 0.0])
-    assert EOS not in _draw(row, replace(spec, may_end=False))
+    assert EOS not in _draw(row, _with(spec, **NEVER_ENDS))
     assert EOS in _draw(row, spec)
 
 
 def test_one_request_that_may_not_end_keeps_no_other_from_ending() -> None:
     logits = _logits(0.0, 0.0, 1.0, 9.0).expand(2, -1)
-    assert _sample(logits, replace(GREEDY, may_end=False), GREEDY) == [2, EOS]
+    assert _sample(logits, _with(GREEDY, **NEVER_ENDS), GREEDY) == [2, EOS]
 
 
 # What the noise depends on
@@ -207,9 +223,9 @@ def test_one_request_that_may_not_end_keeps_no_other_from_ending() -> None:
 
 def test_the_same_key_and_position_draw_the_same_token_in_any_company() -> None:
     logits = _random_logits(30, 500)
-    specs = [replace(PLAIN, noise_key=i * 2**55, position=3 * i, temperature=0.5 + i / 10) for i in range(30)]
-    specs[::3] = [replace(spec, top_p=0.9) for spec in specs[::3]]
-    specs[::4] = [replace(spec, top_k=20, min_p=0.01) for spec in specs[::4]]
+    specs = [replace(_with(PLAIN, temperature=0.5 + i / 10), noise_key=i * 2**55, position=3 * i) for i in range(30)]
+    specs[::3] = [_with(spec, top_p=0.9) for spec in specs[::3]]
+    specs[::4] = [_with(spec, top_k=20, min_p=0.01) for spec in specs[::4]]
     specs[7] = GREEDY
     together = _sample(logits, *specs)
     assert [_sample(logits[i : i + 1], spec)[0] for i, spec in enumerate(specs)] == together
@@ -221,7 +237,8 @@ def test_neighbours_with_other_filters_change_no_order_of_ties() -> None:
     logits = _random_logits(12, 700, std=0.3).bfloat16().float()
     top_ks, top_ps = (0, 3, 40, 0, 3, 699), (1.0, 0.9)
     specs = [
-        replace(PLAIN, top_k=top_ks[i % 6], top_p=top_ps[i % 2], min_p=0.1 * (i % 3), noise_key=i) for i in range(12)
+        replace(_with(PLAIN, top_k=top_ks[i % 6], top_p=top_ps[i % 2], min_p=0.1 * (i % 3)), noise_key=i)
+        for i in range(12)
     ]
     assert [_sample(logits[i : i + 1], spec)[0] for i, spec in enumerate(specs)] == _sample(logits, *specs)
 
@@ -242,7 +259,7 @@ def test_no_noise_draws_outside_the_vocabulary(monkeypatch: pytest.MonkeyPatch) 
     logits = _random_logits(1, 100)
     for noise in (0.0, 1 - 2**-53):
         monkeypatch.setattr("gptj_dist.model.sampler.uniform_noise", lambda *_, noise=noise: noise)
-        for spec in (PLAIN, replace(PLAIN, top_k=7), replace(PLAIN, top_p=0.5), replace(PLAIN, min_p=0.3)):
+        for spec in (PLAIN, _with(PLAIN, top_k=7), _with(PLAIN, top_p=0.5), _with(PLAIN, min_p=0.3)):
             token = _sample(logits, spec, unsampled_ids=(0, 99))[0]
             assert token in set(range(1, 99)) & _kept_by_brute_force(_masked(logits[0]), spec).keys()
 
@@ -257,23 +274,23 @@ def _masked(row: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-307, 1e-300, 1e-30, 1e-6])
-@pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, top_k=2), replace(PLAIN, top_p=0.9), replace(PLAIN, min_p=0.1)])
+@pytest.mark.parametrize("spec", [PLAIN, _with(PLAIN, top_k=2), _with(PLAIN, top_p=0.9), _with(PLAIN, min_p=0.1)])
 def test_a_temperature_near_zero_takes_the_likeliest(spec: SampleSpec, temperature: float) -> None:
     for values in ((1.0, 50.0, 3.0, -2.0), (-400.0, -300.0, -500.0, -301.0), (0.0, 1e-3, -1e-3, 0.0)):
-        assert _sample(_logits(*values), replace(spec, temperature=temperature)) == [1]
+        assert _sample(_logits(*values), _with(spec, temperature=temperature)) == [1]
 
 
 def test_a_high_temperature_makes_all_tokens_nearly_even() -> None:
-    counts = _draw(torch.tensor([1.0, 5.0, 3.0, -2.0]), replace(PLAIN, temperature=100.0))
+    counts = _draw(torch.tensor([1.0, 5.0, 3.0, -2.0]), _with(PLAIN, temperature=100.0))
     assert max(counts.values()) < 1.3 * min(counts.values())
 
 
-@pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, temperature=100.0), replace(PLAIN, top_k=2), GREEDY])
+@pytest.mark.parametrize("spec", [PLAIN, _with(PLAIN, temperature=100.0), _with(PLAIN, top_k=2), GREEDY])
 def test_huge_logits_are_no_trouble(spec: SampleSpec) -> None:
     assert _sample(_logits(-3e38, 3e38, -3e38, 0.0), spec) == [1]
 
 
-@pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, top_k=2), replace(PLAIN, top_p=0.5), GREEDY])
+@pytest.mark.parametrize("spec", [PLAIN, _with(PLAIN, top_k=2), _with(PLAIN, top_p=0.5), GREEDY])
 def test_a_broken_row_yields_some_token_and_harms_no_other(spec: SampleSpec) -> None:
     logits = _random_logits(2, 40)
     logits[0] = math.nan
@@ -282,7 +299,7 @@ def test_a_broken_row_yields_some_token_and_harms_no_other(spec: SampleSpec) -> 
     assert whole == _sample(logits[1:], PLAIN)[0]
 
 
-@pytest.mark.parametrize("spec", [replace(PLAIN, top_k=3), replace(PLAIN, top_p=0.4), replace(PLAIN, min_p=0.5)])
+@pytest.mark.parametrize("spec", [_with(PLAIN, top_k=3), _with(PLAIN, top_p=0.4), _with(PLAIN, min_p=0.5)])
 def test_ties_are_settled_the_same_way_every_time(spec: SampleSpec) -> None:
     logits = torch.zeros(1, 300)
     specs = [replace(spec, position=position) for position in range(20)]

@@ -19,7 +19,7 @@ PROMPTS = (LONG, [7] * 16, list(range(300, 317)), [9], [5, 6], "Once there was a
 """Of a token, of a block, of one more, and longer than some chunks."""
 
 PARAMS = SamplingParams(max_tokens=9, seed=3, n=5, ignore_eos=True, logprobs=2)
-PENALTIES = replace(PARAMS, repetition_penalty=1.2, presence_penalty=0.3, bad_token_ids=((7, 7),))
+PENALTIES = replace(PARAMS, repetition_penalty=1.2, presence_penalty=0.3, bad_words=((7, 7),))
 TELLING = replace(PARAMS, prompt_logprobs=1)
 BRIEF = replace(PARAMS, max_tokens=1)
 ALL_PARAMS = (PARAMS, PENALTIES, TELLING, BRIEF)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -390,13 +391,43 @@ def test_a_request_that_just_fits_the_context_passes_the_limits_and_one_token_mo
         limits.check((5,) * 61, SamplingParams(max_tokens=4))
 
 
+TOO_MANY = (5,) * 1025
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop_token_ids", TOO_MANY),
+        ("allowed_token_ids", TOO_MANY),
+        ("logit_bias", ((5, 1.0),) * 1025),
+        ("bad_words", (TOO_MANY,)),
+        ("bad_words", ((5,),) * 1025),
+        ("bad_words", ((5, FAKE_VOCAB_SIZE),)),
+    ],
+)
+def test_a_list_of_tokens_that_is_too_long_or_unknown_is_refused_by_the_name_of_its_field(
+    name: str, value: object
+) -> None:
+    settings: dict[str, Any] = {name: value}
+    with pytest.raises(InvalidRequestError, match=f"^{name} ") as raised:
+        LIMITS.check(PROMPT, SamplingParams(**settings))
+    assert raised.value.param == name
+
+
 def test_noise_is_the_same_for_the_same_seed_and_choice_and_differs_for_others() -> None:
-    seeds: list[int] = [0, 1, -1, 2**63 - 1, -(2**63)]
+    seeds: list[int] = [0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 2]
     keys = [noise_key(seed, choice) for seed in seeds for choice in range(20)]
     assert keys == [noise_key(seed, choice) for seed in seeds for choice in range(20)]
     unseeded = [noise_key(None, 0) for _ in range(20)]
     assert len({*keys, *unseeded}) == len(keys) + len(unseeded)
     assert all(0 <= key < 2**64 for key in keys + unseeded)
+
+
+def test_noise_of_a_seed_does_not_change_with_versions() -> None:
+    """Texts of a seed are promised to stay: these numbers must never be updated."""
+    assert noise_key(-7, 1) == 17345090033720684070
+    assert noise_key(2**64 - 7, 1) == 17345090033720684070
+    assert noise_key(42, 0) == 255354015614420610
 
 
 def test_a_requests_noise_reaches_the_stages() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from gptj_dist.engine.plan import NewRequest, Plan
 from gptj_dist.logs import LogFormat, LogSettings, open_log, values
+from gptj_dist.params import SamplingParams
 from gptj_dist.stages.request_log import RequestLog
 
 logger = logging.getLogger("gptj_dist.test")
@@ -107,4 +108,4 @@ def test_a_stage_logs_the_requests_that_it_meets_and_forgets_and_none_of_the_ser
 
 
 def introduction(number: int, log_id: str | None) -> NewRequest:
-    return NewRequest(number, 0.0, 1.0, 0, 0.0, 0, 0, log_id=log_id)
+    return NewRequest(number, SamplingParams(), 0, 1, log_id)

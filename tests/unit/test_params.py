@@ -24,18 +24,19 @@ NAN = float("nan")
         {"repetition_penalty": 10},
         {"logit_bias": ((5, 100), (6, -100.0))},
         {"allowed_token_ids": (1,)},
-        {"bad_token_ids": ((1,), (2, 3))},
+        {"bad_words": ((1,), (2, 3))},
         {"stop_token_ids": (1, 2)},
         {"logprobs": 0, "prompt_logprobs": 20},
         {"temperature": 0},
         {"temperature": 100.0},
         {"top_p": 1},
         {"top_p": 1e-9},
+        {"top_p": 0},
         {"top_k": -1},
         {"top_k": 2**31},
         {"min_p": 0},
         {"min_p": 1.0},
-        {"seed": 2**63 - 1},
+        {"seed": 2**64 - 1},
         {"seed": -(2**63)},
         {"n": 128},
         {"priority": 2**31 - 1},
@@ -67,12 +68,12 @@ def test_values_within_their_range_are_taken(settings: dict[str, Any]) -> None:
         ("logit_bias", ((1, 100.5),)),
         ("logit_bias", ((1, NAN),)),
         ("allowed_token_ids", ()),
-        ("stop_token_ids", (1,) * 1025),
+        ("bad_words", ((1,), ())),
         ("temperature", -0.1),
         ("temperature", 100.5),
         ("temperature", NAN),
         ("temperature", float("inf")),
-        ("top_p", 0),
+        ("top_p", -0.01),
         ("top_p", 1.01),
         ("top_p", NAN),
         ("top_k", -2),
@@ -80,7 +81,7 @@ def test_values_within_their_range_are_taken(settings: dict[str, Any]) -> None:
         ("min_p", -0.01),
         ("min_p", 1.01),
         ("min_p", NAN),
-        ("seed", 2**63),
+        ("seed", 2**64),
         ("seed", -(2**63) - 1),
         ("n", 0),
         ("n", 129),
@@ -97,9 +98,10 @@ def test_a_value_out_of_its_range_is_refused_by_its_name(param: str, value: obje
     assert refusal.value.param == param
 
 
-def test_only_temperature_zero_is_greedy() -> None:
+def test_temperature_zero_and_top_p_zero_are_greedy_and_nothing_else_is() -> None:
     assert SamplingParams(temperature=0).is_greedy
-    assert not SamplingParams(temperature=1e-6).is_greedy
+    assert SamplingParams(top_p=0).is_greedy
+    assert not SamplingParams(temperature=1e-6, top_p=1e-6, top_k=1, min_p=1).is_greedy
 
 
 def test_params_are_frozen() -> None:

@@ -117,9 +117,8 @@ class Walk:
     def check_new_requests(self, plan: Plan) -> None:
         for new in plan.new_requests:
             request, params = self.requests[new.request_id], self.requests[new.request_id].params
-            min_position = len(request.prompt_ids) + params.min_tokens
-            settings = (new.request_id, 1.0, 1.0, 0, 0.0, request.noise_key, min_position)
-            assert new == NewRequest(*settings, begins_with=new.begins_with, pooling=params.pooling)
+            settings = (new.request_id, params, request.noise_key, len(request.prompt_ids))
+            assert new == NewRequest(*settings, begins_with=new.begins_with)
             if new.begins_with is not None:
                 source = self.requests[new.begins_with.request_id]
                 assert (source.prompt, new.begins_with.num_tokens) == (request.prompt, len(request.prompt_ids) - 1)
@@ -591,12 +590,13 @@ def test_a_request_ends_at_end_of_text_or_at_its_length(
     assert scheduler.num_used_blocks == 0
 
 
-def test_an_introduction_says_how_to_sample_and_where_end_of_text_may_come() -> None:
+def test_an_introduction_carries_the_sampling_params_unchanged() -> None:
     params = SamplingParams(max_tokens=9, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, min_tokens=3)
     scheduler = make_scheduler()
     scheduler.add(Request(3, Prompt((1, 2, 3, 4)), params, noise_key=99))
     [plan] = fill(scheduler)
-    assert plan.new_requests == (NewRequest(3, 0.5, 0.9, 7, 0.1, 99, min_position=7),)
+    assert plan.new_requests == (NewRequest(3, params, noise_key=99, num_prompt_tokens=4),)
+    assert plan.new_requests[0].params is params
 
 
 def test_drained_requests_go_on_in_a_fresh_scheduler_with_their_tokens() -> None:

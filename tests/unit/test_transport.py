@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import pickle
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import msgspec
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result, StageTiming
-from gptj_dist.params import Pooling, SamplingControls, TokenLogprobs
+from gptj_dist.params import Pooling, SamplingParams, TokenLogprobs
 from gptj_dist.stages.actor import _to_tensor, _to_wire
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.codec import Codec, CodecError
@@ -30,7 +30,31 @@ from gptj_dist.stages.transport.frames import (
 
 TIME_LIMIT_S = 20
 
-CONTROLS = SamplingControls(3, 0.5, -0.5, 1.2, ((7, 1.5),), (7, 8), ((1, 2), (3,)), (9,), 5, 0)
+PARAMS = SamplingParams(
+    max_tokens=9,
+    temperature=0.7,
+    top_p=0.9,
+    top_k=40,
+    min_p=0.05,
+    seed=2**64 - 1,
+    n=3,
+    stop=("a", "b"),
+    min_tokens=2,
+    ignore_eos=True,
+    stop_token_ids=(9,),
+    include_stop_str_in_output=True,
+    skip_special_tokens=False,
+    presence_penalty=0.5,
+    frequency_penalty=-0.5,
+    repetition_penalty=1.2,
+    logit_bias=((7, 1.5),),
+    allowed_token_ids=(7, 8),
+    bad_words=((1, 2), (3,)),
+    logprobs=5,
+    prompt_logprobs=0,
+    priority=-1,
+)
+POOLING = SamplingParams(max_tokens=0, seed=-(2**63), pooling=Pooling("last", 7))
 TOLD = TokenLogprobs(5, -0.25, 1, ((5, -0.25), (6, -2.0)))
 TELLING = Chunk(5, 3, (8,), (), False, None, True)
 EMBEDDING = Embedding(5, bytes(range(256)))
@@ -38,9 +62,9 @@ PLAN = Plan(
     plan_id=7,
     released=(1, 2),
     new_requests=(
-        NewRequest(3, 0.7, 0.9, 40, 0.05, 2**64 - 1, 12),
-        NewRequest(4, 0.0, 1.0, -1, 0.0, 0, 0, CONTROLS, "a request", PromptCopy(3, 17, (9,))),
-        NewRequest(5, 0.0, 1.0, -1, 0.0, 0, 0, pooling=Pooling("last", 7)),
+        NewRequest(3, SamplingParams(), 2**64 - 1, 12),
+        NewRequest(4, PARAMS, 0, 5, "a request", PromptCopy(3, 17, (9,))),
+        NewRequest(5, POOLING, 0, 5),
     ),
     chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True), TELLING),
 )
@@ -67,6 +91,12 @@ def as_bytes(parts: list[bytes | memoryview]) -> list[bytes]:
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_frame_comes_out_as_it_went_in(frame: Frame) -> None:
     assert decode(as_bytes(encode(3, frame)), epoch=3) == frame
+
+
+def test_every_sampling_parameter_crosses_the_wire() -> None:
+    for field in fields(SamplingParams):
+        changed = [field.name for params in (PARAMS, POOLING) if getattr(params, field.name) != field.default]
+        assert changed, f"give {field.name} a value in PARAMS: the frames above then carry it"
 
 
 @pytest.mark.parametrize("frame", FRAMES)

@@ -104,19 +104,17 @@ class ChatRequest(SamplingFields):
         """The most tokens to generate, under either name; None leaves it to the context window."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling_params(self, max_tokens: int, bad_token_ids: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+    def sampling_params(self, max_tokens: int, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
         """How the answer is to be sampled.
 
         Args:
             max_tokens: `most_tokens`, or what the context window leaves.
-            bad_token_ids: what `bad_words` are.
+            bad_words: their tokens.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
-        return self._sampling_params(
-            max_tokens, (self.top_logprobs or 0) if self.logprobs else None, None, bad_token_ids
-        )
+        return self._sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None, None, bad_words)
 
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""

@@ -41,11 +41,11 @@ class CompletionRequest(SamplingFields):
         """The prompts one by one, each text or token ids."""
         return list_prompts(self.prompt)
 
-    def sampling_params(self, bad_token_ids: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+    def sampling_params(self, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
         """How each prompt is to be sampled.
 
         Args:
-            bad_token_ids: what `bad_words` are.
+            bad_words: their tokens.
 
         Raises:
             InvalidRequestError: a value is out of its range.
@@ -55,7 +55,7 @@ class CompletionRequest(SamplingFields):
         ]
         picks = self.num_sampled > self.n and self.logprobs is None
         return self._sampling_params(
-            self.max_tokens, 0 if picks else self.logprobs, max(asked, default=None), bad_token_ids
+            self.max_tokens, 0 if picks else self.logprobs, max(asked, default=None), bad_words
         )
 
     def check(self) -> None:

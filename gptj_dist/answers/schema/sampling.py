@@ -128,7 +128,7 @@ class SamplingFields(Body):
         max_tokens: int,
         logprobs: int | None,
         prompt_logprobs: int | None,
-        bad_token_ids: tuple[tuple[int, ...], ...],
+        bad_words: tuple[tuple[int, ...], ...],
     ) -> SamplingParams:
         """The shared fields, and those that completions and chat have in other words.
 
@@ -154,7 +154,7 @@ class SamplingFields(Body):
             repetition_penalty=self.repetition_penalty,
             logit_bias=tuple((_token_id(text), bias) for text, bias in self.logit_bias.items()),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
-            bad_token_ids=bad_token_ids,
+            bad_words=bad_words,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             priority=self.priority,
