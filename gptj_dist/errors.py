@@ -16,6 +16,10 @@
 All of them survive pickling, because they cross process borders.
 """
 
+import reprlib
+
+MAX_EXCERPT_CHARS = 80
+
 
 class GPTJDistError(Exception):
     """Base class: `except GPTJDistError` catches whatever this package raises on purpose."""
@@ -80,3 +84,12 @@ class StageFailedError(GPTJDistError):
 
 class ServerError(GPTJDistError):
     """A server that the command line asked refused, broke off or is not there; the message says what to do about it."""
+
+
+def excerpt(value: object) -> str:
+    """The beginning of a value that somebody sent, for a message: at most `MAX_EXCERPT_CHARS` characters."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_EXCERPT_CHARS else text[: MAX_EXCERPT_CHARS - 3] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from gptj_dist.errors import InvalidRequestError
+from gptj_dist.errors import InvalidRequestError, excerpt
 
 MAX_STOP_STRINGS = 16
 MIN_SEED = -(2**63)
@@ -156,7 +156,7 @@ class TokenLogprobs(NamedTuple):
 
 def _check(is_valid: bool, param: str, rule: str, value: object) -> None:
     if not is_valid:
-        raise InvalidRequestError(f"{param} {rule}, got {value!r}", param)
+        raise InvalidRequestError(f"{param} {rule}, got {excerpt(value)}", param)
 
 
 def _check_num_top(param: str, number: int | None) -> None:

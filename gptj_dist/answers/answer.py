@@ -1,93 +1,62 @@
-"""The answer to a request for text: all choices at once, or event by event. Knows neither Ray nor HTTP's routes."""
+"""The answer to a request for text, whole or event by event. Knows neither Ray nor HTTP's routes."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from gptj_dist.answers.completion import TextDelta, whole
-from gptj_dist.answers.error_responses import error_response
 from gptj_dist.answers.merge import merge
 from gptj_dist.answers.schema.sampling import SamplingFields
-from gptj_dist.answers.sse import SSE_DONE, sse_frame
 from gptj_dist.errors import TimeoutReachedError
 from gptj_dist.json_types import JsonObject
 
 T = TypeVar("T")
 
 
-class Writer(Protocol):
-    """Writes one choice in an endpoint's shape."""
+class Form(Protocol):
+    """Writes one answer in an endpoint's shape. The numbers of tokens are those of all completions so far."""
 
-    def has_news(self, delta: TextDelta) -> bool:
-        """Whether a piece would say anything."""
+    def whole(self, completions: Sequence[TextDelta], num_tokens: int) -> JsonObject:
+        """The body of a response that is not streamed."""
 
-    def piece(self, delta: TextDelta) -> JsonObject:
-        """The choice's next piece."""
+    def event(self, index: int, delta: TextDelta) -> bytes:
+        """The frames of a completion's next piece; empty if the piece says nothing."""
 
-    def whole(self, delta: TextDelta) -> JsonObject:
-        """The choice, all at once."""
+    def end(self, num_tokens: int) -> bytes:
+        """The frames after the last piece."""
 
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What every response and event of one HTTP request begins with.
-
-    Args:
-        created: seconds since 1970.
-        kind, chunk_kind: the `object` of a response, and of an event.
-    """
-
-    id: str
-    created: int
-    model: str
-    kind: str
-    chunk_kind: str
-
-    def of(self, kind: str) -> JsonObject:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> JsonObject:
-    """Token counts of a whole HTTP request: each prompt counts once, whatever n is."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+    def failure(self, error: Exception) -> bytes:
+        """The frames that end a stream which failed after its first piece."""
 
 
 class Answer:
-    """A request that was understood and can be served. Nothing is computed before `whole` or `events` is asked for.
+    """A request that was understood and can be served. Nothing is computed before `whole` or `events` is called.
 
     Args:
         open_streams: starts the completions, `request.num_sampled` for each prompt.
-        writers: `request.n` for each prompt.
         num_prompt_tokens: of all prompts.
         most_tokens: the most that all completions together may have.
-        on_end: told how each completion ended: a `FinishReason`, `error`, or `abort` if nobody wanted the rest.
+        on_end: called with how each completion ended: a `FinishReason`, `error`, or `abort` if the client left.
 
     Attributes:
-        num_tokens: that were generated so far, in all completions.
+        num_tokens: generated so far, in all completions.
     """
 
     def __init__(
         self,
         request: SamplingFields,
-        head: Head,
+        form: Form,
         open_streams: Callable[[], Sequence[AsyncGenerator[TextDelta, None]]],
-        writers: Sequence[Writer],
         num_prompt_tokens: int,
         most_tokens: int,
         on_end: Callable[[str], None],
     ) -> None:
         self._request = request
+        self._form = form
         self._open_streams = open_streams
-        self._writers = writers
-        self.head = head
         self.num_prompt_tokens = num_prompt_tokens
         self.most_tokens = most_tokens
         self._on_end = on_end
@@ -98,7 +67,7 @@ class Answer:
         return self._request.stream
 
     async def whole(self) -> JsonObject:
-        """The response that is not streamed. Raises what the request failed with."""
+        """The response that is not streamed. Raises the error that the request failed with."""
         request, streams = self._request, self._open_streams()
         deltas_of: list[list[TextDelta]] = [[] for _ in streams]
         async with aclosing(self._deltas(streams)) as deltas:
@@ -108,37 +77,27 @@ class Answer:
         of_prompts = [sampled[i : i + request.num_sampled] for i in range(0, len(sampled), request.num_sampled)]
         if request.num_sampled > request.n:
             of_prompts = [best(completions, request.n) for completions in of_prompts]
-        kept = [completion for completions in of_prompts for completion in completions]
-        choices = [writer.whole(completion) for writer, completion in zip(self._writers, kept, strict=True)]
-        return {**self.head.of(self.head.kind), "choices": choices, "usage": self._usage()}
+        return self._form.whole([one for completions in of_prompts for one in completions], self.num_tokens)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The streamed response, frame by frame. A failure under way is the last frame, and no `[DONE]` follows.
+        """The streamed response, frame by frame. After its first frame a failure is a frame, too.
 
-        Raises what the request failed with before it began.
+        Raises:
+            GPTJDistError: the request failed before its first frame.
         """
         has_begun = False
         try:
             async with aclosing(self._deltas(self._open_streams())) as deltas:
                 async for index, delta in deltas:
                     has_begun = True
-                    if self._writers[index].has_news(delta):
-                        yield sse_frame(self._chunk([self._writers[index].piece(delta)]))
+                    if frames := self._form.event(index, delta):
+                        yield frames
         except Exception as error:
             if not has_begun:
                 raise
-            yield sse_frame(error_response(error)[1])
+            yield self._form.failure(error)
             return
-        if self._request.is_usage_streamed:
-            yield sse_frame(self._chunk([]) | {"usage": self._usage()})
-        yield SSE_DONE
-
-    def _chunk(self, choices: list[JsonObject]) -> JsonObject:
-        chunk = {**self.head.of(self.head.chunk_kind), "choices": choices}
-        return chunk | {"usage": None} if self._request.is_usage_streamed else chunk
-
-    def _usage(self) -> JsonObject:
-        return usage(self.num_prompt_tokens, self.num_tokens)
+        yield self._form.end(self.num_tokens)
 
     async def _deltas(
         self, streams: Sequence[AsyncGenerator[TextDelta, None]]
@@ -161,7 +120,7 @@ class Answer:
 
 
 async def _until(stream: AsyncGenerator[T, None], timeout_s: float | None) -> AsyncGenerator[T, None]:
-    """What comes within so many seconds. Raises TimeoutReachedError when they are over."""
+    """The items that come within `timeout_s` seconds. Raises TimeoutReachedError after that."""
     end_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
     async with aclosing(stream):
         while True:
@@ -176,7 +135,7 @@ async def _until(stream: AsyncGenerator[T, None], timeout_s: float | None) -> As
 
 
 def best(completions: Sequence[TextDelta], number: int) -> list[TextDelta]:
-    """Those with the highest mean log probability of their tokens, the highest first."""
+    """The `number` completions with the highest mean log probability of their tokens, the highest first."""
 
     def mean(completion: TextDelta) -> float:
         return sum(token.logprob for token in completion.logprobs) / max(1, len(completion.logprobs))

@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
-from gptj_dist.answers.answer import Answer, Head
+from gptj_dist.answers.answer import Answer, Form
+from gptj_dist.answers.choices import ChoicesForm, Head
 from gptj_dist.answers.completion import TextDelta, stream_text
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.error_responses import UnknownModelError
@@ -16,6 +17,7 @@ from gptj_dist.answers.moderation import Moderation
 from gptj_dist.answers.schema.chat import ChatRequest, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.source import TokenSource
 from gptj_dist.answers.writers import ChatWriter, CompletionWriter
@@ -33,6 +35,9 @@ from gptj_dist.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 1024
+MAX_USER_CHARS = 200
+"""Of the request's `user` in the log."""
+
 EncodedPrompt: TypeAlias = tuple[str, list[int]]
 """Its text, and its tokens."""
 
@@ -119,7 +124,8 @@ class AnswerService:
             for choice in range(request.n)
         ]
         head = Head(f"cmpl-{request_id}", int(time.time()), self._model.names[0], "text_completion", "text_completion")
-        return await self._answer(request, request_id, head, prompts, params, writers)
+        form = ChoicesForm(request, head, writers, sum(len(prompt_ids) for _, prompt_ids in prompts))
+        return await self._answer(request, request_id, form, prompts, params)
 
     async def chat(self, request: ChatRequest, request_id: str) -> Answer:
         """The answer to a conversation.
@@ -143,7 +149,8 @@ class AnswerService:
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
-        return await self._answer(request, request_id, head, [(text, prompt_ids)], params, writers)
+        form = ChoicesForm(request, head, writers, len(prompt_ids))
+        return await self._answer(request, request_id, form, [(text, prompt_ids)], params)
 
     async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
         """The answer to a request for embeddings.
@@ -186,8 +193,7 @@ class AnswerService:
         """The text of tokens. Raises InvalidRequestError."""
         self.check_model(request.model)
         self._source.limits().check_vocabulary("tokens", request.tokens)
-        raw = b"".join(map(self._model.tokenizer.token_or_special_bytes, request.tokens))
-        return {"prompt": raw.decode("utf-8", "replace")}
+        return {"prompt": self._text_of(request.tokens)}
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError if the model is not served here."""
@@ -223,8 +229,12 @@ class AnswerService:
             most = max(1, self._source.limits().max_model_len - max_tokens)
         if most is not None and len(token_ids) > most:
             token_ids = token_ids[-most:]
-            return self._model.tokenizer.decode(token_ids), token_ids
-        return prompt if isinstance(prompt, str) else self._model.tokenizer.decode(token_ids), token_ids
+            return self._text_of(token_ids), token_ids
+        return prompt if isinstance(prompt, str) else self._text_of(token_ids), token_ids
+
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens; a special one is its name, which is that token when the text is encoded again."""
+        return b"".join(map(self._model.tokenizer.token_or_special_bytes, token_ids)).decode("utf-8", "replace")
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of words, at the beginning of a text and within it."""
@@ -233,12 +243,11 @@ class AnswerService:
 
     async def _answer(
         self,
-        request: CompletionRequest | ChatRequest,
+        request: SamplingFields,
         request_id: str,
-        head: Head,
+        form: Form,
         prompts: Sequence[EncodedPrompt],
         params: SamplingParams,
-        writers: Sequence[CompletionWriter | ChatWriter],
     ) -> Answer:
         num_prompt_tokens = await self._accept(request_id, request.user, prompts, params, "prompt")
 
@@ -250,7 +259,7 @@ class AnswerService:
             ]
 
         most_tokens = len(prompts) * request.num_sampled * params.max_tokens
-        return Answer(request, head, open_streams, writers, num_prompt_tokens, most_tokens, self._on_end)
+        return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, self._on_end)
 
     async def _accept(
         self, request_id: str, user: str | None, prompts: Sequence[EncodedPrompt], params: SamplingParams, field: str
@@ -275,7 +284,7 @@ class AnswerService:
                 request_id=request_id,
                 choices=len(prompts) * params.n,
                 prompt_tokens=num_tokens,
-                user=user,
+                user=None if user is None else user[:MAX_USER_CHARS],
                 prompts=[text for text, _ in prompts] if self._logs_prompts else None,
             ),
         )

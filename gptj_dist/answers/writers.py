@@ -1,4 +1,4 @@
-"""Choices as OpenAI's completions and chat have them, whole or piece by piece: text, tokens, log probabilities."""
+"""One choice as OpenAI's completions and chat write it, whole or piece by piece: text, tokens, log probabilities."""
 
 from __future__ import annotations
 
@@ -9,11 +9,73 @@ from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.json_types import JsonObject
 from gptj_dist.params import TokenLogprobs
+from gptj_dist.text.detokenizer import Detokenizer
 from gptj_dist.text.tokenizer import Tokenizer
 
 
+class TokenNames:
+    """The names of tokens in log probabilities.
+
+    A token is called by its text; one that is not whole characters by its bytes, such as `bytes:\\xf0\\x9f`.
+
+    Args:
+        by_id: every token is called by its id, such as `token_id:198`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, by_id: bool) -> None:
+        self._tokenizer = tokenizer
+        self._by_id = by_id
+
+    def of(self, token_id: int) -> str:
+        """A token's name. Tokens of the same text have the same, unless names are ids."""
+        if self._by_id:
+            return _id_name(token_id)
+        raw = self._tokenizer.token_or_special_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def top(self, token: TokenLogprobs, number: int) -> dict[str, float]:
+        """The likeliest tokens and the token itself, by name. A name that is taken gives way to an id."""
+        own = self.of(token.token_id)
+        named: dict[str, float] = {}
+        for token_id, logprob in token.top[:number]:
+            name = self.of(token_id)
+            is_taken = name in named or (name == own and token_id != token.token_id)
+            named[_id_name(token_id) if is_taken else name] = logprob
+        return named | {own: token.logprob}
+
+
+def _id_name(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+class Offsets:
+    """Where each token's text begins in the text that is returned, in characters.
+
+    A token that is part of a character begins where that character does; a token without text adds nothing.
+
+    Args:
+        start: characters before the first token.
+
+    Attributes:
+        end: characters of the text up to the last token; those of an unfinished character are missing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skips_special: bool, start: int = 0) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skips_special)
+        self.end = start
+
+    def next(self, token_id: int) -> int:
+        """The offset of the next token."""
+        offset = self.end
+        self.end += len(self._detokenizer.push([token_id]))
+        return offset
+
+
 class CompletionWriter:
-    """Writes one choice; the first piece begins with the prompt where that is asked for.
+    """Writes one choice; the first piece begins with the prompt where `echo` asks for it.
 
     Args:
         index: the k-th of the n completions of prompt i has i * n + k.
@@ -28,15 +90,22 @@ class CompletionWriter:
         self._prompt = prompt
         self._prompt_ids = prompt_ids
         self._tokenizer = tokenizer
-        self._offset = 0
+        self._names = TokenNames(tokenizer, request.return_tokens_as_token_ids)
+        self._num_chars = len(prompt) if request.echo else 0
+        self._offsets = Offsets(tokenizer, request.skip_special_tokens, self._num_chars)
         self._is_begun = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the prompt that the choice continues."""
+        return len(self._prompt_ids)
 
     def has_news(self, delta: TextDelta) -> bool:
         """Whether a piece would say anything."""
         request = self._request
-        tells = request.logprobs is not None or request.return_token_ids
+        has_tokens = request.logprobs is not None or request.return_token_ids
         is_due = not self._is_begun and (request.echo or request.prompt_logprobs is not None)
-        return bool(delta.text or delta.finish_reason or is_due or (tells and delta.token_ids))
+        return bool(delta.text or delta.finish_reason or is_due or (has_tokens and delta.token_ids))
 
     def whole(self, delta: TextDelta) -> JsonObject:
         """The choice, all at once."""
@@ -45,12 +114,13 @@ class CompletionWriter:
     def piece(self, delta: TextDelta) -> JsonObject:
         """The choice's next piece."""
         request, is_first = self._request, not self._is_begun
-        echoes = request.echo and is_first
+        has_prompt = request.echo and is_first
         self._is_begun = True
+        self._num_chars += len(delta.text)
         choice: JsonObject = {
             "index": self._index,
-            "text": (self._prompt if echoes else "") + delta.text,
-            "logprobs": None if request.logprobs is None else self._logprobs(delta, echoes),
+            "text": (self._prompt if has_prompt else "") + delta.text,
+            "logprobs": None if request.logprobs is None else self._logprobs(delta, has_prompt, request.logprobs),
             "finish_reason": delta.finish_reason,
         }
         if request.return_token_ids:
@@ -60,30 +130,30 @@ class CompletionWriter:
             choice["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs, request.prompt_logprobs)
         return choice
 
-    def _logprobs(self, delta: TextDelta, echoes: bool) -> JsonObject:
-        """In the legacy shape: four lists, an element a token. Nothing comes before the prompt's first token."""
-        told: list[tuple[int, TokenLogprobs | None]] = [(token.token_id, token) for token in delta.logprobs]
-        if echoes:
-            first: list[tuple[int, TokenLogprobs | None]] = [(self._prompt_ids[0], None)]
-            told = first + [(token.token_id, token) for token in delta.prompt_logprobs] + told
-        texts = [self._tokenizer.token_text(token_id) for token_id, _ in told]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
+    def _logprobs(self, delta: TextDelta, has_prompt: bool, num_top: int) -> JsonObject:
+        """In the legacy shape: four lists, an element a token. The prompt's first token has no log probability."""
+        ids = [token.token_id for token in delta.logprobs]
+        offsets = [self._offsets.next(token_id) for token_id in ids]
+        if delta.finish_reason is not None:  # a stop string may have cut the text of these tokens
+            offsets = [min(offset, self._num_chars) for offset in offsets]
+        known: list[TokenLogprobs | None] = list(delta.logprobs)
+        if has_prompt:
+            ids = [*self._prompt_ids, *ids]
+            offsets = self._prompt_offsets() + offsets
+            known = [None, *delta.prompt_logprobs, *known]
         return {
-            "tokens": texts,
-            "token_logprobs": [None if token is None else token.logprob for _, token in told],
-            "top_logprobs": [None if token is None else self._top(token) for _, token in told],
+            "tokens": list(map(self._names.of, ids)),
+            "token_logprobs": [None if token is None else token.logprob for token in known],
+            "top_logprobs": [None if token is None else self._names.top(token, num_top) for token in known],
             "text_offset": offsets,
         }
 
-    def _top(self, token: TokenLogprobs) -> dict[str, float]:
-        """The likeliest tokens by their texts, and the token itself; of tokens with the same text the likeliest."""
-        top: dict[str, float] = {}
-        for token_id, logprob in (*token.top[: self._request.logprobs], (token.token_id, token.logprob)):
-            top.setdefault(self._tokenizer.token_text(token_id), logprob)
-        return top
+    def _prompt_offsets(self) -> list[int]:
+        """Of the prompt's tokens. What the tokenizer put before the text, such as a space, counts nothing."""
+        offsets = Offsets(self._tokenizer, skips_special=False)
+        begins = [offsets.next(token_id) for token_id in self._prompt_ids]
+        num_added = max(0, offsets.end - len(self._prompt))
+        return [max(0, begin - num_added) for begin in begins]
 
     def _prompt_logprobs(self, tokens: Sequence[TokenLogprobs], num_top: int) -> list[JsonObject | None]:
         """In vLLM's shape: for each token of the prompt but the first, the likeliest and itself, by token id."""
@@ -100,10 +170,10 @@ class CompletionWriter:
 
 
 class ChatWriter:
-    """Writes one choice of a chat; the first piece says who speaks.
+    """Writes one choice of a chat; the first piece names the role.
 
     Args:
-        prompt_ids: what the chat template made of the conversation.
+        prompt_ids: the conversation, as the chat template renders it.
     """
 
     def __init__(self, index: int, request: ChatRequest, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> None:
@@ -111,12 +181,18 @@ class ChatWriter:
         self._request = request
         self._prompt_ids = prompt_ids
         self._tokenizer = tokenizer
+        self._names = TokenNames(tokenizer, request.return_tokens_as_token_ids)
         self._is_begun = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the conversation that the choice continues."""
+        return len(self._prompt_ids)
 
     def has_news(self, delta: TextDelta) -> bool:
         """Whether a piece would say anything."""
-        tells = self._request.logprobs or self._request.return_token_ids
-        return bool(delta.text or delta.finish_reason or not self._is_begun or (tells and delta.token_ids))
+        has_tokens = self._request.logprobs or self._request.return_token_ids
+        return bool(delta.text or delta.finish_reason or not self._is_begun or (has_tokens and delta.token_ids))
 
     def whole(self, delta: TextDelta) -> JsonObject:
         """The choice, all at once."""
@@ -129,10 +205,11 @@ class ChatWriter:
 
     def _choice(self, name: str, content: JsonObject, delta: TextDelta) -> JsonObject:
         is_first, self._is_begun = not self._is_begun, True
+        logprobs = [listed_logprobs(token, self._names, self._tokenizer) for token in delta.logprobs]
         choice: JsonObject = {
             "index": self._index,
             name: content,
-            "logprobs": {"content": list(map(self._told, delta.logprobs))} if self._request.logprobs else None,
+            "logprobs": {"content": logprobs} if self._request.logprobs else None,
             "finish_reason": delta.finish_reason,
         }
         if self._request.return_token_ids:
@@ -140,10 +217,12 @@ class ChatWriter:
             choice["prompt_token_ids"] = list(self._prompt_ids) if is_first else None
         return choice
 
-    def _told(self, token: TokenLogprobs) -> JsonObject:
-        top = [self._entry(*pair) for pair in token.top]
-        return {**self._entry(token.token_id, token.logprob), "top_logprobs": top}
 
-    def _entry(self, token_id: int, logprob: float) -> JsonObject:
-        raw = self._tokenizer.token_or_special_bytes(token_id)
-        return {"token": self._tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(raw)}
+def listed_logprobs(token: TokenLogprobs, names: TokenNames, tokenizer: Tokenizer) -> JsonObject:
+    """A token's log probabilities in the shape of chat: a list, with the bytes of each token."""
+
+    def entry(token_id: int, logprob: float) -> JsonObject:
+        raw = tokenizer.token_or_special_bytes(token_id)
+        return {"token": names.of(token_id), "logprob": logprob, "bytes": list(raw)}
+
+    return {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}

@@ -20,6 +20,7 @@ from tests.http.fields import (
     check,
     choice,
     complete,
+    events,
     post,
     prompt_of,
     refuses_another_model,
@@ -59,6 +60,24 @@ def of_top_logprobs(face: Face) -> None:
         assert len(token["top_logprobs"]) == 3
         assert token["top_logprobs"][0]["logprob"] == token["logprob"]  # it is greedy
         assert bytes(token["bytes"]).decode("utf-8", "replace") == token["token"]
+
+
+@check(ChatRequest)
+def of_prompt_logprobs_(face: Face) -> None:
+    assert face.post(prompt_logprobs=0).status_code == 400
+
+
+@check(ChatRequest)
+def of_tools(face: Face) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert face.post(tools=tools).status_code == 400
+    assert choice(face, tools=tools, tool_choice="none") == choice(face, tools=[])
+
+
+@check(ChatRequest)
+def of_tool_choice(face: Face) -> None:
+    of_tools(face)
+    assert face.post(tool_choice="required").status_code == 400
 
 
 @check(ChatRequest)
@@ -113,6 +132,15 @@ def of_text(face: Face) -> None:
 @check(StreamOptions)
 def of_include_usage(face: Face) -> None:
     of_stream_options(Face(face.server, CompletionRequest))
+
+
+@check(StreamOptions)
+def of_continuous_usage_stats(face: Face) -> None:
+    chunks = events(Face(face.server, CompletionRequest), stream_options={"continuous_usage_stats": True})
+    assert [chunk["usage"]["prompt_tokens"] for chunk in chunks] == [6] * len(chunks)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
 
 
 @check(TokenizeRequest)

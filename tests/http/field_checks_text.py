@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.sampling import SamplingFields
 from tests.http.fields import (
@@ -213,6 +214,26 @@ def of_return_token_ids(face: Face) -> None:
     assert told["prompt_token_ids"] == tokenizer().encode(PROMPT)
     assert tokenizer().decode(told["token_ids"]) == told["text"]
     assert "token_ids" not in choice(face)
+
+
+@check(SamplingFields)
+def of_return_tokens_as_token_ids(face: Face) -> None:
+    asked = (
+        {"return_token_ids": True, "logprobs": True, "top_logprobs": 3} if face.body is ChatRequest else {"logprobs": 3}
+    )
+    told = choice(face, **asked, return_tokens_as_token_ids=True)
+    if face.body is ChatRequest:
+        assert [token["token"] for token in told["logprobs"]["content"]] == [
+            f"token_id:{id}" for id in told["token_ids"]
+        ]
+        assert all(
+            one["token"].startswith("token_id:")
+            for token in told["logprobs"]["content"]
+            for one in token["top_logprobs"]
+        )
+    else:
+        named = {name for top in told["logprobs"]["top_logprobs"] for name in (*top, *told["logprobs"]["tokens"])}
+        assert all(name.startswith("token_id:") for name in named)
 
 
 @check(SamplingFields)

@@ -125,6 +125,21 @@ def test_a_streamed_chat_is_the_one_that_is_not_streamed(client: openai.OpenAI) 
     assert as_text.usage == whole.usage
 
 
+def test_an_answer_goes_back_in_as_the_client_dumps_it(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo", "max_tokens": 8, "temperature": 0}
+    answer = client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message
+    followed: Any = [*MESSAGES, answer.model_dump(), {"role": "user", "content": "Why?"}]
+    plain: Any = [*MESSAGES, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "Why?"}]
+    texts = [
+        client.chat.completions.create(messages=messages, **asked, **hints).choices[0].message.content
+        for messages, hints in (
+            (followed, {"store": False, "metadata": {"a": "b"}, "service_tier": "flex", "prompt_cache_key": "k"}),
+            (plain, {"tool_choice": "auto", "safety_identifier": "u"}),
+        )
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_the_clients_own_accumulation_of_a_stream_gives_the_whole_answer(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 12, "seed": 2, "logprobs": True}
     text = client.chat.completions.create(**asked).choices[0].message.content or ""
@@ -246,7 +261,7 @@ def test_the_asynchronous_client_gets_the_same(server: Server, client: openai.Op
         ({"logprobs": 21}, "logprobs"),
         ({"suffix": "end"}, "suffix"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"extra_body": {"guided_json": {"type": "object"}}}, "guided_json"),
     ],
 )
 def test_a_bad_value_is_a_bad_request_error_with_its_param(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.answers.schema.base import Body
+from gptj_dist.answers.schema.base import Body, is_neutral
 from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.openapi import docs_page, openapi_document
@@ -34,12 +34,13 @@ def test_every_endpoint_is_there_and_takes_what_it_checks() -> None:
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_a_schema_has_every_field_and_those_that_may_only_be_neutral(body: type[Body]) -> None:
+def test_a_schema_has_every_field_with_and_without_effect(body: type[Body]) -> None:
     schema = SCHEMAS[body.__name__]
-    assert set(schema["properties"]) == set(body.model_fields) | set(body.neutral)
+    assert set(schema["properties"]) == {*body.model_fields, *body.hints, *body.unserved}
     assert schema["additionalProperties"] is False
-    for name, values in body.neutral.items():
-        assert schema["properties"][name]["enum"] == [*values, None]
+    for name in set(body.unserved) - set(body.model_fields):
+        for value in schema["properties"][name]["enum"]:
+            assert is_neutral(value, body.unserved[name])
 
 
 @pytest.mark.parametrize("name", sorted(set(SCHEMAS) - {"Error"}))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
+import openai
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from gptj_dist.answers.error_responses import (
     BodyTooLargeError,
@@ -16,8 +20,10 @@ from gptj_dist.answers.error_responses import (
     retry_after_s,
 )
 from gptj_dist.answers.moderation import ContentRefusedError
-from gptj_dist.answers.schema.base import parse_body
+from gptj_dist.answers.schema.base import Body, parse_body
+from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.sampling import StreamOptions
 from gptj_dist.answers.sse import SSE_DONE, sse_frame
 from gptj_dist.errors import (
@@ -32,8 +38,11 @@ from gptj_dist.errors import (
 )
 from gptj_dist.params import SamplingParams
 
-NEUTRAL_VALUES = CompletionRequest.neutral
-NEUTRAL_STREAM_OPTIONS = StreamOptions.neutral
+UNSERVED = {
+    name: value for name, value in CompletionRequest.unserved.items() if name not in CompletionRequest.model_fields
+}
+NEUTRAL: tuple[object, ...] = (None, False, 0, 0.0, "", [], {})
+ANYTHING = (*NEUTRAL, True, "x", 7, [1], {"a": {"b": None}})
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -122,7 +131,7 @@ class TestRequests:
     def test_a_null_is_the_default(self) -> None:
         optional = dict.fromkeys(set(CompletionRequest.model_fields) - {"prompt"})
         assert parse(**optional) == parse()
-        assert parse(stream=True, stream_options={"include_usage": None}).is_usage_streamed is False
+        assert parse(stream=True, stream_options={"include_usage": None}).stream_options == StreamOptions()
 
     def test_whole_numbers_are_numbers(self) -> None:
         assert parse(temperature=0, top_p=1).sampling_params().is_greedy
@@ -143,10 +152,6 @@ class TestRequests:
     )
     def test_a_prompt_has_four_forms(self, prompt: object, expected: object) -> None:
         assert parse(prompt=prompt).prompts() == expected
-
-    def test_usage_is_streamed_when_asked_for(self) -> None:
-        assert parse(stream=True, stream_options={"include_usage": True}).is_usage_streamed
-        assert not parse(stream=True).is_usage_streamed
 
 
 class TestRefusals:
@@ -212,7 +217,7 @@ class TestRefusals:
         [
             ({"include_usage": "yes"}, "stream_options.include_usage"),
             ({"include_usages": True}, "stream_options.include_usages"),
-            ({"continuous_usage_stats": True}, "stream_options.continuous_usage_stats"),
+            ({"continuous_usage_stats": 1}, "stream_options.continuous_usage_stats"),
         ],
     )
     def test_a_bad_option_is_refused_by_its_dotted_name(self, options: object, param: str) -> None:
@@ -256,35 +261,136 @@ class TestRefusals:
     def test_messages_stay_short_however_long_the_input(self) -> None:
         assert len(str(refusal(prompt=["a"] * 1000 + [1]))) < 300
         assert len(str(refusal(user=["a" * 10_000]))) < 300
+        for long in (
+            refusal(**{"x" * 10_000: 1}),
+            refusal(user={"x" * 10_000: ["y" * 10_000] * 9}),
+            refusal(n=10**4000),
+        ):
+            assert len(str(long)) <= 300
+            assert len(long.param or "") <= 200
 
 
 class TestFieldsWithoutEffect:
-    @pytest.mark.parametrize(("field", "values"), NEUTRAL_VALUES.items())
-    def test_neutral_values_are_accepted_and_change_nothing(self, field: str, values: tuple[object, ...]) -> None:
-        for value in (*values, None):
+    @pytest.mark.parametrize(("field", "default"), UNSERVED.items())
+    def test_neutral_values_are_accepted_and_change_nothing(self, field: str, default: object) -> None:
+        for value in (*NEUTRAL, default):
             assert parse(**{field: value}) == parse()
 
-    @pytest.mark.parametrize("field", NEUTRAL_VALUES)
-    @pytest.mark.parametrize("value", ["other", [7], {"7": 1}, 7])
-    def test_other_values_are_refused(self, field: str, value: object) -> None:
+    @pytest.mark.parametrize("field", UNSERVED)
+    @pytest.mark.parametrize("value", ["other", [7], {"7": 1}, 7, True, [None]])
+    def test_other_values_are_refused_by_name(self, field: str, value: object) -> None:
         error = refusal(**{field: value})
         assert error.param == field
-        assert "not supported yet" in str(error)
-
-    @pytest.mark.parametrize(("field", "value"), [("length_penalty", True), ("use_beam_search", 0)])
-    def test_a_neutral_value_of_the_wrong_type_is_refused(self, field: str, value: object) -> None:
-        assert refusal(**{field: value}).param == field
+        assert f"{field} is not supported" in str(error)
 
     def test_a_neutral_number_is_neutral_however_it_is_written(self) -> None:
         assert parse(length_penalty=1.0) == parse()
 
-    @pytest.mark.parametrize(("field", "values"), NEUTRAL_STREAM_OPTIONS.items())
-    def test_neutral_stream_options_are_accepted(self, field: str, values: tuple[object, ...]) -> None:
-        for value in values:
-            assert parse(stream=True, stream_options={field: value}) == parse(stream=True, stream_options={})
+    @pytest.mark.parametrize("field", sorted(CompletionRequest.hints))
+    def test_a_hint_is_accepted_with_any_value_and_changes_nothing(self, field: str) -> None:
+        for value in ANYTHING:
+            assert parse(**{field: value}) == parse()
 
-    def test_no_field_is_both_supported_and_not(self) -> None:
-        assert not set(CompletionRequest.model_fields) & set(NEUTRAL_VALUES)
+    def test_a_hint_among_the_options_of_a_stream_changes_nothing(self) -> None:
+        for value in ANYTHING:
+            assert parse(stream=True, stream_options={"include_obfuscation": value}) == parse(
+                stream=True, stream_options={}
+            )
+
+    def test_no_hint_is_also_served_or_unserved(self) -> None:
+        for body in (CompletionRequest, ChatRequest, EmbeddingRequest, Message, TextPart, StreamOptions):
+            assert not body.hints & {*body.model_fields, *body.unserved}
+
+    @pytest.mark.parametrize(
+        ("method", "body"),
+        [
+            (openai.resources.Completions.create, CompletionRequest),
+            (openai.resources.chat.Completions.create, ChatRequest),
+            (openai.resources.Embeddings.create, EmbeddingRequest),
+        ],
+    )
+    def test_every_field_of_openais_client_is_known(self, method: Callable[..., object], body: type[Body]) -> None:
+        of_the_client = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+        fields = set(inspect.signature(method).parameters) - of_the_client
+        assert fields - {*body.model_fields, *body.hints, *body.unserved} == set()
+
+
+class TestMessages:
+    """What came from a server goes back in."""
+
+    @staticmethod
+    def read(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
+        return parse_body(json.dumps({"messages": messages, **fields}).encode(), ChatRequest)
+
+    @classmethod
+    def refusal(cls, *messages: dict[str, Any], **fields: Any) -> InvalidRequestError:
+        with pytest.raises(InvalidRequestError) as raised:
+            cls.read(*messages, **fields)
+        return raised.value
+
+    def test_a_dumped_message_of_openais_client_is_accepted(self) -> None:
+        message = ChatCompletionMessage(role="assistant", content="hi", annotations=[]).model_dump()
+        assert {"refusal", "audio", "function_call", "tool_calls"} <= message.keys()
+        assert self.read(message) == self.read({"role": "assistant", "content": "hi"})
+
+    def test_a_message_of_gradios_history_is_accepted(self) -> None:
+        metadata = {"title": None, "id": 3, "parent_id": None, "duration": 0.1, "status": "done", "log": None}
+        for options in (None, [], [{"label": "a", "value": "b"}]):
+            message = {"role": "user", "content": "hi", "metadata": metadata, "options": options}
+            assert self.read(message) == self.read({"role": "user", "content": "hi"})
+
+    @pytest.mark.parametrize("absent", [{}, {"content": None}, {"content": ""}, {"content": []}])
+    def test_an_assistants_message_may_have_no_content(self, absent: dict[str, Any]) -> None:
+        message = {"role": "assistant", "tool_calls": [], "name": None, **absent}
+        assert self.read(message).messages[0].for_template() == {"role": "assistant", "content": ""}
+
+    @pytest.mark.parametrize("role", ["user", "system", "tool"])
+    def test_another_message_must_have_content(self, role: str) -> None:
+        error = self.refusal({"role": "assistant"}, {"role": role, "content": None})
+        assert (error.param, str(error)) == ("messages.1.content", "messages.1.content is required")
+
+    def test_parts_of_text_are_joined_whatever_else_clients_put_in_them(self) -> None:
+        parts = [
+            {"type": "text", "text": "Hel", "cache_control": {"type": "ephemeral"}, "image_url": None},
+            {"type": "text", "text": "lo", "annotations": []},
+        ]
+        assert self.read({"role": "user", "content": parts}).messages[0].for_template()["content"] == "Hello"
+
+    @pytest.mark.parametrize(
+        ("message", "param"),
+        [
+            ({"role": "user", "content": 5}, "messages.0.content"),
+            ({"role": "user", "content": ["hi"]}, "messages.0.content.0"),
+            ({"role": "user", "content": [{"type": "text"}]}, "messages.0.content.0.text"),
+            ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages.0.content.0.text"),
+            ({"role": "user", "content": [{"type": "image", "text": "x"}]}, "messages.0.content.0.type"),
+            (
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+                "messages.0.content.0.image_url",
+            ),
+            ({"role": "user", "content": "hi", "tool_calls": [{}]}, "messages.0.tool_calls"),
+            ({"role": "user", "content": "hi", "refusal": "no"}, "messages.0.refusal"),
+            ({"role": "user", "content": "hi", "contents": "x"}, "messages.0.contents"),
+            ({"content": "hi"}, "messages.0.role"),
+        ],
+    )
+    def test_what_is_wrong_with_a_message_is_named_by_its_place(self, message: dict[str, Any], param: str) -> None:
+        error = self.refusal(message)
+        assert error.param == param
+        assert str(error).startswith(param)
+
+    def test_tools_are_accepted_only_where_none_may_be_called(self) -> None:
+        hello, tools = {"role": "user", "content": "hi"}, [{"type": "function", "function": {"name": "f"}}]
+        assert self.read(hello, tools=tools, tool_choice="none")
+        assert self.read(hello, tools=[], tool_choice="auto", parallel_tool_calls=True)
+        assert self.read(hello, tools=None, tool_choice=None)
+        assert self.refusal(hello, tools=tools).param == "tools"
+        assert self.refusal(hello, tools=tools, tool_choice="auto").param == "tools"
+        for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+            assert self.refusal(hello, tool_choice=choice).param == "tool_choice"
+
+    def test_the_prompts_logprobs_are_not_asked_of_a_chat_in_vain(self) -> None:
+        assert self.refusal({"role": "user", "content": "hi"}, prompt_logprobs=0).param == "prompt_logprobs"
 
 
 class TestResponses:

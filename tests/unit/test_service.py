@@ -135,7 +135,7 @@ def events(
             answer = await texts.complete(parse_body(body, CompletionRequest), "7")
         return [frame async for frame in answer.events()]
 
-    frames = [frame.removeprefix(b"data: ").strip() for frame in asyncio.run(run())]
+    frames = [frame.removeprefix(b"data: ") for frame in b"".join(asyncio.run(run())).split(b"\n\n")[:-1]]
     return [frame.decode() if frame == b"[DONE]" else json.loads(frame) for frame in frames]
 
 
@@ -162,6 +162,23 @@ class TestCompletions:
         assert [chunk["usage"] for chunk in chunks] == [None] * len(TOKENS)
         assert last["choices"] == []
         assert last["usage"]["completion_tokens"] == len(TOKENS)
+
+    @pytest.mark.parametrize("include_usage", [True, False])
+    @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+    def test_usage_so_far_is_in_every_chunk_if_wanted(self, kind: type[Body], include_usage: bool) -> None:
+        options = {"continuous_usage_stats": True, "include_usage": include_usage}
+        *chunks, done = events(Script(), kind=kind, stream_options=options, n=2, max_tokens=8)
+        last = chunks.pop() if include_usage else {"choices": []}
+        assert last["choices"] == []
+        for index in (0, 1):
+            usages = [chunk["usage"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+            assert [usage["completion_tokens"] for usage in usages] == list(range(1, len(TOKENS) + 1))
+            assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+            assert {usage["prompt_tokens"] for usage in usages} == {chunks[0]["usage"]["prompt_tokens"]}
+        if include_usage:
+            assert last["usage"]["completion_tokens"] == 2 * len(TOKENS)
+            assert last["usage"]["prompt_tokens"] == chunks[0]["usage"]["prompt_tokens"]
+        assert done == "[DONE]"
 
     def test_the_logprobs_of_the_prompt_come_with_the_first_piece_though_it_has_no_text(self) -> None:
         stop = TEXT[:6] + "!"  # text that may be the beginning of it is held back
@@ -257,7 +274,10 @@ class TestChat:
         [
             ({"messages": []}, "messages"),
             ({"messages": [{"role": "user"}]}, "messages.0.content"),
-            ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+                "messages.0.content.0.image_url",
+            ),
             ({"max_tokens": 0}, "max_tokens"),
             ({"max_completion_tokens": 0}, "max_completion_tokens"),
             ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),

@@ -1,6 +1,6 @@
-"""Bodies of requests: from bytes to a checked object, or to one error that names the field.
+"""Request bodies: from bytes to a checked object, or to one error that names the field.
 
-Knows no tokenizer, so ids are only checked to be whole and not negative: the vocabulary, the context window and the
+Knows no tokenizer: token ids are only checked to be whole numbers from 0. The vocabulary, the context window and the
 model's name are checked where they are known.
 """
 
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
-from gptj_dist.errors import InvalidRequestError
+from gptj_dist.errors import InvalidRequestError, excerpt
 
 # `fail_fast`: a list of a million wrong elements is one problem, not a million.
 NON_EMPTY = Field(min_length=1, fail_fast=True)
@@ -27,44 +27,106 @@ PROMPT_FORMS = (
     "a string, a list of strings, a list of token ids (whole numbers from 0) or a list of such lists; "
     "no list may be empty"
 )
-Neutral: TypeAlias = Mapping[str, tuple[object, ...]]
+MAX_PARAM_CHARS = 200
+AS_TEXT, AS_LIST = Tag("<text>"), Tag("<list>")
+_TAGS = (AS_TEXT.tag, AS_LIST.tag)
+
+Unserved: TypeAlias = Mapping[str, object]
 
 
 class Body(BaseModel):
-    """A JSON object that a client sends.
+    """A JSON object that a client sends. A null stands for the field's default.
 
     Attributes:
-        neutral: fields of others' schemas without an effect here, and the values at which they ask for none, to which
-            null always belongs. Any other value is refused rather than ignored.
-        unions: what a field of several types takes, in words; pydantic would report each type's complaint.
-        parts: fields that are bodies themselves.
+        hints: fields of other servers that have no effect on the text: any value is accepted.
+        unserved: fields of OpenAI's and vLLM's APIs that are not served, each with the value that it has there when it
+            is left out. A neutral value is accepted, see `is_neutral`; any other is refused.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
-    neutral: ClassVar[Neutral] = {}
-    unions: ClassVar[Mapping[str, str]] = {}
-    parts: ClassVar[Mapping[str, type[Body]]] = {}
+    hints: ClassVar[frozenset[str]] = frozenset()
+    unserved: ClassVar[Unserved] = {}
 
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _served_fields(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if cls._is_served(name, value)}
+
+    @classmethod
+    def _is_served(cls, name: str, value: object) -> bool:
+        """Whether the field counts. Raises PydanticCustomError if it is unknown, or asks for what is not served."""
+        if name in cls.model_fields:
+            return value is not None
+        if name in cls.hints:
+            return False
+        if name not in cls.unserved:
+            raise refused_field(name, "is unknown" + cls._nearest(name))
+        if not is_neutral(value, cls.unserved[name]):
+            default = cls.unserved[name]
+            choice = "leave it out" if default is None else f"it can only be {json.dumps(default)}"
+            raise refused_field(name, f"is not supported: {choice}")
+        return False
+
+    @classmethod
+    def _nearest(cls, name: str) -> str:
+        nearest = difflib.get_close_matches(name[:100], [*cls.model_fields, *cls.hints, *cls.unserved], n=1)
+        return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+
+
+def is_neutral(value: object, default: object) -> bool:
+    """Whether a value asks for nothing: null, false, empty, zero, or what the field is when it is left out."""
+    return not value or (value == default and isinstance(value, bool) == isinstance(default, bool))
+
+
+def refused_field(name: str, reason: str) -> PydanticCustomError:
+    """What a validator of a body raises to refuse a field of it, such as `stop` for the reason `is unknown`."""
+    return PydanticCustomError("refused_field", "{reason}", {"field": name, "reason": reason})
+
+
+def one_of(forms: str) -> WrapValidator:
+    """For a field of several types: in words what it takes, in place of pydantic's complaint about each of them."""
+
+    def validate(value: Any, handler: Callable[[Any], T]) -> T:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("form", "Input should be {forms}", {"forms": forms}) from None
+
+    return WrapValidator(validate)
+
+
+def text_or_list(forms: str) -> Discriminator:
+    """For a field that is a text (`AS_TEXT`) or a list of bodies (`AS_LIST`); a problem in the list names its place."""
+
+    def tag(value: object) -> str | None:
+        if isinstance(value, str):
+            return AS_TEXT.tag
+        return AS_LIST.tag if isinstance(value, list) else None
+
+    return Discriminator(tag, "form", "Input should be {forms}", {"forms": forms})
 
 
 def parse_body(body: bytes, kind: type[B]) -> B:
     """Reads and checks a body.
 
     Raises:
-        InvalidRequestError: of all that is wrong, what was found first; `param` names the field, with a dot before the
-            name of a part's field, and is None when the body is not a JSON object.
+        InvalidRequestError: of all that is wrong, what was found first. `param` names the field, with dots between the
+            names and numbers that lead to it; it is None when the body is not a JSON object.
     """
-    fields = _supported_fields(_json_object(body), kind)
     try:
-        request = kind.model_validate(fields)
+        request = kind.model_validate(_json_object(body))
     except ValidationError as error:
-        raise _first_problem(error, kind.unions) from None
+        raise _first_problem(error) from None
     request.check()
     return request
 
@@ -79,50 +141,17 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _supported_fields(given: Mapping[str, Any], kind: type[Body], prefix: str = "") -> dict[str, Any]:
-    """The fields of `given` that the kind has, less nulls, which mean the default.
-
-    Raises:
-        InvalidRequestError: a field that it does not have is not neutral, or has none of its neutral values.
-    """
-    fields = {}
-    for name, value in given.items():
-        if name not in kind.model_fields and name not in kind.neutral:
-            raise _unknown_field(prefix, name, [*kind.model_fields, *kind.neutral])
-        if value is None:
-            continue
-        if name in kind.parts:
-            if not isinstance(value, dict):
-                raise InvalidRequestError(f"{prefix}{name} must be an object", prefix + name)
-            fields[name] = _supported_fields(value, kind.parts[name], f"{prefix}{name}.")
-        elif name in kind.model_fields:
-            fields[name] = value
-        elif not any(_is_same_json(value, allowed) for allowed in kind.neutral[name]):
-            allowed = json.dumps(next(iter(kind.neutral[name]), None))
-            raise InvalidRequestError(f"{prefix}{name} is not supported yet: it can only be {allowed}", prefix + name)
-    return fields
-
-
-def _is_same_json(left: object, right: object) -> bool:
-    """Equality that tells false from 0, which Python does not."""
-    return left == right and isinstance(left, bool) == isinstance(right, bool)
-
-
-def _unknown_field(prefix: str, name: str, known: Iterable[str]) -> InvalidRequestError:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""
-    return InvalidRequestError(f"unknown field {prefix + name!r:.80}{hint}", prefix + name)
-
-
-def _first_problem(error: ValidationError, unions: Mapping[str, str]) -> InvalidRequestError:
-    problem = error.errors(include_url=False, include_context=False)[0]
-    param = ".".join(map(str, problem["loc"]))
+def _first_problem(error: ValidationError) -> InvalidRequestError:
+    problem = error.errors(include_url=False)[0]
+    path = [str(name) for name in problem["loc"] if name not in _TAGS]
+    if problem["type"] == "refused_field":
+        path.append(problem["ctx"]["field"])
+    param = ".".join(path)[:MAX_PARAM_CHARS]
     if problem["type"] == "missing":
         return InvalidRequestError(f"{param} is required", param)
-    if problem["type"] == "extra_forbidden":
-        return InvalidRequestError(f"unknown field {param!r:.80}", param)
-    rule = problem["msg"].removeprefix("Input should be ")
-    if problem["loc"][0] in unions:
-        param = str(problem["loc"][0])
-        rule = unions[param]
-    return InvalidRequestError(f"{param} must be {rule}; got {reprlib.repr(problem['input'])}", param)
+    if problem["type"] == "refused_field":
+        return InvalidRequestError(f"{param} {problem['ctx']['reason']}", param)
+    if problem["type"] == "none_required":
+        return InvalidRequestError(f"{param} is not supported: leave it out", param)
+    rule = "an object" if problem["type"] == "model_type" else problem["msg"].removeprefix("Input should be ")
+    return InvalidRequestError(f"{param} must be {rule}; got {excerpt(problem['input'])}", param)

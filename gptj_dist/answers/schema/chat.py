@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from gptj_dist.answers.schema.base import NON_EMPTY, Body, Neutral
-from gptj_dist.answers.schema.sampling import NEUTRAL_FIELDS, SamplingFields
+from pydantic import model_validator
+
+from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, refused_field, text_or_list
+from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
@@ -14,31 +16,50 @@ class TextPart(Body):
     """A part of a message's content.
 
     Args:
-        type: GPT-J reads text, so other types are refused.
-        text: what the part says.
+        type: only text, because GPT-J reads nothing else.
+        text: the part's text.
     """
+
+    hints: ClassVar = frozenset(("annotations", "cache_control", "prompt_cache_breakpoint"))
+    unserved: ClassVar = dict.fromkeys(("audio_url", "file", "image_url", "input_audio", "refusal", "video_url"))
 
     type: Literal["text"]
     text: str
 
 
+Content: TypeAlias = Annotated[
+    Annotated[str, AS_TEXT] | Annotated[list[TextPart], AS_LIST], text_or_list("a string or a list of text parts")
+]
+
+
 class Message(Body):
-    """What somebody said.
+    """One message of a conversation, from a client or out of an earlier response.
 
     Args:
-        role: such as system, user or assistant: what the chat template knows.
-        content: text, or parts that are joined.
-        name: who speaks, for templates that show it.
+        role: such as system, user or assistant; the chat template decides which there are.
+        content: text, or parts that are joined; an assistant's message may have none.
+        name: of the speaker, for templates that show it.
     """
 
+    hints: ClassVar = frozenset(("annotations", "cache_control", "metadata", "options"))
+    unserved: ClassVar = dict.fromkeys(
+        ("audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_call_id", "tool_calls")
+    )
+
     role: str
-    content: str | list[TextPart]
+    content: Content = ""
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates read it."""
+        """The message as chat templates read it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": content} | ({} if self.name is None else {"name": self.name})
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if "content" not in self.model_fields_set and self.role != "assistant":
+            raise refused_field("content", "is required")
+        return self
 
 
 Messages: TypeAlias = Annotated[list[Message], NON_EMPTY]
@@ -48,53 +69,28 @@ class ChatRequest(SamplingFields):
     """A conversation to be continued.
 
     Args:
-        messages: what was said so far, one or more.
+        messages: the conversation so far, one message or more.
         max_tokens: the most tokens to generate; null takes what the context window leaves.
         max_completion_tokens: OpenAI's newer name for it.
-        logprobs: tell each token's log probability.
-        top_logprobs: and that of so many of the likeliest, 0 to 20.
+        logprobs: return each token's log probability.
+        top_logprobs: and that of this number of the likeliest tokens, 0 to 20.
+        prompt_logprobs: only null: the prompt's log probabilities are returned by completions.
+        tools: GPT-J calls no tools; they are accepted with a `tool_choice` of none, and the model does not see them.
+        tool_choice: none, or auto without tools.
         chat_template_kwargs: variables for the template.
         add_generation_prompt: let the template end with the beginning of an answer; null does unless the last message
             is continued.
         continue_final_message: continue the last message instead of answering it.
     """
 
-    neutral: ClassVar[Neutral] = {
-        **NEUTRAL_FIELDS,
-        "audio": (),
-        "best_of": (1,),
-        "chat_template": (),
-        "documents": (),
-        "echo": (False,),
-        "function_call": ("none",),
-        "functions": ([],),
-        "include_reasoning": (True, False),
-        "metadata": (),
-        "mm_processor_kwargs": (),
-        "modalities": (["text"],),
-        "parallel_tool_calls": (True, False),
-        "prediction": (),
-        "prompt_cache_key": (),
-        "prompt_logprobs": (),
-        "reasoning_effort": (),
-        "safety_identifier": (),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "tool_choice": ("none",),
-        "tools": ([],),
-        "verbosity": (),
-        "web_search_options": (),
-    }
-    unions: ClassVar = {
-        "messages": "a list of messages, each with a role and a content, which is a string or a list of text parts",
-        "stop": "a string or a list of strings",
-    }
-
     messages: Messages
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    prompt_logprobs: None = None
+    tools: list[Any] = []
+    tool_choice: Literal["none", "auto"] = "auto"
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -119,6 +115,8 @@ class ChatRequest(SamplingFields):
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
         super().check()
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequestError("tools are not supported: leave them out, or let tool_choice be 'none'", "tools")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidRequestError("max_tokens and max_completion_tokens contradict each other", "max_tokens")
         if self.most_tokens is not None and self.most_tokens < 1:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeAlias
+from typing import Annotated, TypeAlias
 
-from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, Neutral, TokenIds
-from gptj_dist.answers.schema.sampling import NEUTRAL_FIELDS, SamplingFields
+from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, TokenIds, one_of
+from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
-PromptField: TypeAlias = str | Annotated[list[str], NON_EMPTY] | TokenIds | Annotated[list[TokenIds], NON_EMPTY]
+PromptField: TypeAlias = Annotated[
+    str | Annotated[list[str], NON_EMPTY] | TokenIds | Annotated[list[TokenIds], NON_EMPTY], one_of(PROMPT_FORMS)
+]
 MAX_BEST_OF = 128
 
 
@@ -21,9 +23,6 @@ class CompletionRequest(SamplingFields):
         best_of: completions to sample, of which the `n` with the highest mean log probability are returned.
         echo: begin the text with the prompt, and its log probabilities with the prompt's.
     """
-
-    neutral: ClassVar[Neutral] = {**NEUTRAL_FIELDS, "suffix": ("",)}
-    unions: ClassVar = {"prompt": PROMPT_FORMS, "stop": "a string or a list of strings"}
 
     prompt: PromptField
     max_tokens: int = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from gptj_dist.answers.schema.base import PROMPT_FORMS, Body, Neutral
+from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.completions import PromptField, list_prompts
 from gptj_dist.params import Pooling, SamplingParams
 
@@ -22,8 +22,20 @@ class EmbeddingRequest(Body):
         user: goes to the log and changes nothing, as at OpenAI.
     """
 
-    neutral: ClassVar[Neutral] = {"add_special_tokens": (True, False), "dimensions": ()}
-    unions: ClassVar = {"input": PROMPT_FORMS}
+    hints: ClassVar = frozenset(("add_special_tokens",))
+    unserved: ClassVar = dict.fromkeys(
+        (
+            "additional_data",
+            "cache_salt",
+            "dimensions",
+            "embed_dtype",
+            "messages",
+            "mm_processor_kwargs",
+            "normalize",
+            "request_id",
+            "truncate_prompt_tokens",
+        )
+    ) | {"endianness": "native"}
 
     model: str | None = None
     input: PromptField

@@ -2,62 +2,101 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
-from gptj_dist.answers.schema.base import Body, Ids, Neutral, Strings
+from gptj_dist.answers.schema.base import Body, Ids, Strings, Unserved, one_of
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
-Stop: TypeAlias = str | Strings
+Stop: TypeAlias = Annotated[str | Strings, one_of("a string or a list of strings")]
 MAX_TIMEOUT_S = 86_400.0
 
-NEUTRAL_FIELDS: Neutral = {
-    # GPT-J's tokenizer has no tokens to add, so both values ask for the same.
-    "add_special_tokens": (True, False),
-    "cache_salt": (),
-    "ec_transfer_params": (),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1,),
-    "logits_processors": (),
-    "logprob_token_ids": (),
-    "prompt_embeds": (),
-    "repetition_detection": (),
-    "request_id": (),
-    "response_format": ({"type": "text"},),
-    "return_token_offsets": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "session_id": (),
-    "spaces_between_special_tokens": (True,),
-    "stream_interval": (),
-    "structured_outputs": (),
-    "thinking_token_budget": (),
-    "truncation_side": (),
-    "use_beam_search": (False,),
-    "vllm_xargs": (),
-    "watermarking": (False,),
+HINTS = frozenset(
+    (
+        # GPT-J's tokenizer has no tokens to add, and puts no spaces between any.
+        "add_special_tokens",
+        "spaces_between_special_tokens",
+        "cache_control",
+        "include_reasoning",
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+    )
+)
+UNSERVED: Unserved = {
+    **dict.fromkeys(
+        (
+            "audio",
+            "cache_salt",
+            "chat_template",
+            "documents",
+            "echo",
+            "ec_transfer_params",
+            "functions",
+            "guided_choice",
+            "guided_decoding_backend",
+            "guided_grammar",
+            "guided_json",
+            "guided_regex",
+            "guided_whitespace_pattern",
+            "kv_transfer_params",
+            "logits_processors",
+            "logprob_token_ids",
+            "media_io_kwargs",
+            "mm_processor_kwargs",
+            "moderation",
+            "prediction",
+            "prompt_embeds",
+            "reasoning_effort",
+            "repetition_detection",
+            "request_id",
+            "return_token_offsets",
+            "session_id",
+            "stream_interval",
+            "structured_outputs",
+            "suffix",
+            "thinking_token_budget",
+            "tools",
+            "top_logprobs",
+            "use_beam_search",
+            "verbosity",
+            "vllm_xargs",
+            "watermarking",
+            "web_search_options",
+        )
+    ),
+    "best_of": 1,
+    "function_call": "none",
+    "length_penalty": 1,
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "tool_choice": "none",
+    "truncation_side": "left",
 }
+"""Of completions and of chat; a body that has such a field itself serves it."""
 
 
 class StreamOptions(Body):
     """Options of a streamed response.
 
     Args:
-        include_usage: tell the numbers of tokens in a last event of its own.
+        include_usage: send the numbers of tokens in a last event of its own.
+        continuous_usage_stats: send the numbers of tokens so far with every event.
     """
 
-    neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+    hints: ClassVar = frozenset(("include_obfuscation",))
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class SamplingFields(Body):
-    """What completions and chat have in common; names and meanings are those of `SamplingParams` where it has them.
+    """The fields of completions and of chat; names and meanings are those of `SamplingParams` where it has them.
 
     Args:
         model: one of the names in `GET /v1/models`; null takes the model that there is.
@@ -66,12 +105,14 @@ class SamplingFields(Body):
         user: goes to the log and changes nothing, as at OpenAI.
         bad_words: texts that are not generated, at the beginning of a text and within it.
         logit_bias: token ids, as strings, and numbers from -100 to 100 that are added to their logits.
-        truncate_prompt_tokens: keep so many of the prompt's last tokens; -1 as many as fit beside the output.
-        return_token_ids: give the ids of prompt and output with each choice.
+        truncate_prompt_tokens: keep this number of the prompt's last tokens; -1 keeps as many as fit beside the output.
+        return_token_ids: return the ids of prompt and output with each choice.
+        return_tokens_as_token_ids: name tokens in log probabilities by their ids, such as `token_id:198`.
         timeout_s: seconds, more than 0, after which the request is given up and answered with an error.
     """
 
-    parts: ClassVar = {"stream_options": StreamOptions}
+    hints: ClassVar = HINTS
+    unserved: ClassVar = UNSERVED
 
     model: str | None = None
     temperature: float = 1.0
@@ -97,6 +138,7 @@ class SamplingFields(Body):
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     timeout_s: float | None = None
     priority: int = 0
 
@@ -104,11 +146,6 @@ class SamplingFields(Body):
     def num_sampled(self) -> int:
         """Completions of each prompt that are computed."""
         return self.n
-
-    @property
-    def is_usage_streamed(self) -> bool:
-        """Whether chunks carry a `usage` field and a last chunk its numbers."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
@@ -130,7 +167,7 @@ class SamplingFields(Body):
         prompt_logprobs: int | None,
         bad_words: tuple[tuple[int, ...], ...],
     ) -> SamplingParams:
-        """The shared fields, and those that completions and chat have in other words.
+        """The shared fields, and those that completions and chat call by other names.
 
         Raises:
             InvalidRequestError: a value is out of its range.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from gptj_dist.answers.schema.base import Body, Neutral, TokenIds
+from gptj_dist.answers.schema.base import Body, TokenIds
 from gptj_dist.answers.schema.chat import Messages
 from gptj_dist.errors import InvalidRequestError
 
@@ -21,7 +21,8 @@ class TokenizeRequest(Body):
         chat_template_kwargs: variables for the template.
     """
 
-    neutral: ClassVar[Neutral] = {"add_special_tokens": (True, False), "chat_template": (), "tools": ([],)}
+    hints: ClassVar = frozenset(("add_special_tokens",))
+    unserved: ClassVar = dict.fromkeys(("chat_template", "continue_final_message", "mm_processor_kwargs", "tools"))
 
     model: str | None = None
     prompt: str | None = None

@@ -22,6 +22,9 @@ PAGE = Path(__file__).with_name("docs.html.jinja")
 _REFERENCE = "#/components/schemas/{model}"
 _ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n     +.*)*)", re.MULTILINE)
 
+HINT = "Accepted with any value, without effect on the text."
+UNSERVED = "Not supported: only null, false, empty, zero or the default is accepted."
+
 _ERROR: JsonObject = {
     "type": "object",
     "required": ["error"],
@@ -69,7 +72,9 @@ def docs_page(document: JsonObject) -> str:
     """The document as a page that needs nothing from elsewhere."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["words"] = _type_in_words
-    return environment.from_string(PAGE.read_text("utf-8")).render(document=document)
+    environment.tests["served"] = lambda field: field.get("description") not in (HINT, UNSERVED)
+    page = environment.from_string(PAGE.read_text("utf-8"))
+    return page.render(document=document, others=(HINT, UNSERVED))
 
 
 def _operation(endpoint: Endpoint) -> JsonObject:
@@ -91,7 +96,7 @@ def _operation(endpoint: Endpoint) -> JsonObject:
 
 
 def _schemas(bodies: Iterable[type[Body]]) -> JsonObject:
-    """Every body and its parts, with what their fields mean, and the fields that may only be neutral."""
+    """Every body and its parts, with what their fields mean; then the fields that have no effect."""
     kinds = list(dict.fromkeys(_with_parts(bodies)))
     _, definitions = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REFERENCE)
     schemas: JsonObject = definitions["$defs"]
@@ -106,8 +111,12 @@ def _schemas(bodies: Iterable[type[Body]]) -> JsonObject:
             field.pop("title", None)
             described = field | ({"description": meanings[name]} if name in meanings else {})
             fields[name] = described if name in required else _or_null(described)
-        for name, values in kind.neutral.items():
-            fields[name] = {"enum": [*values, None], "description": "Not supported yet."}
+        for name in sorted(kind.hints.difference(fields)):
+            fields[name] = {"description": HINT}
+        for name in sorted(kind.unserved.keys() - fields):
+            default = kind.unserved[name]
+            neutral = [*([] if default is None else [default]), None, False, 0, "", [], {}]
+            fields[name] = {"enum": neutral, "description": UNSERVED}
         schema["properties"] = fields
         schema["description"] = (inspect.getdoc(kind) or "").partition("\n")[0]
     return schemas
@@ -128,7 +137,7 @@ def _bodies_in(annotation: object) -> Iterator[type[Body]]:
 
 
 def _or_null(field: JsonObject) -> JsonObject:
-    """Null stands for the default in every field."""
+    """A field that may also be null, which stands for the default."""
     outer: JsonObject = {name: field.pop(name) for name in ("description", "default") if name in field}
     alternatives = field.get("anyOf", [field])
     if {"type": "null"} not in alternatives:
@@ -153,7 +162,10 @@ def _type_in_words(schema: JsonObject) -> str:
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_type_in_words(one) for one in schema["anyOf"] if one != {"type": "null"}))
+        types = [_type_in_words(one) for one in schema["anyOf"] if one != {"type": "null"}]
+        return " or ".join(dict.fromkeys(types)) or "null"
+    if "oneOf" in schema:
+        return " or ".join(map(_type_in_words, schema["oneOf"]))
     if "enum" in schema:
         return " or ".join("null" if value is None else str(value) for value in schema["enum"])
     if schema.get("type") == "array":

@@ -1,0 +1,105 @@
+"""The form of OpenAI's completions and chat: choices, each by a writer of its endpoint, and the numbers of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gptj_dist.answers.completion import TextDelta
+from gptj_dist.answers.error_responses import error_response
+from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.sse import SSE_DONE, sse_frame
+from gptj_dist.json_types import JsonObject
+
+
+class Writer(Protocol):
+    """Writes one choice in an endpoint's shape."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the prompt that the choice continues."""
+
+    def has_news(self, delta: TextDelta) -> bool:
+        """Whether a piece would say anything."""
+
+    def piece(self, delta: TextDelta) -> JsonObject:
+        """The choice's next piece."""
+
+    def whole(self, delta: TextDelta) -> JsonObject:
+        """The choice, all at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The fields that every response and event of one HTTP request begins with.
+
+    Args:
+        created: seconds since 1970.
+        kind, chunk_kind: the `object` of a response, and of an event.
+    """
+
+    id: str
+    created: int
+    model: str
+    kind: str
+    chunk_kind: str
+
+    def of(self, kind: str) -> JsonObject:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+class ChoicesForm:
+    """A `Form` of choices.
+
+    Args:
+        writers: one for each choice, `request.n` for each prompt.
+        num_prompt_tokens: of all prompts; each counts once, whatever n is.
+    """
+
+    def __init__(self, request: SamplingFields, head: Head, writers: Sequence[Writer], num_prompt_tokens: int) -> None:
+        options = request.stream_options
+        self._has_usage = options is not None and options.include_usage
+        self._has_usage_so_far = options is not None and options.continuous_usage_stats
+        self._head = head
+        self._writers = writers
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens = [0] * len(writers)
+
+    def whole(self, completions: Sequence[TextDelta], num_tokens: int) -> JsonObject:
+        """The response: all choices and their numbers of tokens."""
+        choices = [writer.whole(completion) for writer, completion in zip(self._writers, completions, strict=True)]
+        usage = _usage(self._num_prompt_tokens, num_tokens)
+        return {**self._head.of(self._head.kind), "choices": choices, "usage": usage}
+
+    def event(self, index: int, delta: TextDelta) -> bytes:
+        """A chunk of one choice; its usage so far, if wanted, is that of the choice."""
+        writer = self._writers[index]
+        self._num_tokens[index] += len(delta.token_ids)
+        if not writer.has_news(delta):
+            return b""
+        chunk = {**self._head.of(self._head.chunk_kind), "choices": [writer.piece(delta)]}
+        if self._has_usage_so_far:
+            chunk["usage"] = _usage(writer.num_prompt_tokens, self._num_tokens[index])
+        elif self._has_usage:
+            chunk["usage"] = None
+        return sse_frame(chunk)
+
+    def end(self, num_tokens: int) -> bytes:
+        """The usage of the whole request, if wanted, and `[DONE]`."""
+        if not self._has_usage:
+            return SSE_DONE
+        usage = _usage(self._num_prompt_tokens, num_tokens)
+        return sse_frame({**self._head.of(self._head.chunk_kind), "choices": [], "usage": usage}) + SSE_DONE
+
+    def failure(self, error: Exception) -> bytes:
+        """The error; no `[DONE]` follows."""
+        return sse_frame(error_response(error)[1])
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> JsonObject:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
