@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS, WeightForm
-from gptj_dist.checkpoint.hub_errors import DISK_WARNING, explain
+from gptj_dist.checkpoint.hub_errors import DISK_WARNING, explain, nearest_model
 from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
@@ -40,8 +40,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     """
     if (local := local_directory(model)) is not None:
         return local
-    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"there is no directory {model}")
+    _require_hub_name(model)
     directory = _download(model, CONFIG_FILE, revision).parent
     try:
         files = _list_files(model, directory.name)
@@ -98,6 +97,20 @@ def local_directory(model: str) -> Path | None:
         return Path(__file__).absolute().parents[1] / "demo"
     path = Path(model).expanduser()
     return path.absolute() if path.is_dir() else None
+
+
+def _require_hub_name(model: str) -> None:
+    """Refuses what can only be a path, before the hub is asked.
+
+    Raises:
+        CheckpointError: there is no such directory.
+    """
+    if Path(model).expanduser().is_file():
+        raise CheckpointError(f"{model} is a file: name the directory that holds the model's files")
+    if model.startswith(("/", "./", "../", "~")) or model.endswith("/") or "\\" in model or model.count("/") > 1:
+        raise CheckpointError(f"there is no directory {model}")
+    if "/" not in model:
+        raise CheckpointError(f"{model!r} is neither a directory nor a hub name; {nearest_model(model)}")
 
 
 def _download(model: str, file: str, revision: str | None) -> Path:

@@ -38,7 +38,7 @@ def _reason(error: Exception, model: str, file: str, revision: str | None) -> st
         case errors.GatedRepoError():
             return f"it is gated; ask for access at {ENDPOINT}/{model}, then {_GIVE_TOKEN}"
         case errors.RepositoryNotFoundError():
-            return f"there is no such repository, nor directory; {_meant(model)} If it is private, {_GIVE_TOKEN}"
+            return f"there is no such repository, nor directory; {nearest_model(model)} If it is private, {_GIVE_TOKEN}"
         case errors.RevisionNotFoundError():
             return f"it has no branch, tag or commit {revision!r}; see {ENDPOINT}/{model}/tree/main"
         case errors.OfflineModeIsEnabled():
@@ -60,8 +60,10 @@ def _reason(error: Exception, model: str, file: str, revision: str | None) -> st
     )
 
 
-def _meant(model: str) -> str:
-    """Names the nearest known model, with or without its owner."""
+def nearest_model(model: str) -> str:
+    """Advice on a name that does not exist: the nearest known one, given with or without its owner."""
     spellings = {spelling.lower(): known for known in _KNOWN_MODELS for spelling in (known, known.partition("/")[2])}
     nearest = difflib.get_close_matches(model.lower(), spellings, n=1, cutoff=0.8)
-    return f"did you mean {spellings[nearest[0]]!r}?" if nearest else "check the spelling."
+    if nearest:
+        return f"did you mean {spellings[nearest[0]]!r}?"
+    return "check the spelling." if "/" in model else f"hub names are OWNER/NAME, such as {_KNOWN_MODELS[0]}"

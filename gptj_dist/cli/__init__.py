@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect as inspect_
 import sys
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import typer
 
+from gptj_dist import __version__
 from gptj_dist.cli.checkpoints.convert import convert
 from gptj_dist.cli.checkpoints.download import download
 from gptj_dist.cli.checkpoints.inspect import inspect
@@ -20,11 +22,15 @@ from gptj_dist.cli.server.plan import plan
 from gptj_dist.cli.server.serve import serve
 from gptj_dist.cli.server.status import status
 from gptj_dist.cli.server.top import top
+from gptj_dist.cli.streams import complain, flush_output, os_error_text, prepare_streams
 from gptj_dist.cli.text.batch import batch
 from gptj_dist.cli.text.chat import chat
 from gptj_dist.cli.text.complete import complete
 from gptj_dist.cli.text.generate import generate
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
+
+FAILED = 1
+CANNOT_WORK = 2
 
 VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Serving": (serve, status, top, plan, doctor, key),
@@ -52,10 +58,50 @@ for panel, verbs in VERBS.items():
         app.command(help=_help_of(verb), epilog=examples_of(verb.__name__), rich_help_panel=panel)(verb)
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"gptj-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
-    """Entry point of `gptj-dist`: what the user can mend ends in one line and exit code 2, other failures in 1."""
+    """Entry point of `gptj-dist`. Exit codes:
+
+    0    done
+    1    the verb failed, or its check found something wrong
+    2    it cannot work as it was called: arguments, settings, the model's files
+    130  Ctrl-C
+
+    Every error is one line on standard error.
+    """
+    prepare_streams()
+    exit_code = _call()
+    problem = flush_output()
+    if problem is not None and exit_code == 0:
+        exit_code = FAILED
+        complain(problem)
+    sys.exit(exit_code)
+
+
+def _call() -> int:
+    """Runs the verb that the arguments name. Returns its exit code."""
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else FAILED
     except GPTJDistError as error:
-        print(f"gptj-dist: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigurationError | InvalidRequestError) else 1)
+        complain(str(error))
+        return CANNOT_WORK if isinstance(error, ConfigurationError | InvalidRequestError) else FAILED
+    except OSError as error:
+        complain(os_error_text(error))
+        return FAILED
+    return 0

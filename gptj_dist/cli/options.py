@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from gptj_dist.cli.streams import as_text
 from gptj_dist.errors import ConfigurationError
 
 PIPELINE_PANEL = "Pipeline"
@@ -50,9 +51,12 @@ KVCacheGB: TypeAlias = Annotated[
 ]
 MaxBatchSize: TypeAlias = Annotated[int, _setting("Most requests that run at once; more wait.")]
 MaxQueuedRequests: TypeAlias = Annotated[int, _setting("Most requests that wait in a pipeline; more are refused.")]
-Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="NAME")]
+Revision: TypeAlias = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="NAME", parser=as_text)
+]
 ServedModelName: TypeAlias = Annotated[
-    list[str] | None, typer.Option(help="What clients call the model; again for an alias.", metavar="NAME")
+    list[str] | None,
+    typer.Option(help="What clients call the model; again for an alias.", metavar="NAME", parser=as_text),
 ]
 TemplateFile: TypeAlias = Annotated[
     Path | None, typer.Option(help="Jinja template that makes conversations prompts.", metavar="FILE")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from gptj_dist.cli.streams import as_text, read_standard_input
 from gptj_dist.errors import ConfigurationError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -28,7 +29,8 @@ Timeout: TypeAlias = Annotated[
 ]
 
 ModelName: TypeAlias = Annotated[
-    str | None, typer.Option(help="The model to ask; by default the one that is served.", metavar="NAME")
+    str | None,
+    typer.Option(help="The model to ask; by default the one that is served.", metavar="NAME", parser=as_text),
 ]
 
 # What the fields mean is said once, for `generate` and for the verbs that leave their values to the server.
@@ -40,7 +42,8 @@ MIN_P = typer.Option(help="Drop tokens less likely than this part of the likelie
 
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="Makes the output repeatable.")]
 StopOption: TypeAlias = Annotated[
-    list[str] | None, typer.Option(help="Ends the text; may be given several times.", metavar="TEXT")
+    list[str] | None,
+    typer.Option(help="Ends the text; may be given several times.", metavar="TEXT", parser=as_text),
 ]
 
 
@@ -50,16 +53,13 @@ def given(**fields: Any) -> dict[str, Any]:
 
 
 def read_text(text: str | None, what: str) -> str:
-    """The text, or standard input less its last line break where the text is `-` or missing at the end of a pipe.
+    """The text, or standard input without its last line break where the text is `-`, or is missing in a pipe.
 
     Raises:
-        ConfigurationError: there is neither, or what was piped is not UTF-8.
+        ConfigurationError: there is neither, or standard input holds no text.
     """
     if text is None and sys.stdin.isatty():
         raise ConfigurationError(f"give a {what}, or - to read it from standard input")
     if text is not None and text != STANDARD_INPUT:
         return text
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"standard input is not text in UTF-8: {error}") from None
+    return read_standard_input().removesuffix("\n")

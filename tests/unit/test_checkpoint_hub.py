@@ -45,11 +45,29 @@ def test_directory_resolves_to_itself(tmp_path: Path, monkeypatch: pytest.Monkey
         assert resolve_model(model) == tmp_path / "owner" / "name"
 
 
-@pytest.mark.parametrize("model", ["/no/where", "./nowhere", "../nowhere", "~/nowhere", "a/b/c"])
+@pytest.mark.parametrize("model", ["/no/where", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "models/", "C:\\gptj"])
 def test_path_that_does_not_exist_is_not_looked_for_on_the_hub(model: str) -> None:
     with pytest.raises(CheckpointError, match="there is no directory") as error:
         resolve_model(model)
     assert model in _assert_one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"), [("gpt-j-6b", "did you mean 'EleutherAI/gpt-j-6b'?"), ("layers", "hub names are OWNER/NAME")]
+)
+def test_name_without_an_owner_is_refused_before_the_hub_is_asked(
+    model: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_args, **_kwargs: pytest.fail("the hub was asked"))
+    with pytest.raises(CheckpointError, match="neither a directory nor a hub name") as error:
+        resolve_model(model)
+    assert advice in _assert_one_line(error)
+
+
+def test_file_in_place_of_a_directory_is_named_as_that(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file: name the directory"):
+        resolve_model(str(tmp_path / "model.safetensors"))
 
 
 def test_the_weights_of_a_local_model_are_where_they_are(tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def test_a_model_that_is_missing_or_private_is_refused_with_what_to_do(hub: Hub,
     assert "HF_TOKEN" in line
 
 
-@pytest.mark.parametrize("model", ["gpt-j-6b", "GPT-J-6B", "EleutherAI/gptj-6B", "Eleuther/gpt-j-6b"])
+@pytest.mark.parametrize("model", ["EleutherAI/gptj-6B", "Eleuther/gpt-j-6b"])
 def test_a_misspelt_name_is_answered_with_the_one_that_was_meant(hub: Hub, home: Path, model: str) -> None:
     assert "did you mean 'EleutherAI/gpt-j-6b'?" in _refusal(hub, home, model)
 

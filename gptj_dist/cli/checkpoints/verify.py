@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptj_dist.cli.options import Model, Revision
+from gptj_dist.cli.streams import as_text
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError, InvalidRequestError
 
@@ -38,7 +39,10 @@ _DIFFERS = 1
 
 def verify(
     model: Model,
-    prompt: Annotated[list[str] | None, typer.Option(help="A text to read; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to read; may be given several times.", metavar="TEXT", parser=as_text),
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of texts to read, one a line.")] = None,
     tolerance: Annotated[float, typer.Option(help="How much a logit may differ.")] = 1e-4,
     revision: Revision = None,

@@ -7,9 +7,14 @@ from typing import Annotated
 import typer
 import yaml
 
+from gptj_dist.cli.streams import as_text
+
 
 def key(
-    name: Annotated[str | None, typer.Option(help="Whose it is; prints its entry for --api-keys too.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Its owner; also prints the entry for --api-keys.", metavar="NAME", parser=as_text),
+    ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Most requests a minute.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Most tokens a minute.")] = None,
 ) -> None:

@@ -27,6 +27,7 @@ from gptj_dist.cli.request_options import (
     given,
     read_text,
 )
+from gptj_dist.cli.streams import as_text
 from gptj_dist.errors import ServerError
 
 if TYPE_CHECKING:
@@ -40,9 +41,17 @@ HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answ
 def chat(
     message: Annotated[
         str | None,
-        typer.Option("--message", "-m", help="Say this alone, print the answer and end; - reads standard input."),
+        typer.Option(
+            "--message",
+            "-m",
+            help="Send this message alone and print the answer; - reads standard input.",
+            metavar="TEXT",
+            parser=as_text,
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told beforehand.", metavar="TEXT")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message, before all others.", metavar="TEXT", parser=as_text)
+    ] = None,
     max_tokens: Annotated[int | None, MAX_TOKENS] = None,
     temperature: Annotated[float | None, TEMPERATURE] = None,
     top_p: Annotated[float | None, TOP_P] = None,

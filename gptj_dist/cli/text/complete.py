@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -27,6 +26,7 @@ from gptj_dist.cli.request_options import (
     given,
     read_text,
 )
+from gptj_dist.cli.streams import as_text, print_json
 from gptj_dist.errors import ConfigurationError, ServerError
 
 if TYPE_CHECKING:
@@ -37,7 +37,13 @@ PATH = "/v1/completions"
 
 def complete(
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; - or a pipe reads standard input.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The text to continue; - or a pipe reads standard input.",
+            show_default=False,
+            metavar="PROMPT",
+            parser=as_text,
+        ),
     ] = None,
     max_tokens: Annotated[int, MAX_TOKENS] = 64,
     temperature: Annotated[float | None, TEMPERATURE] = None,
@@ -82,7 +88,7 @@ def complete(
 
     with Server(ServerAddress.of(url, api_key, timeout)) as server:
         if json:
-            print(json_.dumps(server.post(PATH, body), indent=2, ensure_ascii=False))
+            print_json(server.post(PATH, body))
         elif no_stream or n != 1:
             _print_choices(_texts(server.post(PATH, body)))
         else:

@@ -10,13 +10,14 @@ import typer
 from gptj_dist.cli.options import Model, TraceFile
 from gptj_dist.cli.pipeline_settings import Settings, takes_settings
 from gptj_dist.cli.request_options import MAX_TOKENS, MIN_P, TEMPERATURE, TOP_K, TOP_P, Seed, StopOption
+from gptj_dist.cli.streams import as_text
 from gptj_dist.params import SamplingParams
 
 
 @takes_settings("stages", "layers", "device", "dtype", "threads_per_stage", "max_model_len", "kv_cache_gb", "revision")
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="The text to continue.", metavar="TEXT", parser=as_text)],
     settings: Settings,
     max_tokens: Annotated[int, MAX_TOKENS] = 64,
     temperature: Annotated[float, TEMPERATURE] = 0.8,
