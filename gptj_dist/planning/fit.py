@@ -1,8 +1,8 @@
 """Finds the figures of a device from measured steps: non-negative least squares over the terms of `planning.cost`.
 
-The formula is linear in the inverses of a CPU's figures, so each measured step is one linear equation. Steps from half
-a millisecond to seconds shall count alike, so it is the relative error that is made small; a step that another process
-disturbed counts less the further it is off.
+The formula is linear in the inverses of a CPU's figures, so each measured step is one linear equation. The fit
+minimises the relative error, so that steps of half a millisecond count as much as steps of seconds. A step that another
+process disturbed counts less the further it is off.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def fit_device(device: DeviceSpec, measured: Sequence[tuple[Work, float]]) -> De
     """The device with the figures that explain measured steps best.
 
     Args:
-        device: gives what is not fitted, such as name, memory and link; its kind must be `cpu`.
+        device: provides the figures that are not fitted, such as name, memory and link; its kind must be `cpu`.
         measured: the work of each step, all of one type, and the seconds that it took.
     """
     rows = [[term / seconds for term in _terms(work)] for work, seconds in measured]

@@ -1,7 +1,7 @@
-"""What a cut model will do on its devices: memory, time of a step, tokens a second, time to the first token.
+"""Predicts a pipeline on its devices: memory, time of a step, tokens a second, time to the first token.
 
-All of it by `planning.cost`'s formula, for a pipeline that is kept full as the scheduler does it: as many micro-batches
-as there are stages, requests shared evenly among them. Overheads of HTTP and of the coordinator are not counted.
+All of it follows from `planning.cost`'s formula, for a pipeline that the scheduler keeps full: one micro-batch for each
+stage, requests split evenly over them. Overheads of HTTP and of the coordinator are not counted.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def num_kv_tokens(workload: Workload, pipeline: PlannedPipeline) -> int:
 
 
 def num_running(workload: Workload, pipeline: PlannedPipeline, num_requests: int) -> int:
-    """How many of the requests run at once: those whose tokens fit the KV cache, but one at least."""
+    """Number of requests that run at once: those whose tokens fit the KV cache, at least one."""
     return max(1, min(num_requests, num_kv_tokens(workload, pipeline) // workload.context_tokens))
 
 
 def group_size(num_requests: int, num_stages: int) -> int:
-    """Requests of a micro-batch: there are as many micro-batches as stages, or as requests if those are fewer."""
+    """Requests of a micro-batch. There is one micro-batch for each stage, or for each request if there are fewer."""
     return math.ceil(num_requests / min(num_requests, num_stages))
 
 

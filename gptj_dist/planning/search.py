@@ -37,7 +37,7 @@ NUM_REQUESTS = 32
 """The traffic that a partition is best for."""
 
 MAX_MORE_DEVICES = 16
-"""How far the advice for a model that does not fit goes."""
+"""Devices that the advice for a model that does not fit adds at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def _room(costs: StageCosts, time: float) -> int:
 
 
 def _why_not(workload: Workload, devices: Sequence[DeviceSpec]) -> str:
-    """How much is needed, how much there is, and what would help."""
+    """The message for a model that does not fit: memory needed, memory there is, and what would help."""
     needed, usable = _needed_bytes(workload, devices), _usable_bytes(devices)
     amounts = (
         f"{needed / 1e9:.1f} GB are needed for {workload.dtype} weights and the KV cache of one request of "

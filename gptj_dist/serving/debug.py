@@ -1,4 +1,4 @@
-"""What `GET /debug/pipeline` says: its document, and how it is made of what pipelines say of themselves.
+"""The document of `GET /debug/pipeline`, made of the pipelines' statuses.
 
 `gptj-dist top` reads the same classes, so they must load neither ray nor torch.
 """

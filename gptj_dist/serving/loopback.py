@@ -1,4 +1,4 @@
-"""Keeps Ray and Serve off the network that they were not invited to.
+"""Keeps Ray and Serve on the address of their node.
 
 Ray binds what it can to all interfaces unless it believes that it runs on a desktop system, and each Serve replica
 opens a gRPC port on `[::]` without a setting. Both are moved to the address that the node has in its cluster, which on

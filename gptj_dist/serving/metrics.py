@@ -1,4 +1,4 @@
-"""What `GET /metrics` says: Prometheus families, made of what pipelines and ingresses say of themselves. Knows no Ray.
+"""The Prometheus families of `GET /metrics`, made of the counters of pipelines and ingresses. Knows no Ray.
 
 The names are vLLM's where it has one, under the prefix `gptj_dist_`. `docs/metrics.md` lists them for people.
 """
@@ -31,7 +31,7 @@ _Rows = Iterable[tuple[tuple[str, ...], Any]]
 
 @dataclass(slots=True)
 class IngressMetrics:
-    """What one ingress has counted since it started.
+    """Counters of one ingress since it started.
 
     Args:
         name: the replica's.

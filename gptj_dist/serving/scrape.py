@@ -1,4 +1,4 @@
-"""Gathers what was counted: whichever ingress is scraped shows all pipelines and all ingresses of the application."""
+"""Gathers the counters of all pipelines and ingresses, so that a scrape of any ingress shows them all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptj_dist.serving.pipeline_client import PipelineClient
 
 
 class Scrape:
-    """Asks everybody, each time anew.
+    """Asks all replicas at each scrape.
 
     Args:
         model: the name that clients see.
@@ -29,7 +29,7 @@ class Scrape:
         self._own = own
 
     async def take(self) -> Exposition:
-        """What everybody has counted. Who does not answer is left out: a scrape must not fail."""
+        """All counters. A replica that does not answer is left out: a scrape must not fail."""
         return Exposition(self._model, *await asyncio.gather(self._of_pipelines(), self._of_ingresses()))
 
     async def _of_pipelines(self) -> tuple[PipelineMetrics, ...]:

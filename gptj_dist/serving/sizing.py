@@ -1,4 +1,4 @@
-"""What one pipeline asks of Ray. Asks no cluster itself: it is told what there is."""
+"""The Ray resources of one pipeline. Asks no cluster: the caller passes what there is."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gptj_dist.config import DeviceKind, PipelineConfig
 
 COORDINATOR_CPUS = 0.1
 CLUSTER_SHARE = 0.8
-"""What the stages of one pipeline ask for of the cluster's CPUs unless told otherwise; Serve fits beside them."""
+"""Share of the cluster's CPUs that the stages of one pipeline take by default; the rest is for Serve."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineSize:
-    """What one pipeline asks of Ray."""
+    """The Ray resources of one pipeline."""
 
     num_stages: int
     device: DeviceKind
@@ -30,10 +30,10 @@ class PipelineSize:
 
 
 def size_stages(config: PipelineConfig, num_stages: int, num_in_cluster: Callable[[str], float]) -> PipelineSize:
-    """What a pipeline of so many stages will ask for.
+    """The Ray resources of a pipeline of `num_stages` stages.
 
     Args:
-        num_in_cluster: how many of `CPU` or `GPU` the whole cluster has; asked only for what the settings leave open.
+        num_in_cluster: returns the number of `CPU` or `GPU` in the whole cluster; called only for settings left open.
     """
     device = config.device
     if device == "auto":

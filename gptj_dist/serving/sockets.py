@@ -1,4 +1,4 @@
-"""Listens at TCP addresses, and tries them out. Stdlib only."""
+"""Opens and tries TCP addresses. Stdlib only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def listen_at(host: str, port: int) -> socket.socket:
 
 
 def why_not_listen(host: str, port: int) -> str | None:
-    """Why nobody can listen there now, or None if one can."""
+    """The reason why no server can listen there now, or None if one can."""
     try:
         listen_at(host, port).close()
     except OSError as error:
@@ -23,7 +23,7 @@ def why_not_listen(host: str, port: int) -> str | None:
 
 
 def why_not_reach(host: str, port: int, timeout_s: float) -> str | None:
-    """Why no connection comes about, or None if one does."""
+    """The reason why a connection fails, or None if it succeeds."""
     try:
         socket.create_connection((host, port), timeout=timeout_s).close()
     except OSError as error:

@@ -28,7 +28,7 @@ from gptj_dist.stages.runner import StageOutput, StageRunner
 from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 CASE_S = 0.2
-"""For how long a case is repeated."""
+"""Seconds for which a case is repeated."""
 
 MIN_REPEATS = 4
 FILL_TOKENS = 128
@@ -40,7 +40,7 @@ MAX_BLOCKS = 8192
 GREEDY = SamplingParams(temperature=0)
 
 BARRIER_TIMEOUT_S = 600.0
-"""A process that waits so long for the others has lost one."""
+"""Seconds after which a process assumes that another one died."""
 
 
 class StageStopwatch:
@@ -109,7 +109,7 @@ class StageStopwatch:
         return time.perf_counter() - begin
 
     def _new_blocks(self, request_id: int, num_tokens: int) -> tuple[int, ...]:
-        """KV blocks that the request needs to hold so many tokens, beside those it has."""
+        """KV blocks that the request needs for `num_tokens` tokens, beyond those it has."""
         held = self._blocks_of.setdefault(request_id, [])
         new = self._pool.take(max(0, self._pool.blocks_for(num_tokens) - len(held)))
         held += new
@@ -207,7 +207,7 @@ def _receive(connection: Connection) -> Timing:
 def _work(
     connection: Connection, barrier: Barrier, specs: Sequence[StageSpec], dtype: DTypeName, num_threads: int
 ) -> None:
-    """A process of the team: loads, then answers each (index, case) with its seconds, until nobody asks any more."""
+    """A process of the team: loads, then answers each (index, case) with its seconds, until the connection closes."""
     try:
         stages = [StageStopwatch(spec, dtype, num_threads) for spec in specs]
         connection.send(Timing(0.0, time.process_time()))
