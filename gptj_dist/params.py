@@ -1,18 +1,37 @@
-"""How one completion is to be sampled and what is told of it. Checked here once, trusted elsewhere. Stdlib only."""
+"""The parameters of one completion: how it is sampled, where it ends, what is returned. Stdlib only.
+
+One `SamplingParams` goes unchanged from the request to the sampler. It is checked here, once, except for what depends
+on the model, which `engine/limits.py` checks.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 from gptj_dist.errors import InvalidRequestError, excerpt
+from gptj_dist.field_types import type_problems
 
 MAX_STOP_STRINGS = 16
-MIN_SEED = -(2**63)
-MAX_SEED = 2**64 - 1
-MAX_TOP_K = 2**31
-MAX_PRIORITY = 2**31
 MAX_LOGPROBS = 20
+
+RANGES: Mapping[str, tuple[float, float]] = {
+    "max_tokens": (0, 2**31),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (-1, 2**31),
+    "min_p": (0, 1),
+    "seed": (-(2**63), 2**64 - 1),
+    "n": (1, 128),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0, 10),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "priority": (-(2**31), 2**31 - 1),
+}
+"""Smallest and largest value of each number."""
 
 PoolingKind = Literal["mean", "last"]
 
@@ -30,10 +49,15 @@ class Pooling:
     kind: PoolingKind = "mean"
     layer: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling settings of a request; the names and meanings are those of OpenAI's and vLLM's APIs.
+
+    Lists are taken for tuples, a dict for the pairs of `logit_bias`, and a string for a `stop` of one string.
 
     Args:
         max_tokens: the most tokens to generate; 0 generates none, for a prompt whose log probabilities are wanted.
@@ -63,7 +87,7 @@ class SamplingParams:
             may wait for ever.
 
     Raises:
-        InvalidRequestError: a value is out of its range; `param` names it.
+        InvalidRequestError: a value has another type or is out of its range; `param` names it.
     """
 
     max_tokens: int = 16
@@ -91,38 +115,37 @@ class SamplingParams:
     pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens >= 0, "max_tokens", "must be at least 0", self.max_tokens)
-        _check(0 <= self.temperature <= 100, "temperature", "must be from 0 to 100", self.temperature)
-        _check(0 <= self.top_p <= 1, "top_p", "must be in [0, 1]", self.top_p)
-        _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", f"must be from -1 (all tokens, as 0) to {MAX_TOP_K}", self.top_k)
-        _check(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]", self.min_p)
-        _check(1 <= self.n <= 128, "n", "must be from 1 to 128", self.n)
-        is_seed = self.seed is None or MIN_SEED <= self.seed <= MAX_SEED
-        _check(is_seed, "seed", f"must be from {MIN_SEED} to {MAX_SEED}", self.seed)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "stop" and isinstance(value, str):
+                object.__setattr__(self, "stop", (value,))
+            elif isinstance(value, list | tuple | dict):
+                object.__setattr__(self, field.name, _as_tuples(value))
+        _check_types(self)
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise InvalidRequestError(f"{name} must be from {least} to {most}, got {excerpt(value)}", name)
+        _check(self.repetition_penalty > 0, "repetition_penalty", "must be above 0", self.repetition_penalty)
+        self._check_lists()
+        most = self.max_tokens
         _check(
-            0 <= self.min_tokens <= self.max_tokens,
+            0 <= self.min_tokens <= most,
             "min_tokens",
-            f"must be from 0 to max_tokens ({self.max_tokens})",
+            f"must be from 0 to the {most} tokens to generate",
             self.min_tokens,
         )
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", len(self.stop))
-        _check(not isinstance(self.stop, str), "stop", "must be a tuple of strings", self.stop)
-        _check(all(self.stop), "stop", "must not hold an empty string", self.stop)
-        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", "must be from -2 to 2", self.presence_penalty)
-        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be from -2 to 2", self.frequency_penalty)
-        _check(0 < self.repetition_penalty <= 10, "repetition_penalty", "must be in (0, 10]", self.repetition_penalty)
-        _check_num_top("logprobs", self.logprobs)
-        _check_num_top("prompt_logprobs", self.prompt_logprobs)
-        _check(-MAX_PRIORITY <= self.priority < MAX_PRIORITY, "priority", "must fit in 32 bits", self.priority)
-        _check(self.pooling is None or self.max_tokens == 0, "max_tokens", "must be 0 with pooling", self.max_tokens)
-        _check(self.pooling is None or self.prompt_logprobs is None, "prompt_logprobs", "must be None with pooling", 0)
-        self._check_tokens()
+        if self.pooling is not None:
+            _check(self.max_tokens == 0, "max_tokens", "must be 0 with pooling", self.max_tokens)
+            _check(self.prompt_logprobs is None, "prompt_logprobs", "must be None with pooling", self.prompt_logprobs)
 
-    def _check_tokens(self) -> None:
+    def _check_lists(self) -> None:
+        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", len(self.stop))
+        _check(all(self.stop), "stop", "must not hold an empty string", self.stop)
         biases = [bias for _, bias in self.logit_bias]
         _check(all(-100 <= bias <= 100 for bias in biases), "logit_bias", "takes numbers from -100 to 100", biases)
         _check(self.allowed_token_ids != (), "allowed_token_ids", "must allow a token", self.allowed_token_ids)
-        _check(all(self.bad_words), "bad_words", "must not hold an empty one", self.bad_words)
+        _check(all(self.bad_words), "bad_words", "must not hold an empty word", self.bad_words)
 
     @property
     def listed_token_ids(self) -> dict[str, tuple[int, ...]]:
@@ -159,5 +182,12 @@ def _check(is_valid: bool, param: str, rule: str, value: object) -> None:
         raise InvalidRequestError(f"{param} {rule}, got {excerpt(value)}", param)
 
 
-def _check_num_top(param: str, number: int | None) -> None:
-    _check(number is None or 0 <= number <= MAX_LOGPROBS, param, f"must be from 0 to {MAX_LOGPROBS}", number)
+def _check_types(settings: object) -> None:
+    for param, problem in type_problems(settings):
+        raise InvalidRequestError(f"{param} {problem}", param)
+
+
+def _as_tuples(value: object) -> object:
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptj_dist.errors import InvalidRequestError, RequestTooLongError
+from gptj_dist.errors import InvalidRequestError, RequestTooLongError, excerpt
 from gptj_dist.params import SamplingParams
 
 MAX_LISTED_TOKENS = 1024
@@ -53,10 +53,10 @@ class EngineLimits:
 
     def check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
         """Raises InvalidRequestError if a token is not in the vocabulary; `name` is the field that has it."""
-        wrong = [token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size]
-        if wrong:
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size), None)
+        if wrong is not None:
             raise InvalidRequestError(
-                f"{name} holds token id {wrong[0]}, the vocabulary ends at {self.vocab_size - 1}", name
+                f"{name} holds token id {excerpt(wrong)}, the vocabulary ends at {self.vocab_size - 1}", name
             )
 
     def _check_layer(self, layer: int | None) -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
-    {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs"},
+    {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs", "field_types"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"answers"},
@@ -36,7 +36,8 @@ UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "param
 STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {
     **dict.fromkeys(
-        ["engine", "errors", "config", "params", "sizes", "chunking", "logs", "planning", "json_types"], STDLIB_ONLY
+        ["engine", "errors", "config", "params", "sizes", "chunking", "logs", "planning", "json_types", "field_types"],
+        STDLIB_ONLY,
     ),
     "text": {"tokenizers", "jinja2"},
     "model": {"torch", "triton"},

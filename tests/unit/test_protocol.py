@@ -6,11 +6,12 @@ import inspect
 import json
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessage
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gptj_dist.answers.error_responses import (
     BodyTooLargeError,
@@ -24,7 +25,8 @@ from gptj_dist.answers.schema.base import Body, parse_body
 from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
-from gptj_dist.answers.schema.sampling import StreamOptions
+from gptj_dist.answers.schema.sampling import SAME_IN_PARAMS, SamplingFields, StreamOptions
+from gptj_dist.answers.schema.tokens import DetokenizeRequest
 from gptj_dist.answers.sse import SSE_DONE, sse_frame
 from gptj_dist.errors import (
     AuthenticationError,
@@ -41,6 +43,7 @@ from gptj_dist.params import SamplingParams
 UNSERVED = {
     name: value for name, value in CompletionRequest.unserved.items() if name not in CompletionRequest.model_fields
 }
+STRICT = ConfigDict(strict=True)
 NEUTRAL: tuple[object, ...] = (None, False, 0, 0.0, "", [], {})
 ANYTHING = (*NEUTRAL, True, "x", 7, [1], {"a": {"b": None}})
 
@@ -51,6 +54,14 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 def parse(**fields: Any) -> CompletionRequest:
     return parse_completion(json.dumps({"prompt": "x", **fields}).encode())
+
+
+def accepts(adapter: TypeAdapter[Any], value: object) -> bool:
+    try:
+        adapter.validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def refusal(**fields: Any) -> InvalidRequestError:
@@ -136,6 +147,30 @@ class TestRequests:
     def test_whole_numbers_are_numbers(self) -> None:
         assert parse(temperature=0, top_p=1).sampling_params().is_greedy
 
+    @pytest.mark.parametrize("body", [CompletionRequest, ChatRequest, EmbeddingRequest, DetokenizeRequest])
+    def test_every_whole_number_may_be_written_with_a_decimal_point(self, body: type[Body]) -> None:
+        """JSON does not distinguish 16.0 from 16."""
+        for name, field in body.model_fields.items():
+            kind: Any = Annotated[field.annotation, "the field", *field.metadata]
+            of_field: TypeAdapter[Any] = TypeAdapter(kind, config=STRICT)
+            forms = [form for form in ("16", "[16]", "[[16]]") if accepts(of_field, json.loads(form))]
+            if "integer" in json.dumps(of_field.json_schema()):
+                assert forms, name
+                for form in forms:
+                    assert repr(of_field.validate_python(json.loads(form.replace("16", "16.0")))) == form, name
+
+    def test_neither_true_nor_a_string_nor_a_fraction_is_an_integer(self) -> None:
+        for value in (True, "16", 16.5, 1e300, [16]):
+            assert refusal(max_tokens=value).param == "max_tokens"
+        for value in (True, "16", 16.5, -1, -1.0):
+            assert refusal(stop_token_ids=[value]).param == "stop_token_ids.0"
+
+    def test_a_field_that_is_left_out_has_the_default_of_sampling_params(self) -> None:
+        defaults = SamplingParams()
+        for name in SAME_IN_PARAMS:
+            declared = SamplingFields.model_fields[name].default
+            assert (tuple(declared) if isinstance(declared, list) else declared) == getattr(defaults, name)
+
     @pytest.mark.parametrize(("stop", "expected"), [("\n", ("\n",)), (["a", "b"], ("a", "b")), ([], ()), (None, ())])
     def test_stop_is_a_string_or_a_list(self, stop: object, expected: tuple[str, ...]) -> None:
         assert parse(stop=stop).sampling_params().stop == expected
@@ -176,7 +211,7 @@ class TestRefusals:
             ("model", 1),
             ("max_tokens", "16"),
             ("max_tokens", True),
-            ("max_tokens", 16.0),
+            ("max_tokens", 16.5),
             ("max_tokens", 0),
             ("temperature", "1"),
             ("temperature", True),

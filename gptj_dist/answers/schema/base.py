@@ -9,19 +9,63 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import PydanticCustomError, core_schema
 
 from gptj_dist.errors import InvalidRequestError, excerpt
+
+
+@dataclass(frozen=True, slots=True)
+class WholeNumber:
+    """Makes an `int` field accept 16.0, which is an integer in JSON. Neither true nor "16" is one.
+
+    Args:
+        least: the smallest number that is accepted; None for any.
+    """
+
+    least: int | None = None
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        integer = core_schema.int_schema(strict=True, ge=self.least)
+        whole_float = core_schema.float_schema(strict=True, multiple_of=1, allow_inf_nan=False)
+        to_integer = core_schema.no_info_plain_validator_function(int)
+        rule = "valid integer" if self.least is None else f"whole number from {self.least}"
+        return core_schema.union_schema(
+            [integer, core_schema.chain_schema([whole_float, to_integer, integer])],
+            mode="left_to_right",
+            custom_error_type="whole_number",
+            custom_error_message=f"Input should be a {rule}",
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return handler(core_schema.int_schema(ge=self.least))
+
 
 # `fail_fast`: a list of a million wrong elements is one problem, not a million.
 NON_EMPTY = Field(min_length=1, fail_fast=True)
 Strings: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
-Ids: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
-TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], NON_EMPTY]
+Integer: TypeAlias = Annotated[int, WholeNumber()]
+TokenId: TypeAlias = Annotated[int, WholeNumber(least=0)]
+Ids: TypeAlias = Annotated[list[TokenId], Field(fail_fast=True)]
+TokenIds: TypeAlias = Annotated[list[TokenId], NON_EMPTY]
 
 PROMPT_FORMS = (
     "a string, a list of strings, a list of token ids (whole numbers from 0) or a list of such lists; "

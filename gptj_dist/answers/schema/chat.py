@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import model_validator
 
-from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, refused_field, text_or_list
-from gptj_dist.answers.schema.sampling import SamplingFields
-from gptj_dist.errors import InvalidRequestError
-from gptj_dist.params import SamplingParams
+from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, refused_field, text_or_list
+from gptj_dist.answers.schema.sampling import BadWords, SamplingFields
+from gptj_dist.errors import InvalidRequestError, excerpt
+from gptj_dist.params import MAX_LOGPROBS, SamplingParams
 
 
 class TextPart(Body):
@@ -84,10 +84,10 @@ class ChatRequest(SamplingFields):
     """
 
     messages: Messages
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     prompt_logprobs: None = None
     tools: list[Any] = []
     tool_choice: Literal["none", "auto"] = "auto"
@@ -100,7 +100,7 @@ class ChatRequest(SamplingFields):
         """The most tokens to generate, under either name; None leaves it to the context window."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling_params(self, max_tokens: int, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+    def sampling_params(self, max_tokens: int, bad_words: BadWords = ()) -> SamplingParams:
         """How the answer is to be sampled.
 
         Args:
@@ -110,7 +110,8 @@ class ChatRequest(SamplingFields):
         Raises:
             InvalidRequestError: a value is out of its range.
         """
-        return self._sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None, None, bad_words)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling_params(bad_words, max_tokens=max_tokens, logprobs=logprobs)
 
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
@@ -121,11 +122,12 @@ class ChatRequest(SamplingFields):
             raise InvalidRequestError("max_tokens and max_completion_tokens contradict each other", "max_tokens")
         if self.most_tokens is not None and self.most_tokens < 1:
             name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-            raise InvalidRequestError(f"{name} must be at least 1, got {self.most_tokens}", name)
+            raise InvalidRequestError(f"{name} must be at least 1, got {excerpt(self.most_tokens)}", name)
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs may be given only when logprobs is true", "top_logprobs")
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
-            raise InvalidRequestError(f"top_logprobs must be from 0 to 20, got {self.top_logprobs}", "top_logprobs")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            got = excerpt(self.top_logprobs)
+            raise InvalidRequestError(f"top_logprobs must be from 0 to {MAX_LOGPROBS}, got {got}", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt contradict each other", "continue_final_message"

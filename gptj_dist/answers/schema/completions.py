@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, TypeAlias
 
-from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, TokenIds, one_of
-from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, Integer, TokenIds, one_of
+from gptj_dist.answers.schema.sampling import BadWords, SamplingFields
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
@@ -25,11 +25,11 @@ class CompletionRequest(SamplingFields):
     """
 
     prompt: PromptField
-    max_tokens: int = 16
-    best_of: int | None = None
+    max_tokens: Integer = 16
+    best_of: Integer | None = None
     echo: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: Integer | None = None
+    prompt_logprobs: Integer | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -40,7 +40,7 @@ class CompletionRequest(SamplingFields):
         """The prompts one by one, each text or token ids."""
         return list_prompts(self.prompt)
 
-    def sampling_params(self, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+    def sampling_params(self, bad_words: BadWords = ()) -> SamplingParams:
         """How each prompt is to be sampled.
 
         Args:
@@ -54,7 +54,10 @@ class CompletionRequest(SamplingFields):
         ]
         picks = self.num_sampled > self.n and self.logprobs is None
         return self._sampling_params(
-            self.max_tokens, 0 if picks else self.logprobs, max(asked, default=None), bad_words
+            bad_words,
+            max_tokens=self.max_tokens,
+            logprobs=0 if picks else self.logprobs,
+            prompt_logprobs=max(asked, default=None),
         )
 
     def check(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from gptj_dist.answers.schema.base import Body
+from gptj_dist.answers.schema.base import Body, Integer
 from gptj_dist.answers.schema.completions import PromptField, list_prompts
 from gptj_dist.params import Pooling, SamplingParams
 
@@ -41,8 +41,8 @@ class EmbeddingRequest(Body):
     input: PromptField
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
-    layer: int | None = None
-    priority: int = 0
+    layer: Integer | None = None
+    priority: Integer = 0
     user: str | None = None
 
     def prompts(self) -> list[str | list[int]]:

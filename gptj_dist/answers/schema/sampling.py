@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeAlias
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from gptj_dist.answers.schema.base import Body, Ids, Strings, Unserved, one_of
+from gptj_dist.answers.schema.base import Body, Ids, Integer, Strings, Unserved, one_of
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
+BadWords: TypeAlias = tuple[tuple[int, ...], ...]
 Stop: TypeAlias = Annotated[str | Strings, one_of("a string or a list of strings")]
 MAX_TIMEOUT_S = 86_400.0
 
@@ -117,16 +119,16 @@ class SamplingFields(Body):
     model: str | None = None
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: Integer = 0
     min_p: float = 0.0
-    seed: int | None = None
+    seed: Integer | None = None
     stop: Stop = []
-    n: int = 1
+    n: Integer = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     ignore_eos: bool = False
-    min_tokens: int = 0
+    min_tokens: Integer = 0
     logit_bias: dict[str, float] = {}
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -136,11 +138,11 @@ class SamplingFields(Body):
     bad_words: Strings = []
     allowed_token_ids: Ids | None = None
     skip_special_tokens: bool = True
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Integer | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     timeout_s: float | None = None
-    priority: int = 0
+    priority: Integer = 0
 
     @property
     def num_sampled(self) -> int:
@@ -160,42 +162,26 @@ class SamplingFields(Body):
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequestError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:.0f}", "timeout_s")
 
-    def _sampling_params(
-        self,
-        max_tokens: int,
-        logprobs: int | None,
-        prompt_logprobs: int | None,
-        bad_words: tuple[tuple[int, ...], ...],
-    ) -> SamplingParams:
-        """The shared fields, and those that completions and chat call by other names.
+    def _sampling_params(self, bad_words: BadWords, **others: Any) -> SamplingParams:
+        """The parameters that the request sets. A field that it leaves out has the default of `SamplingParams`.
+
+        Args:
+            bad_words: their tokens.
+            others: parameters that the body calls by another name.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=self.seed,
-            n=self.n,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
-            stop_token_ids=tuple(self.stop_token_ids),
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            skip_special_tokens=self.skip_special_tokens,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=tuple((_token_id(text), bias) for text, bias in self.logit_bias.items()),
-            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
-            bad_words=bad_words,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            priority=self.priority,
-        )
+        logit_bias = tuple((_token_id(text), bias) for text, bias in self.logit_bias.items())
+        given = self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True)
+        return SamplingParams(**given, logit_bias=logit_bias, bad_words=bad_words, **others)
+
+
+SAME_IN_PARAMS = {field.name for field in fields(SamplingParams)} & SamplingFields.model_fields.keys() - {
+    "bad_words",
+    "logit_bias",
+}
+"""Fields that mean in `SamplingParams` what they mean here."""
 
 
 def _token_id(text: str) -> int:
