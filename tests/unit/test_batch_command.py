@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -95,7 +96,7 @@ def test_refused_requests_have_their_errors_in_the_file_and_in_the_exit_code_of_
     assert len(server.calls) == 3
     for run in runs:
         assert run.returncode == 1
-        assert run.stderr.splitlines()[-1] == f"1 of 3 requests failed; {answers} says why"
+        assert run.stderr.splitlines()[-1] == f"gptj-dist: 1 of 3 requests failed; {answers} says why"
     lines = {line["custom_id"]: line for line in map(json.loads, answers.read_text().splitlines())}
     assert lines["id-1"]["response"]["status_code"] == 400
     assert lines["id-1"]["response"]["body"]["error"]["param"] == "prompt"
@@ -124,8 +125,44 @@ def test_ctrl_c_says_how_far_it_got_and_how_to_go_on(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=30)
         held.set()
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "gptj-dist: 1 of 5 requests are answered; running it again goes on there"
+    assert errors.splitlines()[-1] == "gptj-dist: 1 of 5 requests are answered; run it again to resume"
     assert list(answers_in(answers)) == ["id-0"]
+
+
+def test_requests_come_from_a_pipe_and_a_second_run_resumes(tmp_path: Path) -> None:
+    lines, answers = write_requests(tmp_path / "in", 5).read_text(), tmp_path / "out"
+    with fake_server(double) as server:
+        first = run_verb("batch", "-", answers, "--url", server.base, typed="".join(lines.splitlines(True)[:3]))
+        second = run_verb("batch", "/dev/stdin", answers, "--url", server.base, typed=lines)
+    assert (first.returncode, second.returncode, len(server.calls)) == (0, 0, 5)
+    assert first.stdout.startswith("3 requests answered")
+    assert answers_in(answers) == {f"id-{i}": f"{i}{i}" for i in range(5)}
+
+
+def test_requests_come_from_a_fifo(tmp_path: Path) -> None:
+    lines, fifo = write_requests(tmp_path / "in", 3).read_text(), tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_text, args=[lines], daemon=True)
+    writer.start()
+    with fake_server(double) as server:
+        done = run_verb("batch", fifo, tmp_path / "out", "--url", server.base)
+    assert (done.returncode, len(server.calls)) == (0, 3)
+    assert len(answers_in(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("typed", ["", "\n"])
+def test_an_empty_pipe_is_refused(tmp_path: Path, typed: str) -> None:
+    done = run_verb("batch", "-", tmp_path / "out", typed=typed)
+    assert (done.returncode, done.stderr) == (2, "gptj-dist: standard input holds no requests\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("answers", ["-", "/dev/stdout", "/dev/full"])
+def test_answers_go_to_a_regular_file_only(tmp_path: Path, answers: str) -> None:
+    done = run_verb("batch", write_requests(tmp_path / "in", 1), answers, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "must be a regular file" in done.stderr
+    assert not (tmp_path / "-").exists()
 
 
 def test_a_server_that_stays_away_ends_the_batch_with_the_reason(tmp_path: Path) -> None:
@@ -139,10 +176,10 @@ def test_a_server_that_stays_away_ends_the_batch_with_the_reason(tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--stages", "2"], "--stages goes with --model"),
-        (["--chat-template", "x"], "--chat-template goes with --model"),
-        (["--model", "demo", "--url", "x"], "--url is about a server"),
-        (["--model", "demo", "--wait", "1"], "--wait is about a server"),
+        (["--stages", "2"], "--stages needs --model"),
+        (["--chat-template", "x"], "--chat-template needs --model"),
+        (["--model", "demo", "--url", "x"], "--url is for a server"),
+        (["--model", "demo", "--wait", "1"], "--wait is for a server"),
         (["--model", "demo", "--stages", "0"], "stages must be at least 1"),
     ],
 )

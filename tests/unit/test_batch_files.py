@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import resource
 from pathlib import Path
@@ -9,13 +10,19 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.cli.text.batch_files import AnswerFile, BatchAnswer, BatchRequest, check_requests, read_requests, respond
+from gptj_dist.cli.text.batch_answers import AnswerFile, BatchAnswer, respond
+from gptj_dist.cli.text.batch_requests import BatchRequest, RequestFile
 from gptj_dist.errors import ConfigurationError, GPTJDistError
 
 
 def request_line(custom_id: object = "a", **changes: object) -> str:
     fields = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
     return json.dumps(fields | changes)
+
+
+def check_requests(path: Path) -> frozenset[str]:
+    with RequestFile(path) as file:
+        return file.check()
 
 
 def written(path: Path, *lines: str) -> Path:
@@ -26,16 +33,22 @@ def written(path: Path, *lines: str) -> Path:
 def test_requests_are_read_in_order_without_those_that_are_answered(tmp_path: Path) -> None:
     path = written(tmp_path / "in", request_line("a"), "", request_line("b", url="/v1/embeddings"), request_line("c"))
     assert check_requests(path) == {"a", "b", "c"}
-    assert list(read_requests(path, {"a", "c"})) == [BatchRequest("b", "/v1/embeddings", {"prompt": "x"})]
+    with RequestFile(path) as file:
+        assert list(file.requests(without={"a", "c"})) == [BatchRequest("b", "/v1/embeddings", {"prompt": "x"})]
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("nonsense", "not a JSON object"),
-        ("[1]", "not a JSON object"),
+        ("nonsense", "not a JSON object: expected ident at character 2"),
+        ("[1]", "not a JSON object, but a list: write one request a line, without brackets"),
         ('{"custom_id": NaN}', "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
+        (request_line("b") + ",", "not a JSON object: trailing characters at character 88, a comma after the object"),
+        (request_line("b")[:-1] + ",}", "not a JSON object: trailing comma at character 88"),
+        ("{'custom_id': 'b'}", "not a JSON object: key must be a string at character 2"),
+        ("[", "not a JSON object: it begins a list: write one request a line"),
+        ('{"custom_id": "b"', "not a JSON object: EOF while parsing an object"),
         (request_line(bodi={}), "unknown setting 'bodi': did you mean 'body'?"),
         ('{"custom_id": "b"}', "method is missing"),
         (request_line(7), "custom_id must be a string that is not empty, got 7"),
@@ -52,6 +65,38 @@ def test_a_line_that_is_no_request_is_named_by_its_number(tmp_path: Path, line: 
     with pytest.raises(ConfigurationError) as refused:
         check_requests(path)
     assert f"line 3: {problem}" in str(refused.value)
+
+
+def test_a_line_in_another_encoding_is_named_as_that(tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    for line, problem in (
+        (request_line("b", body={"prompt": "_"}).replace("_", "é").encode("latin-1"), "is not UTF-8: save the file as"),
+        (request_line("b").encode("utf-16-le"), "it has NUL bytes, as text in UTF-16 does"),
+    ):
+        path.write_bytes(request_line("a").encode() + b"\n" + line + b"\n")
+        with pytest.raises(ConfigurationError, match=f"line 2: not a JSON object: .*{problem}"):
+            check_requests(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "form"),
+    [
+        (request_line("a").encode("utf-16"), "UTF-16"),
+        (gzip.compress(request_line("a").encode()), "gzip"),
+        (b"PK\x03\x04...", "a zip archive"),
+    ],
+)
+def test_a_file_of_another_form_is_named_once(tmp_path: Path, data: bytes, form: str) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(data)
+    with pytest.raises(ConfigurationError) as refused:
+        check_requests(path)
+    assert str(refused.value) == f"{path} is {form}, not JSON in UTF-8: convert it first"
+
+
+def test_a_byte_order_mark_before_a_line_is_dropped(tmp_path: Path) -> None:
+    path = written(tmp_path / "in", "\ufeff" + request_line("a"), "\ufeff" + request_line("b"))
+    assert check_requests(path) == {"a", "b"}
 
 
 def test_all_wrong_lines_are_named_up_to_ten(tmp_path: Path) -> None:
@@ -148,7 +193,7 @@ def test_two_batches_do_not_write_to_one_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_cannot_hold_answers() -> None:
-    with pytest.raises(ConfigurationError, match="is no file"):
+    with pytest.raises(ConfigurationError, match="must be a regular file"):
         AnswerFile(Path("/dev/null"), {"a"})
 
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest, Url
+from gptj_dist.cli.text.batch_answers import BatchAnswer
 from gptj_dist.cli.text.batch_local import answering_here
+from gptj_dist.cli.text.batch_requests import BatchRequest, Url
 from gptj_dist.config import PipelineConfig
 from gptj_dist.llm import LLM
 from gptj_dist.params import SamplingParams

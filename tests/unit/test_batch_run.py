@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from gptj_dist.cli.client import ServerAddress
-from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest, respond
+from gptj_dist.cli.text.batch_answers import BatchAnswer, respond
 from gptj_dist.cli.text.batch_http import HttpAnswerer
+from gptj_dist.cli.text.batch_requests import BatchRequest
 from gptj_dist.cli.text.batch_run import BatchRun, Patience, TryAgain
 from gptj_dist.errors import GPTJDistError, ServerError
 

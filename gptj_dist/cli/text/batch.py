@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -15,12 +14,14 @@ import typer
 from gptj_dist.cli.options import PIPELINE_PANEL, ServedModelName, TemplateFile
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.cli.request_options import DEFAULT_TIMEOUT_S, DEFAULT_URL, KeyOption, ServerUrl, Timeout
+from gptj_dist.cli.streams import complain
 from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError, GPTJDistError
 
 if TYPE_CHECKING:
     from gptj_dist.cli.progress import Display
-    from gptj_dist.cli.text.batch_files import AnswerFile, BatchAnswer
+    from gptj_dist.cli.text.batch_answers import AnswerFile, BatchAnswer
+    from gptj_dist.cli.text.batch_requests import RequestFile
     from gptj_dist.cli.text.batch_run import Answerer, Patience
 
 HAS_FAILURES = 1
@@ -31,7 +32,7 @@ SERVER_OPTIONS = ("url", "api_key", "timeout", "wait")
 LOCAL_SETTINGS = tuple(
     name for name in OPTIONS if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests")
 )
-"""Those that mean something without Ray and without others who ask."""
+"""Settings with an effect without Ray and without other clients."""
 
 LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template")
 
@@ -40,10 +41,10 @@ LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template")
 def batch(
     context: typer.Context,
     requests: Annotated[
-        Path, typer.Argument(metavar="IN", help="Requests, one a line, as OpenAI's batches have them.")
+        Path, typer.Argument(metavar="IN", help="Requests, one a line, in the form of OpenAI's batches; - or a pipe.")
     ],
     answers: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Where answers are appended; it says how far the batch has got.")
+        Path, typer.Argument(metavar="OUT", help="File that answers are appended to; a later run resumes from it.")
     ],
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = DEFAULT_CONCURRENCY,
     url: ServerUrl = DEFAULT_URL,
@@ -53,7 +54,7 @@ def batch(
         float,
         typer.Option(
             metavar="SECONDS",
-            help="How long to put up with a server that is busy, loading or away.",
+            help="Longest time without any answer, from a server that is busy, loading or away.",
             rich_help_panel="Server",
         ),
     ] = DEFAULT_WAIT_S,
@@ -70,38 +71,37 @@ def batch(
     *,
     settings: Settings,
 ) -> None:
-    """Answer a file of requests. Killed or interrupted, the same command goes on where it was.
+    """Answer a file of requests. After a kill or an interrupt, the same command resumes.
 
     A line of IN is {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The whale"}}, or
-    has the url of chat or embeddings. A request that is refused has its error in OUT, and is not sent again unless its
-    line is removed there. Exit code 1 if there are any.
+    has the url of chat or embeddings. A request that is refused has its error in OUT, and is sent again only if its
+    line is removed there. Exit code 1 if any request was refused.
     """
-    from gptj_dist.cli.text.batch_files import AnswerFile, check_requests
+    from gptj_dist.cli.text.batch_answers import AnswerFile
+    from gptj_dist.cli.text.batch_requests import RequestFile
     from gptj_dist.cli.text.batch_run import Patience
 
     if model is None:
-        _refuse_options(context, LOCAL_OPTIONS, "goes with --model, by which requests are answered in this process")
+        _refuse_options(context, LOCAL_OPTIONS, "needs --model, which answers the requests in this process")
         answerer = _by_server(url, api_key, timeout, concurrency)
     else:
-        _refuse_options(context, SERVER_OPTIONS, "is about a server, and --model asks none")
+        _refuse_options(context, SERVER_OPTIONS, "is for a server, but --model answers the requests in this process")
         answerer = _by_model(PipelineConfig(model, **settings), served_model_name, chat_template)
-    expected = check_requests(requests)
-    with AnswerFile(answers, expected) as file:
-        if len(file.answered) < len(expected):
-            _run(BatchJob(requests, file, len(expected)), answerer, concurrency, Patience(wait))
-        else:
-            print(f"{answers}: all {len(expected)} requests have been answered")
-        if file.num_failed:
-            print(f"{file.num_failed} of {len(expected)} requests failed; {answers} says why", file=sys.stderr)
-            raise typer.Exit(HAS_FAILURES)
+    with RequestFile(requests) as asked:
+        expected = asked.check()
+        with AnswerFile(answers, expected) as file:
+            if len(file.answered) < len(expected):
+                _run(BatchJob(asked, file, len(expected)), answerer, concurrency, Patience(wait))
+            else:
+                print(f"{answers}: all {len(expected)} requests have been answered")
+            num_failed = file.num_failed
+    if num_failed:
+        complain(f"{num_failed} of {len(expected)} requests failed; {answers} says why")
+        raise typer.Exit(HAS_FAILURES)
 
 
 def _refuse_options(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
-    """Refuses options of the command line that would do nothing.
-
-    Raises:
-        ConfigurationError: names the first of them.
-    """
+    """Raises ConfigurationError for the first of the options, if one was given: it would have no effect."""
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -133,7 +133,7 @@ class BatchJob:
         num_requests: all of them, those that are answered already included.
     """
 
-    requests: Path
+    requests: RequestFile
     file: AnswerFile
     num_requests: int
 
@@ -141,7 +141,7 @@ class BatchJob:
 def _run(
     batch: BatchJob, answerer: AbstractAsyncContextManager[Answerer], concurrency: int, patience: Patience
 ) -> None:
-    """Has the rest of the requests answered, and says how far it got."""
+    """Answers the remaining requests, and prints how many they were."""
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from gptj_dist.cli.progress import displayed
@@ -152,11 +152,7 @@ def _run(
         with displayed(*columns, as_text=lambda done, all_: f"{done} of {all_} requests") as display:
             num_tokens = asyncio.run(_answer(batch, answerer, display, concurrency, patience))
     except (KeyboardInterrupt, GPTJDistError):
-        print(
-            f"gptj-dist: {len(batch.file.answered)} of {batch.num_requests} requests are answered; "
-            "running it again goes on there",
-            file=sys.stderr,
-        )
+        complain(f"{len(batch.file.answered)} of {batch.num_requests} requests are answered; run it again to resume")
         raise
     elapsed_s = time.monotonic() - begin_s
     print(
@@ -172,8 +168,7 @@ async def _answer(
     concurrency: int,
     patience: Patience,
 ) -> int:
-    """Has requests answered that have no answer yet. The number of tokens that were generated."""
-    from gptj_dist.cli.text.batch_files import read_requests
+    """Answers the requests that have no answer yet. Returns the number of generated tokens."""
     from gptj_dist.cli.text.batch_run import BatchRun
 
     num_tokens = 0
@@ -187,5 +182,5 @@ async def _answer(
     async with answerer as entered:
         display.progress(len(batch.file.answered), batch.num_requests)
         run = BatchRun(entered, take, display.note, patience)
-        await run.run(read_requests(batch.requests, set(batch.file.answered)), concurrency)
+        await run.run(batch.requests.requests(without=set(batch.file.answered)), concurrency)
     return num_tokens

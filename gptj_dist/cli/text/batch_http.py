@@ -17,7 +17,8 @@ from gptj_dist.cli.client import (
     retry_after_s,
     told_error,
 )
-from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest, respond
+from gptj_dist.cli.text.batch_answers import BatchAnswer, respond
+from gptj_dist.cli.text.batch_requests import BatchRequest
 from gptj_dist.cli.text.batch_run import TryAgain
 
 PASSING_STATUSES = (429, 502, 503, 504)

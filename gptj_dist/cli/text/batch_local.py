@@ -18,7 +18,8 @@ from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.service import AnswerService
-from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest, respond
+from gptj_dist.cli.text.batch_answers import BatchAnswer, respond
+from gptj_dist.cli.text.batch_requests import BatchRequest
 from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.json_types import JsonObject

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from gptj_dist.cli.text.batch_files import BatchAnswer, BatchRequest
+from gptj_dist.cli.text.batch_answers import BatchAnswer
+from gptj_dist.cli.text.batch_requests import BatchRequest
 from gptj_dist.errors import ServerError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0

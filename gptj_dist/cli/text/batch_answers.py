@@ -1,7 +1,7 @@
-"""The files of a batch, in OpenAI's form: a file of requests, and one that answers are appended to, a line each.
+"""The answers of a batch: a file in OpenAI's form that answers are appended to, one JSON object a line.
 
-The file of answers is the only record of how far a batch has got. Whole lines count; a line that was cut by a kill is
-removed. Knows neither HTTP nor models.
+The file is the only record of how far a batch has got. Whole lines count; a line that was cut by a kill is removed.
+Knows neither HTTP nor models.
 """
 
 from __future__ import annotations
@@ -11,37 +11,17 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, get_args
+from typing import Self
 
-import pydantic_core
-
-from gptj_dist.config import refuse_unknown_keys
+from gptj_dist.cli.text.batch_requests import BatchRequest, parse_json_object
 from gptj_dist.errors import ConfigurationError, GPTJDistError
 from gptj_dist.json_types import JsonObject
 
-Url = Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
-URLS: tuple[Url, ...] = get_args(Url)
-FIELDS = ("custom_id", "method", "url", "body")
-MAX_SHOWN_PROBLEMS = 10
 _LINE_BEGIN = b'{"id": "batch_req_'
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRequest:
-    """A line of the file of requests.
-
-    Args:
-        custom_id: the caller's name for it, unlike all others of the batch.
-        url: the path that it would be posted to.
-    """
-
-    custom_id: str
-    url: Url
-    body: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,40 +54,6 @@ def respond(request: BatchRequest, status: int, body: JsonObject, request_id: st
     return BatchAnswer(request.custom_id, response)
 
 
-def check_requests(path: Path) -> frozenset[str]:
-    """The ids of a file of requests.
-
-    Raises:
-        ConfigurationError: the file cannot be read, or lines of it are no requests; names the first of them.
-    """
-    line_of: dict[str, int] = {}
-    problems = []
-    for number, line in _lines(path):
-        try:
-            custom_id = _parse_request(line).custom_id
-        except ConfigurationError as error:
-            problems.append(f"line {number}: {error}")
-            continue
-        first = line_of.setdefault(custom_id, number)
-        if first != number:
-            problems.append(f"line {number}: custom_id {custom_id!r} is that of line {first} too")
-    if problems:
-        shown = problems[:MAX_SHOWN_PROBLEMS]
-        more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise ConfigurationError(f"{path} is not sent:\n  " + "\n  ".join([*shown, *more]))
-    if not line_of:
-        raise ConfigurationError(f"{path} holds no requests")
-    return frozenset(line_of)
-
-
-def read_requests(path: Path, without: Collection[str]) -> Iterator[BatchRequest]:
-    """The requests of a file that was checked, less those with the given ids."""
-    for _, line in _lines(path):
-        request = _parse_request(line)
-        if request.custom_id not in without:
-            yield request
-
-
 class AnswerFile:
     """The file that answers are appended to; this process is the only one that does.
 
@@ -127,13 +73,15 @@ class AnswerFile:
         self._path = path
         self.answered: set[str] = set()
         self.num_failed = 0
+        if str(path) == "-":
+            raise self._not_regular()
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise ConfigurationError(f"{path} is no file: a batch reads there how far it has got")
+                raise self._not_regular()
             self._lock()
             self._take_over(expected)
         except BaseException:
@@ -168,6 +116,9 @@ class AnswerFile:
             raise GPTJDistError(f"{self._path} cannot be written: {error.strerror}") from None
         self._count(answer)
 
+    def _not_regular(self) -> ConfigurationError:
+        return ConfigurationError(f"{self._path} must be a regular file: a batch resumes from the answers in it")
+
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,8 +141,11 @@ class AnswerFile:
             os.ftruncate(self._file, num_whole_bytes)
 
     def _parse_answer(self, line: bytes, number: int, expected: Collection[str]) -> BatchAnswer:
-        fields = _json(line)
-        if not isinstance(fields, dict) or not {"custom_id", "response", "error"} <= fields.keys():
+        try:
+            fields = parse_json_object(line)
+        except ConfigurationError:
+            fields = {}
+        if not {"custom_id", "response", "error"} <= fields.keys():
             raise self._foreign(f"line {number} is no answer of a batch")
         if not isinstance(fields["response"], dict | None):
             raise self._foreign(f"line {number} has a response that is no object")
@@ -205,49 +159,3 @@ class AnswerFile:
     def _count(self, answer: BatchAnswer) -> None:
         self.answered.add(answer.custom_id)
         self.num_failed += answer.is_failure
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not empty, with their numbers from 1.
-
-    Raises:
-        ConfigurationError: there is no such file, or it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _parse_request(line: bytes) -> BatchRequest:
-    fields = _json(line)
-    if not isinstance(fields, dict):
-        raise ConfigurationError("not a JSON object")
-    refuse_unknown_keys(fields, FIELDS)
-    for name in FIELDS:
-        if name not in fields:
-            raise ConfigurationError(f"{name} is missing")
-    custom_id, method, url, body = (fields[name] for name in FIELDS)
-    if not isinstance(custom_id, str) or not custom_id:
-        raise ConfigurationError(f"custom_id must be a string that is not empty, got {custom_id!r:.80}")
-    if method != "POST":
-        raise ConfigurationError(f"method must be 'POST', got {method!r:.80}")
-    if url not in URLS:
-        raise ConfigurationError(f"url must be one of {', '.join(URLS)}, got {url!r:.80}")
-    if not isinstance(body, dict):
-        raise ConfigurationError("body must be a JSON object")
-    if body.get("stream"):
-        raise ConfigurationError("body asks for a stream, which a batch has no place for")
-    return BatchRequest(custom_id, url, body)
-
-
-def _json(line: bytes) -> object:
-    """The value of a line; None, which is as wrong, if it is no JSON."""
-    try:
-        value: object = pydantic_core.from_json(line, allow_inf_nan=False)
-    except ValueError:
-        return None
-    return value
