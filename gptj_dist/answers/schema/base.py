@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
+from gptj_dist.answers.json_limits import check_json
 from gptj_dist.errors import InvalidRequestError, excerpt
 
 
@@ -176,6 +177,7 @@ def parse_body(body: bytes, kind: type[B]) -> B:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
+    check_json(body)
     try:
         value = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The HTTP application: endpoints behind request ids, keys and the rules of browsers."""
+"""The HTTP application: endpoints, and the middleware in front of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.routing import Route
 from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.meter import HttpMeter
-from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, RequestIds, RequireKey
+from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, LimitHead, RequestIds, RequireKey
 from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.metrics import IngressMetrics
 
@@ -30,13 +30,17 @@ def make_http_app(
     """The application.
 
     Args:
-        metrics: is told of every request.
-        keys: those that open it; none leaves it open.
+        metrics: counts every request.
+        keys: a call needs one of them; without any, none is needed.
         cors_origins: web pages that browsers may call it from, such as `https://example.org`; `*` for all.
-        has_proxy: it is behind Serve's proxies.
+        has_proxy: Serve's proxies are in front of it.
     """
     routes = [Route(one.path, answering(one.handler), methods=[one.method]) for one in endpoints]
-    middleware = [Middleware(RequestIds, has_proxy=has_proxy), Middleware(HttpMeter, routes=routes, metrics=metrics)]
+    middleware = [
+        Middleware(RequestIds, has_proxy=has_proxy),
+        Middleware(HttpMeter, routes=routes, metrics=metrics),
+        Middleware(LimitHead),
+    ]
     if cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -53,7 +57,7 @@ def make_http_app(
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = f"{request.method} {request.url.path} is not served here; GET /docs says what is"
+    message = f"{request.method} {request.url.path} is not served here; GET /docs lists what is"
     code = "method_not_allowed" if status == 405 else "not_found"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     headers = error.headers if isinstance(error, HTTPException) else None

@@ -8,13 +8,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 import gptj_dist
 from gptj_dist.answers.answer import Answer
 from gptj_dist.answers.embedding import EmbeddingAnswer
-from gptj_dist.answers.error_responses import BodyTooLargeError, error_response, response_headers
+from gptj_dist.answers.error_responses import error_response, response_headers
 from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
@@ -25,7 +25,8 @@ from gptj_dist.errors import GPTJDistError
 from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.debug import debug_document
-from gptj_dist.serving.http.disconnect import unless_gone
+from gptj_dist.serving.http.body import read_body
+from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
 from gptj_dist.serving.http.endpoint import EVENTS, JSON, Endpoint, Handler
 from gptj_dist.serving.http.openapi import docs_page, openapi_document
 from gptj_dist.serving.pipeline_client import PipelineClient
@@ -33,8 +34,6 @@ from gptj_dist.serving.scrape import Scrape
 from gptj_dist.stages.trace import TraceEvents
 
 logger = logging.getLogger(__name__)
-
-MAX_BODY_BYTES = 4_000_000
 
 
 class Endpoints:
@@ -83,28 +82,28 @@ class Endpoints:
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's completions."""
-        body = parse_body(await _read_body(request), CompletionRequest)
+        body = parse_body(await read_body(request), CompletionRequest)
         return await self._respond(request, await self._texts.complete(body, request.state.request_id))
 
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat."""
-        body = parse_body(await _read_body(request), ChatRequest)
+        body = parse_body(await read_body(request), ChatRequest)
         return await self._respond(request, await self._texts.chat(body, request.state.request_id))
 
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings."""
-        body = parse_body(await _read_body(request), EmbeddingRequest)
+        body = parse_body(await read_body(request), EmbeddingRequest)
         answer = await self._texts.embed(body, request.state.request_id)
         async with self._allowances.charged(request.scope["state"].get("api_key"), answer):
             return await unless_gone(request, _whole(answer))
 
     async def tokenize(self, request: Request) -> Response:
         """Tokens of a text."""
-        return JSONResponse(self._texts.tokenize(parse_body(await _read_body(request), TokenizeRequest)))
+        return JSONResponse(self._texts.tokenize(parse_body(await read_body(request), TokenizeRequest)))
 
     async def detokenize(self, request: Request) -> Response:
         """Text of tokens."""
-        return JSONResponse(self._texts.detokenize(parse_body(await _read_body(request), DetokenizeRequest)))
+        return JSONResponse(self._texts.detokenize(parse_body(await read_body(request), DetokenizeRequest)))
 
     async def models(self, _: Request) -> Response:
         """The model, once for each of its names."""
@@ -187,6 +186,8 @@ def answering(handler: Handler) -> Handler:
     async def respond(request: Request) -> Response:
         try:
             return await handler(request)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         except Exception as error:
             if not isinstance(error, GPTJDistError):
                 logger.exception("endpoint failed", extra=values(request_id=request.state.request_id))
@@ -199,17 +200,3 @@ def refusal(error: BaseException) -> Response:
     """The response that tells a client of an error."""
     status, body = error_response(error)
     return JSONResponse(body, status, response_headers(error))
-
-
-async def _read_body(request: Request) -> bytes:
-    """The body, refused as soon as it is known to be too large."""
-    declared = request.headers.get("content-length", "0")
-    body = bytearray()
-    if not declared.isdigit() or int(declared) <= MAX_BODY_BYTES:
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY_BYTES:
-                break
-        else:
-            return bytes(body)
-    raise BodyTooLargeError(f"the request's body is larger than {MAX_BODY_BYTES} bytes")

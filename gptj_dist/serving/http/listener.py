@@ -1,15 +1,21 @@
-"""HTTP straight to this process: Serve's proxy would be one more process on the way of every token."""
+"""HTTP straight to this process: Serve's proxy would add a process to the way of every token."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from dataclasses import dataclass
+import resource
+from dataclasses import dataclass, replace
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from gptj_dist.serving.http.connection import ConnectionLimits, LimitedConnection
 from gptj_dist.serving.sockets import listen_at
+
+RESERVED_FILES = 256
+"""Files and sockets that this process opens for anything but clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +36,22 @@ class Listener:
     """An HTTP server on the running event loop.
 
     Args:
-        drain_s: how long answers under way may take after `close`.
+        drain_s: seconds that answers under way may take after `close`.
+        limits: of connections; the process's own limit of open files lowers their number.
 
     Raises:
-        OSError: nobody can listen there, or the certificate or its key cannot be used.
+        OSError: the address cannot be listened at, or the certificate or its key cannot be used.
     """
 
-    def __init__(self, app: ASGIApp, address: Address, drain_s: float) -> None:
+    def __init__(self, app: ASGIApp, address: Address, drain_s: float, limits: ConnectionLimits | None = None) -> None:
         listening = listen_at(address.host, address.port)
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # whatever goes wrong is logged where it does
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # errors are logged where they occur
+        limits = limits or _default_limits()
         config = uvicorn.Config(
             app,
+            http=functools.partial(LimitedConnection, limits=limits),  # type: ignore[arg-type]
+            timeout_keep_alive=limits.keep_alive_s,
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -57,3 +68,12 @@ class Listener:
         """Takes no more requests, and returns when those under way are answered."""
         self._server.should_exit = True
         await self._task
+
+
+def _default_limits() -> ConnectionLimits:
+    """Those of `ConnectionLimits`, with fewer connections where the process may not open as many files."""
+    limits = ConnectionLimits()
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files == resource.RLIM_INFINITY:
+        return limits
+    return replace(limits, connections=max(1, min(limits.connections, most_files - RESERVED_FILES)))

@@ -1,4 +1,4 @@
-"""What every call passes before it reaches an endpoint: a request id, and the check of its key."""
+"""What every call passes before it reaches an endpoint: limits of its head, a request id, and the check of its key."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj_dist.answers.error_responses import error_response, response_headers
+from gptj_dist.answers.request_limits import MAX_HEAD_BYTES, MAX_HEADERS
 from gptj_dist.errors import AuthenticationError
 from gptj_dist.serving.keys import ApiKey, find_key
 
@@ -45,8 +46,35 @@ class RequestIds:
         await self._app(scope, receive, send_with_id)
 
 
+class LimitHead:
+    """Refuses a call with too many or too long headers, as Serve's proxies let them through.
+
+    The listener's connections do so before a call is made, see `serving.http.connection`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (problem := _head_problem(scope)) is not None:
+            body = {"message": problem, "type": "invalid_request_error", "param": None, "code": None}
+            await JSONResponse({"error": body}, 431)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _head_problem(scope: Scope) -> str | None:
+    headers = scope["headers"]
+    if len(headers) > MAX_HEADERS:
+        return f"the request has {len(headers)} headers, and may have {MAX_HEADERS}"
+    num_bytes = len(scope["path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
+    if num_bytes > MAX_HEAD_BYTES:
+        return f"the request's headers have {num_bytes} bytes, and may have {MAX_HEAD_BYTES}"
+    return None
+
+
 class RequireKey:
-    """Lets no call through that has no key; whose key it was is in `scope["state"]["api_key"]`.
+    """Lets no call through without a key; the key's entry is in `scope["state"]["api_key"]`.
 
     Args:
         keys: one or more.
@@ -61,7 +89,7 @@ class RequireKey:
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             key = find_key(self._keys, given.strip()) if scheme.lower() == "bearer" else None
             if key is None:
-                error = AuthenticationError("this server wants an API key: Authorization: Bearer <key>")
+                error = AuthenticationError("this server needs an API key: Authorization: Bearer <key>")
                 status, body = error_response(error)
                 await JSONResponse(body, status, response_headers(error))(scope, receive, send)
                 return

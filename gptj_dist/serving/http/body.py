@@ -1,0 +1,51 @@
+"""Reads the body of a request within limits of size and time, whether uvicorn or Serve's proxy delivers it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from gptj_dist.answers.error_responses import BodyTooLargeError
+from gptj_dist.answers.request_limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MIN_BODY_BYTES_PER_S
+from gptj_dist.errors import TimeoutReachedError
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """What is read of a body. `answers.request_limits` says what the values mean."""
+
+    most_bytes: int = MAX_BODY_BYTES
+    timeout_s: float = BODY_TIMEOUT_S
+    min_bytes_per_s: int = MIN_BODY_BYTES_PER_S
+
+
+async def read_body(request: Request, limits: BodyLimits = BodyLimits()) -> bytes:  # frozen
+    """The whole body.
+
+    Raises:
+        BodyTooLargeError: it is larger than the limit, by its header or by count.
+        TimeoutReachedError: it arrives too slowly.
+        ClientDisconnect: the client has gone.
+    """
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limits.most_bytes:
+        raise _too_large(limits)
+    body = bytearray()
+    begin_s = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(limits.timeout_s) as timeout:
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.most_bytes:
+                    raise _too_large(limits)
+                timeout.reschedule(begin_s + limits.timeout_s + len(body) / limits.min_bytes_per_s)
+    except TimeoutError:
+        message = f"the request's body did not arrive in time: {len(body)} bytes in {limits.timeout_s:g} seconds"
+        raise TimeoutReachedError(message) from None
+    return bytes(body)
+
+
+def _too_large(limits: BodyLimits) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the request's body has more than {limits.most_bytes} bytes")
