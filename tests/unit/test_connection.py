@@ -216,8 +216,8 @@ def test_a_body_that_nobody_reads_does_not_keep_the_connection() -> None:
 
 def test_a_connection_beyond_the_most_is_told_to_come_again_and_the_others_go_on() -> None:
     async def scenario(client: Client, _: Application) -> None:
-        _, first = await asyncio.open_connection("127.0.0.1", client.port)
-        _, second = await asyncio.open_connection("127.0.0.1", client.port)
+        first = (await asyncio.open_connection("127.0.0.1", client.port))[1]
+        second = (await asyncio.open_connection("127.0.0.1", client.port))[1]
         await asyncio.sleep(0)
         status, message = refusal(await client.answer([]))
         assert (status, "2 connections" in message) == (503, True)
