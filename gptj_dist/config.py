@@ -23,6 +23,8 @@ BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
 GPTJ_EOS_TOKEN_ID = 50256
+GPTJ_ROTARY_DIM = 64
+"""What a `config.json` without the field means, as in transformers."""
 
 _ALIASES = {
     "n_layer": "num_hidden_layers",
@@ -101,14 +103,6 @@ class ModelConfig:
         num_heads = _positive_int(config, "n_head")
         if d_model % num_heads:
             raise CheckpointError(f"config.json: n_embd {d_model} is not a multiple of n_head {num_heads}")
-        rotary_dim = config.get("rotary_dim") or d_model // num_heads
-        if type(rotary_dim) is not int or rotary_dim % 2 or not 0 < rotary_dim <= d_model // num_heads:
-            raise CheckpointError(
-                f"config.json: rotary_dim {_shown(rotary_dim)} must be even and at most {d_model // num_heads}"
-            )
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        if not isinstance(dtype, str) or (dtype := dtype.removeprefix("torch.")) not in DTYPE_BYTES:
-            raise CheckpointError(f"config.json: unknown dtype {_shown(dtype)}")
         d_ff = _positive_int(config, "n_inner") if config.get("n_inner") is not None else 4 * d_model
         vocab_size = _positive_int(config, "vocab_size")
         eos = config.get("eos_token_id", GPTJ_EOS_TOKEN_ID)
@@ -126,11 +120,11 @@ class ModelConfig:
             num_layers=num_layers,
             d_model=d_model,
             num_heads=num_heads,
-            rotary_dim=rotary_dim,
+            rotary_dim=_rotary_dim(config, d_model // num_heads),
             d_ff=d_ff,
             context_length=_positive_int(config, "n_positions"),
             eos_token_id=eos,
-            dtype=cast(DTypeName, dtype),
+            dtype=_dtype(config),
             layer_norm_eps=layer_norm_eps,
             has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
@@ -168,6 +162,27 @@ def _positive_int(config: Mapping[str, Any], key: str) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_SIZE:
         raise CheckpointError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}, got {_shown(value)}")
     return value
+
+
+def _rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
+    value = config.get("rotary_dim", GPTJ_ROTARY_DIM)
+    if type(value) is int and value % 2 == 0 and 0 < value <= head_dim:
+        return value
+    rule = f"must be even, from 2 to the {head_dim} dimensions of a head"
+    if "rotary_dim" not in config:
+        raise CheckpointError(f"config.json lacks rotary_dim, which then is {GPTJ_ROTARY_DIM}, but it {rule}")
+    raise CheckpointError(f"config.json: rotary_dim {rule}, got {_shown(value)}")
+
+
+def _dtype(config: Mapping[str, Any]) -> DTypeName:
+    """The type of the weights. No device computes in float64, so float64 weights are taken as float32."""
+    value = config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    if name == "float64":
+        return "float32"
+    if name not in DTYPE_BYTES:
+        raise CheckpointError(f"config.json: unknown dtype {_shown(value)}")
+    return cast(DTypeName, name)
 
 
 def _shown(value: object) -> str:

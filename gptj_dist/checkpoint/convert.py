@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch
 
 from gptj_dist import __version__
 from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
-from gptj_dist.checkpoint.headers import DTYPE_CODES, read_json
-from gptj_dist.checkpoint.index import WTE, CheckpointIndex, check_checkpoint, expected_tensors, read_model_config
+from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
+from gptj_dist.checkpoint.index import WTE, CheckpointIndex, expected_tensors, read_model_config, stage_headers
 from gptj_dist.checkpoint.loader import TORCH_DTYPES, StageTensors
 from gptj_dist.checkpoint.partial import PartialDirectory
 from gptj_dist.checkpoint.writer import (
@@ -40,10 +40,6 @@ CHECKSUMS_FILE = "SHA256SUMS"
 """What `sha256sum -c` reads."""
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MAX_FLOAT16 = 65504
-
-_CHECKED_ELEMENTS = 1 << 24
-"""Of a tensor, at once: what is true of each of them is kept in a byte."""
 
 
 class Observer(Protocol):
@@ -73,7 +69,6 @@ class _Plan:
     """All that the result consists of, its checksums excepted.
 
     Args:
-        source_code_of: tensor name -> the dtype that it is stored in.
         files: name -> the tensors that it holds, or its bytes.
         identity: of source and result; with the same one, the same bytes are written.
     """
@@ -81,7 +76,6 @@ class _Plan:
     source: Path
     config: ModelConfig
     dtype: DTypeName
-    source_code_of: Mapping[str, str]
     files: Mapping[str, Layout | bytes]
     identity: Mapping[str, Any]
 
@@ -148,18 +142,15 @@ def _exists_already(destination: Path) -> ConfigurationError:
 
 def _draw_plan(source: Path, dtype: DTypeName | None) -> _Plan:
     config = read_model_config(source)
-    check_checkpoint(source, config)
-    index = CheckpointIndex(source)
-    tensors = expected_tensors(config, _whole(config))
-    source_code_of = {name: header.dtype for name, header in index.headers(tensors).items()}
-    dtype = dtype or _common_dtype(source_code_of) or config.dtype
+    headers = stage_headers(CheckpointIndex(source), config, _whole(config))
+    dtype = dtype or _common_dtype(headers.values()) or config.dtype
     weights = _layouts(config, CODE_OF[dtype])
     texts = {
         SAFETENSORS.index: encode_index(weights),
         CONFIG_FILE: _config_json(source, dtype),
         **{name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()},
     }
-    return _Plan(source, config, dtype, source_code_of, {**weights, **texts}, _identity(source, dtype))
+    return _Plan(source, config, dtype, {**weights, **texts}, _identity(source, dtype))
 
 
 def _layouts(config: ModelConfig, code: str) -> dict[str, Layout]:
@@ -180,9 +171,9 @@ def _config_json(source: Path, dtype: DTypeName) -> bytes:
     return json.dumps({**fields, "dtype": dtype}, indent=2).encode() + b"\n"
 
 
-def _common_dtype(code_of: Mapping[str, str]) -> DTypeName | None:
-    codes = set(code_of.values())
-    return DTYPE_CODES[codes.pop()] if len(codes) == 1 else None
+def _common_dtype(headers: Iterable[TensorHeader]) -> DTypeName | None:
+    codes = {header.dtype for header in headers}
+    return DTYPE_CODES.get(codes.pop()) if len(codes) == 1 else None
 
 
 def _identity(source: Path, dtype: DTypeName) -> dict[str, Any]:
@@ -270,20 +261,12 @@ class _Converter:
             num_bytes = tensor_bytes(code, shape)
             out = buffer[:num_bytes].view(TORCH_DTYPES[code]).view(shape)
             tensors.read(name, out)
-            self._raise_if_overflown(name, out)
             yield out
             self._report(self._done_bytes + num_bytes)
 
     def _report(self, done_bytes: int) -> None:
         self._done_bytes = done_bytes
         self._observer.progress(done_bytes, self._plan.num_bytes)
-
-    def _raise_if_overflown(self, name: str, out: torch.Tensor) -> None:
-        is_cast = self._plan.source_code_of.get(name) != CODE_OF["float16"]
-        if out.dtype == torch.float16 and is_cast and _has_infinity(out):
-            raise CheckpointError(
-                f"{name} holds numbers beyond {_MAX_FLOAT16}, which float16 cannot hold: convert to bfloat16 instead"
-            )
 
     def _largest_tensor_bytes(self) -> int:
         layouts = [content for content in self._plan.files.values() if isinstance(content, dict)]
@@ -312,12 +295,6 @@ def _readable_errors(destination: Path) -> Iterator[None]:
     except OSError as error:
         reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
         raise ConversionError(f"{destination} could not be written: {reason}") from error
-
-
-def _has_infinity(values: torch.Tensor) -> bool:
-    flat = values.view(-1)
-    pieces = (flat[begin : begin + _CHECKED_ELEMENTS] for begin in range(0, len(flat), _CHECKED_ELEMENTS))
-    return any(bool(torch.isinf(piece).any()) for piece in pieces)
 
 
 def _whole(config: ModelConfig) -> LayerRange:

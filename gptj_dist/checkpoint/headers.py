@@ -18,9 +18,13 @@ from typing import Any, BinaryIO
 
 from gptj_dist.config import DTypeName
 from gptj_dist.errors import CheckpointError
+from gptj_dist.file_kinds import kind_of_file
 
 DTYPE_CODES: Mapping[str, DTypeName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""The dtypes that weights may have, by their names in safetensors headers."""
+"""The dtypes that a model computes in, by their names in safetensors headers."""
+
+STORED_DTYPES: Mapping[str, str] = {**DTYPE_CODES, "F64": "float64"}
+"""The dtypes that weights may be stored in, by their names in safetensors headers."""
 
 ELEMENT_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -42,7 +46,7 @@ class TensorHeader:
     """Where a tensor lies and what it is.
 
     Args:
-        dtype: as safetensors spells it, a key of `DTYPE_CODES` for weights.
+        dtype: as safetensors spells it, a key of `STORED_DTYPES` for weights.
         offset_bytes: from the start of the file.
         num_bytes: from there to the end of its last element.
         strides: in elements, if they are not those of a contiguous tensor; only pickles have such.
@@ -100,7 +104,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+        kind = kind_of_file(path)
+        reason = f"is {kind}" if kind else f"cannot be read: {one_line(error)}"
+        raise CheckpointError(f"{path} {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content

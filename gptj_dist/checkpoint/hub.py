@@ -12,10 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS, WeightForm
+from gptj_dist.checkpoint.foreign import kind_of_files
 from gptj_dist.checkpoint.hub_errors import DISK_WARNING, explain, nearest_model
 from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
+from gptj_dist.file_kinds import kind_of_file
 
 DEMO = "demo"
 
@@ -41,7 +43,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if (local := local_directory(model)) is not None:
         return local
     _require_hub_name(model)
-    directory = _download(model, CONFIG_FILE, revision).parent
+    directory = _download_config(model, revision).parent
     try:
         files = _list_files(model, directory.name)
     except Exception as error:  # see `_download`
@@ -105,12 +107,32 @@ def _require_hub_name(model: str) -> None:
     Raises:
         CheckpointError: there is no such directory.
     """
-    if Path(model).expanduser().is_file():
-        raise CheckpointError(f"{model} is a file: name the directory that holds the model's files")
+    if (path := Path(model).expanduser()).is_file():
+        kind = kind_of_file(path) or "name the directory that holds the model's files"
+        raise CheckpointError(f"{model} is a file: {kind}")
     if model.startswith(("/", "./", "../", "~")) or model.endswith("/") or "\\" in model or model.count("/") > 1:
         raise CheckpointError(f"there is no directory {model}")
     if "/" not in model:
         raise CheckpointError(f"{model!r} is neither a directory nor a hub name; {nearest_model(model)}")
+
+
+def _download_config(model: str, revision: str | None) -> Path:
+    """Raises CheckpointError if there is none, and says what the repository holds in its place."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return _download(model, CONFIG_FILE, revision)
+    except CheckpointError as error:
+        is_absent = isinstance(error.__cause__, EntryNotFoundError)
+        if not is_absent or isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        try:
+            kind = kind_of_files(_list_files(model, revision))
+        except Exception:  # see `_download`
+            raise error from None
+        if kind is None:
+            raise
+        raise CheckpointError(f"{model} has no {CONFIG_FILE}; it holds {kind}") from error
 
 
 def _download(model: str, file: str, revision: str | None) -> Path:
@@ -137,7 +159,7 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
 
 
 @lru_cache
-def _list_files(model: str, commit: str) -> frozenset[str]:
+def _list_files(model: str, commit: str | None) -> frozenset[str]:
     """All files of the repository, which are the same whenever this commit is asked about."""
     from huggingface_hub import HfApi, constants
 
@@ -167,4 +189,5 @@ def _without_weights(model: str, revision: str | None, files: Collection[str]) -
     others = sorted(f for f in files if not f.startswith(".") and not f.endswith((".json", ".md", ".txt")))
     held = ", ".join(others[:_MAX_LISTED]) or "no weights at all"
     wanted = " or ".join(form.single for form in WEIGHT_FORMS)
+    held = kind_of_files(files) or held
     return f"{model} has no {wanted} (nor their index) at revision {revision or 'main'}; it holds {held}"

@@ -5,14 +5,24 @@ Knows neither torch nor the hub, and reads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, WEIGHT_FORMS
-from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, printable, read_json, read_safetensors
-from gptj_dist.checkpoint.torch_file import read_torch_file
+from gptj_dist.checkpoint.foreign import kind_of_directory
+from gptj_dist.checkpoint.headers import (
+    DTYPE_CODES,
+    STORED_DTYPES,
+    TensorHeader,
+    printable,
+    read_json,
+    read_safetensors,
+)
+from gptj_dist.checkpoint.torch_file import is_torch_file, read_torch_file
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
+from gptj_dist.file_kinds import kind_of_file
 
 WTE = "transformer.wte.weight"
 LM_HEAD_WEIGHT = "lm_head.weight"
@@ -24,6 +34,16 @@ LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias", ".embed_positions")
 _PREFIX = "transformer."
 _UNPREFIXED = ("wte.", "h.", "ln_f.")
 """How names begin in a checkpoint that was saved from the model without its head."""
+
+_WRAPPER = re.compile(
+    r"(?<![^.])(?:module|model|base_model|pretrained_model|_orig_mod|_forward_module|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module)\."
+)
+"""Parts of names that come from what a model was wrapped in when it was saved: DataParallel, torch.compile, FSDP, PEFT,
+Lightning, TRL. No name of GPT-J has such a part."""
+
+_ADAPTER = re.compile(r"\.(?:lora_[A-Za-z]+|base_layer|ia3_\w+|oft_\w+|hada_\w+|original_module)(?:\.|$)")
+"""A part of the names of tensors that PEFT keeps beside the weights which they change."""
 
 _MAX_LISTED = 8
 _BUFFER_BYTES = 512
@@ -41,12 +61,17 @@ class CheckpointIndex:
         file_of: tensor name -> name of its file in the directory.
 
     Raises:
-        CheckpointError: no weights in the directory, or a broken file.
+        CheckpointError: no weights in the directory, a broken file, or adapters that are not merged into the weights.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.file_of = _file_of_each_tensor(directory)
+        if adapters := [name for name in self.file_of if _ADAPTER.search(name)]:
+            raise CheckpointError(
+                f"{directory} holds an adapter that is not merged into the weights ({_listing(adapters[:2])}): "
+                "merge it with peft's merge_and_unload() and save the result"
+            )
 
     def files(self, names: Iterable[str]) -> list[str]:
         """The files that hold these tensors; names that the checkpoint lacks are passed over."""
@@ -76,6 +101,8 @@ def read_model_config(directory: Path) -> ModelConfig:
     Raises:
         CheckpointError: it is missing, is not JSON, or does not describe a GPT-J.
     """
+    if not (directory / CONFIG_FILE).exists() and (kind := kind_of_directory(directory)):
+        raise CheckpointError(f"{directory} has no {CONFIG_FILE}; it holds {kind}")
     fields = read_json(directory / CONFIG_FILE)
     if fields.get("dtype") is None and fields.get("torch_dtype") is None:
         fields["dtype"] = _dtype_of_weights(directory)
@@ -102,42 +129,52 @@ def expected_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple
 def check_checkpoint(directory: Path, config: ModelConfig) -> None:
     """Checks that the files hold the whole model, by their headers alone.
 
-    Legacy buffers are passed over. A tied checkpoint may lack `lm_head.bias`, which is zero then.
-
     Raises:
-        CheckpointError: names every tensor that is missing, unexpected, of another shape or of an unreadable dtype.
+        CheckpointError: as `stage_headers`.
     """
-    index = CheckpointIndex(directory)
-    check_tensors(directory, config, LayerRange.whole(config.num_layers), index.headers(index.file_of))
+    stage_headers(CheckpointIndex(directory), config, LayerRange.whole(config.num_layers))
 
 
-def check_tensors(directory: Path, config: ModelConfig, layers: LayerRange, found: Mapping[str, TensorHeader]) -> None:
-    """Checks that `found` are the tensors of a stage, as `check_checkpoint` does for all layers.
+def stage_headers(index: CheckpointIndex, config: ModelConfig, layers: LayerRange) -> dict[str, TensorHeader]:
+    """The headers of a stage's tensors, by name. A tied checkpoint may lack `lm_head.bias`, which is zero then.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: names every tensor that is missing, of another shape or of an unreadable dtype; or the
+            checkpoint has more layers than `config`.
     """
     expected = expected_tensors(config, layers)
+    found = index.headers(expected)
     optional = {LM_HEAD_BIAS} if config.has_tied_embeddings else set()
     present = [(name, found[name], shape) for name, shape in expected.items() if name in found]
     problems = {
         "missing": [name for name in expected if name not in found and name not in optional],
-        "unexpected": [name for name in found if not _is_expected(name, expected, config)],
+        f"beyond n_layer {config.num_layers}": [name for name in index.file_of if _is_beyond(name, config)],
         "misshapen": [
             f"{name} is {list(header.shape)}, not {list(shape)}"
             for name, header, shape in present
             if header.shape != shape
         ],
-        "unreadable": [f"{name} is {header.dtype}" for name, header, _ in present if header.dtype not in DTYPE_CODES],
+        "unreadable": [f"{name} is {header.dtype}" for name, header, _ in present if header.dtype not in STORED_DTYPES],
     }
     if text := "; ".join(f"{problem}: {_listing(names)}" for problem, names in problems.items() if names):
-        raise CheckpointError(f"{directory} does not hold the model of its {CONFIG_FILE}: {text}")
+        raise CheckpointError(f"{index.directory} does not hold the model of its {CONFIG_FILE}: {text}")
+    return found
 
 
-def _is_expected(name: str, expected: Iterable[str], config: ModelConfig) -> bool:
-    """Pickles of tied models hold the embedding under both its names."""
-    is_second_name = config.has_tied_embeddings and name == LM_HEAD_WEIGHT
-    return name in expected or is_second_name or name.endswith(LEGACY_BUFFERS)
+def extra_tensors(index: CheckpointIndex, config: ModelConfig) -> list[str]:
+    """Names of tensors that GPT-J does not have, such as those of a value head; they are not read.
+
+    Without legacy buffers, and the second name of tied embeddings, which pickles hold under both.
+    """
+    known = expected_tensors(config, LayerRange.whole(config.num_layers)).keys()
+    second_name = {LM_HEAD_WEIGHT} if config.has_tied_embeddings else set()
+    return [name for name in index.file_of if name not in known | second_name and not name.endswith(LEGACY_BUFFERS)]
+
+
+def _is_beyond(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to a layer that the config does not count; without it the text would be another."""
+    layer = re.match(r"transformer\.h\.(\d{1,9})\.", name)
+    return layer is not None and int(layer[1]) >= config.num_layers and not name.endswith(LEGACY_BUFFERS)
 
 
 def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
@@ -158,7 +195,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     headers = read_stored_header(path)
     canonical = {canonical_name(name): header for name, header in headers.items()}
     if len(canonical) < len(headers):
-        raise CheckpointError(f"{path} holds tensors twice, with the prefix {_PREFIX!r} and without")
+        raise CheckpointError(f"{path} holds tensors twice, under names that differ in a prefix such as {_PREFIX!r}")
     return canonical
 
 
@@ -168,16 +205,21 @@ def read_stored_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: it cannot be read, is truncated or corrupt, or would run code if it were unpickled.
     """
-    read = read_torch_file if path.suffix == ".bin" else read_safetensors
     try:
         with path.open("rb", buffering=_BUFFER_BYTES) as file:
-            return read(path, file)
+            is_pickled = is_torch_file(file) or path.suffix == ".bin"
+            return (read_torch_file if is_pickled else read_safetensors)(path, file)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError as error:
+        if kind := kind_of_file(path):
+            raise CheckpointError(f"{path} is {kind}") from error
+        raise
 
 
 def canonical_name(name: str) -> str:
-    """A tensor's name in a whole GPT-J; checkpoints of the model without its head lack a prefix."""
+    """A tensor's name in a whole GPT-J: without wrappers' parts, and with the prefix that a headless model lacks."""
+    name = _WRAPPER.sub("", name)
     return _PREFIX + name if name.startswith(_UNPREFIXED) else name
 
 
@@ -188,13 +230,15 @@ def _file_of_each_tensor(directory: Path) -> dict[str, str]:
         if (directory / form.index).is_file():
             return _read_weight_map(directory / form.index)
     names = ", ".join(name for form in WEIGHT_FORMS for name in (form.single, form.index))
-    raise CheckpointError(f"no weights to read in {directory}: it has none of {names}")
+    kind = kind_of_directory(directory)
+    held = f"; it holds {kind}" if kind else ""
+    raise CheckpointError(f"no weights to read in {directory}: it has none of {names}{held}")
 
 
 def _dtype_of_weights(directory: Path) -> DTypeName:
     try:
         embedding = CheckpointIndex(directory).headers([WTE])[WTE]
-    except (CheckpointError, KeyError):  # not downloaded yet; or broken, which whoever needs the weights will say
+    except (CheckpointError, KeyError):  # not downloaded yet; or broken, which reading the weights reports
         return "float32"
     return DTYPE_CODES.get(embedding.dtype, "float32")
 

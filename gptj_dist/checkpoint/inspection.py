@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
-from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
+from gptj_dist.checkpoint.headers import STORED_DTYPES, TensorHeader, printable, read_json
 from gptj_dist.checkpoint.index import (
     LEGACY_BUFFERS,
     CheckpointIndex,
     canonical_name,
-    check_checkpoint,
-    expected_tensors,
+    extra_tensors,
     read_model_config,
     read_stored_header,
+    stage_headers,
 )
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.sizes import bytes_text
@@ -72,11 +72,9 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         CheckpointError: it is broken, or not a GPT-J.
     """
     config = read_model_config(directory)
-    check_checkpoint(directory, config)
     index = CheckpointIndex(directory)
+    weights = stage_headers(index, config, _whole(config))
     stored = {file: read_stored_header(directory / file) for file in index.files(index.file_of)}
-    found = index.headers(index.file_of)
-    weights = {name: found[name] for name in expected_tensors(config, _whole(config)) if name in found}
     layers = [_weight_bytes(weights, [f"transformer.h.{layer}."]) for layer in range(config.num_layers)]
     return Inspection(
         config=config,
@@ -88,6 +86,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         head_bytes=_weight_bytes(weights, ["transformer.ln_f.", "lm_head."]),
         oddities=[
             *_odd_names(stored),
+            *_extras(index, config),
             *_odd_dtypes(directory, weights),
             *_odd_places(stored),
             *_odd_files(directory, stored),
@@ -109,14 +108,20 @@ def _odd_names(stored: Mapping[str, Mapping[str, TensorHeader]]) -> Iterator[str
     if buffers:
         size = bytes_text(sum(header.num_bytes for header in buffers.values()))
         yield f"masks of old versions of transformers, {size}, which are passed over: {_listing(list(buffers))}"
-    if unprefixed := [name for name in headers if canonical_name(name) != name]:
-        yield f"names without 'transformer.', which are read as if they had it: {_listing(unprefixed)}"
+    if renamed := [name for name in headers if canonical_name(name) != name]:
+        shown = [f"{printable(name)} as {printable(canonical_name(name))}" for name in renamed]
+        yield f"names that are not GPT-J's own are read as if they were: {_listing(shown)}"
+
+
+def _extras(index: CheckpointIndex, config: ModelConfig) -> Iterator[str]:
+    if extras := extra_tensors(index, config):
+        yield f"tensors that GPT-J does not have, which are skipped: {_listing(list(map(printable, extras)))}"
 
 
 def _odd_dtypes(directory: Path, weights: Mapping[str, TensorHeader]) -> Iterator[str]:
     names_of: dict[str, list[str]] = {}
     for name, header in weights.items():
-        names_of.setdefault(DTYPE_CODES[header.dtype], []).append(name)
+        names_of.setdefault(STORED_DTYPES[header.dtype], []).append(name)
     usual = max(names_of, key=lambda dtype: len(names_of[dtype]))
     for dtype in sorted(names_of.keys() - {usual}):
         yield f"{dtype}, where most are {usual}: {_listing(names_of[dtype])}"
@@ -161,7 +166,7 @@ def _odd_files(directory: Path, read: Iterable[str]) -> Iterator[str]:
 def _bytes_of_dtype(weights: Iterable[TensorHeader]) -> dict[str, int]:
     counter: Counter[str] = Counter()
     for header in weights:
-        counter[DTYPE_CODES[header.dtype]] += header.num_bytes
+        counter[STORED_DTYPES[header.dtype]] += header.num_bytes
     return dict(counter.most_common())
 
 

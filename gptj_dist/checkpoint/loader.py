@@ -6,6 +6,7 @@ beside its packed weights does not fit a machine that the model itself fits.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,15 +17,21 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, row_major
-from gptj_dist.checkpoint.index import CheckpointIndex, check_tensors, expected_tensors
+from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, printable, row_major
+from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors, extra_tensors, stage_headers
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 STAGING_BYTES = 32 << 20
 """What is read at once where numbers are cast, moved to a GPU or put between others."""
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+}  # fmt: skip
+
+_MAX_LISTED = 4
 
 
 class StageTensors:
@@ -41,8 +48,10 @@ class StageTensors:
 
     def __init__(self, directory: Path, config: ModelConfig, layers: LayerRange) -> None:
         self._shapes = expected_tensors(config, layers)
-        self._headers = CheckpointIndex(directory).headers(self._shapes)
-        check_tensors(directory, config, layers, self._headers)
+        index = CheckpointIndex(directory)
+        self._headers = stage_headers(index, config, layers)
+        if layers.is_first:  # one stage speaks for all
+            _report_extras(directory, extra_tensors(index, config))
         paths = {header.path for header in self._headers.values()}
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
@@ -63,8 +72,9 @@ class StageTensors:
             out: of the tensor's shape; may be a view.
 
         Raises:
-            CheckpointError: the file has become shorter since its header was read, or a row of the tensor is scattered
-                over more than `STAGING_BYTES` of it.
+            CheckpointError: the tensor holds NaN or infinity, or numbers that the type of `out` cannot hold; the file
+                has become shorter since its header was read; or a row of the tensor is scattered over more than
+                `STAGING_BYTES` of it.
             KeyError: the tensor is not this stage's.
         """
         if out.shape != self._shapes[name]:
@@ -76,8 +86,10 @@ class StageTensors:
         is_alike = header.strides is None and out.dtype == TORCH_DTYPES[header.dtype]
         if is_alike and out.is_contiguous() and out.device.type == "cpu":
             self._fill(header, header.offset_bytes, out.view(-1).view(torch.uint8))
+            _refuse_non_finite(name, out, out.dtype)
         else:
             for part, values in self._pieces(header, out):
+                _refuse_non_finite(name, values, out.dtype)
                 part.copy_(values)
 
     def close(self) -> None:
@@ -113,3 +125,23 @@ class StageTensors:
                 # Of this tensor only: another stage on this machine may be about to read the rest.
                 os.posix_fadvise(file, offset_bytes + num_read, num_bytes, os.POSIX_FADV_DONTNEED)
             num_read += num_bytes
+
+
+def _refuse_non_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raises a CheckpointError if a number is not finite, or would not be in `dtype`. One pass, as fast as a copy."""
+    ends = torch.stack(values.aminmax())
+    if not ends.isfinite().all():
+        raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training diverged")
+    if not ends.to(dtype).isfinite().all():
+        type_ = str(dtype).removeprefix("torch.")
+        wider = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+        raise CheckpointError(
+            f"{name} holds numbers beyond {torch.finfo(dtype).max:.5g}, which {type_} cannot hold: choose {wider}"
+        )
+
+
+def _report_extras(directory: Path, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+        shown = ", ".join(map(printable, names[:_MAX_LISTED])) + more
+        logger.warning("%s: tensors skipped that GPT-J does not have: %s", directory, shown)

@@ -40,6 +40,12 @@ _Located = tuple[dict[str, PickledTensor], dict[str, int]]
 """Tensors by name, and the offset in bytes of each storage by its key."""
 
 
+def is_torch_file(file: BinaryIO) -> bool:
+    """Whether a file begins as those of `torch.save` do."""
+    file.seek(0)
+    return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
 def read_torch_file(path: Path, file: BinaryIO) -> dict[str, TensorHeader]:
     """The tensors of a pickled state dict, by name.
 
@@ -79,7 +85,7 @@ def _read_zip(file: BinaryIO, size_bytes: int) -> _Located:
         raise MalformedPickleError(f"it has no zip directory at its end ({one_line(error)})") from error
     (pickle_name, *others) = [name for name in entries if name.endswith("/data.pkl")] or [""]
     if others or not pickle_name:
-        raise MalformedPickleError("it is a zip, but not one of PyTorch's")
+        raise MalformedPickleError("it is a zip, but not one of PyTorch's: unpack it")
     prefix = pickle_name.removesuffix("data.pkl")
     if f"{prefix}byteorder" in entries and _content(file, entries[f"{prefix}byteorder"], 16) != b"little":
         raise MalformedPickleError("its numbers are big-endian, which is not supported")

@@ -13,10 +13,9 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError
+from gptj_dist.text.tokenizer_files import read_settings
 
 TEMPLATE_FILE = "chat_template.jinja"
-CONFIG_FILE = "tokenizer_config.json"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ChatTemplate:
@@ -78,19 +77,12 @@ def load_chat_template(directory: Path, source: str | None = None) -> ChatTempla
     Raises:
         CheckpointError: a file is broken.
     """
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_bytes())
-    except FileNotFoundError:
-        config = {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{directory / CONFIG_FILE} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{directory / CONFIG_FILE} is no JSON object")
+    settings = read_settings(directory)
     if source is None and (directory / TEMPLATE_FILE).exists():
         source = (directory / TEMPLATE_FILE).read_text("utf-8", "replace")
-    source = source or _default(config.get("chat_template"))
-    tokens = {name: _content(config.get(name)) for name in _SPECIAL_TOKENS}
-    return None if source is None else ChatTemplate(source, {name: text for name, text in tokens.items() if text})
+    source = source or _default(settings.config.get("chat_template"))
+    tokens = {name: token.content for name, token in settings.named.items()}
+    return None if source is None else ChatTemplate(source, tokens)
 
 
 def _default(template: object) -> str | None:
@@ -99,13 +91,6 @@ def _default(template: object) -> str | None:
         named = {entry["name"]: entry["template"] for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-def _content(token: object) -> str | None:
-    """A special token's text: written as such, or as an object that holds it."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _cut_behind(text: str, content: str) -> str:

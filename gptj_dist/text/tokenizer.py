@@ -6,23 +6,15 @@ byte as one printable character, so that a token is a string of bytes, not alway
 
 from __future__ import annotations
 
-import json
-import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from gptj_dist.errors import CheckpointError
+from gptj_dist.text.tokenizer_files import read_bpe
 
-END_OF_TEXT = "<|endoftext|>"
 # GPT-J's embedding has 143 rows more than its vocabulary: named like this, never trained.
 PADDING_PREFIX = "<|extratoken_"
-
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
-_MAX_FILE_BYTES = 8 << 20
-"""GPT-J's largest has 2 MB; the library takes many times as much memory."""
 
 
 class Tokenizer:
@@ -36,35 +28,34 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Reads `tokenizer.json`, or else `vocab.json`, `merges.txt` and, where there is one, `added_tokens.json`.
+        """Reads a checkpoint's tokenizer files, as `tokenizer_files` describes them.
 
         Raises:
             CheckpointError: files are missing or broken, or the tokenizer is not a byte-level BPE.
         """
-        whole, vocab, merges, added = (directory / name for name in _FILES)
-        for path in (whole, vocab, merges, added):
-            if path.exists() and path.stat().st_size > _MAX_FILE_BYTES:
-                raise CheckpointError(f"{path} has more than {_MAX_FILE_BYTES} bytes, far more than any GPT-J needs")
-        if whole.exists():
-            return cls(_from_tokenizer_json(whole))
-        for path in (vocab, merges):
-            if not path.exists():
-                raise CheckpointError(f"{directory}: has no tokenizer.json, and no {path.name} either")
-        return cls(_from_vocab(vocab, merges, added))
+        return cls(read_bpe(directory))
 
     @property
     def num_entries(self) -> int:
         """Tokens that have a name, special ones included."""
         return len(self._names)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Adds no special token; the name of one, where `text` holds it, is that token."""
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; the name of a special token, where `text` holds it, is that token.
+
+        Args:
+            add_special_tokens: begin and end with the tokens that the checkpoint asks for; GPT-J's own asks for none.
+        """
+        ids: list[int] = self._bpe.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_prompt(self, prompt: str | Sequence[int], eos_token_id: int) -> list[int]:
+    def encode_prompt(
+        self, prompt: str | Sequence[int], eos_token_id: int, add_special_tokens: bool = True
+    ) -> list[int]:
         """Token ids of a prompt, which may be ids already. An empty text stands for end of text, as at OpenAI."""
-        return (self.encode(prompt) or [eos_token_id]) if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, str):
+            return list(prompt)
+        return self.encode(prompt, add_special_tokens) or [eos_token_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of whole output; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
@@ -85,53 +76,6 @@ class Tokenizer:
     def unsampled_ids(self, vocab_size: int) -> list[int]:
         """Ids below `vocab_size` (rows of the embedding) that stand for no text and must not be generated."""
         return [id for id in range(vocab_size) if self._names.get(id, PADDING_PREFIX).startswith(PADDING_PREFIX)]
-
-
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    try:
-        bpe = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises nothing more exact
-        raise _broken(path, error) from error
-    if not isinstance(bpe.decoder, decoders.ByteLevel):
-        raise CheckpointError(f"{path}: is not a byte-level BPE tokenizer, as GPT-J's is")
-    # A file may carry its trainer's settings, which would cut or pad prompts.
-    bpe.no_truncation()
-    bpe.no_padding()
-    return bpe
-
-
-def _from_vocab(vocab: Path, merges: Path, added: Path) -> tokenizers.Tokenizer:
-    try:
-        model = models.BPE.from_file(str(vocab), str(merges))
-    except Exception as error:  # the Rust library raises nothing more exact
-        raise _broken(f"{vocab} or {merges.name}", error) from error
-    bpe = tokenizers.Tokenizer(model)
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    if bpe.token_to_id(END_OF_TEXT) is not None:
-        bpe.add_special_tokens([END_OF_TEXT])
-    if added.exists():
-        _add_tokens(bpe, added)
-    return bpe
-
-
-def _add_tokens(bpe: tokenizers.Tokenizer, path: Path) -> None:
-    try:
-        ids: dict[str, int] = dict(json.loads(path.read_bytes()))
-        names = sorted(ids, key=ids.__getitem__)
-        # The library numbers added tokens itself, on from the vocabulary's last.
-        bpe.add_tokens([AddedToken(name, normalized=False) for name in names if name != END_OF_TEXT])
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise _broken(path, error) from error
-    for name in names:
-        if bpe.token_to_id(name) != ids[name]:
-            shown = reprlib.repr(ids[name])[:50]
-            raise CheckpointError(f"{path}: {name!r:.50} has id {shown}, but the next free id is not that")
-
-
-def _broken(files: Path | str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:200]
-    return CheckpointError(f"{files}: cannot be read as a tokenizer: {''.join(filter(str.isprintable, reason))}")
 
 
 def _alphabet() -> Iterator[tuple[str, int]]:

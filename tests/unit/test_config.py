@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from transformers import GPTJConfig
 
 from gptj_dist.config import LayerRange, ModelConfig, PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import CheckpointError, ConfigurationError
@@ -54,7 +55,8 @@ def test_gptj_6bs_own_config_is_read() -> None:
     ("changes", "field", "expected"),
     [
         ({"n_inner": 1000}, "d_ff", 1000),
-        ({"rotary_dim": None}, "rotary_dim", 256),
+        ({"rotary_dim": 256}, "rotary_dim", 256),
+        ({"torch_dtype": "float64"}, "dtype", "float32"),
         ({"torch_dtype": "float16"}, "dtype", "float16"),
         ({"torch_dtype": "torch.bfloat16"}, "dtype", "bfloat16"),
         ({"dtype": "bfloat16", "torch_dtype": "float16"}, "dtype", "bfloat16"),
@@ -71,8 +73,17 @@ def test_what_fine_tunes_change_is_read(changes: dict[str, Any], field: str, exp
 
 @pytest.mark.parametrize("key", ["n_inner", "rotary_dim", "eos_token_id", "tie_word_embeddings", "layer_norm_epsilon"])
 def test_fields_that_have_a_default_may_be_left_out(key: str) -> None:
-    config = ModelConfig.from_hf(without(key))
-    assert dataclasses.replace(config, rotary_dim=64) == ModelConfig.from_hf(GPTJ_6B)
+    assert ModelConfig.from_hf(without(key)) == ModelConfig.from_hf(GPTJ_6B)
+
+
+def test_a_config_without_rotary_dim_means_64_as_in_transformers() -> None:
+    fields = {**without("rotary_dim"), "n_embd": 1024, "n_head": 8}
+    assert ModelConfig.from_hf(fields).rotary_dim == GPTJConfig().rotary_dim == 64
+
+
+def test_a_config_without_rotary_dim_is_refused_where_heads_are_narrower_than_64() -> None:
+    with pytest.raises(CheckpointError, match=r"lacks rotary_dim, which then is 64, .* the 32 dimensions of a head"):
+        ModelConfig.from_hf({**without("rotary_dim"), "n_embd": 1024, "n_head": 32})
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "n_layer", "n_embd", "n_head", "n_positions"])
@@ -103,6 +114,9 @@ def test_all_missing_fields_are_named_together() -> None:
         ({"rotary_dim": 258}, "rotary_dim"),
         ({"rotary_dim": -2}, "rotary_dim"),
         ({"rotary_dim": "64"}, "rotary_dim"),
+        ({"rotary_dim": 64.0}, "rotary_dim"),
+        ({"rotary_dim": 0}, "rotary_dim"),
+        ({"rotary_dim": None}, "rotary_dim"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"n_inner": 0}, "n_inner"),
         ({"n_inner": "big"}, "n_inner"),

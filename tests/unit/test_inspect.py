@@ -99,7 +99,24 @@ def test_names_without_prefix_are_told(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, CONFIG)
     _as_pickle(tmp_path, {name.removeprefix("transformer."): t for name, t in _state(tmp_path).items()})
 
-    assert _oddities(tmp_path)[0].startswith("names without 'transformer.', which are read as if they had it: wte.")
+    assert _oddities(tmp_path)[0].startswith(
+        "names that are not GPT-J's own are read as if they were: wte.weight as transformer.wte.weight, "
+    )
+
+
+def test_tensors_that_gptj_does_not_have_are_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    save_file(_state(tmp_path) | {"v_head.summary.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+
+    assert _oddities(tmp_path) == ["tensors that GPT-J does not have, which are skipped: v_head.summary.weight"]
+
+
+def test_weights_of_64_bits_are_called_so(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    save_file({name: tensor.double() for name, tensor in _state(tmp_path).items()}, tmp_path / "model.safetensors")
+
+    assert list(inspect_checkpoint(tmp_path).bytes_of_dtype) == ["float64"]
+    assert _oddities(tmp_path) == ["config.json says float32, the weights are float64"]
 
 
 def test_dtype_of_the_config_that_is_not_the_weights_is_told(tmp_path: Path) -> None:

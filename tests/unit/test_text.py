@@ -120,13 +120,42 @@ class TestTokenizer:
         [
             ({}, "vocab.json"),
             ({"vocab.json": "{}"}, "merges.txt"),
-            ({"vocab.json": "{", "merges.txt": ""}, "vocab.json"),
+            ({"vocab.json": "{", "merges.txt": "#version: 0.2"}, "vocab.json"),
             ({"vocab.json": '{"a": 0}', "merges.txt": "a b c d\n"}, "merges.txt"),
             ({"tokenizer.json": '{"model":\n1}'}, "tokenizer.json"),
             ({"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}'}, "byte-level"),
-            ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": "[1]"}, "added_tokens.json"),
-            ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"b": "1"}'}, "'b' has id '1'"),
-            ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"b": 7}'}, "'b' has id 7"),
+            (
+                {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2", "added_tokens.json": "[1]"},
+                "added_tokens.json",
+            ),
+            (
+                {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2", "added_tokens.json": '{"b": "1"}'},
+                "'b' has id '1'",
+            ),
+            (
+                {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2", "added_tokens.json": '{"b": 0}'},
+                "'b' cannot have id 0",
+            ),
+            (
+                {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2", "added_tokens.json": '{"b": 1, "c": 1}'},
+                "'c' has id 1",
+            ),
+            (
+                {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2", "tokenizer_config.json": "[]"},
+                "tokenizer_config.json",
+            ),
+            (
+                {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2", "special_tokens_map.json": "{"},
+                "special_tokens_map.json",
+            ),
+            (
+                {
+                    "vocab.json": '{"a": 0}',
+                    "merges.txt": "#version: 0.2",
+                    "tokenizer_config.json": '{"added_tokens_decoder": {"1": {"special": true}}}',
+                },
+                "has id 1, which is no free id of a token",
+            ),
         ],
     )
     def test_missing_or_broken_files_are_named_in_one_line(

@@ -1,0 +1,50 @@
+"""Says what a directory or a repository holds in place of a checkpoint that is read, by the names of its files.
+
+Knows the layouts that other tools write; opens nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from gptj_dist.checkpoint.files import CONFIG_FILE
+
+_ORIGINAL = "use the original checkpoint, in safetensors or PyTorch's form"
+
+_BY_SUFFIX = {
+    ".gguf": f"GGUF files of llama.cpp, which gptj-dist does not read: {_ORIGINAL}",
+    ".onnx": f"an ONNX export, which gptj-dist does not read: {_ORIGINAL}",
+    ".h5": f"weights of TensorFlow, which gptj-dist does not read: {_ORIGINAL}",
+    ".msgpack": f"weights of Flax, which gptj-dist does not read: {_ORIGINAL}",
+}
+_BY_NAME = {
+    "adapter_config.json": (
+        "a LoRA adapter, which is not a whole model: merge it into its base model with peft's merge_and_unload(), "
+        "save the result and give its directory"
+    ),
+    "zero_to_fp32.py": "a checkpoint of DeepSpeed: run its zero_to_fp32.py to write pytorch_model.bin",
+    "openvino_model.xml": f"an export to OpenVINO, which gptj-dist does not read: {_ORIGINAL}",
+    "vocabulary.json": f"a model of CTranslate2, which gptj-dist does not read: {_ORIGINAL}",
+    "vocabulary.txt": f"a model of CTranslate2, which gptj-dist does not read: {_ORIGINAL}",
+}
+
+
+def kind_of_files(names: Collection[str]) -> str | None:
+    """What files of these names are together, and what to do, as the end of a sentence; None if that is not known."""
+    for name, kind in _BY_NAME.items():
+        if name in names:
+            return kind
+    return next((_BY_SUFFIX[suffix] for name in sorted(names) if (suffix := Path(name).suffix) in _BY_SUFFIX), None)
+
+
+def kind_of_directory(directory: Path) -> str | None:
+    """As `kind_of_files` of a directory's files; also names a directory within it that holds a checkpoint."""
+    try:
+        names = {path.name for path in directory.iterdir()}
+    except OSError:
+        return None
+    inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if CONFIG_FILE not in names and inner:
+        return f"no checkpoint itself; did you mean {directory / inner[-1]}?"
+    return kind_of_files(names)
