@@ -189,5 +189,6 @@ def _without_weights(model: str, revision: str | None, files: Collection[str]) -
     others = sorted(f for f in files if not f.startswith(".") and not f.endswith((".json", ".md", ".txt")))
     held = ", ".join(others[:_MAX_LISTED]) or "no weights at all"
     wanted = " or ".join(form.single for form in WEIGHT_FORMS)
-    held = kind_of_files(files) or held
+    if kind := kind_of_files(files):
+        held += f": {kind}"
     return f"{model} has no {wanted} (nor their index) at revision {revision or 'main'}; it holds {held}"

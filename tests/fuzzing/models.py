@@ -98,6 +98,15 @@ def _write_tokenizers(whole: Path, parts: Path) -> None:
     (parts / "vocab.json").write_text(json.dumps(vocab))
     (parts / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
     (parts / "added_tokens.json").write_text('{"<|extratoken_1|>": 7, "<|extratoken_2|>": 8}')
+    (parts / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}, "pad_token": "[PAD]"}')
+    token = {"content": "[PAD]", "lstrip": True, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "added_tokens_decoder": {"7": token},
+        "pad_token": "[PAD]",
+        "add_prefix_space": True,
+        "add_bos_token": True,
+    }
+    (whole / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _victim(path: Path) -> Victim:

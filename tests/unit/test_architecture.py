@@ -17,7 +17,7 @@ PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
-    {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs", "field_types"},
+    {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs", "file_kinds", "field_types"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"answers"},

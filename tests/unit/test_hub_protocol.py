@@ -156,7 +156,19 @@ def test_a_repository_without_either_is_refused_by_what_it_holds(hub: Hub, home:
 
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "holds flax_model.msgpack, rust_model.ot, tf_model.h5" in done.stderr
+    assert "holds flax_model.msgpack, rust_model.ot, tf_model.h5: weights of " in done.stderr
+
+
+def test_a_repository_of_an_adapter_is_called_what_it_is(hub: Hub, home: Path, tmp_path: Path) -> None:
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes(b"{}")
+    hub.add(NAME, tmp_path)
+
+    done = _run(hub, home, _command(NAME))
+
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "owner/name has no config.json; it holds a LoRA adapter" in done.stderr
 
 
 def test_the_files_are_listed_once_and_what_is_there_is_not_asked_for_again(

@@ -85,7 +85,7 @@ def test_vocabulary_that_cannot_hold_the_bytes_is_refused(tmp_path: Path) -> Non
     [
         (("--num-heads", 7), "n_embd 64 is not a multiple of n_head 7"),
         (("--vocab-size", 100), "vocab_size must be at least 257"),
-        (("--rotary-dim", 99), "rotary_dim 99 must be even and at most 16"),
+        (("--rotary-dim", 99), "rotary_dim must be even, from 2 to the 16 dimensions of a head, got 99"),
     ],
 )
 def test_impossible_shape_is_refused_in_one_line_and_leaves_nothing(
