@@ -182,22 +182,21 @@ class LLM:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _complete_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Output]:
-        for prompt_ids in prompts:
-            self._engine.check(prompt_ids, params)
-        return await asyncio.gather(*(self._complete(prompt_ids, params) for prompt_ids in prompts))
+        streams = [self._engine.generate_all(prompt_ids, params, range(params.n)) for prompt_ids in prompts]
+        return await asyncio.gather(*(self._complete(*pair, params) for pair in zip(prompts, streams, strict=True)))
 
     async def _embed_all(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[tuple[float, ...]]:
-        for prompt_ids in prompts:
-            self._engine.check(prompt_ids, params)
-        return await asyncio.gather(*(self._embed(prompt_ids, params) for prompt_ids in prompts))
+        streams = [self._engine.generate(prompt_ids, params) for prompt_ids in prompts]
+        return await asyncio.gather(*map(self._embed, streams))
 
-    async def _embed(self, prompt_ids: list[int], params: SamplingParams) -> tuple[float, ...]:
-        [delta] = [delta async for delta in self._engine.generate(prompt_ids, params)]
+    async def _embed(self, stream: AsyncGenerator[Delta, None]) -> tuple[float, ...]:
+        [delta] = [delta async for delta in stream]
         assert delta.embedding is not None, "it was asked for"
         return tuple(array("f", delta.embedding))
 
-    async def _complete(self, prompt_ids: list[int], params: SamplingParams) -> Output:
-        streams = self._engine.generate_all(prompt_ids, params, range(params.n))
+    async def _complete(
+        self, prompt_ids: list[int], streams: Sequence[AsyncGenerator[Delta, None]], params: SamplingParams
+    ) -> Output:
         wholes = await asyncio.gather(*(self._whole(stream, params) for stream in streams))
         return Output(tuple(prompt_ids), tuple(map(_completion, wholes)), wholes[0].prompt_logprobs)
 

@@ -77,7 +77,7 @@ class AsyncEngine:
             log_id: as of `Request`.
 
         Raises:
-            InvalidRequestError: the request can never be served; nothing was queued.
+            InvalidRequestError: the request can never be served. Raised at once, the others by the stream:
             NotReadyError: the pipeline is down; nothing was queued.
             StageFailedError: the pipeline died under way.
         """
@@ -87,10 +87,12 @@ class AsyncEngine:
     def generate_all(
         self, prompt_ids: Sequence[int], params: SamplingParams, choices: Iterable[int], log_id: str | None = None
     ) -> list[AsyncGenerator[Delta, None]]:
-        """As `generate`, once for each choice. The prompt is computed once for those whose streams are begun together.
+        """Streams one completion for each choice. Those that begin together share the work on the prompt.
 
-        Each stream fails for itself.
+        Raises:
+            InvalidRequestError: the request can never be served. Other errors come out of each stream.
         """
+        self._limits.check(prompt_ids, params)
         prompt = Prompt(tuple(prompt_ids), can_share=params.pooling is None)
         return [self._generate(prompt, params, choice, log_id) for choice in choices]
 
@@ -150,14 +152,9 @@ class AsyncEngine:
         mean_s = run_ns / 1e9 / max(1, sum(totals.e2e_latency.counts))
         return self._scheduler.num_waiting * mean_s / max(1, self._scheduler.num_running)
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises InvalidRequestError if the request can never be served."""
-        self._limits.check(prompt_ids, params)
-
     def _admit(
         self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
     ) -> tuple[Request, Mailbox]:
-        self.check(prompt.token_ids, params)
         if self._executor is None:
             raise NotReadyError("the pipeline is restarting after the loss of a stage; try again shortly")
         request = Request(self._next_request_id, prompt, params, noise_key(params.seed, choice), log_id)

@@ -39,6 +39,7 @@ from gptj_dist.errors import (
     TooManyRequestsError,
 )
 from gptj_dist.params import SamplingParams
+from tests.settings import FIELD_NAMES, changed
 
 UNSERVED = {
     name: value for name, value in CompletionRequest.unserved.items() if name not in CompletionRequest.model_fields
@@ -164,6 +165,14 @@ class TestRequests:
             assert refusal(max_tokens=value).param == "max_tokens"
         for value in (True, "16", 16.5, -1, -1.0):
             assert refusal(stop_token_ids=[value]).param == "stop_token_ids.0"
+
+    def test_every_sampling_parameter_can_be_set_by_a_request(self) -> None:
+        """Embeddings set `pooling`; all others are fields of completions."""
+        assert set(FIELD_NAMES) - CompletionRequest.model_fields.keys() == {"pooling"}
+
+    @pytest.mark.parametrize("name", sorted(SAME_IN_PARAMS))
+    def test_a_field_of_sampling_params_goes_into_them_by_its_name(self, name: str) -> None:
+        assert parse(**changed(name)).sampling_params() == SamplingParams(**changed(name))
 
     def test_a_field_that_is_left_out_has_the_default_of_sampling_params(self) -> None:
         defaults = SamplingParams()

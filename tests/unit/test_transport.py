@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import pickle
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result, StageTiming
+from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.params import Pooling, SamplingParams, TokenLogprobs
 from gptj_dist.stages.actor import _to_tensor, _to_wire
 from gptj_dist.stages.transport import open_transport
@@ -27,34 +28,10 @@ from gptj_dist.stages.transport.frames import (
     decode,
     encode,
 )
+from tests.settings import FIELD_NAMES, changed
 
 TIME_LIMIT_S = 20
 
-PARAMS = SamplingParams(
-    max_tokens=9,
-    temperature=0.7,
-    top_p=0.9,
-    top_k=40,
-    min_p=0.05,
-    seed=2**64 - 1,
-    n=3,
-    stop=("a", "b"),
-    min_tokens=2,
-    ignore_eos=True,
-    stop_token_ids=(9,),
-    include_stop_str_in_output=True,
-    skip_special_tokens=False,
-    presence_penalty=0.5,
-    frequency_penalty=-0.5,
-    repetition_penalty=1.2,
-    logit_bias=((7, 1.5),),
-    allowed_token_ids=(7, 8),
-    bad_words=((1, 2), (3,)),
-    logprobs=5,
-    prompt_logprobs=0,
-    priority=-1,
-)
-POOLING = SamplingParams(max_tokens=0, seed=-(2**63), pooling=Pooling("last", 7))
 TOLD = TokenLogprobs(5, -0.25, 1, ((5, -0.25), (6, -2.0)))
 TELLING = Chunk(5, 3, (8,), (), False, None, True)
 EMBEDDING = Embedding(5, bytes(range(256)))
@@ -63,8 +40,8 @@ PLAN = Plan(
     released=(1, 2),
     new_requests=(
         NewRequest(3, SamplingParams(), 2**64 - 1, 12),
-        NewRequest(4, PARAMS, 0, 5, "a request", PromptCopy(3, 17, (9,))),
-        NewRequest(5, POOLING, 0, 5),
+        NewRequest(4, SamplingParams(seed=2**64 - 1), 0, 5, "a request", PromptCopy(3, 17, (9,))),
+        NewRequest(5, SamplingParams(max_tokens=0, seed=-(2**63), pooling=Pooling("last", 7)), 0, 5),
     ),
     chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True), TELLING),
 )
@@ -93,10 +70,14 @@ def test_a_frame_comes_out_as_it_went_in(frame: Frame) -> None:
     assert decode(as_bytes(encode(3, frame)), epoch=3) == frame
 
 
-def test_every_sampling_parameter_crosses_the_wire() -> None:
-    for field in fields(SamplingParams):
-        changed = [field.name for params in (PARAMS, POOLING) if getattr(params, field.name) != field.default]
-        assert changed, f"give {field.name} a value in PARAMS: the frames above then carry it"
+@pytest.mark.parametrize("name", FIELD_NAMES)
+def test_every_sampling_parameter_reaches_the_stages_unchanged(name: str) -> None:
+    params = SamplingParams(**changed(name))
+    request = Request(3, Prompt((5, 6)), params, noise_key=7)
+    frame = decode(as_bytes(encode(0, PlanFrame(Plan(0, (), (request.introduction(),), ()), None))), epoch=0)
+    assert isinstance(frame, PlanFrame)
+    [met] = frame.plan.new_requests
+    assert met.params == params != SamplingParams()
 
 
 @pytest.mark.parametrize("frame", FRAMES)
