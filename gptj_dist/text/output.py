@@ -13,7 +13,8 @@ class TextOutput:
     """Turns the tokens of one completion into text as they come.
 
     Args:
-        stops: strings that end the text; not looked for in the text of the first `min_tokens` tokens.
+        stops: strings that end the text; not looked for in the text of the first `min_tokens` tokens. The names of
+            special tokens can complete one, even where they are left out of the text.
         keeps_stop: what ended the text, a string or a token, is part of it.
         skips_special: special tokens have no text.
 
@@ -29,6 +30,8 @@ class TextOutput:
         keeps_stop: bool = False,
         skips_special: bool = True,
     ) -> None:
+        self._tokenizer = tokenizer
+        self._skips_special = skips_special
         self._detokenizer = Detokenizer(tokenizer, skips_special)
         self._stops = StopStrings(stops, keeps_stop)
         self._min_tokens = min_tokens
@@ -50,7 +53,7 @@ class TextOutput:
             self.num_tokens += 1
             if is_ended_by_token and number == len(token_ids) and not self._keeps_stop:
                 break
-            text, is_stopped = self._watch(self._detokenizer.push([token_id]))
+            text, is_stopped = self._take(token_id)
             released.append(text)
             if is_stopped:
                 return "".join(released), True
@@ -60,5 +63,12 @@ class TextOutput:
         released += [text, "" if is_stopped else self._stops.finish()]
         return "".join(released), is_stopped
 
-    def _watch(self, text: str) -> tuple[str, bool]:
-        return self._stops.push(text) if self.num_tokens > self._min_tokens else (text, False)
+    def _take(self, token_id: int) -> tuple[str, bool]:
+        if self._skips_special and (name := self._tokenizer.special_name(token_id)):
+            return self._watch(name, is_shown=False)
+        return self._watch(self._detokenizer.push([token_id]))
+
+    def _watch(self, text: str, is_shown: bool = True) -> tuple[str, bool]:
+        if self.num_tokens <= self._min_tokens:
+            return text if is_shown else "", False
+        return self._stops.push(text, is_shown)

@@ -69,6 +69,10 @@ class Tokenizer:
         """As `token_bytes`, but a special token adds its name."""
         return self._bytes[id] if id in self._bytes else self._names.get(id, "").encode()
 
+    def special_name(self, id: int) -> str:
+        """The name of a special token; empty for any other."""
+        return "" if id in self._bytes else self._names.get(id, "")
+
     def token_text(self, id: int) -> str:
         """A token on its own, for people: a special one by its name, bytes of no whole character as U+FFFD."""
         return self.token_or_special_bytes(id).decode("utf-8", "replace")

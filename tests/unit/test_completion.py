@@ -163,6 +163,27 @@ def test_a_stop_string_completed_by_the_last_token_is_a_stop(tokenizer: Tokenize
     assert outcome == Outcome("said ", tuple(token_ids), FinishReason.STOP)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("stop", ["<|endoftext|>", "no<|endoftext|>", "<|endoftext|> was", "no was"])
+def test_the_names_of_special_tokens_complete_stop_strings_though_they_are_left_out(
+    tokenizer: Tokenizer, stop: str, keeps: bool
+) -> None:
+    token_ids = [*tokenizer.encode("said no"), 0, *tokenizer.encode(" was so")]
+    params = SamplingParams(stop=(stop,), ignore_eos=True, include_stop_str_in_output=keeps)
+    outcomes = {complete(deltas, tokenizer, params) for deltas in all_cuts(token_ids)}
+    [outcome] = outcomes
+    head = {"<": "said no", "n": "said "}[stop[0]]
+    assert (outcome.text, outcome.finish_reason) == (head + (stop if keeps else ""), FinishReason.STOP)
+
+
+def test_a_special_token_within_min_tokens_completes_no_stop_string(tokenizer: Tokenizer) -> None:
+    token_ids = [0, *tokenizer.encode("said"), 0, *tokenizer.encode("no")]
+    params = SamplingParams(stop=("<|endoftext|>",), min_tokens=1, ignore_eos=True)
+    assert {complete(deltas, tokenizer, params) for deltas in all_cuts(token_ids)} == {
+        Outcome("said", tuple(token_ids[: token_ids.index(0, 1) + 1]), FinishReason.STOP)
+    }
+
+
 def test_closing_the_text_closes_the_deltas(tokenizer: Tokenizer) -> None:
     source = Source(one_by_one(tokenizer.encode(TEXT)[:8]))
 

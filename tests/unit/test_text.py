@@ -264,3 +264,58 @@ class TestStopStrings:
         assert watch.push("one. two") == ("one", True)
         assert watch.push(" three") == ("", True)
         assert watch.finish() == ""
+
+    def test_hidden_pieces_count_and_do_not_count(self) -> None:
+        """Whatever a reader could hold for the text, with the hidden pieces or without, holds no stop string."""
+        rng = random.Random(7)
+        for _ in range(4000):
+            pieces = [
+                ("".join(rng.choices("aab", k=rng.randint(0, 3))), rng.random() < 0.6) for _ in range(rng.randint(0, 9))
+            ]
+            stops = ["".join(rng.choices("aab", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 3))]
+            for keeps in (False, True):
+                watch, released, is_stopped = StopStrings(stops, keeps), "", False
+                for piece, is_shown in pieces:
+                    text, is_stopped = watch.push(piece, is_shown)
+                    released += text
+                expected = hidden_by_the_rule(pieces, stops, keeps)
+                assert (released + watch.finish(), is_stopped) == expected, (pieces, stops, keeps)
+
+    @pytest.mark.parametrize(
+        ("keeps", "expected"),
+        [(False, ["one ", "one ", "one "]), (True, ["one ### End", "one two", "one two ### End"])],
+    )
+    def test_a_hidden_name_completes_a_stop_string(self, keeps: bool, expected: list[str]) -> None:
+        hidden = ("### End", False)
+        texts = [
+            [("one ", True), hidden],
+            [("one tw", True), hidden, ("o", True)],
+            [("one two ", True), hidden],
+        ]
+        for stop, pieces, text in zip(["### End", "two", "two ### End"], texts, expected, strict=True):
+            watch = StopStrings([stop], keeps)
+            results = [watch.push(*piece) for piece in pieces]
+            assert ("".join(text for text, _ in results), results[-1][1]) == (text, True)
+
+    def test_stop_strings_that_nearly_match_cost_a_step_a_character(self) -> None:
+        watch = StopStrings(["a" * 2000 + "b"] * 16)
+        for _ in range(900):
+            assert watch.push("aaaa")[1] is False
+        assert len(watch.finish()) == 2000
+
+
+def hidden_by_the_rule(pieces: list[tuple[str, bool]], stops: list[str], keeps: bool) -> tuple[str, bool]:
+    """By looking at ever longer beginnings of both texts."""
+    chars = [(char, is_shown) for piece, is_shown in pieces for char in piece]
+    for end in range(1, len(chars) + 1):
+        found = []
+        for counts_hidden in (True, False):
+            places = [i for i in range(end) if counts_hidden or chars[i][1]]
+            text = "".join(chars[i][0] for i in places)
+            if places and places[-1] == end - 1:
+                found += [(places[-len(stop)], counts_hidden, stop) for stop in stops if text.endswith(stop)]
+        if found:
+            begin, _, stop = min(found)
+            head = "".join(char for char, is_shown in chars[:begin] if is_shown)
+            return head + (stop if keeps else ""), True
+    return "".join(char for char, is_shown in chars if is_shown), False
