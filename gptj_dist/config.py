@@ -22,6 +22,7 @@ DTYPE_BYTES: Mapping[DTypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 
 BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
+DEFAULT_CHAT_MAX_TOKENS = 512
 GPTJ_EOS_TOKEN_ID = 50256
 GPTJ_ROTARY_DIM = 64
 """What a `config.json` without the field means, as in transformers."""

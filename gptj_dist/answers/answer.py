@@ -75,8 +75,8 @@ class Answer:
                 deltas_of[index].append(delta)
         sampled = [whole(deltas) for deltas in deltas_of]
         of_prompts = [sampled[i : i + request.num_sampled] for i in range(0, len(sampled), request.num_sampled)]
-        if request.num_sampled > request.n:
-            of_prompts = [best(completions, request.n) for completions in of_prompts]
+        if request.num_sampled > request.num_choices:
+            of_prompts = [best(completions, request.num_choices) for completions in of_prompts]
         return self._form.whole([one for completions in of_prompts for one in completions], self.num_tokens)
 
     async def events(self) -> AsyncGenerator[bytes, None]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gptj_dist.answers.completion import TextDelta
 from gptj_dist.answers.error_responses import error_response
-from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.schema.sampling import ChoiceFields
 from gptj_dist.answers.sse import SSE_DONE, sse_frame
 from gptj_dist.json_types import JsonObject
 
@@ -57,7 +57,7 @@ class ChoicesForm:
         num_prompt_tokens: of all prompts; each counts once, whatever n is.
     """
 
-    def __init__(self, request: SamplingFields, head: Head, writers: Sequence[Writer], num_prompt_tokens: int) -> None:
+    def __init__(self, request: ChoiceFields, head: Head, writers: Sequence[Writer], num_prompt_tokens: int) -> None:
         options = request.stream_options
         self._has_usage = options is not None and options.include_usage
         self._has_usage_so_far = options is not None and options.continuous_usage_stats

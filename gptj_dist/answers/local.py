@@ -1,4 +1,4 @@
-"""A model served in this process: what is behind the endpoints, without HTTP and without Ray."""
+"""A model served in this process: the service of answers without HTTP and without Ray."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.service import AnswerService, ServedModel
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
@@ -24,25 +25,29 @@ class EngineSource:
         self._limits = limits
 
     def limits(self) -> EngineLimits:
-        """As `TokenSource` has it."""
+        """The limits of the engine."""
         return self._limits
 
     def streams(
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
-        """As `TokenSource` has it."""
+        """Completions of one prompt, made by the engine."""
         return self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
 
 
 @asynccontextmanager
 async def serve_in_process(
-    config: PipelineConfig, names: tuple[str, ...], chat_template: str | None
+    config: PipelineConfig,
+    names: tuple[str, ...],
+    chat_template: str | None,
+    chat: ChatDefaults = ChatDefaults(),  # noqa: B008  # frozen
 ) -> AsyncIterator[AnswerService]:
     """Loads the model, and answers requests for it while the context lasts.
 
     Args:
         names: what requests may call the model.
         chat_template: Jinja, in place of the checkpoint's.
+        chat: for conversations whose requests leave it out.
 
     Raises:
         ConfigurationError: the settings or the checkpoint will not do.
@@ -50,7 +55,7 @@ async def serve_in_process(
     pipeline, executor = start_local(config)
     limits = pipeline.limits()
     engine = AsyncEngine(pipeline.make_scheduler(), executor, limits)
-    model = ServedModel.load(pipeline.blueprint.config, names, chat_template)
+    model = ServedModel.load(pipeline.blueprint.config, names, chat_template, chat)
     driver = asyncio.create_task(engine.run())
     try:
         yield AnswerService(model, EngineSource(engine, limits))

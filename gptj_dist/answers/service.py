@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 from gptj_dist.answers.answer import Answer, Form
+from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.choices import ChoicesForm, Head
 from gptj_dist.answers.completion import TextDelta, stream_text
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.error_responses import UnknownModelError
 from gptj_dist.answers.moderation import Moderation
+from gptj_dist.answers.responses import ResponseForm
+from gptj_dist.answers.schema.base import naming
 from gptj_dist.answers.schema.chat import ChatRequest, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.source import TokenSource
@@ -53,30 +57,44 @@ class ServedModel:
 
     Args:
         names: what clients call it; the first is what answers say.
+        chat: for conversations whose requests leave it out.
+        max_model_len: the most tokens of prompt and output together, as far as it is known while the model loads.
     """
 
     names: tuple[str, ...]
     tokenizer: Tokenizer
     eos_token_id: int
     chat_template: ChatTemplate | None = None
+    chat: ChatDefaults = ChatDefaults()  # noqa: RUF009  # frozen
+    max_model_len: int | None = None
 
     @classmethod
-    def load(cls, config: PipelineConfig, names: tuple[str, ...], chat_template: str | None) -> Self:
+    def load(
+        cls,
+        config: PipelineConfig,
+        names: tuple[str, ...],
+        chat_template: str | None,
+        chat: ChatDefaults = ChatDefaults(),  # noqa: B008  # frozen
+    ) -> Self:
         """Reads it from the model's files, which have been fetched.
 
         Args:
             names: what clients call it.
             chat_template: Jinja, in place of the checkpoint's.
+            chat: for conversations whose requests leave it out.
 
         Raises:
             CheckpointError: one of them is broken.
         """
         directory = resolve_model(config.model, config.revision)
+        model = read_model_config(directory)
         return cls(
             names=names,
             tokenizer=Tokenizer.load(directory),
-            eos_token_id=read_model_config(directory).eos_token_id,
+            eos_token_id=model.eos_token_id,
             chat_template=load_chat_template(directory, chat_template),
+            chat=chat,
+            max_model_len=config.max_model_len or model.context_length,
         )
 
 
@@ -102,6 +120,8 @@ class AnswerService:
         self._moderation = moderation
         self._on_end = on_end
         self._logs_prompts = logs_prompts
+        self._created = int(time.time())
+        self._chat_stop = () if model.chat_template is None else model.chat.stop_strings(model.chat_template)
 
     async def complete(self, request: CompletionRequest, request_id: str) -> Answer:
         """The answer to a request for completions.
@@ -140,16 +160,31 @@ class AnswerService:
             begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
             continues_last=request.continue_final_message,
         )
-        window = self._source.limits().max_model_len
-        prompt_ids = self.encode(text)
-        wanted = request.most_tokens or 1
-        text, prompt_ids = self._cut(prompt_ids, text, request.truncate_prompt_tokens, wanted)
-        max_tokens = request.most_tokens or max(1, min(window, self._source.limits().kv_tokens) - len(prompt_ids))
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words))
+        room = request.most_tokens or min(self._model.chat.max_tokens, self._source.limits().max_model_len // 2)
+        text, prompt_ids = self._cut(self.encode(text), text, request.truncate_prompt_tokens, room)
+        max_tokens = request.most_tokens or self._answer_tokens(request.min_tokens, len(prompt_ids))
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
         form = ChoicesForm(request, head, writers, len(prompt_ids))
+        return await self._answer(request, request_id, form, [(text, prompt_ids)], params)
+
+    async def respond(self, request: ResponsesRequest, request_id: str) -> Answer:
+        """The answer to a request for a response.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        self.check_model(request.model)
+        if isinstance(request.input, str) and request.instructions is None and self._model.chat_template is None:
+            text = request.input
+        else:
+            text = self.render(request.messages(), {}, begins_answer=True)
+        prompt_ids = self.encode(text)
+        max_tokens = request.max_output_tokens or self._answer_tokens(request.min_tokens, len(prompt_ids))
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
+        form = ResponseForm(request, request_id, self._model.names[0], self._model.tokenizer, len(prompt_ids))
         return await self._answer(request, request_id, form, [(text, prompt_ids)], params)
 
     async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
@@ -163,7 +198,7 @@ class AnswerService:
         prompts = [self._cut(self.encode(prompt), prompt, None, 0) for prompt in request.prompts()]
         if len(prompts) > MAX_CHOICES:
             raise InvalidRequestError(f"{len(prompts)} inputs in one request, at most {MAX_CHOICES} are taken", "input")
-        num_prompt_tokens = await self._accept(request_id, request.user, prompts, params, "input")
+        num_prompt_tokens = await self._accept(request, request_id, prompts, params)
 
         def open_streams() -> list[AsyncGenerator[Delta, None]]:
             return [self._source.streams(prompt_ids, params, 1, request_id)[0] for _, prompt_ids in prompts]
@@ -195,6 +230,17 @@ class AnswerService:
         self._source.limits().check_vocabulary("tokens", request.tokens)
         return {"prompt": self._text_of(request.tokens)}
 
+    def model_card(self, name: str) -> JsonObject:
+        """The model as `GET /v1/models` describes it, under one of its names. Raises UnknownModelError."""
+        self.check_model(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "gptj-dist",
+            "max_model_len": self._model.max_model_len,
+        }
+
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError if the model is not served here."""
         if name is not None and name not in self._model.names:
@@ -223,8 +269,14 @@ class AnswerService:
             continues_last=continues_last,
         )
 
+    def _answer_tokens(self, min_tokens: int, num_prompt_tokens: int) -> int:
+        """The most tokens of an answer whose request does not say."""
+        limits = self._source.limits()
+        num_left = min(limits.max_model_len, limits.kv_tokens) - num_prompt_tokens
+        return max(1, min(num_left, max(self._model.chat.max_tokens, min_tokens)))
+
     def _cut(self, token_ids: list[int], prompt: str | list[int], most: int | None, max_tokens: int) -> EncodedPrompt:
-        """A prompt's text and token ids, cut to what the request wants of it."""
+        """A prompt's text and token ids, cut to the last `most` tokens; -1 leaves room for `max_tokens`."""
         if most == -1:
             most = max(1, self._source.limits().max_model_len - max_tokens)
         if most is not None and len(token_ids) > most:
@@ -249,7 +301,7 @@ class AnswerService:
         prompts: Sequence[EncodedPrompt],
         params: SamplingParams,
     ) -> Answer:
-        num_prompt_tokens = await self._accept(request_id, request.user, prompts, params, "prompt")
+        num_prompt_tokens = await self._accept(request, request_id, prompts, params)
 
         def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
             return [
@@ -262,21 +314,23 @@ class AnswerService:
         return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, self._on_end)
 
     async def _accept(
-        self, request_id: str, user: str | None, prompts: Sequence[EncodedPrompt], params: SamplingParams, field: str
+        self,
+        request: SamplingFields | EmbeddingRequest,
+        request_id: str,
+        prompts: Sequence[EncodedPrompt],
+        params: SamplingParams,
     ) -> int:
-        """Checks prompts against limits and moderation, and logs them; how many tokens they have.
-
-        Args:
-            field: what the request calls its prompts.
+        """Checks prompts against limits and moderation, and logs them. Returns the number of their tokens.
 
         Raises:
             InvalidRequestError, NotReadyError: they cannot be served.
         """
-        limits = self._source.limits()
+        limits, user = self._source.limits(), request.user
         for text, prompt_ids in prompts:
-            limits.check(prompt_ids, params, field)
-            if self._moderation is not None:
-                await self._moderation.check_prompt(text)
+            with naming(request):
+                limits.check(prompt_ids, params)
+                if self._moderation is not None:
+                    await self._moderation.check_prompt(text)
         num_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
         logger.info(
             "request accepted",

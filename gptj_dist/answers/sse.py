@@ -1,4 +1,4 @@
-"""Server-sent events: a JSON value as a frame of bytes. Knows nothing of what the value means."""
+"""Server-sent events: a JSON value as a frame of bytes. Does not know what the value means."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 def sse_frame(payload: object) -> bytes:
     """One event that carries `payload`, a JSON value."""
     return f"data: {_encode(payload)}\n\n".encode("ascii")
+
+
+def sse_event(name: str, payload: object) -> bytes:
+    """One event with a name, an ASCII word."""
+    return f"event: {name}\n".encode("ascii") + sse_frame(payload)

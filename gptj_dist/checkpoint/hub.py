@@ -60,6 +60,11 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     return directory
 
 
+def model_name(model: str) -> str:
+    """What clients call a model that was given no other name: `demo`, a directory's last part, or a whole hub name."""
+    return model if (directory := local_directory(model)) is None or model == DEMO else directory.name
+
+
 def fetch_weights(
     model: str,
     directory: Path,

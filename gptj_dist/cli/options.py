@@ -61,6 +61,18 @@ ServedModelName: TypeAlias = Annotated[
 TemplateFile: TypeAlias = Annotated[
     Path | None, typer.Option(help="Jinja template that makes conversations prompts.", metavar="FILE")
 ]
+ChatMaxTokens: TypeAlias = Annotated[
+    int, typer.Option(help="Most tokens of a chat's answer, where the request sets no limit.", metavar="N")
+]
+ChatStop: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="String that ends a chat's answer, where the request has no stop; again for another, '' for none. By "
+        "default the text by which the chat template begins a user's message.",
+        metavar="STRING",
+        show_default=False,
+    ),
+]
 Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen at.")]
 Port: TypeAlias = Annotated[int, typer.Option(help="Port to listen at.")]
 TraceFile: TypeAlias = Annotated[
@@ -73,6 +85,11 @@ TraceFile: TypeAlias = Annotated[
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 DEFAULT_APP_NAME = "gptj-dist"
+
+
+def parse_chat_stop(given: list[str] | None) -> tuple[str, ...] | None:
+    """The strings of `--chat-stop`; None takes the chat template's."""
+    return None if given is None else tuple(text for text in given if text)
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

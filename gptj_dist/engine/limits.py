@@ -28,20 +28,16 @@ class EngineLimits:
     kv_tokens: int
     num_layers: int
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams, field: str = "prompt") -> None:
-        """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served.
-
-        Args:
-            field: what the request calls its prompt.
-        """
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises InvalidRequestError, or RequestTooLongError, if the request cannot be served."""
         if not prompt_ids:
-            raise InvalidRequestError(f"{field} has no tokens: GPT-J continues a text, so give it at least one", field)
-        self.check_vocabulary(field, prompt_ids)
+            raise InvalidRequestError("prompt has no tokens: GPT-J continues a text, so give it at least one", "prompt")
+        self.check_vocabulary("prompt", prompt_ids)
         if len(prompt_ids) + params.max_tokens > self.max_model_len:
             raise RequestTooLongError(
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {params.max_tokens} together exceed the context "
                 f"window of {self.max_model_len} tokens",
-                "max_tokens" if len(prompt_ids) < self.max_model_len else field,
+                "max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
             )
         for name, token_ids in params.listed_token_ids.items():
             if len(token_ids) > MAX_LISTED_TOKENS:
@@ -61,7 +57,7 @@ class EngineLimits:
 
     def _check_layer(self, layer: int | None) -> None:
         if layer is not None and not 0 <= layer <= self.num_layers:
-            raise InvalidRequestError(f"layer must be from 0 to {self.num_layers}, got {layer}", "layer")
+            raise InvalidRequestError(f"layer must be from 0 to {self.num_layers}, got {excerpt(layer)}", "layer")
 
 
 def check_fits_cache(num_prompt_tokens: int, max_tokens: int, kv_tokens: int) -> None:

@@ -49,7 +49,7 @@ class Ingress:
         self._pipelines = PipelineClient(pipeline)
         moderation = None if config.moderation is None else load_moderation(config.moderation)
         texts = AnswerService(
-            ServedModel.load(config.pipeline, config.model_names, config.chat_template),
+            ServedModel.load(config.pipeline, config.model_names, config.chat_template, config.chat),
             self._pipelines,
             moderation,
             self._metrics.note_end,

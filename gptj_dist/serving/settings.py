@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.moderation import load_moderation
-from gptj_dist.config import PipelineConfig, refuse_unknown_keys
+from gptj_dist.checkpoint.hub import model_name
+from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.logs import LogFormat
 from gptj_dist.serving.keys import ApiKey, read_keys
@@ -25,6 +27,7 @@ class AppConfig:
         pipeline: the settings of each of its pipelines.
         served_model_names: what clients call the model; none takes the model's own name.
         chat_template: Jinja, in place of the checkpoint's.
+        chat: for conversations whose requests leave it out.
         api_keys: those that open it; none leaves it open.
         cors_origins: web pages that browsers may call it from.
         moderation: `module:callable`, see `answers.moderation`.
@@ -39,6 +42,7 @@ class AppConfig:
     pipeline: PipelineConfig
     served_model_names: tuple[str, ...] = ()
     chat_template: str | None = None
+    chat: ChatDefaults = ChatDefaults()  # noqa: RUF009  # frozen
     api_keys: tuple[ApiKey, ...] = ()
     cors_origins: tuple[str, ...] = ()
     moderation: str | None = None
@@ -54,8 +58,8 @@ class AppConfig:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """The names that clients may use; the first is what answers say."""
-        return self.served_model_names or (self.pipeline.model,)
+        """The names that clients may use; responses have the first."""
+        return self.served_model_names or (model_name(self.pipeline.model),)
 
 
 class _Arguments(BaseModel):
@@ -65,6 +69,8 @@ class _Arguments(BaseModel):
 
     served_model_name: list[str] = []
     chat_template: str | None = None
+    chat_max_tokens: int = DEFAULT_CHAT_MAX_TOKENS
+    chat_stop: list[str] | None = None
     api_keys: str | None = None
     cors_origins: list[str] = []
     moderation: str | None = None
@@ -79,7 +85,7 @@ T = TypeVar("T")
 def parse_settings(args: Mapping[str, Any]) -> AppConfig:
     """Reads the `args` of a Serve config: fields of `PipelineConfig`, and of `AppConfig`.
 
-    `served_model_name` is a name or a list of them; `chat_template` and `api_keys` are paths of files, read here.
+    `served_model_name` and `chat_stop` are a string or a list; `chat_template` and `api_keys` are files, read here.
 
     Raises:
         ConfigurationError: an unknown name, with the nearest known one, or a value that will not do.
@@ -90,13 +96,15 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
     if settings.get("kv_cache_gb") == "auto":
         settings["kv_cache_gb"] = None
     others = {name: value for name, value in args.items() if name in own_names}
-    if isinstance(others.get("served_model_name"), str):
-        others["served_model_name"] = [others["served_model_name"]]
+    for name in ("served_model_name", "chat_stop"):
+        if isinstance(others.get(name), str):
+            others[name] = [others[name]]
     own = _validated(TypeAdapter(_Arguments), others)
     return AppConfig(
         _validated(TypeAdapter(PipelineConfig), settings),
         served_model_names=tuple(own.served_model_name),
         chat_template=None if own.chat_template is None else read_template(Path(own.chat_template)),
+        chat=ChatDefaults(own.chat_max_tokens, None if own.chat_stop is None else tuple(own.chat_stop)),
         api_keys=() if own.api_keys is None else read_keys(Path(own.api_keys)),
         cors_origins=tuple(own.cors_origins),
         moderation=own.moderation,

@@ -64,8 +64,28 @@ class ChatTemplate:
                 {**self._special_tokens, **variables, "messages": messages, "add_generation_prompt": begins_answer}
             )
         except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InvalidRequestError(f"the chat template refuses the messages: {error}", "messages") from error
+            raise InvalidRequestError(
+                f"the chat template refuses the messages: {str(error)[:200]}", "messages"
+            ) from error
         return _cut_behind(text, messages[-1]["content"].strip()) if continues_last else text
+
+    def next_message_mark(self) -> str:
+        """The text between an answer and a user's next message, without white space at its end.
+
+        A special token that a line break follows is left out: a base model may go on without it. Empty if there is only
+        white space, or the template refuses such a conversation.
+        """
+        messages = [{"role": role, "content": f"[{i}]"} for i, role in enumerate(("user", "assistant", "user"))]
+        try:
+            text = self.render(messages, {}, begins_answer=False)
+        except InvalidRequestError:
+            return ""
+        _, _, rest = text.partition("[1]")
+        mark, is_found, _ = rest.partition("[2]")
+        for token in self._special_tokens.values():
+            if mark.startswith(f"{token}\n"):
+                mark = mark.removeprefix(token)
+        return mark.rstrip() if is_found else ""
 
 
 def load_chat_template(directory: Path, source: str | None = None) -> ChatTemplate | None:

@@ -11,6 +11,7 @@ import pytest
 from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest
 from gptj_dist.answers.schema.sampling import StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tests.http.field_checks_text import of_stream_options
@@ -99,6 +100,99 @@ def of_continue_final_message(face: Face) -> None:
     begun = {"chat_template_kwargs": {"suffix": " is"}, "prompt": "It", "return_token_ids": True}
     told = choice(face, **begun, continue_final_message=True)
     assert tokenizer().decode(told["prompt_token_ids"]) == "It"
+
+
+def response(face: Face, **fields: Any) -> dict[str, Any]:
+    return post(face, "/v1/responses", **{"input": PROMPT, "max_output_tokens": 12, "temperature": 0} | fields)
+
+
+@check(ResponsesRequest)
+def of_input_(face: Face) -> None:
+    said = [{"role": "user", "content": "The state of"}, {"role": "assistant", "content": " the Union is"}]
+    assert response(face, input=said)["output"][0]["content"] == response(face)["output"][0]["content"]
+    assert response(face, input="Call me")["output"][0]["content"] != response(face)["output"][0]["content"]
+
+
+@check(ResponsesRequest)
+def of_instructions(face: Face) -> None:
+    told = response(face, instructions="Be brief.")
+    assert told["instructions"] == "Be brief."
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    assert told["output"][0]["content"] == response(face, input=system)["output"][0]["content"]
+
+
+@check(ResponsesRequest)
+def of_max_output_tokens(face: Face) -> None:
+    assert response(face, max_output_tokens=5, ignore_eos=True)["usage"]["output_tokens"] == 5
+
+
+@check(ResponsesRequest)
+def of_include(face: Face) -> None:
+    [part] = response(face, include=["message.output_text.logprobs"], ignore_eos=True)["output"][0]["content"]
+    as_text = choice(Face(face.server, CompletionRequest), logprobs=0)["logprobs"]
+    assert [token["logprob"] for token in part["logprobs"]] == as_text["token_logprobs"]
+
+
+@check(ResponsesRequest)
+def of_top_logprobs_(face: Face) -> None:
+    told = response(face, include=["message.output_text.logprobs"], top_logprobs=3)
+    assert {len(token["top_logprobs"]) for token in told["output"][0]["content"][0]["logprobs"]} == {3}
+
+
+@check(ResponsesRequest)
+def of_metadata(face: Face) -> None:
+    assert response(face, metadata={"a": "b"})["metadata"] == {"a": "b"}
+
+
+@check(ResponsesRequest)
+def of_text__(face: Face) -> None:
+    refused = face.server.client.post("/v1/responses", json={"input": "x", "text": {"format": {"type": "json_object"}}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "text.format")
+    assert response(face, text={"format": {"type": "text"}})["text"] == {"format": {"type": "text"}}
+
+
+@check(ResponsesRequest)
+def of_tools_(face: Face) -> None:
+    of_tools(face)
+
+
+@check(ResponsesRequest)
+def of_tool_choice_(face: Face) -> None:
+    of_tool_choice(face)
+
+
+def prompt_tokens(face: Face, **item: Any) -> int:
+    usage = response(face, input=[{"role": "user", "content": "Hello"} | item])["usage"]
+    return int(usage["input_tokens"])
+
+
+@check(InputItem)
+def of_type_(face: Face) -> None:
+    assert prompt_tokens(face, type="message") == prompt_tokens(face)
+    item = {"type": "reasoning", "role": "user", "content": "x"}
+    assert face.server.client.post("/v1/responses", json={"input": [item]}).status_code == 400
+
+
+@check(InputItem)
+def of_role_(face: Face) -> None:
+    assert prompt_tokens(face, role="system") == len(tokenizer().encode("(Hello) "))
+
+
+@check(InputItem)
+def of_content_(face: Face) -> None:
+    parts = [{"type": "input_text", "text": "Hel"}, {"type": "output_text", "text": "lo and more"}]
+    assert prompt_tokens(face, content=parts) == len(tokenizer().encode("Hello and more"))
+
+
+@check(InputPart)
+def of_type__(face: Face) -> None:
+    item = {"role": "user", "content": [{"type": "input_image", "text": "x"}]}
+    assert face.server.client.post("/v1/responses", json={"input": [item]}).status_code == 400
+
+
+@check(InputPart)
+def of_text_(face: Face) -> None:
+    of_content_(face)
 
 
 @check(Message)

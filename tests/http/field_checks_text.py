@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
-from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.schema.sampling import ChoiceFields, SamplingFields
 from tests.http.fields import (
     BATCH_SIZE,
     PROMPT,
@@ -17,6 +17,7 @@ from tests.http.fields import (
     complete,
     events,
     ids,
+    text_of,
     tokenizer,
 )
 from tests.waiting import wait_until
@@ -66,7 +67,7 @@ def of_min_p(face: Face) -> None:
     assert ids(face, temperature=3.0, min_p=1.0) == ids(face)
 
 
-@check(SamplingFields)
+@check(ChoiceFields)
 def of_n(face: Face) -> None:
     choices = complete(face, **{"temperature": 1.5, "n": 3})["choices"]
     assert [entry["index"] for entry in choices] == [0, 1, 2]
@@ -208,7 +209,7 @@ def of_echo(face: Face) -> None:
     assert "".join(event["choices"][0]["text"] for event in streamed) == echoed["text"]
 
 
-@check(SamplingFields)
+@check(ChoiceFields)
 def of_return_token_ids(face: Face) -> None:
     told = choice(face, return_token_ids=True)
     assert told["prompt_token_ids"] == tokenizer().encode(PROMPT)
@@ -216,7 +217,7 @@ def of_return_token_ids(face: Face) -> None:
     assert "token_ids" not in choice(face)
 
 
-@check(SamplingFields)
+@check(ChoiceFields)
 def of_return_tokens_as_token_ids(face: Face) -> None:
     asked = (
         {"return_token_ids": True, "logprobs": True, "top_logprobs": 3} if face.body is ChatRequest else {"logprobs": 3}
@@ -236,7 +237,7 @@ def of_return_tokens_as_token_ids(face: Face) -> None:
         assert all(name.startswith("token_id:") for name in named)
 
 
-@check(SamplingFields)
+@check(ChoiceFields)
 def of_truncate_prompt_tokens(face: Face) -> None:
     last = tokenizer().encode(PROMPT)[-2:]
     cut = choice(face, truncate_prompt_tokens=2, return_token_ids=True)
@@ -247,12 +248,10 @@ def of_truncate_prompt_tokens(face: Face) -> None:
 
 @check(SamplingFields)
 def of_stream(face: Face) -> None:
-    pieces = [event["choices"][0] for event in events(face)]
-    texts = [piece["text"] if "text" in piece else piece["delta"]["content"] for piece in pieces]
-    assert "".join(texts) == choice(face)["text"]
+    assert "".join(text_of(event) for event in events(face)) == choice(face)["text"]
 
 
-@check(SamplingFields)
+@check(ChoiceFields)
 def of_stream_options(face: Face) -> None:
     *_, last = events(face, stream_options={"include_usage": True})
     assert last["usage"]["completion_tokens"] == 12
@@ -269,7 +268,8 @@ def of_priority(face: Face) -> None:
         return int(pipeline["num_waiting"])
 
     with ThreadPoolExecutor(3) as threads:
-        working = threads.submit(lambda: complete(face, n=3 * BATCH_SIZE, max_tokens=100, temperature=1, priority=5))
+        many = Face(face.server, CompletionRequest)
+        working = threads.submit(lambda: complete(many, n=3 * BATCH_SIZE, max_tokens=100, temperature=1, priority=5))
         wait_until(lambda: num_waiting() == 2 * BATCH_SIZE, "there is a queue")
         last = threads.submit(ended_s, 6)
         wait_until(lambda: num_waiting() == 2 * BATCH_SIZE + 1, "the last one waits")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpx
 
 from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.chat import ChatRequest
+from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.http.server import Server
 from tests.http.test_completions import stream_events
@@ -20,21 +23,27 @@ GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
 @dataclass(frozen=True)
 class Face:
-    """An endpoint that continues texts; with the template of this test, chat and completions give the same."""
+    """An endpoint that continues texts; with the template of this test, all of them give the same."""
 
     server: Server
     body: type[Body]
 
     @property
     def path(self) -> str:
-        return "/v1/chat/completions" if self.body is ChatRequest else "/v1/completions"
+        paths = {ChatRequest: "/v1/chat/completions", ResponsesRequest: "/v1/responses"}
+        return paths.get(self.body, "/v1/completions")
 
     def fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         fields = GREEDY | {"prompt": PROMPT} | fields
-        if self.body is not ChatRequest:
-            return fields
-        prompt = fields.pop("prompt")
-        return {"messages": [{"role": "user", "content": prompt}]} | fields
+        if self.body is ChatRequest:
+            prompt = fields.pop("prompt")
+            return {"messages": [{"role": "user", "content": prompt}]} | fields
+        if self.body is ResponsesRequest:
+            if fields.pop("return_token_ids", False):
+                fields["include"] = ["message.output_text.logprobs"]
+            names = {"prompt": "input", "max_tokens": "max_output_tokens"}
+            return {names.get(name, name): value for name, value in fields.items()}
+        return fields
 
     def post(self, **fields: Any) -> httpx.Response:
         return self.server.client.post(self.path, json=self.fields(fields))
@@ -66,10 +75,36 @@ def complete(face: Face, **fields: Any) -> dict[str, Any]:
     response = face.post(**fields)
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
+    if face.body is ResponsesRequest:
+        return as_completion(body)
     for entry in body["choices"]:
         if "message" in entry:
             entry["text"] = entry.pop("message")["content"]
     return body
+
+
+def as_completion(response: dict[str, Any]) -> dict[str, Any]:
+    """A response as a completion would be."""
+    [part] = response["output"][0]["content"]
+    reason = "length" if response["incomplete_details"] else "stop"
+    token_ids = [id_of_bytes()[bytes(token["bytes"])] for token in part["logprobs"]]
+    entry = {"text": part["text"], "finish_reason": reason, "token_ids": token_ids}
+    usage = {"completion_tokens": response["usage"]["output_tokens"]}
+    return {"model": response["model"], "choices": [entry], "usage": usage}
+
+
+@cache
+def id_of_bytes() -> dict[bytes, int]:
+    """The demo's tokens by their bytes."""
+    return {tokenizer().token_or_special_bytes(id): id for id in range(tokenizer().num_entries)}
+
+
+def text_of(event: dict[str, Any]) -> str:
+    """The new text of an event."""
+    if "choices" not in event:
+        return str(event["delta"]) if event["type"] == "response.output_text.delta" else ""
+    [entry] = event["choices"]
+    return str(entry["text"] if "text" in entry else entry["delta"]["content"])
 
 
 def choice(face: Face, **fields: Any) -> dict[str, Any]:
@@ -91,7 +126,10 @@ def tokenizer() -> Tokenizer:
 def events(face: Face, **fields: Any) -> list[dict[str, Any]]:
     body = face.fields({"stream": True} | fields)
     with face.server.client.stream("POST", face.path, json=body) as response:
-        return stream_events(list(response.iter_lines()))
+        lines = list(response.iter_lines())
+    if face.body is ResponsesRequest:
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    return stream_events(lines)
 
 
 def prompt_of(face: Face, message: dict[str, Any]) -> str:

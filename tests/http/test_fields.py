@@ -11,7 +11,8 @@ from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
-from gptj_dist.answers.schema.sampling import SamplingFields, StreamOptions
+from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest, TextOptions
+from gptj_dist.answers.schema.sampling import ChoiceFields, SamplingFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tests.http import field_checks_others, field_checks_text
 from tests.http.fields import BATCH_SIZE, Face, checks_of
@@ -27,11 +28,15 @@ TEMPLATE = (
 BODIES = (
     CompletionRequest,
     ChatRequest,
+    ResponsesRequest,
     EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,
     Message,
     TextPart,
+    InputItem,
+    InputPart,
+    TextOptions,
     StreamOptions,
 )
 
@@ -52,7 +57,7 @@ def test_the_field_has_its_effect(server: Server, body: type[Body], field: str) 
 
 
 def test_no_body_is_forgotten() -> None:
-    assert set(BODIES) == set(subclasses(Body)) - {SamplingFields}
+    assert set(BODIES) == set(subclasses(Body)) - {SamplingFields, ChoiceFields}
 
 
 def subclasses(body: type[Body]) -> list[type[Body]]:

@@ -249,6 +249,41 @@ def test_the_asynchronous_client_gets_the_same(server: Server, client: openai.Op
         assert texts[seed].choices == client.completions.create(prompt=PROMPT, **asked(seed)).choices
 
 
+# Responses
+
+
+def test_a_streamed_response_is_the_one_that_is_not_streamed(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo", "input": "How is the Union?", "max_output_tokens": 16, "temperature": 0}
+    whole = client.responses.create(**asked, instructions="Be brief.")
+    events = list(client.responses.create(**asked, instructions="Be brief.", stream=True))
+    final = events[-1].response
+    assert events[0].type == "response.created"
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert (final.output_text, final.status, final.usage) == (whole.output_text, whole.status, whole.usage)
+    prompt = "system: Be brief.\nuser: How is the Union?\nassistant:"
+    as_text = client.completions.create(model="demo", prompt=prompt, max_tokens=16, temperature=0, stop="\nuser:")
+    assert as_text.choices[0].text == whole.output_text
+
+
+def test_the_clients_own_accumulation_of_a_response_gives_the_whole(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo", "input": "How is the Union?", "max_output_tokens": 8, "temperature": 0}
+    text = client.responses.create(**asked).output_text
+    ended = asked | {"extra_body": {"stop": text[8:10]}}  # that client takes the end of max_output_tokens for an error
+    with client.responses.stream(**ended) as stream:
+        assert stream.get_final_response().output_text == text[: text.index(text[8:10])]
+
+
+def test_a_conversation_of_responses_goes_on_without_the_server_remembering_it(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo", "max_output_tokens": 8, "temperature": 0, "store": False}
+    question: Any = {"role": "user", "content": "How is the Union?"}
+    first = client.responses.create(input=[question], **asked)
+    followed: Any = [question, *first.model_dump()["output"], {"role": "user", "content": "Why?"}]
+    assert client.responses.create(input=followed, **asked).output_text
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(input="Why?", previous_response_id=first.id, **asked)
+    assert caught.value.param == "previous_response_id"
+
+
 # Errors
 
 

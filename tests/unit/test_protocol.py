@@ -25,7 +25,7 @@ from gptj_dist.answers.schema.base import Body, parse_body
 from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
-from gptj_dist.answers.schema.sampling import SAME_IN_PARAMS, SamplingFields, StreamOptions
+from gptj_dist.answers.schema.sampling import SAME_IN_PARAMS, ChoiceFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest
 from gptj_dist.answers.sse import SSE_DONE, sse_frame
 from gptj_dist.errors import (
@@ -177,7 +177,7 @@ class TestRequests:
     def test_a_field_that_is_left_out_has_the_default_of_sampling_params(self) -> None:
         defaults = SamplingParams()
         for name in SAME_IN_PARAMS:
-            declared = SamplingFields.model_fields[name].default
+            declared = ChoiceFields.model_fields[name].default
             assert (tuple(declared) if isinstance(declared, list) else declared) == getattr(defaults, name)
 
     @pytest.mark.parametrize(("stop", "expected"), [("\n", ("\n",)), (["a", "b"], ("a", "b")), ([], ()), (None, ())])

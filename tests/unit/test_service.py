@@ -14,6 +14,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.error_responses import UnknownModelError
 from gptj_dist.answers.moderation import ContentRefusedError, Moderation, Role
 from gptj_dist.answers.schema.base import Body, parse_body
@@ -22,6 +23,7 @@ from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.service import AnswerService, ServedModel
 from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
@@ -258,11 +260,55 @@ class TestChat:
         chat(script, max_tokens=8, **fields)
         assert TOKENIZER.decode(script.asked[0][0]) == prompt
 
-    def test_without_a_limit_an_answer_may_fill_the_window(self) -> None:
+    @staticmethod
+    def asked(defaults: ChatDefaults, **fields: Any) -> tuple[tuple[int, ...], SamplingParams]:
+        """The prompt and the parameters that a conversation comes to, at a server with such defaults."""
         script = Script()
-        chat(script)
-        ((prompt_ids, params),) = script.asked
+        texts = AnswerService(ServedModel(("demo",), TOKENIZER, EOS, TEMPLATE, defaults), script)
+
+        async def run() -> None:
+            await (await texts.chat(chat_request(**fields), "7")).whole()
+
+        asyncio.run(run())
+        [asked] = script.asked
+        return asked
+
+    def test_without_a_limit_an_answer_ends_at_the_servers_or_where_the_window_does(self) -> None:
+        assert self.asked(ChatDefaults(max_tokens=9))[1].max_tokens == 9
+        prompt_ids, params = self.asked(ChatDefaults(max_tokens=10_000))
         assert len(prompt_ids) + params.max_tokens == LIMITS.max_model_len
+        assert self.asked(ChatDefaults(max_tokens=9), min_tokens=12)[1].max_tokens == 12
+        assert self.asked(ChatDefaults(max_tokens=9), max_tokens=20)[1].max_tokens == 20
+        assert self.asked(ChatDefaults(max_tokens=9), max_completion_tokens=20)[1].max_tokens == 20
+
+    def test_without_stop_strings_an_answer_ends_where_the_user_would_speak(self) -> None:
+        assert self.asked(ChatDefaults())[1].stop == ("\nuser:",)
+        assert self.asked(ChatDefaults(), stop=None)[1].stop == ("\nuser:",)
+        assert self.asked(ChatDefaults(stop=("###", "\n\n")))[1].stop == ("###", "\n\n")
+        assert self.asked(ChatDefaults(stop=()))[1].stop == ()
+        assert self.asked(ChatDefaults(), stop="x")[1].stop == ("x",)
+        assert self.asked(ChatDefaults(), stop=[])[1].stop == ()
+
+    def test_a_cut_prompt_leaves_room_for_an_answer_of_no_stated_length(self) -> None:
+        long = {"messages": [{"role": "user", "content": "word " * 200}], "truncate_prompt_tokens": -1}
+        prompt_ids, params = self.asked(ChatDefaults(max_tokens=9), **long)
+        assert (len(prompt_ids), params.max_tokens) == (LIMITS.max_model_len - 9, 9)
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"messages": [{"role": "user", "content": "word " * 200}]}, "messages"),
+            ({"max_tokens": 64}, "max_tokens"),
+            ({"max_completion_tokens": 64}, "max_completion_tokens"),
+            ({"max_tokens": 10**4000}, "max_tokens"),
+        ],
+    )
+    def test_what_does_not_fit_is_named_as_it_was_sent(self, fields: dict[str, Any], param: str) -> None:
+        with pytest.raises(InvalidRequestError) as raised:
+            self.asked(ChatDefaults(), **fields)
+        assert raised.value.param == param
+        assert len(str(raised.value)) < 200
+        assert param in str(raised.value) or param == "messages"
 
     def test_a_model_without_a_template_says_how_to_give_one(self) -> None:
         texts = AnswerService(ServedModel(("demo",), TOKENIZER, EOS), Script())
@@ -280,7 +326,7 @@ class TestChat:
             ),
             ({"max_tokens": 0}, "max_tokens"),
             ({"max_completion_tokens": 0}, "max_completion_tokens"),
-            ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+            ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
             ({"top_logprobs": 1}, "top_logprobs"),
             ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
             ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
@@ -292,6 +338,22 @@ class TestChat:
         with pytest.raises(InvalidRequestError) as raised:
             chat_request(**fields)
         assert raised.value.param == param
+
+
+class TestModelCard:
+    def test_it_has_the_context_window_under_every_name(self) -> None:
+        model = ServedModel(("demo", "alias"), TOKENIZER, EOS, max_model_len=64)
+        texts = AnswerService(model, Script())
+        for name in model.names:
+            card = texts.model_card(name)
+            assert (card["id"], card["object"], card["max_model_len"]) == (name, "model", 64)
+        with pytest.raises(UnknownModelError):
+            texts.model_card("gpt-4")
+
+    def test_it_is_that_of_the_settings_or_of_the_model(self) -> None:
+        for setting, expected in ((None, 1024), (256, 256)):
+            config = PipelineConfig("demo", max_model_len=setting)
+            assert ServedModel.load(config, ("demo",), None).max_model_len == expected
 
 
 class TestTelling:

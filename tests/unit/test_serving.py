@@ -6,10 +6,12 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.merge import merge
 from gptj_dist.config import LayerRange
 from gptj_dist.errors import ConfigurationError
@@ -26,6 +28,26 @@ def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
     assert parse_settings({"model": "demo"}).model_names == ("demo",)
 
 
+def test_a_directory_is_called_by_its_last_part_and_a_hub_model_by_its_whole_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "x" / "my-gptj"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    monkeypatch.chdir(directory)
+    for model in (str(directory), f"{directory}/", "../my-gptj", "."):
+        assert parse_settings({"model": model}).model_names == ("my-gptj",)
+    assert parse_settings({"model": "EleutherAI/gpt-j-6b"}).model_names == ("EleutherAI/gpt-j-6b",)
+    assert parse_settings({"model": str(directory), "served_model_name": ["a", "b"]}).model_names == ("a", "b")
+
+
+def test_defaults_of_chats_are_settings() -> None:
+    assert parse_settings({"model": "demo"}).chat == ChatDefaults(512, None)
+    given = {"model": "demo", "chat_max_tokens": 64, "chat_stop": "###"}
+    assert parse_settings(given).chat == ChatDefaults(64, ("###",))
+    assert parse_settings({"model": "demo", "chat_stop": []}).chat.stop == ()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -36,6 +58,9 @@ def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
         ({"model": "demo", "served_model_name": 5}, "served_model_name: Input should be a valid list, got 5"),
         ({"model": "demo", "log_format": "xml"}, "log_format: Input should be 'text' or 'json', got 'xml'"),
         ({"model": "demo", "log_prompts": "yes"}, "log_prompts: Input should be a valid boolean"),
+        ({"model": "demo", "chat_max_tokens": 0}, "chat_max_tokens must be at least 1"),
+        ({"model": "demo", "chat_stop": [""]}, "chat_stop must not hold an empty string"),
+        ({"model": "demo", "chat_stop": ["x"] * 17}, "chat_stop takes at most 16"),
         ({"stages": 2}, "model"),
     ],
 )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
@@ -96,6 +98,10 @@ class Body(BaseModel):
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
 
+    def own_names(self) -> Mapping[str, str]:
+        """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
+        return {}
+
     @model_validator(mode="before")
     @classmethod
     def _served_fields(cls, given: Any) -> Any:
@@ -128,9 +134,11 @@ B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
 
-def is_neutral(value: object, default: object) -> bool:
-    """Whether a value asks for nothing: null, false, empty, zero, or what the field is when it is left out."""
-    return not value or (value == default and isinstance(value, bool) == isinstance(default, bool))
+def is_neutral(value: object, default: object = None) -> bool:
+    """Whether a value asks for nothing: null, false, empty, zero, an object of these, or the field's default."""
+    if not value or (value == default and isinstance(value, bool) == isinstance(default, bool)):
+        return True
+    return isinstance(value, dict) and all(map(is_neutral, value.values()))
 
 
 def refused_field(name: str, reason: str) -> PydanticCustomError:
@@ -172,8 +180,21 @@ def parse_body(body: bytes, kind: type[B]) -> B:
         request = kind.model_validate(_json_object(body))
     except ValidationError as error:
         raise _first_problem(error) from None
-    request.check()
+    with naming(request):
+        request.check()
     return request
+
+
+@contextmanager
+def naming(request: Body) -> Iterator[None]:
+    """Lets errors about `SamplingParams` and the prompt name fields as the request calls them."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        param, own = error.param, request.own_names().get(error.param or "")
+        if own is None:
+            raise
+        raise type(error)(re.sub(rf"\b{param}\b(?!')", own, str(error)), own) from None
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import model_validator
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, refused_field, text_or_list
-from gptj_dist.answers.schema.sampling import BadWords, SamplingFields
+from gptj_dist.answers.schema.sampling import BadWords, ChoiceFields
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.params import MAX_LOGPROBS, SamplingParams
 
@@ -65,12 +66,28 @@ class Message(Body):
 Messages: TypeAlias = Annotated[list[Message], NON_EMPTY]
 
 
-class ChatRequest(SamplingFields):
+ToolChoice: TypeAlias = Literal["none", "auto"]
+
+
+def check_tools(tools: Sequence[Any], choice: ToolChoice) -> None:
+    """Raises InvalidRequestError if the model is to call tools."""
+    if tools and choice != "none":
+        raise InvalidRequestError("tools are not supported: leave them out, or let tool_choice be 'none'", "tools")
+
+
+def check_top_logprobs(number: int) -> None:
+    """Raises InvalidRequestError if that number of log probabilities of a token cannot be returned."""
+    if not 0 <= number <= MAX_LOGPROBS:
+        message = f"top_logprobs must be from 0 to {MAX_LOGPROBS}, got {excerpt(number)}"
+        raise InvalidRequestError(message, "top_logprobs")
+
+
+class ChatRequest(ChoiceFields):
     """A conversation to be continued.
 
     Args:
         messages: the conversation so far, one message or more.
-        max_tokens: the most tokens to generate; null takes what the context window leaves.
+        max_tokens: the most tokens to generate; null leaves it to the server's `--chat-max-tokens`.
         max_completion_tokens: OpenAI's newer name for it.
         logprobs: return each token's log probability.
         top_logprobs: and that of this number of the likeliest tokens, 0 to 20.
@@ -90,44 +107,50 @@ class ChatRequest(SamplingFields):
     top_logprobs: Integer | None = None
     prompt_logprobs: None = None
     tools: list[Any] = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: ToolChoice = "auto"
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
 
     @property
     def most_tokens(self) -> int | None:
-        """The most tokens to generate, under either name; None leaves it to the context window."""
+        """The most tokens to generate, under either name; None leaves it to the server."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling_params(self, max_tokens: int, bad_words: BadWords = ()) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int, bad_words: BadWords = (), default_stop: Sequence[str] = ()
+    ) -> SamplingParams:
         """How the answer is to be sampled.
 
         Args:
-            max_tokens: `most_tokens`, or what the context window leaves.
+            max_tokens: `most_tokens`, or the server's default.
             bad_words: their tokens.
+            default_stop: for a request without `stop`.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(bad_words, max_tokens=max_tokens, logprobs=logprobs)
+        return self._sampling_params(bad_words, default_stop, max_tokens=max_tokens, logprobs=logprobs)
+
+    def own_names(self) -> Mapping[str, str]:
+        """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"prompt": "messages", "max_tokens": limit}
 
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
         super().check()
-        if self.tools and self.tool_choice != "none":
-            raise InvalidRequestError("tools are not supported: leave them out, or let tool_choice be 'none'", "tools")
+        check_tools(self.tools, self.tool_choice)
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise InvalidRequestError("max_tokens and max_completion_tokens contradict each other", "max_tokens")
+            raise InvalidRequestError(
+                "max_tokens and max_completion_tokens contradict each other", "max_completion_tokens"
+            )
         if self.most_tokens is not None and self.most_tokens < 1:
-            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-            raise InvalidRequestError(f"{name} must be at least 1, got {excerpt(self.most_tokens)}", name)
+            raise InvalidRequestError(f"max_tokens must be at least 1, got {excerpt(self.most_tokens)}", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs may be given only when logprobs is true", "top_logprobs")
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            got = excerpt(self.top_logprobs)
-            raise InvalidRequestError(f"top_logprobs must be from 0 to {MAX_LOGPROBS}, got {got}", "top_logprobs")
+        check_top_logprobs(self.top_logprobs or 0)
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt contradict each other", "continue_final_message"

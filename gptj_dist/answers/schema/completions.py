@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, TypeAlias
 
 from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, Integer, TokenIds, one_of
-from gptj_dist.answers.schema.sampling import BadWords, SamplingFields
+from gptj_dist.answers.schema.sampling import BadWords, ChoiceFields
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
@@ -15,7 +15,7 @@ PromptField: TypeAlias = Annotated[
 MAX_BEST_OF = 128
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(ChoiceFields):
     """A text to be continued, or several.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from gptj_dist.answers.schema.base import Body, Integer
@@ -10,7 +11,7 @@ from gptj_dist.params import Pooling, SamplingParams
 
 
 class EmbeddingRequest(Body):
-    """Texts whose hidden states are wanted.
+    """Texts of which vectors are computed, from the model's hidden states.
 
     Args:
         model: one of the names in `GET /v1/models`; null takes the model that there is.
@@ -50,8 +51,12 @@ class EmbeddingRequest(Body):
         return list_prompts(self.input)
 
     def sampling_params(self) -> SamplingParams:
-        """What an engine is asked for. Raises InvalidRequestError if a value is out of its range."""
+        """What the engine computes. Raises InvalidRequestError if a value is out of its range."""
         return SamplingParams(max_tokens=0, pooling=Pooling(self.pooling, self.layer), priority=self.priority)
+
+    def own_names(self) -> Mapping[str, str]:
+        """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
+        return {"prompt": "input"}
 
     def check(self) -> None:
         """Raises InvalidRequestError if a value is out of its range."""

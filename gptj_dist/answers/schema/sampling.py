@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, TypeAlias
 
@@ -98,18 +99,14 @@ class StreamOptions(Body):
 
 
 class SamplingFields(Body):
-    """The fields of completions and of chat; names and meanings are those of `SamplingParams` where it has them.
+    """The fields of all bodies that ask for text; names and meanings are those of `SamplingParams` where it has them.
 
     Args:
         model: one of the names in `GET /v1/models`; null takes the model that there is.
         stream: send the text as it is made, as server-sent events.
-        stream_options: only with `stream`.
         user: goes to the log and changes nothing, as at OpenAI.
         bad_words: texts that are not generated, at the beginning of a text and within it.
         logit_bias: token ids, as strings, and numbers from -100 to 100 that are added to their logits.
-        truncate_prompt_tokens: keep this number of the prompt's last tokens; -1 keeps as many as fit beside the output.
-        return_token_ids: return the ids of prompt and output with each choice.
-        return_tokens_as_token_ids: name tokens in log probabilities by their ids, such as `token_id:198`.
         timeout_s: seconds, more than 0, after which the request is given up and answered with an error.
     """
 
@@ -123,9 +120,7 @@ class SamplingFields(Body):
     min_p: float = 0.0
     seed: Integer | None = None
     stop: Stop = []
-    n: Integer = 1
     stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = None
     ignore_eos: bool = False
     min_tokens: Integer = 0
@@ -138,46 +133,75 @@ class SamplingFields(Body):
     bad_words: Strings = []
     allowed_token_ids: Ids | None = None
     skip_special_tokens: bool = True
-    truncate_prompt_tokens: Integer | None = None
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
     timeout_s: float | None = None
     priority: Integer = 0
 
     @property
+    def num_choices(self) -> int:
+        """Completions of each prompt that are returned."""
+        return 1
+
+    @property
     def num_sampled(self) -> int:
         """Completions of each prompt that are computed."""
-        return self.n
+        return self.num_choices
 
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError("stream_options may be given only when stream is true", "stream_options")
-        if self.truncate_prompt_tokens is not None and (
-            self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0
-        ):
-            raise InvalidRequestError("truncate_prompt_tokens must be at least 1, or -1", "truncate_prompt_tokens")
         if not all(word.strip() for word in self.bad_words):
             raise InvalidRequestError("bad_words must not hold an empty word", "bad_words")
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequestError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:.0f}", "timeout_s")
 
-    def _sampling_params(self, bad_words: BadWords, **others: Any) -> SamplingParams:
+    def _sampling_params(self, bad_words: BadWords, default_stop: Sequence[str] = (), **others: Any) -> SamplingParams:
         """The parameters that the request sets. A field that it leaves out has the default of `SamplingParams`.
 
         Args:
             bad_words: their tokens.
+            default_stop: for a request without `stop`.
             others: parameters that the body calls by another name.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
         logit_bias = tuple((_token_id(text), bias) for text, bias in self.logit_bias.items())
-        given = self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True)
+        given = {"stop": default_stop} | self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True)
         return SamplingParams(**given, logit_bias=logit_bias, bad_words=bad_words, **others)
 
 
-SAME_IN_PARAMS = {field.name for field in fields(SamplingParams)} & SamplingFields.model_fields.keys() - {
+class ChoiceFields(SamplingFields):
+    """The fields of completions and of chat, which answer with choices.
+
+    Args:
+        stream_options: only with `stream`.
+        truncate_prompt_tokens: keep this number of the prompt's last tokens; -1 keeps as many as fit beside the output.
+        return_token_ids: return the ids of prompt and output with each choice.
+        return_tokens_as_token_ids: name tokens in log probabilities by their ids, such as `token_id:198`.
+    """
+
+    n: Integer = 1
+    stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Integer | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+
+    @property
+    def num_choices(self) -> int:
+        """Completions of each prompt that are returned."""
+        return self.n
+
+    def check(self) -> None:
+        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options may be given only when stream is true", "stream_options")
+        if self.truncate_prompt_tokens is not None and (
+            self.truncate_prompt_tokens < -1 or self.truncate_prompt_tokens == 0
+        ):
+            raise InvalidRequestError("truncate_prompt_tokens must be at least 1, or -1", "truncate_prompt_tokens")
+
+
+SAME_IN_PARAMS = {field.name for field in fields(SamplingParams)} & ChoiceFields.model_fields.keys() - {
     "bad_words",
     "logit_bias",
 }

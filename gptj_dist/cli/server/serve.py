@@ -14,15 +14,18 @@ from gptj_dist.cli.options import (
     DEFAULT_APP_NAME,
     DEFAULT_HOST,
     DEFAULT_PORT,
+    ChatMaxTokens,
+    ChatStop,
     Host,
     Model,
     Port,
     ServedModelName,
     TemplateFile,
     TraceFile,
+    parse_chat_stop,
 )
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
-from gptj_dist.config import PipelineConfig
+from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.logs import LogFormat
 
@@ -53,6 +56,8 @@ def serve(
         list[str] | None, typer.Option(help="Web page that browsers may call from; again for another.")
     ] = None,
     chat_template: TemplateFile = None,
+    chat_max_tokens: ChatMaxTokens = DEFAULT_CHAT_MAX_TOKENS,
+    chat_stop: ChatStop = None,
     moderation: Annotated[
         str | None, typer.Option(metavar="MODULE:CALLABLE", help="Asked whether prompts and answers may pass.")
     ] = None,
@@ -72,6 +77,7 @@ def serve(
 
     check_trace_path(trace)
     config = draw_blueprint(PipelineConfig(model, **settings)).config  # what is wrong with it is said before Ray starts
+    from gptj_dist.answers.chat_defaults import ChatDefaults
     from gptj_dist.operate.launcher import Launch, run_until_interrupted
     from gptj_dist.serving.http.listener import Address
     from gptj_dist.serving.settings import AppConfig
@@ -83,6 +89,7 @@ def serve(
         config,
         served_model_names=tuple(served_model_name or ()),
         chat_template=None if chat_template is None else read_template(chat_template),
+        chat=ChatDefaults(chat_max_tokens, parse_chat_stop(chat_stop)),
         api_keys=keys,
         cors_origins=tuple(cors_origin or ()),
         moderation=moderation,

@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.cli.options import PIPELINE_PANEL, ServedModelName, TemplateFile
+from gptj_dist.cli.options import (
+    PIPELINE_PANEL,
+    ChatMaxTokens,
+    ChatStop,
+    ServedModelName,
+    TemplateFile,
+    parse_chat_stop,
+)
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.cli.request_options import DEFAULT_TIMEOUT_S, DEFAULT_URL, KeyOption, ServerUrl, Timeout
 from gptj_dist.cli.streams import complain
-from gptj_dist.config import PipelineConfig
+from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig
 from gptj_dist.errors import ConfigurationError, GPTJDistError
 
 if TYPE_CHECKING:
+    from gptj_dist.answers.chat_defaults import ChatDefaults
     from gptj_dist.cli.progress import Display
     from gptj_dist.cli.text.batch_answers import AnswerFile, BatchAnswer
     from gptj_dist.cli.text.batch_requests import RequestFile
@@ -34,7 +42,7 @@ LOCAL_SETTINGS = tuple(
 )
 """Settings with an effect without Ray and without other clients."""
 
-LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template")
+LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template", "chat_max_tokens", "chat_stop")
 
 
 @takes_settings(*LOCAL_SETTINGS)
@@ -68,6 +76,8 @@ def batch(
     ] = None,
     served_model_name: ServedModelName = None,
     chat_template: TemplateFile = None,
+    chat_max_tokens: ChatMaxTokens = DEFAULT_CHAT_MAX_TOKENS,
+    chat_stop: ChatStop = None,
     *,
     settings: Settings,
 ) -> None:
@@ -86,7 +96,10 @@ def batch(
         answerer = _by_server(url, api_key, timeout, concurrency)
     else:
         _refuse_options(context, SERVER_OPTIONS, "is for a server, but --model answers the requests in this process")
-        answerer = _by_model(PipelineConfig(model, **settings), served_model_name, chat_template)
+        from gptj_dist.answers.chat_defaults import ChatDefaults
+
+        chat = ChatDefaults(chat_max_tokens, parse_chat_stop(chat_stop))
+        answerer = _by_model(PipelineConfig(model, **settings), served_model_name, chat_template, chat)
     with RequestFile(requests) as asked:
         expected = asked.check()
         with AnswerFile(answers, expected) as file:
@@ -118,11 +131,11 @@ def _by_server(
 
 
 def _by_model(
-    config: PipelineConfig, names: list[str] | None, chat_template: Path | None
+    config: PipelineConfig, names: list[str] | None, chat_template: Path | None, chat: ChatDefaults
 ) -> AbstractAsyncContextManager[Answerer]:
     from gptj_dist.cli.text.batch_local import answering_here
 
-    return answering_here(config, tuple(names or ()), chat_template)
+    return answering_here(config, tuple(names or ()), chat_template, chat)
 
 
 @dataclass(slots=True)

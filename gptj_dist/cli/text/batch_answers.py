@@ -45,7 +45,7 @@ class BatchAnswer:
     def num_output_tokens(self) -> int:
         """As the server counts them; 0 where it does not."""
         usage = (self.response or {}).get("body", {}).get("usage") or {}
-        return int(usage.get("completion_tokens", 0))
+        return int(usage.get("completion_tokens") or usage.get("output_tokens") or 0)
 
 
 def respond(request: BatchRequest, status: int, body: JsonObject, request_id: str | None) -> BatchAnswer:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from gptj_dist.answers.answer import Answer
+from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.error_responses import error_response
 from gptj_dist.answers.local import serve_in_process
@@ -17,7 +18,9 @@ from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.service import AnswerService
+from gptj_dist.checkpoint.hub import model_name
 from gptj_dist.cli.text.batch_answers import BatchAnswer, respond
 from gptj_dist.cli.text.batch_requests import BatchRequest
 from gptj_dist.config import PipelineConfig
@@ -54,6 +57,8 @@ class LocalAnswerer:
                 answer = await self._texts.complete(parse_body(body, CompletionRequest), request_id)
             case "/v1/chat/completions":
                 answer = await self._texts.chat(parse_body(body, ChatRequest), request_id)
+            case "/v1/responses":
+                answer = await self._texts.respond(parse_body(body, ResponsesRequest), request_id)
             case "/v1/embeddings":
                 answer = await self._texts.embed(parse_body(body, EmbeddingRequest), request_id)
         return await answer.whole()
@@ -61,17 +66,21 @@ class LocalAnswerer:
 
 @asynccontextmanager
 async def answering_here(
-    config: PipelineConfig, names: tuple[str, ...], chat_template: Path | None
+    config: PipelineConfig,
+    names: tuple[str, ...],
+    chat_template: Path | None,
+    chat: ChatDefaults = ChatDefaults(),  # noqa: B008  # frozen
 ) -> AsyncIterator[LocalAnswerer]:
     """A model that answers while the context lasts.
 
     Args:
-        names: what requests may call it.
+        names: what requests may call it; none takes its own name.
+        chat: for conversations whose requests leave it out.
 
     Raises:
         ConfigurationError: the settings, the template or the checkpoint will not do.
     """
     print(f"Loading {config.model} ...", file=sys.stderr)
     template = None if chat_template is None else read_template(chat_template)
-    async with serve_in_process(config, names or (config.model,), template) as texts:
+    async with serve_in_process(config, names or (model_name(config.model),), template, chat) as texts:
         yield LocalAnswerer(texts)

@@ -21,7 +21,7 @@ from gptj_dist.config import refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.json_types import JsonObject
 
-Url = Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
+Url = Literal["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"]
 URLS: tuple[Url, ...] = get_args(Url)
 FIELDS = ("custom_id", "method", "url", "body")
 MAX_SHOWN_PROBLEMS = 10

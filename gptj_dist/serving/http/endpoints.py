@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 
@@ -19,6 +18,7 @@ from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.service import AnswerService
 from gptj_dist.errors import GPTJDistError
@@ -56,7 +56,6 @@ class Endpoints:
         self._pipelines = pipelines
         self._allowances = allowances
         self._scrape = scrape
-        self._created = int(time.time())
 
     def table(self) -> list[Endpoint]:
         """All endpoints."""
@@ -64,7 +63,10 @@ class Endpoints:
             Endpoint(
                 "POST", "/v1/completions", self.completions, "Continues texts.", CompletionRequest, (JSON, EVENTS)
             ),
-            Endpoint("POST", "/v1/chat/completions", self.chat, "Continues a talk.", ChatRequest, (JSON, EVENTS)),
+            Endpoint(
+                "POST", "/v1/chat/completions", self.chat, "Continues a conversation.", ChatRequest, (JSON, EVENTS)
+            ),
+            Endpoint("POST", "/v1/responses", self.respond, "Answers a text.", ResponsesRequest, (JSON, EVENTS)),
             Endpoint("POST", "/v1/embeddings", self.embeddings, "Vectors of texts.", EmbeddingRequest),
             Endpoint("POST", "/tokenize", self.tokenize, "The tokens of a text.", TokenizeRequest),
             Endpoint("POST", "/detokenize", self.detokenize, "The text of tokens.", DetokenizeRequest),
@@ -90,6 +92,11 @@ class Endpoints:
         body = parse_body(await read_body(request), ChatRequest)
         return await self._respond(request, await self._texts.chat(body, request.state.request_id))
 
+    async def respond(self, request: Request) -> Response:
+        """OpenAI's responses, for plain text."""
+        body = parse_body(await read_body(request), ResponsesRequest)
+        return await self._respond(request, await self._texts.respond(body, request.state.request_id))
+
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings."""
         body = parse_body(await read_body(request), EmbeddingRequest)
@@ -107,13 +114,11 @@ class Endpoints:
 
     async def models(self, _: Request) -> Response:
         """The model, once for each of its names."""
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._names]})
+        return JSONResponse({"object": "list", "data": list(map(self._texts.model_card, self._names))})
 
     async def model(self, request: Request) -> Response:
         """The model, by name."""
-        name = request.path_params["model"]
-        self._texts.check_model(name)
-        return JSONResponse(self._model(name))
+        return JSONResponse(self._texts.model_card(request.path_params["model"]))
 
     async def health(self, _: Request) -> Response:
         """Whether this process lives."""
@@ -151,9 +156,6 @@ class Endpoints:
     async def docs(self, request: Request) -> Response:
         """The endpoints as a page."""
         return HTMLResponse(docs_page(openapi_document(self.table(), request.scope.get("root_path", ""))))
-
-    def _model(self, name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "gptj-dist"}
 
     async def _respond(self, request: Request, answer: Answer) -> Response:
         """Computes the answer, and sends it whole or as it is made."""

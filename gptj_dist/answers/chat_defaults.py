@@ -1,0 +1,41 @@
+"""What holds for a conversation where its request says nothing: a base model does not end its answer by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.params import MAX_STOP_STRINGS
+from gptj_dist.text.chat import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDefaults:
+    """Defaults for chat and responses.
+
+    Args:
+        max_tokens: the most tokens of an answer.
+        stop: strings that end an answer; None takes the text by which the chat template begins a user's next message.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
+    """
+
+    max_tokens: int = DEFAULT_CHAT_MAX_TOKENS
+    stop: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigurationError(f"chat_max_tokens must be at least 1, got {self.max_tokens}")
+        if len(self.stop or ()) > MAX_STOP_STRINGS:
+            raise ConfigurationError(f"chat_stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop or ())}")
+        if not all(self.stop or ()):
+            raise ConfigurationError("chat_stop must not hold an empty string")
+
+    def stop_strings(self, template: ChatTemplate) -> tuple[str, ...]:
+        """The strings that end an answer in a conversation of this template."""
+        if self.stop is not None:
+            return self.stop
+        mark = template.next_message_mark()
+        return (mark,) if mark else ()

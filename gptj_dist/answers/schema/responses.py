@@ -1,0 +1,160 @@
+"""The body of `POST /v1/responses`, for plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, text_or_list
+from gptj_dist.answers.schema.chat import Message, ToolChoice, check_tools, check_top_logprobs
+from gptj_dist.answers.schema.sampling import BadWords, SamplingFields
+from gptj_dist.errors import InvalidRequestError, excerpt
+from gptj_dist.params import SamplingParams
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+class InputPart(Body):
+    """A part of a message's content.
+
+    Args:
+        type: only text, because GPT-J reads nothing else; `output_text` is that of an earlier response.
+        text: the part's text.
+    """
+
+    hints: ClassVar = frozenset(("annotations", "cache_control", "logprobs", "prompt_cache_breakpoint"))
+    unserved: ClassVar = dict.fromkeys(
+        ("detail", "file_data", "file_id", "file_url", "filename", "image_url", "refusal")
+    )
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+InputContent: TypeAlias = Annotated[
+    Annotated[str, AS_TEXT] | Annotated[list[InputPart], AS_LIST], text_or_list("a string or a list of text parts")
+]
+
+
+class InputItem(Body):
+    """A message of the conversation, from a client or out of an earlier response.
+
+    Args:
+        type: only messages.
+        role: such as system, user or assistant; the chat template decides which there are.
+        content: text, or parts that are joined.
+    """
+
+    hints: ClassVar = frozenset(("annotations", "cache_control", "id", "metadata", "phase", "status"))
+
+    type: Literal["message"] = "message"
+    role: str
+    content: InputContent
+
+    def as_message(self) -> Message:
+        """The message as chat has it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role=self.role, content=content)
+
+
+class TextOptions(Body):
+    """Options of the text, of which the default is served."""
+
+    unserved: ClassVar = {"format": {"type": "text"}, "verbosity": "medium"}
+
+
+Input: TypeAlias = Annotated[
+    Annotated[str, AS_TEXT] | Annotated[list[InputItem], AS_LIST, NON_EMPTY],
+    text_or_list("a string or a list of messages"),
+]
+
+
+class ResponsesRequest(SamplingFields):
+    """A text or a conversation to be answered. The server keeps no responses.
+
+    Args:
+        input: a conversation, or a text: where there is a chat template, the message of a user; else the text to be
+            continued, as in completions.
+        instructions: a system message before the conversation.
+        max_output_tokens: the most tokens to generate; null leaves it to the server's `--chat-max-tokens`.
+        include: what else to return: `message.output_text.logprobs`, each token's log probability.
+        top_logprobs: with those, the log probabilities of this number of the likeliest tokens, 0 to 20.
+        metadata: returned with the response, and changes nothing.
+        text: only the default, plain text.
+        tools: GPT-J calls no tools; they are accepted with a `tool_choice` of none, and the model does not see them.
+        tool_choice: none, or auto without tools.
+    """
+
+    hints: ClassVar = SamplingFields.hints - {"metadata"} | {"stream_options"}
+    unserved: ClassVar = dict.fromkeys(
+        (
+            "access_programs",
+            "background",
+            "background_options",
+            "cache_salt",
+            "context_management",
+            "conversation",
+            "image",
+            "max_tool_calls",
+            "moderation",
+            "previous_response_id",
+            "prompt",
+            "reasoning",
+            "request_id",
+        )
+    ) | {"truncation": "disabled"}
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: Integer | None = None
+    include: list[Literal["message.output_text.logprobs"]] = []
+    top_logprobs: Integer = 0
+    metadata: dict[str, Any] = {}
+    text: TextOptions | None = None
+    tools: list[Any] = []
+    tool_choice: ToolChoice = "auto"
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether log probabilities are returned."""
+        return LOGPROBS in self.include
+
+    def messages(self) -> list[Message]:
+        """The whole conversation."""
+        items = [Message(role="user", content=self.input)] if isinstance(self.input, str) else []
+        if not isinstance(self.input, str):
+            items = [item.as_message() for item in self.input]
+        system = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
+        return system + items
+
+    def sampling_params(
+        self, max_tokens: int, bad_words: BadWords = (), default_stop: Sequence[str] = ()
+    ) -> SamplingParams:
+        """How the answer is to be sampled.
+
+        Args:
+            max_tokens: `max_output_tokens`, or the server's default.
+            bad_words: their tokens.
+            default_stop: for a request without `stop`.
+
+        Raises:
+            InvalidRequestError: a value is out of its range.
+        """
+        logprobs = self.top_logprobs if self.has_logprobs else None
+        return self._sampling_params(bad_words, default_stop, max_tokens=max_tokens, logprobs=logprobs)
+
+    def own_names(self) -> Mapping[str, str]:
+        """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
+        return {"prompt": "input", "max_tokens": "max_output_tokens"}
+
+    def check(self) -> None:
+        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
+        super().check()
+        check_tools(self.tools, self.tool_choice)
+        check_top_logprobs(self.top_logprobs)
+        if self.top_logprobs and not self.has_logprobs:
+            raise InvalidRequestError(f"top_logprobs may be given only when include has {LOGPROBS!r}", "top_logprobs")
+        if self.max_output_tokens is not None and self.max_output_tokens < 1:
+            got = excerpt(self.max_output_tokens)
+            raise InvalidRequestError(f"max_output_tokens must be at least 1, got {got}", "max_output_tokens")
+        self.sampling_params(self.max_output_tokens or max(self.min_tokens, 1))
