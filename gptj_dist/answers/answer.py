@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from gptj_dist.answers.completion import TextDelta, whole
+from gptj_dist.answers.deadline import Deadline
 from gptj_dist.answers.merge import merge
 from gptj_dist.answers.schema.sampling import SamplingFields
-from gptj_dist.errors import TimeoutReachedError
 from gptj_dist.json_types import JsonObject
-
-T = TypeVar("T")
 
 
 class Form(Protocol):
@@ -39,6 +36,7 @@ class Answer:
         open_streams: starts the completions, `request.num_sampled` for each prompt.
         num_prompt_tokens: of all prompts.
         most_tokens: the most that all completions together may have.
+        deadline: of the whole request.
         on_end: called with how each completion ended: a `FinishReason`, `error`, or `abort` if the client left.
 
     Attributes:
@@ -52,6 +50,7 @@ class Answer:
         open_streams: Callable[[], Sequence[AsyncGenerator[TextDelta, None]]],
         num_prompt_tokens: int,
         most_tokens: int,
+        deadline: Deadline,
         on_end: Callable[[str], None],
     ) -> None:
         self._request = request
@@ -59,6 +58,7 @@ class Answer:
         self._open_streams = open_streams
         self.num_prompt_tokens = num_prompt_tokens
         self.most_tokens = most_tokens
+        self._deadline = deadline
         self._on_end = on_end
         self.num_tokens = 0
 
@@ -104,7 +104,7 @@ class Answer:
     ) -> AsyncGenerator[tuple[int, TextDelta], None]:
         num_open, end = len(streams), "abort"
         try:
-            async with aclosing(_until(merge(streams), self._request.timeout_s)) as deltas:
+            async with aclosing(self._deadline.until(merge(streams))) as deltas:
                 async for index, delta in deltas:
                     self.num_tokens += len(delta.token_ids)
                     if delta.finish_reason is not None:
@@ -117,21 +117,6 @@ class Answer:
         finally:
             for _ in range(num_open):
                 self._on_end(end)
-
-
-async def _until(stream: AsyncGenerator[T, None], timeout_s: float | None) -> AsyncGenerator[T, None]:
-    """The items that come within `timeout_s` seconds. Raises TimeoutReachedError after that."""
-    end_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-    async with aclosing(stream):
-        while True:
-            try:
-                async with asyncio.timeout_at(end_s):
-                    item = await anext(stream)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise TimeoutReachedError(f"not done after timeout_s = {timeout_s:g} seconds", "timeout_s") from None
-            yield item
 
 
 def best(completions: Sequence[TextDelta], number: int) -> list[TextDelta]:

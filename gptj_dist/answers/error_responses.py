@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gptj_dist.answers.moderation import ContentRefusedError
+from gptj_dist.answers.moderation import ContentRefusedError, ModerationTimeoutError
 from gptj_dist.errors import (
     AuthenticationError,
     InvalidRequestError,
@@ -51,6 +51,7 @@ HTTP_ERRORS: Mapping[type[BaseException], HttpError] = {
     TooManyRequestsError: HttpError(429, "rate_limit_error", "rate_limit_exceeded"),
     NotReadyError: HttpError(503, "service_unavailable", "not_ready", RESTART_S),
     StageFailedError: HttpError(503, "service_unavailable", "stage_failed", RESTART_S),
+    ModerationTimeoutError: HttpError(503, "service_unavailable", "moderation_timeout", RESTART_S),
     BaseException: HttpError(500, "internal_error"),
 }
 

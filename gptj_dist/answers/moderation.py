@@ -1,12 +1,14 @@
-"""The seam for whoever must keep watch over prompts and answers: GPT-J is not fit to face the public unsupervised.
+"""A hook that checks prompts and answers: GPT-J is not fit to face the public unsupervised.
 
 A moderator is a callable `moderate(text, role)`, plain or `async`. `role` is "prompt" or "output"; the text of an
-output is all of it so far, and what is new has not been sent yet. It returns None to let it pass, or the reason to
-refuse it. It runs on the event loop that serves everybody, so a slow one has to be `async`.
+output is all of it so far, and what is new has not been sent yet. The moderator returns None to let the text pass, or
+the reason to refuse it. A plain one runs in threads, several calls at a time, so it must be safe for threads.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -14,30 +16,46 @@ from contextlib import aclosing
 from typing import Literal, TypeAlias
 
 from gptj_dist.answers.completion import TextDelta
+from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
+from gptj_dist.answers.threads import Threads
 from gptj_dist.engine.request import FinishReason
-from gptj_dist.errors import ConfigurationError, InvalidRequestError
+from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
 
 Role: TypeAlias = Literal["prompt", "output"]
 Moderate: TypeAlias = Callable[[str, Role], str | Awaitable[str | None] | None]
+
+MAX_THREADS = 32
+"""Calls of a plain moderator at one time. Those that hang keep their threads."""
 
 
 class ContentRefusedError(InvalidRequestError):
     """The moderator does not let the prompt pass."""
 
 
-class Moderation:
-    """Calls the moderator on what goes in and comes out. What it raises ends the request as an internal error."""
+class ModerationTimeoutError(GPTJDistError):
+    """The moderator has not answered in time, so the text cannot pass."""
 
-    def __init__(self, moderate: Moderate) -> None:
+
+class Moderation:
+    """Calls the moderator on prompts and answers. An error that it raises ends the request as an internal error.
+
+    Args:
+        timeout_s: seconds that one call may take.
+    """
+
+    def __init__(self, moderate: Moderate, timeout_s: float = MODERATION_TIMEOUT_S) -> None:
         self._moderate = moderate
+        self._timeout_s = timeout_s
+        self._is_async = any(map(inspect.iscoroutinefunction, (moderate, type(moderate).__call__)))
+        self._threads = Threads(MAX_THREADS, "moderation")
 
     async def check_prompt(self, text: str) -> None:
-        """Raises ContentRefusedError if the prompt does not pass."""
+        """Raises ContentRefusedError if the prompt does not pass, and ModerationTimeoutError."""
         if reason := await self._ask(text, "prompt"):
             raise ContentRefusedError(f"the prompt was refused: {reason}", "prompt")
 
     async def watch(self, stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
-        """The stream as far as it passes; what does not pass is left out and ends it."""
+        """The stream as far as it passes; what does not pass is left out and ends it. Raises ModerationTimeoutError."""
         text = ""
         async with aclosing(stream):
             async for delta in stream:
@@ -48,12 +66,26 @@ class Moderation:
                 yield delta
 
     async def _ask(self, text: str, role: Role) -> str | None:
-        verdict = self._moderate(text, role)
+        timeout = asyncio.timeout(self._timeout_s)
+        try:
+            async with timeout:
+                return await self._verdict(functools.partial(self._moderate, text, role))
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            message = f"the moderator has not answered within {self._timeout_s:g} seconds; try again later"
+            raise ModerationTimeoutError(message) from None
+
+    async def _verdict(self, moderate: Callable[[], str | Awaitable[str | None] | None]) -> str | None:
+        verdict = moderate() if self._is_async else await self._threads.run(moderate)
         return await verdict if inspect.isawaitable(verdict) else verdict
 
 
-def load_moderation(path: str) -> Moderation:
+def load_moderation(path: str, timeout_s: float = MODERATION_TIMEOUT_S) -> Moderation:
     """The moderator that is called `module:callable`.
+
+    Args:
+        timeout_s: as of `Moderation`.
 
     Raises:
         ConfigurationError: there is none.
@@ -65,4 +97,4 @@ def load_moderation(path: str) -> Moderation:
         raise ConfigurationError(f"moderation {path!r} is not a module:callable: {error}") from error
     if not callable(moderate):
         raise ConfigurationError(f"moderation {path!r} cannot be called")
-    return Moderation(moderate)
+    return Moderation(moderate, timeout_s)

@@ -13,6 +13,9 @@ MAX_HEADERS = 128
 HEAD_TIMEOUT_S = 10.0
 """From the first byte of a request, or from the connection, to the end of its headers."""
 
+MODERATION_TIMEOUT_S = 10.0
+"""For one call of a moderator, unless the server sets another."""
+
 KEEP_ALIVE_S = 75
 """Time for which a connection without a request is kept."""
 
@@ -21,6 +24,9 @@ MAX_CONNECTIONS = 4096
 
 MAX_PIPELINED_REQUESTS = 16
 """Requests of a connection that wait for the answer to an earlier one."""
+
+UNREAD_TIMEOUT_S = 60.0
+"""Time for which a client may read nothing of an answer that waits for it."""
 
 LINGER_S = 2.0
 """Time in which a client may read why it was refused, before its connection is closed."""

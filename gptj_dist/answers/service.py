@@ -12,6 +12,7 @@ from gptj_dist.answers.answer import Answer, Form
 from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.choices import ChoicesForm, Head
 from gptj_dist.answers.completion import TextDelta, stream_text
+from gptj_dist.answers.deadline import Deadline
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.error_responses import UnknownModelError
 from gptj_dist.answers.moderation import Moderation
@@ -102,7 +103,7 @@ class AnswerService:
     """Understands requests for text.
 
     Args:
-        moderation: is asked about prompts and answers, if there is one.
+        moderation: checks prompts and answers, if there is one.
         on_end: as of `Answer`.
         logs_prompts: whether the log shows prompts.
     """
@@ -129,6 +130,7 @@ class AnswerService:
         Raises:
             GPTJDistError: it cannot be served.
         """
+        deadline = Deadline(request.timeout_s)
         self.check_model(request.model)
         params = request.sampling_params(self._bad_words(request.bad_words))
         prompts = [
@@ -145,7 +147,7 @@ class AnswerService:
         ]
         head = Head(f"cmpl-{request_id}", int(time.time()), self._model.names[0], "text_completion", "text_completion")
         form = ChoicesForm(request, head, writers, sum(len(prompt_ids) for _, prompt_ids in prompts))
-        return await self._answer(request, request_id, form, prompts, params)
+        return await self._answer(request, request_id, form, prompts, params, deadline)
 
     async def chat(self, request: ChatRequest, request_id: str) -> Answer:
         """The answer to a conversation.
@@ -153,6 +155,7 @@ class AnswerService:
         Raises:
             GPTJDistError: it cannot be served.
         """
+        deadline = Deadline(request.timeout_s)
         self.check_model(request.model)
         text = self.render(
             request.messages,
@@ -168,7 +171,7 @@ class AnswerService:
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
         form = ChoicesForm(request, head, writers, len(prompt_ids))
-        return await self._answer(request, request_id, form, [(text, prompt_ids)], params)
+        return await self._answer(request, request_id, form, [(text, prompt_ids)], params, deadline)
 
     async def respond(self, request: ResponsesRequest, request_id: str) -> Answer:
         """The answer to a request for a response.
@@ -176,6 +179,7 @@ class AnswerService:
         Raises:
             GPTJDistError: it cannot be served.
         """
+        deadline = Deadline(request.timeout_s)
         self.check_model(request.model)
         if isinstance(request.input, str) and request.instructions is None and self._model.chat_template is None:
             text = request.input
@@ -185,7 +189,7 @@ class AnswerService:
         max_tokens = request.max_output_tokens or self._answer_tokens(request.min_tokens, len(prompt_ids))
         params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
         form = ResponseForm(request, request_id, self._model.names[0], self._model.tokenizer, len(prompt_ids))
-        return await self._answer(request, request_id, form, [(text, prompt_ids)], params)
+        return await self._answer(request, request_id, form, [(text, prompt_ids)], params, deadline)
 
     async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
         """The answer to a request for embeddings.
@@ -300,8 +304,9 @@ class AnswerService:
         form: Form,
         prompts: Sequence[EncodedPrompt],
         params: SamplingParams,
+        deadline: Deadline,
     ) -> Answer:
-        num_prompt_tokens = await self._accept(request, request_id, prompts, params)
+        num_prompt_tokens = await deadline.bound(self._accept(request, request_id, prompts, params))
 
         def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
             return [
@@ -311,7 +316,7 @@ class AnswerService:
             ]
 
         most_tokens = len(prompts) * request.num_sampled * params.max_tokens
-        return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, self._on_end)
+        return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, deadline, self._on_end)
 
     async def _accept(
         self,

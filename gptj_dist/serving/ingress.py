@@ -47,7 +47,9 @@ class Ingress:
         open_log(log_directory(), LogSettings(config.log_format, config.model_names[0], name), "ingress")
         self._metrics = IngressMetrics(name)
         self._pipelines = PipelineClient(pipeline)
-        moderation = None if config.moderation is None else load_moderation(config.moderation)
+        moderation = (
+            None if config.moderation is None else load_moderation(config.moderation, config.moderation_timeout_s)
+        )
         texts = AnswerService(
             ServedModel.load(config.pipeline, config.model_names, config.chat_template, config.chat),
             self._pipelines,

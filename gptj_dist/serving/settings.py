@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.moderation import load_moderation
+from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
 from gptj_dist.checkpoint.hub import model_name
 from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
@@ -31,6 +32,7 @@ class AppConfig:
         api_keys: those that open it; none leaves it open.
         cors_origins: web pages that browsers may call it from.
         moderation: `module:callable`, see `answers.moderation`.
+        moderation_timeout_s: seconds that one call of the moderator may take.
         ingress_replicas: processes that take HTTP.
         log_format: how a line of a log is written.
         log_prompts: whether logs show prompts.
@@ -46,6 +48,7 @@ class AppConfig:
     api_keys: tuple[ApiKey, ...] = ()
     cors_origins: tuple[str, ...] = ()
     moderation: str | None = None
+    moderation_timeout_s: float = MODERATION_TIMEOUT_S
     ingress_replicas: int = 1
     log_format: LogFormat = "text"
     log_prompts: bool = False
@@ -74,6 +77,7 @@ class _Arguments(BaseModel):
     api_keys: str | None = None
     cors_origins: list[str] = []
     moderation: str | None = None
+    moderation_timeout_s: float = Field(MODERATION_TIMEOUT_S, gt=0)
     ingress_replicas: int = Field(1, ge=1)
     log_format: LogFormat = "text"
     log_prompts: bool = False
@@ -108,6 +112,7 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         api_keys=() if own.api_keys is None else read_keys(Path(own.api_keys)),
         cors_origins=tuple(own.cors_origins),
         moderation=own.moderation,
+        moderation_timeout_s=own.moderation_timeout_s,
         ingress_replicas=own.ingress_replicas,
         log_format=own.log_format,
         log_prompts=own.log_prompts,

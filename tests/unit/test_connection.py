@@ -161,6 +161,36 @@ def test_a_body_may_be_larger_than_a_head_whole_or_in_chunks() -> None:
     run(scenario)
 
 
+def test_a_client_that_does_not_read_its_answer_is_cut_off_and_the_answer_ends() -> None:
+    has_ended = asyncio.Event()
+
+    async def answer_without_end(_: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        reading = asyncio.ensure_future(receive_disconnect(receive))
+        while not reading.done():
+            await send({"type": "http.response.body", "body": b"a" * 100_000, "more_body": True})
+            await asyncio.sleep(0)
+        has_ended.set()
+
+    async def main() -> None:
+        address = Address("127.0.0.1", free_port())
+        listener = Listener(answer_without_end, address, 1, ConnectionLimits(unread_s=0.05))
+        reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(WAIT_S):
+            await has_ended.wait()
+        assert await reader.read(12) == b"HTTP/1.1 200"
+        writer.close()
+        await listener.close()
+
+    asyncio.run(main())
+
+
+async def receive_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 @pytest.mark.parametrize("begin", [b"\r\n", b"GET / HTTP/1.1\r\nx: a"], ids=["empty lines", "half"])
 def test_a_head_that_does_not_end_in_time_is_refused_however_its_bytes_come(begin: bytes) -> None:
     async def drip(client: Client, _: Application) -> None:

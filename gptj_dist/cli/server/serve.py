@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
 from gptj_dist.cli.options import (
     DEFAULT_APP_NAME,
     DEFAULT_HOST,
@@ -61,6 +62,9 @@ def serve(
     moderation: Annotated[
         str | None, typer.Option(metavar="MODULE:CALLABLE", help="Asked whether prompts and answers may pass.")
     ] = None,
+    moderation_timeout_s: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.001, help="How long one call of the moderator may take.")
+    ] = MODERATION_TIMEOUT_S,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; without it a local one is started.", envvar="RAY_ADDRESS")
     ] = None,
@@ -93,6 +97,7 @@ def serve(
         api_keys=keys,
         cors_origins=tuple(cors_origin or ()),
         moderation=moderation,
+        moderation_timeout_s=moderation_timeout_s,
         log_format=log_format,
         log_prompts=log_prompts,
     )

@@ -26,6 +26,7 @@ from gptj_dist.answers.request_limits import (
     MAX_HEAD_BYTES,
     MAX_HEADERS,
     MAX_PIPELINED_REQUESTS,
+    UNREAD_TIMEOUT_S,
 )
 
 
@@ -38,6 +39,7 @@ class ConnectionLimits:
     headers: int = MAX_HEADERS
     pipelined_requests: int = MAX_PIPELINED_REQUESTS
     head_s: float = HEAD_TIMEOUT_S
+    unread_s: float = UNREAD_TIMEOUT_S
     linger_s: float = LINGER_S
     keep_alive_s: int = KEEP_ALIVE_S
 
@@ -57,6 +59,7 @@ class LimitedConnection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
         self._timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._is_refused = False
         self._is_in_head = True
         self._num_headers = 0
@@ -74,6 +77,7 @@ class LimitedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
         self._stop_timer()
+        self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -124,6 +128,18 @@ class LimitedConnection(HttpToolsProtocol):
         super().on_response_complete()
         if not self._is_in_head:
             self._set_timer(self._limits.linger_s, self.transport.close)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as the application answers."""
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(self._limits.unread_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        super().resume_writing()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's words are for its log
         """The parser has failed: at bytes that are not HTTP, or because this class stopped it."""

@@ -1,4 +1,4 @@
-"""Ends the work for a client that has gone. Starlette does so for a response that is being streamed, and no other."""
+"""Ends the work for a client that has left. Starlette does so only for a response that is being streamed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 CLIENT_CLOSED_REQUEST = 499
-"""What a log shows of it, by nginx's custom; nobody is there to see it."""
+"""The status of such a request in logs and metrics, as nginx has it; no client sees it."""
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, Response]) -> Response:
-    """What `work` makes. If the client goes first, `work` is cancelled and has ended when this returns.
+    """The response that `work` makes. If the client leaves first, `work` is cancelled and has ended on return.
 
     Args:
         request: its body has been read.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
+from functools import partial, wraps
+from typing import TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -29,11 +30,14 @@ from gptj_dist.serving.http.body import read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
 from gptj_dist.serving.http.endpoint import EVENTS, JSON, Endpoint, Handler
 from gptj_dist.serving.http.openapi import docs_page, openapi_document
+from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.stages.trace import TraceEvents
 
 logger = logging.getLogger(__name__)
+
+Understand: TypeAlias = Callable[[], Awaitable[Answer | EmbeddingAnswer]]
 
 
 class Endpoints:
@@ -85,24 +89,22 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         """OpenAI's completions."""
         body = parse_body(await read_body(request), CompletionRequest)
-        return await self._respond(request, await self._texts.complete(body, request.state.request_id))
+        return await self._respond(request, partial(self._texts.complete, body, request.state.request_id))
 
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat."""
         body = parse_body(await read_body(request), ChatRequest)
-        return await self._respond(request, await self._texts.chat(body, request.state.request_id))
+        return await self._respond(request, partial(self._texts.chat, body, request.state.request_id))
 
     async def respond(self, request: Request) -> Response:
         """OpenAI's responses, for plain text."""
         body = parse_body(await read_body(request), ResponsesRequest)
-        return await self._respond(request, await self._texts.respond(body, request.state.request_id))
+        return await self._respond(request, partial(self._texts.respond, body, request.state.request_id))
 
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings."""
         body = parse_body(await read_body(request), EmbeddingRequest)
-        answer = await self._texts.embed(body, request.state.request_id)
-        async with self._allowances.charged(request.scope["state"].get("api_key"), answer):
-            return await unless_gone(request, _whole(answer))
+        return await self._respond(request, partial(self._texts.embed, body, request.state.request_id))
 
     async def tokenize(self, request: Request) -> Response:
         """Tokens of a text."""
@@ -157,21 +159,21 @@ class Endpoints:
         """The endpoints as a page."""
         return HTMLResponse(docs_page(openapi_document(self.table(), request.scope.get("root_path", ""))))
 
-    async def _respond(self, request: Request, answer: Answer) -> Response:
-        """Computes the answer, and sends it whole or as it is made."""
+    async def _respond(self, request: Request, understand: Understand) -> Response:
+        """Computes the answer, unless the client leaves first, and sends it whole or as it is made."""
         key = request.scope["state"].get("api_key")
+        return await unless_gone(request, self._response(understand, key))
+
+    async def _response(self, understand: Understand, key: ApiKey | None) -> Response:
+        answer = await understand()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._allowances.charged(key, answer))
-            if not answer.is_streamed:
-                return await unless_gone(request, _whole(answer))
+            if isinstance(answer, EmbeddingAnswer) or not answer.is_streamed:
+                return JSONResponse(await answer.whole())
             events = answer.events()
             first = await anext(events)  # an error before the first token still gets a status of its own
             stream = _chain(first, events, stack.pop_all())
         return StreamingResponse(stream, media_type=EVENTS)
-
-
-async def _whole(answer: Answer | EmbeddingAnswer) -> Response:
-    return JSONResponse(await answer.whole())
 
 
 async def _chain(first: bytes, rest: AsyncGenerator[bytes, None], stack: AsyncExitStack) -> AsyncIterator[bytes]:
@@ -184,7 +186,7 @@ async def _chain(first: bytes, rest: AsyncGenerator[bytes, None], stack: AsyncEx
 def answering(handler: Handler) -> Handler:
     """The handler, with what it raises made a response."""
 
-    @functools.wraps(handler)
+    @wraps(handler)
     async def respond(request: Request) -> Response:
         try:
             return await handler(request)

@@ -1,0 +1,115 @@
+"""The ingress's HTTP application over a source whose tokens are known, at a real socket. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import httpx
+
+from gptj_dist.answers.moderation import Moderation
+from gptj_dist.answers.service import AnswerService, ServedModel
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.request import FinishReason
+from gptj_dist.params import SamplingParams, TokenLogprobs
+from gptj_dist.serving.allowances import Allowances
+from gptj_dist.serving.http.application import make_http_app
+from gptj_dist.serving.http.endpoints import Endpoints
+from gptj_dist.serving.http.listener import Address, Listener
+from gptj_dist.serving.metrics import IngressMetrics
+from gptj_dist.serving.pipeline_client import PipelineClient
+from gptj_dist.serving.scrape import Scrape
+from gptj_dist.text.chat import ChatTemplate
+from gptj_dist.text.tokenizer import Tokenizer
+from tests.http.server import free_port
+
+WAIT_S = 30
+TOKENIZER = Tokenizer.load(resolve_model("demo"))
+LIMITS = EngineLimits(vocab_size=50400, max_model_len=2048, kv_tokens=1 << 20, num_layers=28)
+TEMPLATE = ChatTemplate("{% for message in messages %}{{ message.content }}{% endfor %}", {})
+TOP = tuple((token_id, -0.5) for token_id in range(40, 60))
+
+
+@dataclass(slots=True)
+class Source:
+    """Continues every prompt with one token, again and again. A `TokenSource`.
+
+    Attributes:
+        asked: prompts and parameters of all requests.
+        num_open: streams that are being read.
+        may_go_on: no token comes before it is set.
+    """
+
+    token_id: int = TOKENIZER.encode("a")[0]
+    asked: list[tuple[Sequence[int], SamplingParams]] = field(default_factory=list)
+    num_open: int = 0
+    may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def limits(self) -> EngineLimits:
+        return LIMITS
+
+    def streams(
+        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
+    ) -> list[AsyncGenerator[Delta, None]]:
+        self.asked.append((prompt_ids, params))
+        return [self._stream(prompt_ids, params, log_id) for _ in range(num_choices)]
+
+    async def _stream(self, prompt_ids: Sequence[int], params: SamplingParams, _: str) -> AsyncGenerator[Delta, None]:
+        self.num_open += 1
+        try:
+            await self.may_go_on.wait()
+            of_prompt = _logprobs(prompt_ids[1:], params.prompt_logprobs)
+            for number in range(params.max_tokens):
+                is_last = number == params.max_tokens - 1
+                reason = FinishReason.LENGTH if is_last else None
+                yield Delta((self.token_id,), reason, _logprobs([self.token_id], params.logprobs), of_prompt)
+                of_prompt = ()
+                await asyncio.sleep(0)
+        finally:
+            self.num_open -= 1
+
+
+def _logprobs(token_ids: Sequence[int], number: int | None) -> tuple[TokenLogprobs, ...]:
+    if number is None:
+        return ()
+    return tuple(TokenLogprobs(token_id, -1.5, 30, TOP[:number]) for token_id in token_ids)
+
+
+async def eventually(is_true: Callable[[], bool]) -> None:
+    """Returns when it is."""
+    async with asyncio.timeout(WAIT_S):
+        while not is_true():  # noqa: ASYNC110  # what is waited for sets no event
+            await asyncio.sleep(0.001)
+
+
+@dataclass(slots=True)
+class FrontApp:
+    """A running application and a client of it."""
+
+    client: httpx.AsyncClient
+    source: Source
+    metrics: IngressMetrics
+    port: int
+
+
+@asynccontextmanager
+async def front_app(moderation: Moderation | None = None) -> AsyncIterator[FrontApp]:
+    """The application, listening at a free port of loopback until the context ends."""
+    source, metrics = Source(), IngressMetrics("i")
+    source.may_go_on.set()
+    model = ServedModel(("demo",), TOKENIZER, 50256, TEMPLATE)
+    texts = AnswerService(model, source, moderation, metrics.note_end)
+    endpoints = Endpoints(("demo",), texts, cast("PipelineClient", None), Allowances(None), cast("Scrape", None))
+    app = make_http_app(endpoints.table(), metrics, (), (), has_proxy=False)
+    address = Address("127.0.0.1", free_port())
+    listener = Listener(app, address, drain_s=1)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", timeout=WAIT_S) as client:
+            yield FrontApp(client, source, metrics, address.port)
+    finally:
+        await listener.close()
