@@ -1,8 +1,11 @@
-"""The way of tokens from pipelines to an ingress: those of many streams in one ZeroMQ message.
+"""How tokens get from pipelines to an ingress: those of many streams in one ZeroMQ message.
 
-Through a Serve handle every token of every stream would be a message of its own, with a task at either end. The handle
-starts the streams of a prompt, ends them and cancels them; what lies between comes this way. Back goes only that a
-stream is not read any more, by itself, while others of its prompt are: to whoever sends tokens for it.
+Through a Serve handle every token of every stream would be a message of its own, with a task at either end. So the
+handle starts the streams of a prompt, ends them and cancels them, and the tokens come this way. In the other direction
+an ingress returns the numbers of streams that it no longer reads, so that their senders stop.
+
+An inbox accepts only senders that have its keys, which are part of every `ReplyTo`. The parts of a stream are numbered:
+a stream that has lost one fails instead of skipping tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,25 +21,24 @@ import zmq
 import zmq.asyncio
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.errors import StageFailedError
 from gptj_dist.logs import values
+from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.transport.codec import Codec, CodecError
-from gptj_dist.stages.transport.zeromq import bind_free_port
+from gptj_dist.stages.transport.guard import CurveKeys, CurveLock, DropCount, GuardedSocket, show_keys
 
 logger = logging.getLogger(__name__)
 
 MAX_RECONNECT_MS = 10_000
-"""An ingress that has died is not looked for more often than that."""
+"""The longest time between two attempts to connect to an ingress that has died."""
 
 
-class StreamDelta(NamedTuple):
-    """New tokens of one stream of an inbox."""
+@dataclass(frozen=True, slots=True)
+class InboxAddress:
+    """Where an inbox is, and what opens it."""
 
-    stream_id: int
-    delta: Delta
-
-
-_TOKENS = Codec(tuple[StreamDelta, ...])
-_UNREAD = Codec(tuple[int, ...])
+    endpoint: str
+    keys: CurveKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,115 +46,191 @@ class ReplyTo:
     """Where the tokens of a stream go.
 
     Args:
-        address: an inbox's.
-        stream_id: the stream's number there.
+        stream_id: the stream's number in the inbox.
     """
 
-    address: str
+    inbox: InboxAddress
     stream_id: int
 
-    def behind(self, number: int) -> ReplyTo:
-        """The stream that was opened so many behind this one."""
-        return ReplyTo(self.address, self.stream_id + number)
+    def plus(self, number: int) -> ReplyTo:
+        """The stream that was opened `number` streams after this one."""
+        return ReplyTo(self.inbox, self.stream_id + number)
+
+
+class StreamPart(NamedTuple):
+    """New tokens of one stream.
+
+    Args:
+        number: counts the parts of the stream from 0.
+    """
+
+    stream_id: int
+    number: int
+    delta: Delta
+
+
+_PARTS = Codec(tuple[StreamPart, ...])
+_UNREAD = Codec(tuple[int, ...])
+
+
+@dataclass(slots=True)
+class _OpenStream:
+    mailbox: Mailbox
+    num_parts: int = 0
+
+    def put(self, part: StreamPart) -> None:
+        """Takes the next part; fails the stream if one is missing."""
+        if part.number != self.num_parts:
+            self.mailbox.fail(StageFailedError("some of the pipeline's tokens were lost on their way"))
+            return
+        self.num_parts += 1
+        self.mailbox.put(part.delta)
 
 
 class FeedInbox:
-    """The ingress's end: hands tokens to the streams that are open.
+    """The ingress's end: puts tokens into the mailboxes of the streams that are open.
 
     Args:
         host: the address to bind; the port is a free one.
+        on_end: called with the reason if the inbox can receive nothing more; all its streams have failed then.
     """
 
-    def __init__(self, host: str) -> None:
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        self._address = bind_free_port(self._socket, host)
-        self._mailboxes: dict[int, Mailbox] = {}
+    def __init__(self, host: str, on_end: Callable[[Exception], None]) -> None:
+        lock = CurveLock()
+        self._guarded = GuardedSocket(zmq.asyncio.Context(), zmq.ROUTER, host, lock)
+        self._address = InboxAddress(self._guarded.endpoint, lock.keys)
+        self._streams: dict[int, _OpenStream] = {}
         self._num_opened = 0
-        self._reader = asyncio.create_task(self._read())
+        self._on_end = on_end
+        self._reader = run_in_background("feed inbox", self._read(), self._give_up)
+
+    @property
+    def dropped(self) -> DropCount:
+        """What did not come from a pipeline."""
+        return self._guarded.dropped
 
     def open(self, num_streams: int) -> tuple[ReplyTo, list[Mailbox]]:
-        """The first of so many new streams, and where the tokens of each will be."""
+        """Opens streams; returns the first one and the mailboxes of all."""
         first = ReplyTo(self._address, self._num_opened)
         self._num_opened += num_streams
         mailboxes = [Mailbox() for _ in range(num_streams)]
-        self._mailboxes |= {first.stream_id + number: mailbox for number, mailbox in enumerate(mailboxes)}
+        self._streams |= {first.stream_id + number: _OpenStream(mailbox) for number, mailbox in enumerate(mailboxes)}
         return first, mailboxes
 
     def close(self, stream: ReplyTo) -> None:
-        """Drops what still comes for the stream, and has its sender stop. A second call does nothing."""
-        self._mailboxes.pop(stream.stream_id, None)
+        """Drops tokens of the stream that still arrive, and stops their sender. A second call does nothing."""
+        self._streams.pop(stream.stream_id, None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends all streams that are open with the error."""
+        for stream in self._streams.values():
+            stream.mailbox.fail(error)
 
     def stop(self) -> None:
-        """Takes no more messages."""
+        """Receives no more messages."""
         self._reader.cancel()
-        self._socket.close(linger=0)
+        self._guarded.close()
 
     async def _read(self) -> None:
         while True:
-            sender, *parts = await self._socket.recv_multipart()
+            sender, *parts = await self._guarded.socket.recv_multipart()
             try:
-                unread = self._hand_out(b"".join(parts))
+                unread = self._hand_out(_PARTS.decode(b"".join(parts)))
             except CodecError as error:
+                self._guarded.dropped.num_malformed += 1
                 logger.warning("malformed feed message dropped", extra=values(error=str(error)))
                 continue
             if unread:
-                await self._socket.send_multipart([sender, _UNREAD.encode(tuple(unread))])
+                await self._guarded.socket.send_multipart([sender, _UNREAD.encode(tuple(unread))])
 
-    def _hand_out(self, deltas: bytes) -> list[int]:
-        """Puts tokens where they are read; gives the streams that nobody reads."""
+    def _hand_out(self, parts: Sequence[StreamPart]) -> list[int]:
+        """Puts tokens into mailboxes; returns the streams that are not open."""
         unread: list[int] = []
-        for stream_id, delta in _TOKENS.decode(deltas):
-            if (mailbox := self._mailboxes.get(stream_id)) is not None:
-                mailbox.put(delta)
+        for part in parts:
+            if (stream := self._streams.get(part.stream_id)) is not None:
+                stream.put(part)
             else:
-                unread.append(stream_id)
+                unread.append(part.stream_id)
         return unread
+
+    def _give_up(self, error: Exception) -> None:
+        self.fail(StageFailedError(f"the ingress can no longer receive tokens: {error}"))
+        self._on_end(error)
 
 
 class FeedOutbox:
-    """A pipeline's end: what is put in the same turn of the event loop leaves in one message an inbox.
+    """A pipeline's end: what is put in the same turn of the event loop leaves in one message to each inbox.
 
     Args:
-        on_unread: called with a stream, perhaps several times, for which tokens came that nobody reads.
+        on_unread: called with a stream, perhaps several times, that its ingress no longer reads.
+
+    Attributes:
+        num_malformed: messages from ingresses that could not be decoded.
     """
 
     def __init__(self, on_unread: Callable[[ReplyTo], None]) -> None:
         self._on_unread = on_unread
-        self._sockets: dict[str, zmq.asyncio.Socket] = {}
-        self._readers: list[asyncio.Task[None]] = []
-        self._waiting: defaultdict[str, list[StreamDelta]] = defaultdict(list)
+        self._sockets: dict[InboxAddress, zmq.asyncio.Socket] = {}
+        self._readers: dict[InboxAddress, asyncio.Task[None]] = {}
+        self._waiting: defaultdict[InboxAddress, list[StreamPart]] = defaultdict(list)
+        self.num_malformed = 0
 
-    def put(self, stream: ReplyTo, delta: Delta) -> None:
-        """Sends a stream's new tokens, soon."""
+    def put(self, stream: ReplyTo, number: int, delta: Delta) -> None:
+        """Sends a stream's new tokens soon.
+
+        Args:
+            number: counts the stream's parts from 0.
+        """
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._waiting[stream.address].append(StreamDelta(stream.stream_id, delta))
+            asyncio.get_running_loop().call_soon(self._send_waiting)
+        self._waiting[stream.inbox].append(StreamPart(stream.stream_id, number, delta))
 
     def stop(self) -> None:
         """Drops what has not left yet."""
-        for reader in self._readers:
-            reader.cancel()
-        for socket in self._sockets.values():
-            socket.close()
+        for inbox in list(self._sockets):
+            self._disconnect(inbox)
 
-    def _send(self) -> None:
-        for address, deltas in self._waiting.items():
-            if address not in self._sockets:
-                self._sockets[address] = _connect(address)
-                self._readers.append(asyncio.create_task(self._read(address)))
-            self._sockets[address].send(_TOKENS.encode(tuple(deltas)), flags=zmq.NOBLOCK)
-        self._waiting.clear()
+    def _send_waiting(self) -> None:
+        """Sends one message to each inbox. If one cannot be sent, its streams fail: their inbox misses a part."""
+        waiting, self._waiting = self._waiting, defaultdict(list)
+        for inbox, parts in waiting.items():
+            try:
+                self._send(inbox, parts)
+            except Exception:
+                logger.exception("tokens could not be sent", extra=values(inbox=inbox.endpoint, streams=len(parts)))
 
-    async def _read(self, address: str) -> None:
+    def _send(self, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
+        if inbox not in self._sockets:
+            self._sockets[inbox] = _connect(inbox)
+            name = f"feed outbox to {inbox.endpoint}"
+            self._readers[inbox] = run_in_background(name, self._read(inbox), lambda _: self._disconnect(inbox))
+        sent = asyncio.ensure_future(self._sockets[inbox].send(_PARTS.encode(tuple(parts)), flags=zmq.NOBLOCK))
+        if sent.done():
+            sent.result()  # raises what went wrong
+
+    def _disconnect(self, inbox: InboxAddress) -> None:
+        """The next part for the inbox connects again."""
+        self._readers.pop(inbox).cancel()
+        self._sockets.pop(inbox).close()
+
+    async def _read(self, inbox: InboxAddress) -> None:
         while True:
-            for stream_id in _UNREAD.decode(await self._sockets[address].recv()):
-                self._on_unread(ReplyTo(address, stream_id))
+            message = await self._sockets[inbox].recv()
+            try:
+                unread = _UNREAD.decode(message)
+            except CodecError as error:
+                self.num_malformed += 1
+                logger.warning("malformed feed message dropped", extra=values(error=str(error)))
+                continue
+            for stream_id in unread:
+                self._on_unread(ReplyTo(inbox, stream_id))
 
 
-def _connect(address: str) -> zmq.asyncio.Socket:
+def _connect(inbox: InboxAddress) -> zmq.asyncio.Socket:
     socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
-    socket.connect(address)
+    show_keys(socket, inbox.keys)
+    socket.connect(inbox.endpoint)
     return socket

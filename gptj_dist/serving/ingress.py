@@ -45,8 +45,8 @@ class Ingress:
         replica = serve.get_replica_context()
         name = replica.replica_id.unique_id
         open_log(log_directory(), LogSettings(config.log_format, config.model_names[0], name), "ingress")
-        self._metrics = IngressMetrics(name)
         self._pipelines = PipelineClient(pipeline)
+        self._metrics = IngressMetrics(name, self._pipelines.dropped)
         moderation = (
             None if config.moderation is None else load_moderation(config.moderation, config.moderation_timeout_s)
         )
@@ -72,6 +72,12 @@ class Ingress:
     async def metrics(self) -> IngressMetrics:
         """What this ingress has counted."""
         return self._metrics
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica if this raises."""
+        self._pipelines.check_health()
+        if self._listener is not None:
+            self._listener.check_health()
 
     async def __del__(self) -> None:
         """Called by Serve when the application ends."""

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from gptj_dist.engine.histogram import BOUNDS_NS
 from gptj_dist.engine.request import FinishReason
+from gptj_dist.stages.transport.guard import DropCount
 
 if TYPE_CHECKING:
     from gptj_dist.engine.stats import StageWork
@@ -37,12 +38,14 @@ class IngressMetrics:
         name: the replica's.
 
     Attributes:
+        feed_dropped: what the port for pipelines' tokens has dropped.
         num_responses: by method, path of the route, and status.
         num_in_flight: HTTP requests that are being answered.
         num_finished: completions, by how they ended.
     """
 
     name: str
+    feed_dropped: DropCount = field(default_factory=DropCount)
     num_responses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     num_in_flight: int = 0
     num_finished: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FINISH_REASONS, 0)))
@@ -136,6 +139,16 @@ def _edges(exposition: Exposition) -> _Rows:
         stops = ["coordinator", *map(str, range(len(pipeline.edge_bytes) - 1)), "coordinator"]
         for (begin, end), number in zip(pairwise(stops), pipeline.edge_bytes, strict=True):
             yield (pipeline.name, f"{begin}->{end}"), number
+
+
+def _dropped(exposition: Exposition) -> _Rows:
+    """By replica and port: `stage-0`, `stage-1`, ..., `coordinator` and `feed`."""
+    for pipeline in exposition.pipelines:
+        ports = [*(f"stage-{index}" for index in range(len(pipeline.num_dropped) - 2)), "coordinator", "feed"]
+        for port, number in zip(ports, pipeline.num_dropped, strict=True):
+            yield (pipeline.name, port), number
+    for ingress in exposition.ingresses:
+        yield (ingress.name, "feed"), ingress.feed_dropped.total
 
 
 _COUNTER, _GAUGE, _HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -281,5 +294,12 @@ FAMILIES: Sequence[Family] = (
         ("pipeline", "edge"),
         "Bytes that came over an edge of the ring of coordinator and stages.",
         _edges,
+    ),
+    Family(
+        _COUNTER,
+        "dropped_messages",
+        ("replica", "port"),
+        "Connections without the port's key, and malformed messages, that an internal port has dropped.",
+        _dropped,
     ),
 )

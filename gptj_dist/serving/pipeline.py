@@ -26,6 +26,7 @@ from gptj_dist.params import SamplingParams
 from gptj_dist.serving.feed import FeedOutbox, ReplyTo
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.stages.actor import log_directory
+from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.trace import TracePart
@@ -73,8 +74,10 @@ class PipelineMetrics:
     """What a pipeline has counted since its coordinator started, and how it is; other than a status it costs no time.
 
     Args:
-        num_preemptions, edge_bytes: since the stages were started last; the bytes are those of `StageGroup`.
-        stages, coordinator_ns: as of `PipelineStats`.
+        num_preemptions: since the stages were started last.
+        stages, coordinator_ns: see `PipelineStats`.
+        edge_bytes: see `StageGroup`; since the stages were started last.
+        num_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
     """
 
     name: str
@@ -90,6 +93,7 @@ class PipelineMetrics:
     stages: tuple[StageWork, ...]
     coordinator_ns: int
     edge_bytes: tuple[int, ...]
+    num_dropped: tuple[int, ...]
 
 
 class Pipeline:
@@ -126,14 +130,14 @@ class Pipeline:
         )
         self._max_queued_requests = config.max_queued_requests
         self._epoch = 0
-        self._is_lost = False
+        self._end: Exception | None = None
         self._group: StageGroup
         self._loaded: LoadedPipeline
         self._group, self._loaded = await self._start_stages()
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
-        self._driver = asyncio.create_task(self._drive())
+        self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self.prove_ready()
         logger.info("pipeline up", extra=values(stages=len(self._loaded.reports), pid=os.getpid()))
 
@@ -153,7 +157,7 @@ class Pipeline:
         self._require_room()
         streams = self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
         tasks = {
-            (to := reply_to.behind(choice)): asyncio.create_task(self._send(to, stream))
+            (to := reply_to.plus(choice)): asyncio.create_task(self._send(to, stream))
             for choice, stream in enumerate(streams)
         }
         self._sending |= tasks
@@ -173,9 +177,11 @@ class Pipeline:
             raise TooManyRequestsError(f"{num_waiting} requests are waiting already; try again later", retry_after_s)
 
     async def _send(self, reply_to: ReplyTo, stream: AsyncGenerator[Delta, None]) -> None:
+        number = 0
         async with aclosing(stream) as deltas:
             async for delta in deltas:
-                self._outbox.put(reply_to, delta)
+                self._outbox.put(reply_to, number, delta)
+                number += 1
 
     def _stop_sending(self, reply_to: ReplyTo) -> None:
         if (task := self._sending.get(reply_to)) is not None:
@@ -231,6 +237,7 @@ class Pipeline:
             stages=self._engine.stats.stages,
             coordinator_ns=self._engine.stats.coordinator_ns,
             edge_bytes=tuple(self._group.edge_bytes),
+            num_dropped=(*self._group.num_dropped, self._outbox.num_malformed),
         )
 
     async def trace_part(self, since: Mapping[str, int]) -> TracePart:
@@ -243,9 +250,9 @@ class Pipeline:
         return TracePart(self._name, self._blueprint.layers, records)
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces the replica if this raises: when new stages would not start either."""
-        if self._is_lost:
-            raise StageFailedError("the stages could not be restarted")
+        """Called by Serve, which replaces the replica if this raises. It raises when new stages would not start."""
+        if self._end is not None:
+            raise StageFailedError(f"the pipeline has ended: {self._end}")
 
     async def __del__(self) -> None:
         """Called by Serve when the replica has drained."""
@@ -254,8 +261,8 @@ class Pipeline:
         await self._group.stop()
 
     async def _drive(self) -> None:
-        """Runs the engine, and brings the stages back each time that one dies."""
-        while not self._is_lost:
+        """Runs the engine, and brings the stages back each time that one dies. Raises when that is not possible."""
+        while True:
             try:
                 await self._engine.run()
             except GPTJDistError as error:
@@ -264,19 +271,23 @@ class Pipeline:
                 await self._restart()
 
     async def _restart(self) -> None:
-        for attempt in range(MAX_RESTARTS_IN_A_ROW):
+        for attempt in range(1, MAX_RESTARTS_IN_A_ROW + 1):
             self._epoch += 1
             try:
                 self._group, self._loaded = await self._start_stages()
-            except GPTJDistError:
-                logger.exception("restart failed", extra=values(attempt=attempt + 1, most=MAX_RESTARTS_IN_A_ROW))
-                await asyncio.sleep(RESTART_DELAY_S * 2**attempt)
+            except Exception:  # whatever it is, the next attempt or Serve's next replica may succeed
+                logger.exception("restart failed", extra=values(attempt=attempt, most=MAX_RESTARTS_IN_A_ROW))
+                await asyncio.sleep(RESTART_DELAY_S * 2 ** (attempt - 1))
             else:
                 self._engine.resume(self._loaded.make_scheduler(), self._group, self._loaded.limits())
                 logger.info("pipeline back", extra=values(num_restarts=self._epoch))
                 return
-        logger.error("pipeline lost")
-        self._is_lost = True
+        raise StageFailedError(f"the stages could not be restarted in {MAX_RESTARTS_IN_A_ROW} attempts")
+
+    def _note_end(self, error: Exception) -> None:
+        """The driver has ended: no request will be served, and `check_health` has Serve replace the replica."""
+        logger.error("pipeline lost", exc_info=error, extra=values(error=str(error)))
+        self._end = error
 
     async def _start_stages(self) -> tuple[StageGroup, LoadedPipeline]:
         return await StageGroup.start(self._blueprint, self._placement, self._epoch, self._log)

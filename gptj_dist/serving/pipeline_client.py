@@ -1,4 +1,4 @@
-"""The pipelines as the ingress sees them: one handle to all, and the feed by which their tokens come."""
+"""How the ingress reaches the pipelines: one handle to all of them, and the feed that brings their tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from gptj_dist.serving.broadcast import Replies, pipeline_metrics, statuses, tra
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
 from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
 from gptj_dist.stages.trace import TracePart
+from gptj_dist.stages.transport.guard import DropCount
 
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
 
 LAST_TOKENS_S = 5.0
-"""How long a stream's last tokens may be behind the answer of the call that made them."""
+"""How long a stream's last tokens may take after the call that made them has returned."""
 
 
 class PipelineClient:
@@ -36,17 +37,31 @@ class PipelineClient:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._feed = FeedInbox(ray.util.get_node_ip_address())
+        self._failure: Exception | None = None
+        self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
         self._limits: EngineLimits | None = None
         self._meeting = asyncio.get_running_loop().create_task(self._meet())
 
+    @property
+    def dropped(self) -> DropCount:
+        """What arrived at the port for tokens and did not come from a pipeline."""
+        return self._feed.dropped
+
+    def check_health(self) -> None:
+        """Raises StageFailedError if no more tokens can be received."""
+        if self._failure is not None:
+            raise StageFailedError(f"the ingress can no longer receive tokens: {self._failure}")
+
     def close(self) -> None:
-        """Takes no more tokens."""
+        """Receives no more tokens."""
         self._meeting.cancel()
         self._feed.stop()
 
+    def _note_failure(self, error: Exception) -> None:
+        self._failure = error
+
     def limits(self) -> EngineLimits:
-        """As `TokenSource` has it."""
+        """Implements `TokenSource`. Raises NotReadyError while the model loads."""
         if self._limits is None:
             raise NotReadyError("the model is still loading; try again shortly")
         return self._limits
@@ -54,41 +69,41 @@ class PipelineClient:
     def streams(
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
-        """As `TokenSource` has it."""
+        """Implements `TokenSource`."""
         call = _Call(self._handle, self._feed, prompt_ids, params, num_choices, log_id)
         return [call.stream(choice) for choice in range(num_choices)]
 
     async def prove_ready(self) -> None:
-        """Returns when a pipeline has made a token lately.
+        """Returns when a pipeline has recently made a token.
 
         Raises:
-            NotReadyError, StageFailedError: none can.
+            NotReadyError, StageFailedError: no pipeline can make one.
         """
         self.limits()
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self._handle.prove_ready.remote()
         except (RayError, TimeoutError) as error:
-            if isinstance(error, GPTJDistError):  # as an error out of an actor is
+            if isinstance(error, GPTJDistError):  # Ray raises an actor's error as a subclass of both
                 raise
             raise NotReadyError("no pipeline makes a token right now") from error
 
     async def statuses(self) -> Replies[PipelineStatus]:
-        """What every pipeline says of itself. Raises NotReadyError."""
+        """The status of every pipeline. Raises NotReadyError."""
         self.limits()
         return await statuses(self._handle)
 
     async def metrics(self) -> Replies[PipelineMetrics]:
-        """What every pipeline has counted; while the model loads there is none. Raises NotReadyError."""
+        """The counters of every pipeline; none while the model loads. Raises NotReadyError."""
         return await pipeline_metrics(self._handle)
 
     async def trace_parts(self) -> Replies[TracePart]:
-        """The plans that every pipeline remembers. Raises NotReadyError."""
+        """The plans that every pipeline has kept. Raises NotReadyError."""
         self.limits()
         return await trace_parts(self._handle, {})
 
     async def _meet(self) -> None:
-        """Waits for the first pipeline. Serve holds calls back until there is one, which a client must not feel."""
+        """Waits for the first pipeline: until there is one, Serve holds calls back, and a client must get a 503."""
         while self._limits is None:
             try:
                 self._limits = (await self._handle.status.remote()).limits
@@ -98,7 +113,10 @@ class PipelineClient:
 
 
 class _Call:
-    """`Pipeline.generate` for all choices of a prompt: begins when the first is read, ends when none is any more."""
+    """A call of `Pipeline.generate` for all choices of a prompt.
+
+    It begins when the first choice is read and ends when the last reader has left.
+    """
 
     def __init__(
         self,
@@ -132,7 +150,7 @@ class _Call:
                 if delta.finish_reason is not None:
                     return
         finally:
-            self._feed.close(self._reply_to.behind(choice))
+            self._feed.close(self._reply_to.plus(choice))
             self._num_read -= 1
             if not self._num_read:
                 self._end()
@@ -144,20 +162,19 @@ class _Call:
 
     def _end(self) -> None:
         for choice in range(self._num_choices):
-            self._feed.close(self._reply_to.behind(choice))
+            self._feed.close(self._reply_to.plus(choice))
         self._watcher.cancel()
         self._response.cancel()
 
 
 async def _watch(call: DeploymentResponse, mailboxes: Sequence[Mailbox]) -> None:
-    """Ends streams whose call fails, or whose tokens do not come."""
+    """Fails the streams that are still open when their call has failed, or some time after it has returned."""
     failure = await _failure(call)
     for mailbox in mailboxes:
         mailbox.fail(failure)
 
 
 async def _failure(call: DeploymentResponse) -> Exception:
-    """What is to be said of streams that are still open some time after the call has ended."""
     try:
         await call
         await asyncio.sleep(LAST_TOKENS_S)
@@ -166,5 +183,9 @@ async def _failure(call: DeploymentResponse) -> Exception:
         return error.cause if isinstance(error.cause, GPTJDistError) else error
     except RayActorError:
         return StageFailedError("the pipeline's coordinator died")
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise  # the streams' readers have left
+        return StageFailedError("the pipeline cancelled the request")
     except Exception as error:
         return error

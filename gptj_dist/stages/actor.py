@@ -87,14 +87,14 @@ class Stage:
         if not isinstance(frame, PlanFrame):
             raise TypeError(f"a stage takes plans, not a {type(frame).__name__}")
         self._requests.note(frame.plan)
-        edge_bytes = (*frame.edge_bytes, self._inbound.frame_bytes)
+        edges = (*frame.edges, self._inbound.traffic)
         begin_ns = self._clock()
         output = self._runner.step(frame.plan, _before(frame))
         hidden = None if isinstance(output, Result) else _to_wire(output.hidden)
         timings = (*frame.timings, StageTiming(begin_ns, self._clock()))  # after the copy that waits for a GPU
         if isinstance(output, Result):
-            return ResultFrame(replace(output, timings=timings), edge_bytes)
-        return PlanFrame(frame.plan, hidden, timings, edge_bytes, output.embeddings)
+            return ResultFrame(replace(output, timings=timings), edges)
+        return PlanFrame(frame.plan, hidden, timings, edges, output.embeddings)
 
 
 def log_directory() -> Path:

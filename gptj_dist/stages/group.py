@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.logs import LogSettings
 from gptj_dist.stages.actor import StageActor
+from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import (
     Blueprint,
     DeviceReport,
@@ -58,8 +60,9 @@ class StageGroup:
     """Running stages: an `engine.Executor` over actors. Made by `start`.
 
     Attributes:
-        edge_bytes: what came over the ring's edges: from the coordinator to stage 0, from there to stage 1, and so on,
-            and from the last stage to the coordinator.
+        edge_bytes: bytes received over the ring's edges: from the coordinator to stage 0, from stage 0 to stage 1, and
+            so on, and from the last stage to the coordinator.
+        num_dropped: what the receiving ends of these edges have dropped, as of their last frame.
     """
 
     def __init__(self, stages: Sequence[Any], inbound: AsyncInbound, outbound: Outbound, sentinels: Sequence[Any]):
@@ -67,9 +70,13 @@ class StageGroup:
         self._inbound = inbound
         self._outbound = outbound
         self.edge_bytes = [0] * (len(stages) + 1)
+        self.num_dropped = [0] * (len(stages) + 1)
         self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
-        self._tasks = [asyncio.create_task(self._collect())]
-        self._tasks += [asyncio.create_task(self._watch(i, sentinel)) for i, sentinel in enumerate(sentinels)]
+        self._collector = run_in_background("collector of results", self._collect(), self._note_deafness)
+        self._watchers = [
+            run_in_background(f"run() of stage {index}", _finished(sentinel), partial(self._note_death, index))
+            for index, sentinel in enumerate(sentinels)
+        ]
 
     @classmethod
     async def start(
@@ -133,12 +140,12 @@ class StageGroup:
         self._outbound.send(EndFrame())
         with suppress(TimeoutError):
             async with asyncio.timeout(END_TIMEOUT_S):
-                await asyncio.gather(*self._tasks[1:])
+                await asyncio.gather(*self._watchers)
         self.kill()
 
     def kill(self) -> None:
         """Ends the stages at once; for those that are dead already, forgets them."""
-        for task in self._tasks:
+        for task in (self._collector, *self._watchers):
             task.cancel()
         for stage in self._stages:
             ray.kill(stage)
@@ -146,20 +153,22 @@ class StageGroup:
         self._inbound.close()
 
     async def _collect(self) -> None:
-        try:
-            while isinstance(frame := await self._inbound.receive(), ResultFrame):
-                for edge, num_bytes in enumerate((*frame.edge_bytes, self._inbound.frame_bytes)):
-                    self.edge_bytes[edge] += num_bytes
-                self._results.put_nowait(frame.result)
-        except ValueError as error:  # bytes that are no frame: nothing behind them can be trusted
-            self._results.put_nowait(StageFailedError(f"the last stage sent no result: {error}"))
+        while isinstance(frame := await self._inbound.receive(), ResultFrame):
+            for edge, traffic in enumerate((*frame.edges, self._inbound.traffic)):
+                self.edge_bytes[edge] += traffic.frame_bytes
+                self.num_dropped[edge] = traffic.num_dropped
+            self._results.put_nowait(frame.result)
 
-    async def _watch(self, index: int, sentinel: Any) -> None:
-        """Waits for the end of a stage's `run`, which in its right mind comes only after `stop`."""
-        try:
-            await sentinel
-        except ray.exceptions.RayError as error:
-            self._results.put_nowait(StageFailedError(f"stage {index} failed: {_summary(error)}"))
+    def _note_deafness(self, error: Exception) -> None:
+        self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
+
+    def _note_death(self, index: int, error: Exception) -> None:
+        """A stage's `run` has ended; a death unless `stop` asked for it, after which no result is received."""
+        self._results.put_nowait(StageFailedError(f"stage {index} failed: {_summary(error)}"))
+
+
+async def _finished(sentinel: Any) -> None:
+    await sentinel
 
 
 def _stage_options(placement: Placement, index: int, epoch: int) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import pytest
+import zmq
 import zmq.asyncio
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -15,20 +16,21 @@ from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.serving import pipeline_client as pipelines
-from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
+from gptj_dist.serving.feed import FeedInbox, FeedOutbox, InboxAddress, ReplyTo, StreamPart, _connect
+from gptj_dist.stages.transport.guard import CurveLock, GuardedSocket
 
 TIMEOUT_S = 10.0
 
 
 def test_each_stream_gets_its_tokens_from_whichever_pipeline_makes_them() -> None:
     async def run() -> None:
-        inboxes, outboxes = [FeedInbox("127.0.0.1") for _ in range(2)], [FeedOutbox(unexpected) for _ in range(2)]
+        inboxes, outboxes = [inbox_of_test() for _ in range(2)], [FeedOutbox(unexpected) for _ in range(2)]
         opened = [inbox.open(number) for inbox in inboxes for number in (1, 2)]
-        streams = [(first.behind(i), mailbox) for first, mailboxes in opened for i, mailbox in enumerate(mailboxes)]
+        streams = [(first.plus(i), mailbox) for first, mailboxes in opened for i, mailbox in enumerate(mailboxes)]
         for step in range(20):
             for index, (reply_to, _) in enumerate(streams):
                 reason = FinishReason.LENGTH if step == 19 else None
-                outboxes[index % 2].put(reply_to, Delta((100 * index + step,), reason))
+                outboxes[index % 2].put(reply_to, step, Delta((100 * index + step,), reason))
             if step % 3 == 0:
                 await asyncio.sleep(0)
         for index, (_, mailbox) in enumerate(streams):
@@ -46,22 +48,26 @@ def test_each_stream_gets_its_tokens_from_whichever_pipeline_makes_them() -> Non
     asyncio.run(run())
 
 
+def inbox_of_test() -> FeedInbox:
+    return FeedInbox("127.0.0.1", lambda error: pytest.fail(f"the inbox ended: {error}"))
+
+
 def unexpected(stream: ReplyTo) -> None:
     pytest.fail(f"{stream} is not read")
 
 
 def test_what_comes_for_a_stream_that_was_closed_is_dropped_and_its_sender_is_told() -> None:
     async def run() -> Delta:
-        inbox, told = FeedInbox("127.0.0.1"), asyncio.Queue[ReplyTo]()
+        inbox, told = inbox_of_test(), asyncio.Queue[ReplyTo]()
         outbox, bystander = FeedOutbox(told.put_nowait), FeedOutbox(unexpected)
         closed, [_, mailbox] = inbox.open(2)
-        open_ = closed.behind(1)
-        bystander.put(open_, Delta((1,), None))
+        open_ = closed.plus(1)
+        bystander.put(open_, 0, Delta((1,), None))
         assert (await asyncio.wait_for(mailbox.take(), TIMEOUT_S)).token_ids == (1,)
         inbox.close(closed)
         inbox.close(closed)
-        outbox.put(closed, Delta((1,), None))
-        outbox.put(open_, Delta((2, 3), FinishReason.STOP, embedding=bytes(range(256))))
+        outbox.put(closed, 0, Delta((1,), None))
+        outbox.put(open_, 1, Delta((2, 3), FinishReason.STOP, embedding=bytes(range(256))))
         delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
         assert await asyncio.wait_for(told.get(), TIMEOUT_S) == closed
         inbox.stop()
@@ -105,26 +111,113 @@ def test_a_stream_without_tokens_says_why(
         asyncio.run(run())
 
 
-def test_a_message_that_is_not_one_of_tokens_ends_no_stream() -> None:
+def test_a_stream_that_has_lost_a_part_fails_and_the_others_go_on() -> None:
+    async def run() -> None:
+        inbox, outbox = inbox_of_test(), FeedOutbox(lambda _: None)
+        first, [mailbox, other] = inbox.open(2)
+        outbox.put(first, 0, Delta((1,), None))
+        outbox.put(first, 2, Delta((3,), FinishReason.STOP))
+        outbox.put(first.plus(1), 0, Delta((7,), FinishReason.STOP))
+        async with asyncio.timeout(TIMEOUT_S):
+            assert (await other.take()).token_ids == (7,)
+            assert (await mailbox.take()).token_ids == (1,)
+            with pytest.raises(StageFailedError, match="lost on their way"):
+                await mailbox.take()
+        inbox.stop()
+        outbox.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("has_connected", [True, False])
+def test_an_error_while_sending_fails_the_streams_of_that_message_and_no_others(has_connected: bool) -> None:
+    async def run(monkeypatch: pytest.MonkeyPatch) -> None:
+        inboxes, outbox = [inbox_of_test(), inbox_of_test()], FeedOutbox(lambda _: None)
+        (broken, [lost]), (whole, [kept]) = (inbox.open(1) for inbox in inboxes)
+        num_before = 1 if has_connected else 0
+        async with asyncio.timeout(TIMEOUT_S):
+            if has_connected:
+                outbox.put(broken, 0, Delta((1,), None))
+                assert (await lost.take()).token_ids == (1,)
+            real, failing = FeedOutbox._send, [broken.inbox]
+
+            def fail_once(self: FeedOutbox, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
+                if inbox in failing:
+                    failing.remove(inbox)
+                    raise OSError("Too many open files")
+                real(self, inbox, parts)
+
+            monkeypatch.setattr(FeedOutbox, "_send", fail_once)
+            outbox.put(broken, num_before, Delta((2,), None))
+            outbox.put(whole, 0, Delta((5,), None))
+            assert (await kept.take()).token_ids == (5,)
+            outbox.put(broken, num_before + 1, Delta((3,), FinishReason.STOP))
+            outbox.put(whole, 1, Delta((6,), FinishReason.STOP))
+            assert (await kept.take()).token_ids == (6,)
+            with pytest.raises(StageFailedError, match="lost on their way"):
+                await lost.take()
+        for inbox in inboxes:
+            inbox.stop()
+        outbox.stop()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        asyncio.run(run(monkeypatch))
+
+
+def test_a_sender_with_the_key_that_sends_malformed_messages_ends_no_stream_and_is_counted() -> None:
     async def run() -> Delta:
-        inbox, outbox = FeedInbox("127.0.0.1"), FeedOutbox(unexpected)
+        inbox, outbox = inbox_of_test(), FeedOutbox(unexpected)
         stream, [mailbox] = inbox.open(1)
-        stranger = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        stranger.connect(stream.address)
+        insider = _connect(stream.inbox)
         packed = msgspec.msgpack.encode
-        for message in (
-            [b"not msgpack"],
-            [packed(7)],
-            [packed([[0, "x"]])],
-            [packed([[0, [[1], "no reason"]]])],
-            [b"", b""],
-        ):
-            await stranger.send_multipart(message)
-        outbox.put(stream, Delta((1,), FinishReason.STOP))
-        delta = await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
-        stranger.close(linger=0)
+        wrong_reason = packed([[0, 0, [[1], "no reason", [], [], None]]])
+        malformed = [[b"not msgpack"], [packed(7)], [packed([[0, "x"]])], [wrong_reason], [b"", b""]]
+        for message in malformed:
+            await insider.send_multipart(message)
+        outbox.put(stream, 0, Delta((1,), FinishReason.STOP))
+        async with asyncio.timeout(TIMEOUT_S):
+            delta = await mailbox.take()
+            while inbox.dropped.num_malformed < len(malformed):  # noqa: ASYNC110  # counting sets no event
+                await asyncio.sleep(0.001)
+        insider.close(linger=0)
         inbox.stop()
         outbox.stop()
         return delta
 
     assert asyncio.run(run()).token_ids == (1,)
+
+
+def test_an_outbox_drops_malformed_messages_and_still_hears_of_unread_streams() -> None:
+    async def run() -> None:
+        lock, unread = CurveLock(), asyncio.Queue[ReplyTo]()
+        inbox = GuardedSocket(zmq.asyncio.Context(), zmq.ROUTER, "127.0.0.1", lock)
+        stream = ReplyTo(InboxAddress(inbox.endpoint, lock.keys), 7)
+        outbox = FeedOutbox(unread.put_nowait)
+        async with asyncio.timeout(TIMEOUT_S):
+            outbox.put(stream, 0, Delta((1,), None))
+            sender, _ = await inbox.socket.recv_multipart()
+            malformed = [b"", b"\xff", msgspec.msgpack.encode("text"), msgspec.msgpack.encode([["x"]])]
+            for message in (*malformed, msgspec.msgpack.encode([7])):
+                await inbox.socket.send_multipart([sender, message])
+            assert await unread.get() == stream
+        assert outbox.num_malformed == len(malformed)
+        outbox.stop()
+        inbox.close()
+
+    asyncio.run(run())
+
+
+def test_when_the_reader_of_an_inbox_ends_all_its_streams_fail_and_its_owner_hears_why() -> None:
+    async def run() -> None:
+        ends: list[Exception] = []
+        inbox = FeedInbox("127.0.0.1", ends.append)
+        _, [mailbox, _] = inbox.open(2)
+        await asyncio.sleep(0)
+        inbox._guarded.socket.close(linger=0)
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(StageFailedError, match="can no longer receive tokens"):
+                await mailbox.take()
+        assert len(ends) == 1
+        inbox.stop()
+
+    asyncio.run(run())

@@ -48,6 +48,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineMetrics:
         stages=(StageWork(histogram(4), 250 * MS), StageWork(histogram(6, 8), 125 * MS)),
         coordinator_ns=2000 * MS,
         edge_bytes=(100, 2000, 30),
+        num_dropped=(0, 4, 2, 1),
     )
 
 
@@ -108,6 +109,10 @@ def test_the_numbers_are_those_of_each_replica(
         ("edge_bytes_total", labels(pipeline="p", edge="coordinator->0")): 100,
         ("edge_bytes_total", labels(pipeline="p", edge="0->1")): 2000,
         ("edge_bytes_total", labels(pipeline="q", edge="1->coordinator")): 30,
+        ("dropped_messages_total", labels(replica="p", port="stage-0")): 0,
+        ("dropped_messages_total", labels(replica="p", port="stage-1")): 4,
+        ("dropped_messages_total", labels(replica="p", port="coordinator")): 2,
+        ("dropped_messages_total", labels(replica="q", port="feed")): 1,
     }
     assert {key: samples[key] for key in expected} == expected
 

@@ -62,7 +62,7 @@ class Replica(Pipeline):
 async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, Callable[[SamplingParams], Streams]]]:
     """An engine, a handle to it, and what asks it for all choices of `PROMPT`."""
     async with running(is_paused) as rig:
-        replica, inbox = Replica(rig), FeedInbox("127.0.0.1")
+        replica, inbox = Replica(rig), FeedInbox("127.0.0.1", lambda error: pytest.fail(str(error)))
         handle: Any = Handle(replica)
 
         def ask(params: SamplingParams) -> Streams:
@@ -72,7 +72,7 @@ async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, C
         yield rig, handle, ask
         assert all(call.done() for call in handle.calls)
         assert not replica._sending
-        assert not inbox._mailboxes
+        assert not inbox._streams
         replica._outbox.stop()
         inbox.stop()
 

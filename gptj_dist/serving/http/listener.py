@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import resource
@@ -11,8 +10,10 @@ from dataclasses import dataclass, replace
 import uvicorn
 from starlette.types import ASGIApp
 
+from gptj_dist.errors import NotReadyError
 from gptj_dist.serving.http.connection import ConnectionLimits, LimitedConnection
 from gptj_dist.serving.sockets import listen_at
+from gptj_dist.stages.background import run_in_background
 
 RESERVED_FILES = 256
 """Files and sockets that this process opens for anything but clients."""
@@ -62,12 +63,21 @@ class Listener:
         )
         config.load()
         self._server = uvicorn.Server(config)
-        self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
+        self._failure: Exception | None = None
+        self._task = run_in_background("HTTP server", self._server.serve(sockets=[listening]), self._note_end)
+
+    def check_health(self) -> None:
+        """Raises NotReadyError if the server has ended without `close`."""
+        if self._failure is not None and not self._server.should_exit:
+            raise NotReadyError(f"the HTTP server has ended: {self._failure}")
 
     async def close(self) -> None:
         """Takes no more requests, and returns when those under way are answered."""
         self._server.should_exit = True
         await self._task
+
+    def _note_end(self, error: Exception) -> None:
+        self._failure = error
 
 
 def _default_limits() -> ConnectionLimits:

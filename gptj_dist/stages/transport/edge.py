@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gptj_dist.stages.transport.frames import Frame
+from gptj_dist.stages.transport.frames import EdgeTraffic, Frame
 
 
 class Inbound(Protocol):
     """The receiving end of an edge, for a thread."""
 
-    @property
-    def address(self) -> str:
-        """The address that the sending end connects to."""
+    address: str
+    """What `Transport.outbound` needs. It may contain a secret: do not log it."""
 
     @property
-    def frame_bytes(self) -> int:
-        """Size of the frame that was received last."""
+    def traffic(self) -> EdgeTraffic:
+        """What this end has received and dropped."""
 
     def receive(self) -> Frame:
-        """Waits for the next frame."""
+        """Waits for the next frame. What is no frame of this epoch is dropped."""
 
     def close(self) -> None:
         """Frees the address; frames that were not received are lost."""
@@ -31,16 +30,15 @@ class Inbound(Protocol):
 class AsyncInbound(Protocol):
     """The receiving end of an edge, for an event loop."""
 
-    @property
-    def address(self) -> str:
-        """The address that the sending end connects to."""
+    address: str
+    """What `Transport.outbound` needs. It may contain a secret: do not log it."""
 
     @property
-    def frame_bytes(self) -> int:
-        """Size of the frame that was received last."""
+    def traffic(self) -> EdgeTraffic:
+        """What this end has received and dropped."""
 
     async def receive(self) -> Frame:
-        """Waits for the next frame."""
+        """Waits for the next frame. What is no frame of this epoch is dropped."""
 
     def close(self) -> None:
         """Frees the address; frames that were not received are lost."""

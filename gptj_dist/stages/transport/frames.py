@@ -40,6 +40,18 @@ class HiddenStates:
         return num_rows * d_model * DTYPE_BYTES[self.dtype]
 
 
+class EdgeTraffic(NamedTuple):
+    """What a receiving end has received and dropped.
+
+    Args:
+        frame_bytes: size of the frame that was received last.
+        num_dropped: connections of strangers and malformed messages, since the end was opened.
+    """
+
+    frame_bytes: int
+    num_dropped: int
+
+
 @dataclass(frozen=True, slots=True)
 class PlanFrame:
     """A plan on its way to the next stage.
@@ -47,14 +59,14 @@ class PlanFrame:
     Args:
         hidden: the output of the stage before; None for stage 0.
         timings: one for each stage that the plan has passed.
-        edge_bytes: the plan's bytes on the edge to each of those stages.
+        edges: one for each edge that the plan has passed.
         embeddings: those that these stages have completed.
     """
 
     plan: Plan
     hidden: HiddenStates | None
     timings: tuple[StageTiming, ...] = ()
-    edge_bytes: tuple[int, ...] = ()
+    edges: tuple[EdgeTraffic, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
 
 
@@ -63,11 +75,11 @@ class ResultFrame:
     """A result on its way from the last stage to the coordinator.
 
     Args:
-        edge_bytes: the plan's bytes on the edge to each stage.
+        edges: one for each edge that the plan has passed.
     """
 
     result: Result
-    edge_bytes: tuple[int, ...] = ()
+    edges: tuple[EdgeTraffic, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

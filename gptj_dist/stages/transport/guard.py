@@ -1,0 +1,218 @@
+"""Sockets that only our own processes can send to. libzmq refuses strangers before it reads a message from them.
+
+A receiving socket has a lock. What opens it travels by Ray calls, inside the socket's address, to the processes that
+shall send. `docs/decisions/0018-keys-of-sockets.md` says why there are two kinds of lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
+
+from gptj_dist.logs import values
+
+logger = logging.getLogger(__name__)
+
+MAX_PART_BYTES = 2**30
+"""libzmq cuts off a peer that announces a larger part of a message. Hidden states of 65,536 tokens have this size."""
+
+HANDSHAKE_TIMEOUT_MS = 10_000
+"""libzmq cuts off a peer that has not shown a key after this time."""
+
+_ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+_MONITOR_ENDPOINT = "inproc://monitor"
+_ZAP_DOMAIN = b"gptj-dist"  # libzmq asks for the credentials of peers only where a domain is set
+_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+S = TypeVar("S", bound="zmq.Socket[Any]")
+
+
+@dataclass(slots=True)
+class DropCount:
+    """What a receiving socket has dropped since it was opened.
+
+    Attributes:
+        num_strangers: connections of peers without the key.
+        num_malformed: messages from other peers that could not be decoded.
+    """
+
+    num_strangers: int = 0
+    num_malformed: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.num_strangers + self.num_malformed
+
+
+class Lock(Protocol):
+    """How a receiving socket checks its peers."""
+
+    def install(self, socket: zmq.Socket[Any]) -> None:
+        """Makes the socket ask its peers for credentials."""
+
+    def opens_for(self, credentials: Sequence[bytes]) -> bool:
+        """Whether a peer with these credentials may send."""
+
+
+class PasswordLock:
+    """Lets in who knows a random password: ZMTP's PLAIN mechanism, which costs nothing a message and encrypts nothing.
+
+    Attributes:
+        password: for `show_password`.
+    """
+
+    def __init__(self) -> None:
+        self.password = secrets.token_urlsafe(32)
+
+    def install(self, socket: zmq.Socket[Any]) -> None:
+        socket.plain_server = True
+
+    def opens_for(self, credentials: Sequence[bytes]) -> bool:
+        return secrets.compare_digest(credentials[-1], self.password.encode())
+
+
+def show_password(socket: zmq.Socket[Any], password: str) -> None:
+    """Has a sending socket open a `PasswordLock` when it connects."""
+    socket.plain_username = b"gptj-dist"
+    socket.plain_password = password.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """What opens a `CurveLock`.
+
+    Args:
+        server: the lock's public key.
+        client: the only secret key that the lock accepts from a client.
+    """
+
+    server: bytes
+    client: bytes
+
+    def __repr__(self) -> str:
+        return "CurveKeys(...)"  # addresses are logged, secrets are not
+
+
+class CurveLock:
+    """Lets in who has one certain client key, and encrypts: ZMTP's CURVE mechanism.
+
+    Attributes:
+        keys: for `show_keys`.
+    """
+
+    def __init__(self) -> None:
+        server_public, self._server_secret = zmq.curve_keypair()
+        client_public, client_secret = zmq.curve_keypair()
+        self._client_public = z85.decode(client_public)
+        self.keys = CurveKeys(server_public, client_secret)
+
+    def install(self, socket: zmq.Socket[Any]) -> None:
+        socket.curve_server = True
+        socket.curve_secretkey = self._server_secret
+
+    def opens_for(self, credentials: Sequence[bytes]) -> bool:
+        return credentials[-1] == self._client_public
+
+
+def show_keys(socket: zmq.Socket[Any], keys: CurveKeys) -> None:
+    """Has a sending socket open a `CurveLock` when it connects."""
+    socket.curve_serverkey = keys.server
+    socket.curve_publickey = zmq.curve_public(keys.client)
+    socket.curve_secretkey = keys.client
+
+
+class GuardedSocket(Generic[S]):
+    """A bound socket behind a lock, and a thread that answers libzmq's questions about peers (RFC 27, ZAP).
+
+    Args:
+        context: of this socket alone, because libzmq asks one handler a context. `close` ends it.
+        kind: such as `zmq.PULL`.
+        host: the address to bind; the port is a free one.
+
+    Attributes:
+        endpoint: the address to connect to.
+        dropped: what the socket has dropped. The thread counts strangers, the socket's reader malformed messages.
+    """
+
+    def __init__(self, context: zmq.Context[S], kind: int, host: str, lock: Lock) -> None:
+        self._context = context
+        self._lock = lock
+        self._num_unproven = 0
+        self.dropped = DropCount()
+        self.socket: S = context.socket(kind)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_PART_BYTES)
+        self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+        self.socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+        lock.install(self.socket)
+        self._start_thread()
+        self.endpoint = bind_free_port(self.socket, host)
+
+    def close(self) -> None:
+        """Frees the port; messages that were not received are lost."""
+        self.socket.close(linger=0)
+        self._context.term()  # ends the thread, too
+
+    def _start_thread(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context.underlying)
+        questions = context.socket(zmq.REP)
+        questions.bind(_ZAP_ENDPOINT)
+        self.socket.monitor(_MONITOR_ENDPOINT, _EVENTS)
+        events = context.socket(zmq.PAIR)
+        events.connect(_MONITOR_ENDPOINT)
+        threading.Thread(target=self._serve, args=(questions, events), name="gate", daemon=True).start()
+
+    def _serve(self, questions: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+        poller = zmq.Poller()
+        poller.register(questions, zmq.POLLIN)
+        poller.register(events, zmq.POLLIN)
+        with closing(questions), closing(events):
+            try:
+                while True:
+                    for socket, _ in poller.poll():
+                        if socket is questions:
+                            questions.send_multipart(self._answer(*questions.recv_multipart()))
+                        else:
+                            self._note(parse_monitor_message(events.recv_multipart())["event"])
+            except zmq.ContextTerminated:
+                pass
+
+    def _answer(self, version: bytes, question_id: bytes, *question: bytes) -> list[bytes]:
+        """The reply to a question: domain, address, identity and mechanism, then the peer's credentials."""
+        _, _, _, _, *credentials = question
+        status = b"200" if self._lock.opens_for(credentials) else b"400"
+        return [version, question_id, status, b"", b"", b""]
+
+    def _note(self, event: int) -> None:
+        """Counts a connection as a stranger's if it ends before its handshake has succeeded."""
+        if event == zmq.EVENT_ACCEPTED:
+            self._num_unproven += 1
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._num_unproven -= 1
+        elif event == zmq.EVENT_DISCONNECTED and self._num_unproven > 0:
+            self._num_unproven -= 1
+            self.dropped.num_strangers += 1
+            if (
+                self.dropped.num_strangers.bit_count() == 1
+            ):  # the 1st, 2nd, 4th, 8th ...: a flood must not fill the disk
+                logger.warning(
+                    "connection without the key refused",
+                    extra=values(port=self.endpoint, num_refused=self.dropped.num_strangers),
+                )
+
+
+def bind_free_port(socket: zmq.Socket[Any], host: str) -> str:
+    """Binds a free port of the host; returns the address to connect to."""
+    if ":" in host:
+        socket.setsockopt(zmq.IPV6, 1)
+        host = f"[{host}]"
+    socket.bind(f"tcp://{host}:0")
+    return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))

@@ -1,0 +1,266 @@
+"""However a background task ends, its pipeline restarts or its replica fails its health check."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from ray.exceptions import ActorDiedError, RayTaskError
+from starlette.applications import Starlette
+
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.errors import NotReadyError, StageFailedError
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving import pipeline
+from gptj_dist.serving.http.listener import Address, Listener
+from gptj_dist.serving.pipeline import MAX_RESTARTS_IN_A_ROW, Pipeline
+from gptj_dist.stages.background import run_in_background
+from gptj_dist.stages.group import StageGroup
+from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame
+from tests.unit.test_async_engine import (
+    LIMITS,
+    PROMPT,
+    collect,
+    expected_tokens,
+    make_engine,
+    make_executor,
+    make_scheduler,
+    until,
+)
+
+TIMEOUT_S = 20
+PARAMS = SamplingParams(max_tokens=5, seed=3)
+TOO_MANY_FILES = OSError(24, "Too many open files")
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await scenario()
+
+    asyncio.run(limited())
+
+
+class FakeGroup:
+    """Stages over a fake executor.
+
+    Args:
+        error: what `kill` raises.
+    """
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.executor = make_executor(is_paused=True)
+        self._error = error
+
+    def kill(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class FakeLoaded:
+    """Stages that have loaded."""
+
+    def make_scheduler(self) -> Scheduler:
+        return make_scheduler()
+
+    def limits(self) -> EngineLimits:
+        return LIMITS
+
+
+class Replica(Pipeline):
+    """A pipeline whose stages start as told, without Ray.
+
+    Args:
+        starts: for each time that stages are started after the first, what comes of it.
+    """
+
+    def __init__(self, group: FakeGroup, starts: Iterator[Exception | FakeGroup]) -> None:
+        self._starts = starts
+        self._epoch = 0
+        self._end = None
+        self._group: Any = group
+        self._engine = make_engine(group.executor)
+        self._driver = run_in_background("driver", self._drive(), self._note_end)
+
+    async def _start_stages(self) -> Any:
+        start = next(self._starts)
+        if isinstance(start, Exception):
+            raise start
+        start.executor.go_on()
+        return start.executor, FakeLoaded()
+
+    def __del__(self) -> None:  # type: ignore[override]
+        """Nothing was started."""
+
+
+@pytest.fixture(autouse=True)
+def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "RESTART_DELAY_S", 0.0)
+
+
+@pytest.mark.parametrize("error", [TOO_MANY_FILES, StageFailedError("no"), RuntimeError("no"), KeyError("no")])
+@pytest.mark.parametrize("num_failures", range(1, MAX_RESTARTS_IN_A_ROW))
+def test_after_any_error_while_stages_start_the_next_attempt_serves_requests(
+    error: Exception, num_failures: int
+) -> None:
+    async def scenario() -> None:
+        group = FakeGroup()
+        replica = Replica(group, iter([*[error] * num_failures, FakeGroup()]))
+        await until(lambda: replica._engine.is_up)
+        group.executor.fail()
+        await until(lambda: replica._epoch == num_failures + 1 and replica._engine.is_up)
+        assert await collect(replica._engine.generate(PROMPT, PARAMS)) == expected_tokens(PROMPT, PARAMS)
+        replica.check_health()
+        replica._driver.cancel()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("error", [TOO_MANY_FILES, StageFailedError("no"), RuntimeError("no")])
+def test_a_pipeline_whose_stages_never_start_again_fails_its_health_check(error: Exception) -> None:
+    async def scenario() -> None:
+        group = FakeGroup()
+        replica = Replica(group, iter([error] * MAX_RESTARTS_IN_A_ROW))
+        replica.check_health()
+        group.executor.fail()
+        await until(replica._driver.done)
+        with pytest.raises(StageFailedError, match="could not be restarted in 3 attempts"):
+            replica.check_health()
+        with pytest.raises(NotReadyError):
+            await collect(replica._engine.generate(PROMPT, PARAMS))
+
+    run(scenario)
+
+
+def test_an_error_while_dead_stages_are_ended_fails_the_health_check() -> None:
+    async def scenario() -> None:
+        group = FakeGroup(RuntimeError("Ray has gone"))
+        replica = Replica(group, iter([]))
+        group.executor.fail()
+        await until(replica._driver.done)
+        with pytest.raises(StageFailedError, match="Ray has gone"):
+            replica.check_health()
+
+    run(scenario)
+
+
+class FakeInbound:
+    """Receives nothing, or fails."""
+
+    address = "nowhere"
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+
+    async def receive(self) -> Frame:
+        if self._error is None:
+            await asyncio.Future()
+        assert self._error is not None
+        raise self._error
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FakeOutbound:
+    """Takes frames that nobody reads."""
+
+    def send(self, frame: Frame) -> None:
+        assert isinstance(frame, PlanFrame | EndFrame)
+
+    def close(self, linger_ms: int = 0) -> None:
+        assert linger_ms >= 0
+
+
+def group_of(sentinels: list[Any], receiving: Exception | None = None) -> StageGroup:
+    inbound: Any = FakeInbound(receiving)
+    return StageGroup([], inbound, FakeOutbound(), sentinels)
+
+
+async def _end_of_run(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ActorDiedError(),
+        RayTaskError("run", "a traceback", ValueError("broken")),
+        ImportError("a class of the error is unknown here"),
+        None,
+    ],
+)
+def test_however_the_run_of_a_stage_ends_the_stage_counts_as_dead(error: Exception | None) -> None:
+    async def scenario() -> None:
+        group = group_of([asyncio.Future(), _end_of_run(error)])
+        with pytest.raises(StageFailedError, match="stage 1"):
+            await group.receive()
+        group.kill()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("error", [TOO_MANY_FILES, RuntimeError("no")])
+def test_a_coordinator_that_can_no_longer_receive_fails_its_requests(error: Exception) -> None:
+    async def scenario() -> None:
+        group = group_of([asyncio.Future()], receiving=error)
+        with pytest.raises(StageFailedError, match="can no longer receive results"):
+            await group.receive()
+        group.kill()
+
+    run(scenario)
+
+
+def test_an_http_server_that_ends_by_itself_fails_the_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(_: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        sockets[0].close()
+        raise TOO_MANY_FILES
+
+    async def scenario() -> None:
+        monkeypatch.setattr(uvicorn.Server, "serve", serve)
+        listener = Listener(Starlette(), Address("127.0.0.1", 0), 0)
+        listener.check_health()
+        await until(listener._task.done)
+        with pytest.raises(NotReadyError, match="Too many open files"):
+            listener.check_health()
+
+    run(scenario)
+
+
+def test_an_http_server_that_is_closed_passes_the_health_check() -> None:
+    async def scenario() -> None:
+        listener = Listener(Starlette(), Address("127.0.0.1", 0), 0)
+        await until(lambda: listener._server.started)
+        await listener.close()
+        listener.check_health()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_cancelled_from_within", [True, False])
+def test_a_background_task_that_is_cancelled_ends_silently_unless_the_reason_is_within(
+    is_cancelled_from_within: bool,
+) -> None:
+    async def scenario() -> None:
+        ends: list[Exception] = []
+        inner: asyncio.Future[None] = asyncio.Future()
+
+        async def work() -> None:
+            await inner
+
+        task = run_in_background("work", work(), ends.append)
+        await asyncio.sleep(0)
+        if is_cancelled_from_within:
+            inner.cancel()
+        else:
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert len(ends) == is_cancelled_from_within
+
+    run(scenario)
