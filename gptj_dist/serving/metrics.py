@@ -142,13 +142,15 @@ def _edges(exposition: Exposition) -> _Rows:
 
 
 def _dropped(exposition: Exposition) -> _Rows:
-    """By replica and port: `stage-0`, `stage-1`, ..., `coordinator` and `feed`."""
+    """By port: `stage-0`, `stage-1`, ..., `coordinator` and `feed`."""
     for pipeline in exposition.pipelines:
         ports = [*(f"stage-{index}" for index in range(len(pipeline.num_dropped) - 2)), "coordinator", "feed"]
         for port, number in zip(ports, pipeline.num_dropped, strict=True):
             yield (pipeline.name, port), number
-    for ingress in exposition.ingresses:
-        yield (ingress.name, "feed"), ingress.feed_dropped.total
+
+
+def _feed_dropped(exposition: Exposition) -> _Rows:
+    return (((ingress.name,), ingress.feed_dropped.total) for ingress in exposition.ingresses)
 
 
 _COUNTER, _GAUGE, _HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -298,8 +300,15 @@ FAMILIES: Sequence[Family] = (
     Family(
         _COUNTER,
         "dropped_messages",
-        ("replica", "port"),
-        "Connections without the port's key, and malformed messages, that an internal port has dropped.",
+        ("pipeline", "port"),
+        "Connections without the port's key, and malformed messages, that a port of the pipeline has dropped.",
         _dropped,
+    ),
+    Family(
+        _COUNTER,
+        "feed_dropped_messages",
+        ("ingress",),
+        "Connections without the port's key, and malformed messages, that the port for tokens has dropped.",
+        _feed_dropped,
     ),
 )

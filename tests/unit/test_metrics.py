@@ -109,10 +109,11 @@ def test_the_numbers_are_those_of_each_replica(
         ("edge_bytes_total", labels(pipeline="p", edge="coordinator->0")): 100,
         ("edge_bytes_total", labels(pipeline="p", edge="0->1")): 2000,
         ("edge_bytes_total", labels(pipeline="q", edge="1->coordinator")): 30,
-        ("dropped_messages_total", labels(replica="p", port="stage-0")): 0,
-        ("dropped_messages_total", labels(replica="p", port="stage-1")): 4,
-        ("dropped_messages_total", labels(replica="p", port="coordinator")): 2,
-        ("dropped_messages_total", labels(replica="q", port="feed")): 1,
+        ("dropped_messages_total", labels(pipeline="p", port="stage-0")): 0,
+        ("dropped_messages_total", labels(pipeline="p", port="stage-1")): 4,
+        ("dropped_messages_total", labels(pipeline="p", port="coordinator")): 2,
+        ("dropped_messages_total", labels(pipeline="q", port="feed")): 1,
+        ("feed_dropped_messages_total", labels(ingress="i")): 0,
     }
     assert {key: samples[key] for key in expected} == expected
 
