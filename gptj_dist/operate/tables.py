@@ -12,8 +12,12 @@ from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.blueprint import StageReport
 
 
-def stage_table(reports: Sequence[StageReport], num_kv_tokens: int) -> Table:
-    """One line a stage: layers, device, memory, KV cache."""
+def stage_table(reports: Sequence[StageReport], num_kv_tokens: int | None) -> Table:
+    """One line a stage: layers, device, memory, KV cache.
+
+    Args:
+        num_kv_tokens: of the whole pipeline; None leaves the columns of the KV cache empty.
+    """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "layers", "device"):
         table.add_column(column)
@@ -25,8 +29,8 @@ def stage_table(reports: Sequence[StageReport], num_kv_tokens: int) -> Table:
             layers_text(report.layers),
             f"{report.device.name}, {report.dtype}",
             bytes_text(report.weight_bytes),
-            bytes_text(report.kv_bytes_per_token * num_kv_tokens),
-            f"{num_kv_tokens:,}",
+            "-" if num_kv_tokens is None else bytes_text(report.kv_bytes_per_token * num_kv_tokens),
+            "-" if num_kv_tokens is None else f"{num_kv_tokens:,}",
         )
     return table
 

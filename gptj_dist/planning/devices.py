@@ -120,6 +120,12 @@ KNOWN_DEVICES: Mapping[str, DeviceSpec] = MappingProxyType(
 )
 """By name. GPUs: the makers' data sheets, times the efficiencies above."""
 
+_ALIASES = MappingProxyType({"a100-80g": "a100-80", "a100-80gb": "a100-80", "a100-40g": "a100-40", "a100": "a100-40"})
+"""Other names of known devices, those of Ray's accelerator types among them. An A100 of unknown size is a small one."""
+
+_MAKERS = ("nvidia-", "tesla-", "geforce-")
+MAX_DEVICES = 256
+
 _UNITS: Mapping[str, tuple[tuple[str, ...], float]] = MappingProxyType(
     {
         "memory_gb": (("memory_bytes",), 1e9),
@@ -162,23 +168,33 @@ def parse_devices(description: object) -> tuple[DeviceSpec, ...]:
     ]
     if not devices:
         raise ConfigurationError("the list 'devices' is empty")
+    if len(devices) > MAX_DEVICES:
+        raise ConfigurationError(f"the list 'devices' may describe {MAX_DEVICES} devices, got {len(devices)}")
     return tuple(devices)
 
 
 def known_device(name: str) -> DeviceSpec:
-    """The figures of a known device.
+    """The figures of a known device. Case, spaces and the maker's name do not matter.
 
     Raises:
         ConfigurationError: the name is not known; the message has the nearest one.
     """
+    canonical = _canonical_name(name)
     try:
-        refuse_unknown_keys([name], KNOWN_DEVICES)
+        refuse_unknown_keys([canonical], KNOWN_DEVICES)
     except ConfigurationError as error:
         reason = str(error).partition(": ")[2]
         raise ConfigurationError(
-            f"no figures are known for device {name!r}: {reason}; or give its own: {', '.join(_OWN_FIGURES)}"
+            f"no figures are known for device {name!r:.80}: {reason}; or give its own: {', '.join(_OWN_FIGURES)}"
         ) from None
-    return KNOWN_DEVICES[name]
+    return KNOWN_DEVICES[canonical]
+
+
+def _canonical_name(name: str) -> str:
+    canonical = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
+    for maker in _MAKERS:
+        canonical = canonical.removeprefix(maker)
+    return _ALIASES.get(canonical, canonical)
 
 
 def _parse_entry(entry: object, links: Mapping[str, Any], where: str) -> list[DeviceSpec]:
@@ -191,17 +207,19 @@ def _parse_entry(entry: object, links: Mapping[str, Any], where: str) -> list[De
     except ConfigurationError as error:
         raise ConfigurationError(f"{where} ({entry['name']}): {error}") from None
     count = entry.get("count", 1)
-    if type(count) is not int or count < 1:
-        raise ConfigurationError(f"{where}: count must be a whole number from 1, got {count!r}")
+    if type(count) is not int or not 1 <= count <= MAX_DEVICES:
+        raise ConfigurationError(f"{where}: count must be a whole number from 1 to {MAX_DEVICES}, got {count!r:.80}")
     return [_with_figures(_base(entry, where), {**links, **entry}, where)] * count
 
 
 def _base(entry: Mapping[str, Any], where: str) -> DeviceSpec:
     """The known device of that name; or one without figures, which the entry has all of."""
     kind = entry.get("kind")
+    if isinstance(kind, str):
+        kind = kind.lower()
     if kind not in (None, "cpu", "cuda"):
-        raise ConfigurationError(f"{where}: kind must be cpu or cuda, got {kind!r}")
-    if entry["name"] in KNOWN_DEVICES or any(key not in entry for key in _OWN_FIGURES):
+        raise ConfigurationError(f"{where}: kind must be cpu or cuda, got {kind!r:.80}")
+    if _canonical_name(entry["name"]) in KNOWN_DEVICES or any(key not in entry for key in _OWN_FIGURES):
         known = known_device(entry["name"])
         if kind not in (None, known.kind):
             raise ConfigurationError(f"{where}: {known.name} is of kind {known.kind}, not {kind}")
@@ -224,5 +242,5 @@ def _number(entry: Mapping[str, Any], key: str, where: str) -> float:
     value = entry[key]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
-        raise ConfigurationError(f"{where}: {key} must be a positive number, got {value!r}")
+        raise ConfigurationError(f"{where}: {key} must be a positive number, got {value!r:.80}")
     return float(value)

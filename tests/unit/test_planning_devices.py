@@ -30,6 +30,24 @@ def test_old_gpus_are_not_said_to_be_good_at_bfloat16() -> None:
     assert "bfloat16" in known_device("l4").fast_dtypes
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("H200", "h200"),
+        ("NVIDIA H100", "h100"),
+        ("RTX 3060", "rtx-3060"),
+        ("GeForce_RTX_4090", "rtx-4090"),
+        ("Tesla T4", "t4"),
+        ("A100-80GB", "a100-80"),
+        ("a100", "a100-40"),
+        ("CPU", "cpu"),
+    ],
+)
+def test_case_spaces_and_the_makers_name_do_not_matter(name: str, known: str) -> None:
+    assert known_device(name) == known_device(known)
+    assert parse_devices({"devices": [{"name": name, "tflops": 9}]})[0].name == known
+
+
 def test_names_and_counts_become_devices_in_their_order() -> None:
     devices = parse_devices({"devices": ["l4", {"name": "t4", "count": 2}, "cpu"]})
     assert [device.name for device in devices] == ["l4", "t4", "t4", "cpu"]
@@ -77,8 +95,12 @@ def test_without_a_word_links_are_of_10_gbit() -> None:
         ({"devices": ["a100-8"]}, "'a100-8': did you mean 'a100-80'"),
         ({"devices": ["zx81"]}, "'zx81': known are .*; or give its own: kind, memory_gb, bandwidth_gb_s, tflops"),
         ({"devices": [{"name": "t4", "memry_gb": 8}]}, r"devices\[0\] \(t4\): .*did you mean 'memory_gb'"),
-        ({"devices": [{"name": "t4", "count": 0}]}, "count must be a whole number from 1, got 0"),
-        ({"devices": [{"name": "t4", "count": True}]}, "count must be a whole number from 1, got True"),
+        ({"devices": [{"name": "t4", "count": 0}]}, "count must be a whole number from 1 to 256, got 0"),
+        ({"devices": [{"name": "t4", "count": True}]}, "count must be a whole number from 1 to 256, got True"),
+        ({"devices": [{"name": "t4", "count": 10**9}]}, "count must be a whole number from 1 to 256, got 1000000000"),
+        ({"devices": [{"name": "t4", "count": 200}] * 2}, "may describe 256 devices, got 400"),
+        ({"devices": [{"name": "t4", "memory_gb": float("inf")}]}, "memory_gb must be a positive number, got inf"),
+        ({"devices": [{"name": "t4", "tflops": -1}]}, "tflops must be a positive number, got -1"),
         ({"devices": [{"name": "t4", "memory_gb": "16"}]}, "memory_gb must be a positive number, got '16'"),
         ({"devices": [{"name": "t4", "memory_gb": float("nan")}]}, "memory_gb must be a positive number, got nan"),
         ({"devices": [{"name": "t4", "kind": "gpu"}]}, "kind must be cpu or cuda, got 'gpu'"),

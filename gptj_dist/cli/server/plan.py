@@ -80,10 +80,13 @@ def _print_cut(config: PipelineConfig) -> None:
     blueprint = draw_blueprint(config)
     reports = _foresee(blueprint)
     console = Console()
+    num_kv_tokens: int | None = None
     try:
         num_kv_tokens = count_kv_blocks(blueprint, reports) * BLOCK_SIZE_TOKENS
-    except ConfigurationError as error:  # the cut is worth seeing all the same: it may be for other machines
-        num_kv_tokens = 0
+    except ConfigurationError as error:
+        if config.kv_cache_gb is not None:
+            raise
+        # The cut may be for other machines.
         console.print(f"All stages together do not fit this machine: {error}.")
     console.print(stage_table(reports, num_kv_tokens))
     weights = sum(report.weight_bytes for report in reports)

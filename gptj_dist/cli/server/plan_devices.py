@@ -47,9 +47,6 @@ CLUSTER = ("cluster", "ray")
 REQUEST_COUNTS = (1, 8, 32, 64)
 PROMPT_TOKENS = 512
 
-_KNOWN_NAME_OF = {"a100-80g": "a100-80", "a100-40g": "a100-40", "a100": "a100-40"}
-"""What Ray calls an accelerator, where we do not; of two sizes that it does not tell apart, the smaller."""
-
 
 def print_best_pipeline(config: PipelineConfig, devices: str, address: str | None) -> None:
     """Finds the best pipeline and prints it with its predicted speed.
@@ -61,7 +58,7 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
     Raises:
         ConfigurationError: the description or the settings are wrong, no cluster answers, or the model does not fit.
     """
-    specs = _ask_cluster(address) if devices in CLUSTER else parse_devices(_read(Path(devices)))
+    specs = _ask_cluster(address) if devices.lower() in CLUSTER else parse_devices(_read(Path(devices)))
     model = read_model_config(resolve_model(config.model, config.revision))
     workload = _workload(config, model, specs)
     pipeline = best_pipeline(workload, specs)
@@ -76,7 +73,8 @@ def _read(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigurationError(f"--devices: {path} cannot be read: {error.strerror}") from error
+        hint = "" if path.suffix or "/" in str(path) else "; it takes a YAML file or 'cluster'"
+        raise ConfigurationError(f"--devices: {path} cannot be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--devices: {path} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -122,7 +120,7 @@ def _gpus(node: Mapping[str, float]) -> list[DeviceSpec]:
     types = [key.partition(":")[2].lower() for key in node if key.startswith("accelerator_type:")]
     if count and not types:
         raise ConfigurationError("--devices cluster: a node has GPUs, but Ray does not say of which type: write a file")
-    return [known_device(_KNOWN_NAME_OF.get(types[0], types[0]))] * count if count else []
+    return [known_device(types[0])] * count if count else []
 
 
 def _workload(config: PipelineConfig, model: ModelConfig, specs: Sequence[DeviceSpec]) -> Workload:
