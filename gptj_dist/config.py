@@ -7,13 +7,13 @@ stages.
 from __future__ import annotations
 
 import difflib
-import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
 from gptj_dist.errors import CheckpointError, ConfigurationError
+from gptj_dist.field_types import type_problems
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -37,6 +37,9 @@ _ALIASES = {
 """Fields of `config.json` by the names that GPT-J's has, and by those of other models, which some tools write."""
 
 _MAX_SIZE = 1 << 20
+_MAX_RESOURCE = 1_000_000
+"""GB, CPUs or GPUs: more than any machine has."""
+
 _MAX_LAYERS = 1024
 """Beyond any GPT-J, and small enough that a broken file costs nothing before it is refused."""
 
@@ -230,10 +233,12 @@ class PipelineConfig:
     max_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        for name, problem in type_problems(self):
+            raise ConfigurationError(f"{name} {problem}")
         if not self.model:
             raise ConfigurationError("model must name a directory, a hub repository or 'demo'")
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _one_of("dtype", self.dtype, ("auto", *DTYPE_BYTES))
         _at_least_one("stages", self.stages)
         _at_least_one("layers", *(self.layers or ()))
         _at_least_one("threads_per_stage", self.threads_per_stage)
@@ -246,19 +251,14 @@ class PipelineConfig:
         if self.layers is not None and self.stages not in (None, len(self.layers)):
             raise ConfigurationError(f"layers names {len(self.layers)} stages, but stages is {self.stages}")
         for name, value in (("kv_cache_gb", self.kv_cache_gb), ("cpus_per_stage", self.cpus_per_stage)):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} must be positive, got {value}")
-        if self.gpus_per_stage is not None and not 0 <= self.gpus_per_stage < math.inf:
-            raise ConfigurationError(f"gpus_per_stage must not be negative, got {self.gpus_per_stage}")
+            if value is not None and not 0 < value <= _MAX_RESOURCE:
+                raise ConfigurationError(f"{name} must be positive and at most {_MAX_RESOURCE}, got {value:g}")
+        if self.gpus_per_stage is not None and not 0 <= self.gpus_per_stage <= _MAX_RESOURCE:
+            raise ConfigurationError(f"gpus_per_stage must be from 0 to {_MAX_RESOURCE}, got {self.gpus_per_stage:g}")
 
     @property
     def num_stages(self) -> int:
         return len(self.layers) if self.layers is not None else (self.stages or 1)
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _at_least_one(name: str, *values: int | None) -> None:

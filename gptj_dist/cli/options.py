@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -14,9 +16,24 @@ from gptj_dist.errors import ConfigurationError
 PIPELINE_PANEL = "Pipeline"
 
 
-def _setting(help: str, metavar: str | None = None) -> Any:
-    """An option that sets a pipeline; `--help` has them together."""
-    return typer.Option(help=help, metavar=metavar, rich_help_panel=PIPELINE_PANEL)
+def finite(value: str | float) -> float:
+    """Parser of options that take a number; infinity and NaN are none.
+
+    Raises:
+        typer.BadParameter: the text is no number, or not a finite one.
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not isfinite(number):
+        raise typer.BadParameter(f"{value!r:.80} is not a finite number.")
+    return number
+
+
+def _setting(help: str, metavar: str | None = None, parser: Callable[[str], Any] | None = None) -> Any:
+    """An option of a pipeline; `--help` groups them."""
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=PIPELINE_PANEL, case_sensitive=False, parser=parser)
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -43,8 +60,8 @@ DType: TypeAlias = Annotated[
 ThreadsPerStage: TypeAlias = Annotated[
     int | None, _setting("Threads of a CPU stage; by default stages share the cores.")
 ]
-CPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray CPUs that a stage takes.")]
-GPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray GPUs that a stage takes, such as 0.5.")]
+CPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray CPUs of a stage.", "NUMBER", finite)]
+GPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray GPUs of a stage, such as 0.5.", "NUMBER", finite)]
 MaxModelLen: TypeAlias = Annotated[int | None, _setting("Most tokens of prompt and output together.")]
 KVCacheGB: TypeAlias = Annotated[
     str, _setting("KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.", "GB")

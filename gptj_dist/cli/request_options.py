@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from gptj_dist.cli.options import finite
 from gptj_dist.cli.streams import as_text, read_standard_input
 from gptj_dist.errors import ConfigurationError
 
@@ -15,7 +16,7 @@ DEFAULT_TIMEOUT_S = 600.0
 STANDARD_INPUT = "-"
 
 ServerUrl: TypeAlias = Annotated[
-    str, typer.Option(help="Where the server listens.", envvar="GPTJ_URL", rich_help_panel="Server", metavar="URL")
+    str, typer.Option(help="Address of the server.", envvar="GPTJ_URL", rich_help_panel="Server", metavar="URL")
 ]
 KeyOption: TypeAlias = Annotated[
     str | None,
@@ -25,7 +26,7 @@ KeyOption: TypeAlias = Annotated[
 ]
 Timeout: TypeAlias = Annotated[
     float,
-    typer.Option(help="Most seconds of silence.", rich_help_panel="Server", metavar="SECONDS"),
+    typer.Option(help="Most seconds of silence.", rich_help_panel="Server", metavar="SECONDS", parser=finite),
 ]
 
 ModelName: TypeAlias = Annotated[
@@ -33,12 +34,12 @@ ModelName: TypeAlias = Annotated[
     typer.Option(help="The model to ask; by default the one that is served.", metavar="NAME", parser=as_text),
 ]
 
-# What the fields mean is said once, for `generate` and for the verbs that leave their values to the server.
+# Shared by `generate` and by the verbs that leave the default values to the server.
 MAX_TOKENS = typer.Option(help="Most tokens to generate.")
-TEMPERATURE = typer.Option(help="0 is greedy; larger is more random.")
-TOP_P = typer.Option(help="Keep the likeliest tokens up to this probability.")
+TEMPERATURE = typer.Option(help="0 is greedy; larger is more random.", metavar="NUMBER", parser=finite)
+TOP_P = typer.Option(help="Keep the likeliest tokens up to this probability.", metavar="NUMBER", parser=finite)
 TOP_K = typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")
-MIN_P = typer.Option(help="Drop tokens less likely than this part of the likeliest.")
+MIN_P = typer.Option(help="Drop tokens less likely than this part of the likeliest.", metavar="NUMBER", parser=finite)
 
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="Makes the output repeatable.")]
 StopOption: TypeAlias = Annotated[

@@ -78,12 +78,27 @@ def test_the_parser_takes_every_example(line: str) -> None:
         (["serve", "demo", "--stage", "2"], "--stages"),
         (["serve", "demo", "--dtype", "float8"], "'float8' is not one of 'auto', 'float32'"),
         (["complete", "x", "--max-token", "2"], "--max-tokens"),
+        (["complete", "x", "--temperature", "nan"], "'nan' is not a finite number"),
+        (["generate", "demo", "--prompt", "x", "--min-p=-inf"], "'-inf' is not a finite number"),
+        (["chat", "--timeout", "1e999"], "'1e999' is not a finite number"),
+        (["batch", "in", "out", "--wait", "inf"], "'inf' is not a finite number"),
+        (["verify", "demo", "--tolerance", "much"], "'much' is not a finite number"),
+        (["synth", "tiny", "x", "--shard-gb", "inf"], "'inf' is not a finite number"),
+        (["synth", "tiny", "x", "--shard-gb", "0"], "--shard-gb must be positive, got 0"),
+        (["synth", "tiny", "x", "--seed", "99999999999999999999"], "--seed"),
+        (["serve", "demo", "--cpus-per-stage", "nan"], "'nan' is not a finite number"),
     ],
 )
 def test_what_is_mistyped_is_refused_with_what_is_nearest(arguments: list[str], told: str) -> None:
     done = run_verb(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr
+
+
+def test_devices_and_dtypes_ignore_case() -> None:
+    done = run_verb("plan", "demo", "--device", "CPU", "--dtype", "BFloat16")
+    assert done.returncode == 0, done.stderr
+    assert "cpu, bfloat16" in done.stdout
 
 
 def completed(words: str, cwd: Path | None = None) -> list[str]:

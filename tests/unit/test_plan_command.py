@@ -71,13 +71,20 @@ def test_a_type_that_a_device_is_bad_at_is_not_planned_for(six_b: str, tmp_path:
     assert "--dtype float16" in plan(six_b, "--devices", str(devices), "--dtype", "float16").output
 
 
-def test_a_model_that_does_not_fit_shows_its_cut_without_a_cache(six_b: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptj_dist.stages.device.free_bytes", lambda _device: 1e9)
-    result = plan(six_b, "--stages", "2")
+def test_a_model_that_does_not_fit_shows_its_cut_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptj_dist.stages.device.free_bytes", lambda _device: 1e6)
+    result = plan("demo", "--stages", "2")
     assert result.exit_code == 0, result.output
     assert "do not fit this machine" in result.output
     rows = [line.split() for line in result.output.splitlines() if re.match(r" [01] ", line)]
     assert [row[-2:] for row in rows] == [["-", "-"]] * 2
+
+
+def test_a_cache_that_does_not_fit_is_an_error_and_no_table() -> None:
+    result = plan("demo", "--kv-cache-gb", "900")
+    assert isinstance(result.exception, ConfigurationError)
+    assert "kv_cache_gb 900.0 is room for" in str(result.exception)
+    assert result.output == ""
 
 
 @pytest.mark.parametrize(
@@ -100,10 +107,10 @@ def test_what_is_wrong_with_the_devices_is_said(six_b: str, tmp_path: Path, text
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-cache-gb", "900"], "kv_cache_gb 900.0 is room for"),
-        (["--kv-cache-gb", "nan"], "kv_cache_gb must be positive, got nan"),
-        (["--kv-cache-gb", "inf"], "kv_cache_gb must be positive, got inf"),
-        (["--kv-cache-gb=-1"], "kv_cache_gb must be positive, got -1"),
+        (["--kv-cache-gb", "nan"], "kv_cache_gb must be positive and at most 1000000, got nan"),
+        (["--kv-cache-gb", "inf"], "kv_cache_gb must be positive and at most 1000000, got inf"),
+        (["--kv-cache-gb=-1"], "kv_cache_gb must be positive and at most 1000000, got -1"),
+        (["--kv-cache-gb", "1e300"], "kv_cache_gb must be positive and at most 1000000, got 1e+300"),
         (["--max-model-len=-1"], "max_model_len must be at least 1, got -1"),
         (["--devices", "h200"], "it takes a YAML file or 'cluster'"),
         (["--devices", "CLUSTER", "--address", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from gptj_dist.cli.options import finite
 from gptj_dist.config import DTYPE_BYTES, LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.text.vocabulary import eos_token_id
@@ -21,6 +22,9 @@ SHAPES = {
     "tiny": ModelConfig(512, 4, 64, 4, 8, 256, 256, 511),
 }
 """GPT-J-6B; a quarter of its layers; as many, a sixteenth the size; next to nothing."""
+
+MAX_SEED = 2**63 - 1
+"""Of torch's generator."""
 
 Size = Annotated[int | None, typer.Option(min=1)]
 
@@ -35,8 +39,10 @@ def synth(
     form: Annotated[
         Literal["safetensors", "bin"], typer.Option(help="'bin' is PyTorch's pickle, causal masks and all.")
     ] = "safetensors",
-    shard_gb: Annotated[float | None, typer.Option(help="Most GB in a file; by default all is in one.", min=0)] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    shard_gb: Annotated[
+        float | None, typer.Option(help="Most GB in a file; by default one file has all.", metavar="GB", parser=finite)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=-MAX_SEED, max=MAX_SEED, help="The same seed gives the same weights.")] = 0,
     num_layers: Size = None,
     d_model: Size = None,
     num_heads: Size = None,
@@ -49,6 +55,8 @@ def synth(
 
     GPT-J-6B takes about 12 GB of disk: gptj-dist synth 6b /tmp/gptj-6b
     """
+    if shard_gb is not None and shard_gb <= 0:
+        raise ConfigurationError(f"--shard-gb must be positive, got {shard_gb:g}")
     model = SHAPES[shape]
     vocab_size = vocab_size or model.vocab_size
     config = replace(

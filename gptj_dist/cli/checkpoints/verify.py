@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.cli.options import Model, Revision
+from gptj_dist.cli.options import Model, Revision, finite
 from gptj_dist.cli.streams import as_text
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError, InvalidRequestError
@@ -44,7 +44,9 @@ def verify(
         typer.Option(help="A text to read; may be given several times.", metavar="TEXT", parser=as_text),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of texts to read, one a line.")] = None,
-    tolerance: Annotated[float, typer.Option(help="How much a logit may differ.")] = 1e-4,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of a logit.", metavar="NUMBER", parser=finite)
+    ] = 1e-4,
     revision: Revision = None,
 ) -> None:
     """Compare the float32 logits of a model with transformers'; where they differ, name the first layer that does."""
