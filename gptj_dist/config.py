@@ -233,8 +233,6 @@ class PipelineConfig:
     max_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
         for name, problem in type_problems(self):
             raise ConfigurationError(f"{name} {problem}")
         if not self.model:
