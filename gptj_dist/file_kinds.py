@@ -1,4 +1,4 @@
-"""Recognises what lies in place of a checkpoint's file, by its first bytes. Stdlib only."""
+"""Recognises data that lies in place of a checkpoint's file or of text, by its first bytes. Stdlib only."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
     (b"Rar!", "a RAR archive: unpack it"),
 )
+_FORMS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""Beginnings of data that is sent in place of text in UTF-8."""
+
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
 
 
@@ -39,6 +48,11 @@ def kind_of_file(path: Path) -> str | None:
             return _kind(file.read(_NUM_BYTES))
     except OSError:
         return None
+
+
+def known_form(data: bytes) -> str | None:
+    """The name of a form of data, other than UTF-8, that is known by its first bytes."""
+    return next((name for begin, name in _FORMS.items() if data.startswith(begin)), None)
 
 
 def _kind(beginning: bytes) -> str | None:

@@ -21,6 +21,7 @@ from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.listener import Address, Listener
+from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
@@ -74,6 +75,17 @@ class Source:
             self.num_open -= 1
 
 
+@dataclass(frozen=True, slots=True)
+class Pipelines:
+    """What the front page knows of the pipelines."""
+
+    unready: Exception | None
+
+    async def prove_ready(self) -> None:
+        if self.unready is not None:
+            raise self.unready
+
+
 def _logprobs(token_ids: Sequence[int], number: int | None) -> tuple[TokenLogprobs, ...]:
     if number is None:
         return ()
@@ -98,14 +110,24 @@ class FrontApp:
 
 
 @asynccontextmanager
-async def front_app(moderation: Moderation | None = None) -> AsyncIterator[FrontApp]:
-    """The application, listening at a free port of loopback until the context ends."""
+async def front_app(
+    moderation: Moderation | None = None,
+    keys: Sequence[ApiKey] = (),
+    names: tuple[str, ...] = ("demo",),
+    unready: Exception | None = None,
+) -> AsyncIterator[FrontApp]:
+    """The application, listening at a free port of loopback until the context ends.
+
+    Args:
+        unready: why no token can be made.
+    """
     source, metrics = Source(), IngressMetrics("i")
     source.may_go_on.set()
-    model = ServedModel(("demo",), TOKENIZER, 50256, TEMPLATE)
+    model = ServedModel(names, TOKENIZER, 50256, TEMPLATE)
     texts = AnswerService(model, source, moderation, metrics.note_end)
-    endpoints = Endpoints(("demo",), texts, cast("PipelineClient", None), Allowances(None), cast("Scrape", None))
-    app = make_http_app(endpoints.table(), metrics, (), (), has_proxy=False)
+    pipelines = cast("PipelineClient", Pipelines(unready))
+    endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None))
+    app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False)
     address = Address("127.0.0.1", free_port())
     listener = Listener(app, address, drain_s=1)
     try:

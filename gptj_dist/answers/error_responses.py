@@ -24,6 +24,10 @@ class BodyTooLargeError(InvalidRequestError):
     """The request's body has more bytes than the server takes."""
 
 
+class UnsupportedEncodingError(InvalidRequestError):
+    """The request's body is compressed in a way that the server does not read."""
+
+
 class UnknownModelError(InvalidRequestError):
     """The request names a model that is not served here."""
 
@@ -45,6 +49,7 @@ HTTP_ERRORS: Mapping[type[BaseException], HttpError] = {
     RequestTooLongError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModelError: HttpError(404, "invalid_request_error", "model_not_found"),
     ContentRefusedError: HttpError(400, "invalid_request_error", "content_filter"),
+    UnsupportedEncodingError: HttpError(415, "invalid_request_error"),
     BodyTooLargeError: HttpError(413, "invalid_request_error"),
     TimeoutReachedError: HttpError(408, "timeout", "timeout"),
     AuthenticationError: HttpError(401, "authentication_error", "invalid_api_key"),

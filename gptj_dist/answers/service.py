@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeAlias
 
 from gptj_dist.answers.answer import Answer, Form
@@ -36,6 +36,7 @@ from gptj_dist.logs import values
 from gptj_dist.params import SamplingParams
 from gptj_dist.text.chat import ChatTemplate, load_chat_template
 from gptj_dist.text.tokenizer import Tokenizer
+from gptj_dist.text.tokenizer_info import tokenizer_info
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class ServedModel:
         names: what clients call it; the first is what answers say.
         chat: for conversations whose requests leave it out.
         max_model_len: the most tokens of prompt and output together, as far as it is known while the model loads.
+        tokenizer_info: what `GET /tokenizer_info` returns.
     """
 
     names: tuple[str, ...]
@@ -68,6 +70,7 @@ class ServedModel:
     chat_template: ChatTemplate | None = None
     chat: ChatDefaults = ChatDefaults()  # noqa: RUF009  # frozen
     max_model_len: int | None = None
+    tokenizer_info: JsonObject = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -89,13 +92,15 @@ class ServedModel:
         """
         directory = resolve_model(config.model, config.revision)
         model = read_model_config(directory)
+        tokenizer, template = Tokenizer.load(directory), load_chat_template(directory, chat_template)
         return cls(
             names=names,
-            tokenizer=Tokenizer.load(directory),
+            tokenizer=tokenizer,
             eos_token_id=model.eos_token_id,
-            chat_template=load_chat_template(directory, chat_template),
+            chat_template=template,
             chat=chat,
             max_model_len=config.max_model_len or model.context_length,
+            tokenizer_info=tokenizer_info(directory, tokenizer.token_text(model.eos_token_id), template),
         )
 
 
@@ -233,6 +238,10 @@ class AnswerService:
         self.check_model(request.model)
         self._source.limits().check_vocabulary("tokens", request.tokens)
         return {"prompt": self._text_of(request.tokens)}
+
+    def tokenizer_info(self) -> JsonObject:
+        """The tokenizer's settings."""
+        return self._model.tokenizer_info
 
     def model_card(self, name: str) -> JsonObject:
         """The model as `GET /v1/models` describes it, under one of its names. Raises UnknownModelError."""

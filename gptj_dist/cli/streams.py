@@ -16,17 +16,9 @@ from contextlib import suppress
 from typing import Any
 
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.file_kinds import known_form
 
 STANDARD_FILES = (0, 1, 2)
-
-_SIGNATURES = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "a zip archive",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
-"""How data that is not UTF-8 begins."""
 
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -112,11 +104,6 @@ def read_standard_input() -> str:
     if (num_bad := text.count("\N{REPLACEMENT CHARACTER}") - data.count(b"\xef\xbf\xbd")) > 0:
         complain(f"standard input is not all UTF-8: U+FFFD replaces it in {num_bad} places")
     return text
-
-
-def known_form(data: bytes) -> str | None:
-    """The name of a form of data, other than UTF-8, that is known by its first bytes."""
-    return next((name for begin, name in _SIGNATURES.items() if data.startswith(begin)), None)
 
 
 def _bytes(count: int) -> str:

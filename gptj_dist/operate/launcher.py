@@ -190,7 +190,11 @@ def _application(launch: Launch, console: Console) -> Iterator[str]:
     if is_local:
         serve.start(proxy_location="Disabled")
     else:
-        serve.start(http_options=HTTPOptions(host=launch.listen.host, port=launch.listen.port))
+        serve.start(
+            http_options=HTTPOptions(
+                host=launch.listen.host, port=launch.listen.port, keep_alive_timeout_s=launch.listen.keep_alive_s
+            )
+        )
         launch.require_key_at(http_address()[0])
     try:
         _deploy(launch, application)

@@ -35,6 +35,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+        self.source = source
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)

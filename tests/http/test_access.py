@@ -184,7 +184,8 @@ def test_refusals_have_a_request_id_too(server: Server) -> None:
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1", 404, "not_found"),
-        ("GET", "/", 404, "not_found"),
+        ("POST", "/", 405, "method_not_allowed"),
+        ("POST", "/v1/messages", 404, "not_found"),
         ("PUT", "/%2e%2e/etc/passwd", 404, "not_found"),
     ],
 )
@@ -196,6 +197,14 @@ def test_what_is_not_served_is_an_error_in_openais_shape(
     error = error_of(response)
     assert (error["code"], error["type"], error["param"]) == (code, "invalid_request_error", None)
     assert (status == 405) == ("allow" in response.headers)
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json"])
+def test_pages_without_secrets_open_in_a_browser_that_has_no_key(server: Server, path: str) -> None:
+    response = httpx.get(server.base + path)
+    assert response.status_code == 200
+    assert "Serves demo" not in response.text
+    assert "Serves demo" in " ".join(server.client.get("/").text.replace("<code>", "").split())
 
 
 # Several models on one cluster

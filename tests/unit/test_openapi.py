@@ -11,7 +11,8 @@ import pytest
 from gptj_dist.answers.schema.base import Body, is_neutral
 from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import Endpoints
-from gptj_dist.serving.http.openapi import docs_page, openapi_document
+from gptj_dist.serving.http.openapi import openapi_document
+from gptj_dist.serving.http.pages import docs_page
 
 
 def endpoints() -> list[Endpoint]:

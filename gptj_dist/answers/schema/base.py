@@ -6,6 +6,7 @@ model's name are checked where they are known.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import re
@@ -32,6 +33,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from gptj_dist.answers.json_limits import check_json
 from gptj_dist.errors import InvalidRequestError, excerpt
+from gptj_dist.file_kinds import known_form
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,11 @@ def naming(request: Body) -> Iterator[None]:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
+    """The body's object. A byte order mark of UTF-8 before it is dropped."""
+    body = body.removeprefix(codecs.BOM_UTF8)
+    if (form := known_form(body)) is not None or b"\0" in body[:4]:
+        hint = "; a compressed body needs the header content-encoding" if form == "gzip" else ""
+        raise InvalidRequestError(f"the body is {form or 'UTF-16 or UTF-32'}, not JSON in UTF-8{hint}")
     check_json(body)
     try:
         value = pydantic_core.from_json(body, allow_inf_nan=False)

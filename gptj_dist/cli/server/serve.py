@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
+from gptj_dist.answers.request_limits import KEEP_ALIVE_S, MODERATION_TIMEOUT_S
 from gptj_dist.cli.options import (
     DEFAULT_APP_NAME,
     DEFAULT_HOST,
@@ -53,6 +53,9 @@ def serve(
     insecure: Annotated[bool, typer.Option("--insecure", help="Open to other machines without a key.")] = False,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate, in PEM form.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key.")] = None,
+    keep_alive_s: Annotated[
+        int, typer.Option(metavar="SECONDS", help="How long a client's idle connection is kept.")
+    ] = KEEP_ALIVE_S,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Web page that browsers may call from; again for another.")
     ] = None,
@@ -101,7 +104,7 @@ def serve(
         log_format=log_format,
         log_prompts=log_prompts,
     )
-    listen = Address(host, port, *_tls(tls_cert, tls_key))
+    listen = Address(host, port, *_tls(tls_cert, tls_key), keep_alive_s)
     launch = Launch(app, scaling, listen, address, trace, name, route_prefix, launcher_key, is_open=insecure)
     run_until_interrupted(launch)
 

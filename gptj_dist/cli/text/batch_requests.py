@@ -16,9 +16,9 @@ from typing import BinaryIO, Literal, Self, get_args
 import pydantic_core
 
 from gptj_dist.cli.request_options import STANDARD_INPUT
-from gptj_dist.cli.streams import known_form
 from gptj_dist.config import refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.file_kinds import known_form
 from gptj_dist.json_types import JsonObject
 
 Url = Literal["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Collection, Sequence
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,13 +17,16 @@ from starlette.routing import Route
 from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.meter import HttpMeter
-from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, LimitHead, RequestIds, RequireKey
+from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, LimitHead, RequestIds, RequireKey, route_path
 from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.metrics import IngressMetrics
 
+MAX_PATH_CHARS, MAX_METHOD_CHARS = 100, 20
+"""Of a path and a method that are not served, in the error."""
+
 
 def make_http_app(
-    endpoints: Iterable[Endpoint],
+    endpoints: Collection[Endpoint],
     metrics: IngressMetrics,
     keys: Sequence[ApiKey],
     cors_origins: Sequence[str],
@@ -30,6 +35,7 @@ def make_http_app(
     """The application.
 
     Args:
+        endpoints: all of them.
         metrics: counts every request.
         keys: a call needs one of them; without any, none is needed.
         cors_origins: web pages that browsers may call it from, such as `https://example.org`; `*` for all.
@@ -51,14 +57,26 @@ def make_http_app(
         )
         middleware.append(cors)  # before keys: a browser asks first, without one
     if keys:
-        middleware.append(Middleware(RequireKey, keys=keys))
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_such_route})
+        open_paths = {one.path for one in endpoints if one.is_open}
+        middleware.append(Middleware(RequireKey, keys=keys, open_paths=open_paths))
+    no_such_route = partial(_no_such_route, {one.path for one in endpoints})
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: no_such_route})
 
 
-async def _no_such_route(request: Request, error: Exception) -> Response:
+async def _no_such_route(paths: Collection[str], request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = f"{request.method} {request.url.path} is not served here; GET /docs lists what is"
+    path = route_path(request.scope)[:MAX_PATH_CHARS]
+    message = f"{request.method[:MAX_METHOD_CHARS]} {path} is not served here{_hint(path, paths)}"
     code = "method_not_allowed" if status == 405 else "not_found"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     headers = error.headers if isinstance(error, HTTPException) else None
     return JSONResponse({"error": body}, status, headers)
+
+
+def _hint(path: str, paths: Collection[str]) -> str:
+    """What a client may use in place of a path that is not served."""
+    if path.startswith("/v1/messages"):
+        return ": use /v1/chat/completions or /v1/responses"
+    nearest = [] if path in paths else difflib.get_close_matches(path, paths, n=1, cutoff=0.75)
+    question = f"; did you mean {nearest[0]}?" if nearest else "."
+    return f"{question} GET /docs lists all paths"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from gptj_dist.answers.error_responses import BodyTooLargeError
+from gptj_dist.answers.error_responses import BodyTooLargeError, UnsupportedEncodingError
 from gptj_dist.answers.request_limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MIN_BODY_BYTES_PER_S
-from gptj_dist.errors import TimeoutReachedError
+from gptj_dist.errors import InvalidRequestError, TimeoutReachedError, excerpt
+
+ENCODINGS = ("identity", "gzip", "x-gzip", "deflate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,14 @@ async def read_body(request: Request, limits: BodyLimits = BodyLimits()) -> byte
     Raises:
         BodyTooLargeError: it is larger than the limit, by its header or by count.
         TimeoutReachedError: it arrives too slowly.
+        UnsupportedEncodingError, InvalidRequestError: it is compressed in an unknown way, or not as its header says.
         ClientDisconnect: the client has gone.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ENCODINGS:
+        raise UnsupportedEncodingError(
+            f"content-encoding {excerpt(encoding)} is not supported: send the body as it is, or with gzip or deflate"
+        )
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limits.most_bytes:
         raise _too_large(limits)
@@ -44,7 +53,22 @@ async def read_body(request: Request, limits: BodyLimits = BodyLimits()) -> byte
     except TimeoutError:
         message = f"the request's body did not arrive in time: {len(body)} bytes in {limits.timeout_s:g} seconds"
         raise TimeoutReachedError(message) from None
-    return bytes(body)
+    return bytes(body) if encoding == "identity" else _unpacked(bytes(body), encoding, limits)
+
+
+def _unpacked(body: bytes, encoding: str, limits: BodyLimits) -> bytes:
+    """A compressed body in full; a small one that unpacks into a large one is not unpacked beyond the limit."""
+    is_raw = encoding == "deflate" and body[:1] and body[0] & 0x0F != zlib.DEFLATED  # without zlib's header
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS if is_raw else zlib.MAX_WBITS | 32)
+    try:
+        unpacked = unpacker.decompress(body, limits.most_bytes + 1)
+    except zlib.error:
+        raise InvalidRequestError(f"the request's body is not {encoding}, as its content-encoding says") from None
+    if len(unpacked) > limits.most_bytes:
+        raise _too_large(limits)
+    if not unpacker.eof or unpacker.unused_data:
+        raise InvalidRequestError(f"the request's body is not whole {encoding} data, as its content-encoding says")
+    return unpacked
 
 
 def _too_large(limits: BodyLimits) -> BodyTooLargeError:

@@ -1,4 +1,4 @@
-"""What an endpoint is: a method, a path, a handler, and what the documentation says of them."""
+"""An endpoint: a method, a path, a handler, and their documentation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from starlette.responses import Response
 
 from gptj_dist.answers.schema.base import Body
 
-JSON, EVENTS = "application/json", "text/event-stream"
+JSON, EVENTS, HTML = "application/json", "text/event-stream", "text/html"
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What is served at a path.
+    """A method of a path, and the handler that answers it.
 
     Args:
         path: with parameters as Starlette writes them.
         summary: what it is for, in a sentence.
-        body: what a POST takes.
+        body: the schema of a POST's body.
         media: the types of answers.
+        is_open: needs no key: it holds nothing that is not in the documentation.
     """
 
     method: str
@@ -32,3 +33,4 @@ class Endpoint:
     summary: str
     body: type[Body] | None = None
     media: tuple[str, ...] = (JSON,)
+    is_open: bool = False

@@ -1,4 +1,4 @@
-"""The HTTP endpoints: which there are, and how a call becomes an answer."""
+"""The HTTP endpoints: the table of them, and from a call to its response."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.debug import debug_document
 from gptj_dist.serving.http.body import read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
-from gptj_dist.serving.http.endpoint import EVENTS, JSON, Endpoint, Handler
-from gptj_dist.serving.http.openapi import docs_page, openapi_document
+from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handler
+from gptj_dist.serving.http.middleware import is_stranger
+from gptj_dist.serving.http.openapi import openapi_document
+from gptj_dist.serving.http.pages import docs_page, front_page
 from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
@@ -64,16 +66,22 @@ class Endpoints:
     def table(self) -> list[Endpoint]:
         """All endpoints."""
         return [
+            Endpoint("POST", "/v1/completions", self.completions, "Continue texts.", CompletionRequest, (JSON, EVENTS)),
             Endpoint(
-                "POST", "/v1/completions", self.completions, "Continues texts.", CompletionRequest, (JSON, EVENTS)
+                "POST", "/v1/chat/completions", self.chat, "Continue a conversation.", ChatRequest, (JSON, EVENTS)
             ),
             Endpoint(
-                "POST", "/v1/chat/completions", self.chat, "Continues a conversation.", ChatRequest, (JSON, EVENTS)
+                "POST",
+                "/v1/responses",
+                self.respond,
+                "Answer a text or a conversation.",
+                ResponsesRequest,
+                (JSON, EVENTS),
             ),
-            Endpoint("POST", "/v1/responses", self.respond, "Answers a text.", ResponsesRequest, (JSON, EVENTS)),
-            Endpoint("POST", "/v1/embeddings", self.embeddings, "Vectors of texts.", EmbeddingRequest),
-            Endpoint("POST", "/tokenize", self.tokenize, "The tokens of a text.", TokenizeRequest),
-            Endpoint("POST", "/detokenize", self.detokenize, "The text of tokens.", DetokenizeRequest),
+            Endpoint("POST", "/v1/embeddings", self.embeddings, "Compute vectors of texts.", EmbeddingRequest),
+            Endpoint("POST", "/tokenize", self.tokenize, "Turn a text into tokens.", TokenizeRequest),
+            Endpoint("POST", "/detokenize", self.detokenize, "Turn tokens into a text.", DetokenizeRequest),
+            Endpoint("GET", "/tokenizer_info", self.tokenizer_info, "The tokenizer's settings."),
             Endpoint("GET", "/v1/models", self.models, "The model, under each of its names."),
             Endpoint("GET", "/v1/models/{model:path}", self.model, "The model, if it has this name."),
             Endpoint("GET", "/health", self.health, "Whether the server lives."),
@@ -82,8 +90,9 @@ class Endpoints:
             Endpoint("GET", "/metrics", self.metrics, "What was counted, for Prometheus.", media=("text/plain",)),
             Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "What every pipeline and its stages are doing."),
             Endpoint("GET", "/debug/trace", self.debug_trace, "The last plans of every pipeline, as a Chrome trace."),
-            Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs."),
-            Endpoint("GET", "/docs", self.docs, "This list, for people.", media=("text/html",)),
+            Endpoint("GET", "/", self.front, "A page with links.", media=(HTML,), is_open=True),
+            Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs.", is_open=True),
+            Endpoint("GET", "/docs", self.docs, "This list, as a page.", media=(HTML,), is_open=True),
         ]
 
     async def completions(self, request: Request) -> Response:
@@ -113,6 +122,10 @@ class Endpoints:
     async def detokenize(self, request: Request) -> Response:
         """Text of tokens."""
         return JSONResponse(self._texts.detokenize(parse_body(await read_body(request), DetokenizeRequest)))
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        """The tokenizer's settings, as vLLM returns them."""
+        return JSONResponse(self._texts.tokenizer_info())
 
     async def models(self, _: Request) -> Response:
         """The model, once for each of its names."""
@@ -150,6 +163,19 @@ class Endpoints:
         """The last plans of every pipeline, as a Chrome trace."""
         answers = await self._pipelines.trace_parts()
         return JSONResponse(TraceEvents().of(answers.given))
+
+    async def front(self, request: Request) -> Response:
+        """A page with links. A caller who has not shown a key sees neither the model's names nor its state."""
+        root_path, base = request.scope.get("root_path", ""), str(request.base_url).rstrip("/")
+        if is_stranger(request.scope):
+            return HTMLResponse(front_page((), "Calls to this server need an API key", base, root_path, needs_key=True))
+        try:
+            await self._pipelines.prove_ready()
+            state = "ready"
+        except GPTJDistError as error:
+            state = f"not ready ({error})"
+        needs_key = "api_key" in request.scope["state"]
+        return HTMLResponse(front_page(self._names, state, base, root_path, needs_key))
 
     async def openapi(self, request: Request) -> Response:
         """The endpoints as an OpenAPI document."""

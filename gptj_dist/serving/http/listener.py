@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import uvicorn
 from starlette.types import ASGIApp
 
-from gptj_dist.errors import NotReadyError
+from gptj_dist.answers.request_limits import KEEP_ALIVE_S
+from gptj_dist.errors import ConfigurationError, NotReadyError
 from gptj_dist.serving.http.connection import ConnectionLimits, LimitedConnection
 from gptj_dist.serving.sockets import listen_at
 from gptj_dist.stages.background import run_in_background
@@ -25,12 +26,21 @@ class Address:
 
     Args:
         tls_cert, tls_key: files in PEM form; both or neither.
+        keep_alive_s: seconds for which a connection without a request is kept.
+
+    Raises:
+        ConfigurationError: keep_alive_s is no time.
     """
 
     host: str
     port: int
     tls_cert: str | None = None
     tls_key: str | None = None
+    keep_alive_s: int = KEEP_ALIVE_S
+
+    def __post_init__(self) -> None:
+        if self.keep_alive_s < 1:
+            raise ConfigurationError(f"keep_alive_s must be at least 1, got {self.keep_alive_s}")
 
 
 class Listener:
@@ -47,7 +57,7 @@ class Listener:
     def __init__(self, app: ASGIApp, address: Address, drain_s: float, limits: ConnectionLimits | None = None) -> None:
         listening = listen_at(address.host, address.port)
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # errors are logged where they occur
-        limits = limits or _default_limits()
+        limits = limits or _default_limits(address.keep_alive_s)
         config = uvicorn.Config(
             app,
             http=functools.partial(LimitedConnection, limits=limits),  # type: ignore[arg-type]
@@ -80,9 +90,9 @@ class Listener:
         self._failure = error
 
 
-def _default_limits() -> ConnectionLimits:
+def _default_limits(keep_alive_s: int) -> ConnectionLimits:
     """Those of `ConnectionLimits`, with fewer connections where the process may not open as many files."""
-    limits = ConnectionLimits()
+    limits = ConnectionLimits(keep_alive_s=keep_alive_s)
     most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most_files == resource.RLIM_INFINITY:
         return limits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -16,6 +16,7 @@ from gptj_dist.errors import AuthenticationError
 from gptj_dist.serving.keys import ApiKey, find_key
 
 REQUEST_ID_HEADER = "x-request-id"
+STRANGER = "is_stranger"
 _ACCEPTABLE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -74,24 +75,43 @@ def _head_problem(scope: Scope) -> str | None:
 
 
 class RequireKey:
-    """Lets no call through without a key; the key's entry is in `scope["state"]["api_key"]`.
+    """Lets no call through without a key, except to open paths. The key's entry is in `scope["state"]["api_key"]`.
 
     Args:
         keys: one or more.
+        open_paths: paths that may be read without a key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], open_paths: Collection[str]) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             key = find_key(self._keys, given.strip()) if scheme.lower() == "bearer" else None
-            if key is None:
+            if key is None and self._is_open(scope):
+                scope.setdefault("state", {})[STRANGER] = True
+            elif key is None:
                 error = AuthenticationError("this server needs an API key: Authorization: Bearer <key>")
                 status, body = error_response(error)
                 await JSONResponse(body, status, response_headers(error))(scope, receive, send)
                 return
-            scope.setdefault("state", {})["api_key"] = key
+            else:
+                scope.setdefault("state", {})["api_key"] = key
         await self._app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["method"] in ("GET", "HEAD") and route_path(scope) in self._open_paths
+
+
+def route_path(scope: Scope) -> str:
+    """The path of a call without the prefix that the application is served at."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def is_stranger(scope: Scope) -> bool:
+    """Whether the call came to an open path without a key, at a server that has keys."""
+    return STRANGER in scope["state"]

@@ -1,4 +1,4 @@
-"""The endpoints described: as an OpenAPI document made of the schemas that requests are checked by, and as a page."""
+"""The endpoints as an OpenAPI document, made of the schemas that check requests and of their docstrings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import get_args
 
-from jinja2 import Environment
 from pydantic.json_schema import models_json_schema
 
 import gptj_dist
@@ -18,7 +16,6 @@ from gptj_dist.json_types import JsonObject
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.http.endpoint import Endpoint
 
-PAGE = Path(__file__).with_name("docs.html.jinja")
 _REFERENCE = "#/components/schemas/{model}"
 _ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n     +.*)*)", re.MULTILINE)
 
@@ -66,15 +63,6 @@ def openapi_document(endpoints: Iterable[Endpoint], root_path: str) -> JsonObjec
         },
         "security": [{}, {"key": []}],
     }
-
-
-def docs_page(document: JsonObject) -> str:
-    """The document as a page that needs nothing from elsewhere."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["words"] = _type_in_words
-    environment.tests["served"] = lambda field: field.get("description") not in (HINT, UNSERVED)
-    page = environment.from_string(PAGE.read_text("utf-8"))
-    return page.render(document=document, others=(HINT, UNSERVED))
 
 
 def _operation(endpoint: Endpoint) -> JsonObject:
@@ -155,20 +143,3 @@ def _meanings(kind: type) -> Mapping[str, str]:
 
 def _reference(name: str) -> JsonObject:
     return {"$ref": _REFERENCE.format(model=name)}
-
-
-def _type_in_words(schema: JsonObject) -> str:
-    """Such as `number or null`, for people."""
-    if "$ref" in schema:
-        return str(schema["$ref"]).rpartition("/")[2]
-    if "anyOf" in schema:
-        types = [_type_in_words(one) for one in schema["anyOf"] if one != {"type": "null"}]
-        return " or ".join(dict.fromkeys(types)) or "null"
-    if "oneOf" in schema:
-        return " or ".join(map(_type_in_words, schema["oneOf"]))
-    if "enum" in schema:
-        return " or ".join("null" if value is None else str(value) for value in schema["enum"])
-    if schema.get("type") == "array":
-        items = _type_in_words(schema.get("items", {}))
-        return f"list of {items.replace('list of', 'lists of') if items.startswith('list') else items + 's'}"
-    return str(schema.get("const", schema.get("type", "anything")))
