@@ -1,4 +1,4 @@
-"""Arithmetic of measurements, and the document that a benchmark ends with. Stdlib only."""
+"""Arithmetic of measurements, and the document that a benchmark ends with. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from gptj_dist.stages.cores import available_cores
 
 Figures = Mapping[str, float]
 """By name; times end in a unit such as `_ms`, everything else is the better the more."""
@@ -59,7 +61,7 @@ def machine() -> dict[str, Any]:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": model or platform.machine(),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "num_cores": available_cores(),
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
     }

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from gptj_dist.stages.cores import available_cores
+
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100_000_000  # a node's; the stages' tensors do not go through it
 
@@ -67,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     if args.nodes < 1:
         parser.error(f"N must be at least 1, got {args.nodes}")
     if args.cpus_per_node is None:
-        args.cpus_per_node = max(1, (os.cpu_count() or 1) // args.nodes)
+        args.cpus_per_node = max(1, available_cores() // args.nodes)
     return args
 
 

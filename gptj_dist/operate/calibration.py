@@ -8,7 +8,6 @@ model's times, but is held against those that follow at once. For CPUs: what GPU
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from gptj_dist.planning.devices import DeviceSpec, known_device
 from gptj_dist.planning.fit import fit_device
 from gptj_dist.planning.partition import layer_ranges, plan_partition
 from gptj_dist.stages.blueprint import StageSpec
+from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import free_bytes
 from gptj_dist.stages.stopwatch import Team, busy_cpu_s, open_team
 
@@ -140,7 +140,7 @@ def check_pipeline(
         ConfigurationError: more stages than layers or cores, or the model does not fit this machine's memory.
         StageFailedError: a stage's process died.
     """
-    num_threads = len(os.sched_getaffinity(0)) // num_stages
+    num_threads = available_cores() // num_stages
     if num_threads < 1:
         raise ConfigurationError(f"{num_stages} stages need as many cores to be checked on")
     cases = _cases_that_fit(model)

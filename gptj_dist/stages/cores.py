@@ -1,4 +1,4 @@
-"""Gives each stage of a machine CPU cores of its own, so that none waits for a core that another one computes on."""
+"""CPU cores: how many this process may use, and cores that a stage claims for itself alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 import time
 from dataclasses import dataclass
 
+from gptj_dist.stages.container import cpu_quota
+
 PATIENCE_S = 1.0
-"""A stage that replaces a dead one may be there before the dead one's cores are free."""
+"""How long to try: a stage that replaces a dead one may start before the kernel has freed the dead one's cores."""
 
 _POLL_S = 0.05
 
@@ -19,22 +21,33 @@ class CoreClaim:
     """Cores that belong to this process as long as it lives.
 
     Args:
-        tokens: bound sockets, one a core; the kernel closes them whatever the process dies of.
+        tokens: one bound socket for each core. The kernel closes them when the process ends, however it ends.
     """
 
     cores: frozenset[int]
     tokens: tuple[socket.socket, ...]
 
 
+def available_cores() -> int:
+    """The number of cores that this process can keep busy: its affinity, limited by its control groups' CPU quota.
+
+    A quota is rounded to the nearest number, as measured in `docs/decisions/0018-busy-machines.md`: with a quota of
+    1.5 two threads decode faster than one, with 1.25 they do not. Always at least 1.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota = cpu_quota()
+    return num_cores if quota is None else max(1, min(num_cores, int(quota + 0.5)))
+
+
 def claim_cores(num_cores: int) -> CoreClaim | None:
-    """Claims cores that no other stage has, and keeps this thread and those that it starts on them.
+    """Claim cores that no other stage has claimed, and bind the calling thread and all that it starts to them.
 
     Returns:
-        None where that is not to be had: all cores are wanted, too few are left, or this is not Linux; or in a
-        Kubernetes pod, which sees neither the claims of other pods nor, mostly, cores of its own. The thread may then
-        run anywhere, as before.
+        None if the cores cannot be claimed, and the thread may then run on any core. That is so if the stage takes
+        all cores of the machine; if too few are unclaimed; on systems other than Linux; and in a Kubernetes pod or a
+        container with a CPU quota, which does not see the claims of other containers.
     """
-    if sys.platform != "linux" or "KUBERNETES_SERVICE_HOST" in os.environ:
+    if sys.platform != "linux" or "KUBERNETES_SERVICE_HOST" in os.environ or cpu_quota() is not None:
         return None
     allowed = sorted(os.sched_getaffinity(0))
     if num_cores >= len(allowed):
@@ -52,7 +65,7 @@ def _try_to_claim(cores: list[int], num_cores: int) -> CoreClaim | None:
     for core in cores:
         token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            token.bind(f"\0gptj-dist/core/{core}")  # a name of the whole machine, without a file
+            token.bind(f"\0gptj-dist/core/{core}")  # abstract: the name holds on the whole machine and needs no file
         except OSError:
             token.close()
             continue

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +25,10 @@ from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
+from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.embeddings import EmbeddingPools
+from gptj_dist.stages.threads import ThreadChooser
 from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class StageRunner:
         self._model: StageModel | None = None
         self._cache: KVCache | None = None
         self._steps: RecordedSteps | None = None
+        self._threads: ThreadChooser | None = None
         self._sampler = Sampler(spec.unsampled_ids, spec.config.eos_token_id, self._device)
 
     @property
@@ -84,15 +88,17 @@ class StageRunner:
         """Fetches, reads and packs the stage's weights.
 
         Args:
-            num_threads: torch threads of this process; None leaves torch's own choice.
+            num_threads: the most torch threads that a CPU stage computes with; None means `default_threads()`.
             on_progress: called with what is being done, such as `fetching model.safetensors` or `9/14 layers`.
 
         Raises:
             CheckpointError: the stage's tensors are not all there, or the hub does not give them out.
         """
         spec = self._spec
-        if num_threads is not None:
+        if self._device.type == "cpu":
+            num_threads = num_threads or default_threads()
             torch.set_num_threads(num_threads)
+            self._threads = ThreadChooser(num_threads, spec.layers.num_layers, torch.set_num_threads)
         directory = resolve_model(spec.model, spec.revision)
         fetch_weights(spec.model, directory, spec.layers, spec.config, lambda file: on_progress(f"fetching {file}"))
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
@@ -176,9 +182,7 @@ class StageRunner:
         if self._steps is not None and self._steps.has(batch) and wants_all_rows and not told and not pooled:
             return self._steps(batch, inputs), ()
         hidden = self._model.embed(inputs) if hidden is None else to_device(hidden, self._device)
-        hidden = self._model.forward(
-            hidden, batch, self._cache, lambda depth, hidden: self._pool(pooled.get(depth, ()), depth, hidden)
-        )
+        hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled))
         if not self._spec.layers.is_last:
             return hidden, ()
         rows_of = {chunk.request_id: span for chunk, span in zip(plan.chunks, batch.spans, strict=True)}
@@ -188,6 +192,14 @@ class StageRunner:
             return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
         last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in spans])
         return self._model.logits(hidden[to_device(last_rows, self._device)]), prompt_logprobs
+
+    def _pass(self, pooled: Mapping[int, Sequence[Span]], depth: int, hidden: Tensor) -> None:
+        """Called with what goes into the first layer, and with what comes out of each."""
+        if self._threads is not None:
+            num_layers = depth - self._spec.layers.start
+            self._threads.end_layer(num_layers - 1) if num_layers else self._threads.begin_step()
+        if depth in pooled:
+            self._pool(pooled[depth], depth, hidden)
 
     def _pool(self, spans: Sequence[Span], depth: int, hidden: Tensor) -> None:
         """Takes requests' hidden states in; those behind the last layer are normalised first."""
@@ -262,6 +274,12 @@ class StageRunner:
             request.num_prompt_tokens,
             self._histories[chunk.request_id],
         )
+
+
+def default_threads() -> int:
+    """The most threads that a CPU stage computes with unless it is set: as OMP_NUM_THREADS says, or one a core."""
+    num_threads = torch.get_num_threads()  # knows OMP_NUM_THREADS and affinity, but no quota
+    return num_threads if "OMP_NUM_THREADS" in os.environ else min(num_threads, available_cores())
 
 
 def _token_ids(plan: Plan) -> Tensor:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from gptj_dist.stages import cores
-from gptj_dist.stages.cores import PATIENCE_S, CoreClaim, claim_cores
+from gptj_dist.stages.cores import PATIENCE_S, CoreClaim, available_cores, claim_cores
 
 FIRST_CORE = 8 * os.getpid()
 """Numbers that no other test and no machine has."""
@@ -65,6 +65,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made_up = Machine()
     monkeypatch.setattr(cores, "os", made_up)
     return made_up
+
+
+@pytest.fixture(autouse=True)
+def quota(monkeypatch: pytest.MonkeyPatch) -> Callable[[float | None], None]:
+    """Sets the CPU quota of this process's control groups; none to begin with."""
+
+    def set_quota(cores_allowed: float | None) -> None:
+        monkeypatch.setattr(cores, "cpu_quota", lambda: cores_allowed)
+
+    set_quota(None)
+    return set_quota
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +180,29 @@ def test_nothing_is_claimed_in_a_pod_which_cannot_see_the_claims_of_others(machi
     machine.environ["KUBERNETES_SERVICE_HOST"] = "10.0.0.1"
     assert claim_cores(1) is None
     assert machine.affinity is None
+
+
+def test_nothing_is_claimed_in_a_container_with_a_quota(
+    machine: Machine, quota: Callable[[float | None], None]
+) -> None:
+    quota(2.0)
+    assert claim_cores(1) is None
+    assert machine.affinity is None
+
+
+@pytest.mark.parametrize(
+    ("cores_allowed", "num_cores"),
+    [(None, 4), (64.0, 4), (4.0, 4), (2.0, 2), (1.5, 2), (1.25, 1), (1.0, 1), (0.5, 1), (0.1, 1)],
+)
+@pytest.mark.usefixtures("machine")
+def test_the_cores_available_are_those_of_the_affinity_within_the_quota(
+    quota: Callable[[float | None], None], cores_allowed: float | None, num_cores: int
+) -> None:
+    quota(cores_allowed)
+    assert available_cores() == num_cores
+
+
+def test_a_system_without_affinity_has_all_cores_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert available_cores() == 10

@@ -109,7 +109,6 @@ class NativeAttention:
     def __init__(self, library: ctypes.CDLL, cache: NativeCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._attend = library.attend_float32 if cache.dtype == torch.float32 else library.attend_bfloat16
         self._cache = cache
-        self._num_threads = torch.get_num_threads()
         cos, sin = rotary.tables
         positions, slots = batch.positions.to(torch.int32), cache.slots(batch.spans)
         tiles = torch.tensor(_tiles(batch.spans), dtype=torch.int32)
@@ -136,7 +135,8 @@ class NativeAttention:
         theirs = heads if heads.dtype == self._cache.dtype else heads.to(self._cache.dtype)
         self._batch.row_stride = theirs.stride(0)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        has_failed = self._attend(self._batch, theirs.data_ptr(), keys.data_ptr(), values.data_ptr(), self._num_threads)
+        pointers = theirs.data_ptr(), keys.data_ptr(), values.data_ptr()
+        has_failed = self._attend(self._batch, *pointers, torch.get_num_threads())
         if has_failed:
             raise MemoryError(f"no memory for the attention of {len(heads)} rows")
         if theirs is not heads:

@@ -45,7 +45,6 @@ PACKAGES = (
 
 _NVIDIA = Path("/proc/driver/nvidia")
 _SHARED_MEMORY = Path("/dev/shm")
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _UNLIMITED = 2**31
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
@@ -97,7 +96,7 @@ class NodeFacts:
         torch_error: why it cannot be imported, or not use a GPU.
         driver: version of the NVIDIA driver.
         num_gpus: GPUs that the driver shows to this process, whether torch can use them or not.
-        num_cpus: cores, or the container's share of them.
+        num_cpus: cores, as many as the affinity and the container's quota allow.
         devices: what torch sees, the CPU first; empty if it cannot even be imported.
         compiler: path of the C compiler that attention on the CPU is compiled with.
         max_open_files, max_open_files_hard: soft and hard limit of this process.
@@ -152,7 +151,7 @@ def gather_facts(question: ModelQuestion | None, listen_at: tuple[str, int] | No
         torch_error=torch_error,
         driver=_driver_version(),
         num_gpus=_num_driver_gpus(),
-        num_cpus=_num_cpus(),
+        num_cpus=float(available_cores()),
         devices=devices,
         compiler=find_compiler(),
         max_open_files=soft,
@@ -212,13 +211,6 @@ def _num_driver_gpus() -> int:
     num_gpus = sum(1 for _ in (_NVIDIA / "gpus").glob("*"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return num_gpus if visible is None else min(num_gpus, len([part for part in visible.split(",") if part.strip()]))
-
-
-def _num_cpus() -> float:
-    """Cores as Ray counts them: all of the machine's, or the container's quota."""
-    num_cores = float(os.cpu_count() or 1)
-    quota, _, period_us = _CPU_QUOTA.read_text().partition(" ") if _CPU_QUOTA.exists() else ("max", "", "")
-    return num_cores if quota == "max" else min(num_cores, int(quota) / int(period_us))
 
 
 def _hub_cache() -> Path:
