@@ -21,6 +21,7 @@ from gptj_dist.errors import CheckpointError
 from gptj_dist.model.native.library import find_compiler
 from gptj_dist.serving.sockets import why_not_listen
 from gptj_dist.stages.blueprint import DeviceReport
+from gptj_dist.stages.cores import available_cores
 
 PACKAGES = (
     "ray",
