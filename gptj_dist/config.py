@@ -205,7 +205,7 @@ class PipelineConfig:
         layers: layers of each stage, first to last; overrides the planner.
         device: `auto` takes GPUs where there are any.
         dtype: `auto` takes the checkpoint's, unless the device is bad at it.
-        threads_per_stage: torch threads of a CPU stage; None shares the machine's cores evenly.
+        threads_per_stage: the most threads of a CPU stage; None shares the cores available evenly.
         cpus_per_stage, gpus_per_stage: what each stage asks of Ray; None fits the device.
         max_model_len: the most tokens of prompt and output together; None is the model's context.
         kv_cache_gb: KV cache of the whole pipeline in 10**9 bytes; None (`auto`) takes what is free, less a margin.

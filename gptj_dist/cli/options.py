@@ -58,7 +58,7 @@ DType: TypeAlias = Annotated[
     _setting("float32, bfloat16, float16, or 'auto': the checkpoint's, or float32 if the device is bad at it.", "TYPE"),
 ]
 ThreadsPerStage: TypeAlias = Annotated[
-    int | None, _setting("Threads of a CPU stage; by default stages share the cores.")
+    int | None, _setting("Most threads of a CPU stage; by default stages share the cores.")
 ]
 CPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray CPUs of a stage.", "NUMBER", finite)]
 GPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray GPUs of a stage, such as 0.5.", "NUMBER", finite)]
