@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.figures import machine, print_document, print_row
-from benchmarks.hostile_cases import CASES, MODERATED, TIMEOUT_S
+from benchmarks.workers.hostile_cases import CASES, MODERATED, TIMEOUT_S
 from benchmarks.processes import Family
 from benchmarks.servers import ROOT, free_port, running, serve_command
 from benchmarks.sse_client import StreamRecord, completion_body, stream_completion
@@ -147,7 +147,7 @@ async def _probe(base: str, beside: Beside) -> None:
 async def _attacker(name: str, base: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that has built its bytes and waits for a line."""
     url = urlsplit(base)
-    command = [sys.executable, "-m", "benchmarks.hostile_cases", name, str(url.hostname), str(url.port)]
+    command = [sys.executable, "-m", "benchmarks.workers.hostile_cases", name, str(url.hostname), str(url.port)]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, cwd=ROOT)
     try:

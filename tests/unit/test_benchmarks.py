@@ -37,7 +37,10 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("compare", "front", "http", "offline", "plots", "same_logits", "scheduler", "startup", "step", "transport")
+SCRIPTS = (
+    *("compare", "front", "hostile", "http", "offline", "plots", "same_logits", "scheduler", "startup", "step"),
+    "transport",
+)
 TIME_LIMIT_S = 60
 CASE = Case(2, 5, 3)
 

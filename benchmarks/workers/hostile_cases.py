@@ -1,6 +1,6 @@
 """Requests that try to stop a server from answering others, one a case. Each runs in a process of its own.
 
-    python -m benchmarks.hostile_cases CASE HOST PORT
+    python -m benchmarks.workers.hostile_cases CASE HOST PORT
 
 The process builds its bytes, prints `ready`, waits for a line on standard input, attacks, and prints what it saw as one
 JSON document. Stdlib only.
