@@ -26,10 +26,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.figures import machine, print_document, print_row
-from benchmarks.workers.hostile_cases import CASES, MODERATED, TIMEOUT_S
 from benchmarks.processes import Family
 from benchmarks.servers import ROOT, free_port, running, serve_command
 from benchmarks.sse_client import StreamRecord, completion_body, stream_completion
+from benchmarks.workers.hostile_cases import CASES, MODERATED, TIMEOUT_S
 
 REST_S = 1.0
 """Seconds of the stream before and after a case."""
