@@ -14,7 +14,8 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.errors import NotReadyError
 from gptj_dist.params import SamplingParams
-from gptj_dist.stages.local import start_local
+from gptj_dist.stages.blueprint import LoadedPipeline
+from gptj_dist.stages.local import LocalExecutor, start_local
 
 
 class EngineSource:
@@ -36,6 +37,24 @@ class EngineSource:
 
 
 @asynccontextmanager
+async def running_engine(pipeline: LoadedPipeline, executor: LocalExecutor) -> AsyncIterator[AsyncEngine]:
+    """An engine that makes tokens while the context lasts. Its streams end with the context, and the executor closes.
+
+    Args:
+        pipeline: what the executor has loaded.
+    """
+    engine = AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits())
+    driver = asyncio.create_task(engine.run())
+    try:
+        yield engine
+    finally:
+        driver.cancel()
+        engine.fail(NotReadyError("the model has been closed"))
+        await asyncio.gather(driver, return_exceptions=True)
+        executor.close()
+
+
+@asynccontextmanager
 async def serve_in_process(
     config: PipelineConfig,
     names: tuple[str, ...],
@@ -53,14 +72,6 @@ async def serve_in_process(
         ConfigurationError: the settings or the checkpoint will not do.
     """
     pipeline, executor = start_local(config)
-    limits = pipeline.limits()
-    engine = AsyncEngine(pipeline.make_scheduler(), executor, limits)
-    model = ServedModel.load(pipeline.blueprint.config, names, chat_template, chat)
-    driver = asyncio.create_task(engine.run())
-    try:
-        yield AnswerService(model, EngineSource(engine, limits))
-    finally:
-        driver.cancel()
-        engine.fail(NotReadyError("the model is not served any more"))
-        await asyncio.gather(driver, return_exceptions=True)
-        executor.close()
+    async with running_engine(pipeline, executor) as engine:
+        model = ServedModel.load(pipeline.blueprint.config, names, chat_template, chat)
+        yield AnswerService(model, EngineSource(engine, pipeline.limits()))

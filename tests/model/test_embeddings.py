@@ -16,6 +16,7 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.llm import Output
+from gptj_dist.llm.progress import Meter
 from gptj_dist.params import Pooling, PoolingKind
 
 PROMPTS: tuple[str | list[int], ...] = (
@@ -92,12 +93,14 @@ def beside_completions(llm: LLM, params: SamplingParams) -> tuple[list[Output], 
     async def run() -> tuple[list[Output], list[tuple[float, ...]]]:
         import asyncio
 
-        completing = asyncio.ensure_future(llm._complete_all(prompts, params))
+        completing = asyncio.ensure_future(
+            llm._completer.complete_all(prompts, [params] * len(prompts), Meter(len(prompts)))
+        )
         await asyncio.sleep(0)
-        embedding = asyncio.ensure_future(llm._embed_all(prompts * 3, pooled))
+        embedding = asyncio.ensure_future(llm._completer.embed_all(prompts * 3, pooled))
         return await completing, await embedding
 
-    return llm._run(run())
+    return llm._loop.run(run())
 
 
 @pytest.mark.parametrize("settings", [{"stages": 3}, {"stages": 2, "max_chunk_tokens": 5, "kv_cache_gb": 0.004}])
@@ -131,7 +134,7 @@ def test_several_for_one_prompt_are_each_computed_whole(llm: LLM) -> None:
         streams = llm._engine.generate_all(llm._encode("It was the best of times"), params, range(3))
         return [[delta async for delta in stream] for stream in streams]
 
-    told = llm._run(run())
+    told = llm._loop.run(run())
     assert [delta.embedding is not None for deltas in told for delta in deltas] == [True] * 3
     assert len({delta.embedding for deltas in told for delta in deltas}) == 1
 

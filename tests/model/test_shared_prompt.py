@@ -49,7 +49,7 @@ def together(llm: LLM, params: SamplingParams) -> list[Told]:
         ]
         return await asyncio.gather(*map(collect, streams))
 
-    return llm._run(run())
+    return llm._loop.run(run())
 
 
 def alone(llm: LLM, params: SamplingParams) -> list[Told]:
@@ -62,7 +62,7 @@ def alone(llm: LLM, params: SamplingParams) -> list[Told]:
             for choice in range(params.n)
         ]
 
-    return llm._run(run())
+    return llm._loop.run(run())
 
 
 def start(**settings: Any) -> LLM:
@@ -117,6 +117,6 @@ def test_a_prompt_whose_first_request_is_left_in_the_middle_is_computed_by_the_n
             collecting[0].cancel()
             return await asyncio.gather(*collecting[1:])
 
-        assert llm._run(run()) == expected[TELLING][1 : TELLING.n]
+        assert llm._loop.run(run()) == expected[TELLING][1 : TELLING.n]
         computed = sum(record.num_prefill_tokens for record in llm._engine.stats.records())
         assert computed < 2 * len(llm._encode(LONG))

@@ -35,7 +35,7 @@ def small() -> Iterator[LLM]:
     """One to be closed by the test."""
     llm = LLM("demo", max_batch_size=4, max_model_len=512)
     yield llm
-    assert not llm._thread.is_alive()
+    assert not llm._loop.thread.is_alive()
 
 
 @pytest.fixture(autouse=True)

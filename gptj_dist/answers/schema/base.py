@@ -178,8 +178,17 @@ def parse_body(body: bytes, kind: type[B]) -> B:
         InvalidRequestError: of all that is wrong, what was found first. `param` names the field, with dots between the
             names and numbers that lead to it; it is None when the body is not a JSON object.
     """
+    return check_fields(_json_object(body), kind)
+
+
+def check_fields(fields: dict[str, Any], kind: type[B]) -> B:
+    """Checks a body that is an object already.
+
+    Raises:
+        InvalidRequestError: as `parse_body`.
+    """
     try:
-        request = kind.model_validate(_json_object(body))
+        request = kind.model_validate(fields)
     except ValidationError as error:
         raise _first_problem(error) from None
     with naming(request):

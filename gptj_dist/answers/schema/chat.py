@@ -66,6 +66,16 @@ class Message(Body):
 Messages: TypeAlias = Annotated[list[Message], NON_EMPTY]
 
 
+class Conversation(Body):
+    """A conversation alone.
+
+    Args:
+        messages: one message or more.
+    """
+
+    messages: Messages
+
+
 ToolChoice: TypeAlias = Literal["none", "auto"]
 
 

@@ -1,0 +1,254 @@
+"""`LLM`: a model in this process that completes, chats and embeds."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack
+from dataclasses import fields
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from gptj_dist.answers.chat_defaults import ChatDefaults
+from gptj_dist.answers.local import running_engine
+from gptj_dist.answers.schema.base import check_fields
+from gptj_dist.answers.schema.chat import Conversation
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.config import PipelineConfig, refuse_unknown_keys
+from gptj_dist.engine.stats import PlanRecord
+from gptj_dist.errors import InvalidRequestError
+from gptj_dist.llm.background import BackgroundLoop
+from gptj_dist.llm.completer import Completer
+from gptj_dist.llm.outputs import Output
+from gptj_dist.llm.progress import metered
+from gptj_dist.llm.prompts import Prompt, PromptInput, params_of_prompts, read_prompt, read_prompts
+from gptj_dist.params import Pooling, PoolingKind, SamplingParams
+from gptj_dist.stages.blueprint import LoadedPipeline
+from gptj_dist.stages.local import start_local
+from gptj_dist.stages.trace import TraceFile, TracePart
+from gptj_dist.text.chat import ChatTemplate, load_chat_template
+from gptj_dist.text.tokenizer import Tokenizer
+
+ChatMessage = Mapping[str, Any]
+"""A message in OpenAI's form: `role` and `content`."""
+
+
+class LLM:
+    """A GPT-J and its engine in this process. Threads may share it; a fork of the process may not.
+
+    It closes when it is garbage, and when the process exits; `close`, or a `with` statement, closes it earlier.
+
+    Args:
+        model: `demo`, a directory in the Hugging Face layout, or a hub name.
+        settings: fields of `PipelineConfig`, such as `stages=2` or `dtype="float32"`.
+
+    Attributes:
+        pipeline: the loaded stages.
+        tokenizer: of the model.
+
+    Raises:
+        ConfigurationError: a setting is unknown, has the wrong type or is out of range, or the checkpoint is broken.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
+        refuse_unknown_keys(settings, [field.name for field in fields(PipelineConfig)])
+        if isinstance(settings.get("layers"), list):
+            settings["layers"] = tuple(settings["layers"])
+        config = PipelineConfig(os.fspath(model) if isinstance(model, os.PathLike) else model, **settings)
+        self.pipeline: LoadedPipeline
+        self.pipeline, executor = start_local(config)
+        self._directory = resolve_model(config.model, self.pipeline.blueprint.config.revision)
+        self.tokenizer = Tokenizer.load(self._directory)
+        self._loop = BackgroundLoop("gptj-dist-llm")
+        running = AsyncExitStack()
+        self._close = weakref.finalize(self, self._loop.close, running.aclose)
+        self._engine = self._loop.run(running.enter_async_context(running_engine(self.pipeline, executor)))
+        self._completer = Completer(self._engine, self.tokenizer)
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Output]:
+        """Completes prompts, all at once.
+
+        Args:
+            prompts: a text, a list of token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of these.
+            params: for all prompts, or a list with one for each.
+            use_tqdm: show a progress bar on standard error, if that is a terminal; the name is vLLM's.
+
+        Raises:
+            InvalidRequestError: an argument has the wrong type, or a prompt does not fit; none is completed.
+            NotReadyError: the LLM has been closed, or belongs to another process.
+        """
+        token_ids = self._encode_all(prompts)
+        return self._complete(token_ids, self._params(params, len(token_ids)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[Output]:
+        """Answers conversations, all at once, by the chat template of the checkpoint.
+
+        Args:
+            messages: a conversation, or a list of conversations. A message is a dict with `role` and `content`.
+            params: for all conversations, or a list with one for each. None ends an answer where the template begins
+                the user's next message, and after 512 tokens.
+            use_tqdm: as for `generate`.
+            chat_template: Jinja, in place of the checkpoint's.
+            add_generation_prompt: end the prompt with the beginning of an answer.
+            continue_final_message: continue the last message; needs `add_generation_prompt=False`.
+
+        Raises:
+            InvalidRequestError: as for `generate`, or there is no template, or it refuses a conversation.
+            CheckpointError: the template is not valid Jinja.
+            NotReadyError: as for `generate`.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError(
+                "continue_final_message needs add_generation_prompt=False", "continue_final_message"
+            )
+        template = self._chat_template(chat_template)
+        prompts = [
+            template.render(
+                [message.for_template() for message in conversation.messages],
+                {},
+                begins_answer=add_generation_prompt,
+                continues_last=continue_final_message,
+            )
+            for conversation in _conversations(messages)
+        ]
+        token_ids = [self._encode(prompt) for prompt in prompts]
+        return self._complete(token_ids, self._chat_params(params, token_ids, template), use_tqdm)
+
+    def embed(
+        self, prompts: PromptInput | Sequence[PromptInput], pooling: PoolingKind = "mean", layer: int | None = None
+    ) -> list[tuple[float, ...]]:
+        """Embeddings of prompts, each `d_model` float32 numbers: hidden states of the model.
+
+        Args:
+            prompts: as for `generate`.
+            pooling: the mean over the prompt's tokens, or the last token.
+            layer: as for `Pooling`.
+
+        Raises:
+            InvalidRequestError: an argument has the wrong type, or a prompt or the layer does not fit.
+            NotReadyError: as for `generate`.
+        """
+        params = SamplingParams(max_tokens=0, pooling=Pooling(pooling, layer))
+        return self._loop.run(self._completer.embed_all(self._encode_all(prompts), params))
+
+    def stream(self, prompt: PromptInput, params: SamplingParams | None = None) -> Iterator[str]:
+        """Completes one prompt once. Yields its text as it comes; closing the iterator cancels.
+
+        Args:
+            prompt: one of the forms of `generate`.
+            params: without `n`, log probabilities and pooling, which a stream of text has no place for.
+
+        Raises:
+            InvalidRequestError: an argument has the wrong type, or the prompt does not fit.
+            NotReadyError: as for `generate`.
+        """
+        [params] = self._params(params, 1)
+        if params.n != 1 or params.logprobs is not None or params.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "stream yields the text of one completion: n must be 1, logprobs and prompt_logprobs must be None"
+            )
+        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        token_ids = self._encode(read_prompt(prompt))
+        return self._read(pieces, self._loop.submit(self._completer.pour(token_ids, params, pieces)))
+
+    def write_trace(self, path: str | Path) -> None:
+        """Writes when each stage computed, for the last few thousand steps, in the format of https://ui.perfetto.dev.
+
+        Raises:
+            ConfigurationError: the file cannot be written.
+        """
+        with TraceFile(Path(path)) as trace:
+            layers = self.pipeline.blueprint.layers
+            trace.append([TracePart("in one process", layers, self._loop.run(self._records()))])
+
+    def close(self) -> None:
+        """Ends the engine, its streams and its threads. A second call does nothing."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _complete(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], is_shown: object
+    ) -> list[Output]:
+        if not isinstance(is_shown, bool):
+            raise InvalidRequestError("use_tqdm must be True or False", "use_tqdm")
+        with metered(len(prompts), is_shown) as meter:
+            return self._loop.run(self._completer.complete_all(prompts, params, meter))
+
+    def _encode_all(self, prompts: object) -> list[list[int]]:
+        return [self._encode(prompt) for prompt in read_prompts(prompts)]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.eos_token_id)
+
+    def _params(self, params: object, num_prompts: int) -> list[SamplingParams]:
+        each = params_of_prompts(SamplingParams() if params is None else params, num_prompts)
+        if any(settings.pooling is not None for settings in each):
+            raise InvalidRequestError("pooling makes embeddings: call embed", "pooling")
+        return each
+
+    def _chat_params(
+        self, params: object, prompts: Sequence[list[int]], template: ChatTemplate
+    ) -> list[SamplingParams]:
+        if params is not None:
+            return self._params(params, len(prompts))
+        defaults, limits = ChatDefaults(), self.pipeline.limits()
+        window = min(limits.max_model_len, limits.kv_tokens)
+        stop = defaults.stop_strings(template)
+        rooms = [max(1, min(defaults.max_tokens, window - len(token_ids))) for token_ids in prompts]
+        return [SamplingParams(max_tokens=room, stop=stop) for room in rooms]
+
+    def _chat_template(self, source: object) -> ChatTemplate:
+        if source is not None and not isinstance(source, str):
+            raise InvalidRequestError("chat_template must be the text of a Jinja template", "chat_template")
+        template = load_chat_template(self._directory, source)
+        if template is None:
+            raise InvalidRequestError(
+                "the model has no chat template, as GPT-J has none: give chat_template, the text of a Jinja template"
+            )
+        return template
+
+    def _read(self, pieces: SimpleQueue[str | BaseException | None], pouring: Future[None]) -> Iterator[str]:
+        """Yields the text in a queue until None; a method, so that the LLM lives as long as the iterator."""
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            pouring.cancel()
+
+    async def _records(self) -> tuple[PlanRecord, ...]:
+        return self._engine.stats.records()
+
+
+def _conversations(messages: object) -> list[Conversation]:
+    """Conversations in OpenAI's form, checked."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InvalidRequestError("messages must be a list of messages, or a list of such lists", "messages")
+    several = list(messages) if isinstance(messages[0], list | tuple) else [messages]
+    return [check_fields({"messages": list(one) if isinstance(one, tuple) else one}, Conversation) for one in several]

@@ -1,0 +1,45 @@
+"""What a call of `LLM` returns. Knows no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptj_dist.engine.request import FinishReason
+from gptj_dist.params import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One continuation of a prompt.
+
+    Args:
+        text: the generated text, without a stop string and what follows it.
+        token_ids: the generated tokens, with end of text or the tokens of a stop string.
+        finish_reason: why the text ended.
+        logprobs: of each token, if `params.logprobs` asks for them.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The `params.n` completions of one prompt.
+
+    Args:
+        prompt_ids: the prompt's tokens.
+        completions: one or more.
+        prompt_logprobs: of the prompt's tokens from the second on, if `params.prompt_logprobs` asks for them.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The first completion's text."""
+        return self.completions[0].text
