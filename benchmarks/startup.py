@@ -111,7 +111,7 @@ class MemoryWatch:
 
 def stage_read_gb(family: Family) -> list[float]:
     """What each stage has read from files, sockets and pipes, in GB."""
-    stages = [path for path in family.members() if b"ray::Stage" in content(path / "cmdline")]
+    stages = [path for path in family.members() if b":stage-" in content(path / "cmdline")]
     return sorted(int(content(path / "io").split()[1]) / 1e9 for path in stages)
 
 

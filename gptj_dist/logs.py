@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 MAX_FILE_BYTES = 50_000_000
 NUM_OLD_FILES = 3
@@ -30,11 +31,13 @@ class LogSettings:
     Args:
         model: the name that clients see.
         replica: the name of the ingress or of the pipeline, unique in the application.
+        level: the least severe events that are logged.
     """
 
     format: LogFormat
     model: str
     replica: str
+    level: LogLevel = "info"
 
 
 def values(**of_event: object) -> dict[str, Any]:
@@ -42,11 +45,11 @@ def values(**of_event: object) -> dict[str, Any]:
     return {"values": {name: value for name, value in of_event.items() if value is not None}}
 
 
-def open_log(directory: Path, settings: LogSettings, component: str) -> logging.Handler:
-    """From now on this process's events go to `<component>-<replica>.log`, and nowhere else.
+def open_log(directory: Path, settings: LogSettings, component: str) -> RotatingFileHandler:
+    """Sends this process's events to `<component>-<replica>.log` from now on, and nowhere else.
 
     Args:
-        directory: made if need be.
+        directory: created if it does not exist.
         component: `ingress`, `coordinator` or a stage such as `stage-1`.
     """
     replica = "ingress" if component == "ingress" else "pipeline"
@@ -57,7 +60,7 @@ def open_log(directory: Path, settings: LogSettings, component: str) -> logging.
     handler.setFormatter(LineFormatter(settings.format, labels))
     logger = logging.getLogger("gptj_dist")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(settings.level.upper())
     logger.propagate = False
     return handler
 

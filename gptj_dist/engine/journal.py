@@ -61,7 +61,7 @@ class Journal:
         if request.log_id is None:
             return
         self._lives[request.request_id] = _Life(request, now_ns)
-        _log("request queued", request, prompt_tokens=len(request.prompt_ids), max_tokens=request.params.max_tokens)
+        _log(logging.DEBUG, "request queued", request)
 
     def note_plan(self, plan: Plan, now_ns: int) -> None:
         """A plan has left. Requests that come back after a preemption are new to it, but have waited before."""
@@ -99,24 +99,31 @@ class Journal:
     def note_failed(self, request: Request, error: Exception) -> None:
         """The pipeline has lost the request."""
         if self._lives.pop(request.request_id, None) is not None:
-            _log("request failed", request, error=str(error), generation_tokens=request.num_output_tokens)
+            _log(logging.INFO, "request failed", request, error=str(error))
 
     def _end(self, life: _Life, reason: str, now_ns: int) -> None:
         del self._lives[life.request.request_id]
         self.totals.e2e_latency.observe(now_ns - life.arrived_ns)
         _log(
+            logging.INFO,
             "request ended",
             life.request,
             reason=reason,
-            generation_tokens=life.request.num_output_tokens,
             queue_s=_seconds(life.arrived_ns, life.planned_ns),
             first_token_s=_seconds(life.arrived_ns, life.first_ns),
             total_s=_seconds(life.arrived_ns, now_ns),
         )
 
 
-def _log(event: str, request: Request, **of_event: object) -> None:
-    logger.info(event, extra=values(request_id=request.log_id, number=request.request_id, **of_event))
+def _log(level: int, event: str, request: Request, **of_event: object) -> None:
+    of_request = {
+        "request_id": request.log_id,
+        "number": request.request_id,
+        "prompt_tokens": len(request.prompt_ids),
+        "max_tokens": request.params.max_tokens,
+        "generation_tokens": request.num_output_tokens,
+    }
+    logger.log(level, event, extra=values(**of_request, **of_event))
 
 
 def _seconds(begin_ns: int, end_ns: int | None) -> float | None:

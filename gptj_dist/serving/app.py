@@ -66,6 +66,7 @@ def make_application(
         size.gpus_per_stage,
         config.model_names[0],
         config.log_format,
+        config.log_level,
     )
     limited_keys = [key for key in config.api_keys if key.is_limited]
     accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None

@@ -43,12 +43,26 @@ class StageDocument(BaseModel):
     kv_total_bytes: int
 
 
+class LossDocument(BaseModel):
+    """A stage that died: the fields of `StageLoss`."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    stage: int
+    cause: str
+    node: str
+    pid: int
+    last_log_line: str | None
+    back_after_s: float | None
+
+
 class PipelineDocument(BaseModel):
     """A pipeline. Rates are over the last `window_s` seconds; numbers without a rate are now.
 
     Args:
         num_preemptions: since its stages were started last.
         num_restarts: how often its stages were replaced.
+        losses: the last stages that died, oldest first.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,6 +83,7 @@ class PipelineDocument(BaseModel):
     num_preemptions: int
     num_restarts: int
     stages: tuple[StageDocument, ...]
+    losses: tuple[LossDocument, ...] = ()
 
 
 class DebugDocument(BaseModel):
@@ -111,6 +126,7 @@ def _pipeline(status: PipelineStatus) -> PipelineDocument:
         num_preemptions=status.num_preemptions,
         num_restarts=status.num_restarts,
         stages=tuple(_stage(status, *pair) for pair in zip(status.stages, measured, strict=True)),
+        losses=tuple(map(LossDocument.model_validate, status.losses)),
     )
 
 

@@ -44,7 +44,8 @@ class Ingress:
         keep_replica_on_node_address()
         replica = serve.get_replica_context()
         name = replica.replica_id.unique_id
-        open_log(log_directory(), LogSettings(config.log_format, config.model_names[0], name), "ingress")
+        log = LogSettings(config.log_format, config.model_names[0], name, config.log_level)
+        open_log(log_directory(), log, "ingress")
         self._pipelines = PipelineClient(pipeline)
         self._metrics = IngressMetrics(name, self._pipelines.dropped)
         moderation = (

@@ -7,13 +7,15 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray import serve
 
+import gptj_dist
 from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.journal import RequestTotals
@@ -21,7 +23,7 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.stats import Snapshot, StageWork
 from gptj_dist.errors import GPTJDistError, StageFailedError, TooManyRequestsError
-from gptj_dist.logs import LogFormat, LogSettings, open_log, values
+from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.feed import FeedOutbox, ReplyTo
 from gptj_dist.serving.loopback import keep_replica_on_node_address
@@ -29,6 +31,7 @@ from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
+from gptj_dist.stages.loss import StageLoss
 from gptj_dist.stages.trace import TracePart
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,9 @@ PROOF_LIFETIME_S = 10.0
 """How long a token that came through all stages proves that another can be made."""
 
 MAX_RETRY_AFTER_S = 600
+MAX_LOSSES = 16
+"""A pipeline's status shows as many."""
+
 MAX_RESTARTS_IN_A_ROW = 3
 RESTART_DELAY_S = 1.0
 
@@ -52,6 +58,7 @@ class PipelineStatus:
         num_used_blocks: KV blocks in use now, of `num_blocks`.
         num_restarts: how often its stages were replaced.
         pid: the coordinator's process.
+        losses: the last stages that died, oldest first.
     """
 
     name: str
@@ -67,6 +74,7 @@ class PipelineStatus:
     pid: int
     is_up: bool
     snapshot: Snapshot
+    losses: tuple[StageLoss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +122,12 @@ class Pipeline:
         gpus_per_stage: float,
         model_name: str,
         log_format: LogFormat,
+        log_level: LogLevel = "info",
     ) -> None:
         keep_replica_on_node_address()
         replica = serve.get_replica_context().replica_id
         self._name: str = replica.unique_id
-        self._log = LogSettings(log_format, model_name, self._name)
+        self._log = LogSettings(log_format, model_name, self._name, log_level)
         open_log(log_directory(), self._log, "coordinator")
         self._blueprint = draw_blueprint(config)
         self._placement = Placement(
@@ -131,6 +140,7 @@ class Pipeline:
         self._max_queued_requests = config.max_queued_requests
         self._epoch = 0
         self._end: Exception | None = None
+        self._losses: deque[StageLoss] = deque(maxlen=MAX_LOSSES)
         self._group: StageGroup
         self._loaded: LoadedPipeline
         self._group, self._loaded = await self._start_stages()
@@ -139,7 +149,7 @@ class Pipeline:
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self.prove_ready()
-        logger.info("pipeline up", extra=values(stages=len(self._loaded.reports), pid=os.getpid()))
+        logger.info("pipeline up", extra=values(version=gptj_dist.__version__, pid=os.getpid(), **_shape(self._loaded)))
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, reply_to: ReplyTo, log_id: str
@@ -218,6 +228,7 @@ class Pipeline:
             pid=os.getpid(),
             is_up=self._engine.is_up,
             snapshot=self._engine.stats.snapshot(),
+            losses=tuple(self._losses),
         )
 
     async def metrics(self) -> PipelineMetrics:
@@ -267,8 +278,28 @@ class Pipeline:
                 await self._engine.run()
             except GPTJDistError as error:
                 logger.error("stage lost, pipeline restarts", extra=values(error=str(error)))
+                began_s = time.monotonic()
                 self._group.kill()
-                await self._restart()
+                await asyncio.gather(self._note_losses(self._group), self._restart())
+                self._note_return(time.monotonic() - began_s)
+
+    async def _note_losses(self, group: StageGroup) -> None:
+        try:
+            losses = await group.losses()
+        except Exception:  # the new stages do not depend on it
+            logger.exception("cause of a loss is unknown")
+            return
+        for loss in losses:
+            known = {"stage": loss.stage, "cause": loss.cause, "node": loss.node, "pid": loss.pid}
+            logger.error("stage died", extra=values(**known, last_log_line=loss.last_log_line))
+            self._losses.append(loss)
+
+    def _note_return(self, took_s: float) -> None:
+        took_s = round(took_s, 3)
+        logger.info("pipeline back", extra=values(num_restarts=self._epoch, took_s=took_s, **_shape(self._loaded)))
+        for index, loss in enumerate(self._losses):
+            if loss.back_after_s is None:
+                self._losses[index] = replace(loss, back_after_s=took_s)
 
     async def _restart(self) -> None:
         for attempt in range(1, MAX_RESTARTS_IN_A_ROW + 1):
@@ -280,7 +311,6 @@ class Pipeline:
                 await asyncio.sleep(RESTART_DELAY_S * 2 ** (attempt - 1))
             else:
                 self._engine.resume(self._loaded.make_scheduler(), self._group, self._loaded.limits())
-                logger.info("pipeline back", extra=values(num_restarts=self._epoch))
                 return
         raise StageFailedError(f"the stages could not be restarted in {MAX_RESTARTS_IN_A_ROW} attempts")
 
@@ -291,3 +321,12 @@ class Pipeline:
 
     async def _start_stages(self) -> tuple[StageGroup, LoadedPipeline]:
         return await StageGroup.start(self._blueprint, self._placement, self._epoch, self._log)
+
+
+def _shape(loaded: LoadedPipeline) -> dict[str, object]:
+    """For the log: how the model is cut and what it has room for."""
+    return {
+        "dtype": loaded.reports[0].dtype,
+        "layers": "/".join(str(report.layers.num_layers) for report in loaded.reports),
+        "kv_tokens": loaded.num_kv_tokens,
+    }

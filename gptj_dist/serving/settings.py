@@ -15,7 +15,7 @@ from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
 from gptj_dist.checkpoint.hub import model_name
 from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.logs import LogFormat
+from gptj_dist.logs import LogFormat, LogLevel
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
 
@@ -35,6 +35,7 @@ class AppConfig:
         moderation_timeout_s: seconds that one call of the moderator may take.
         ingress_replicas: processes that take HTTP.
         log_format: how a line of a log is written.
+        log_level: the least severe events that are logged.
         log_prompts: whether logs show prompts.
 
     Raises:
@@ -51,6 +52,7 @@ class AppConfig:
     moderation_timeout_s: float = MODERATION_TIMEOUT_S
     ingress_replicas: int = 1
     log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class _Arguments(BaseModel):
     moderation_timeout_s: float = Field(MODERATION_TIMEOUT_S, gt=0)
     ingress_replicas: int = Field(1, ge=1)
     log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
     log_prompts: bool = False
 
 
@@ -115,6 +118,7 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         moderation_timeout_s=own.moderation_timeout_s,
         ingress_replicas=own.ingress_replicas,
         log_format=own.log_format,
+        log_level=own.log_level,
         log_prompts=own.log_prompts,
     )
 

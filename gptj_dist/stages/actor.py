@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +13,10 @@ import ray
 from gptj_dist.config import DTypeName
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
-from gptj_dist.logs import LogSettings, open_log
+from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
+from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.request_log import RequestLog
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
@@ -23,11 +26,31 @@ if TYPE_CHECKING:
 
     from gptj_dist.stages.runner import StageOutput
 
+logger = logging.getLogger(__name__)
+
 END_LINGER_MS = 1000
+
+CONCURRENCY_GROUPS = {"run": 1, "progress": 1}
+"""For `ray.remote`: `progress` is answered while `load` or `run` runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedStage:
+    """Where a stage is.
+
+    Args:
+        address: of its receiving end.
+        node_id: Ray's name of its node.
+    """
+
+    device: DeviceReport
+    address: str
+    process: StageProcess
+    node_id: str
 
 
 class Stage:
-    """One stage of one pipeline, for the time of one epoch. Its life: `load`, `allocate`, `run`.
+    """One stage of one pipeline, for the time of one epoch. It goes through `load`, `allocate` and `run`.
 
     Args:
         epoch: the pipeline's incarnation; frames of another one are dropped.
@@ -37,8 +60,9 @@ class Stage:
     def __init__(self, spec: StageSpec, epoch: int, log: LogSettings | None = None) -> None:
         from gptj_dist.stages.runner import StageRunner
 
+        self._log_file: Path | None = None
         if log is not None:
-            open_log(log_directory(), log, f"stage-{spec.layers.stage}")
+            self._log_file = Path(open_log(log_directory(), log, f"stage-{spec.layers.stage}").baseFilename)
         self._runner = StageRunner(spec)
         self._clock = SteadyClock()
         self._transport = open_transport(epoch)
@@ -47,33 +71,42 @@ class Stage:
         self._progress = "starting"
         self._cores: CoreClaim | None = None
 
-    def describe(self) -> tuple[DeviceReport, str]:
-        """Where the stage is, and the address of its receiving end."""
-        return self._runner.describe_device(), self._inbound.address
+    def describe(self) -> PlacedStage:
+        """Where the stage is."""
+        return PlacedStage(
+            device=self._runner.describe_device(),
+            address=self._inbound.address,
+            process=StageProcess.this(self._log_file),
+            node_id=ray.get_runtime_context().get_node_id(),
+        )
 
     @ray.method(concurrency_group="run")
     def load(self, dtype: DTypeName, num_threads: int) -> StageReport:
-        """As `StageRunner.load`, on cores of its own if there are so many. On the thread that will compute."""
+        """Calls `StageRunner.load` on the thread that will compute, on cores of its own if there are enough."""
         self._cores = claim_cores(num_threads)
+        logger.info("stage loads", extra=values(dtype=dtype, threads=num_threads, pid=os.getpid()))
 
         def note(progress: str) -> None:
             self._progress = progress
 
-        return self._runner.load(dtype, num_threads, on_progress=note)
+        report = self._runner.load(dtype, num_threads, on_progress=note)
+        logger.info("stage loaded", extra=values(layers=report.layers.num_layers, device=report.device.name))
+        return report
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> str:
-        """What `load` is at, for people; answered while it runs."""
+        """What `load` is doing, for people; answered while it runs."""
         return self._progress
 
     @ray.method(concurrency_group="run")
     def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
-        """As `StageRunner.allocate`."""
+        """Calls `StageRunner.allocate`."""
         self._runner.allocate(num_blocks, dtype)
+        logger.info("stage ready", extra=values(kv_blocks=num_blocks))
 
     @ray.method(concurrency_group="run")
     def run(self, next_address: str) -> None:
-        """Computes frames until one says that it is the last. Whoever holds its reference sees the stage die."""
+        """Computes frames until the last one. The call's reference resolves or fails when the stage ends."""
         outbound = self._transport.outbound(next_address)
         try:
             while not isinstance(frame := self._inbound.receive(), EndFrame):
@@ -85,7 +118,7 @@ class Stage:
 
     def _compute(self, frame: Frame) -> Frame:
         if not isinstance(frame, PlanFrame):
-            raise TypeError(f"a stage takes plans, not a {type(frame).__name__}")
+            raise TypeError(f"a stage received a {type(frame).__name__}, expected a PlanFrame")
         self._requests.note(frame.plan)
         edges = (*frame.edges, self._inbound.traffic)
         begin_ns = self._clock()
@@ -98,7 +131,7 @@ class Stage:
 
 
 def log_directory() -> Path:
-    """Where this node's processes log: beside what Ray's own do."""
+    """The directory of this node's logs, beside those of Ray."""
     context = ray.get_runtime_context()
     return Path(context.get_temp_dir(), context.get_session_name(), "logs", "gptj-dist")
 
@@ -128,6 +161,3 @@ def _to_wire(hidden: Tensor) -> HiddenStates:
     rows, d_model = hidden.shape
     name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == hidden.dtype)
     return HiddenStates(name, (rows, d_model), hidden.cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-StageActor = ray.remote(concurrency_groups={"run": 1, "progress": 1})(Stage)

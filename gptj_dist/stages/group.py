@@ -15,13 +15,13 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from gptj_dist.config import DeviceKind
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.logs import LogSettings
-from gptj_dist.stages.actor import StageActor
+from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import (
     Blueprint,
@@ -31,12 +31,17 @@ from gptj_dist.stages.blueprint import (
     count_kv_blocks,
     require_memory,
 )
+from gptj_dist.stages.loss import LastWords, StageLoss, death_cause, last_words
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.edge import AsyncInbound, Outbound
 from gptj_dist.stages.transport.frames import EndFrame, PlanFrame, ResultFrame
 
 ACTOR_NAME_PREFIX = "gptj-dist"
 END_TIMEOUT_S = 2.0
+LAST_WORDS_TIMEOUT_S = 10.0
+
+PLACEMENT_TIMEOUT_S = 600.0
+"""How long the cluster may take to find room for all stages and to start their processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +70,19 @@ class StageGroup:
         num_dropped: what the receiving ends of these edges have dropped, as of their last frame.
     """
 
-    def __init__(self, stages: Sequence[Any], inbound: AsyncInbound, outbound: Outbound, sentinels: Sequence[Any]):
+    def __init__(
+        self,
+        stages: Sequence[Any],
+        placed: Sequence[PlacedStage],
+        inbound: AsyncInbound,
+        outbound: Outbound,
+        sentinels: Sequence[Any],
+    ) -> None:
         self._stages = stages
+        self._placed = placed
         self._inbound = inbound
         self._outbound = outbound
+        self._deaths: dict[int, Exception] = {}
         self.edge_bytes = [0] * (len(stages) + 1)
         self.num_dropped = [0] * (len(stages) + 1)
         self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
@@ -88,43 +102,37 @@ class StageGroup:
             log: how the stages log; None logs nothing.
 
         Raises:
-            ConfigurationError: the devices or the checkpoint will not do.
-            StageFailedError: a stage died on the way.
+            ConfigurationError: the devices or the checkpoint are not suitable.
+            StageFailedError: a stage died meanwhile, or was not placed in time.
         """
         stages = [
-            _stage_options(placement, index, epoch).remote(spec, epoch, log)
+            _stage_actor(placement, index, epoch).remote(spec, epoch, log)
             for index, spec in enumerate(blueprint.stage_specs(placement.device))
         ]
         try:
             return await cls._join(blueprint, stages, epoch)
-        except BaseException as error:
+        except BaseException:
             for stage in stages:
                 ray.kill(stage)
-            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, GPTJDistError):
-                raise error.cause from None
-            if isinstance(error, ray.exceptions.RayError):
-                raise StageFailedError(f"a stage died while loading: {_summary(error)}") from error
             raise
 
     @classmethod
     async def _join(cls, blueprint: Blueprint, stages: Sequence[Any], epoch: int) -> tuple[StageGroup, LoadedPipeline]:
-        described = await asyncio.gather(*(stage.describe.remote() for stage in stages))
-        devices = [device for device, _ in described]
+        placed = await _place(stages)
+        devices = [stage.device for stage in placed]
         dtype = choose_dtype(blueprint.config, blueprint.model, devices)
         require_memory(blueprint, dtype, devices)
         num_threads = [blueprint.config.threads_per_stage or n for n in _share_cores(devices)]
-        reports = await asyncio.gather(
-            *(stage.load.remote(dtype, n) for stage, n in zip(stages, num_threads, strict=True))
-        )
+        loading = [stage.load.remote(dtype, n) for stage, n in zip(stages, num_threads, strict=True)]
+        reports = await _answers(placed, loading)
         pipeline = LoadedPipeline(blueprint, tuple(reports), count_kv_blocks(blueprint, reports))
-        await asyncio.gather(*(stage.allocate.remote(pipeline.num_blocks, dtype) for stage in stages))
+        await _answers(placed, [stage.allocate.remote(pipeline.num_blocks, dtype) for stage in stages])
         transport = open_transport(epoch)
         inbound = transport.async_inbound(ray.util.get_node_ip_address())
-        addresses = [address for _, address in described]
-        outbound = transport.outbound(addresses[0])
-        next_addresses = [*addresses[1:], inbound.address]
+        outbound = transport.outbound(placed[0].address)
+        next_addresses = [*(stage.address for stage in placed[1:]), inbound.address]
         sentinels = [stage.run.remote(address) for stage, address in zip(stages, next_addresses, strict=True)]
-        return cls(stages, inbound, outbound, sentinels), pipeline
+        return cls(stages, placed, inbound, outbound, sentinels), pipeline
 
     def submit(self, plan: Plan) -> None:
         self._outbound.send(PlanFrame(plan, None))
@@ -164,15 +172,68 @@ class StageGroup:
 
     def _note_death(self, index: int, error: Exception) -> None:
         """A stage's `run` has ended; a death unless `stop` asked for it, after which no result is received."""
-        self._results.put_nowait(StageFailedError(f"stage {index} failed: {_summary(error)}"))
+        self._deaths[index] = error
+        self._results.put_nowait(StageFailedError(f"stage {index} {_summary(error)}"))
+
+    async def losses(self) -> list[StageLoss]:
+        """What is known of the stages that have died."""
+        return await asyncio.gather(
+            *(_loss(index, self._placed[index], error) for index, error in self._deaths.items())
+        )
 
 
 async def _finished(sentinel: Any) -> None:
     await sentinel
 
 
-def _stage_options(placement: Placement, index: int, epoch: int) -> Any:
-    return StageActor.options(
+async def _place(stages: Sequence[Any]) -> list[PlacedStage]:
+    try:
+        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
+            placed: list[PlacedStage] = await asyncio.gather(*(stage.describe.remote() for stage in stages))
+            return placed
+    except TimeoutError:
+        raise StageFailedError(f"the stages were not placed within {PLACEMENT_TIMEOUT_S:.0f} s") from None
+    except ray.exceptions.RayError as error:
+        raise _own_error(error) or StageFailedError(f"a stage {_summary(error)}") from error
+
+
+async def _answers(placed: Sequence[PlacedStage], calls: Sequence[Any]) -> list[Any]:
+    """What the calls to all stages return."""
+    return await asyncio.gather(*(_answer(index, *pair) for index, pair in enumerate(zip(placed, calls, strict=True))))
+
+
+async def _answer(index: int, placed: PlacedStage, call: Any) -> Any:
+    try:
+        return await call
+    except ray.exceptions.RayError as error:
+        raise _own_error(error) or StageFailedError(str(await _loss(index, placed, error))) from error
+
+
+async def _loss(index: int, placed: PlacedStage, error: Exception) -> StageLoss:
+    words = await _last_words(placed)
+    has_raised = isinstance(error, ray.exceptions.RayTaskError)
+    cause = _summary(error) if has_raised else death_cause(words, str(error))
+    return StageLoss(index, cause, placed.process.host, placed.process.pid, words.log_line)
+
+
+async def _last_words(placed: PlacedStage) -> LastWords:
+    if placed.node_id == ray.get_runtime_context().get_node_id():
+        return last_words(placed.process)
+    there = NodeAffinitySchedulingStrategy(placed.node_id, soft=False)
+    try:
+        async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
+            words: LastWords = (
+                await ray.remote(last_words).options(num_cpus=0, scheduling_strategy=there).remote(placed.process)
+            )
+            return words
+    except (TimeoutError, ray.exceptions.RayError):  # the node is gone, too
+        return LastWords()
+
+
+def _stage_actor(placement: Placement, index: int, epoch: int) -> Any:
+    """The actor class of a stage. `ps` shows the name of the class."""
+    title = f"{ACTOR_NAME_PREFIX}:{placement.name.rpartition('::')[2]}:stage-{index}"
+    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(type(title, (Stage,), {})).options(
         name=f"{ACTOR_NAME_PREFIX}/{placement.name}/{epoch}/stage-{index}",
         num_cpus=placement.cpus,
         num_gpus=placement.gpus,
@@ -191,9 +252,23 @@ def _machine(device: DeviceReport) -> str:
     return device.memory_pool.partition("/")[0]
 
 
-def _summary(error: BaseException) -> str:
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    lines = str(cause).strip().splitlines() or [""]
-    if isinstance(cause, ray.exceptions.ActorDiedError) and "creation task" in lines[0]:
-        return lines[-1]  # the end of the constructor's traceback
-    return f"{type(cause).__name__}: {lines[0]}"
+def _own_error(error: Exception) -> GPTJDistError | None:
+    """The error of ours that a call to an actor has raised."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+    return cause if isinstance(cause, GPTJDistError) else None
+
+
+def _summary(error: Exception) -> str:
+    """What has become of a stage, in a few words."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return f"failed: {_first_line(error.cause)}"
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        lines = str(error).strip().splitlines()
+        has_not_started = "creation task" in lines[0]
+        return f"failed: {lines[-1]}" if has_not_started else "died"  # the constructor's traceback ends with its error
+    return f"failed: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -11,17 +11,17 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """Told of every plan; logs when the stage meets a request, and when it forgets it."""
+    """Logs when the stage meets a request and when it forgets it. Gets every plan."""
 
     def __init__(self) -> None:
         self._log_ids: dict[int, str] = {}
 
     def note(self, plan: Plan) -> None:
-        """The stage takes up a plan."""
+        """Takes in a plan that the stage is about to compute."""
         for number in plan.released:
             if (log_id := self._log_ids.pop(number, None)) is not None:
-                logger.info("request forgotten", extra=values(request_id=log_id, number=number))
+                logger.debug("request forgotten", extra=values(request_id=log_id, number=number))
         for new in plan.new_requests:
             if new.log_id is not None:
                 self._log_ids[new.request_id] = new.log_id
-                logger.info("request met", extra=values(request_id=new.log_id, number=new.request_id))
+                logger.debug("request met", extra=values(request_id=new.log_id, number=new.request_id))

@@ -30,6 +30,7 @@ SETTINGS = {
     "cpus_per_stage": 0.5,
     "ingress_replicas": 2,
     "log_format": "json",
+    "log_level": "debug",
 }
 
 Counts = dict[str, float]
@@ -189,5 +190,13 @@ def test_a_stage_that_dies_is_an_error_a_restart_and_a_line_in_the_log(server: S
     wait_until(lambda: sums(server)["pipeline_up"] == 2, "both pipelines are back")
     lines = [line for path in log_directory().glob("coordinator-*") for line in path.read_text().splitlines()]
     events = Counter(json.loads(line)["event"] for line in lines)
-    assert events["stage lost, pipeline restarts"] == events["pipeline back"] == 2
+    assert events["stage lost, pipeline restarts"] == events["stage died"] == events["pipeline back"] == 2
+    died = [json.loads(line) for line in lines if '"stage died"' in line]
+    assert {line["pid"] for line in died} == {pipeline.stages[1].pid for pipeline in document.pipelines}
+    assert all("SIGKILL" in line["cause"] and line["node"] and line["last_log_line"] for line in died)
+    after = DebugDocument.model_validate_json(server.client.get("/debug/pipeline").content)
+    for pipeline in after.pipelines:
+        (loss,) = pipeline.losses
+        assert (loss.stage, "SIGKILL" in loss.cause) == (1, True)
+        assert loss.back_after_s is not None
     assert events["request failed"] >= 1  # what its pipeline had not lost yet was closed when the others failed

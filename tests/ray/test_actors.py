@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import socket
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +22,13 @@ from gptj_dist import LLM, SamplingParams
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.engine.plan import Result
+from gptj_dist.engine.plan import Chunk, Plan, Result
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import CheckpointError, StageFailedError
+from gptj_dist.logs import LogSettings
 from gptj_dist.params import Pooling
-from gptj_dist.stages.actor import Stage, _to_tensor, _to_wire
+from gptj_dist.stages.actor import CONCURRENCY_GROUPS, Stage, _to_tensor, _to_wire
 from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.local import load_local
@@ -83,9 +88,9 @@ def logits_in_one_process(prompts: list[list[int]]) -> Logits:
 
 def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
     blueprint = draw_blueprint(PipelineConfig("demo", stages=num_stages, device="cpu"))
-    actor_class = ray.remote(concurrency_groups={"run": 1, "progress": 1})(LogitsStage)
+    actor_class = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(LogitsStage)
     stages = [actor_class.options(num_cpus=0.5).remote(spec, 3) for spec in blueprint.stage_specs("cpu")]
-    addresses = [address for _, address in ray.get([stage.describe.remote() for stage in stages])]
+    addresses = [placed.address for placed in ray.get([stage.describe.remote() for stage in stages])]
     ray.get([stage.load.remote("float32", 1) for stage in stages])
     ray.get([stage.allocate.remote(NUM_BLOCKS, "float32") for stage in stages])
     transport = open_transport(epoch=3)
@@ -121,13 +126,15 @@ def test_logits_of_actors_over_zeromq_have_the_bits_of_one_process() -> None:
 
 
 @asynccontextmanager
-async def running_group(config: PipelineConfig, epoch: int = 0) -> AsyncIterator[tuple[StageGroup, AsyncEngine]]:
+async def running_group(
+    config: PipelineConfig, epoch: int = 0, log: LogSettings | None = None
+) -> AsyncIterator[tuple[StageGroup, AsyncEngine]]:
     """A started group in a placement group of its own, and an engine over it that is being driven."""
     blueprint = draw_blueprint(config)
     bundles = placement_group([{"CPU": 0.1}, *[{"CPU": 0.5}] * len(blueprint.layers)])
     placement = Placement(bundles, "cpu", cpus=0.5, gpus=0, name=f"test-{epoch}-{len(blueprint.layers)}")
     try:
-        group, pipeline = await StageGroup.start(blueprint, placement, epoch)
+        group, pipeline = await StageGroup.start(blueprint, placement, epoch, log)
         engine = AsyncEngine(pipeline.make_scheduler(), group, pipeline.limits())
         driver = asyncio.create_task(engine.run())
         try:
@@ -196,16 +203,59 @@ async def _exhaust(stream: AsyncIterator[Any]) -> None:
         pass
 
 
-def test_a_stage_that_dies_is_seen_and_named() -> None:
+@pytest.mark.parametrize(
+    ("signal_number", "cause"),
+    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSEGV, "crashed: Segmentation fault"), (None, "died: ")],
+)
+def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
+    signal_number: signal.Signals | None, cause: str
+) -> None:
     async def run() -> None:
-        async with running_group(PipelineConfig("demo", stages=2), epoch=1) as (group, engine):
+        config = PipelineConfig("demo", stages=2)
+        log = LogSettings("text", "demo", f"of-test-{signal_number}")
+        async with running_group(config, epoch=1, log=log) as (group, engine):
             stream = engine.generate([1, 2, 3], SamplingParams(max_tokens=900, ignore_eos=True))
             await anext(stream)
-            ray.kill(group._stages[1])
-            with pytest.raises(StageFailedError, match="stage 1"):
+            process = group._placed[1].process
+            if signal_number is None:
+                ray.kill(group._stages[1])
+            else:
+                os.kill(process.pid, signal_number)
+            with pytest.raises(StageFailedError, match="stage 1 died"):
                 await asyncio.wait_for(_exhaust(stream), timeout=20)
+            (loss,) = await group.losses()
+        assert (loss.stage, loss.pid, loss.node) == (1, process.pid, socket.gethostname())
+        assert loss.cause.startswith(cause)
+        assert loss.last_log_line is not None
+        assert "stage ready" in loss.last_log_line
 
     asyncio.run(run())
+
+
+def test_an_exception_in_a_stage_is_the_cause_of_its_death() -> None:
+    async def run() -> None:
+        async with running_group(PipelineConfig("demo", stages=2), epoch=5) as (group, _):
+            group.submit(Plan(0, (), (), (Chunk(7, 0, (1,), (), True),)))  # a request that no stage knows
+            while not group._deaths:  # noqa: ASYNC110  # a death sets no event; the timeout of the test limits it
+                await asyncio.sleep(0.01)
+            (loss,) = await group.losses()
+            assert (loss.stage, loss.cause) == (0, "failed: KeyError: 7")
+
+    asyncio.run(run())
+
+
+def test_processes_are_called_by_pipeline_and_stage() -> None:
+    async def titles() -> list[str]:
+        async with running_group(PipelineConfig("demo", stages=2), epoch=6) as (group, _):
+            return [title_of(placed.process.pid) for placed in group._placed]
+
+    expected = [f"ray::gptj-dist:test-6-2:stage-{index}" for index in range(2)]
+    assert [title.removesuffix(".run") for title in asyncio.run(titles())] == expected
+
+
+def title_of(pid: int) -> str:
+    """As `ps` shows it."""
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0")
 
 
 def test_a_checkpoint_that_breaks_while_loading_is_told_and_leaves_no_actor(tmp_path: Any) -> None:

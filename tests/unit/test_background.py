@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import uvicorn
 from ray.exceptions import ActorDiedError, RayTaskError
 from starlette.applications import Starlette
 
+from gptj_dist.config import LayerRange
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.errors import NotReadyError, StageFailedError
@@ -20,7 +23,9 @@ from gptj_dist.serving import pipeline
 from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.pipeline import MAX_RESTARTS_IN_A_ROW, Pipeline
 from gptj_dist.stages.background import run_in_background
+from gptj_dist.stages.blueprint import DeviceReport, StageReport
 from gptj_dist.stages.group import StageGroup
+from gptj_dist.stages.loss import StageLoss
 from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame
 from tests.unit.test_async_engine import (
     LIMITS,
@@ -35,6 +40,8 @@ from tests.unit.test_async_engine import (
 
 TIMEOUT_S = 20
 PARAMS = SamplingParams(max_tokens=5, seed=3)
+CPU = DeviceReport("cpu", "here/cpu", 2, 10**9, ("float32",))
+LOSS = StageLoss(0, "died", "here", 7, "a line")
 TOO_MANY_FILES = OSError(24, "Too many open files")
 
 
@@ -61,9 +68,18 @@ class FakeGroup:
         if self._error is not None:
             raise self._error
 
+    async def losses(self) -> list[StageLoss]:
+        return [LOSS]
+
 
 class FakeLoaded:
     """Stages that have loaded."""
+
+    num_kv_tokens = 160
+
+    @property
+    def reports(self) -> list[StageReport]:
+        return [StageReport(LayerRange.whole(4), CPU, "cpu", "float32", 1, 1, 1, 7)]
 
     def make_scheduler(self) -> Scheduler:
         return make_scheduler()
@@ -83,6 +99,7 @@ class Replica(Pipeline):
         self._starts = starts
         self._epoch = 0
         self._end = None
+        self._losses = deque()
         self._group: Any = group
         self._engine = make_engine(group.executor)
         self._driver = run_in_background("driver", self._drive(), self._note_end)
@@ -116,6 +133,8 @@ def test_after_any_error_while_stages_start_the_next_attempt_serves_requests(
         await until(lambda: replica._epoch == num_failures + 1 and replica._engine.is_up)
         assert await collect(replica._engine.generate(PROMPT, PARAMS)) == expected_tokens(PROMPT, PARAMS)
         replica.check_health()
+        await until(lambda: replica._losses[0].back_after_s is not None)
+        assert [replace(loss, back_after_s=None) for loss in replica._losses] == [LOSS]
         replica._driver.cancel()
 
     run(scenario)
@@ -179,7 +198,7 @@ class FakeOutbound:
 
 def group_of(sentinels: list[Any], receiving: Exception | None = None) -> StageGroup:
     inbound: Any = FakeInbound(receiving)
-    return StageGroup([], inbound, FakeOutbound(), sentinels)
+    return StageGroup([], [], inbound, FakeOutbound(), sentinels)
 
 
 async def _end_of_run(error: Exception | None) -> None:

@@ -114,8 +114,11 @@ def test_a_request_without_a_log_id_leaves_no_trace(caplog: pytest.LogCaptureFix
     assert caplog.records == []
 
 
-def test_a_requests_arrival_and_end_are_logged_with_its_id(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="gptj_dist")
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
+def test_a_request_is_one_line_at_its_end_and_at_debug_level_one_at_its_arrival(
+    caplog: pytest.LogCaptureFixture, level: int
+) -> None:
+    caplog.set_level(level, logger="gptj_dist")
     journal, request = Journal(), make_request(4, log_id="req-1")
     journal.note_arrival(request, 0)
     journal.note_plan(plan_of(request), 1 * MS)
@@ -123,13 +126,11 @@ def test_a_requests_arrival_and_end_are_logged_with_its_id(caplog: pytest.LogCap
     journal.note_output(TokenOutput(request, 5, None), 2 * MS)
     journal.note_closed(request, 3 * MS)
     told = [(record.getMessage(), vars(record)["values"]) for record in caplog.records]
-    id_ = {"request_id": "req-1", "number": 4}
-    ended: dict[str, Any] = {"reason": "closed", "generation_tokens": 1}
-    ended |= {"queue_s": 0.001, "first_token_s": 0.002, "total_s": 0.003}
-    assert told == [
-        ("request queued", {**id_, "prompt_tokens": 3, "max_tokens": 9}),
-        ("request ended", {**id_, **ended}),
-    ]
+    request_: dict[str, Any] = {"request_id": "req-1", "number": 4, "prompt_tokens": 3, "max_tokens": 9}
+    queued = ("request queued", {**request_, "generation_tokens": 0})
+    times = {"queue_s": 0.001, "first_token_s": 0.002, "total_s": 0.003}
+    ended = ("request ended", {**request_, "generation_tokens": 1, "reason": "closed", **times})
+    assert told == ([queued, ended] if level == logging.DEBUG else [ended])
 
 
 def test_the_engine_tells_its_journal_of_every_stream_however_it_ends() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gptj_dist.engine.plan import NewRequest, Plan
-from gptj_dist.logs import LogFormat, LogSettings, open_log, values
+from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.request_log import RequestLog
 
@@ -20,10 +20,12 @@ logger = logging.getLogger("gptj_dist.test")
 
 
 @contextmanager
-def logging_to(directory: Path, log_format: LogFormat, component: str = "stage-1") -> Iterator[None]:
+def logging_to(
+    directory: Path, log_format: LogFormat, component: str = "stage-1", level: LogLevel = "info"
+) -> Iterator[None]:
     root = logging.getLogger("gptj_dist")
     before = root.level, root.propagate
-    handler = open_log(directory, LogSettings(log_format, "demo", "k2"), component)
+    handler = open_log(directory, LogSettings(log_format, "demo", "k2", level), component)
     try:
         yield
     finally:
@@ -98,13 +100,23 @@ def test_our_lines_go_nowhere_else(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_a_stage_logs_the_requests_that_it_meets_and_forgets_and_none_of_the_servers_own(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, logger="gptj_dist")
+    caplog.set_level(logging.DEBUG, logger="gptj_dist")
     log = RequestLog()
     log.note(Plan(0, (), (introduction(3, "req-1"), introduction(4, None)), ()))
     log.note(Plan(1, (4, 3), (introduction(3, "req-1"),), ()))
     told = [(record.getMessage(), vars(record)["values"]) for record in caplog.records]
     three = {"request_id": "req-1", "number": 3}
     assert told == [("request met", three), ("request forgotten", three), ("request met", three)]
+    assert {record.levelno for record in caplog.records} == {logging.DEBUG}
+
+
+@pytest.mark.parametrize(("level", "num_lines"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0)])
+def test_events_below_the_level_are_left_out(tmp_path: Path, level: LogLevel, num_lines: int) -> None:
+    with logging_to(tmp_path, "text", level=level):
+        logger.debug("request met")
+        logger.info("pipeline up")
+        logger.warning("no answer")
+    assert len(lines_of(tmp_path)) == num_lines
 
 
 def introduction(number: int, log_id: str | None) -> NewRequest:

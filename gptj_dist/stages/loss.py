@@ -1,0 +1,113 @@
+"""What can be learnt about a stage that has died: the cause, and the last line that it logged. Knows no Ray."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+MAX_LINE_CHARACTERS = 200
+_TAIL_BYTES = 65_536
+_FATAL_ERROR = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)  # written by Python's faulthandler
+_EXIT_CODE = re.compile(r"exits with an exit code (\d+)")
+_NO_TRACE = "connection error code"
+_KILLED = "was killed by SIGKILL (the kernel sends it when memory runs out), or ended itself without a trace"
+
+
+@dataclass(frozen=True, slots=True)
+class StageProcess:
+    """A stage's process, and where it writes.
+
+    Args:
+        host: name of its machine.
+        log: file of its log lines; None if it logs nothing.
+        errors: file of its standard error; None if that is no file.
+    """
+
+    host: str
+    pid: int
+    log: Path | None
+    errors: Path | None
+
+    @classmethod
+    def this(cls, log: Path | None) -> Self:
+        """The process that calls this."""
+        try:
+            errors = Path("/proc/self/fd/2").readlink()
+        except OSError:  # not Linux
+            errors = None
+        return cls(socket.gethostname(), os.getpid(), log, errors)
+
+
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    """The end of what a process has written.
+
+    Args:
+        log_line: the last line of its log.
+        fatal_error: what Python's faulthandler wrote, such as `Segmentation fault`.
+    """
+
+    log_line: str | None = None
+    fatal_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoss:
+    """The death of a stage.
+
+    Args:
+        cause: the signal, exit code or exception, as far as it is known; continues "stage 1".
+        back_after_s: seconds until new stages took its place; None as long as they have not.
+    """
+
+    stage: int
+    cause: str
+    node: str
+    pid: int
+    last_log_line: str | None
+    back_after_s: float | None = None
+
+    def __str__(self) -> str:
+        last = "" if self.last_log_line is None else f"; its last log line: {self.last_log_line}"
+        return f"stage {self.stage} (pid {self.pid} on {self.node}) {self.cause}{last}"
+
+
+def last_words(process: StageProcess) -> LastWords:
+    """Reads the files of a process that has died; called on its machine."""
+    lines = _tail(process.log).strip().splitlines()
+    fatal_errors = _FATAL_ERROR.findall(_tail(process.errors))
+    return LastWords(
+        log_line=lines[-1][:MAX_LINE_CHARACTERS] if lines else None,
+        fatal_error=fatal_errors[-1] if fatal_errors else None,
+    )
+
+
+def death_cause(words: LastWords, report: str) -> str:
+    """Why a process has died; continues its name.
+
+    Args:
+        report: what Ray says about it.
+    """
+    if words.fatal_error is not None:
+        return f"crashed: {words.fatal_error}"
+    if (exit_code := _EXIT_CODE.search(report)) is not None:
+        return f"exited with code {exit_code[1]}"
+    if _NO_TRACE in report:
+        return _KILLED
+    lines = [line for line in report.splitlines() if not line.startswith("\t")]
+    return f"died: {' '.join(lines)}"[:MAX_LINE_CHARACTERS]
+
+
+def _tail(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
