@@ -10,6 +10,7 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.text.output import TextOutput
+from gptj_dist.text.stop_strings import StopPattern, prepare_stops
 from gptj_dist.text.tokenizer import Tokenizer
 
 
@@ -33,11 +34,22 @@ class TextDelta:
 
 
 async def stream_text(
-    deltas: AsyncGenerator[Delta, None], tokenizer: Tokenizer, params: SamplingParams
+    deltas: AsyncGenerator[Delta, None],
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    stops: Sequence[StopPattern] | None = None,
 ) -> AsyncGenerator[TextDelta, None]:
-    """Yields the text of `deltas`, and closes them as soon as a stop string is complete."""
+    """Yields the text of `deltas`, and closes them as soon as a stop string is complete.
+
+    Args:
+        stops: those of `params`, if several completions share them.
+    """
     output = TextOutput(
-        tokenizer, params.stop, params.min_tokens, params.include_stop_str_in_output, params.skip_special_tokens
+        tokenizer,
+        prepare_stops(params.stop) if stops is None else stops,
+        params.min_tokens,
+        params.include_stop_str_in_output,
+        params.skip_special_tokens,
     )
     async with aclosing(deltas):
         async for delta in deltas:

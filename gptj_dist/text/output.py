@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gptj_dist.text.detokenizer import Detokenizer
-from gptj_dist.text.stop_strings import StopStrings
+from gptj_dist.text.stop_strings import StopPattern, StopStrings
 from gptj_dist.text.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ class TextOutput:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stops: Sequence[str],
+        stops: Sequence[StopPattern],
         min_tokens: int,
         keeps_stop: bool = False,
         skips_special: bool = True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import GPT2TokenizerFast
 import gptj_dist
 from gptj_dist.errors import CheckpointError
 from gptj_dist.text.detokenizer import Detokenizer
-from gptj_dist.text.stop_strings import StopStrings
+from gptj_dist.text.stop_strings import StopPattern, StopStrings, prepare_stops
 from gptj_dist.text.tokenizer import Tokenizer
 
 GPT2_FILES = Path(gptj_dist.__file__).parent / "text" / "gpt2_bpe"
@@ -207,6 +208,14 @@ class TestDetokenizer:
         assert detokenizer.finish() == "\ufffd"
 
 
+def fibonacci(length: int) -> str:
+    """The string whose mismatches fall through most states (Knuth, Morris, Pratt 1977, section 2)."""
+    one, other = "a", "ab"
+    while len(other) < length:
+        one, other = other, other + one
+    return other[:length]
+
+
 def by_the_rule(text: str, stops: list[str]) -> tuple[str, bool]:
     for end in range(len(text) + 1):
         ending = [len(stop) for stop in stops if text[:end].endswith(stop)]
@@ -241,7 +250,7 @@ class TestStopStrings:
         self, stops: list[str], text: str, expected: tuple[str, bool]
     ) -> None:
         for pieces in ([text], list(text)):
-            watch = StopStrings(stops)
+            watch = StopStrings(prepare_stops(stops))
             results = [watch.push(piece) for piece in pieces]
             released = "".join(text for text, _ in results) + watch.finish()
             assert (released, results[-1][1]) == expected
@@ -251,7 +260,7 @@ class TestStopStrings:
         for _ in range(2000):
             text = "".join(rng.choices("aab", k=rng.randint(0, 24)))
             stops = ["".join(rng.choices("aab", k=rng.randint(1, 7))) for _ in range(rng.randint(1, 4))]
-            watch, released, is_stopped = StopStrings(stops), "", False
+            watch, released, is_stopped = StopStrings(prepare_stops(stops)), "", False
             for start, end in random_ends(len(text), rng):
                 piece, is_stopped = watch.push(text[start:end])
                 released += piece
@@ -260,7 +269,7 @@ class TestStopStrings:
             assert (released + watch.finish(), is_stopped) == by_the_rule(text, stops), (text, stops)
 
     def test_what_follows_a_stop_string_is_dropped(self) -> None:
-        watch = StopStrings(["."])
+        watch = StopStrings(prepare_stops(["."]))
         assert watch.push("one. two") == ("one", True)
         assert watch.push(" three") == ("", True)
         assert watch.finish() == ""
@@ -274,7 +283,7 @@ class TestStopStrings:
             ]
             stops = ["".join(rng.choices("aab", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 3))]
             for keeps in (False, True):
-                watch, released, is_stopped = StopStrings(stops, keeps), "", False
+                watch, released, is_stopped = StopStrings(prepare_stops(stops), keeps), "", False
                 for piece, is_shown in pieces:
                     text, is_stopped = watch.push(piece, is_shown)
                     released += text
@@ -293,15 +302,24 @@ class TestStopStrings:
             [("one two ", True), hidden],
         ]
         for stop, pieces, text in zip(["### End", "two", "two ### End"], texts, expected, strict=True):
-            watch = StopStrings([stop], keeps)
+            watch = StopStrings(prepare_stops([stop]), keeps)
             results = [watch.push(*piece) for piece in pieces]
             assert ("".join(text for text, _ in results), results[-1][1]) == (text, True)
 
     def test_stop_strings_that_nearly_match_cost_a_step_a_character(self) -> None:
-        watch = StopStrings(["a" * 2000 + "b"] * 16)
+        watch = StopStrings(prepare_stops(["a" * 2000 + "b"] * 16))
         for _ in range(900):
             assert watch.push("aaaa")[1] is False
         assert len(watch.finish()) == 2000
+
+    @pytest.mark.parametrize("stop", ["a" * 4000 + "b", "ab" * 2000 + "c", ("a" * 60 + "b") * 60, fibonacci(4000)])
+    def test_no_character_costs_many_steps(self, stop: str) -> None:
+        """The most that a mismatch may fall through; each step is one of them."""
+        after = StopPattern(stop).after_mismatch
+        num_steps = [0] * len(after)
+        for number, next_ in enumerate(after):
+            num_steps[number] = 1 + (num_steps[next_] if next_ >= 0 else 0)
+        assert max(num_steps) <= 1.5 * math.log2(len(stop)) + 2
 
 
 def hidden_by_the_rule(pieces: list[tuple[str, bool]], stops: list[str], keeps: bool) -> tuple[str, bool]:

@@ -18,6 +18,7 @@ from gptj_dist.answers.writers import ChatWriter, CompletionWriter
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.text.output import TextOutput
+from gptj_dist.text.stop_strings import prepare_stops
 from gptj_dist.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(gptj_dist.__file__).parent / "demo")
@@ -28,7 +29,7 @@ def deltas_of(
     ids: Sequence[int], stop: str = "", top: Sequence[tuple[int, float]] = (), skips_special: bool = True
 ) -> Iterator[TextDelta]:
     """What a completion of these tokens is, one token at a time."""
-    output = TextOutput(TOKENIZER, [stop] if stop else [], 0, skips_special=skips_special)
+    output = TextOutput(TOKENIZER, prepare_stops([stop] if stop else []), 0, skips_special=skips_special)
     for number, token_id in enumerate(ids, start=1):
         text, is_stopped = output.push([token_id], number == len(ids))
         reason = FinishReason.STOP if is_stopped else FinishReason.LENGTH if number == len(ids) else None
