@@ -11,7 +11,9 @@ from typing import cast
 import httpx
 
 from gptj_dist.answers.moderation import Moderation
-from gptj_dist.answers.service import AnswerService, ServedModel
+from gptj_dist.answers.served_model import ServedModel
+from gptj_dist.answers.service import AnswerService
+from gptj_dist.answers.work import Work
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
@@ -106,6 +108,7 @@ class FrontApp:
     client: httpx.AsyncClient
     source: Source
     metrics: IngressMetrics
+    work: Work
     port: int
 
 
@@ -124,7 +127,8 @@ async def front_app(
     source, metrics = Source(), IngressMetrics("i")
     source.may_go_on.set()
     model = ServedModel(names, TOKENIZER, 50256, TEMPLATE)
-    texts = AnswerService(model, source, moderation, metrics.note_end)
+    work = Work()
+    texts = AnswerService(model, source, moderation, metrics.note_end, work=work)
     pipelines = cast("PipelineClient", Pipelines(unready))
     endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None))
     app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False)
@@ -132,6 +136,6 @@ async def front_app(
     listener = Listener(app, address, drain_s=1)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", timeout=WAIT_S) as client:
-            yield FrontApp(client, source, metrics, address.port)
+            yield FrontApp(client, source, metrics, work, address.port)
     finally:
         await listener.close()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 from gptj_dist.answers.completion import TextDelta, whole
 from gptj_dist.answers.deadline import Deadline
+from gptj_dist.answers.json_writing import json_bytes
 from gptj_dist.answers.merge import merge
 from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.work import Work
 from gptj_dist.json_types import JsonObject
+
+LOGPROB_US = 3
+"""Microseconds that it takes to write a log probability."""
 
 
 class Form(Protocol):
@@ -37,6 +43,7 @@ class Answer:
         num_prompt_tokens: of all prompts.
         most_tokens: the most that all completions together may have.
         deadline: of the whole request.
+        work: runs what takes CPU time.
         on_end: called with how each completion ended: a `FinishReason`, `error`, or `abort` if the client left.
 
     Attributes:
@@ -51,6 +58,7 @@ class Answer:
         num_prompt_tokens: int,
         most_tokens: int,
         deadline: Deadline,
+        work: Work,
         on_end: Callable[[str], None],
     ) -> None:
         self._request = request
@@ -59,6 +67,7 @@ class Answer:
         self.num_prompt_tokens = num_prompt_tokens
         self.most_tokens = most_tokens
         self._deadline = deadline
+        self._work = work
         self._on_end = on_end
         self.num_tokens = 0
 
@@ -68,6 +77,16 @@ class Answer:
 
     async def whole(self) -> JsonObject:
         """The response that is not streamed. Raises the error that the request failed with."""
+        kept = await self._completions()
+        return await self._work.run(_cost_of_all(kept), lambda: self._form.whole(kept, self.num_tokens))
+
+    async def body(self) -> bytes:
+        """The response that is not streamed, as JSON. Raises as `whole`."""
+        kept = await self._completions()
+        return await self._work.run(_cost_of_all(kept), lambda: json_bytes(self._form.whole(kept, self.num_tokens)))
+
+    async def _completions(self) -> list[TextDelta]:
+        """The completions that are returned, each as one piece."""
         request, streams = self._request, self._open_streams()
         deltas_of: list[list[TextDelta]] = [[] for _ in streams]
         async with aclosing(self._deltas(streams)) as deltas:
@@ -77,7 +96,7 @@ class Answer:
         of_prompts = [sampled[i : i + request.num_sampled] for i in range(0, len(sampled), request.num_sampled)]
         if request.num_sampled > request.num_choices:
             of_prompts = [best(completions, request.num_choices) for completions in of_prompts]
-        return self._form.whole([one for completions in of_prompts for one in completions], self.num_tokens)
+        return [one for completions in of_prompts for one in completions]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The streamed response, frame by frame. After its first frame a failure is a frame, too.
@@ -90,7 +109,8 @@ class Answer:
             async with aclosing(self._deltas(self._open_streams())) as deltas:
                 async for index, delta in deltas:
                     has_begun = True
-                    if frames := self._form.event(index, delta):
+                    writing = partial(self._form.event, index, delta)
+                    if frames := await self._work.run(_writing_cost(delta), writing):
                         yield frames
         except Exception as error:
             if not has_begun:
@@ -117,6 +137,16 @@ class Answer:
         finally:
             for _ in range(num_open):
                 self._on_end(end)
+
+
+def _cost_of_all(completions: Sequence[TextDelta]) -> int:
+    return sum(map(_writing_cost, completions))
+
+
+def _writing_cost(delta: TextDelta) -> int:
+    """An estimate of the microseconds that it takes to write a piece of a completion."""
+    logprobs = (*delta.logprobs, *delta.prompt_logprobs)
+    return len(delta.token_ids) + LOGPROB_US * sum(1 + len(token.top) for token in logprobs)
 
 
 def best(completions: Sequence[TextDelta], number: int) -> list[TextDelta]:

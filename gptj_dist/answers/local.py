@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from gptj_dist.answers.chat_defaults import ChatDefaults
-from gptj_dist.answers.service import AnswerService, ServedModel
+from gptj_dist.answers.served_model import ServedModel
+from gptj_dist.answers.service import AnswerService
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits

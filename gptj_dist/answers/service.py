@@ -4,104 +4,48 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import TypeVar
 
 from gptj_dist.answers.answer import Answer, Form
-from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.choices import ChoicesForm, Head
 from gptj_dist.answers.completion import TextDelta, stream_text
 from gptj_dist.answers.deadline import Deadline
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.error_responses import UnknownModelError
+from gptj_dist.answers.json_writing import json_bytes, writing_cost
 from gptj_dist.answers.moderation import Moderation
+from gptj_dist.answers.prompts import Prepared, PromptReader, reading_cost
 from gptj_dist.answers.responses import ResponseForm
-from gptj_dist.answers.schema.base import naming
-from gptj_dist.answers.schema.chat import ChatRequest, Message
+from gptj_dist.answers.schema.base import Body, naming, parse_body
+from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.source import TokenSource
+from gptj_dist.answers.work import Work
 from gptj_dist.answers.writers import ChatWriter, CompletionWriter
-from gptj_dist.checkpoint.hub import resolve_model
-from gptj_dist.checkpoint.index import read_model_config
-from gptj_dist.config import PipelineConfig
+from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.errors import InvalidRequestError
 from gptj_dist.json_types import JsonObject
 from gptj_dist.logs import values
-from gptj_dist.params import SamplingParams
-from gptj_dist.text.chat import ChatTemplate, load_chat_template
-from gptj_dist.text.tokenizer import Tokenizer
-from gptj_dist.text.tokenizer_info import tokenizer_info
 
 logger = logging.getLogger(__name__)
 
-MAX_CHOICES = 1024
 MAX_USER_CHARS = 200
 """Of the request's `user` in the log."""
 
-EncodedPrompt: TypeAlias = tuple[str, list[int]]
-"""Its text, and its tokens."""
+BYTES_PER_US = 4
+"""Bytes of JSON that are parsed and checked in a microsecond, at worst."""
 
-NO_TEMPLATE = (
-    "the model has no chat template, as GPT-J has none: start the server with --chat-template FILE, "
-    "or use /v1/completions"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What is known of the model in front of it.
-
-    Args:
-        names: what clients call it; the first is what answers say.
-        chat: for conversations whose requests leave it out.
-        max_model_len: the most tokens of prompt and output together, as far as it is known while the model loads.
-        tokenizer_info: what `GET /tokenizer_info` returns.
-    """
-
-    names: tuple[str, ...]
-    tokenizer: Tokenizer
-    eos_token_id: int
-    chat_template: ChatTemplate | None = None
-    chat: ChatDefaults = ChatDefaults()  # noqa: RUF009  # frozen
-    max_model_len: int | None = None
-    tokenizer_info: JsonObject = field(default_factory=dict)
-
-    @classmethod
-    def load(
-        cls,
-        config: PipelineConfig,
-        names: tuple[str, ...],
-        chat_template: str | None,
-        chat: ChatDefaults = ChatDefaults(),  # noqa: B008  # frozen
-    ) -> Self:
-        """Reads it from the model's files, which have been fetched.
-
-        Args:
-            names: what clients call it.
-            chat_template: Jinja, in place of the checkpoint's.
-            chat: for conversations whose requests leave it out.
-
-        Raises:
-            CheckpointError: one of them is broken.
-        """
-        directory = resolve_model(config.model, config.revision)
-        model = read_model_config(directory)
-        tokenizer, template = Tokenizer.load(directory), load_chat_template(directory, chat_template)
-        return cls(
-            names=names,
-            tokenizer=tokenizer,
-            eos_token_id=model.eos_token_id,
-            chat_template=template,
-            chat=chat,
-            max_model_len=config.max_model_len or model.context_length,
-            tokenizer_info=tokenizer_info(directory, tokenizer.token_text(model.eos_token_id), template),
-        )
+Request = SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest
+B = TypeVar("B", bound=Body)
+R = TypeVar("R", bound=Request)
+T = TypeVar("T")
 
 
 class AnswerService:
@@ -111,6 +55,7 @@ class AnswerService:
         moderation: checks prompts and answers, if there is one.
         on_end: as of `Answer`.
         logs_prompts: whether the log shows prompts.
+        work: runs what takes CPU time.
     """
 
     def __init__(
@@ -120,14 +65,20 @@ class AnswerService:
         moderation: Moderation | None = None,
         on_end: Callable[[str], None] = lambda _: None,
         logs_prompts: bool = False,
+        work: Work | None = None,
     ) -> None:
         self._model = model
         self._source = source
         self._moderation = moderation
         self._on_end = on_end
         self._logs_prompts = logs_prompts
+        self._work = work or Work()
+        self._reader = PromptReader(model)
         self._created = int(time.time())
-        self._chat_stop = () if model.chat_template is None else model.chat.stop_strings(model.chat_template)
+
+    async def parse(self, body: bytes, kind: type[B]) -> B:
+        """Reads a body. Raises InvalidRequestError."""
+        return await self._work.run(len(body) // BYTES_PER_US, partial(parse_body, body, kind))
 
     async def complete(self, request: CompletionRequest, request_id: str) -> Answer:
         """The answer to a request for completions.
@@ -136,23 +87,15 @@ class AnswerService:
             GPTJDistError: it cannot be served.
         """
         deadline = Deadline(request.timeout_s)
-        self.check_model(request.model)
-        params = request.sampling_params(self._bad_words(request.bad_words))
-        prompts = [
-            self._cut(self.encode(prompt), prompt, request.truncate_prompt_tokens, request.max_tokens)
-            for prompt in request.prompts()
-        ]
-        num_choices = len(prompts) * request.num_sampled
-        if num_choices > MAX_CHOICES:
-            raise InvalidRequestError(f"{num_choices} completions in one request, at most {MAX_CHOICES} are made", "n")
+        prepared = await deadline.bound(self._read(request, self._reader.complete))
         writers = [
             CompletionWriter(i * request.n + choice, request, prompt, prompt_ids, self._model.tokenizer)
-            for i, (prompt, prompt_ids) in enumerate(prompts)
+            for i, (prompt, prompt_ids) in enumerate(prepared.prompts)
             for choice in range(request.n)
         ]
         head = Head(f"cmpl-{request_id}", int(time.time()), self._model.names[0], "text_completion", "text_completion")
-        form = ChoicesForm(request, head, writers, sum(len(prompt_ids) for _, prompt_ids in prompts))
-        return await self._answer(request, request_id, form, prompts, params, deadline)
+        form = ChoicesForm(request, head, writers, prepared.num_prompt_tokens)
+        return await self._answer(request, request_id, form, prepared, deadline)
 
     async def chat(self, request: ChatRequest, request_id: str) -> Answer:
         """The answer to a conversation.
@@ -161,22 +104,13 @@ class AnswerService:
             GPTJDistError: it cannot be served.
         """
         deadline = Deadline(request.timeout_s)
-        self.check_model(request.model)
-        text = self.render(
-            request.messages,
-            request.chat_template_kwargs,
-            begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
-            continues_last=request.continue_final_message,
-        )
-        room = request.most_tokens or min(self._model.chat.max_tokens, self._source.limits().max_model_len // 2)
-        text, prompt_ids = self._cut(self.encode(text), text, request.truncate_prompt_tokens, room)
-        max_tokens = request.most_tokens or self._answer_tokens(request.min_tokens, len(prompt_ids))
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
+        prepared = await deadline.bound(self._read(request, self._reader.chat))
+        ((_, prompt_ids),) = prepared.prompts
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
         form = ChoicesForm(request, head, writers, len(prompt_ids))
-        return await self._answer(request, request_id, form, [(text, prompt_ids)], params, deadline)
+        return await self._answer(request, request_id, form, prepared, deadline)
 
     async def respond(self, request: ResponsesRequest, request_id: str) -> Answer:
         """The answer to a request for a response.
@@ -185,16 +119,10 @@ class AnswerService:
             GPTJDistError: it cannot be served.
         """
         deadline = Deadline(request.timeout_s)
-        self.check_model(request.model)
-        if isinstance(request.input, str) and request.instructions is None and self._model.chat_template is None:
-            text = request.input
-        else:
-            text = self.render(request.messages(), {}, begins_answer=True)
-        prompt_ids = self.encode(text)
-        max_tokens = request.max_output_tokens or self._answer_tokens(request.min_tokens, len(prompt_ids))
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
-        form = ResponseForm(request, request_id, self._model.names[0], self._model.tokenizer, len(prompt_ids))
-        return await self._answer(request, request_id, form, [(text, prompt_ids)], params, deadline)
+        prepared = await deadline.bound(self._read(request, self._reader.respond))
+        num_tokens = prepared.num_prompt_tokens
+        form = ResponseForm(request, request_id, self._model.names[0], self._model.tokenizer, num_tokens)
+        return await self._answer(request, request_id, form, prepared, deadline)
 
     async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
         """The answer to a request for embeddings.
@@ -202,42 +130,28 @@ class AnswerService:
         Raises:
             GPTJDistError: it cannot be served.
         """
-        self.check_model(request.model)
-        params = request.sampling_params()
-        prompts = [self._cut(self.encode(prompt), prompt, None, 0) for prompt in request.prompts()]
-        if len(prompts) > MAX_CHOICES:
-            raise InvalidRequestError(f"{len(prompts)} inputs in one request, at most {MAX_CHOICES} are taken", "input")
-        num_prompt_tokens = await self._accept(request, request_id, prompts, params)
+        prepared = await self._read(request, self._reader.embed)
+        await self._accept(request, request_id, prepared)
 
         def open_streams() -> list[AsyncGenerator[Delta, None]]:
-            return [self._source.streams(prompt_ids, params, 1, request_id)[0] for _, prompt_ids in prompts]
+            return [
+                self._source.streams(prompt_ids, prepared.params, 1, request_id)[0]
+                for _, prompt_ids in prepared.prompts
+            ]
 
-        return EmbeddingAnswer(request, self._model.names[0], open_streams, num_prompt_tokens)
+        return EmbeddingAnswer(request, self._model.names[0], open_streams, prepared.num_prompt_tokens, self._work)
 
-    def tokenize(self, request: TokenizeRequest) -> JsonObject:
+    async def tokenize(self, request: TokenizeRequest) -> JsonObject:
         """The tokens of a text or a conversation. Raises InvalidRequestError."""
-        self.check_model(request.model)
-        if request.messages is not None:
-            text = self.render(
-                request.messages, request.chat_template_kwargs, begins_answer=request.add_generation_prompt
-            )
-        else:
-            text = request.prompt or ""
-        token_ids = self._model.tokenizer.encode(text)
-        body: JsonObject = {
-            "count": len(token_ids),
-            "max_model_len": self._source.limits().max_model_len,
-            "tokens": token_ids,
-        }
-        if request.return_token_strs:
-            body["token_strs"] = [self._model.tokenizer.token_text(token_id) for token_id in token_ids]
-        return body
+        return await self._read(request, self._reader.tokenize)
 
-    def detokenize(self, request: DetokenizeRequest) -> JsonObject:
+    async def detokenize(self, request: DetokenizeRequest) -> JsonObject:
         """The text of tokens. Raises InvalidRequestError."""
-        self.check_model(request.model)
-        self._source.limits().check_vocabulary("tokens", request.tokens)
-        return {"prompt": self._text_of(request.tokens)}
+        return await self._read(request, self._reader.detokenize)
+
+    async def write(self, document: JsonObject) -> bytes:
+        """A document as JSON."""
+        return await self._work.run(writing_cost(document), partial(json_bytes, document))
 
     def tokenizer_info(self) -> JsonObject:
         """The tokenizer's settings."""
@@ -260,103 +174,52 @@ class AnswerService:
             served = " and ".join(map(repr, self._model.names))
             raise UnknownModelError(f"model {name!r:.200} is not served here; {served} is", "model")
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's token ids."""
-        return self._model.tokenizer.encode_prompt(prompt, self._model.eos_token_id)
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        variables: Mapping[str, Any],
-        *,
-        begins_answer: bool,
-        continues_last: bool = False,
-    ) -> str:
-        """The text that a conversation is to the model. Raises InvalidRequestError."""
-        if self._model.chat_template is None:
-            raise InvalidRequestError(NO_TEMPLATE)
-        return self._model.chat_template.render(
-            [message.for_template() for message in messages],
-            variables,
-            begins_answer=begins_answer,
-            continues_last=continues_last,
-        )
-
-    def _answer_tokens(self, min_tokens: int, num_prompt_tokens: int) -> int:
-        """The most tokens of an answer whose request does not say."""
+    async def _read(self, request: R, read: Callable[[R, EngineLimits], T]) -> T:
+        """Renders, tokenises and checks, a request at a time."""
+        await self._work.turn()
+        self.check_model(request.model)
         limits = self._source.limits()
-        num_left = min(limits.max_model_len, limits.kv_tokens) - num_prompt_tokens
-        return max(1, min(num_left, max(self._model.chat.max_tokens, min_tokens)))
-
-    def _cut(self, token_ids: list[int], prompt: str | list[int], most: int | None, max_tokens: int) -> EncodedPrompt:
-        """A prompt's text and token ids, cut to the last `most` tokens; -1 leaves room for `max_tokens`."""
-        if most == -1:
-            most = max(1, self._source.limits().max_model_len - max_tokens)
-        if most is not None and len(token_ids) > most:
-            token_ids = token_ids[-most:]
-            return self._text_of(token_ids), token_ids
-        return prompt if isinstance(prompt, str) else self._text_of(token_ids), token_ids
-
-    def _text_of(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens; a special one is its name, which is that token when the text is encoded again."""
-        return b"".join(map(self._model.tokenizer.token_or_special_bytes, token_ids)).decode("utf-8", "replace")
-
-    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of words, at the beginning of a text and within it."""
-        texts = [text for word in words for text in (word.strip(), f" {word.strip()}")]
-        return tuple(tuple(self._model.tokenizer.encode(text)) for text in texts)
+        with naming(request):
+            return await self._work.run(reading_cost(request), partial(read, request, limits))
 
     async def _answer(
-        self,
-        request: SamplingFields,
-        request_id: str,
-        form: Form,
-        prompts: Sequence[EncodedPrompt],
-        params: SamplingParams,
-        deadline: Deadline,
+        self, request: SamplingFields, request_id: str, form: Form, prepared: Prepared, deadline: Deadline
     ) -> Answer:
-        num_prompt_tokens = await deadline.bound(self._accept(request, request_id, prompts, params))
+        await deadline.bound(self._accept(request, request_id, prepared))
+        params = prepared.params
 
         def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
             return [
-                self._watched(stream_text(tokens, self._model.tokenizer, params))
-                for _, prompt_ids in prompts
+                self._watched(stream_text(tokens, self._model.tokenizer, params, prepared.stops))
+                for _, prompt_ids in prepared.prompts
                 for tokens in self._source.streams(prompt_ids, params, request.num_sampled, request_id)
             ]
 
-        most_tokens = len(prompts) * request.num_sampled * params.max_tokens
-        return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, deadline, self._on_end)
+        most_tokens = len(prepared.prompts) * request.num_sampled * params.max_tokens
+        num_prompt_tokens = prepared.num_prompt_tokens
+        return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, deadline, self._work, self._on_end)
 
-    async def _accept(
-        self,
-        request: SamplingFields | EmbeddingRequest,
-        request_id: str,
-        prompts: Sequence[EncodedPrompt],
-        params: SamplingParams,
-    ) -> int:
-        """Checks prompts against limits and moderation, and logs them. Returns the number of their tokens.
+    async def _accept(self, request: SamplingFields | EmbeddingRequest, request_id: str, prepared: Prepared) -> None:
+        """Has prompts moderated, and logs them.
 
         Raises:
-            InvalidRequestError, NotReadyError: they cannot be served.
+            ContentRefusedError, ModerationTimeoutError: a prompt does not pass.
         """
-        limits, user = self._source.limits(), request.user
-        for text, prompt_ids in prompts:
+        if self._moderation is not None:
             with naming(request):
-                limits.check(prompt_ids, params)
-                if self._moderation is not None:
+                for text, _ in prepared.prompts:
                     await self._moderation.check_prompt(text)
-        num_tokens = sum(len(prompt_ids) for _, prompt_ids in prompts)
+        user = request.user
         logger.info(
             "request accepted",
             extra=values(
                 request_id=request_id,
-                choices=len(prompts) * params.n,
-                prompt_tokens=num_tokens,
+                choices=len(prepared.prompts) * prepared.params.n,
+                prompt_tokens=prepared.num_prompt_tokens,
                 user=None if user is None else user[:MAX_USER_CHARS],
-                prompts=[text for text, _ in prompts] if self._logs_prompts else None,
+                prompts=[text for text, _ in prepared.prompts] if self._logs_prompts else None,
             ),
         )
-        return num_tokens
 
     def _watched(self, stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
         return stream if self._moderation is None else self._moderation.watch(stream)

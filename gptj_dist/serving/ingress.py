@@ -7,7 +7,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from gptj_dist.answers.moderation import load_moderation
-from gptj_dist.answers.service import AnswerService, ServedModel
+from gptj_dist.answers.served_model import ServedModel
+from gptj_dist.answers.service import AnswerService
 from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.http.application import make_http_app

@@ -7,6 +7,7 @@ byte as one printable character, so that a token is a string of bytes, not alway
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -35,6 +36,14 @@ class Tokenizer:
         """
         return cls(read_bpe(directory))
 
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """The most bytes of UTF-8 that one token stands for, special names included; None if there is no limit."""
+        added = self._bpe.get_added_tokens_decoder().values()
+        if self._bpe.normalizer is not None or any(token.lstrip or token.rstrip for token in added):
+            return None  # characters may be dropped, or blanks belong to a token beside them
+        return max(len(self.token_or_special_bytes(id)) for id in self._names)
+
     @property
     def num_entries(self) -> int:
         """Tokens that have a name, special ones included."""
@@ -46,7 +55,9 @@ class Tokenizer:
         Args:
             add_special_tokens: begin and end with the tokens that the checkpoint asks for; GPT-J's own asks for none.
         """
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=add_special_tokens).ids
+        # Other than `encode` this call lets other threads run, and it takes half the time.
+        (encoding,) = self._bpe.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def encode_prompt(

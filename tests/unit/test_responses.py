@@ -16,7 +16,8 @@ from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.moderation import Moderation
 from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.responses import ResponsesRequest
-from gptj_dist.answers.service import AnswerService, ServedModel
+from gptj_dist.answers.served_model import ServedModel
+from gptj_dist.answers.service import AnswerService
 from gptj_dist.errors import InvalidRequestError, StageFailedError
 from gptj_dist.text.chat import ChatTemplate
 from tests.unit.test_service import EOS, TEMPLATE, TEXT, TOKENIZER, TOKENS, Script

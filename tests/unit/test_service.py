@@ -21,7 +21,8 @@ from gptj_dist.answers.schema.base import Body, parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
-from gptj_dist.answers.service import AnswerService, ServedModel
+from gptj_dist.answers.served_model import ServedModel
+from gptj_dist.answers.service import AnswerService
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.limits import EngineLimits
@@ -458,7 +459,8 @@ class TestModeration:
 class TestTokens:
     @staticmethod
     def tokenize(**fields: Any) -> dict[str, Any]:
-        return service(Script()).tokenize(parse_body(json.dumps(fields).encode(), TokenizeRequest))
+        request = parse_body(json.dumps(fields).encode(), TokenizeRequest)
+        return asyncio.run(service(Script()).tokenize(request))
 
     def test_a_text_comes_back(self) -> None:
         body = self.tokenize(prompt=TEXT, return_token_strs=True)
@@ -469,7 +471,7 @@ class TestTokens:
             "token_strs": [TOKENIZER.token_text(token_id) for token_id in TOKENS],
         }
         request = parse_body(json.dumps({"tokens": body["tokens"]}).encode(), DetokenizeRequest)
-        assert service(Script()).detokenize(request) == {"prompt": TEXT}
+        assert asyncio.run(service(Script()).detokenize(request)) == {"prompt": TEXT}
 
     def test_a_conversation_is_tokenized_as_it_would_be_continued(self) -> None:
         body = self.tokenize(messages=[{"role": "user", "content": "Hello"}])
@@ -483,4 +485,4 @@ class TestTokens:
     def test_a_token_outside_the_vocabulary_is_refused(self) -> None:
         request = parse_body(b'{"tokens": [50400]}', DetokenizeRequest)
         with pytest.raises(GPTJDistError, match="50400"):
-            service(Script()).detokenize(request)
+            asyncio.run(service(Script()).detokenize(request))

@@ -15,7 +15,6 @@ import gptj_dist
 from gptj_dist.answers.answer import Answer
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.error_responses import error_response, response_headers
-from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
@@ -97,31 +96,33 @@ class Endpoints:
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's completions."""
-        body = parse_body(await read_body(request), CompletionRequest)
+        body = await self._texts.parse(await read_body(request), CompletionRequest)
         return await self._respond(request, partial(self._texts.complete, body, request.state.request_id))
 
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat."""
-        body = parse_body(await read_body(request), ChatRequest)
+        body = await self._texts.parse(await read_body(request), ChatRequest)
         return await self._respond(request, partial(self._texts.chat, body, request.state.request_id))
 
     async def respond(self, request: Request) -> Response:
         """OpenAI's responses, for plain text."""
-        body = parse_body(await read_body(request), ResponsesRequest)
+        body = await self._texts.parse(await read_body(request), ResponsesRequest)
         return await self._respond(request, partial(self._texts.respond, body, request.state.request_id))
 
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings."""
-        body = parse_body(await read_body(request), EmbeddingRequest)
+        body = await self._texts.parse(await read_body(request), EmbeddingRequest)
         return await self._respond(request, partial(self._texts.embed, body, request.state.request_id))
 
     async def tokenize(self, request: Request) -> Response:
         """Tokens of a text."""
-        return JSONResponse(self._texts.tokenize(parse_body(await read_body(request), TokenizeRequest)))
+        body = await self._texts.parse(await read_body(request), TokenizeRequest)
+        return Response(await self._texts.write(await self._texts.tokenize(body)), media_type=JSON)
 
     async def detokenize(self, request: Request) -> Response:
         """Text of tokens."""
-        return JSONResponse(self._texts.detokenize(parse_body(await read_body(request), DetokenizeRequest)))
+        body = await self._texts.parse(await read_body(request), DetokenizeRequest)
+        return JSONResponse(await self._texts.detokenize(body))
 
     async def tokenizer_info(self, _: Request) -> Response:
         """The tokenizer's settings, as vLLM returns them."""
@@ -195,7 +196,7 @@ class Endpoints:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._allowances.charged(key, answer))
             if isinstance(answer, EmbeddingAnswer) or not answer.is_streamed:
-                return JSONResponse(await answer.whole())
+                return Response(await answer.body(), media_type=JSON)
             events = answer.events()
             first = await anext(events)  # an error before the first token still gets a status of its own
             stream = _chain(first, events, stack.pop_all())

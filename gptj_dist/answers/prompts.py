@@ -1,0 +1,272 @@
+"""From a valid request to the tokens of its prompts. All of it may take long, so `Work` runs it.
+
+Errors name `prompt` and the fields of `SamplingParams`; `schema.base.naming` gives them the request's own names.
+
+Sizes are checked before anything is tokenised. No token stands for more bytes than the longest of the vocabulary, so a
+prompt of more bytes than the context window has room for is refused by its length alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from gptj_dist.answers.request_limits import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_CHOICES,
+    MAX_LOGPROBS_OF_REQUEST,
+    MAX_MESSAGES,
+    MAX_STOP_CHARS,
+    MAX_TEXT_BYTES,
+)
+from gptj_dist.answers.schema.chat import ChatRequest, Message
+from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.responses import ResponsesRequest
+from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.answers.served_model import ServedModel
+from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.errors import InvalidRequestError, RequestTooLongError
+from gptj_dist.json_types import JsonObject
+from gptj_dist.params import SamplingParams
+from gptj_dist.text.stop_strings import StopPattern, prepare_stops
+
+EncodedPrompt: TypeAlias = tuple[str, list[int]]
+"""Its text, and its tokens."""
+
+NO_TEMPLATE = (
+    "the model has no chat template, as GPT-J has none: start the server with --chat-template FILE, "
+    "or use /v1/completions"
+)
+
+PART_COST = 30
+"""Of a text or a list of ids, beside one for each character or id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that can be served.
+
+    Args:
+        stops: the stop strings of `params`.
+    """
+
+    prompts: Sequence[EncodedPrompt]
+    params: SamplingParams
+    stops: tuple[StopPattern, ...]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts; each counts once, whatever n is."""
+        return sum(len(prompt_ids) for _, prompt_ids in self.prompts)
+
+
+class PromptReader:
+    """Renders, tokenises and checks prompts."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        template, chat = model.chat_template, model.chat
+        self._chat_stop = () if template is None else chat.stop_strings(template)
+
+    def complete(self, request: CompletionRequest, limits: EngineLimits) -> Prepared:
+        """The prompts of a request for completions. Raises InvalidRequestError."""
+        _check_sizes(request)
+        given = request.prompts()
+        _check_choices(len(given), request)
+        prompts = self._encoded(given, limits, request.truncate_prompt_tokens, request.max_tokens)
+        return self._prepared(request, prompts, request.sampling_params(self._bad_words(request.bad_words)), limits)
+
+    def chat(self, request: ChatRequest, limits: EngineLimits) -> Prepared:
+        """The prompt of a conversation. Raises InvalidRequestError."""
+        _check_sizes(request)
+        _check_choices(1, request)
+        text = self._render(
+            request.messages,
+            request.chat_template_kwargs,
+            begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
+            continues_last=request.continue_final_message,
+        )
+        room = request.most_tokens or min(self._model.chat.max_tokens, limits.max_model_len // 2)
+        prompts = self._encoded([text], limits, request.truncate_prompt_tokens, room)
+        max_tokens = request.most_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
+        return self._prepared(request, prompts, params, limits)
+
+    def respond(self, request: ResponsesRequest, limits: EngineLimits) -> Prepared:
+        """The prompt of a request for a response. Raises InvalidRequestError."""
+        _check_sizes(request)
+        if isinstance(request.input, str) and request.instructions is None and self._model.chat_template is None:
+            text = request.input
+        else:
+            text = self._render(request.messages(), {}, begins_answer=True)
+        prompts = self._encoded([text], limits)
+        max_tokens = request.max_output_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
+        return self._prepared(request, prompts, params, limits)
+
+    def embed(self, request: EmbeddingRequest, limits: EngineLimits) -> Prepared:
+        """The inputs of a request for embeddings. Raises InvalidRequestError."""
+        given = request.prompts()
+        _check_number("prompt", "texts", len(given), MAX_CHOICES)
+        return self._prepared(request, self._encoded(given, limits), request.sampling_params(), limits)
+
+    def tokenize(self, request: TokenizeRequest, limits: EngineLimits) -> JsonObject:
+        """The tokens of a text or a conversation. Raises InvalidRequestError."""
+        if request.messages is not None:
+            text = self._render(
+                request.messages, request.chat_template_kwargs, begins_answer=request.add_generation_prompt
+            )
+        else:
+            text = request.prompt or ""
+        _check_number("prompt" if request.messages is None else "messages", "bytes", _num_bytes(text), MAX_TEXT_BYTES)
+        token_ids = self._model.tokenizer.encode(text)
+        body: JsonObject = {"count": len(token_ids), "max_model_len": limits.max_model_len, "tokens": token_ids}
+        if request.return_token_strs:
+            body["token_strs"] = [self._model.tokenizer.token_text(token_id) for token_id in token_ids]
+        return body
+
+    def detokenize(self, request: DetokenizeRequest, limits: EngineLimits) -> JsonObject:
+        """The text of tokens. Raises InvalidRequestError."""
+        limits.check_vocabulary("tokens", request.tokens)
+        return {"prompt": self._text_of(request.tokens)}
+
+    def _prepared(
+        self,
+        request: SamplingFields | EmbeddingRequest,
+        prompts: list[EncodedPrompt],
+        params: SamplingParams,
+        limits: EngineLimits,
+    ) -> Prepared:
+        for _, prompt_ids in prompts:
+            limits.check(prompt_ids, params)
+        prepared = Prepared(prompts, params, prepare_stops(params.stop))
+        if isinstance(request, SamplingFields):
+            _check_logprobs(prepared, request.num_sampled)
+        return prepared
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        *,
+        begins_answer: bool,
+        continues_last: bool = False,
+    ) -> str:
+        """A conversation as the text that the model continues."""
+        if self._model.chat_template is None:
+            raise InvalidRequestError(NO_TEMPLATE)
+        _check_number("prompt", "messages", len(messages), MAX_MESSAGES)
+        return self._model.chat_template.render(
+            [message.for_template() for message in messages],
+            variables,
+            begins_answer=begins_answer,
+            continues_last=continues_last,
+        )
+
+    def _encoded(
+        self,
+        prompts: Sequence[str | list[int]],
+        limits: EngineLimits,
+        most: int | None = None,
+        max_tokens: int = 0,
+    ) -> list[EncodedPrompt]:
+        """The tokens of prompts, cut to the last `most`; -1 leaves room for `max_tokens`."""
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._check_length(prompt, limits, is_cut=most is not None)
+        if most == -1:
+            most = max(1, limits.max_model_len - max_tokens)
+        return [self._encode(prompt, most) for prompt in prompts]
+
+    def _encode(self, prompt: str | list[int], most: int | None) -> EncodedPrompt:
+        token_ids = self._model.tokenizer.encode_prompt(prompt, self._model.eos_token_id)
+        if most is not None and len(token_ids) > most:
+            token_ids = token_ids[-most:]
+            return self._text_of(token_ids), token_ids
+        return prompt if isinstance(prompt, str) else self._text_of(token_ids), token_ids
+
+    def _check_length(self, text: str, limits: EngineLimits, *, is_cut: bool) -> None:
+        bytes_per_token = self._model.tokenizer.max_token_bytes
+        if is_cut or bytes_per_token is None:
+            _check_number("prompt", "bytes", _num_bytes(text), MAX_TEXT_BYTES)
+        elif (num_bytes := _num_bytes(text)) > (most := bytes_per_token * limits.max_model_len):
+            raise RequestTooLongError(
+                f"prompt has {num_bytes} bytes, and the context window of {limits.max_model_len} tokens holds {most} "
+                "at most",
+                "prompt",
+            )
+
+    def _answer_tokens(self, min_tokens: int, prompts: Sequence[EncodedPrompt], limits: EngineLimits) -> int:
+        """The most tokens of an answer whose request does not say."""
+        num_left = min(limits.max_model_len, limits.kv_tokens) - len(prompts[0][1])
+        return max(1, min(num_left, max(self._model.chat.max_tokens, min_tokens)))
+
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens; a special one is its name, which is that token when the text is encoded again."""
+        return b"".join(map(self._model.tokenizer.token_or_special_bytes, token_ids)).decode("utf-8", "replace")
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words, at the beginning of a text and within it."""
+        texts = [text for word in words for text in (word.strip(), f" {word.strip()}")]
+        return tuple(tuple(self._model.tokenizer.encode(text)) for text in texts)
+
+
+def reading_cost(request: SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest) -> int:
+    """An estimate of the microseconds that reading the request takes, for `Work`."""
+    return sum(len(part) + PART_COST for part in _parts(request))
+
+
+def _parts(request: SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest) -> Iterable[Any]:
+    if isinstance(request, SamplingFields):
+        yield from request.bad_words * 2
+        yield from [request.stop] if isinstance(request.stop, str) else request.stop
+    match request:
+        case CompletionRequest() | EmbeddingRequest():
+            yield from request.prompts()
+        case ResponsesRequest():
+            yield from (message.content for message in request.messages())
+        case ChatRequest() | TokenizeRequest():
+            yield from (message.for_template()["content"] for message in request.messages or ())
+    if isinstance(request, TokenizeRequest):
+        yield request.prompt or ""
+    if isinstance(request, DetokenizeRequest):
+        yield request.tokens
+
+
+def _check_sizes(request: SamplingFields) -> None:
+    """Checks the lengths of lists and texts that are looked at one by one."""
+    _check_number("bad_words", "words", len(request.bad_words), MAX_BAD_WORDS)
+    for field, texts, most in (
+        ("bad_words", request.bad_words, MAX_BAD_WORD_CHARS),
+        ("stop", [request.stop] if isinstance(request.stop, str) else request.stop, MAX_STOP_CHARS),
+    ):
+        _check_number(field, "characters in one string", max(map(len, texts), default=0), most)
+
+
+def _check_choices(num_prompts: int, request: CompletionRequest | ChatRequest) -> None:
+    _check_number("prompt", "prompts", num_prompts, MAX_CHOICES)
+    if (number := num_prompts * request.num_sampled) > MAX_CHOICES:
+        raise InvalidRequestError(f"{number} completions in one request, at most {MAX_CHOICES} are made", "n")
+
+
+def _check_logprobs(prepared: Prepared, num_sampled: int) -> None:
+    params = prepared.params
+    of_prompt = 0 if params.prompt_logprobs is None else prepared.num_prompt_tokens * (params.prompt_logprobs + 1)
+    of_output = 0 if params.logprobs is None else len(prepared.prompts) * params.max_tokens * (params.logprobs + 1)
+    if (number := num_sampled * (of_prompt + of_output)) > MAX_LOGPROBS_OF_REQUEST:
+        field = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+        message = f"{field} may ask for {MAX_LOGPROBS_OF_REQUEST} log probabilities in one answer, got {number}"
+        raise InvalidRequestError(message, field)
+
+
+def _check_number(field: str, what: str, number: int, most: int) -> None:
+    if number > most:
+        raise InvalidRequestError(f"{field} has {number} {what}, at most {most} are taken", field)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
