@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from gptj_dist.answers.service import ServedModel
+from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.config import PipelineConfig
 from gptj_dist.text.chat import ChatTemplate
