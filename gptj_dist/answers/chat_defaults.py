@@ -1,4 +1,4 @@
-"""What holds for a conversation where its request says nothing: a base model does not end its answer by itself."""
+"""Defaults that end an answer in a conversation: a base model does not end it by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answer to a request for embeddings: what the prompts' hidden states come to, in OpenAI's shape."""
+"""The answer to a request for embeddings: vectors of the inputs' hidden states, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EmbeddingAnswer:
         self.most_tokens = self.num_tokens = 0
 
     async def whole(self) -> JsonObject:
-        """The response. Raises the error that the request failed with; the other inputs are given up then."""
+        """The response. Raises the error that the request failed with; the other inputs are then cancelled."""
         vectors = await self._vectors()
         return await self._work.run(_writing_cost(vectors), lambda: self._document(vectors))
 
@@ -70,7 +70,7 @@ class EmbeddingAnswer:
         return {"object": "list", "data": data, "model": self._model, "usage": totals}
 
     def _written(self, vector: bytes) -> str | list[float]:
-        """A vector of float32 numbers, as the request wants it."""
+        """A vector of float32 numbers in the encoding of the request."""
         if self._request.encoding_format == "base64":
             return base64.b64encode(vector).decode()
         return array.array("f", vector).tolist()

@@ -1,4 +1,4 @@
-"""What each error means over HTTP: the one table from exception to status and OpenAI's error shape.
+"""Errors over HTTP: the one table from exception to status and OpenAI's error shape.
 
 Knows neither FastAPI nor Ray: it returns a status, a body and a header's value for the ingress to send.
 """
@@ -33,7 +33,7 @@ class UnknownModelError(InvalidRequestError):
 
 
 class HttpError(NamedTuple):
-    """How an error is told to a client; `retry_after_s` is None where trying the same again cannot help."""
+    """How an error is reported to a client; `retry_after_s` is None where the same request would fail again."""
 
     status: int
     type: str

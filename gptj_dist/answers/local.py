@@ -70,7 +70,7 @@ async def serve_in_process(
         chat: for conversations whose requests leave it out.
 
     Raises:
-        ConfigurationError: the settings or the checkpoint will not do.
+        ConfigurationError: the settings or the checkpoint are invalid.
     """
     pipeline, executor = start_local(config)
     async with running_engine(pipeline, executor) as engine:

@@ -1,4 +1,4 @@
-"""Several async streams as one, in the order that their items come."""
+"""Several async streams as one, in the order in which their items arrive."""
 
 from __future__ import annotations
 

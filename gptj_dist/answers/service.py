@@ -1,4 +1,4 @@
-"""What the endpoints promise, short of HTTP: requests to answers, texts to tokens. Knows no Ray."""
+"""From requests to answers, and from texts to tokens. Knows neither Ray nor HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tokens come from, as those who make answers of them see it: pipelines behind a handle, or an engine at hand."""
+"""The source of an answer's tokens: pipelines that a Serve handle reaches, or an engine in this process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class TokenSource(Protocol):
     """Continues prompts."""
 
     def limits(self) -> EngineLimits:
-        """What requests are checked against. Raises NotReadyError while nobody can make a token."""
+        """The limits that requests are checked against. Raises NotReadyError while no pipeline can make a token."""
 
     def streams(
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
     ) -> list[AsyncGenerator[Delta, None]]:
-        """So many completions of one prompt, to be read at the same time.
+        """Streams of `num_choices` completions of one prompt, to be read at the same time.
 
-        Nothing is asked for before a stream is read; closing one cancels it.
+        The computation starts when a stream is first read; closing a stream cancels its completion.
 
         Args:
-            log_id: what logs call the request.
+            log_id: id of the request in logs.
         """

@@ -1,1 +1,1 @@
-"""The bodies of requests, OpenAI's and vLLM's: what a field may be, and what is refused by which name."""
+"""The bodies of requests, OpenAI's and vLLM's: their fields, the types of these, and the errors that name them."""

@@ -144,7 +144,7 @@ def is_neutral(value: object, default: object = None) -> bool:
 
 
 def refused_field(name: str, reason: str) -> PydanticCustomError:
-    """What a validator of a body raises to refuse a field of it, such as `stop` for the reason `is unknown`."""
+    """The error by which a validator of a body refuses a field of it, such as `stop` for the reason `is unknown`."""
     return PydanticCustomError("refused_field", "{reason}", {"field": name, "reason": reason})
 
 

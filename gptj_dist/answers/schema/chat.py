@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, refused_field, text_or_list
 from gptj_dist.answers.schema.sampling import BadWords, ChoiceFields
@@ -41,6 +41,8 @@ class Message(Body):
         content: text, or parts that are joined; an assistant's message may have none.
         name: of the speaker, for templates that show it.
     """
+
+    model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
 
     hints: ClassVar = frozenset(("annotations", "cache_control", "metadata", "options"))
     unserved: ClassVar = dict.fromkeys(

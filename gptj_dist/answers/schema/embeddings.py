@@ -51,7 +51,7 @@ class EmbeddingRequest(Body):
         return list_prompts(self.input)
 
     def sampling_params(self) -> SamplingParams:
-        """What the engine computes. Raises InvalidRequestError if a value is out of its range."""
+        """The parameters of the computation. Raises InvalidRequestError if a value is out of its range."""
         return SamplingParams(max_tokens=0, pooling=Pooling(self.pooling, self.layer), priority=self.priority)
 
     def own_names(self) -> Mapping[str, str]:

@@ -52,7 +52,7 @@ class InputItem(Body):
     content: InputContent
 
     def as_message(self) -> Message:
-        """The message as chat has it."""
+        """The item as a message of a chat."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return Message(role=self.role, content=content)
 

@@ -1,4 +1,4 @@
-"""The fields that completions and chat share: how text is sampled, where it ends, how it is sent."""
+"""The fields that all requests for text share: how it is sampled, where it ends, how it is sent."""
 
 from __future__ import annotations
 

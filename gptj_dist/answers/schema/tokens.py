@@ -16,7 +16,7 @@ class TokenizeRequest(Body):
         model: one of the names in `GET /v1/models`; null takes the model that there is.
         prompt: the text.
         messages: the conversation.
-        return_token_strs: give the tokens as texts too.
+        return_token_strs: return the tokens as texts, too.
         add_generation_prompt: let the template end with the beginning of an answer.
         chat_template_kwargs: variables for the template.
     """

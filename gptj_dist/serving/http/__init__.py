@@ -1,1 +1,1 @@
-"""The ingress over HTTP: endpoints, middleware, the listener and the OpenAPI document."""
+"""The ingress over HTTP: endpoints, middleware, the listener, the pages and the OpenAPI document."""

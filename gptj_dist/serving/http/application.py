@@ -74,7 +74,7 @@ async def _no_such_route(paths: Collection[str], request: Request, error: Except
 
 
 def _hint(path: str, paths: Collection[str]) -> str:
-    """What a client may use in place of a path that is not served."""
+    """The end of the error: the path that a client may have meant."""
     if path.startswith("/v1/messages"):
         return ": use /v1/chat/completions or /v1/responses"
     nearest = [] if path in paths else difflib.get_close_matches(path, paths, n=1, cutoff=0.75)

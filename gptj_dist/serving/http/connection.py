@@ -180,7 +180,7 @@ class LimitedConnection(HttpToolsProtocol):
 
 
 def _without_chunks(cycle: RequestResponseCycle) -> Callable[[Any], Coroutine[Any, Any, None]]:
-    """What sends a response to HTTP/1.0, which has no chunks: a body of unknown length ends with the connection.
+    """The sender of a response to HTTP/1.0, which has no chunks: a body of unknown length ends with the connection.
 
     uvicorn would send it in chunks. It compares a body without chunks to the length that it knows, so each part of the
     body is made the length before it is sent.

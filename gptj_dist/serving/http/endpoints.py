@@ -42,10 +42,10 @@ Understand: TypeAlias = Callable[[], Awaitable[Answer | EmbeddingAnswer]]
 
 
 class Endpoints:
-    """Calls in, responses out.
+    """The handlers of all endpoints.
 
     Args:
-        names: what the model is called.
+        names: of the model.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Endpoints:
             Endpoint("GET", "/health", self.health, "Whether the server lives."),
             Endpoint("GET", "/ready", self.ready, "Whether a token can be made."),
             Endpoint("GET", "/version", self.version, "The version of gptj-dist."),
-            Endpoint("GET", "/metrics", self.metrics, "What was counted, for Prometheus.", media=("text/plain",)),
-            Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "What every pipeline and its stages are doing."),
+            Endpoint("GET", "/metrics", self.metrics, "Counters and gauges, for Prometheus.", media=("text/plain",)),
+            Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "The state of every pipeline and its stages."),
             Endpoint("GET", "/debug/trace", self.debug_trace, "The last plans of every pipeline, as a Chrome trace."),
             Endpoint("GET", "/", self.front, "A page with links.", media=(HTML,), is_open=True),
             Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs.", is_open=True),
@@ -150,12 +150,12 @@ class Endpoints:
         return JSONResponse({"version": gptj_dist.__version__})
 
     async def metrics(self, request: Request) -> Response:
-        """What pipelines and ingresses have counted."""
+        """The counters and gauges of pipelines and ingresses."""
         text, content_type = (await self._scrape.take()).encoded(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
 
     async def debug_pipeline(self, _: Request) -> Response:
-        """What every pipeline and its stages are doing."""
+        """The state of every pipeline and its stages."""
         answers = await self._pipelines.statuses()
         document = debug_document(self._names[0], answers.given, answers.num_silent)
         return JSONResponse(document.model_dump(mode="json"))
@@ -211,7 +211,7 @@ async def _chain(first: bytes, rest: AsyncGenerator[bytes, None], stack: AsyncEx
 
 
 def answering(handler: Handler) -> Handler:
-    """The handler, with what it raises made a response."""
+    """The handler, with its errors turned into responses."""
 
     @wraps(handler)
     async def respond(request: Request) -> Response:
@@ -228,6 +228,6 @@ def answering(handler: Handler) -> Handler:
 
 
 def refusal(error: BaseException) -> Response:
-    """The response that tells a client of an error."""
+    """The response that reports an error to a client."""
     status, body = error_response(error)
     return JSONResponse(body, status, response_headers(error))

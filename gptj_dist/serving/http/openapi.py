@@ -44,7 +44,7 @@ def openapi_document(endpoints: Iterable[Endpoint], root_path: str) -> JsonObjec
     """The endpoints in OpenAPI 3.1.
 
     Args:
-        root_path: what stands before every path.
+        root_path: prefix of every path.
     """
     endpoints = list(endpoints)
     bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
@@ -135,7 +135,7 @@ def _or_null(field: JsonObject) -> JsonObject:
 
 @cache
 def _meanings(kind: type) -> Mapping[str, str]:
-    """What a class's docstring says of its arguments."""
+    """The descriptions of arguments in the docstring of a class."""
     _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
     arguments = arguments.partition("\nRaises:")[0]
     return {name: " ".join(text.split()) for names, text in _ARGUMENT.findall(arguments) for name in names.split(", ")}
