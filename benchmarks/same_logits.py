@@ -46,7 +46,7 @@ def last_logits(model: str, dtype: Any, stages: int) -> tuple[torch.Tensor, dict
         "read_gb": round((bytes_read() - bytes_before) / 1e9, 3),
         "seconds_to_load": round(time.perf_counter() - begin, 1),
     }
-    token_ids = tuple((7919 * i) % pipeline.blueprint.model.eos_token_id for i in range(NUM_PROMPT_TOKENS))
+    token_ids = tuple((7919 * i) % pipeline.blueprint.model.eos_token_ids[0] for i in range(NUM_PROMPT_TOKENS))
     request = NewRequest(1, SamplingParams(), noise_key=0, num_prompt_tokens=0)
     chunk = Chunk(1, 0, token_ids, tuple(range(-(-NUM_PROMPT_TOKENS // BLOCK_SIZE_TOKENS))), samples=True)
     plan = Plan(1, new_requests=(request,), chunks=(chunk,), released=())

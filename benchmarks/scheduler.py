@@ -55,7 +55,7 @@ def main() -> None:
         num_blocks=args.running * blocks_per_request,
         block_size=BLOCK_SIZE_TOKENS,
         max_batch_size=args.running,
-        eos_token_id=0,
+        eos_token_ids=(0,),
     )
     settings = {"requests": args.requests, "running": args.running, "stages": args.stages}
     print_document("scheduler", {"machine": machine(), **settings, **figures(run(Scheduler(config), requests))})

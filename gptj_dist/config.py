@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, cast
 
 from gptj_dist.errors import CheckpointError, ConfigurationError
 from gptj_dist.field_types import type_problems
+from gptj_dist.generation import NO_GENERATION_CONFIG, GenerationConfig, eos_token_ids
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -23,7 +24,9 @@ BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
 DEFAULT_CHAT_MAX_TOKENS = 512
-GPTJ_EOS_TOKEN_ID = 50256
+GPTJ_END_OF_TEXT_ID = 50256
+"""`bos_token_id` and `eos_token_id` of a `config.json` without the fields, as in transformers."""
+
 GPTJ_ROTARY_DIM = 64
 """What a `config.json` without the field means, as in transformers."""
 
@@ -36,6 +39,9 @@ _ALIASES = {
 }
 """Fields of `config.json` by the names that GPT-J's has, and by those of other models, which some tools write."""
 
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+
 _MAX_SIZE = 1 << 20
 _MAX_RESOURCE = 1_000_000
 """GB, CPUs or GPUs: more than any machine has."""
@@ -46,7 +52,12 @@ _MAX_LAYERS = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of one GPT-J: a `config.json` of the Hugging Face layout, less what inference does not read."""
+    """The shape of one GPT-J, and its rules for generating text; what inference reads of the Hugging Face layout.
+
+    Args:
+        eos_token_ids: tokens that end a text.
+        bos_token_id: the token that begins a text, where the checkpoint names one.
+    """
 
     vocab_size: int
     num_layers: int
@@ -55,10 +66,17 @@ class ModelConfig:
     rotary_dim: int
     d_ff: int
     context_length: int
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
     dtype: DTypeName = "float32"
     layer_norm_eps: float = 1e-5
     has_tied_embeddings: bool = False
+    bos_token_id: int | None = None
+    generation: GenerationConfig = NO_GENERATION_CONFIG
+
+    @property
+    def empty_prompt_ids(self) -> tuple[int, ...]:
+        """The tokens that an empty prompt stands for; none if the checkpoint has no token for the ends of a text."""
+        return self.eos_token_ids[:1] if self.bos_token_id is None else (self.bos_token_id,)
 
     @property
     def head_dim(self) -> int:
@@ -85,8 +103,11 @@ class ModelConfig:
         return self.embedding_parameters + self.vocab_size + 2 * self.d_model
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Reads the fields of a Hugging Face `config.json`.
+    def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Reads the fields of a Hugging Face `config.json`, and of `generation_config.json` where there is one.
+
+        Texts end at the end tokens of both. What else is said about generation, `config.json` says where there is no
+        other file, as in transformers.
 
         Raises:
             CheckpointError: not a GPT-J, a field is missing, or the numbers contradict each other.
@@ -109,11 +130,7 @@ class ModelConfig:
             raise CheckpointError(f"config.json: n_embd {d_model} is not a multiple of n_head {num_heads}")
         d_ff = _positive_int(config, "n_inner") if config.get("n_inner") is not None else 4 * d_model
         vocab_size = _positive_int(config, "vocab_size")
-        eos = config.get("eos_token_id", GPTJ_EOS_TOKEN_ID)
-        if type(eos) is not int or not 0 <= eos < vocab_size:
-            raise CheckpointError(
-                f"config.json: eos_token_id {_shown(eos)} is not a number below vocab_size {vocab_size}"
-            )
+        eos_ids = _eos_token_ids(config, generation or {}, vocab_size)
         layer_norm_eps = config.get("layer_norm_epsilon", 1e-5)
         if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
             raise CheckpointError(
@@ -127,10 +144,17 @@ class ModelConfig:
             rotary_dim=_rotary_dim(config, d_model // num_heads),
             d_ff=d_ff,
             context_length=_positive_int(config, "n_positions"),
-            eos_token_id=eos,
+            eos_token_ids=eos_ids,
             dtype=_dtype(config),
             layer_norm_eps=layer_norm_eps,
             has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            bos_token_id=_bos_token_id(config, vocab_size),
+            generation=GenerationConfig.from_hf(
+                config if generation is None else generation,
+                CONFIG_NAME if generation is None else GENERATION_CONFIG_NAME,
+                vocab_size,
+                eos_ids,
+            ),
         )
 
 
@@ -166,6 +190,22 @@ def _positive_int(config: Mapping[str, Any], key: str) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_SIZE:
         raise CheckpointError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}, got {_shown(value)}")
     return value
+
+
+def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    of_generation = eos_token_ids(generation.get("eos_token_id"), GENERATION_CONFIG_NAME, vocab_size)
+    if "eos_token_id" in config:
+        of_config = eos_token_ids(config["eos_token_id"], CONFIG_NAME, vocab_size)
+    else:
+        is_said = bool(of_generation) or vocab_size <= GPTJ_END_OF_TEXT_ID
+        of_config = () if is_said else (GPTJ_END_OF_TEXT_ID,)
+    return tuple(dict.fromkeys(of_config + of_generation))
+
+
+def _bos_token_id(config: Mapping[str, Any], vocab_size: int) -> int | None:
+    """None for one that is not in the vocabulary: no text has to begin with it."""
+    value = config.get("bos_token_id", GPTJ_END_OF_TEXT_ID)
+    return value if type(value) is int and 0 <= value < vocab_size else None
 
 
 def _rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
@@ -212,6 +252,8 @@ class PipelineConfig:
         max_batch_size: the most requests that run at once; more wait.
         max_queued_requests: the most that wait in a server's pipeline; more are refused.
         max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
+        generation_config: `none` leaves the checkpoint's sampling defaults and suppressed tokens alone; its end tokens
+            end texts all the same.
 
     Raises:
         ConfigurationError: a value is out of range, or two contradict each other.
@@ -231,6 +273,7 @@ class PipelineConfig:
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
     max_queued_requests: int = DEFAULT_MAX_QUEUED_REQUESTS
     max_chunk_tokens: int | None = None
+    generation_config: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
         for name, problem in type_problems(self):

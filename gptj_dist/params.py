@@ -33,6 +33,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
 }
 """Smallest and largest value of each number."""
 
+NO_TOKEN = -1
+"""The sampler's answer where every token is ruled out."""
+
 PoolingKind = Literal["mean", "last"]
 
 
@@ -69,7 +72,7 @@ class SamplingParams:
         n: completions of the prompt, 1 or more.
         stop: strings that end the text; they are not part of it.
         min_tokens: tokens before which neither end of text nor a stop string can end the request.
-        ignore_eos: go on past the end-of-text token.
+        ignore_eos: go on past the tokens that end a text by the checkpoint's configuration.
         stop_token_ids: tokens that end the request, whether or not end of text does.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, that ended the text.
         skip_special_tokens: leave special tokens such as end of text out of the text.

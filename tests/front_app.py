@@ -29,11 +29,12 @@ from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.text.chat import ChatTemplate
 from gptj_dist.text.tokenizer import Tokenizer
+from gptj_dist.token_rules import TokenRules
 from tests.http.server import free_port
 
 WAIT_S = 30
 TOKENIZER = Tokenizer.load(resolve_model("demo"))
-LIMITS = EngineLimits(vocab_size=50400, max_model_len=2048, kv_tokens=1 << 20, num_layers=28)
+LIMITS = EngineLimits(rules=TokenRules(50400), max_model_len=2048, kv_tokens=1 << 20, num_layers=28)
 TEMPLATE = ChatTemplate("{% for message in messages %}{{ message.content }}{% endfor %}", {})
 TOP = tuple((token_id, -0.5) for token_id in range(40, 60))
 
@@ -126,7 +127,7 @@ async def front_app(
     """
     source, metrics = Source(), IngressMetrics("i")
     source.may_go_on.set()
-    model = ServedModel(names, TOKENIZER, 50256, TEMPLATE)
+    model = ServedModel(names, TOKENIZER, (50256,), TEMPLATE)
     work = Work()
     texts = AnswerService(model, source, moderation, metrics.note_end, work=work)
     pipelines = cast("PipelineClient", Pipelines(unready))

@@ -70,15 +70,21 @@ class PromptReader:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         template, chat = model.chat_template, model.chat
-        self._chat_stop = () if template is None else chat.stop_strings(template)
+        stop = () if template is None else chat.stop_strings(template)
+        self._chat_defaults = {**model.defaults, "stop": stop}
 
     def complete(self, request: CompletionRequest, limits: EngineLimits) -> Prepared:
         """The prompts of a request for completions. Raises InvalidRequestError."""
         _check_sizes(request)
         given = request.prompts()
         _check_choices(len(given), request)
-        prompts = self._encoded(given, limits, request.truncate_prompt_tokens, request.max_tokens)
-        return self._prepared(request, prompts, request.sampling_params(self._bad_words(request.bad_words)), limits)
+        adds = request.add_special_tokens
+        prompts = self._encoded(given, limits, adds, request.truncate_prompt_tokens, request.max_tokens)
+        max_tokens = request.most_tokens
+        if max_tokens is None and (default := self._model.defaults.get("max_tokens")) is not None:
+            max_tokens = min(int(default), _room(prompts, limits))
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._model.defaults)
+        return self._prepared(request, prompts, params, limits)
 
     def chat(self, request: ChatRequest, limits: EngineLimits) -> Prepared:
         """The prompt of a conversation. Raises InvalidRequestError."""
@@ -90,29 +96,30 @@ class PromptReader:
             begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
             continues_last=request.continue_final_message,
         )
-        room = request.most_tokens or min(self._model.chat.max_tokens, limits.max_model_len // 2)
-        prompts = self._encoded([text], limits, request.truncate_prompt_tokens, room)
+        room = request.most_tokens or min(self._model.max_answer_tokens, limits.max_model_len // 2)
+        prompts = self._encoded([text], limits, request.add_special_tokens, request.truncate_prompt_tokens, room)
         max_tokens = request.most_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_defaults)
         return self._prepared(request, prompts, params, limits)
 
     def respond(self, request: ResponsesRequest, limits: EngineLimits) -> Prepared:
         """The prompt of a request for a response. Raises InvalidRequestError."""
         _check_sizes(request)
         if isinstance(request.input, str) and request.instructions is None and self._model.chat_template is None:
-            text = request.input
+            text, is_template = request.input, False
         else:
-            text = self._render(request.messages(), {}, begins_answer=True)
-        prompts = self._encoded([text], limits)
+            text, is_template = self._render(request.messages(), {}, begins_answer=True), True
+        prompts = self._encoded([text], limits, add_special_tokens=not is_template)
         max_tokens = request.max_output_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_stop)
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_defaults)
         return self._prepared(request, prompts, params, limits)
 
     def embed(self, request: EmbeddingRequest, limits: EngineLimits) -> Prepared:
         """The inputs of a request for embeddings. Raises InvalidRequestError."""
         given = request.prompts()
         _check_number("prompt", "texts", len(given), MAX_CHOICES)
-        return self._prepared(request, self._encoded(given, limits), request.sampling_params(), limits)
+        prompts = self._encoded(given, limits, request.add_special_tokens)
+        return self._prepared(request, prompts, request.sampling_params(), limits)
 
     def tokenize(self, request: TokenizeRequest, limits: EngineLimits) -> JsonObject:
         """The tokens of a text or a conversation. Raises InvalidRequestError."""
@@ -123,7 +130,9 @@ class PromptReader:
         else:
             text = request.prompt or ""
         _check_number("prompt" if request.messages is None else "messages", "bytes", _num_bytes(text), MAX_TEXT_BYTES)
-        token_ids = self._model.tokenizer.encode(text)
+        is_prompt = request.messages is None
+        adds = is_prompt if request.add_special_tokens is None else request.add_special_tokens
+        token_ids = self._model.tokenizer.encode(text, adds)
         body: JsonObject = {"count": len(token_ids), "max_model_len": limits.max_model_len, "tokens": token_ids}
         if request.return_token_strs:
             body["token_strs"] = [self._model.tokenizer.token_text(token_id) for token_id in token_ids]
@@ -171,6 +180,7 @@ class PromptReader:
         self,
         prompts: Sequence[str | list[int]],
         limits: EngineLimits,
+        add_special_tokens: bool,
         most: int | None = None,
         max_tokens: int = 0,
     ) -> list[EncodedPrompt]:
@@ -180,10 +190,11 @@ class PromptReader:
                 self._check_length(prompt, limits, is_cut=most is not None)
         if most == -1:
             most = max(1, limits.max_model_len - max_tokens)
-        return [self._encode(prompt, most) for prompt in prompts]
+        return [self._encode(prompt, add_special_tokens, most) for prompt in prompts]
 
-    def _encode(self, prompt: str | list[int], most: int | None) -> EncodedPrompt:
-        token_ids = self._model.tokenizer.encode_prompt(prompt, self._model.eos_token_id)
+    def _encode(self, prompt: str | list[int], add_special_tokens: bool, most: int | None) -> EncodedPrompt:
+        empty_prompt_ids = self._model.empty_prompt_ids
+        token_ids = self._model.tokenizer.encode_prompt(prompt, empty_prompt_ids, add_special_tokens)
         if most is not None and len(token_ids) > most:
             token_ids = token_ids[-most:]
             return self._text_of(token_ids), token_ids
@@ -202,8 +213,7 @@ class PromptReader:
 
     def _answer_tokens(self, min_tokens: int, prompts: Sequence[EncodedPrompt], limits: EngineLimits) -> int:
         """The most tokens of an answer whose request does not say."""
-        num_left = min(limits.max_model_len, limits.kv_tokens) - len(prompts[0][1])
-        return max(1, min(num_left, max(self._model.chat.max_tokens, min_tokens)))
+        return min(_room(prompts, limits), max(self._model.max_answer_tokens, min_tokens))
 
     def _text_of(self, token_ids: Sequence[int]) -> str:
         """The text of tokens; a special one is its name, which is that token when the text is encoded again."""
@@ -235,6 +245,12 @@ def _parts(request: SamplingFields | EmbeddingRequest | TokenizeRequest | Detoke
         yield request.prompt or ""
     if isinstance(request, DetokenizeRequest):
         yield request.tokens
+
+
+def _room(prompts: Sequence[EncodedPrompt], limits: EngineLimits) -> int:
+    """The most tokens that fit beside the longest prompt, or 1: if there is no room, the limits say so."""
+    longest = max(len(prompt_ids) for _, prompt_ids in prompts)
+    return max(1, min(limits.max_model_len, limits.kv_tokens) - longest)
 
 
 def _check_sizes(request: SamplingFields) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -21,18 +22,26 @@ class ServedModel:
 
     Args:
         names: what clients call it; the first is what answers say.
+        empty_prompt_ids: what an empty prompt stands for.
         chat: for conversations whose requests leave it out.
         max_model_len: the most tokens of prompt and output together, as far as it is known while the model loads.
         tokenizer_info: what `GET /tokenizer_info` returns.
+        defaults: values of `SamplingParams` where a request gives none.
     """
 
     names: tuple[str, ...]
     tokenizer: Tokenizer
-    eos_token_id: int
+    empty_prompt_ids: tuple[int, ...]
     chat_template: ChatTemplate | None = None
     chat: ChatDefaults = ChatDefaults()  # noqa: RUF009  # frozen
     max_model_len: int | None = None
     tokenizer_info: JsonObject = field(default_factory=dict)
+    defaults: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """The most tokens of an answer to a conversation whose request does not say."""
+        return int(self.defaults.get("max_tokens", self.chat.max_tokens))
 
     @classmethod
     def load(
@@ -55,12 +64,14 @@ class ServedModel:
         directory = resolve_model(config.model, config.revision)
         model = read_model_config(directory)
         tokenizer, template = Tokenizer.load(directory), load_chat_template(directory, chat_template)
+        end_of_text = tokenizer.token_text(model.eos_token_ids[0]) if model.eos_token_ids else ""
         return cls(
             names=names,
             tokenizer=tokenizer,
-            eos_token_id=model.eos_token_id,
+            empty_prompt_ids=model.empty_prompt_ids,
             chat_template=template,
             chat=chat,
             max_model_len=config.max_model_len or model.context_length,
-            tokenizer_info=tokenizer_info(directory, tokenizer.token_text(model.eos_token_id), template),
+            tokenizer_info=tokenizer_info(directory, end_of_text, template),
+            defaults=dict(model.generation.defaults) if config.generation_config == "auto" else {},
         )

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from gptj_dist import __version__
-from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
+from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
 from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
 from gptj_dist.checkpoint.index import WTE, CheckpointIndex, expected_tensors, read_model_config, stage_headers
 from gptj_dist.checkpoint.loader import TORCH_DTYPES, StageTensors
@@ -35,6 +35,9 @@ from gptj_dist.checkpoint.writer import (
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError, ConversionError
 from gptj_dist.sizes import bytes_text
+
+_TEXTS = (GENERATION_FILE, *TOKENIZER_FILES)
+"""Files that are copied as they are."""
 
 CHECKSUMS_FILE = "SHA256SUMS"
 """What `sha256sum -c` reads."""
@@ -148,7 +151,7 @@ def _draw_plan(source: Path, dtype: DTypeName | None) -> _Plan:
     texts = {
         SAFETENSORS.index: encode_index(weights),
         CONFIG_FILE: _config_json(source, dtype),
-        **{name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()},
+        **{name: (source / name).read_bytes() for name in _TEXTS if (source / name).is_file()},
     }
     return _Plan(source, config, dtype, {**weights, **texts}, _identity(source, dtype))
 
@@ -179,7 +182,7 @@ def _common_dtype(headers: Iterable[TensorHeader]) -> DTypeName | None:
 def _identity(source: Path, dtype: DTypeName) -> dict[str, Any]:
     """What the bytes of the result follow from; of a hub model, the path names the commit."""
     index = CheckpointIndex(source)
-    others = [CONFIG_FILE, *TOKENIZER_FILES, *(form.index for form in WEIGHT_FORMS)]
+    others = [CONFIG_FILE, *_TEXTS, *(form.index for form in WEIGHT_FORMS)]
     names = index.files(index.file_of) + [name for name in others if (source / name).is_file()]
     stats = {name: (source / name).stat() for name in names}
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -11,7 +11,14 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
-from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS, WeightForm
+from gptj_dist.checkpoint.files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    SAFETENSORS,
+    TOKENIZER_FILES,
+    WEIGHT_FORMS,
+    WeightForm,
+)
 from gptj_dist.checkpoint.foreign import kind_of_files
 from gptj_dist.checkpoint.hub_errors import DISK_WARNING, explain, nearest_model
 from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors
@@ -54,7 +61,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if form is None:
         raise CheckpointError(_without_weights(model, revision, files))
     index = [] if form.single in files else [form.index]
-    for file in [*TOKENIZER_FILES, *index]:
+    for file in [GENERATION_FILE, *TOKENIZER_FILES, *index]:
         if file in files:
             _download(model, file, directory.name)
     return directory

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gptj_dist.checkpoint.files import CONFIG_FILE, WEIGHT_FORMS
+from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, WEIGHT_FORMS
 from gptj_dist.checkpoint.foreign import kind_of_directory
 from gptj_dist.checkpoint.headers import (
     DTYPE_CODES,
@@ -96,17 +96,20 @@ class CheckpointIndex:
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """Reads the directory's `config.json`; where that does not tell the dtype, the weights do if they are there.
+    """Reads the directory's `config.json`, and its `generation_config.json` if there is one.
+
+    Where they do not give the dtype, the weights do if they are there.
 
     Raises:
-        CheckpointError: it is missing, is not JSON, or does not describe a GPT-J.
+        CheckpointError: `config.json` is missing, one is not JSON, or they do not describe a GPT-J.
     """
     if not (directory / CONFIG_FILE).exists() and (kind := kind_of_directory(directory)):
         raise CheckpointError(f"{directory} has no {CONFIG_FILE}; it holds {kind}")
     fields = read_json(directory / CONFIG_FILE)
     if fields.get("dtype") is None and fields.get("torch_dtype") is None:
         fields["dtype"] = _dtype_of_weights(directory)
-    return ModelConfig.from_hf(fields)
+    generation = directory / GENERATION_FILE
+    return ModelConfig.from_hf(fields, read_json(generation) if generation.exists() else None)
 
 
 def expected_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple[int, ...]]:

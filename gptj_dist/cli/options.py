@@ -66,6 +66,10 @@ MaxModelLen: TypeAlias = Annotated[int | None, _setting("Most tokens of prompt a
 KVCacheGB: TypeAlias = Annotated[
     str, _setting("KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.", "GB")
 ]
+GenerationConfig: TypeAlias = Annotated[
+    Literal["auto", "none"],
+    _setting("'none' leaves out what generation_config.json says of sampling; its end tokens stay."),
+]
 MaxBatchSize: TypeAlias = Annotated[int, _setting("Most requests that run at once; more wait.")]
 MaxQueuedRequests: TypeAlias = Annotated[int, _setting("Most requests that wait in a pipeline; more are refused.")]
 Revision: TypeAlias = Annotated[

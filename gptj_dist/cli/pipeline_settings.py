@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_gb": options.KVCacheGB,
     "max_batch_size": options.MaxBatchSize,
     "max_queued_requests": options.MaxQueuedRequests,
+    "generation_config": options.GenerationConfig,
     "revision": options.Revision,
 }
 """What the command line calls the fields, by their names."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gptj_dist.errors import InvalidRequestError, RequestTooLongError, excerpt
 from gptj_dist.params import SamplingParams
+from gptj_dist.token_rules import TokenRules
 
 MAX_LISTED_TOKENS = 1024
 """Token ids in each of a request's lists: the lists go to every stage."""
@@ -17,13 +18,13 @@ class EngineLimits:
     """What a request is checked against before it is queued.
 
     Args:
-        vocab_size: token ids are below this.
+        rules: the model's, for its tokens.
         max_model_len: the most tokens of prompt and output together.
         kv_tokens: tokens that the KV cache holds.
         num_layers: of the model.
     """
 
-    vocab_size: int
+    rules: TokenRules
     max_model_len: int
     kv_tokens: int
     num_layers: int
@@ -43,16 +44,17 @@ class EngineLimits:
             if len(token_ids) > MAX_LISTED_TOKENS:
                 raise InvalidRequestError(f"{name} holds {len(token_ids)} tokens, at most {MAX_LISTED_TOKENS}", name)
             self.check_vocabulary(name, token_ids)
+        self.rules.check(params)
         if params.pooling is not None:
             self._check_layer(params.pooling.layer)
         check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
 
     def check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
         """Raises InvalidRequestError if a token is not in the vocabulary; `name` is the field that has it."""
-        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size), None)
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self.rules.vocab_size), None)
         if wrong is not None:
             raise InvalidRequestError(
-                f"{name} holds token id {excerpt(wrong)}, the vocabulary ends at {self.vocab_size - 1}", name
+                f"{name} holds token id {excerpt(wrong)}, the vocabulary ends at {self.rules.vocab_size - 1}", name
             )
 
     def _check_layer(self, layer: int | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gptj_dist.engine.plan import NewRequest, PromptCopy, PromptLogprobs
-from gptj_dist.params import SamplingParams, TokenLogprobs
+from gptj_dist.params import NO_TOKEN, SamplingParams, TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -103,13 +104,19 @@ class Request:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
 
-    def append(self, token_id: int, eos_token_id: int) -> FinishReason | None:
-        """Takes a sampled token; returns the reason if the request ends with it."""
+    def append(self, token_id: int, eos_token_ids: Collection[int]) -> FinishReason | None:
+        """Takes a sampled token; returns the reason if the request ends with it.
+
+        Args:
+            token_id: `NO_TOKEN` ends the request before `max_tokens`.
+        """
         self.is_awaiting_token = False
         if self.params.max_tokens == 0:
             return FinishReason.LENGTH
+        if token_id == NO_TOKEN:
+            return FinishReason.CONTENT_FILTER
         self.token_ids.append(token_id)
-        if token_id in self.params.stop_token_ids or (token_id == eos_token_id and not self.params.ignore_eos):
+        if token_id in self.params.stop_token_ids or (token_id in eos_token_ids and not self.params.ignore_eos):
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output_tokens == self.params.max_tokens else None
 

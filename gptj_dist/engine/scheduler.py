@@ -31,7 +31,7 @@ from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, Result
 from gptj_dist.engine.request import FinishReason, Request, run_order
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
-from gptj_dist.params import TokenLogprobs
+from gptj_dist.params import NO_TOKEN, TokenLogprobs
 from gptj_dist.sizes import ceil_div
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
@@ -46,7 +46,7 @@ class SchedulerConfig:
         num_stages: micro-batches needed in flight to keep every stage busy.
         num_blocks: KV blocks, of `block_size` tokens each.
         max_batch_size: the most requests that run at once.
-        eos_token_id: the token that ends a text.
+        eos_token_ids: tokens that end a text.
         max_chunk_tokens: the most prompt tokens in a micro-batch; None fits them to what steps were seen to take.
         shares_memory: the stages read their weights from the memory of one machine.
         can_share_blocks: several requests can hold a block on every stage.
@@ -56,7 +56,7 @@ class SchedulerConfig:
     num_blocks: int
     block_size: int
     max_batch_size: int
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
     max_chunk_tokens: int | None = None
     shares_memory: bool = False
     can_share_blocks: bool = True
@@ -364,12 +364,13 @@ class Scheduler:
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         num_tokens = request.num_tokens
-        reason = request.append(token_id, self._config.eos_token_id)
+        reason = request.append(token_id, self._config.eos_token_ids)
         if not request.is_running:  # preempted while the token was on its way
             self._waiting.num_tokens += request.num_tokens - num_tokens
         if reason is not None:
             self._remove(request)
-        return TokenOutput(request, token_id if request.params.max_tokens else None, reason, logprobs)
+        is_kept = request.params.max_tokens > 0 and token_id != NO_TOKEN
+        return TokenOutput(request, token_id if is_kept else None, reason, logprobs)
 
     def _take_embedding(self, request: Request, data: bytes) -> TokenOutput:
         request.is_awaiting_token = False

@@ -49,6 +49,7 @@ class LLM:
     Attributes:
         pipeline: the loaded stages.
         tokenizer: of the model.
+        defaults: values of `SamplingParams` from the checkpoint's generation config, where `params` is None.
 
     Raises:
         ConfigurationError: a setting is unknown, has the wrong type or is out of range, or the checkpoint is broken.
@@ -63,6 +64,7 @@ class LLM:
         self.pipeline, executor = start_local(config)
         self._directory = resolve_model(config.model, self.pipeline.blueprint.config.revision)
         self.tokenizer = Tokenizer.load(self._directory)
+        self.defaults: Mapping[str, Any] = dict(self.pipeline.blueprint.model.generation.defaults)
         self._loop = BackgroundLoop("gptj-dist-llm")
         running = AsyncExitStack()
         self._close = weakref.finalize(self, self._loop.close, running.aclose)
@@ -79,7 +81,7 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of these.
-            params: for all prompts, or a list with one for each.
+            params: for all prompts, or a list with one for each. None takes `defaults`.
             use_tqdm: show a progress bar on standard error, if that is a terminal; the name is vLLM's.
 
         Raises:
@@ -87,7 +89,7 @@ class LLM:
             NotReadyError: the LLM has been closed, or belongs to another process.
         """
         token_ids = self._encode_all(prompts)
-        return self._complete(token_ids, self._params(params, len(token_ids)), use_tqdm)
+        return self._complete(token_ids, self._params_of(params, token_ids), use_tqdm)
 
     def chat(
         self,
@@ -160,13 +162,13 @@ class LLM:
             InvalidRequestError: an argument has the wrong type, or the prompt does not fit.
             NotReadyError: as for `generate`.
         """
-        [params] = self._params(params, 1)
+        token_ids = self._encode(read_prompt(prompt))
+        [params] = self._params_of(params, [token_ids])
         if params.n != 1 or params.logprobs is not None or params.prompt_logprobs is not None:
             raise InvalidRequestError(
                 "stream yields the text of one completion: n must be 1, logprobs and prompt_logprobs must be None"
             )
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-        token_ids = self._encode(read_prompt(prompt))
         return self._read(pieces, self._loop.submit(self._completer.pour(token_ids, params, pieces)))
 
     def write_trace(self, path: str | Path) -> None:
@@ -203,10 +205,20 @@ class LLM:
         return [self._encode(prompt) for prompt in read_prompts(prompts)]
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.eos_token_id)
+        return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.empty_prompt_ids)
+
+    def _params_of(self, params: object, prompts: Sequence[list[int]]) -> list[SamplingParams]:
+        """The parameters of each prompt; the checkpoint's, with no more tokens than fit, where there are none."""
+        if params is not None:
+            return self._params(params, len(prompts))
+        if "max_tokens" not in self.defaults:
+            return [SamplingParams(**self.defaults)] * len(prompts)
+        window, most = self.pipeline.limits().max_model_len, self.defaults["max_tokens"]
+        rooms = [max(1, min(most, window - len(token_ids))) for token_ids in prompts]
+        return [SamplingParams(**{**self.defaults, "max_tokens": room}) for room in rooms]
 
     def _params(self, params: object, num_prompts: int) -> list[SamplingParams]:
-        each = params_of_prompts(SamplingParams() if params is None else params, num_prompts)
+        each = params_of_prompts(params, num_prompts)
         if any(settings.pooling is not None for settings in each):
             raise InvalidRequestError("pooling makes embeddings: call embed", "pooling")
         return each
@@ -219,8 +231,9 @@ class LLM:
         defaults, limits = ChatDefaults(), self.pipeline.limits()
         window = min(limits.max_model_len, limits.kv_tokens)
         stop = defaults.stop_strings(template)
-        rooms = [max(1, min(defaults.max_tokens, window - len(token_ids))) for token_ids in prompts]
-        return [SamplingParams(max_tokens=room, stop=stop) for room in rooms]
+        most = self.defaults.get("max_tokens", defaults.max_tokens)
+        rooms = [max(1, min(most, window - len(token_ids))) for token_ids in prompts]
+        return [SamplingParams(**{**self.defaults, "max_tokens": room, "stop": stop}) for room in rooms]
 
     def _chat_template(self, source: object) -> ChatTemplate:
         if source is not None and not isinstance(source, str):

@@ -30,7 +30,7 @@ def apply_controls(
         row.fill_(-math.inf)
         row[allowed] = kept
     if params.bad_words:
-        banned_ids = (*banned_ids, *_completing(params.bad_words, history))
+        banned_ids = (*banned_ids, *completing(params.bad_words, history))
     if banned_ids:
         row[_ids(banned_ids, row)] = -math.inf
     for token_id, bias in params.logit_bias:
@@ -44,7 +44,7 @@ def apply_controls(
         row[generated] -= params.frequency_penalty * counts + params.presence_penalty
 
 
-def _completing(runs: Sequence[Sequence[int]], history: Sequence[int]) -> list[int]:
+def completing(runs: Sequence[Sequence[int]], history: Sequence[int]) -> list[int]:
     """The last tokens of the runs whose other tokens end the history."""
     return [run[-1] for run in runs if list(run[:-1]) == list(history[len(history) - len(run) + 1 :])]
 

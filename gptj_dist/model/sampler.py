@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptj_dist.model.controls import apply_controls
+from gptj_dist.model.controls import apply_controls, completing
 from gptj_dist.model.inputs import to_device
 from gptj_dist.model.logprobs import token_logprobs
-from gptj_dist.params import SamplingParams, TokenLogprobs
+from gptj_dist.params import NO_TOKEN, SamplingParams, TokenLogprobs
+from gptj_dist.token_rules import TokenRules
 
 CPU_ROWS_AT_ONCE = 2
 """Rows of a kind that a CPU samples together: the numbers of more leave its cache (50,400 tokens, 32 rows on two cores:
@@ -52,18 +53,22 @@ class Sampler:
     """Samples rows of logits, all rows of a kind together and each as if it were alone.
 
     Args:
-        unsampled_ids: tokens that are never sampled, such as rows of the embedding without a tokenizer entry.
-        eos_token_id: the token that ends a text.
+        rules: the model's, for its tokens.
     """
 
-    def __init__(self, unsampled_ids: Sequence[int], eos_token_id: int, device: torch.device) -> None:
-        self._unsampled_ids = torch.tensor(unsampled_ids, dtype=torch.int64, device=device)
-        self._eos_token_id = eos_token_id
+    def __init__(self, rules: TokenRules, device: torch.device) -> None:
+        self._rules = rules
+        self._spare_ids = frozenset(rules.spare_ids).difference(rules.eos_token_ids, rules.suppressed_ids)
+        masked_ids = sorted({*self._spare_ids, *rules.suppressed_ids})
+        self._masked_ids = torch.tensor(masked_ids, dtype=torch.int64, device=device)
         self._device = device
         self._rows_at_once = CPU_ROWS_AT_ONCE if device.type == "cpu" else sys.maxsize
 
     def __call__(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-        """One token for each row of float32 [rows, vocab_size]; the logits are overwritten."""
+        """One token for each row of float32 [rows, vocab_size]; the logits are overwritten.
+
+        It is `NO_TOKEN` where every token of a row is ruled out.
+        """
         tokens: list[int] = self.draw(logits, specs).tolist()
         return tokens
 
@@ -76,21 +81,43 @@ class Sampler:
             return self(logits, specs), ()
         untouched = logits[to_device(torch.tensor(list(num_top)), self._device)]
         tokens = self(logits, specs)
-        told = token_logprobs(untouched, [tokens[row] for row in num_top], list(num_top.values()))
-        by_row = dict(zip(num_top, told, strict=True))
+        told = token_logprobs(untouched, [max(tokens[row], 0) for row in num_top], list(num_top.values()))
+        by_row = {row: token for row, token in zip(num_top, told, strict=True) if tokens[row] != NO_TOKEN}
         return tokens, tuple(by_row.get(row) for row in range(len(specs)))
 
     def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         """As a call, but the tokens stay on the device, int64 [rows]; the host waits for nothing."""
-        logits.index_fill_(1, self._unsampled_ids, -math.inf)
-        for row, spec in zip(logits.unbind(), specs, strict=True):
-            early_ids = () if spec.may_end else (self._eos_token_id, *spec.params.stop_token_ids)
-            apply_controls(row, spec.params, spec.history, spec.num_prompt_tokens, early_ids)
+        spares = [self._named_spares(row, spec.params) for row, spec in zip(logits.unbind(), specs, strict=True)]
+        logits.index_fill_(1, self._masked_ids, -math.inf)
+        for row, spec, spare in zip(logits.unbind(), specs, spares, strict=True):
+            if spare is not None:
+                row[spare[0]] = spare[1]
+            apply_controls(row, spec.params, spec.history, spec.num_prompt_tokens, self._banned_ids(spec))
         tokens = logits.argmax(dim=-1)
+        is_any_left = logits.gather(1, tokens[:, None]).squeeze(1) != -math.inf
         for rows in _group_by_kind(specs, self._rows_at_once):
             places = to_device(torch.tensor(rows), self._device)
             tokens[places] = self._sample_kind(logits[places], [specs[row] for row in rows])
-        return tokens
+        return tokens.where(is_any_left, NO_TOKEN)
+
+    def _named_spares(self, row: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor] | None:
+        """The spare tokens that a request names, and their logits; None for none."""
+        if not params.stop_token_ids and not params.logit_bias and params.allowed_token_ids is None:
+            return None
+        named = {*params.stop_token_ids, *(params.allowed_token_ids or ()), *(id for id, _ in params.logit_bias)}
+        if not (spares := sorted(named & self._spare_ids)):
+            return None
+        places = to_device(torch.tensor(spares), self._device)
+        return places, row[places]
+
+    def _banned_ids(self, spec: SampleSpec) -> tuple[int, ...]:
+        """Tokens that must not come at the position, by the model's rules and for being too early to end."""
+        rules = self._rules
+        return (
+            *(() if spec.may_end else rules.ending_ids(spec.params)),
+            *(rules.first_suppressed_ids if spec.position == spec.num_prompt_tokens else ()),
+            *completing(rules.bad_words, spec.history),
+        )
 
     def _sample_kind(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         """Tokens for rows of one kind."""
@@ -101,12 +128,13 @@ class Sampler:
         temperature, top_p, min_p, noise = columns[:, :, None].unbind(1)
         # This never overflows: the likeliest token is at 0.
         scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
-        probabilities, token_ids = _sort(torch.softmax(scaled, dim=-1), settings[0])
-        if any(params.top_p < 1 for params in settings):
-            probabilities = _keep_top_p(probabilities, top_p)
+        probabilities = torch.softmax(scaled, dim=-1)
         if any(params.min_p > 0 for params in settings):
             is_likely = probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True)
             probabilities = probabilities.where(is_likely, 0)
+        probabilities, token_ids = _sort(probabilities, settings[0])
+        if any(params.top_p < 1 for params in settings):
+            probabilities = _keep_top_p(probabilities, top_p)
         places = _invert(probabilities, noise)
         return (places if token_ids is None else token_ids.gather(1, places)).squeeze(1)
 

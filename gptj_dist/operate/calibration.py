@@ -27,6 +27,7 @@ from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import free_bytes
 from gptj_dist.stages.stopwatch import Team, busy_cpu_s, open_team
+from gptj_dist.token_rules import TokenRules
 
 NUM_ROUNDS = 5
 NUM_QUIET_ROUNDS = 3
@@ -54,7 +55,7 @@ def _shape(num_layers: int, d_model: int, num_heads: int, vocab_size: int) -> Mo
         rotary_dim=16,
         d_ff=4 * d_model,
         context_length=1024,
-        eos_token_id=0,
+        eos_token_ids=(0,),
     )
 
 
@@ -235,5 +236,5 @@ def _spec(name: str, revision: str | None, config: ModelConfig, layers: LayerRan
         device="cpu",
         max_model_len=config.context_length,
         max_batch_size=MAX_REQUESTS,
-        unsampled_ids=(),
+        rules=TokenRules(config.vocab_size),
     )

@@ -22,6 +22,7 @@ from gptj_dist.sizes import bytes_text, ceil_div
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.device import free_bytes
 from gptj_dist.stages.runner import StageRunner
+from gptj_dist.token_rules import TokenRules
 
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -188,7 +189,8 @@ def _difference(part: str, theirs: Tensor, ours: Tensor) -> Difference:
 
 
 def _load_stage(model: str, config: ModelConfig, layers: LayerRange, max_model_len: int) -> StageRunner:
-    spec = StageSpec(model, None, config, layers, "cpu", max_model_len, max_batch_size=1, unsampled_ids=())
+    rules = TokenRules(config.vocab_size)
+    spec = StageSpec(model, None, config, layers, "cpu", max_model_len, max_batch_size=1, rules=rules)
     runner = StageRunner(spec)
     runner.load("float32", num_threads=None)
     runner.allocate(_num_blocks(max_model_len), "float32")

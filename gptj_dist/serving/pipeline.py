@@ -207,7 +207,7 @@ class Pipeline:
         if last is not None and time.monotonic() - last < PROOF_LIFETIME_S:
             return
         params = SamplingParams(max_tokens=1, temperature=0)
-        async with aclosing(self._engine.generate([self._blueprint.model.eos_token_id], params)) as deltas:
+        async with aclosing(self._engine.generate([0], params)) as deltas:
             async for _ in deltas:
                 pass
 

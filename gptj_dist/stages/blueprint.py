@@ -23,11 +23,13 @@ from gptj_dist.config import (
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.generation import NO_GENERATION_CONFIG
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.planning.forecast import FREE_MEMORY_USED
 from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
 from gptj_dist.sizes import bytes_text, ceil_div
 from gptj_dist.text.tokenizer import Tokenizer
+from gptj_dist.token_rules import TokenRules
 
 WEIGHTS_SHARE = 0.8
 """What `auto` gives the weights of all memory before it takes a shorter type."""
@@ -40,7 +42,7 @@ class StageSpec:
     Args:
         model: as the user gave it; each node finds its own copy.
         revision: of a hub model the commit, so that all stages have the same one even if the branch moves.
-        unsampled_ids: tokens that the last stage never samples.
+        rules: which tokens the last stage may sample.
     """
 
     model: str
@@ -50,7 +52,7 @@ class StageSpec:
     device: DeviceKind
     max_model_len: int
     max_batch_size: int
-    unsampled_ids: tuple[int, ...]
+    rules: TokenRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class Blueprint:
     model: ModelConfig
     layers: tuple[LayerRange, ...]
     max_model_len: int
-    unsampled_ids: tuple[int, ...]
+    rules: TokenRules
 
     def stage_specs(self, device: DeviceKind) -> tuple[StageSpec, ...]:
         """The stages, first to last."""
@@ -119,7 +121,7 @@ class Blueprint:
                 device=device,
                 max_model_len=self.max_model_len,
                 max_batch_size=self.config.max_batch_size,
-                unsampled_ids=self.unsampled_ids,
+                rules=self.rules,
             )
             for layers in self.layers
         )
@@ -134,6 +136,8 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     """
     directory = resolve_model(config.model, config.revision)
     model = read_model_config(directory)
+    if config.generation_config == "none":
+        model = replace(model, generation=NO_GENERATION_CONFIG)
     tokenizer = Tokenizer.load(directory)
     if local_directory(config.model) is not None:
         check_checkpoint(directory, model)
@@ -146,8 +150,17 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     max_model_len = config.max_model_len or model.context_length
     if max_model_len > model.context_length:
         raise ConfigurationError(f"max_model_len {max_model_len} exceeds the model's context of {model.context_length}")
-    return Blueprint(
-        config, model, layer_ranges(layers), max_model_len, tuple(tokenizer.unsampled_ids(model.vocab_size))
+    return Blueprint(config, model, layer_ranges(layers), max_model_len, _token_rules(model, tokenizer))
+
+
+def _token_rules(model: ModelConfig, tokenizer: Tokenizer) -> TokenRules:
+    return TokenRules(
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        spare_ids=tuple(tokenizer.spare_ids(model.vocab_size)),
+        suppressed_ids=model.generation.suppressed_ids,
+        first_suppressed_ids=model.generation.first_suppressed_ids,
+        bad_words=model.generation.bad_words,
     )
 
 
@@ -177,7 +190,7 @@ class LoadedPipeline:
                 num_blocks=self.num_blocks,
                 block_size=BLOCK_SIZE_TOKENS,
                 max_batch_size=config.max_batch_size,
-                eos_token_id=self.blueprint.model.eos_token_id,
+                eos_token_ids=self.blueprint.rules.eos_token_ids,
                 max_chunk_tokens=config.max_chunk_tokens,
                 shares_memory=len({report.device.memory_pool for report in self.reports}) < len(self.reports),
                 can_share_blocks=all(report.has_blocks for report in self.reports),
@@ -186,8 +199,8 @@ class LoadedPipeline:
 
     def limits(self) -> EngineLimits:
         """What requests are checked against."""
-        model = self.blueprint.model
-        return EngineLimits(model.vocab_size, self.blueprint.max_model_len, self.num_kv_tokens, model.num_layers)
+        blueprint = self.blueprint
+        return EngineLimits(blueprint.rules, blueprint.max_model_len, self.num_kv_tokens, blueprint.model.num_layers)
 
 
 def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[DeviceReport]) -> DTypeName:

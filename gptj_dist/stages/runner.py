@@ -72,7 +72,7 @@ class StageRunner:
         self._cache: KVCache | None = None
         self._steps: RecordedSteps | None = None
         self._threads: ThreadChooser | None = None
-        self._sampler = Sampler(spec.unsampled_ids, spec.config.eos_token_id, self._device)
+        self._sampler = Sampler(spec.rules, self._device)
 
     @property
     def spec(self) -> StageSpec:

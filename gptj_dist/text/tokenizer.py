@@ -61,12 +61,16 @@ class Tokenizer:
         return ids
 
     def encode_prompt(
-        self, prompt: str | Sequence[int], eos_token_id: int, add_special_tokens: bool = True
+        self, prompt: str | Sequence[int], empty_prompt_ids: Sequence[int], add_special_tokens: bool = True
     ) -> list[int]:
-        """Token ids of a prompt, which may be ids already. An empty text stands for end of text, as at OpenAI."""
+        """Token ids of a prompt, which may be ids already.
+
+        Args:
+            empty_prompt_ids: what an empty text stands for: end of text, as at OpenAI.
+        """
         if not isinstance(prompt, str):
             return list(prompt)
-        return self.encode(prompt, add_special_tokens) or [eos_token_id]
+        return self.encode(prompt, add_special_tokens) or list(empty_prompt_ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of whole output; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
@@ -88,8 +92,8 @@ class Tokenizer:
         """A token on its own, for people: a special one by its name, bytes of no whole character as U+FFFD."""
         return self.token_or_special_bytes(id).decode("utf-8", "replace")
 
-    def unsampled_ids(self, vocab_size: int) -> list[int]:
-        """Ids below `vocab_size` (rows of the embedding) that stand for no text and must not be generated."""
+    def spare_ids(self, vocab_size: int) -> list[int]:
+        """Ids below `vocab_size` (rows of the embedding) that stand for no text: nameless, or named as padding."""
         return [id for id in range(vocab_size) if self._names.get(id, PADDING_PREFIX).startswith(PADDING_PREFIX)]
 
 

@@ -23,7 +23,7 @@ from gptj_dist.config import ModelConfig
 from tests.fuzzing.forgeries import forge_safetensors, forge_torch_file
 from tests.fuzzing.mutations import Target, damage
 
-CONFIG = ModelConfig(8, 2, 8, 2, 4, 16, 8, 0)
+CONFIG = ModelConfig(8, 2, 8, 2, 4, 16, 8, (0,))
 _SHARD_BYTES = 1500
 _LEGACY_PICKLES = 5
 

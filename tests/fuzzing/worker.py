@@ -102,7 +102,7 @@ def _read_stages(directory: Path) -> None:
 def _use_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer.load(directory)
     tokenizer.decode(tokenizer.encode("abc ab é"))
-    tokenizer.unsampled_ids(50)
+    tokenizer.spare_ids(50)
 
 
 def run_case(victims: list[Victim], watch: Watch, seed: int, case: int) -> None:

@@ -20,6 +20,7 @@ from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.local import load_local
 from gptj_dist.stages.runner import StageRunner
+from gptj_dist.token_rules import TokenRules
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -121,7 +122,7 @@ def test_replayed_steps_have_the_logits_of_steps_made_anew(dtype: DTypeName) -> 
 def test_the_host_waits_for_nothing_but_the_sampled_tokens() -> None:
     """Neither for chunks, nor for a micro-batch of both kinds, nor for single rows; once all kernels are compiled."""
     runner = load_one("float16")
-    sampler = Sampler((3, 4), 0, torch.device("cuda", 0))
+    sampler = Sampler(TokenRules(4128, (0,), spare_ids=(3, 4)), torch.device("cuda", 0))
     early, late = SamplingParams(temperature=0.8, top_p=0.9, min_p=0.1, min_tokens=9), SamplingParams(top_k=7)
     specs = [SampleSpec(early, noise_key=1, position=5), SampleSpec(late, noise_key=2, position=6)]
     for plan in two_requests(first_id=0):
@@ -158,7 +159,7 @@ def test_the_sampler_draws_what_it_draws_on_the_cpu() -> None:
     ]
     specs = [SampleSpec(params, noise_key=i, position=i) for i, params in enumerate(settings)]
     drawn = [
-        Sampler(range(50257, 50400), 50256, device)(logits.to(device), specs)
+        Sampler(TokenRules(50400, (50256,), spare_ids=tuple(range(50257, 50400))), device)(logits.to(device), specs)
         for device in (torch.device("cpu"), torch.device("cuda", 0))
     ]
     assert drawn[0] == drawn[1]

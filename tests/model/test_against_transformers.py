@@ -47,17 +47,17 @@ FEW_TOKENS = 12
 """What Triton's interpreter can read in time: a chunk of 11 and one token alone."""
 
 CONFIGS = {
-    "plain": ModelConfig(300, 4, 64, 4, 8, 256, 64, 0),
-    "one head, rotary on all of it": ModelConfig(257, 3, 32, 1, 32, 128, 64, 0),
-    "many heads, rotary on two dimensions": ModelConfig(300, 5, 96, 12, 2, 384, 64, 0),
-    "odd heads of 12, rotary on all of them": ModelConfig(211, 3, 60, 5, 12, 240, 61, 0),
-    "heads of 15, odd inner row": ModelConfig(97, 7, 75, 5, 6, 173, 50, 0),
-    "an inner row narrower than the model": ModelConfig(128, 2, 48, 3, 4, 20, 40, 0),
-    "GPT-J's heads": ModelConfig(200, 2, 512, 2, 64, 2048, 64, 0),
-    "a single layer, another epsilon": ModelConfig(128, 1, 32, 2, 4, 128, 64, 0, layer_norm_eps=0.1),
-    "vocabulary of 50257": ModelConfig(50257, 1, 32, 2, 8, 128, 64, 50256),
-    "vocabulary of 50400": ModelConfig(50400, 2, 24, 2, 4, 96, 64, 50256),
-    "tied embeddings": ModelConfig(300, 3, 64, 4, 8, 256, 64, 0, has_tied_embeddings=True),
+    "plain": ModelConfig(300, 4, 64, 4, 8, 256, 64, (0,)),
+    "one head, rotary on all of it": ModelConfig(257, 3, 32, 1, 32, 128, 64, (0,)),
+    "many heads, rotary on two dimensions": ModelConfig(300, 5, 96, 12, 2, 384, 64, (0,)),
+    "odd heads of 12, rotary on all of them": ModelConfig(211, 3, 60, 5, 12, 240, 61, (0,)),
+    "heads of 15, odd inner row": ModelConfig(97, 7, 75, 5, 6, 173, 50, (0,)),
+    "an inner row narrower than the model": ModelConfig(128, 2, 48, 3, 4, 20, 40, (0,)),
+    "GPT-J's heads": ModelConfig(200, 2, 512, 2, 64, 2048, 64, (0,)),
+    "a single layer, another epsilon": ModelConfig(128, 1, 32, 2, 4, 128, 64, (0,), layer_norm_eps=0.1),
+    "vocabulary of 50257": ModelConfig(50257, 1, 32, 2, 8, 128, 64, (50256,)),
+    "vocabulary of 50400": ModelConfig(50400, 2, 24, 2, 4, 96, 64, (50256,)),
+    "tied embeddings": ModelConfig(300, 3, 64, 4, 8, 256, 64, (0,), has_tied_embeddings=True),
 }
 
 

@@ -19,6 +19,7 @@ from gptj_dist.model.controls import apply_controls
 from gptj_dist.model.logprobs import token_logprobs
 from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import SamplingParams
+from gptj_dist.token_rules import TokenRules
 
 VOCAB_SIZE = 40
 EOS = 0
@@ -112,7 +113,7 @@ def test_a_repeated_token_comes_as_often_as_its_penalties_leave_it(presence: flo
     params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
     num_draws = 20_000
     specs = [SampleSpec(params, noise_key=1, position=position, history=(1, 1)) for position in range(num_draws)]
-    drawn = sum(Sampler((), VOCAB_SIZE - 1, torch.device("cpu"))(torch.zeros(num_draws, 2), specs))
+    drawn = sum(Sampler(TokenRules(2), torch.device("cpu"))(torch.zeros(num_draws, 2), specs))
     deviation = math.sqrt(num_draws * chance * (1 - chance))
     assert abs(drawn - num_draws * chance) < 3.3 * deviation  # a right sampler fails this once in 1,000 times
 
@@ -122,7 +123,8 @@ def test_tokens_that_end_a_request_do_not_come_early() -> None:
     params = replace(NONE, stop_token_ids=(4, 6), min_tokens=6)
     for position, expected in ((9, [EOS, 4, 6]), (10, [])):
         logits = logits_of()[None]
-        Sampler((), EOS, torch.device("cpu"))(logits, [replace(SPEC, params=params, position=position)])
+        spec = replace(SPEC, params=params, position=position)
+        Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu"))(logits, [spec])
         assert (logits[0] == -math.inf).nonzero().flatten().tolist() == expected
 
 
@@ -134,7 +136,7 @@ def test_each_row_is_sampled_by_its_own_controls_and_told_of_what_the_model_said
         replace(SPEC, params=replace(NONE, logit_bias=((23, 100.0),), logprobs=0)),
         replace(SPEC, params=replace(NONE, repetition_penalty=1.5), history=HISTORY),
     ]
-    tokens, told = Sampler((), EOS, torch.device("cpu")).sample_and_tell(logits.clone(), specs)
+    tokens, told = Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu")).sample_and_tell(logits.clone(), specs)
     repeated = logits[3].clone()
     apply_controls(repeated, replace(NONE, repetition_penalty=1.5), HISTORY, NUM_PROMPT)
     assert tokens == [17, int(logits[1].argmax()), 23, int(repeated.argmax())]
@@ -148,7 +150,7 @@ def test_each_row_is_sampled_by_its_own_controls_and_told_of_what_the_model_said
 
 
 def test_nobody_is_told_what_nobody_asked_for() -> None:
-    _, told = Sampler((), EOS, torch.device("cpu")).sample_and_tell(logits_of()[None], [SPEC])
+    _, told = Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu")).sample_and_tell(logits_of()[None], [SPEC])
     assert told == ()
 
 

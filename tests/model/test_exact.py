@@ -24,6 +24,7 @@ from gptj_dist.params import SamplingParams
 from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.runner import StageOutput, StageRunner
+from gptj_dist.token_rules import TokenRules
 
 WHOLE = 10_000
 """Prompt tokens in a micro-batch: more than any test has."""
@@ -39,7 +40,7 @@ ODD = ModelConfig(
     rotary_dim=6,
     d_ff=173,
     context_length=203,
-    eos_token_id=3,
+    eos_token_ids=(3,),
 )
 """Nothing is a multiple of anything: not heads of 15, not the inner row, not the context."""
 
@@ -51,7 +52,7 @@ WIDE = ModelConfig(
     rotary_dim=64,
     d_ff=2043,
     context_length=160,
-    eos_token_id=3,
+    eos_token_ids=(3,),
 )
 """Sums long enough for the matrix library to cut them: it does so otherwise for one row than for more."""
 
@@ -121,7 +122,7 @@ class Model:
                 num_blocks=num_blocks,
                 block_size=BLOCK_SIZE_TOKENS,
                 max_batch_size=MAX_BATCH_SIZE,
-                eos_token_id=self.config.eos_token_id,
+                eos_token_ids=self.config.eos_token_ids,
                 max_chunk_tokens=max_chunk_tokens,
             )
         )
@@ -155,7 +156,7 @@ class Model:
             device="cpu",
             max_model_len=self.config.context_length,
             max_batch_size=MAX_BATCH_SIZE,
-            unsampled_ids=(5, self.config.vocab_size - 1),
+            rules=TokenRules(self.config.vocab_size, self.config.eos_token_ids, (5, self.config.vocab_size - 1)),
         )
 
 

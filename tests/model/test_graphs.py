@@ -22,7 +22,7 @@ from gptj_dist.model.inputs import MicroBatch, Span
 from gptj_dist.model.paged_attention import attend_in_blocks
 from tests.kernel_device import DEVICE, IS_INTERPRETED
 
-CONFIG = ModelConfig(97, 2, 32, 2, 4, 64, 40, 0)
+CONFIG = ModelConfig(97, 2, 32, 2, 4, 64, 40, (0,))
 NUM_REQUESTS = 5
 
 

@@ -14,6 +14,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from gptj_dist.model.sampler import Sampler, SampleSpec, uniform_noise
 from gptj_dist.params import SamplingParams
+from gptj_dist.token_rules import TokenRules
 
 CPU = torch.device("cpu")
 EOS = 3
@@ -41,7 +42,8 @@ def _random_logits(num_rows: int, vocab_size: int, seed: int = 0, std: float = 2
 
 
 def _sample(logits: Tensor, *specs: SampleSpec, unsampled_ids: tuple[int, ...] = ()) -> list[int]:
-    return Sampler(unsampled_ids, EOS, CPU)(logits.clone(), specs)
+    rules = TokenRules(logits.shape[1], (EOS,), spare_ids=unsampled_ids)
+    return Sampler(rules, CPU)(logits.clone(), specs)
 
 
 def _draw(
@@ -53,10 +55,11 @@ def _draw(
 
 
 def _kept_by_brute_force(row: Tensor, spec: SampleSpec) -> dict[int, float]:
-    """The tokens that may come, and their chances: top_k first, then top_p of what is left, then min_p. No ties."""
+    """The tokens that may come, and their chances: min_p first, then top_k, then top_p of what is left. No ties."""
     params = spec.params
     chances = dict(enumerate(torch.softmax(row.double() / params.temperature, 0).tolist()))
     order = sorted(chances, key=lambda token: -chances[token])
+    order = [token for token in order if chances[token] >= params.min_p * chances[order[0]]]
     if params.top_k > 0:
         order = order[: params.top_k]
     total, reached = sum(chances[token] for token in order), 0.0
@@ -66,7 +69,6 @@ def _kept_by_brute_force(row: Tensor, spec: SampleSpec) -> dict[int, float]:
             break
         kept.append(token)
         reached += chances[token]
-    kept = [token for token in kept if chances[token] >= params.min_p * chances[order[0]]]
     total = sum(chances[token] for token in kept)
     return {token: chances[token] / total for token in kept}
 
@@ -171,11 +173,10 @@ def test_the_right_tokens_are_those_of_transformers(spec: SampleSpec, seed: int)
     params, row = spec.params, _random_logits(1, 10, seed, std=1.0)
     warpers = [
         TemperatureLogitsWarper(params.temperature),
-        TopPLogitsWarper(params.top_p),
         MinPLogitsWarper(params.min_p),
+        *([TopKLogitsWarper(params.top_k)] if params.top_k > 0 else []),
+        TopPLogitsWarper(params.top_p),
     ]
-    if params.top_k > 0:
-        warpers.insert(1, TopKLogitsWarper(params.top_k))
     for warper in warpers:
         row = warper(torch.zeros(1, 1, dtype=torch.int64), row)
     chances = {token: chance for token, chance in enumerate(torch.softmax(row[0].double(), 0).tolist()) if chance > 0}

@@ -145,7 +145,7 @@ def test_a_stop_string_is_kept_on_demand(llm: LLM) -> None:
 
 
 def test_special_tokens_are_shown_on_demand(llm: LLM) -> None:
-    eos = llm.pipeline.blueprint.model.eos_token_id
+    eos = llm.pipeline.blueprint.model.eos_token_ids[0]
     params = SamplingParams(
         max_tokens=3, temperature=0, ignore_eos=True, allowed_token_ids=(eos,), skip_special_tokens=False
     )

@@ -21,7 +21,7 @@ from gptj_dist.operate import verification
 from gptj_dist.operate.verification import LayerTrace, compare, trace_ours, trace_theirs
 from gptj_dist.text.vocabulary import eos_token_id, write_tokenizer
 
-CONFIG = ModelConfig(300, 4, 32, 2, 8, 128, 64, eos_token_id(300))
+CONFIG = ModelConfig(300, 4, 32, 2, 8, 128, 64, (eos_token_id(300),))
 TIED = replace(CONFIG, has_tied_embeddings=True)
 TOLERANCE = 1e-4
 TOKEN_IDS = [[5, 200, 17, 17, 80], [9]]

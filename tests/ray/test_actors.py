@@ -65,7 +65,9 @@ class Recorder:
     """Drives a scheduler over `compute`, and keeps every row of logits; tokens are the greedy ones."""
 
     def __init__(self, num_stages: int, prompts: list[list[int]]) -> None:
-        self.scheduler = Scheduler(SchedulerConfig(num_stages, NUM_BLOCKS, 16, 8, eos_token_id=0, max_chunk_tokens=7))
+        self.scheduler = Scheduler(
+            SchedulerConfig(num_stages, NUM_BLOCKS, 16, 8, eos_token_ids=(0,), max_chunk_tokens=7)
+        )
         params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
         for request_id, prompt in enumerate(prompts):
             self.scheduler.add(Request(request_id, Prompt(tuple(prompt)), params, noise_key=0))
@@ -262,7 +264,7 @@ def test_a_checkpoint_that_breaks_while_loading_is_told_and_leaves_no_actor(tmp_
     from gptj_dist.checkpoint.synthetic import write_checkpoint
     from gptj_dist.config import ModelConfig
 
-    write_checkpoint(tmp_path, ModelConfig(4128, 4, 16, 2, 8, 64, 64, 0))
+    write_checkpoint(tmp_path, ModelConfig(4128, 4, 16, 2, 8, 64, 64, (0,)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((draw_path() / name).read_bytes())
     blueprint = draw_blueprint(PipelineConfig(str(tmp_path), stages=2))

@@ -17,7 +17,8 @@ PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
-    {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs", "file_kinds", "field_types"},
+    {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs", "file_kinds", "field_types"}
+    | {"generation", "token_rules"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"answers"},
@@ -36,7 +37,7 @@ UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "param
 STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {
     **dict.fromkeys(
-        ["engine", "errors", "config", "params", "sizes", "chunking", "logs", "planning", "json_types", "field_types"],
+        (LEVELS[0] - {ROOT_UNIT}) | {"engine", "planning"},
         STDLIB_ONLY,
     ),
     "text": {"tokenizers", "jinja2"},

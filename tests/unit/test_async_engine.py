@@ -18,6 +18,7 @@ from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
 from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.token_rules import TokenRules
 from tests.fakes import FAKE_EOS_TOKEN_ID, FAKE_VOCAB_SIZE, FakeExecutor, FakeStages, fake_token
 
 TIMEOUT_S = 20
@@ -45,7 +46,7 @@ class Rig:
         await until(lambda: len(self.executor.plans) >= num_plans)
 
 
-LIMITS = EngineLimits(FAKE_VOCAB_SIZE, MAX_MODEL_LEN, kv_tokens=NUM_BLOCKS * BLOCK_SIZE, num_layers=4)
+LIMITS = EngineLimits(TokenRules(FAKE_VOCAB_SIZE), MAX_MODEL_LEN, kv_tokens=NUM_BLOCKS * BLOCK_SIZE, num_layers=4)
 
 
 def make_executor(is_paused: bool = False, end_positions: frozenset[int] = frozenset()) -> FakeExecutor:
@@ -57,7 +58,7 @@ def make_engine(executor: FakeExecutor, clock: Callable[[], float] = lambda: 0.0
 
 
 def make_scheduler() -> Scheduler:
-    return Scheduler(SchedulerConfig(2, NUM_BLOCKS, BLOCK_SIZE, MAX_BATCH_SIZE, FAKE_EOS_TOKEN_ID))
+    return Scheduler(SchedulerConfig(2, NUM_BLOCKS, BLOCK_SIZE, MAX_BATCH_SIZE, (FAKE_EOS_TOKEN_ID,)))
 
 
 @asynccontextmanager
@@ -383,7 +384,7 @@ def test_a_request_that_just_fits_the_kv_cache_is_served(num_prompt: int, max_to
 
 
 def test_a_request_that_just_fits_the_context_passes_the_limits_and_one_token_more_does_not() -> None:
-    limits = EngineLimits(FAKE_VOCAB_SIZE, 64, kv_tokens=1000, num_layers=4)
+    limits = EngineLimits(TokenRules(FAKE_VOCAB_SIZE), 64, kv_tokens=1000, num_layers=4)
     limits.check((5,) * 60, SamplingParams(max_tokens=4))
     with pytest.raises(RequestTooLongError, match="exceed the context window of 64 tokens"):
         limits.check((5,) * 61, SamplingParams(max_tokens=4))

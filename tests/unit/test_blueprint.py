@@ -27,10 +27,11 @@ from gptj_dist.stages.blueprint import (
     draw_blueprint,
     require_memory,
 )
+from gptj_dist.token_rules import TokenRules
 
 GIGABYTE = 10**9
 MODEL = ModelConfig(
-    vocab_size=40, num_layers=4, d_model=16, num_heads=2, rotary_dim=4, d_ff=64, context_length=1000, eos_token_id=0
+    vocab_size=40, num_layers=4, d_model=16, num_heads=2, rotary_dim=4, d_ff=64, context_length=1000, eos_token_ids=(0,)
 )
 CPU = DeviceReport("cpu", "here/cpu", 4, 100 * GIGABYTE, ("float32", "bfloat16"))
 OLD_GPU = DeviceReport("NVIDIA T4", "here/gpu", 4, 100 * GIGABYTE, ("float32", "float16"))
@@ -38,7 +39,7 @@ OLD_GPU = DeviceReport("NVIDIA T4", "here/gpu", 4, 100 * GIGABYTE, ("float32", "
 
 def _blueprint(**settings: Any) -> Blueprint:
     config = PipelineConfig(DEMO, **settings)
-    return Blueprint(config, MODEL, (LayerRange(0, 1, 0, 4),), config.max_model_len or 1000, unsampled_ids=())
+    return Blueprint(config, MODEL, (LayerRange(0, 1, 0, 4),), config.max_model_len or 1000, rules=TokenRules(40))
 
 
 def _report(*, free_bytes: int, kv_bytes: int = 1000, pool: str = "here/cpu", kind: DeviceKind = "cpu") -> StageReport:
@@ -74,7 +75,7 @@ def test_auto_takes_the_checkpoints_type_where_all_devices_are_good_at_it(
     assert choose_dtype(PipelineConfig(DEMO), replace(MODEL, dtype=checkpoint), devices) == expected
 
 
-GPTJ_6B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, 50256)
+GPTJ_6B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, (50256,))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_memory_that_stages_share_counts_once() -> None:
 
 def test_weights_that_no_memory_could_hold_are_refused_with_both_numbers() -> None:
     config = PipelineConfig(DEMO, dtype="float32")
-    blueprint = Blueprint(config, GPTJ_6B, layer_ranges((14, 14)), 1000, unsampled_ids=())
+    blueprint = Blueprint(config, GPTJ_6B, layer_ranges((14, 14)), 1000, rules=TokenRules(50400))
     apart = [replace(CPU, memory_pool=f"host{i}/cpu", total_bytes=13 * GIGABYTE) for i in range(2)]
 
     require_memory(blueprint, "float32", apart)
@@ -230,7 +231,7 @@ def _is_of(name: str, layers: LayerRange, is_tied: bool) -> bool:
 
 
 def test_gptj_6b_weighs_what_it_is_known_to() -> None:
-    model = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, 50256)
+    model = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, (50256,))
     assert weight_bytes(model, LayerRange(0, 1, 0, 28), "float16") == 2 * 6_050_882_784
     assert weight_bytes(model, LayerRange(1, 3, 10, 11), "float16") == 2 * 201_355_264
 
@@ -246,7 +247,7 @@ def test_a_blueprint_of_the_demo_knows_its_stages() -> None:
     assert specs[0].layers.start == 0
     assert specs[-1].layers.stop == 28
     assert all(spec.max_model_len == 1024 and spec.max_batch_size == 5 for spec in specs)
-    assert all(spec.unsampled_ids and max(spec.unsampled_ids) == 4127 for spec in specs)
+    assert all(spec.rules.spare_ids and max(spec.rules.spare_ids) == 4127 for spec in specs)
 
 
 def test_layers_that_a_person_chose_are_taken() -> None:

@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
     rotary_dim=4,
     d_ff=64,
     context_length=32,
-    eos_token_id=0,
+    eos_token_ids=(0,),
 )
 TIED = replace(CONFIG, has_tied_embeddings=True)
 WHOLE = LayerRange(0, 1, 0, 4)

@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     rotary_dim=4,
     d_ff=64,
     context_length=32,
-    eos_token_id=0,
+    eos_token_ids=(0,),
 )
 LAST = LayerRange(1, 2, 2, 4)
 SHARD_BYTES = 8192

@@ -31,9 +31,9 @@ from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError, ConversionError, GPTJDistError
 from tests.conversions import Conversions
 
-CONFIG = ModelConfig(40, 4, 16, 2, 4, 64, 32, 0)
+CONFIG = ModelConfig(40, 4, 16, 2, 4, 64, 32, (0,))
 TIED = replace(CONFIG, has_tied_embeddings=True)
-TINY = ModelConfig(40, 1, 16, 2, 4, 64, 32, 0)
+TINY = ModelConfig(40, 1, 16, 2, 4, 64, 32, (0,))
 WHOLE = LayerRange(0, 1, 0, 4)
 SHARD_BYTES = 8192
 DTYPES: dict[str, torch.dtype] = {
@@ -467,7 +467,7 @@ def test_part_of_another_conversion_is_not_kept(
 
 @pytest.mark.slow
 def test_conversion_killed_at_random_moments_gives_the_same_bytes(tmp_path: Path, conversions: Conversions) -> None:
-    write_checkpoint(tmp_path / "source", ModelConfig(4000, 6, 256, 2, 4, 1024, 32, 0))
+    write_checkpoint(tmp_path / "source", ModelConfig(4000, 6, 256, 2, 4, 1024, 32, (0,)))
     code, error, undisturbed_s = conversions.run(tmp_path / "source", tmp_path / "undisturbed")
     assert code == 0, error
     delays = random.Random(0)
@@ -611,7 +611,7 @@ def _peak_bytes(source: Path, destination: Path) -> int:
 @pytest.mark.slow
 def test_memory_is_that_of_one_tensor_however_large_the_checkpoint(tmp_path: Path) -> None:
     # What grows with a model is the largest tensor, in the new dtype, alone: 826 MB of GPT-J-6B in float32.
-    large = ModelConfig(4000, 6, 1024, 8, 64, 4096, 32, 0)
+    large = ModelConfig(4000, 6, 1024, 8, 64, 4096, 32, (0,))
     write_checkpoint(tmp_path / "small", CONFIG)
     write_checkpoint(tmp_path / "large", large)
     source_bytes = (tmp_path / "large" / "model.safetensors").stat().st_size

@@ -15,6 +15,7 @@ from gptj_dist.operate.doctor.findings import find_in_nodes
 from gptj_dist.operate.doctor.fit import STAGE_WORKING_BYTES, find_in_plan
 from gptj_dist.operate.launcher import APP_NAME
 from gptj_dist.stages.blueprint import Blueprint, DeviceReport
+from gptj_dist.token_rules import TokenRules
 
 GB = 10**9
 VERSIONS: Mapping[str, str | None] = {
@@ -25,7 +26,7 @@ VERSIONS: Mapping[str, str | None] = {
 }
 GPTJ_6B = ModelConfig(
     vocab_size=50400, num_layers=28, d_model=4096, num_heads=16, rotary_dim=64, d_ff=16384, context_length=2048,
-    eos_token_id=50256, dtype="float16",
+    eos_token_ids=(50256,), dtype="float16",
 )  # fmt: skip
 CONFIG = PipelineConfig("gptj", dtype="bfloat16", device="cpu", stages=2)
 
@@ -84,7 +85,7 @@ def plan(*layers: int, **settings: Any) -> Blueprint:
     stops = [sum(layers[: i + 1]) for i in range(len(layers))]
     ranges = [LayerRange(i, len(layers), stop - n, stop) for i, (n, stop) in enumerate(zip(layers, stops, strict=True))]
     config = replace(CONFIG, stages=len(layers), **settings)
-    return Blueprint(config, GPTJ_6B, tuple(ranges), config.max_model_len or 2048, unsampled_ids=())
+    return Blueprint(config, GPTJ_6B, tuple(ranges), config.max_model_len or 2048, rules=TokenRules(50400))
 
 
 def only(findings: Sequence[Finding], subject: str) -> Finding:

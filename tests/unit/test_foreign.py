@@ -26,7 +26,7 @@ from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.text.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
-    vocab_size=40, num_layers=2, d_model=16, num_heads=2, rotary_dim=4, d_ff=64, context_length=32, eos_token_id=0
+    vocab_size=40, num_layers=2, d_model=16, num_heads=2, rotary_dim=4, d_ff=64, context_length=32, eos_token_ids=(0,)
 )
 LFS_POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     rotary_dim=4,
     d_ff=64,
     context_length=32,
-    eos_token_id=0,
+    eos_token_ids=(0,),
 )
 STAGES = (LayerRange(0, 2, 0, 3), LayerRange(1, 2, 3, 4))
 METADATA = {"config.json", "tokenizer.json", "tokenizer_config.json"}

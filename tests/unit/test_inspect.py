@@ -22,7 +22,7 @@ from gptj_dist.cli import app
 from gptj_dist.config import ModelConfig
 from gptj_dist.errors import CheckpointError
 
-CONFIG = ModelConfig(40, 4, 16, 2, 4, 64, 32, 0)
+CONFIG = ModelConfig(40, 4, 16, 2, 4, 64, 32, (0,))
 TIED = replace(CONFIG, has_tied_embeddings=True)
 NO_TOKENIZER = "no tokenizer: it can be converted, but not served"
 SHARD_BYTES = 8192
@@ -170,7 +170,7 @@ def test_missing_tokenizer_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts the bytes that a process reads")
 def test_no_weights_are_read(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, ModelConfig(4000, 4, 256, 2, 4, 1024, 32, 0))
+    write_checkpoint(tmp_path, ModelConfig(4000, 4, 256, 2, 4, 1024, 32, (0,)))
     _as_pickle(tmp_path, _state(tmp_path))
     inspect_checkpoint(tmp_path)
 
@@ -193,7 +193,7 @@ def test_command_shows_the_model_and_its_vocabulary() -> None:
         "embedding   1.06 MB",
         "layers      28 of 395 kB",
         "head        1.07 MB",
-        "tokenizer   4096 entries for 4128 rows; 32 rows stand for no text and are not generated",
+        "tokenizer   4096 entries for 4128 rows; 32 rows stand for no text and are generated only where they are named",
     ]
 
 

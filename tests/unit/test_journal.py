@@ -122,7 +122,7 @@ def test_a_request_is_one_line_at_its_end_and_at_debug_level_one_at_its_arrival(
     journal, request = Journal(), make_request(4, log_id="req-1")
     journal.note_arrival(request, 0)
     journal.note_plan(plan_of(request), 1 * MS)
-    request.append(5, eos_token_id=0)
+    request.append(5, eos_token_ids=(0,))
     journal.note_output(TokenOutput(request, 5, None), 2 * MS)
     journal.note_closed(request, 3 * MS)
     told = [(record.getMessage(), vars(record)["values"]) for record in caplog.records]

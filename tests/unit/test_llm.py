@@ -97,7 +97,7 @@ def test_more_prompts_than_run_at_once(llm: LLM) -> None:
 
 def test_an_empty_text_starts_at_end_of_text(llm: LLM) -> None:
     (output,) = llm.generate("", GREEDY)
-    assert output.prompt_ids == (llm.pipeline.blueprint.model.eos_token_id,)
+    assert output.prompt_ids == (llm.pipeline.blueprint.model.eos_token_ids[0],)
     assert output.text
 
 
@@ -140,7 +140,7 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(llm: LLM) -> None:
 
 
 def test_end_of_text_ends_the_text(llm: LLM) -> None:
-    eos = llm.pipeline.blueprint.model.eos_token_id
+    eos = llm.pipeline.blueprint.model.eos_token_ids[0]
     address = "Gentlemen of the Senate and Gentlemen of the House of Representatives:"  # ends 1 time in 60
     completions = llm.generate(address, SamplingParams(max_tokens=3, seed=0, n=128))[0].completions
     ended = [completion for completion in completions if completion.finish_reason == FinishReason.STOP]

@@ -165,7 +165,7 @@ def test_a_cluster_that_cannot_be_planned_for_is_refused(nodes: list[dict[str, f
 @pytest.mark.slow
 def test_check_prints_prediction_against_reality(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they agree depends on how quiet the machine is, so that is not tested: all else is."""
-    small = ModelConfig(512, 2, 64, 2, 16, 256, 1024, 0)
+    small = ModelConfig(512, 2, 64, 2, 16, 256, 1024, (0,))
     monkeypatch.setattr(plan_check, "check_pipeline", partial(check_pipeline, shapes=[small], num_rounds=1))
     result = plan("demo", "--check")
     ratios = re.findall(

@@ -26,7 +26,7 @@ from gptj_dist.planning.forecast import (
 )
 from gptj_dist.planning.partition import layer_ranges
 
-GPTJ_6B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, 50256, "float16")
+GPTJ_6B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, (50256,), "float16")
 SIX_B = Workload(GPTJ_6B, "float16", 2048)
 
 
@@ -36,14 +36,14 @@ def pipeline(*devices: DeviceSpec, layers: tuple[int, ...] = (28,)) -> tuple[Pla
 
 @pytest.mark.parametrize("layers", [(5,), (2, 3), (1, 3, 1)])
 def test_parameters_are_those_of_the_checkpoints_tensors(layers: tuple[int, ...]) -> None:
-    model = ModelConfig(40, 5, 16, 2, 4, 56, 100, 0)
+    model = ModelConfig(40, 5, 16, 2, 4, 56, 100, (0,))
     for range_ in layer_ranges(layers):
         expected = sum(math.prod(shape) for shape in expected_tensors(model, range_).values())
         assert num_parameters(model, range_) == expected
 
 
 def test_a_lone_stage_holds_tied_embeddings_twice() -> None:
-    untied = ModelConfig(40, 5, 16, 2, 4, 64, 100, 0)
+    untied = ModelConfig(40, 5, 16, 2, 4, 64, 100, (0,))
     tied = replace(untied, has_tied_embeddings=True)
     for range_ in (LayerRange(0, 1, 0, 5), LayerRange(0, 2, 0, 2), LayerRange(1, 2, 2, 5)):
         assert num_parameters(tied, range_) == num_parameters(untied, range_)

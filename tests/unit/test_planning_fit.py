@@ -23,7 +23,7 @@ TRUE = replace(
     step_overhead_s=200e-6,
     layer_overhead_s=120e-6,
 )
-DEEP = ModelConfig(50400, 28, 1024, 16, 32, 4096, 2048, 50256, "bfloat16")
+DEEP = ModelConfig(50400, 28, 1024, 16, 32, 4096, 2048, (50256,), "bfloat16")
 
 
 def timed(model: ModelConfig) -> list[tuple[Work, float]]:

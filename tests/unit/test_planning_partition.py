@@ -28,7 +28,7 @@ def make_model(num_layers: int, vocab_size: int = 50400, d_model: int = 4096) ->
         rotary_dim=64,
         d_ff=4 * d_model,
         context_length=2048,
-        eos_token_id=0,
+        eos_token_ids=(0,),
     )
 
 

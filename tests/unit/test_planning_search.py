@@ -18,9 +18,9 @@ from gptj_dist.planning.forecast import RESERVED_BYTES, PlannedStage, Workload, 
 from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.planning.search import NUM_REQUESTS, best_pipeline, gains_of_one_more
 
-MODEL = ModelConfig(50400, 6, 1024, 16, 32, 4096, 2048, 0, "float16")
+MODEL = ModelConfig(50400, 6, 1024, 16, 32, 4096, 2048, (0,), "float16")
 WORKLOAD = Workload(MODEL, "float16", 2048)
-SIX_B = Workload(ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, 50256, "float16"), "float16", 2048)
+SIX_B = Workload(ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, (50256,), "float16"), "float16", 2048)
 
 
 WEAK = replace(known_device("l4"), name="weak", memory_bytes=40e9, flops=5e12)

@@ -31,7 +31,7 @@ def service(
     script: Script, template: ChatTemplate | None = TEMPLATE, moderation: Moderation | None = None
 ) -> AnswerService:
     return AnswerService(
-        ServedModel(("demo",), TOKENIZER, EOS, template, ChatDefaults(max_tokens=9)), script, moderation
+        ServedModel(("demo",), TOKENIZER, (EOS,), template, ChatDefaults(max_tokens=9)), script, moderation
     )
 
 

@@ -212,7 +212,7 @@ def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_toke
             longest_tokens = rng.choice((16, 40, 100))
             num_blocks = max(1, int(-(-longest_tokens // block_size) * slack))
             max_batch_size = rng.choice((1, 2, 5, 16) if slack < 3 else (3, 8, 16))
-            limits = (num_stages, num_blocks, block_size, max_batch_size, EOS, max_chunk_tokens)
+            limits = (num_stages, num_blocks, block_size, max_batch_size, (EOS,), max_chunk_tokens)
             config = SchedulerConfig(*limits, shares_memory=rng.random() < 0.5, can_share_blocks=rng.random() < 0.75)
             walk = Walk(config, longest_tokens, rng)
             try:
@@ -236,7 +236,7 @@ def make_scheduler(
     max_batch_size: int = 64,
     max_chunk_tokens: int | None = None,
 ) -> Scheduler:
-    return Scheduler(SchedulerConfig(num_stages, num_blocks, block_size, max_batch_size, EOS, max_chunk_tokens))
+    return Scheduler(SchedulerConfig(num_stages, num_blocks, block_size, max_batch_size, (EOS,), max_chunk_tokens))
 
 
 def make_request(request_id: int, num_prompt_tokens: int, params: SamplingParams | None = None) -> Request:
@@ -310,7 +310,7 @@ def test_decodes_are_even_again_after_some_have_ended(num_stages: int) -> None:
 
 @pytest.mark.parametrize(("num_requests", "num_groups"), [(2, 1), (12, 1), (63, 2)])
 def test_few_decodes_of_stages_on_one_memory_share_a_micro_batch(num_requests: int, num_groups: int) -> None:
-    scheduler = Scheduler(SchedulerConfig(4, 1000, 16, 64, EOS, shares_memory=True))
+    scheduler = Scheduler(SchedulerConfig(4, 1000, 16, 64, (EOS,), shares_memory=True))
     for request_id in range(num_requests):
         scheduler.add(make_request(request_id, num_prompt_tokens=5))
     in_flight = deque(fill(scheduler))

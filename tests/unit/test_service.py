@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from openai.types import Completion
@@ -32,12 +32,13 @@ from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, 
 from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.text.chat import ChatTemplate
 from gptj_dist.text.tokenizer import Tokenizer
+from gptj_dist.token_rules import TokenRules
 
 TOKENIZER = Tokenizer.load(resolve_model("demo"))
 TEXT = " a new world of"
 TOKENS = tuple(TOKENIZER.encode(TEXT))
 EOS = 50256
-LIMITS = EngineLimits(vocab_size=50400, max_model_len=64, kv_tokens=1024, num_layers=28)
+LIMITS = EngineLimits(rules=TokenRules(50400), max_model_len=64, kv_tokens=1024, num_layers=28)
 TEMPLATE = ChatTemplate(
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}",
@@ -99,7 +100,7 @@ class Script:
 
 
 def service(script: Script, moderation: Moderation | None = None) -> AnswerService:
-    return AnswerService(ServedModel(("demo", "alias"), TOKENIZER, EOS, TEMPLATE), script, moderation)
+    return AnswerService(ServedModel(("demo", "alias"), TOKENIZER, (EOS,), TEMPLATE), script, moderation)
 
 
 def complete(script: Script, moderation: Moderation | None = None, **fields: Any) -> dict[str, Any]:
@@ -140,6 +141,42 @@ def events(
 
     frames = [frame.removeprefix(b"data: ") for frame in b"".join(asyncio.run(run())).split(b"\n\n")[:-1]]
     return [frame.decode() if frame == b"[DONE]" else json.loads(frame) for frame in frames]
+
+
+class TestDefaultsOfTheCheckpoint:
+    """Where a request is silent; `Script` keeps the parameters that it was asked for."""
+
+    DEFAULTS: ClassVar = {"temperature": 0.5, "top_k": 7, "repetition_penalty": 1.2, "max_tokens": 40}
+
+    def _params(self, defaults: dict[str, float], kind: str = "completions", **fields: Any) -> SamplingParams:
+        script = Script()
+        texts = AnswerService(ServedModel(("demo",), TOKENIZER, (EOS,), TEMPLATE, defaults=defaults), script)
+
+        async def run() -> None:
+            if kind == "chat":
+                await (await texts.chat(chat_request(**fields), "7")).whole()
+            else:
+                body = json.dumps({"prompt": "Once upon"} | fields).encode()
+                await (await texts.complete(parse_body(body, CompletionRequest), "7")).whole()
+
+        asyncio.run(run())
+        return script.asked[0][1]
+
+    @pytest.mark.parametrize("kind", ["completions", "chat"])
+    def test_a_silent_request_has_them_and_one_that_speaks_has_its_own(self, kind: str) -> None:
+        silent = self._params(self.DEFAULTS, kind)
+        assert (silent.temperature, silent.top_k, silent.repetition_penalty, silent.max_tokens) == (0.5, 7, 1.2, 40)
+        asked = self._params(self.DEFAULTS, kind, temperature=1.0, top_k=0, repetition_penalty=1.0, max_tokens=3)
+        assert (asked.temperature, asked.top_k, asked.repetition_penalty, asked.max_tokens) == (1.0, 0, 1.0, 3)
+        assert self._params(self.DEFAULTS, kind, temperature=None).temperature == 0.5
+
+    def test_without_any_a_completion_has_sixteen_tokens(self) -> None:
+        assert self._params({}) == self._params({}, temperature=1.0, max_tokens=16)
+
+    @pytest.mark.parametrize("kind", ["completions", "chat"])
+    def test_a_default_of_more_tokens_than_fit_is_cut_to_what_fits(self, kind: str) -> None:
+        params = self._params({"max_tokens": 5000}, kind)
+        assert 40 < params.max_tokens < LIMITS.max_model_len
 
 
 class TestCompletions:
@@ -265,7 +302,7 @@ class TestChat:
     def asked(defaults: ChatDefaults, **fields: Any) -> tuple[tuple[int, ...], SamplingParams]:
         """The prompt and the parameters that a conversation comes to, at a server with such defaults."""
         script = Script()
-        texts = AnswerService(ServedModel(("demo",), TOKENIZER, EOS, TEMPLATE, defaults), script)
+        texts = AnswerService(ServedModel(("demo",), TOKENIZER, (EOS,), TEMPLATE, defaults), script)
 
         async def run() -> None:
             await (await texts.chat(chat_request(**fields), "7")).whole()
@@ -312,7 +349,7 @@ class TestChat:
         assert param in str(raised.value) or param == "messages"
 
     def test_a_model_without_a_template_says_how_to_give_one(self) -> None:
-        texts = AnswerService(ServedModel(("demo",), TOKENIZER, EOS), Script())
+        texts = AnswerService(ServedModel(("demo",), TOKENIZER, (EOS,)), Script())
         with pytest.raises(InvalidRequestError, match="--chat-template FILE"):
             asyncio.run(texts.chat(chat_request(), "7"))
 
@@ -343,7 +380,7 @@ class TestChat:
 
 class TestModelCard:
     def test_it_has_the_context_window_under_every_name(self) -> None:
-        model = ServedModel(("demo", "alias"), TOKENIZER, EOS, max_model_len=64)
+        model = ServedModel(("demo", "alias"), TOKENIZER, (EOS,), max_model_len=64)
         texts = AnswerService(model, Script())
         for name in model.names:
             card = texts.model_card(name)
@@ -366,7 +403,7 @@ class TestTelling:
         ends: list[str] = []
 
         async def run() -> None:
-            texts = AnswerService(ServedModel(("demo",), TOKENIZER, EOS), script, moderation, ends.append)
+            texts = AnswerService(ServedModel(("demo",), TOKENIZER, (EOS,)), script, moderation, ends.append)
             request = parse_body(json.dumps({"prompt": "x", "stream": True} | fields).encode(), CompletionRequest)
             async with aclosing((await texts.complete(request, "7")).events()) as stream:
                 for _ in range(num_read):
@@ -394,7 +431,7 @@ class TestTelling:
     ) -> None:
         caplog.set_level(logging.INFO, logger="gptj_dist")
         script = Script()
-        texts = AnswerService(ServedModel(("demo",), TOKENIZER, EOS), script, logs_prompts=logs_prompts)
+        texts = AnswerService(ServedModel(("demo",), TOKENIZER, (EOS,)), script, logs_prompts=logs_prompts)
         request = parse_body(b'{"prompt": "very secret", "n": 2, "user": "u"}', CompletionRequest)
 
         async def run() -> None:

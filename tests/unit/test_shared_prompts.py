@@ -96,7 +96,7 @@ def test_whole_blocks_are_held_in_common_and_the_rest_is_copied() -> None:
 
 
 def test_where_stages_have_no_blocks_everything_is_copied() -> None:
-    scheduler = Scheduler(SchedulerConfig(1, 1000, BLOCK_SIZE, 64, EOS, can_share_blocks=False))
+    scheduler = Scheduler(SchedulerConfig(1, 1000, BLOCK_SIZE, 64, (EOS,), can_share_blocks=False))
     add_all(scheduler, make_family(2, 11))
     _, second = fill(scheduler)
     assert copies([second]) == [PromptCopy(0, 10, ())]

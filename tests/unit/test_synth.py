@@ -32,7 +32,9 @@ def test_every_size_can_be_chosen(tmp_path: Path) -> None:
     done = _synth("tiny", tmp_path / "m", *sizes, "--context-length", 64, "--d-ff", 100, "--dtype", "float16")
 
     assert done.returncode == 0, done.stderr
-    assert read_model_config(tmp_path / "m") == ModelConfig(300, 3, 48, 3, 4, 100, 64, 299, "float16")
+    assert read_model_config(tmp_path / "m") == ModelConfig(
+        300, 3, 48, 3, 4, 100, 64, (299,), "float16", bos_token_id=299
+    )
     check_checkpoint(tmp_path / "m", read_model_config(tmp_path / "m"))
 
 

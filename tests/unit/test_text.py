@@ -102,12 +102,12 @@ class TestTokenizer:
 
     def test_padding_rows_are_never_sampled(self, gptj: Tokenizer, demo: Tokenizer) -> None:
         assert gptj.num_entries == GPTJ_VOCAB_SIZE
-        assert gptj.unsampled_ids(GPTJ_VOCAB_SIZE) == list(range(50257, 50400))
-        assert gptj.unsampled_ids(50257) == []
-        assert demo.unsampled_ids(4128) == list(range(demo.num_entries, 4128))
+        assert gptj.spare_ids(GPTJ_VOCAB_SIZE) == list(range(50257, 50400))
+        assert gptj.spare_ids(50257) == []
+        assert demo.spare_ids(4128) == list(range(demo.num_entries, 4128))
 
     def test_rows_without_a_name_are_never_sampled(self) -> None:
-        assert Tokenizer.load(GPT2_FILES).unsampled_ids(GPTJ_VOCAB_SIZE) == list(range(50257, 50400))
+        assert Tokenizer.load(GPT2_FILES).spare_ids(GPTJ_VOCAB_SIZE) == list(range(50257, 50400))
 
     def test_a_file_that_truncates_and_pads_does_not_cut_prompts(self, tmp_path: Path, demo: Tokenizer) -> None:
         bpe = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))

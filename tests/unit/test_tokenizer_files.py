@@ -171,8 +171,8 @@ def test_an_added_token_keeps_the_id_that_its_file_gives_it(tmp_path: Path) -> N
     assert tokenizer.encode("<far> <near>") == [50300, 220, 50290]
     assert tokenizer.token_bytes(50300) == b""
     assert tokenizer.token_bytes(50290) == b"<near>"
-    assert 50290 not in tokenizer.unsampled_ids(50400)
-    assert 50289 in tokenizer.unsampled_ids(50400)
+    assert 50290 not in tokenizer.spare_ids(50400)
+    assert 50289 in tokenizer.spare_ids(50400)
 
 
 @pytest.mark.parametrize("token", ["Hello", END])
@@ -220,8 +220,8 @@ def test_a_whole_tokenizer_adds_the_tokens_that_it_was_saved_with(tmp_path: Path
 
     assert tokenizer.encode("a", add_special_tokens=True) == [50256, 64]
     assert tokenizer.encode("a") == [64]
-    assert tokenizer.encode_prompt("a", 50256) == [50256, 64]
-    assert tokenizer.encode_prompt([64], 50256) == [64]
+    assert tokenizer.encode_prompt("a", [50256]) == [50256, 64]
+    assert tokenizer.encode_prompt([64], [50256]) == [64]
 
 
 def test_a_template_knows_the_special_tokens_that_transformers_knows(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 
-CONFIG = ModelConfig(40, 4, 16, 2, 4, 64, 32, 0)
+CONFIG = ModelConfig(40, 4, 16, 2, 4, 64, 32, (0,))
 WHOLE = LayerRange(0, 1, 0, 4)
 HEADER_BYTES = 1 << 16
 FIRST, LAST = LayerRange(0, 2, 0, 2), LayerRange(1, 2, 2, 4)
@@ -159,7 +159,7 @@ def test_stage_reads_hardly_more_bytes_than_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_zip: bool
 ) -> None:
     monkeypatch.setattr("gptj_dist.checkpoint.torch_file.MAX_PICKLE_BYTES", HEADER_BYTES)
-    big = ModelConfig(2000, 8, 256, 2, 4, 1024, 32, 0)
+    big = ModelConfig(2000, 8, 256, 2, 4, 1024, 32, (0,))
     write_checkpoint(tmp_path, big, legacy_buffers=True)
     torch.save(
         load_file(tmp_path / "model.safetensors"),

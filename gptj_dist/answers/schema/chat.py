@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 from pydantic import ConfigDict, model_validator
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, refused_field, text_or_list
-from gptj_dist.answers.schema.sampling import BadWords, ChoiceFields
+from gptj_dist.answers.schema.sampling import NO_DEFAULTS, BadWords, ChoiceFields, Defaults
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.params import MAX_LOGPROBS, SamplingParams
 
@@ -99,7 +99,9 @@ class ChatRequest(ChoiceFields):
 
     Args:
         messages: the conversation so far, one message or more.
-        max_tokens: the most tokens to generate; null leaves it to the server's `--chat-max-tokens`.
+        max_tokens: the most tokens to generate; null leaves it to the checkpoint's `max_new_tokens`, or else to the
+            server's `--chat-max-tokens`.
+        add_special_tokens: begin and end the text of the template with the tokens that the checkpoint asks for.
         max_completion_tokens: OpenAI's newer name for it.
         logprobs: return each token's log probability.
         top_logprobs: and that of this number of the likeliest tokens, 0 to 20.
@@ -115,6 +117,7 @@ class ChatRequest(ChoiceFields):
     messages: Messages
     max_tokens: Integer | None = None
     max_completion_tokens: Integer | None = None
+    add_special_tokens: bool = False
     logprobs: bool = False
     top_logprobs: Integer | None = None
     prompt_logprobs: None = None
@@ -130,20 +133,20 @@ class ChatRequest(ChoiceFields):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def sampling_params(
-        self, max_tokens: int, bad_words: BadWords = (), default_stop: Sequence[str] = ()
+        self, max_tokens: int, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
     ) -> SamplingParams:
         """How the answer is to be sampled.
 
         Args:
             max_tokens: `most_tokens`, or the server's default.
             bad_words: their tokens.
-            default_stop: for a request without `stop`.
+            defaults: of fields that the request leaves out.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(bad_words, default_stop, max_tokens=max_tokens, logprobs=logprobs)
+        return self._sampling_params(bad_words, defaults, max_tokens=max_tokens, logprobs=logprobs)
 
     def own_names(self) -> Mapping[str, str]:
         """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, TypeAlias
 
 from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, Integer, TokenIds, one_of
-from gptj_dist.answers.schema.sampling import BadWords, ChoiceFields
+from gptj_dist.answers.schema.sampling import NO_DEFAULTS, BadWords, ChoiceFields, Defaults
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
@@ -20,12 +20,15 @@ class CompletionRequest(ChoiceFields):
 
     Args:
         prompt: a text, several, token ids, or several lists of them; an empty text stands for end of text.
+        max_tokens: the most tokens to generate; left out, the checkpoint's `max_new_tokens`, or 16.
+        add_special_tokens: begin and end texts with the tokens that the checkpoint asks for, if it does.
         best_of: completions to sample, of which the `n` with the highest mean log probability are returned.
         echo: begin the text with the prompt, and its log probabilities with the prompt's.
     """
 
     prompt: PromptField
     max_tokens: Integer = 16
+    add_special_tokens: bool = True
     best_of: Integer | None = None
     echo: bool = False
     logprobs: Integer | None = None
@@ -36,15 +39,24 @@ class CompletionRequest(ChoiceFields):
         """Completions of each prompt that are computed."""
         return self.n if self.best_of is None else self.best_of
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens to generate; None if the request leaves them out."""
+        return self.max_tokens if "max_tokens" in self.model_fields_set else None
+
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, each text or token ids."""
         return list_prompts(self.prompt)
 
-    def sampling_params(self, bad_words: BadWords = ()) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int | None = None, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
+    ) -> SamplingParams:
         """How each prompt is to be sampled.
 
         Args:
+            max_tokens: in place of the request's.
             bad_words: their tokens.
+            defaults: of fields that the request leaves out.
 
         Raises:
             InvalidRequestError: a value is out of its range.
@@ -55,7 +67,8 @@ class CompletionRequest(ChoiceFields):
         picks = self.num_sampled > self.n and self.logprobs is None
         return self._sampling_params(
             bad_words,
-            max_tokens=self.max_tokens,
+            defaults,
+            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
             logprobs=0 if picks else self.logprobs,
             prompt_logprobs=max(asked, default=None),
         )

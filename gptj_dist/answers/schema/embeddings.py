@@ -16,6 +16,7 @@ class EmbeddingRequest(Body):
     Args:
         model: one of the names in `GET /v1/models`; null takes the model that there is.
         input: a text, several, token ids, or several lists of them; an empty text stands for end of text.
+        add_special_tokens: begin and end texts with the tokens that the checkpoint asks for, if it does.
         encoding_format: lists of numbers, or base64 of little-endian float32.
         pooling: the mean over all tokens, or the last token.
         layer: 0 for the embedding, k for the k-th layer's output, null for the last with the final layer norm.
@@ -23,7 +24,6 @@ class EmbeddingRequest(Body):
         user: goes to the log and changes nothing, as at OpenAI.
     """
 
-    hints: ClassVar = frozenset(("add_special_tokens",))
     unserved: ClassVar = dict.fromkeys(
         (
             "additional_data",
@@ -40,6 +40,7 @@ class EmbeddingRequest(Body):
 
     model: str | None = None
     input: PromptField
+    add_special_tokens: bool = True
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     layer: Integer | None = None

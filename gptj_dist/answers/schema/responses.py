@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, text_or_list
 from gptj_dist.answers.schema.chat import Message, ToolChoice, check_tools, check_top_logprobs
-from gptj_dist.answers.schema.sampling import BadWords, SamplingFields
+from gptj_dist.answers.schema.sampling import NO_DEFAULTS, BadWords, Defaults, SamplingFields
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.params import SamplingParams
 
@@ -76,7 +76,8 @@ class ResponsesRequest(SamplingFields):
         input: a conversation, or a text: where there is a chat template, the message of a user; else the text to be
             continued, as in completions.
         instructions: a system message before the conversation.
-        max_output_tokens: the most tokens to generate; null leaves it to the server's `--chat-max-tokens`.
+        max_output_tokens: the most tokens to generate; null leaves it to the checkpoint's `max_new_tokens`, or else to
+            the server's `--chat-max-tokens`.
         include: what else to return: `message.output_text.logprobs`, each token's log probability.
         top_logprobs: with those, the log probabilities of this number of the likeliest tokens, 0 to 20.
         metadata: returned with the response, and changes nothing.
@@ -128,20 +129,20 @@ class ResponsesRequest(SamplingFields):
         return system + items
 
     def sampling_params(
-        self, max_tokens: int, bad_words: BadWords = (), default_stop: Sequence[str] = ()
+        self, max_tokens: int, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
     ) -> SamplingParams:
         """How the answer is to be sampled.
 
         Args:
             max_tokens: `max_output_tokens`, or the server's default.
             bad_words: their tokens.
-            default_stop: for a request without `stop`.
+            defaults: of fields that the request leaves out.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
         logprobs = self.top_logprobs if self.has_logprobs else None
-        return self._sampling_params(bad_words, default_stop, max_tokens=max_tokens, logprobs=logprobs)
+        return self._sampling_params(bad_words, defaults, max_tokens=max_tokens, logprobs=logprobs)
 
     def own_names(self) -> Mapping[str, str]:
         """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, TypeAlias
 
@@ -11,13 +11,17 @@ from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import SamplingParams
 
 BadWords: TypeAlias = tuple[tuple[int, ...], ...]
+Defaults: TypeAlias = Mapping[str, Any]
+"""Parameters by their names."""
+
+NO_DEFAULTS: Defaults = {}
+
 Stop: TypeAlias = Annotated[str | Strings, one_of("a string or a list of strings")]
 MAX_TIMEOUT_S = 86_400.0
 
 HINTS = frozenset(
     (
-        # GPT-J's tokenizer has no tokens to add, and puts no spaces between any.
-        "add_special_tokens",
+        # GPT-J's tokenizer puts no spaces between tokens.
         "spaces_between_special_tokens",
         "cache_control",
         "include_reasoning",
@@ -153,20 +157,20 @@ class SamplingFields(Body):
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequestError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:.0f}", "timeout_s")
 
-    def _sampling_params(self, bad_words: BadWords, default_stop: Sequence[str] = (), **others: Any) -> SamplingParams:
-        """The parameters that the request sets. A field that it leaves out has the default of `SamplingParams`.
+    def _sampling_params(self, bad_words: BadWords, defaults: Defaults, **others: Any) -> SamplingParams:
+        """The parameters that the request sets.
 
         Args:
             bad_words: their tokens.
-            default_stop: for a request without `stop`.
+            defaults: of fields that it leaves out; others have the default of `SamplingParams`.
             others: parameters that the body calls by another name.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
         logit_bias = tuple((_token_id(text), bias) for text, bias in self.logit_bias.items())
-        given = {"stop": default_stop} | self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True)
-        return SamplingParams(**given, logit_bias=logit_bias, bad_words=bad_words, **others)
+        given = self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True)
+        return SamplingParams(**{**defaults, **given, "logit_bias": logit_bias, "bad_words": bad_words, **others})
 
 
 class ChoiceFields(SamplingFields):

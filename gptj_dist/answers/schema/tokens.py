@@ -16,17 +16,19 @@ class TokenizeRequest(Body):
         model: one of the names in `GET /v1/models`; null takes the model that there is.
         prompt: the text.
         messages: the conversation.
+        add_special_tokens: begin and end the text with the tokens that the checkpoint asks for; null does so with a
+            prompt, and leaves it to the template with a conversation.
         return_token_strs: return the tokens as texts, too.
         add_generation_prompt: let the template end with the beginning of an answer.
         chat_template_kwargs: variables for the template.
     """
 
-    hints: ClassVar = frozenset(("add_special_tokens",))
     unserved: ClassVar = dict.fromkeys(("chat_template", "continue_final_message", "mm_processor_kwargs", "tools"))
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    add_special_tokens: bool | None = None
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gptj_dist.checkpoint.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHT_FORMS
+from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FORMS
 from gptj_dist.cli.options import Model
 from gptj_dist.cli.pipeline_settings import Settings, takes_settings
 from gptj_dist.config import LayerRange, PipelineConfig
@@ -51,7 +51,7 @@ def _fetch(config: PipelineConfig, stage: int | None) -> list[Path]:
     directory = resolve_model(config.model, blueprint.config.revision)
     layers = LayerRange.whole(blueprint.model.num_layers) if stage is None else _choose(blueprint.layers, stage)
     weights = fetch_weights(config.model, directory, layers, blueprint.model, _tell)
-    metadata = [CONFIG_FILE, *TOKENIZER_FILES, *(form.index for form in WEIGHT_FORMS)]
+    metadata = [CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *(form.index for form in WEIGHT_FORMS)]
     return [path for name in metadata if (path := directory / name).exists()] + weights
 
 

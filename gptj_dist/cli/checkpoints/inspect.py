@@ -90,10 +90,10 @@ def _tokenizer_rows(directory: Path, config: ModelConfig) -> Iterator[tuple[str,
     except CheckpointError as error:
         yield "tokenizer", f"cannot be loaded, {error}"
         return
-    num_unsampled = len(tokenizer.unsampled_ids(config.vocab_size))
+    num_spare = len(tokenizer.spare_ids(config.vocab_size))
     text = f"{tokenizer.num_entries} entries for {config.vocab_size} rows"
-    if num_unsampled:
-        text += f"; {num_unsampled} rows stand for no text and are not generated"
+    if num_spare:
+        text += f"; {num_spare} rows stand for no text and are generated only where they are named"
     if tokenizer.num_entries > config.vocab_size:
         text += f"; {tokenizer.num_entries - config.vocab_size} entries have no row: text with them cannot be served"
     yield "tokenizer", text

@@ -16,10 +16,10 @@ from gptj_dist.errors import ConfigurationError
 from gptj_dist.text.vocabulary import eos_token_id
 
 SHAPES = {
-    "6b": ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, 50256),
-    "wide": ModelConfig(50400, 7, 4096, 16, 64, 16384, 2048, 50256),
-    "deep": ModelConfig(50400, 28, 1024, 16, 32, 4096, 2048, 50256),
-    "tiny": ModelConfig(512, 4, 64, 4, 8, 256, 256, 511),
+    "6b": ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, (50256,)),
+    "wide": ModelConfig(50400, 7, 4096, 16, 64, 16384, 2048, (50256,)),
+    "deep": ModelConfig(50400, 28, 1024, 16, 32, 4096, 2048, (50256,)),
+    "tiny": ModelConfig(512, 4, 64, 4, 8, 256, 256, (511,)),
 }
 """GPT-J-6B; a quarter of its layers; as many, a sixteenth the size; next to nothing."""
 
@@ -67,7 +67,8 @@ def synth(
         rotary_dim=rotary_dim or model.rotary_dim,
         d_ff=d_ff or 4 * (d_model or model.d_model),
         vocab_size=vocab_size,
-        eos_token_id=eos_token_id(vocab_size),
+        eos_token_ids=(eos_token_id(vocab_size),),
+        bos_token_id=eos_token_id(vocab_size),
         context_length=context_length or model.context_length,
         dtype=dtype,
     )

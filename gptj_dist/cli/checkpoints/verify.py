@@ -101,7 +101,7 @@ def _encode(texts: Sequence[str], tokenizer: Tokenizer, config: ModelConfig, is_
     Raises:
         InvalidRequestError: a text has more tokens than the context, or one that the model has no row for.
     """
-    prompts = [tokenizer.encode_prompt(text, config.eos_token_id) for text in texts]
+    prompts = [tokenizer.encode_prompt(text, config.empty_prompt_ids) for text in texts]
     if is_cut:
         prompts = [prompt[: config.context_length] for prompt in prompts]
     for text, prompt in zip(texts, prompts, strict=True):
