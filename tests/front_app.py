@@ -20,6 +20,7 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.serving.allowances import Allowances
+from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.listener import Address, Listener
@@ -110,6 +111,7 @@ class FrontApp:
     source: Source
     metrics: IngressMetrics
     work: Work
+    admission: Admission
     port: int
 
 
@@ -119,24 +121,27 @@ async def front_app(
     keys: Sequence[ApiKey] = (),
     names: tuple[str, ...] = ("demo",),
     unready: Exception | None = None,
+    max_requests: int = 1000,
 ) -> AsyncIterator[FrontApp]:
     """The application, listening at a free port of loopback until the context ends.
 
     Args:
         unready: why no token can be made.
+        max_requests: that are answered at a time.
     """
     source, metrics = Source(), IngressMetrics("i")
     source.may_go_on.set()
     model = ServedModel(names, TOKENIZER, (50256,), TEMPLATE)
     work = Work()
     texts = AnswerService(model, source, moderation, metrics.note_end, work=work)
+    admission = Admission(max_requests)
     pipelines = cast("PipelineClient", Pipelines(unready))
-    endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None))
+    endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None), admission)
     app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False)
     address = Address("127.0.0.1", free_port())
     listener = Listener(app, address, drain_s=1)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", timeout=WAIT_S) as client:
-            yield FrontApp(client, source, metrics, work, address.port)
+            yield FrontApp(client, source, metrics, work, admission, address.port)
     finally:
         await listener.close()

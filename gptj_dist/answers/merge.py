@@ -7,18 +7,24 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
+from gptj_dist.answers.turns import Turns
+
 T = TypeVar("T")
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """Yields (index of the stream, item). The first error ends all; closing it closes all."""
+    """Yields (index of the stream, item). The first error ends all; closing it closes all.
+
+    Of several streams one begins in a turn of the event loop: to begin one may take a call to a pipeline.
+    """
     if len(streams) == 1:
         async with aclosing(streams[0]) as stream:
             async for only_item in stream:
                 yield 0, only_item
         return
     items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_pour(index, stream, items)) for index, stream in enumerate(streams)]
+    turns = Turns()
+    tasks = [asyncio.create_task(_pour(index, stream, items, turns)) for index, stream in enumerate(streams)]
     try:
         num_open = len(tasks)
         while num_open:
@@ -36,10 +42,11 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
 
 
 async def _pour(
-    index: int, stream: AsyncGenerator[T, None], items: asyncio.Queue[tuple[int, T] | Exception | None]
+    index: int, stream: AsyncGenerator[T, None], items: asyncio.Queue[tuple[int, T] | Exception | None], turns: Turns
 ) -> None:
     try:
         async with aclosing(stream):
+            await turns.next()
             async for item in stream:
                 items.put_nowait((index, item))
         items.put_nowait(None)

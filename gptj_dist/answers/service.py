@@ -176,7 +176,7 @@ class AnswerService:
 
     async def _read(self, request: R, read: Callable[[R, EngineLimits], T]) -> T:
         """Renders, tokenises and checks, a request at a time."""
-        await self._work.turn()
+        await self._work.turns.next()
         self.check_model(request.model)
         limits = self._source.limits()
         with naming(request):

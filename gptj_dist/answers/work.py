@@ -7,11 +7,11 @@ few milliseconds: Python code does, a call of a C function only if it says so.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
 from gptj_dist.answers.threads import Threads
+from gptj_dist.answers.turns import Turns
 
 T = TypeVar("T")
 
@@ -26,16 +26,14 @@ class Work:
 
     Args:
         threads: for functions of a high cost.
+
+    Attributes:
+        turns: in which requests begin.
     """
 
     def __init__(self, threads: Threads | None = None) -> None:
         self._threads = threads or Threads(NUM_THREADS, "work")
-        self._turn = asyncio.Lock()
-
-    async def turn(self) -> None:
-        """Returns in a later turn of the event loop, to one caller in a turn, first come, first served."""
-        async with self._turn:
-            await asyncio.sleep(0)
+        self.turns = Turns()
 
     async def run(self, cost: int, function: Callable[[], T]) -> T:
         """Returns or raises what the function does.

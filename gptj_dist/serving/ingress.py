@@ -11,6 +11,7 @@ from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.service import AnswerService
 from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.allowances import Allowances
+from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.listener import Address, Listener
@@ -61,7 +62,8 @@ class Ingress:
         )
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
-        endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape)
+        admission = Admission(config.pipeline.max_batch_size + config.pipeline.max_queued_requests)
+        endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape, admission)
         self._app = make_http_app(
             endpoints.table(), self._metrics, config.api_keys, config.cors_origins, has_proxy=listen is None
         )

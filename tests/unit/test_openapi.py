@@ -17,7 +17,7 @@ from gptj_dist.serving.http.pages import docs_page
 
 def endpoints() -> list[Endpoint]:
     nothing: Any = None  # the table says what there is; it calls nobody
-    return Endpoints(("demo",), nothing, nothing, nothing, nothing).table()
+    return Endpoints(("demo",), nothing, nothing, nothing, nothing, nothing).table()
 
 
 DOCUMENT = openapi_document(endpoints(), "/a")

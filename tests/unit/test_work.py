@@ -174,7 +174,7 @@ def test_requests_begin_one_in_a_turn_in_the_order_that_they_came() -> None:
         work, begun, num_turns = Work(), [], 0
 
         async def begin(number: int) -> None:
-            await work.turn()
+            await work.turns.next()
             begun.append((number, num_turns))
 
         tasks = [asyncio.create_task(begin(number)) for number in range(50)]

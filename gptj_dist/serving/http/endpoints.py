@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from functools import partial, wraps
 from typing import TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 import gptj_dist
 from gptj_dist.answers.answer import Answer
@@ -25,6 +26,7 @@ from gptj_dist.errors import GPTJDistError
 from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.debug import debug_document
+from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.body import read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
 from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handler
@@ -55,12 +57,14 @@ class Endpoints:
         pipelines: PipelineClient,
         allowances: Allowances,
         scrape: Scrape,
+        admission: Admission,
     ) -> None:
         self._names = names
         self._texts = texts
         self._pipelines = pipelines
         self._allowances = allowances
         self._scrape = scrape
+        self._admission = admission
 
     def table(self) -> list[Endpoint]:
         """All endpoints."""
@@ -192,22 +196,34 @@ class Endpoints:
         return await unless_gone(request, self._response(understand, key))
 
     async def _response(self, understand: Understand, key: ApiKey | None) -> Response:
-        answer = await understand()
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._admission.admitted())
+            answer = await understand()
             await stack.enter_async_context(self._allowances.charged(key, answer))
             if isinstance(answer, EmbeddingAnswer) or not answer.is_streamed:
                 return Response(await answer.body(), media_type=JSON)
             events = answer.events()
+            stack.push_async_callback(events.aclose)
             first = await anext(events)  # an error before the first token still gets a status of its own
-            stream = _chain(first, events, stack.pop_all())
-        return StreamingResponse(stream, media_type=EVENTS)
+            return EventResponse(_chain(first, events), stack.pop_all())
 
 
-async def _chain(first: bytes, rest: AsyncGenerator[bytes, None], stack: AsyncExitStack) -> AsyncIterator[bytes]:
-    async with stack, aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
+class EventResponse(StreamingResponse):
+    """Server-sent events, and what ends with them: also when the client leaves before the first is sent."""
+
+    def __init__(self, events: AsyncIterator[bytes], stack: AsyncExitStack) -> None:
+        super().__init__(events, media_type=EVENTS)
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    yield first
+    async for event in rest:
+        yield event
 
 
 def answering(handler: Handler) -> Handler:

@@ -1,0 +1,138 @@
+"""A burst beyond what an ingress answers at a time is refused at once, and nothing of a request that ended counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+import pytest
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from gptj_dist.answers.merge import merge
+from gptj_dist.errors import TooManyRequestsError
+from gptj_dist.serving.http.admission import Admission
+from gptj_dist.serving.http.endpoints import EventResponse
+from tests.front_app import FrontApp, eventually, front_app
+
+MOST = 20
+
+
+def run(scenario: Callable[[FrontApp], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with front_app(max_requests=MOST) as app:
+            await scenario(app)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_burst_is_refused_while_the_admitted_wait_and_others_are_answered(stream: bool) -> None:
+    """No token comes before the refusals have: they do not wait for anything of the pipelines."""
+
+    async def scenario(app: FrontApp) -> None:
+        app.source.may_go_on.clear()
+        body = {"prompt": "a", "max_tokens": 2, "stream": stream}
+        calls = [asyncio.create_task(app.client.post("/v1/completions", json=body)) for _ in range(3 * MOST)]
+        await eventually(lambda: sum(call.done() for call in calls) == 2 * MOST)
+        refused = [call.result() for call in calls if call.done()]
+        assert {response.status_code for response in refused} == {429}
+        assert all(response.headers["retry-after"] == "5" for response in refused)
+        assert f"answering {MOST} requests" in refused[0].json()["error"]["message"]
+        await eventually(lambda: len(app.source.asked) == MOST)
+        assert (await app.client.get("/health")).status_code == 200
+        app.source.may_go_on.set()
+        statuses = [response.status_code for response in await asyncio.gather(*calls)]
+        assert (statuses.count(200), statuses.count(429)) == (MOST, 2 * MOST)
+        assert app.admission.num_admitted == 0
+        assert (await app.client.post("/v1/completions", json=body)).status_code == 200
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": "a" * 100_000}, {"model": "other"}, {"max_tokens": 1}, {"timeout_s": 0.01, "max_tokens": 2000}],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_however_a_request_ends_it_no_longer_counts(fields: dict[str, Any], stream: bool) -> None:
+    async def scenario(app: FrontApp) -> None:
+        await app.client.post("/v1/completions", json={"prompt": "a", "stream": stream} | fields)
+        await eventually(lambda: not app.metrics.num_in_flight)
+        assert app.admission.num_admitted == app.source.num_open == 0
+
+    run(scenario)
+
+
+def test_a_client_that_leaves_in_mid_stream_no_longer_counts() -> None:
+    async def scenario(app: FrontApp) -> None:
+        body = {"prompt": "a", "max_tokens": 2000, "stream": True}
+        async with app.client.stream("POST", "/v1/completions", json=body) as response:
+            await anext(response.aiter_lines())
+        await eventually(lambda: not app.metrics.num_in_flight and not app.source.num_open)
+        assert app.admission.num_admitted == 0
+
+    run(scenario)
+
+
+def test_a_client_that_leaves_before_the_first_event_is_sent_ends_what_was_begun() -> None:
+    admission = Admission(1)
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"never sent"
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        raise OSError("the connection is gone")
+
+    async def main() -> None:
+        stack = AsyncExitStack()
+        stack.enter_context(admission.admitted())
+        scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "extensions": {}}
+        with suppress(OSError, ClientDisconnect):
+            await EventResponse(events(), stack)(scope, receive, send)
+
+    asyncio.run(main())
+    assert admission.num_admitted == 0
+
+
+def test_admission_refuses_beyond_its_most_and_counts_errors_out() -> None:
+    admission = Admission(1)
+
+    def fail() -> None:
+        with admission.admitted():
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with admission.admitted(), pytest.raises(TooManyRequestsError):
+        admission.admitted().__enter__()
+    assert admission.num_admitted == 0
+
+
+def test_of_many_streams_one_begins_in_a_turn_of_the_loop() -> None:
+    begun: list[int] = []
+    turn = 0
+
+    async def stream() -> AsyncGenerator[int, None]:
+        begun.append(turn)
+        yield 1
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def main() -> int:
+        counting = asyncio.create_task(count_turns())
+        number = len([item async for item in merge([stream() for _ in range(100)])])
+        counting.cancel()
+        return number
+
+    assert asyncio.run(main()) == 100
+    assert len(set(begun)) == 100
