@@ -19,6 +19,8 @@ from gptj_dist.checkpoint.index import expected_tensors, read_model_config
 from gptj_dist.config import LayerRange
 from gptj_dist.operate.doctor.facts import PACKAGES, gather_facts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -15,6 +15,8 @@ from gptj_dist import __version__
 from tests.fake_server import FakeServer, Reply, events, fake_server
 from tests.verbs import command_line, environment, run_verb
 
+pytestmark = pytest.mark.slow
+
 ANSWER = events({"choices": [{"index": 0, "text": " café 中", "finish_reason": None}]})
 VERBS = (
     ["--help"],
