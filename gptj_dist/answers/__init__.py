@@ -1,1 +1,19 @@
-"""From a request to its answer: schemas, the service, writers of OpenAI's shapes. Knows no Ray and no HTTP."""
+"""From a request to its answer.
+
+Knows the shapes of OpenAI's and vLLM's requests and responses, prompts, stop strings, moderation and log
+probabilities. Takes tokens from a `TokenSource` and does not know where they are computed. Knows no Ray and no HTTP.
+"""
+
+__all__ = [
+    "answer",
+    "chat_defaults",
+    "completion",
+    "embedding",
+    "error_responses",
+    "local",
+    "moderation",
+    "request_limits",
+    "schema",
+    "served_model",
+    "service",
+]

@@ -1,1 +1,7 @@
-"""Reads GPT-J checkpoints: where they lie, what they hold, and the tensors of one stage. Knows names, not layers."""
+"""Reads and writes GPT-J checkpoints.
+
+Knows where a model lies, what its files hold, and which bytes belong to one stage. Knows names and shapes of tensors,
+but not what layers compute.
+"""
+
+__all__ = ["convert", "files", "hub", "index", "inspection", "loader", "synthetic"]

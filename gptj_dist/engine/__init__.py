@@ -1,1 +1,19 @@
-"""Decides what the pipeline computes next. Stdlib only: knows no tensors, no text, no Ray."""
+"""Decides what the pipeline computes next.
+
+Knows requests, the scheduler, plans, streams and statistics. Standard library only: knows no tensors, no text and no
+Ray.
+"""
+
+__all__ = [
+    "async_engine",
+    "block_pool",
+    "clock",
+    "histogram",
+    "journal",
+    "limits",
+    "mailbox",
+    "plan",
+    "request",
+    "scheduler",
+    "stats",
+]

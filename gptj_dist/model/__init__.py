@@ -1,1 +1,6 @@
-"""GPT-J on one device: the layers of a stage, their KV cache, and sampling. Knows no requests, files or Ray."""
+"""GPT-J on one device.
+
+Knows the layers of a stage, their KV cache, attention, and sampling. Knows no requests, no files and no Ray.
+"""
+
+__all__ = ["attention", "block_cache", "gptj", "graphs", "inputs", "kv_cache", "logprobs", "sampler"]

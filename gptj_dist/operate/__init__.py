@@ -1,1 +1,6 @@
-"""For the person who runs a server: launcher, doctor, calibration, verification. `serving` never imports it."""
+"""For the person who runs a server.
+
+Knows how to launch, stop, diagnose, calibrate and verify. `serving` never imports it.
+"""
+
+__all__ = ["calibration", "launcher", "tables", "verification"]

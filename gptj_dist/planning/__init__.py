@@ -1,1 +1,6 @@
-"""How fast a model will be on given devices, and how to cut it for them. Arithmetic only: touches no device."""
+"""Predicts speed and chooses cuts.
+
+Arithmetic on the figures of devices. Standard library only: touches no device.
+"""
+
+__all__ = ["cost", "devices", "fit", "forecast", "partition", "search"]

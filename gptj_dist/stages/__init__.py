@@ -1,1 +1,18 @@
-"""Runs the stages of a pipeline: in one process, or as Ray actors joined by ZeroMQ edges."""
+"""Runs the stages of a pipeline.
+
+In one process, or as Ray actors that `transport` connects. Knows plans and tensors. Knows no text and no HTTP.
+"""
+
+__all__ = [
+    "actor",
+    "background",
+    "blueprint",
+    "cores",
+    "device",
+    "group",
+    "local",
+    "loss",
+    "runner",
+    "stopwatch",
+    "trace",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +168,23 @@ def test_no_circle_of_imports_exists_between_modules(imports: list[Import]) -> N
 
 def test_a_circle_would_be_found() -> None:
     assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_other_packages_import_the_public_modules_of_a_package_and_no_others(imports: list[Import]) -> None:
+    """A package's `__all__` names its public modules."""
+    names = {name for name, _ in modules()}
+    used: dict[str, set[str]] = {}
+    for imported in imports:
+        target = imported.target.removeprefix("gptj_dist.")
+        package, _, name = (target if target in names else target.rpartition(".")[0]).rpartition(".")
+        if imported.top_level == "gptj_dist" and package and not imported.module.startswith(package):
+            used.setdefault(package, set()).add(name)
+    assert len(used) > 10
+    for package, found in used.items():
+        face = importlib.import_module(f"gptj_dist.{package}")
+        assert found <= set(face.__all__), package
+        there = {name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == package}
+        assert set(face.__all__) <= there | set(vars(face)), package
 
 
 def test_serving_never_imports_operate(imports: list[Import]) -> None:

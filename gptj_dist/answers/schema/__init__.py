@@ -1,1 +1,6 @@
-"""The bodies of requests, OpenAI's and vLLM's: their fields, the types of these, and the errors that name them."""
+"""The bodies of requests, as pydantic classes.
+
+Checks every field, and turns the fields into `SamplingParams`. Knows no model and no tokenizer.
+"""
+
+__all__ = ["base", "chat", "completions", "embeddings", "responses", "sampling", "tokens"]

@@ -1,1 +1,3 @@
 """Verbs that read and write checkpoints."""
+
+__all__ = ["convert", "download", "inspect", "synth", "verify"]

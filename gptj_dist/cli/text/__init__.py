@@ -1,1 +1,3 @@
 """Verbs that make text."""
+
+__all__ = ["batch", "chat", "complete", "generate"]

@@ -1,1 +1,6 @@
-"""Attention on a CPU in C, compiled on the machine that runs it. Without a compiler `model.regions` does the same."""
+"""C code for CPUs, compiled where it runs.
+
+Knows attention and products of matrices. Knows no layers.
+"""
+
+__all__ = ["attention", "library", "product"]

@@ -1,1 +1,6 @@
-"""What `gptj-dist doctor` does: gathers facts on all nodes, and finds in them what keeps a pipeline from serving."""
+"""Checks whether serving would work.
+
+Gathers facts of machines and clusters, and turns them into findings with cures. Starts no server.
+"""
+
+__all__ = ["cluster", "facts", "findings", "fit", "survey"]

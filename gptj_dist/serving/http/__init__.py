@@ -1,1 +1,7 @@
-"""The ingress over HTTP: endpoints, middleware, the listener, the pages and the OpenAPI document."""
+"""The ingress over HTTP.
+
+Knows endpoints, middleware, limits, the listener and the OpenAPI document. Knows requests and answers only through
+`answers`.
+"""
+
+__all__ = ["application", "endpoints", "listener"]

@@ -1,12 +1,13 @@
-"""How frames get from one stage to the next. `edge` says what a transport offers, and `open_transport` chooses it.
+"""Carries frames from stage to stage.
 
-Another transport is one module with the classes of `edge`, and one line here.
+`edge` defines what a transport offers, and `open_transport` chooses one: another transport is one module with the
+classes of `edge`, and one line here. Knows no tensors beyond their bytes.
 """
 
 from gptj_dist.stages.transport.edge import Transport
 from gptj_dist.stages.transport.zeromq import ZeroMQTransport
 
-__all__ = ["open_transport"]
+__all__ = ["codec", "edge", "frames", "guard", "open_transport"]
 
 
 def open_transport(epoch: int) -> Transport:
