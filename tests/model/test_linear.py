@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -144,15 +146,67 @@ def test_neighbours_that_are_not_numbers_do_not_reach_a_row(kind: Kind, dtype: t
     assert not product[2:].isfinite().any()
 
 
-def test_the_compiled_product_refuses_what_does_not_fit() -> None:
+def _misaligned(*shape: int) -> Tensor:
+    memory = bytearray(2 * math.prod(shape) + 1)
+    return torch.frombuffer(memory, dtype=torch.bfloat16, offset=1).view(shape)
+
+
+def test_the_compiled_product_refuses_tensors_that_it_would_misread() -> None:
+    """With another type, shape, stride or alignment it would take other bytes for numbers, or read past the end."""
     library = load_product_library()
     if library is None:
         pytest.skip("this CPU has no compiled product")
     x, weight, bias = _operands((8, 16), torch.bfloat16)
     product = NativeLinear(library, weight, bias)
-    for rows, residual in ((x[:, :15], x[:, :8]), (x, x[:, :7]), (x, x[:1, :8])):
-        with pytest.raises(ValueError, match="not fit a weight of 8 x 16"):
+    good, transposed = x[:, :8], torch.ones(16, NUM_ROWS, dtype=torch.bfloat16).T
+    for rows, residual, kind, message in (
+        (x.float(), good, TypeError, "x must be torch.bfloat16 on the CPU, got torch.float32 on cpu"),
+        (x.half(), good, TypeError, "x must be torch.bfloat16"),
+        (x.to("meta"), good, TypeError, "x must be torch.bfloat16 on the CPU, got torch.bfloat16 on meta"),
+        (x, good.float(), TypeError, "residual must be torch.bfloat16"),
+        (x[:, :15], good, ValueError, "x must have the shape (130, 16), got (130, 15)"),
+        (x[:, None], good, ValueError, "x must have the shape"),
+        (x, x[:, :7], ValueError, "residual must have the shape"),
+        (x, x[:1, :8], ValueError, "residual must have the shape"),
+        (transposed, good, ValueError, "x must have rows without gaps, got the strides (1, 130)"),
+        (x, x[:, ::2], ValueError, "residual must have rows without gaps"),
+        (_misaligned(NUM_ROWS, 16), good, ValueError, "x must be aligned to 2 bytes"),
+    ):
+        with pytest.raises(kind, match=re.escape(message)):
             product.add(rows, residual)
+
+
+def test_a_weight_or_bias_that_the_library_would_misread_is_refused() -> None:
+    library = load_product_library()
+    if library is None:
+        pytest.skip("this CPU has no compiled product")
+    _, weight, bias = _operands((8, 16), torch.bfloat16)
+    for its_weight, its_bias, kind, message in (
+        (weight.float(), bias, TypeError, "weight must be torch.bfloat16"),
+        (weight[0], bias, ValueError, "weight must be a matrix, got the shape (16,)"),
+        (weight, bias.float(), TypeError, "bias must be torch.bfloat16"),
+        (weight, bias[:7], ValueError, "bias must have the shape (8,), got (7,)"),
+        (weight, weight[:, :1], ValueError, "bias must have the shape"),
+        (_misaligned(8, 16), bias, ValueError, "weight must be aligned"),
+    ):
+        with pytest.raises(kind, match=re.escape(message)):
+            NativeLinear(library, its_weight, its_bias)
+
+
+def test_a_weight_and_a_bias_with_gaps_are_right() -> None:
+    library = load_product_library()
+    if library is None:
+        pytest.skip("this CPU has no compiled product")
+    x, weight, bias = _operands((8, 16), torch.bfloat16)
+    expected = NativeLinear(library, weight, bias)(x)
+    apart = torch.stack([bias, -bias], dim=1)[:, 0]
+    assert torch.equal(NativeLinear(library, weight.T.contiguous().T, apart)(x), expected)
+
+
+def test_no_rows_are_a_product_of_no_rows() -> None:
+    for kind, dtype in _kinds():
+        x, weight, bias = _operands((8, 16), dtype)
+        assert kind(weight, bias)(x[:0]).shape == (0, 8)
 
 
 def test_what_cannot_be_packed_is_not() -> None:

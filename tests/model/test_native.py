@@ -295,6 +295,19 @@ def test_tokens_without_a_block_and_blocks_that_are_not_there_are_refused_before
         stage.cache.attention(batch, rotary(stage.shape))
 
 
+def test_heads_that_the_library_would_misread_are_refused() -> None:
+    stage = Stage(SHAPES[3], torch.float32)
+    stage.add(1)
+    stage.cache.extend(1, [3])
+    batch = MicroBatch((Span(1, 0, 0, 2),), torch.arange(2))
+    attend = stage.cache.attention(batch, rotary(stage.shape))
+    heads = torch.zeros(2, 3, 4, 64)
+    attend(0, heads)
+    for wrong in (heads[:1], heads[:, :2], heads[..., :32], heads.flatten(1), heads.mT.contiguous().mT):
+        with pytest.raises(ValueError, match=r"heads must have (the shape \(2, 3, 4, 64\)|rows without gaps)"):
+            attend(0, wrong)
+
+
 def test_memory_that_cannot_be_had_is_an_error() -> None:
     shape = SHAPES[3]
     stage = Stage(shape, torch.float32)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptj_dist.model.inputs import MicroBatch, Span
 from gptj_dist.model.native.library import NativeBatch
+from gptj_dist.model.native.operands import address_of
 from gptj_dist.model.rotary import RotaryTable
 from gptj_dist.sizes import ceil_div
 
@@ -131,11 +132,19 @@ class NativeAttention:
         )
 
     def __call__(self, layer: int, heads: Tensor) -> None:
-        """As `Attention` has it."""
+        """Implements `Attention`.
+
+        Raises:
+            TypeError: the heads are on a GPU.
+            ValueError: the heads have another shape, or gaps within a row; rows may lie apart.
+            MemoryError: there is no memory for the library's scratch space.
+        """
         theirs = heads if heads.dtype == self._cache.dtype else heads.to(self._cache.dtype)
+        shape = (self._batch.num_rows, 3, self._batch.num_heads, self._batch.head_dim)
+        address = address_of("heads", theirs, self._cache.dtype, shape)
         self._batch.row_stride = theirs.stride(0)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        pointers = theirs.data_ptr(), keys.data_ptr(), values.data_ptr()
+        pointers = address, keys.data_ptr(), values.data_ptr()
         has_failed = self._attend(self._batch, *pointers, torch.get_num_threads())
         if has_failed:
             raise MemoryError(f"no memory for the attention of {len(heads)} rows")

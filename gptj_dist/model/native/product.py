@@ -8,48 +8,75 @@ import torch
 from torch import Tensor
 
 from gptj_dist.model.native.library import Product
+from gptj_dist.model.native.operands import address_of
+
+PACKED_ALIGNMENT_BYTES = 64
+"""The library reads packed weights a vector of this size at a time; torch aligns its memory to it."""
 
 
 class NativeLinear:
-    """As `model.linear.Linear`, of a bfloat16 weight that the library packs. Rows have the same bits in any company."""
+    """`x @ weight.T + bias` in bfloat16, as `model.linear.Linear`. A row has the same bits whatever rows are beside it.
+
+    `x` is bfloat16 [rows, in_features] and `residual` bfloat16 [rows, out_features], both in memory of the CPU. The
+    elements of a row lie side by side; rows may lie apart, as in a slice of columns. Every call raises TypeError for a
+    tensor of another type or on a GPU, ValueError for another shape, stride or alignment, and MemoryError if there is
+    no memory for its scratch space.
+
+    Args:
+        weight: bfloat16 [out_features, in_features], on the CPU; copied, in the library's order.
+        bias: bfloat16 [out_features], on the CPU, or None for none.
+
+    Raises:
+        TypeError: the weight or the bias is of another type, or on a GPU.
+        ValueError: the weight is not a matrix, or the bias does not fit it.
+    """
 
     def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be a matrix, got the shape {tuple(weight.shape)}")
         num_columns, depth = weight.shape
         weight = weight.contiguous()
+        source = address_of("weight", weight, torch.bfloat16, (num_columns, depth))
         self._packed = torch.empty(library.packed_size(num_columns, depth), dtype=torch.bfloat16)
-        library.pack_bfloat16(weight.data_ptr(), self._packed.data_ptr(), num_columns, depth, torch.get_num_threads())
-        self._bias = bias
+        if self._packed.data_ptr() % PACKED_ALIGNMENT_BYTES:
+            raise ValueError(f"packed weights must be aligned to {PACKED_ALIGNMENT_BYTES} bytes")
+        library.pack_bfloat16(source, self._packed.data_ptr(), num_columns, depth, torch.get_num_threads())
+        self._bias = None if bias is None else bias.contiguous()
+        self._bias_address = None
+        if self._bias is not None:
+            self._bias_address = address_of("bias", self._bias, torch.bfloat16, (num_columns,))
         self._num_columns = num_columns
         self._depth = depth
         self._multiply = library.multiply_bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[rows, out_features]."""
         return self._product(x)
 
     def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the product, in its tanh form."""
         return self._product(x, has_gelu=True)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The product plus `residual`."""
         return self._product(x, residual)
 
     def _product(self, x: Tensor, residual: Tensor | None = None, has_gelu: bool = False) -> Tensor:
-        """Raises ValueError if a shape does not fit: the library would read what is not there."""
-        rows, depth = x.shape
-        if depth != self._depth or (residual is not None and residual.shape != (rows, self._num_columns)):
-            raise ValueError(
-                f"rows {tuple(x.shape)} or their residual do not fit a weight of {self._num_columns} x {self._depth}"
-            )
-        out = x.new_empty(rows, self._num_columns)
+        num_rows = len(x)
+        rows = address_of("x", x, torch.bfloat16, (num_rows, self._depth))
+        added = None
+        if residual is not None:
+            added = address_of("residual", residual, torch.bfloat16, (num_rows, self._num_columns))
+        out = x.new_empty(num_rows, self._num_columns)
         product = Product(
-            num_rows=rows,
+            num_rows=num_rows,
             num_columns=self._num_columns,
-            depth=depth,
+            depth=self._depth,
             x_stride=x.stride(0),
             residual_stride=0 if residual is None else residual.stride(0),
             weight=self._packed.data_ptr(),
-            bias=None if self._bias is None else self._bias.data_ptr(),
+            bias=self._bias_address,
         )
-        others = None if residual is None else residual.data_ptr()
-        if self._multiply(product, x.data_ptr(), others, has_gelu, out.data_ptr(), torch.get_num_threads()):
-            raise MemoryError(f"no memory for a product of {rows} rows")
+        if self._multiply(product, rows, added, has_gelu, out.data_ptr(), torch.get_num_threads()):
+            raise MemoryError(f"no memory for a product of {num_rows} rows")
         return out
