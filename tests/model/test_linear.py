@@ -144,15 +144,52 @@ def test_neighbours_that_are_not_numbers_do_not_reach_a_row(kind: Kind, dtype: t
     assert not product[2:].isfinite().any()
 
 
-def test_the_compiled_product_refuses_what_does_not_fit() -> None:
+def _native_operands() -> tuple[NativeLinear, Tensor, Tensor]:
+    """A compiled product of a weight [8, 16], and rows and a residual that fit it."""
     library = load_product_library()
     if library is None:
         pytest.skip("this CPU has no compiled product")
     x, weight, bias = _operands((8, 16), torch.bfloat16)
-    product = NativeLinear(library, weight, bias)
-    for rows, residual in ((x[:, :15], x[:, :8]), (x, x[:, :7]), (x, x[:1, :8])):
-        with pytest.raises(ValueError, match="not fit a weight of 8 x 16"):
-            product.add(rows, residual)
+    return NativeLinear(library, weight, bias), x, torch.zeros(len(x), 8, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x[:, :15],
+        lambda x: x.float(),
+        lambda x: x.half(),
+        lambda x: x.to("meta"),
+        lambda x: x.T.contiguous().T,
+        lambda x: x[0],
+    ],
+    ids=["narrow", "float32", "float16", "elsewhere", "columns in one piece", "no rows"],
+)
+def test_the_compiled_product_refuses_rows_that_it_would_read_wrongly(spoil: Callable[[Tensor], Tensor]) -> None:
+    product, x, _ = _native_operands()
+    with pytest.raises(ValueError, match=r"rows: must be bfloat16 \[\d+, 16\]"):
+        product(spoil(x))
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda r: r[:, :7], lambda r: r[:1], lambda r: r.float(), lambda r: r.T.contiguous().T]
+)
+def test_the_compiled_product_refuses_a_residual_that_it_would_read_wrongly(spoil: Callable[[Tensor], Tensor]) -> None:
+    product, x, residual = _native_operands()
+    with pytest.raises(ValueError, match=r"residual: must be bfloat16 \[\d+, 8\]"):
+        product.add(x, spoil(residual))
+
+
+def test_the_compiled_product_refuses_a_weight_and_a_bias_that_it_would_read_wrongly() -> None:
+    _native_operands()
+    library = load_product_library()
+    assert library is not None
+    _, weight, bias = _operands((8, 16), torch.bfloat16)
+    with pytest.raises(ValueError, match="weight: must be bfloat16"):
+        NativeLinear(library, weight.float(), bias)
+    for wrong in (bias.float(), bias[:7]):
+        with pytest.raises(ValueError, match="bias: must be bfloat16"):
+            NativeLinear(library, weight, wrong)
 
 
 def test_what_cannot_be_packed_is_not() -> None:
