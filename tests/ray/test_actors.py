@@ -30,8 +30,8 @@ from gptj_dist.errors import CheckpointError, ConfigurationError, StageFailedErr
 from gptj_dist.logs import LogSettings
 from gptj_dist.params import Pooling
 from gptj_dist.stages import group
-from gptj_dist.stages.actor import CONCURRENCY_GROUPS, Stage, _to_tensor, _to_wire
-from gptj_dist.stages.blueprint import DeviceReport, draw_blueprint
+from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage, _to_tensor, _to_wire
+from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.local import load_local
 from gptj_dist.stages.transport import open_transport
@@ -282,15 +282,15 @@ def test_a_checkpoint_that_breaks_while_loading_is_told_and_leaves_no_actor(tmp_
 class StageWithoutCompiler(Stage):
     """A stage whose machine has no compiled attention, if it is the last."""
 
-    def describe(self) -> tuple[DeviceReport, str]:
-        device, address = super().describe()
-        is_last = self._runner.spec.layers.is_last
-        return (replace(device, kernels="torch's attention") if is_last else device), address
+    def describe(self) -> PlacedStage:
+        placed = super().describe()
+        if not self._runner.spec.layers.is_last:
+            return placed
+        return replace(placed, device=replace(placed.device, kernels="torch's attention"))
 
 
 def test_a_float32_pipeline_of_unlike_kernels_is_refused_and_leaves_no_actor(monkeypatch: pytest.MonkeyPatch) -> None:
-    actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(StageWithoutCompiler)
-    monkeypatch.setattr(group, "StageActor", actor)
+    monkeypatch.setattr(group, "Stage", StageWithoutCompiler)
     bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.5}, {"CPU": 0.5}])
     before = set(map(str, ray.util.list_named_actors(all_namespaces=True)))
     with pytest.raises(ConfigurationError, match=r"stage 1 on .* has torch's attention; install a C compiler"):
