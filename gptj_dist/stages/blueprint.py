@@ -5,6 +5,7 @@ A blueprint is drawn before any process exists, so that a wrong setting or a bro
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_
 from gptj_dist.sizes import bytes_text, ceil_div
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.token_rules import TokenRules
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_SHARE = 0.8
 """What `auto` gives the weights of all memory before it takes a shorter type."""
@@ -65,6 +68,7 @@ class DeviceReport:
         num_cores: CPU cores of the machine.
         total_bytes: of its memory, whoever uses it.
         fast_dtypes: types that the device is good at.
+        kernels, vectors: as `model.arithmetic` names them; stages with equal names compute equal bits in float32.
     """
 
     name: str
@@ -72,6 +76,13 @@ class DeviceReport:
     num_cores: int
     total_bytes: int
     fast_dtypes: tuple[DTypeName, ...]
+    kernels: str = ""
+    vectors: str = ""
+
+    @property
+    def host(self) -> str:
+        """The name of the machine."""
+        return self.memory_pool.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +255,41 @@ def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[Dev
                 f"in {dtype}, but it has {bytes_text(device.total_bytes)} in all; more stages on other devices, or a "
                 "--dtype of 16 bits, would help"
             )
+
+
+def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
+    """Refuses a float32 pipeline whose stages would compute different bits, as float32 is the exact mode.
+
+    Unlike CPUs are refused only if the user chose float32: `auto` also chooses it for speed, and without exactness such
+    a pipeline still serves.
+
+    Args:
+        devices: of each stage, first to last.
+
+    Raises:
+        ConfigurationError: names two unlike stages and what to do.
+    """
+    if dtype != "float32":
+        return
+    first = devices[0]
+    for index, other in enumerate(devices):
+        if other.kernels != first.kernels:
+            raise ConfigurationError(
+                f"in float32 all stages must compute the same bits, but stage 0 on {first.host} has {first.kernels} "
+                f"and stage {index} on {other.host} has {other.kernels}; install a C compiler (gcc) on both, or serve "
+                "with --dtype bfloat16 or float16"
+            )
+        if other.vectors == first.vectors:
+            continue
+        difference = (
+            f"stage 0 on {first.host} has {first.vectors} and stage {index} on {other.host} has {other.vectors}"
+        )
+        if config.dtype == "float32":
+            raise ConfigurationError(
+                f"in float32 all stages must compute the same bits, but {difference}; use machines of one kind and one "
+                "version of torch, or serve with --dtype auto, bfloat16 or float16"
+            )
+        logger.warning("bits of the results depend on which machine computes a layer: %s", difference)
 
 
 def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int:

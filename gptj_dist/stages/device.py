@@ -11,6 +11,7 @@ import torch
 
 from gptj_dist.config import DeviceKind, DTypeName
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.model.arithmetic import kernels, vectors
 from gptj_dist.stages.blueprint import DeviceReport
 from gptj_dist.stages.container import free_memory_bytes, memory_limit_bytes
 from gptj_dist.stages.cores import available_cores
@@ -51,11 +52,14 @@ def describe_device(device: torch.device) -> DeviceReport:
             num_cores=num_cores,
             total_bytes=total_bytes(device),
             fast_dtypes=(*fast, "bfloat16") if properties.major >= 8 else fast,
+            kernels=kernels(device),
+            vectors=vectors(device),
         )
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     is_bf16_fast = any(flag in flags for flag in _CPU_BF16_FLAGS)
     fast = ("float32", "bfloat16") if is_bf16_fast else ("float32",)
-    return DeviceReport("cpu", f"{host}/cpu", num_cores, total_bytes(device), fast)
+    pool, num_bytes = f"{host}/cpu", total_bytes(device)
+    return DeviceReport("cpu", pool, num_cores, num_bytes, fast, kernels(device), vectors(device))
 
 
 def free_bytes(device: torch.device) -> int:

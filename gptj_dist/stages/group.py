@@ -29,6 +29,7 @@ from gptj_dist.stages.blueprint import (
     LoadedPipeline,
     choose_dtype,
     count_kv_blocks,
+    require_equal_bits,
     require_memory,
 )
 from gptj_dist.stages.loss import LastWords, StageLoss, death_cause, last_words
@@ -122,6 +123,7 @@ class StageGroup:
         devices = [stage.device for stage in placed]
         dtype = choose_dtype(blueprint.config, blueprint.model, devices)
         require_memory(blueprint, dtype, devices)
+        require_equal_bits(blueprint.config, dtype, devices)
         num_threads = [blueprint.config.threads_per_stage or n for n in _share_cores(devices)]
         loading = [stage.load.remote(dtype, n) for stage, n in zip(stages, num_threads, strict=True)]
         reports = await _answers(placed, loading)
@@ -244,12 +246,8 @@ def _stage_actor(placement: Placement, index: int, epoch: int) -> Any:
 
 def _share_cores(devices: Sequence[DeviceReport]) -> list[int]:
     """Threads for each stage: its machine's cores, shared evenly by the stages on that machine."""
-    stages_on = Counter(_machine(device) for device in devices)
-    return [max(1, device.num_cores // stages_on[_machine(device)]) for device in devices]
-
-
-def _machine(device: DeviceReport) -> str:
-    return device.memory_pool.partition("/")[0]
+    stages_on = Counter(device.host for device in devices)
+    return [max(1, device.num_cores // stages_on[device.host]) for device in devices]
 
 
 def _own_error(error: Exception) -> GPTJDistError | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptj_dist.model.native.attention import LANES, TILE_ROWS
-from gptj_dist.model.native.library import HEADERS, SOURCES, NativeBatch, Product
+from gptj_dist.model.native.library import COMPILE, HEADERS, SOURCES, NativeBatch, Product
 
 COMPILE_TIMEOUT_S = 120
 ATTENTION, PRODUCT = SOURCES
@@ -33,6 +33,12 @@ static void *filled(int64_t count, size_t size) { /* a buffer of just this lengt
 ATTENTION_MAIN = (
     FILLED
     + r"""
+static uint64_t checksum = 14695981039346656037u; /* FNV-1a of all results */
+
+static void add_to_checksum(const void *base, int64_t size) {
+    for (int64_t i = 0; i < size; i++) checksum = (checksum ^ ((const unsigned char *)base)[i]) * 1099511628211u;
+}
+
 /* Requests of 1, 2, .. rows at the end of contexts of uneven length; blocks in reverse. */
 static int run(int64_t heads, int64_t head_dim, int64_t rotary, int64_t requests, int64_t longest, enum element e) {
     int64_t padded = (head_dim + LANES - 1) / LANES * LANES, table = (longest + LANES - 1) / LANES;
@@ -62,6 +68,7 @@ static int run(int64_t heads, int64_t head_dim, int64_t rotary, int64_t requests
     int failed = 0;
     for (int threads = 1; threads <= 2; threads++)
         failed |= (e == FLOAT32 ? attend_float32 : attend_bfloat16)(&b, qkv, keys, values, threads);
+    add_to_checksum(qkv, ((rows - 1) * stride + 3 * heads * head_dim) * size);
     free(qkv), free(keys), free(values), free(cos), free(sin);
     free(positions), free(slots), free(tables), free(pieces);
     return failed;
@@ -72,6 +79,7 @@ int main(void) {
     for (int e = FLOAT32; e <= BFLOAT16; e++)
         failed |= run(3, 5, 4, 4, 37, e) | run(17, 16, 16, 5, 16, e) | run(2, 80, 20, 3, 33, e) |
                   run(4, 64, 64, 1, 1, e) | run(2, 256, 64, 3, 65, e);
+    fprintf(stderr, "%%016llx", (unsigned long long)checksum);
     printf("%%s\n", failed ? "failed" : "done");
     return failed;
 }
@@ -130,6 +138,27 @@ def test_no_access_is_out_of_bounds_and_nothing_is_undefined(tmp_path: Path, sou
     if ran.stdout == "not for this CPU\n":
         pytest.skip("this CPU has no such product")
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+@pytest.mark.parametrize("flags", ["-O1 -march=native", "-O3 -march=haswell", "-O2 -march=haswell"])
+def test_bits_of_attention_depend_neither_on_the_vectors_nor_on_the_compilers_choices(
+    tmp_path: Path, flags: str
+) -> None:
+    """On CPUs with fused multiply-add, which is written out where sums are made."""
+    compiler, cpu = shutil.which("gcc"), Path("/proc/cpuinfo")
+    if compiler is None or not cpu.exists() or not {"avx2", "fma"} <= set(cpu.read_text().split()):
+        pytest.skip("needs gcc and a CPU with AVX2 and FMA")
+    (tmp_path / "main.c").write_text(ATTENTION_MAIN % ATTENTION)
+
+    def checksum(*flags: str) -> str:
+        command = [compiler, *flags, str(tmp_path / "main.c"), "-lm", "-o", str(tmp_path / "main")]
+        subprocess.run(command, check=True, timeout=COMPILE_TIMEOUT_S)
+        ran = subprocess.run([tmp_path / "main"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=True)
+        return ran.stderr
+
+    product_flags = [flag for flag in COMPILE if flag != "-c"]
+    others = [flag for flag in product_flags if not flag.startswith(("-O", "-march"))]
+    assert checksum(*others, *flags.split()) == checksum(*product_flags)
 
 
 def test_tiles_are_as_long_as_the_source_has_them() -> None:

@@ -10,6 +10,7 @@ import socket
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Chunk, Plan, Result
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
-from gptj_dist.errors import CheckpointError, StageFailedError
+from gptj_dist.errors import CheckpointError, ConfigurationError, StageFailedError
 from gptj_dist.logs import LogSettings
 from gptj_dist.params import Pooling
-from gptj_dist.stages.actor import CONCURRENCY_GROUPS, Stage, _to_tensor, _to_wire
+from gptj_dist.stages import group
+from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage, _to_tensor, _to_wire
 from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.local import load_local
@@ -273,6 +275,28 @@ def test_a_checkpoint_that_breaks_while_loading_is_told_and_leaves_no_actor(tmp_
     before = set(map(str, ray.util.list_named_actors(all_namespaces=True)))
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         asyncio.run(_start(blueprint, Placement(bundles, "cpu", 0.5, 0, "broken")))
+    remove_placement_group(bundles)
+    assert set(map(str, ray.util.list_named_actors(all_namespaces=True))) == before
+
+
+class StageWithoutCompiler(Stage):
+    """A stage whose machine has no compiled attention, if it is the last."""
+
+    def describe(self) -> PlacedStage:
+        placed = super().describe()
+        if not self._runner.spec.layers.is_last:
+            return placed
+        return replace(placed, device=replace(placed.device, kernels="torch's attention"))
+
+
+def test_a_float32_pipeline_of_unlike_kernels_is_refused_and_leaves_no_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "Stage", StageWithoutCompiler)
+    bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.5}, {"CPU": 0.5}])
+    before = set(map(str, ray.util.list_named_actors(all_namespaces=True)))
+    with pytest.raises(ConfigurationError, match=r"stage 1 on .* has torch's attention; install a C compiler"):
+        asyncio.run(
+            _start(draw_blueprint(PipelineConfig("demo", stages=2)), Placement(bundles, "cpu", 0.5, 0, "unlike"))
+        )
     remove_placement_group(bundles)
     assert set(map(str, ray.util.list_named_actors(all_namespaces=True))) == before
 

@@ -25,6 +25,7 @@ from gptj_dist.stages.blueprint import (
     choose_dtype,
     count_kv_blocks,
     draw_blueprint,
+    require_equal_bits,
     require_memory,
 )
 from gptj_dist.token_rules import TokenRules
@@ -305,3 +306,39 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
         file.truncate(1_000_000)
     with pytest.raises(CheckpointError, match="truncated"):
         draw_blueprint(PipelineConfig(str(model)))
+
+
+# Bits
+
+COMPILED = replace(CPU, kernels="compiled attention", vectors="torch 2.13.0 with AVX512")
+WITHOUT_COMPILER = replace(COMPILED, kernels="torch's attention", memory_pool="there/cpu")
+OLDER = replace(COMPILED, vectors="torch 2.13.0 with AVX2", memory_pool="there/cpu")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("devices", [[COMPILED, WITHOUT_COMPILER], [WITHOUT_COMPILER, COMPILED, COMPILED]])
+def test_a_float32_pipeline_of_unlike_kernels_is_refused(dtype: Any, devices: list[DeviceReport]) -> None:
+    with pytest.raises(ConfigurationError, match=r"stage 0 on \w+ has .* stage 1 on \w+ has .* install a C compiler"):
+        require_equal_bits(PipelineConfig(DEMO, dtype=dtype), "float32", devices)
+
+
+def test_unlike_cpus_are_refused_where_the_user_chose_float32() -> None:
+    with pytest.raises(ConfigurationError, match=r"stage 0 on here has .*AVX512 and stage 2 on there has .*AVX2;"):
+        require_equal_bits(PipelineConfig(DEMO, dtype="float32"), "float32", [COMPILED, COMPILED, OLDER])
+
+
+def test_unlike_cpus_serve_with_a_warning_where_float32_was_chosen_for_speed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    require_equal_bits(PipelineConfig(DEMO), "float32", [COMPILED, OLDER])
+    assert "AVX512 and stage 1 on there has torch 2.13.0 with AVX2" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_unlike_stages_are_accepted_in_16_bits(dtype: Any) -> None:
+    require_equal_bits(PipelineConfig(DEMO, dtype=dtype), dtype, [COMPILED, WITHOUT_COMPILER, OLDER])
+
+
+def test_like_stages_are_accepted_in_float32(caplog: pytest.LogCaptureFixture) -> None:
+    require_equal_bits(PipelineConfig(DEMO), "float32", [COMPILED, replace(COMPILED, memory_pool="there/cpu")])
+    assert not caplog.text

@@ -92,7 +92,10 @@ INLINE void score_blocks(const struct item *it, int64_t place, int blocks, int64
     for (int64_t d = 0; d < b->head_dim; d++)
         for (int k = 0; k < blocks; k++) {
             floats lanes = load(key[k], d * LANES, e);
-            for (int r = 0; r < rows; r++) sums[k * rows + r] += splat(queries[r * b->padded_dim + d]) * lanes;
+            for (int r = 0; r < rows; r++) {
+                floats *sum = &sums[k * rows + r];
+                *sum = fused(splat(queries[r * b->padded_dim + d]), lanes, *sum);
+            }
         }
     for (int k = 0; k < blocks; k++)
         for (int r = 0; r < rows; r++)
@@ -135,7 +138,8 @@ INLINE void add_values(const struct batch *b, const char *value, int64_t tokens,
         for (int64_t t = 0; t < tokens; t++)
             for (int w = 0; w < wide; w++) {
                 floats v = load(value, t * b->padded_dim + d + w * LANES, e);
-                for (int r = 0; r < rows; r++) part[r * wide + w] += splat(weights[r * weight_stride + t]) * v;
+                for (int r = 0; r < rows; r++)
+                    part[r * wide + w] = fused(splat(weights[r * weight_stride + t]), v, part[r * wide + w]);
             }
         for (int r = 0; r < rows; r++)
             for (int w = 0; w < wide; w++)
@@ -256,6 +260,15 @@ INLINE int attend_all(const struct batch *b, void *heads, void *keys, void *valu
         free(s.queries);
     }
     return failed;
+}
+
+/* Whether this CPU's sums are of products that are not rounded: only then are the bits those of other CPUs. */
+int has_fused(void) {
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 /* Rotates queries and keys of `heads` [rows, 3, num_heads, head_dim], stores keys and values, and overwrites the

@@ -24,7 +24,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "prod
 HEADERS = (Path(__file__).with_name("vectors.h"),)
 COMPILERS = ("gcc", "cc")
 COMPILE_TIMEOUT_S = 120
-_COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
+COMPILE = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-c")
 _LINK = ("-shared", "-nostdlib")
 
 
@@ -79,11 +79,11 @@ def _compiled(directory: Path) -> Path:
         raise OSError(f"there is no C compiler ({' or '.join(COMPILERS)}) on {platform.node()}")
     version = _run(compiler, "--version")
     texts = (path.read_text() for path in (*SOURCES, *HEADERS))
-    key = hashlib.blake2b("\n".join((*texts, version, *_COMPILE, *_LINK, _cpu())).encode(), digest_size=12)
+    key = hashlib.blake2b("\n".join((*texts, version, *COMPILE, *_LINK, _cpu())).encode(), digest_size=12)
     path = directory / f"native-{key.hexdigest()}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            _run(compiler, *_COMPILE, *map(str, SOURCES), directory=scratch)
+            _run(compiler, *COMPILE, *map(str, SOURCES), directory=scratch)
             _run(compiler, *_LINK, *(f"{source.stem}.o" for source in SOURCES), "-o", "native.so", directory=scratch)
             Path(scratch, "native.so").replace(path)  # at once, as other stages may look for it
     return path

@@ -144,7 +144,7 @@ static void pack_tile(const struct product *p, const uint16_t *x, int64_t rows, 
 
 /* In its tanh form (Hendrycks & Gimpel 2016), with (1 + tanh(z)) / 2 = 1 / (1 + e^-2z). */
 INLINE floats gelu(floats x) {
-    floats z2 = x * (splat(1.5957691216f) + splat(0.0713548163f) * x * x);
+    floats z2 = x * fused(splat(0.0713548163f) * x, x, splat(1.5957691216f));
     ints is_negative = z2 < splat(0.0f);
     floats e = exponential((floats)((ints)z2 | (int32_t)0x80000000));
     floats upper = (floats)(((ints)(x * e) & is_negative) | ((ints)x & ~is_negative));

@@ -11,7 +11,7 @@ from gptj_dist.model.native.library import Product
 from gptj_dist.model.native.operands import address_of
 
 PACKED_ALIGNMENT_BYTES = 64
-"""The library reads packed weights a vector of this size at a time; torch aligns its memory to it."""
+"""The library reads packed weights a vector of this size at a time."""
 
 
 class NativeLinear:
@@ -37,9 +37,7 @@ class NativeLinear:
         num_columns, depth = weight.shape
         weight = weight.contiguous()
         source = address_of("weight", weight, torch.bfloat16, (num_columns, depth))
-        self._packed = torch.empty(library.packed_size(num_columns, depth), dtype=torch.bfloat16)
-        if self._packed.data_ptr() % PACKED_ALIGNMENT_BYTES:
-            raise ValueError(f"packed weights must be aligned to {PACKED_ALIGNMENT_BYTES} bytes")
+        self._packed = _aligned(library.packed_size(num_columns, depth))
         library.pack_bfloat16(source, self._packed.data_ptr(), num_columns, depth, torch.get_num_threads())
         self._bias = None if bias is None else bias.contiguous()
         self._bias_address = None
@@ -80,3 +78,11 @@ class NativeLinear:
         if self._multiply(product, rows, added, has_gelu, out.data_ptr(), torch.get_num_threads()):
             raise MemoryError(f"no memory for a product of {num_rows} rows")
         return out
+
+
+def _aligned(num_elements: int) -> Tensor:
+    """bfloat16 memory, [num_elements], that begins at a multiple of `PACKED_ALIGNMENT_BYTES`."""
+    element_bytes = torch.bfloat16.itemsize
+    memory = torch.empty(num_elements + PACKED_ALIGNMENT_BYTES // element_bytes, dtype=torch.bfloat16)
+    begin = -memory.data_ptr() % PACKED_ALIGNMENT_BYTES // element_bytes
+    return memory[begin : begin + num_elements]

@@ -3,6 +3,11 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_FMA)
+#include <arm_neon.h>
+#endif
 
 #define LANES 16
 #define VECTOR_BYTES 64
@@ -57,23 +62,46 @@ INLINE floats larger(floats a, floats b) {
     return (floats)(((ints)a & is_a) | ((ints)b & ~is_a));
 }
 
+/* a * b + c, rounded once where the CPU can. The compiler forms none by itself (-ffp-contract=off), as a sum's bits
+ * would then depend on the compiler. Without the instruction a product is rounded, too: see `has_fused`. */
+INLINE floats fused(floats a, floats b, floats c) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    floats result;
+    for (int i = 0; i < LANES; i += 8)
+        _mm256_storeu_ps((float *)&result + i,
+                         _mm256_fmadd_ps(_mm256_loadu_ps((const float *)&a + i), _mm256_loadu_ps((const float *)&b + i),
+                                         _mm256_loadu_ps((const float *)&c + i)));
+    return result;
+#elif defined(__ARM_FEATURE_FMA)
+    floats result;
+    for (int i = 0; i < LANES; i += 4)
+        vst1q_f32((float *)&result + i, vfmaq_f32(vld1q_f32((const float *)&c + i), vld1q_f32((const float *)&a + i),
+                                                  vld1q_f32((const float *)&b + i)));
+    return result;
+#else
+    return a * b + c;
+#endif
+}
+
 /* e^x for x <= 0, to 1e-7 of itself; 0 where that would be denormal; NaN stays NaN.
  * x = n ln 2 + r with |r| <= ln 2 / 2 (Cody & Waite's two-part ln 2), e^r by its Taylor polynomial of degree 7. */
 INLINE floats exponential(floats x) {
     const floats shifter = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     ints is_denormal = x <= splat(-87.0f);
-    floats scaled = x * splat(1.44269504f) + shifter;
+    floats scaled = fused(x, splat(1.44269504f), shifter);
     floats n = scaled - shifter;
-    floats r = x - n * splat(0.693359375f);
-    r = r + n * splat(2.12194440e-4f);
+    floats r = fused(n, splat(-0.693359375f), x);
+    r = fused(n, splat(2.12194440e-4f), r);
     floats p = splat(1.0f / 5040);
-    p = p * r + splat(1.0f / 720);
-    p = p * r + splat(1.0f / 120);
-    p = p * r + splat(1.0f / 24);
-    p = p * r + splat(1.0f / 6);
-    p = p * r + splat(0.5f);
-    p = p * r + splat(1.0f);
-    p = p * r + splat(1.0f);
+    p = fused(p, r, splat(1.0f / 720));
+    p = fused(p, r, splat(1.0f / 120));
+    p = fused(p, r, splat(1.0f / 24));
+    p = fused(p, r, splat(1.0f / 6));
+    p = fused(p, r, splat(0.5f));
+    p = fused(p, r, splat(1.0f));
+    p = fused(p, r, splat(1.0f));
     words power = ((words)scaled - (words)shifter + 127) << 23;
     return (floats)((ints)(p * (floats)power) & ~is_denormal);
 }
