@@ -15,7 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
+from gptj_dist.engine.plan import Result
+from gptj_dist.stages.transport.frames import ResultFrame, encode
 from tests.http.server import APP_NAME, Server, serving
+from tests.strangers import ATTACKS, stranger, zeromq_endpoints
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -129,6 +132,39 @@ def test_an_ingress_that_dies_ends_its_requests_and_another_one_takes_over(serve
     wait_until(server.is_ready, "a new ingress is there")
     assert ingress not in processes_of("Ingress")
     assert server.complete(prompt="Call me", max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_strangers_at_the_ports_of_all_processes_change_no_stream_and_are_counted(server: Server) -> None:
+    request = {"prompt": "Call me Ishmael.", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    alone = server.complete(**request)["choices"][0]["text"]
+    before = server.status()
+    (ingress,) = processes_of("Ingress")
+    pids = [*(stage.pid for stage in before.stages), before.pid, ingress]
+    endpoints = {pid: zeromq_endpoints(pid) for pid in pids}
+    assert [len(found) for found in endpoints.values()] == [1, 1, 1, 1]
+    texts: list[str] = []
+    client = threading.Thread(target=lambda: texts.append(server.complete(**request)["choices"][0]["text"]))
+    client.start()
+    forged = [bytes(part) for part in encode(before.num_restarts, ResultFrame(Result(0, (6,))))]
+    for (endpoint,) in endpoints.values():
+        for attack in ATTACKS:
+            with stranger(attack, endpoint, forged):
+                pass
+    client.join(timeout=120)
+    assert texts == [alone]
+
+    def counts() -> dict[str, float] | None:
+        server.complete(prompt="x", max_tokens=1)  # stages report with the next plan
+        lines = server.client.get("/metrics").text.splitlines()
+        dropped = [line.rpartition(" ") for line in lines if "dropped_messages_total{" in line]
+        ports = {name: float(value) for name, _, value in dropped if 'port="feed"' not in name}
+        return ports if len(ports) == 4 and all(ports.values()) else None
+
+    wait_until(counts, "strangers are counted at every port")
+    after = server.status()
+    assert (after.num_restarts, after.pid, after.num_dropped > 0) == (before.num_restarts, before.pid, True)
+    assert [stage.pid for stage in after.stages] == [stage.pid for stage in before.stages]
+    assert processes_of("Ingress") == [ingress]
 
 
 def processes_of(deployment: str) -> list[int]:
