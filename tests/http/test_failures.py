@@ -168,9 +168,19 @@ def test_strangers_at_the_ports_of_all_processes_change_no_stream_and_are_counte
 
 
 def processes_of(deployment: str) -> list[int]:
-    """Process ids of a deployment's replicas."""
+    """Process ids of a deployment's replicas in the Ray of this process. Other test runs use the same names."""
     title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if title in read_if_there(path)]
+    named = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if title in read_if_there(path)]
+    return [pid for pid in named if os.getpid() in ancestors(pid)]
+
+
+def ancestors(pid: int) -> list[int]:
+    """The parent of a process, its parent, and so on."""
+    found = []
+    while pid > 1 and (stat := read_if_there(Path(f"/proc/{pid}/stat"))):
+        pid = int(stat.rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
 
 
 def read_if_there(path: Path) -> str:
