@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import zmq
 
@@ -70,3 +71,29 @@ PEERS: dict[str, Callable[[zmq.Socket[bytes], bytes | None], None]] = {
 }
 
 ATTACKS = [*BYTES, "half-open connections", *PEERS]
+
+
+def zeromq_endpoints(pid: int) -> list[str]:
+    """The addresses at which a process of this machine listens and greets as ZeroMQ does."""
+    sockets = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            sockets.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    listening = [row[1] for row in rows if row[3] == "0A" and row[9] in sockets]
+    return [endpoint for endpoint in map(_endpoint, listening) if _greets(endpoint)]
+
+
+def _endpoint(address: str) -> str:
+    """Of an IPv4 address as /proc/net/tcp shows it: hexadecimal, the host little-endian."""
+    host, port = address.split(":")
+    return f"tcp://{socket.inet_ntoa(bytes.fromhex(host)[::-1])}:{int(port, 16)}"
+
+
+def _greets(endpoint: str) -> bool:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=2) as connection:
+        connection.settimeout(0.5)
+        with suppress(OSError):
+            return connection.recv(1) == b"\xff"
+    return False

@@ -63,6 +63,7 @@ class PipelineDocument(BaseModel):
         num_preemptions: since its stages were started last.
         num_restarts: how often its stages were replaced.
         losses: the last stages that died, oldest first.
+        num_dropped: see `PipelineStatus`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,6 +85,7 @@ class PipelineDocument(BaseModel):
     num_restarts: int
     stages: tuple[StageDocument, ...]
     losses: tuple[LossDocument, ...] = ()
+    num_dropped: int = 0
 
 
 class DebugDocument(BaseModel):
@@ -127,6 +129,7 @@ def _pipeline(status: PipelineStatus) -> PipelineDocument:
         num_restarts=status.num_restarts,
         stages=tuple(_stage(status, *pair) for pair in zip(status.stages, measured, strict=True)),
         losses=tuple(map(LossDocument.model_validate, status.losses)),
+        num_dropped=status.num_dropped,
     )
 
 

@@ -59,6 +59,7 @@ class PipelineStatus:
         num_restarts: how often its stages were replaced.
         pid: the coordinator's process.
         losses: the last stages that died, oldest first.
+        num_dropped: connections without the key and malformed messages that all ports of the pipeline have dropped.
     """
 
     name: str
@@ -75,6 +76,7 @@ class PipelineStatus:
     is_up: bool
     snapshot: Snapshot
     losses: tuple[StageLoss, ...] = ()
+    num_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,7 @@ class Pipeline:
             is_up=self._engine.is_up,
             snapshot=self._engine.stats.snapshot(),
             losses=tuple(self._losses),
+            num_dropped=sum(self._num_dropped()),
         )
 
     async def metrics(self) -> PipelineMetrics:
@@ -248,8 +251,11 @@ class Pipeline:
             stages=self._engine.stats.stages,
             coordinator_ns=self._engine.stats.coordinator_ns,
             edge_bytes=tuple(self._group.edge_bytes),
-            num_dropped=(*self._group.num_dropped, self._outbox.num_malformed),
+            num_dropped=self._num_dropped(),
         )
+
+    def _num_dropped(self) -> tuple[int, ...]:
+        return *self._group.num_dropped, self._outbox.num_malformed
 
     async def trace_part(self, since: Mapping[str, int]) -> TracePart:
         """The plans that came back and are still remembered.

@@ -15,7 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
+from gptj_dist.engine.plan import Result
+from gptj_dist.stages.transport.frames import ResultFrame, encode
 from tests.http.server import APP_NAME, Server, serving
+from tests.strangers import ATTACKS, stranger, zeromq_endpoints
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -131,10 +134,53 @@ def test_an_ingress_that_dies_ends_its_requests_and_another_one_takes_over(serve
     assert server.complete(prompt="Call me", max_tokens=3)["usage"]["completion_tokens"] == 3
 
 
+def test_strangers_at_the_ports_of_all_processes_change_no_stream_and_are_counted(server: Server) -> None:
+    request = {"prompt": "Call me Ishmael.", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    alone = server.complete(**request)["choices"][0]["text"]
+    before = server.status()
+    (ingress,) = processes_of("Ingress")
+    pids = [*(stage.pid for stage in before.stages), before.pid, ingress]
+    endpoints = {pid: zeromq_endpoints(pid) for pid in pids}
+    assert [len(found) for found in endpoints.values()] == [1, 1, 1, 1]
+    texts: list[str] = []
+    client = threading.Thread(target=lambda: texts.append(server.complete(**request)["choices"][0]["text"]))
+    client.start()
+    forged = [bytes(part) for part in encode(before.num_restarts, ResultFrame(Result(0, (6,))))]
+    for (endpoint,) in endpoints.values():
+        for attack in ATTACKS:
+            with stranger(attack, endpoint, forged):
+                pass
+    client.join(timeout=120)
+    assert texts == [alone]
+
+    def counts() -> dict[str, float] | None:
+        server.complete(prompt="x", max_tokens=1)  # stages report with the next plan
+        lines = server.client.get("/metrics").text.splitlines()
+        dropped = [line.rpartition(" ") for line in lines if "dropped_messages_total{" in line]
+        ports = {name: float(value) for name, _, value in dropped if 'port="feed"' not in name}
+        return ports if len(ports) == 4 and all(ports.values()) else None
+
+    wait_until(counts, "strangers are counted at every port")
+    after = server.status()
+    assert (after.num_restarts, after.pid, after.num_dropped > 0) == (before.num_restarts, before.pid, True)
+    assert [stage.pid for stage in after.stages] == [stage.pid for stage in before.stages]
+    assert processes_of("Ingress") == [ingress]
+
+
 def processes_of(deployment: str) -> list[int]:
-    """Process ids of a deployment's replicas."""
+    """Process ids of a deployment's replicas in the Ray of this process. Other test runs use the same names."""
     title = f"ray::ServeReplica:{APP_NAME}:{deployment}"
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if title in read_if_there(path)]
+    named = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if title in read_if_there(path)]
+    return [pid for pid in named if os.getpid() in ancestors(pid)]
+
+
+def ancestors(pid: int) -> list[int]:
+    """The parent of a process, its parent, and so on."""
+    found = []
+    while pid > 1 and (stat := read_if_there(Path(f"/proc/{pid}/stat"))):
+        pid = int(stat.rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
 
 
 def read_if_there(path: Path) -> str:
