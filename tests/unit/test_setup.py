@@ -111,19 +111,8 @@ def test_an_old_python_can_read_why_it_is_refused() -> None:
 
 def test_the_wheel_has_all_files_of_the_package(tmp_path: Path) -> None:
     root = CLUSTER.parent
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        root,
-    ]
-    subprocess.run(command, timeout=120, check=True)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(root)], timeout=120, check=True)
     (wheel,) = tmp_path.iterdir()
     listed = subprocess.run(["git", "ls-files", "gptj_dist"], cwd=root, capture_output=True, text=True, check=True)
     with zipfile.ZipFile(wheel) as archive:
