@@ -1,10 +1,10 @@
 # `make serve` and `make test` set up all that they need in .venv; a second call installs nothing.
 
 VENV ?= .venv
-# The interpreter that makes the environment: 3.11 or 3.12.
-PYTHON ?= $(firstword $(foreach v,3.11 3.12,$(shell command -v python$(v))) python3)
-# Without an NVIDIA GPU this CPU build of torch is installed first. Where the default index has none for your Python,
-# name one that has: make serve TORCH_INDEX="--index-url <URL of PyTorch's CPU wheels>"
+# The interpreter that makes the environment: 3.11, 3.12 or 3.13.
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell python$(v) -c '' 2>/dev/null && command -v python$(v))) python3)
+# Without an NVIDIA GPU a CPU build of torch of this version is installed first: from pip's index if that has one, else
+# from PyTorch's. To name another: make serve TORCH_INDEX="--index-url URL"
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?=
 PORT ?= 8000
@@ -44,14 +44,12 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/bin/python:
+	$(PYTHON) cluster/require_python.py
 	$(PYTHON) -m venv $(VENV)
 
 $(RUNTIME): pyproject.toml | $(VENV)/bin/python
-	if ! nvidia-smi -L >/dev/null 2>&1; then \
-		$(PIP) install --quiet --dry-run --ignore-installed --no-deps --report - $(TORCH_INDEX) torch==$(TORCH_VERSION) \
-			| $(BIN)/python cluster/require_cpu_build.py && \
-		$(PIP) install --quiet $(TORCH_INDEX) torch==$(TORCH_VERSION); \
-	fi
+	$(BIN)/python cluster/require_python.py
+	$(BIN)/python cluster/install_torch.py $(TORCH_VERSION) $(TORCH_INDEX)
 	$(PIP) install --quiet --editable .
 	touch $@
 
