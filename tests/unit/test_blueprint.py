@@ -305,3 +305,15 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
         file.truncate(1_000_000)
     with pytest.raises(CheckpointError, match="truncated"):
         draw_blueprint(PipelineConfig(str(model)))
+
+
+def test_a_relative_path_becomes_absolute_so_that_processes_elsewhere_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(resolve_model("demo"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "./model", "../" + tmp_path.name + "/model"):
+        path = Path(draw_blueprint(PipelineConfig(name)).config.model)
+        assert path.is_absolute()
+        assert path.resolve() == resolve_model("demo").resolve()
+    assert draw_blueprint(PipelineConfig("demo")).config.model == "demo"
