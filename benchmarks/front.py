@@ -32,7 +32,7 @@ from benchmarks.load import Target, closed_loop, failures, serving_figures
 from benchmarks.processes import Family, content, cpu_s, open_addresses
 from benchmarks.servers import free_port, ray_cluster, running, serve_command
 from benchmarks.worker_process import WorkerProcess
-from gptj_dist.operate.launcher import LOCAL_RAY_ENVIRONMENT
+from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
 
 SERVED_NAME = "benchmark"
 RAY_SETTINGS: Mapping[str, Mapping[str, str]] = {

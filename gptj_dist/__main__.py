@@ -1,5 +1,18 @@
-"""`python -m gptj_dist` is `gptj-dist`."""
+"""The command line: `gptj-dist` and `python -m gptj_dist`."""
 
-from gptj_dist.cli import main
+import signal
 
-main()
+
+def main() -> None:
+    """Loads the verbs and runs one. Ctrl-C while they load ends the process without a traceback."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if on_interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from gptj_dist.cli import main as run
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    run()
+
+
+if __name__ == "__main__":
+    main()

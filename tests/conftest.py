@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from gptj_dist.operate.launcher import LOCAL_RAY_ENVIRONMENT
+from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
 
 os.environ.update(LOCAL_RAY_ENVIRONMENT)
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -23,6 +23,7 @@ from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
+from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.metrics import IngressMetrics
@@ -137,7 +138,7 @@ async def front_app(
     admission = Admission(max_requests)
     pipelines = cast("PipelineClient", Pipelines(unready))
     endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None), admission)
-    app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False)
+    app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False, gate=Gate())
     address = Address("127.0.0.1", free_port())
     listener = Listener(app, address, drain_s=1)
     try:

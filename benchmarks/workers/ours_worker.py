@@ -13,7 +13,7 @@ import gptj_dist
 from benchmarks.workers.worker import GenerationWorker, Worker
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
-from gptj_dist.operate.launcher import LOCAL_RAY_ENVIRONMENT
+from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import start_local

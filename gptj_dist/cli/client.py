@@ -5,13 +5,15 @@ Knows HTTP and OpenAI's error shape, and no endpoint in particular.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import ssl
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -21,6 +23,7 @@ from gptj_dist.errors import ConfigurationError, ServerError
 from gptj_dist.json_types import JsonObject
 
 CONNECT_TIMEOUT_S = 10.0
+MAX_SHOWN_CHARACTERS = 200
 
 HINTS = {
     401: "give the server's key with --api-key or GPTJ_API_KEY",
@@ -36,8 +39,7 @@ OPTION_FIELDS = frozenset(
 )
 """Fields of a request that the verbs have an option for."""
 
-NOT_THROUGH_A_PROXY = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"), None)
-"""A proxy of the environment is for other machines."""
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,14 @@ class Server:
     def __init__(self, endpoint: ServerAddress, transport: httpx.BaseTransport | None = None) -> None:
         self.base = endpoint.base
         self._timeout_s = endpoint.timeout_s
-        self._http = httpx.Client(
-            base_url=endpoint.base,
-            headers=endpoint.headers,
-            timeout=endpoint.timeout,
-            transport=transport,
-            mounts=NOT_THROUGH_A_PROXY,
-        )
+        with usable_proxies():
+            self._http = httpx.Client(
+                base_url=endpoint.base,
+                headers=endpoint.headers,
+                timeout=endpoint.timeout,
+                transport=transport,
+                **way_to(endpoint.base),
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -158,10 +161,46 @@ def base_url(url: str) -> str:
     try:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
-    except ValueError:  # the port is no number
+            parts.hostname.encode("idna")
+            base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+            if httpx.URL(base).host:
+                return base
+    except (ValueError, httpx.InvalidURL):  # ValueError: the port is no number, the host no name
         pass
-    raise ConfigurationError(f"{url!r} is no address of a server, such as 127.0.0.1:8000")
+    raise ConfigurationError(f"{url[:MAX_SHOWN_CHARACTERS]!r} is no address of a server, such as 127.0.0.1:8000")
+
+
+def is_this_machine(base: str) -> bool:
+    """Whether the URL's host is a name or an address of the loopback interface."""
+    host = urlsplit(base).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def way_to(base: str) -> dict[str, Any]:
+    """Settings of an httpx client: to this machine without proxies, to others by those of the environment."""
+    if not is_this_machine(base):
+        return {}
+    return {"trust_env": False, "verify": httpx.create_ssl_context()}
+
+
+@contextmanager
+def usable_proxies() -> Iterator[None]:
+    """Raises ConfigurationError where httpx refuses the proxies of the environment."""
+    try:
+        yield
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"a proxy of the environment ({_proxies_text()}) cannot be used: {reason}") from None
+
+
+def _proxies_text() -> str:
+    """`http_proxy=..., all_proxy=...`: the variables that are set, without passwords."""
+    found = {name: os.environ.get(name) or os.environ.get(name.upper()) for name in PROXY_VARIABLES}
+    return ", ".join(f"{name}={value.rpartition('@')[2]}" for name, value in found.items() if value)
 
 
 def refusal(response: httpx.Response) -> ServerError:
@@ -184,9 +223,13 @@ def told_error(response: httpx.Response) -> tuple[str, str | None]:
 def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
     """Why there was no answer, and what may help."""
     cause = _cause(error)
+    if isinstance(error, httpx.ProxyError):
+        return f"the proxy gives no connection to {base}: {error} ({_proxies_text()}; no_proxy excepts hosts)"
     if isinstance(cause, ssl.SSLError):
         return f"no safe connection to {base}: {cause.strerror}; SSL_CERT_FILE names certificates to trust"
     if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
+        if not is_this_machine(base) and (proxies := _proxies_text()):
+            return f"no connection to {base}: {_reason(cause)} (proxies: {proxies}; no_proxy excepts hosts)"
         return f"no server answers at {base}: {_reason(cause)}; `gptj-dist serve demo` starts one, --url names another"
     if isinstance(error, httpx.TimeoutException):
         return f"{base} was silent for {timeout_s:g} s; --timeout gives it longer"

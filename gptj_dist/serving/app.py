@@ -23,6 +23,13 @@ from gptj_dist.stages.blueprint import draw_blueprint
 MAX_ONGOING_REQUESTS = 10_000
 """Serve must not hold requests back: the pipeline's scheduler queues them."""
 
+STOP_MARGIN_S = 5.0
+"""What a replica may take to stop beyond the time of its last requests."""
+
+
+STOP_POLL_S = 0.2
+"""How often a replica that stops looks whether its last requests are answered."""
+
 
 def build(args: dict[str, Any]) -> Application:
     """The application of a Serve config: its `args` are what `parse_settings` reads.
@@ -39,7 +46,7 @@ def make_application(
     """The application, bound and ready to be run on the cluster that Ray is connected to.
 
     Args:
-        scaling: Serve's `num_replicas` or `autoscaling_config` for the pipelines.
+        scaling: Serve's `num_replicas` or `autoscaling_config` for the pipelines, or other settings of the deployment.
         listen: where the ingress itself takes HTTP; None leaves that to Serve's proxies.
 
     Raises:
@@ -50,14 +57,20 @@ def make_application(
     # A replica that starts next week shall serve the commit that the first one does.
     config = replace(config, pipeline=draw_blueprint(config.pipeline).config)
     size = size_pipeline(config.pipeline)
-    pipelines = serve.deployment(Pipeline, name="Pipeline").options(
-        ray_actor_options={"num_cpus": COORDINATOR_CPUS},
-        placement_group_bundles=size.bundles,
-        placement_group_strategy="PACK",
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    common = {
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_timeout_s": config.drain_s + STOP_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": STOP_POLL_S,
+    }
+    of_pipelines = {
+        **common,
+        "ray_actor_options": {"num_cpus": COORDINATOR_CPUS},
+        "placement_group_bundles": size.bundles,
+        "placement_group_strategy": "PACK",
         **(scaling or {"num_replicas": 1}),
-    )
-    light = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS}
+    }
+    pipelines = serve.deployment(Pipeline, name="Pipeline").options(**of_pipelines)
+    light = {**common, "ray_actor_options": {"num_cpus": 0}}
     ingress = serve.deployment(Ingress, name="Ingress").options(num_replicas=config.ingress_replicas, **light)
     pipeline = pipelines.bind(
         config.pipeline,

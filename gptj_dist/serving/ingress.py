@@ -9,11 +9,13 @@ from starlette.applications import Starlette
 from gptj_dist.answers.moderation import load_moderation
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.service import AnswerService
+from gptj_dist.errors import NotReadyError
 from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
+from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.metrics import IngressMetrics
@@ -22,8 +24,10 @@ from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.settings import AppConfig
 from gptj_dist.stages.actor import log_directory
 
-DRAIN_S = 5.0
-"""How long answers under way may take when the application ends."""
+LAST_WORDS_S = 2.0
+"""How long a stream that is cut may take to tell its client so."""
+
+CUT = NotReadyError("the server stopped before this answer was complete")
 
 
 @serve.ingress()
@@ -64,10 +68,12 @@ class Ingress:
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
         admission = Admission(config.pipeline.max_batch_size + config.pipeline.max_queued_requests)
         endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape, admission)
+        self._drain_s = config.drain_s
+        self._gate = Gate()
         self._app = make_http_app(
-            endpoints.table(), self._metrics, config.api_keys, config.cors_origins, has_proxy=listen is None
+            endpoints.table(), self._metrics, config.api_keys, config.cors_origins, listen is None, self._gate
         )
-        self._listener = None if listen is None else Listener(self._app, listen, DRAIN_S)
+        self._listener = None if listen is None else Listener(self._app, listen, LAST_WORDS_S)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve after the constructor."""
@@ -83,8 +89,24 @@ class Ingress:
         if self._listener is not None:
             self._listener.check_health()
 
+    async def finish(self, timeout_s: float) -> int:
+        """Refuses new requests, and returns when the ones under way are answered.
+
+        Args:
+            timeout_s: requests that take longer fail.
+
+        Returns:
+            The number of those that failed.
+        """
+        num_late = await self._gate.close(timeout_s)
+        if num_late:
+            self._pipelines.fail_streams(CUT)
+            await self._gate.close(LAST_WORDS_S)
+        return num_late
+
     async def __del__(self) -> None:
         """Called by Serve when the application ends."""
+        await self.finish(self._drain_s)
         if self._listener is not None:
             await self._listener.close()
         self._pipelines.close()

@@ -12,9 +12,6 @@ from typing import Any
 import ray
 import ray.serve._private.replica as serve_replica
 
-RAY_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-"""Set before a local cluster starts."""
-
 _ALL_INTERFACES = "[::]:"
 
 

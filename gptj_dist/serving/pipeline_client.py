@@ -57,8 +57,9 @@ class PipelineClient:
         self._meeting.cancel()
         self._feed.stop()
 
-    def _note_failure(self, error: Exception) -> None:
-        self._failure = error
+    def fail_streams(self, error: Exception) -> None:
+        """Ends all streams that are open with the error."""
+        self._feed.fail(error)
 
     def limits(self) -> EngineLimits:
         """Implements `TokenSource`. Raises NotReadyError while the model loads."""
@@ -101,6 +102,9 @@ class PipelineClient:
         """The plans that every pipeline has kept. Raises NotReadyError."""
         self.limits()
         return await trace_parts(self._handle, {})
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failure = error
 
     async def _meet(self) -> None:
         """Waits for the first pipeline: until there is one, Serve holds calls back, and a client must get a 503."""

@@ -19,6 +19,8 @@ from gptj_dist.logs import LogFormat, LogLevel
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
 
+DRAIN_S = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class AppConfig:
@@ -37,6 +39,7 @@ class AppConfig:
         log_format: how a line of a log is written.
         log_level: the least severe events that are logged.
         log_prompts: whether logs show prompts.
+        drain_s: how long requests under way may take when the application stops.
 
     Raises:
         ConfigurationError: the template or the moderator will not do.
@@ -54,6 +57,7 @@ class AppConfig:
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
     log_prompts: bool = False
+    drain_s: float = DRAIN_S
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:
@@ -84,6 +88,7 @@ class _Arguments(BaseModel):
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
     log_prompts: bool = False
+    drain_s: float = Field(DRAIN_S, ge=0)
 
 
 T = TypeVar("T")
@@ -120,6 +125,7 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         log_format=own.log_format,
         log_level=own.log_level,
         log_prompts=own.log_prompts,
+        drain_s=own.drain_s,
     )
 
 

@@ -28,6 +28,8 @@ def why_not_reach(host: str, port: int, timeout_s: float) -> str | None:
         socket.create_connection((host, port), timeout=timeout_s).close()
     except OSError as error:
         return str(error.strerror or error)
+    except OverflowError:
+        return "ports go up to 65535"
     return None
 
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gptj_dist.checkpoint.hub import local_directory, resolve_model
+from gptj_dist.checkpoint.hub import DEMO, local_directory, resolve_model
 from gptj_dist.checkpoint.index import check_checkpoint, read_model_config
 from gptj_dist.config import (
     BLOCK_SIZE_TOKENS,
@@ -152,6 +152,8 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     tokenizer = Tokenizer.load(directory)
     if local_directory(config.model) is not None:
         check_checkpoint(directory, model)
+        if config.model != DEMO:  # processes of a cluster have other working directories
+            config = replace(config, model=str(directory))
     else:  # each stage fetches and checks its own files
         config = replace(config, revision=directory.name)
     if config.layers is not None:

@@ -60,6 +60,12 @@ class Command:
             return False
 
 
+def wait_until_gone(command: Command) -> None:
+    """Until the command and all that it has started have ended."""
+    command.process.wait(timeout=STOP_LIMIT_S)
+    wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
+
+
 @contextmanager
 def running(command: Sequence[str], inherited: Mapping[str, str] = os.environ) -> Iterator[Command]:
     """Starts the command in a process group of its own; whatever is left of it in the end is killed.

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.serving.debug import DebugDocument
-from tests.http.command import STOP_LIMIT_S, Command, running
+from tests.http.command import STOP_LIMIT_S, Command, running, wait_until_gone
 from tests.http.server import free_port
 from tests.unit.test_trace import check
 from tests.waiting import wait_until
@@ -27,15 +29,10 @@ pytestmark = pytest.mark.ray
 SERVE = [sys.executable, "-m", "gptj_dist", "serve"]
 
 
-def wait_until_gone(command: Command) -> None:
-    command.process.wait(timeout=STOP_LIMIT_S)
-    wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
-
-
 def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mid_stream(tmp_path: Path) -> None:
     port, trace = free_port(), tmp_path / "trace.json"
     options = ["--stages", "2", "--port", str(port), "--served-model-name", "tiny", "--trace", str(trace)]
-    options += ["--log-prompts"]
+    options += ["--log-prompts", "--drain-s", "1"]
     with running([*SERVE, "demo", *options]) as command:
         base = command.wait_for(r"Ready after [\d.]+ s: tiny at (http://127\.0\.0\.1:\d+)")
         command.wait_for(r"(Ctrl-C stops)")
@@ -70,13 +67,21 @@ def test_a_stage_that_dies_is_in_the_log_and_nothing_of_ray_is_at_the_terminal()
         command.wait_for(r"(Ctrl-C stops)")
         before, logs = command.output(), Path(command.wait_for(r"Logs: (\S+)"))
         document = DebugDocument.model_validate_json(httpx.get(f"{base}/debug/pipeline").content)
-        os.kill(document.pipelines[0].stages[1].pid, signal.SIGKILL)
+        pid = document.pipelines[0].stages[1].pid
+        os.kill(pid, signal.SIGKILL)
         (log,) = logs.glob("coordinator-*")
         wait_until(lambda: _events_of(log).count("pipeline back") == 1, "the pipeline is back")
         assert "stage lost, pipeline restarts" in _events_of(log)
+        command.wait_for(r"(is back)")
+        command.wait_for(rf"stage 1 \(pid {pid} on (\S+)\)")
         command.interrupt()
         wait_until_gone(command)
-        assert command.output().removeprefix(before).split() == ["Draining", "...", "Stopped."]
+        *said, draining, stopped = command.output().removeprefix(before).splitlines()
+        assert all(line.startswith("Pipeline ") for line in said)
+        assert sum("has lost a stage" in line for line in said) == 1
+        assert sum("is back" in line for line in said) == 1
+        assert draining.startswith("Draining")
+        assert stopped == "Stopped."
 
 
 def _events_of(log: Path) -> list[str]:
@@ -98,14 +103,80 @@ def _read_stream(base: str, lines: list[str]) -> None:
         lines.append("cut")
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_loading_it_leaves_nothing_behind(signal_number: int) -> None:
-    with running([*SERVE, "demo", "--port", str(free_port())]) as command:
-        command.wait_for(r"(Starting Ray)")
-        wait_until(lambda: len(command.family()) > 3, "Ray has processes")
-        command.process.send_signal(signal_number)
+@pytest.mark.parametrize(
+    ("signal_number", "moment"),
+    [
+        (signal.SIGINT, lambda _: True),
+        (signal.SIGINT, lambda command: "Starting Ray" in command.output()),
+        (signal.SIGTERM, lambda command: len(command.family()) > 3),
+        (signal.SIGHUP, lambda command: "Placing" in command.output()),
+        (signal.SIGINT, lambda command: "Loading" in command.output()),
+    ],
+    ids=["first", "before Ray", "while Ray starts", "before the stages", "while they load"],
+)
+def test_interrupted_at_any_moment_of_its_start_it_leaves_nothing_behind(
+    signal_number: int, moment: Callable[[Command], bool]
+) -> None:
+    # pytest's own directories are too long for Ray's sockets
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as room,
+        running([*SERVE, "demo", "--port", str(free_port())], {**os.environ, "RAY_TMPDIR": room}) as command,
+    ):
+        wait_until(lambda: moment(command), "the moment has come")
+        os.killpg(command.process.pid, signal_number)
         wait_until_gone(command)
         assert "Traceback" not in command.output()
+        assert command.process.returncode != 0
+        assert [path.name for path in Path(room, "ray").glob("session_2*")] == []
+
+
+HOSTILE_ENVIRONMENT = {
+    "http_proxy": "http://127.0.0.1:9",
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "ALL_PROXY": "socks5://127.0.0.1:9",
+    "HOME": "/dev/null",
+    "TMPDIR": "/dev/shm/" + "d" * 100,
+}
+
+
+def test_it_starts_and_answers_with_proxies_without_a_home_and_with_a_long_temporary_directory() -> None:
+    environment = {**os.environ, **HOSTILE_ENVIRONMENT}
+    with running([*SERVE, "demo", "--port", str(free_port())], environment) as command:
+        base = command.wait_for(r"Ready after [\d.]+ s: demo at (http://127\.0\.0\.1:\d+)")
+        for verb in (["status"], ["complete", "Call me", "--max-tokens", "2"]):
+            arguments = [sys.executable, "-m", "gptj_dist", *verb, "--url", base]
+            result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+            assert (result.returncode, result.stderr) == (0, "")
+        curl = next(line.strip() for line in command.output().splitlines() if "curl" in line)
+        answer = subprocess.run(curl, shell=True, env=environment, capture_output=True, text=True, check=True).stdout
+        assert answer.rstrip().endswith("data: [DONE]")
+        command.process.terminate()
+        wait_until_gone(command)
+
+
+@pytest.mark.parametrize(
+    ("directory", "message"), [("/proc/none", "cannot be written"), ("/tmp/" + "d" * 100, "is too long by")]
+)
+def test_a_directory_that_ray_cannot_use_is_one_line_and_exit_code_2(directory: str, message: str) -> None:
+    with running([*SERVE, "demo", "--port", str(free_port())], {**os.environ, "RAY_TMPDIR": directory}) as command:
+        assert command.process.wait(timeout=30) == 2
+        (line,) = command.output().splitlines()
+        assert line.startswith("gptj-dist: Ray cannot start: ")
+        assert message in line
+
+
+def test_a_model_that_does_not_fit_is_loaded_once_and_refused_in_one_line_with_exit_code_2() -> None:
+    options = ["--port", str(free_port()), "--kv-cache-gb", "5000"]
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as room,
+        running([*SERVE, "demo", *options], {**os.environ, "RAY_TMPDIR": room}) as command,
+    ):
+        assert command.process.wait(timeout=120) == 2
+        wait_until_gone(command)
+        assert len(list(Path(room).glob("ray/session_2*/logs/serve/replica_*_Pipeline_*.log"))) == 1
+        (line,) = [line for line in command.output().splitlines() if line.startswith("gptj-dist: ")]
+        assert line.startswith("gptj-dist: kv_cache_gb 5000.0 is room for")
+        assert command.output().splitlines()[-1] == line
 
 
 @pytest.mark.parametrize(

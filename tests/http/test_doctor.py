@@ -86,7 +86,7 @@ def test_an_address_where_no_ray_answers_is_one_line(nodes: Nodes) -> None:
 def test_a_node_that_does_not_answer_is_a_finding_and_no_hang(nodes: Nodes) -> None:
     code = """
 import os
-from gptj_dist.operate.launcher import connected
+from gptj_dist.operate.launch.cluster import connected
 with connected(os.environ["RAY_ADDRESS"]):
     from gptj_dist.operate.doctor.survey import survey_cluster
     cluster = survey_cluster(None, ("127.0.0.1", 0), timeout_s=8)

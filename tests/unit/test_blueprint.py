@@ -342,3 +342,15 @@ def test_unlike_stages_are_accepted_in_16_bits(dtype: Any) -> None:
 def test_like_stages_are_accepted_in_float32(caplog: pytest.LogCaptureFixture) -> None:
     require_equal_bits(PipelineConfig(DEMO), "float32", [COMPILED, replace(COMPILED, memory_pool="there/cpu")])
     assert not caplog.text
+
+
+def test_a_relative_path_becomes_absolute_so_that_processes_elsewhere_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(resolve_model("demo"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "./model", "../" + tmp_path.name + "/model"):
+        path = Path(draw_blueprint(PipelineConfig(name)).config.model)
+        assert path.is_absolute()
+        assert path.resolve() == resolve_model("demo").resolve()
+    assert draw_blueprint(PipelineConfig("demo")).config.model == "demo"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
 import httpx
 import pytest
 
-from gptj_dist.cli.client import Server, ServerAddress, base_url
+from gptj_dist.cli.client import Server, ServerAddress, base_url, is_this_machine
 from gptj_dist.cli.events import read_events
+from gptj_dist.cli.text.batch_http import HttpAnswerer
+from gptj_dist.cli.text.batch_requests import BatchRequest
 from gptj_dist.errors import ConfigurationError, ServerError
 
 STREAM = 'data: {"a": "é\u2028"}\n\n: a comment\r\n\r\nevent: x\ndata: 1\r\ndata:2\r\n\r\ndata: cut off'.encode()
@@ -36,7 +41,20 @@ def test_a_server_may_be_named_as_a_person_would(given: str, base: str) -> None:
     assert base_url(given) == base
 
 
-@pytest.mark.parametrize("given", ["ftp://host", "host:port", "http://", "", "host:0", "http://[::1"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("ftp://host", "host:port", "http://", "", "host:0", "http://[::1", "host:99999"),
+        *(
+            "http://\0",
+            "http://.",
+            "http://a..b",
+            f"http://{'a' * 300}.com",
+            "http://xn--zzzzzz--.de",
+            "http://h\u200b",
+        ),
+    ],
+)
 def test_what_is_no_address_is_refused(given: str) -> None:
     with pytest.raises(ConfigurationError, match="is no address of a server"):
         base_url(given)
@@ -47,6 +65,102 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ServerAddress.of("host", None, 0)
     with pytest.raises(ConfigurationError, match="API key"):
         ServerAddress.of("host", "schlüssel", 1)
+
+
+PROXY = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without proxies, to begin with."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    """The port of an HTTP server on loopback that answers every request with its first line."""
+    listener = FirstLineServer(("127.0.0.1", 0), FirstLine)
+    with listener:
+        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+        thread.start()
+        yield int(listener.server_address[1])
+        listener.shutdown()
+        thread.join()
+
+
+class FirstLineServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+
+class FirstLine(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        line = self.rfile.readline().strip()
+        while self.rfile.readline().strip():
+            pass
+        head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(line)}\r\nconnection: close\r\n\r\n"
+        self.wfile.write(head.encode() + line)
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize("proxy", [PROXY, "socks5://127.0.0.1:9", "socks4://127.0.0.1:9", "nonsense://x"])
+def test_this_machine_is_reached_directly_whatever_proxy_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, listening: int, variable: str, proxy: str
+) -> None:
+    monkeypatch.setenv(variable, proxy)
+    for host in ("127.0.0.1", "localhost"):
+        address = ServerAddress.of(f"{host}:{listening}", None, 5)
+        with Server(address) as server:
+            assert server.get("/here").text == "GET /here HTTP/1.1"
+        with pytest.raises(ServerError, match="does not answer in JSON"):
+            asyncio.run(_ask_in_a_batch(address))
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *[(host, True) for host in ("127.3.2.1", "[::1]", "0.0.0.0", "x.localhost")],
+        *[(host, False) for host in ("10.0.0.1", "localhost.example", "gptj")],
+    ],
+)
+def test_names_and_addresses_of_this_machine(host: str, expected: bool) -> None:
+    assert is_this_machine(f"http://{host}:8000") is expected
+
+
+async def _ask_in_a_batch(address: ServerAddress) -> None:
+    async with HttpAnswerer(address, concurrency=1) as answerer:
+        await answerer.answer(BatchRequest("1", "/v1/completions", {}))
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
+def test_another_machine_is_reached_through_the_proxy(
+    monkeypatch: pytest.MonkeyPatch, listening: int, variable: str
+) -> None:
+    monkeypatch.setenv(variable, f"http://127.0.0.1:{listening}")
+    with Server(ServerAddress.of("http://gptj.example:8000", None, 5)) as server:
+        assert server.get("/there").text == "GET http://gptj.example:8000/there HTTP/1.1"
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize(
+    ("proxy", "message"),
+    [
+        ("socks4://user:secret@127.0.0.1:9", r"a proxy of the environment \(http_proxy=127.0.0.1:9\) cannot be used"),
+        ("http://127.0.0.1:9", r"no connection to http://gptj.example: Connection refused \(proxies: http_proxy="),
+        ("socks5://127.0.0.1:9", r"no connection to http://gptj.example: .*\(proxies: http_proxy="),
+    ],
+)
+def test_a_proxy_that_does_not_work_is_named_in_one_line_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, proxy: str, message: str
+) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises((ConfigurationError, ServerError), match=message) as raised:
+        Server(ServerAddress.of("http://gptj.example", None, 5)).get("/")
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def server(answer: Callable[[httpx.Request], httpx.Response], api_key: str | None = None) -> Server:

@@ -13,7 +13,7 @@ from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node, SilentNode,
 from gptj_dist.operate.doctor.facts import PACKAGES, DeviceFacts, ModelFacts, NodeFacts
 from gptj_dist.operate.doctor.findings import find_in_nodes
 from gptj_dist.operate.doctor.fit import STAGE_WORKING_BYTES, find_in_plan
-from gptj_dist.operate.launcher import APP_NAME
+from gptj_dist.operate.launch.settings import APP_NAME
 from gptj_dist.stages.blueprint import Blueprint, DeviceReport
 from gptj_dist.token_rules import TokenRules
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gptj_dist.cli import app
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.operate.launcher import Launch
+from gptj_dist.operate.launch.settings import Launch
 from gptj_dist.serving.keys import find_key
 from gptj_dist.serving.sockets import why_not_listen
 
@@ -25,7 +25,7 @@ Serve = Callable[..., Launch]
 def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """What the command would launch."""
     launches: list[Launch] = []
-    monkeypatch.setattr("gptj_dist.operate.launcher.run_until_interrupted", launches.append)
+    monkeypatch.setattr("gptj_dist.operate.launch.run.run_until_stopped", launches.append)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("GPTJ_API_KEY", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)

@@ -96,7 +96,7 @@ def _survey(question: ModelQuestion | None, listen_at: tuple[str, int], address:
     """
     from gptj_dist.operate.doctor.cluster import this_machine
     from gptj_dist.operate.doctor.facts import gather_facts
-    from gptj_dist.operate.launcher import connected
+    from gptj_dist.operate.launch.cluster import connected
 
     if address is None:
         return this_machine(gather_facts(question, listen_at))

@@ -85,18 +85,12 @@ def _ask_cluster(address: str | None) -> tuple[DeviceSpec, ...]:
     Raises:
         ConfigurationError: no cluster answers, or it has a GPU without known figures.
     """
-    import ray
+    from gptj_dist.operate.launch.cluster import AUTO, connected
 
-    from gptj_dist.operate.launcher import connected
+    with connected(address or AUTO):
+        import ray
 
-    try:
-        with connected(address or "auto"):
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    except ConfigurationError as error:
-        if address is None:
-            message = "--devices cluster: no Ray cluster runs on this machine; --address names one elsewhere"
-            raise ConfigurationError(message) from error
-        raise
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return devices_of_nodes(nodes)
 
 

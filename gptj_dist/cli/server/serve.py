@@ -13,8 +13,10 @@ import typer
 from gptj_dist.answers.request_limits import KEEP_ALIVE_S, MODERATION_TIMEOUT_S
 from gptj_dist.cli.options import (
     DEFAULT_APP_NAME,
+    DEFAULT_DRAIN_S,
     DEFAULT_HOST,
     DEFAULT_PORT,
+    DEFAULT_START_TIMEOUT_S,
     ChatMaxTokens,
     ChatStop,
     Host,
@@ -28,7 +30,7 @@ from gptj_dist.cli.options import (
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.logs import LogFormat
+from gptj_dist.logs import LogFormat, LogLevel
 
 if TYPE_CHECKING:
     from gptj_dist.serving.keys import ApiKey
@@ -75,9 +77,20 @@ def serve(
     route_prefix: Annotated[str, typer.Option(help="What its paths begin with on a cluster.")] = "/",
     trace: TraceFile = None,
     log_format: Annotated[LogFormat, typer.Option(help="How a line of a log is written.")] = "text",
+    log_level: Annotated[LogLevel, typer.Option(help="The least severe events that are logged.")] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in logs.")] = False,
+    drain_s: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long requests under way may take after Ctrl-C.")
+    ] = DEFAULT_DRAIN_S,
+    start_timeout_s: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long Ray may take to start on this machine.")
+    ] = DEFAULT_START_TIMEOUT_S,
 ) -> None:
-    """Serve a model over HTTP as a pipeline of stages, until Ctrl-C."""
+    """Serve a model over HTTP as a pipeline of stages, until Ctrl-C.
+
+    Ctrl-C, SIGTERM or a closed terminal end it: new requests are refused, those under way may finish; a second Ctrl-C
+    ends it at once.
+    """
     scaling = _scaling(replicas, min_replicas, max_replicas)
     from gptj_dist.stages.blueprint import draw_blueprint
     from gptj_dist.stages.trace import check_trace_path
@@ -85,7 +98,8 @@ def serve(
     check_trace_path(trace)
     config = draw_blueprint(PipelineConfig(model, **settings)).config  # what is wrong with it is said before Ray starts
     from gptj_dist.answers.chat_defaults import ChatDefaults
-    from gptj_dist.operate.launcher import Launch, run_until_interrupted
+    from gptj_dist.operate.launch.run import run_until_stopped
+    from gptj_dist.operate.launch.settings import Launch
     from gptj_dist.serving.http.listener import Address
     from gptj_dist.serving.settings import AppConfig
     from gptj_dist.text.chat import read_template
@@ -102,11 +116,24 @@ def serve(
         moderation=moderation,
         moderation_timeout_s=moderation_timeout_s,
         log_format=log_format,
+        log_level=log_level,
         log_prompts=log_prompts,
+        drain_s=drain_s,
     )
     listen = Address(host, port, *_tls(tls_cert, tls_key), keep_alive_s)
-    launch = Launch(app, scaling, listen, address, trace, name, route_prefix, launcher_key, is_open=insecure)
-    run_until_interrupted(launch)
+    launch = Launch(
+        app,
+        scaling,
+        listen,
+        address,
+        trace,
+        name,
+        route_prefix,
+        launcher_key,
+        is_open=insecure,
+        start_timeout_s=start_timeout_s,
+    )
+    run_until_stopped(launch)
 
 
 def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], str | None]:

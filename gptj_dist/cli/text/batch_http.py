@@ -9,13 +9,14 @@ from typing import Self
 import httpx
 
 from gptj_dist.cli.client import (
-    NOT_THROUGH_A_PROXY,
     ServerAddress,
     failure_text,
     json_object,
     refusal,
     retry_after_s,
     told_error,
+    usable_proxies,
+    way_to,
 )
 from gptj_dist.cli.text.batch_answers import BatchAnswer, respond
 from gptj_dist.cli.text.batch_requests import BatchRequest
@@ -37,14 +38,15 @@ class HttpAnswerer:
         self, endpoint: ServerAddress, concurrency: int, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         self._endpoint = endpoint
-        self._http = httpx.AsyncClient(
-            base_url=endpoint.base,
-            headers={**endpoint.headers, "Content-Type": "application/json"},
-            timeout=endpoint.timeout,
-            limits=httpx.Limits(max_connections=concurrency),
-            transport=transport,
-            mounts=NOT_THROUGH_A_PROXY,
-        )
+        with usable_proxies():
+            self._http = httpx.AsyncClient(
+                base_url=endpoint.base,
+                headers={**endpoint.headers, "Content-Type": "application/json"},
+                timeout=endpoint.timeout,
+                limits=httpx.Limits(max_connections=concurrency),
+                transport=transport,
+                **way_to(endpoint.base),
+            )
 
     async def __aenter__(self) -> Self:
         return self

@@ -41,6 +41,7 @@ PACKAGES = (
     "rich",
     "httpx",
     "pyyaml",
+    "grpcio",
 )
 """What gptj-dist needs, as `pyproject.toml` has it: a package that is not installed by pip has no list to be read."""
 

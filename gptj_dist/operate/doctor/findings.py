@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from gptj_dist.config import PipelineConfig
 from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node
 from gptj_dist.operate.doctor.facts import PACKAGES
-from gptj_dist.operate.launcher import APP_NAME
+from gptj_dist.operate.launch.settings import APP_NAME
 from gptj_dist.sizes import bytes_text
 
 FEWEST_OPEN_FILES = 1024

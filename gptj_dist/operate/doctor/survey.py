@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gptj_dist.operate.doctor.cluster import Cluster, Node, SilentNode
 from gptj_dist.operate.doctor.facts import ModelQuestion, NodeFacts, gather_facts, installed_versions
-from gptj_dist.operate.launcher import applications_served, http_address
+from gptj_dist.operate.launch.cluster import applications_served, http_address
 from gptj_dist.serving.sockets import why_not_reach
 
 NODE_TIMEOUT_S = 60.0

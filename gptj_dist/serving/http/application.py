@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import answering
+from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.meter import HttpMeter
 from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, LimitHead, RequestIds, RequireKey, route_path
 from gptj_dist.serving.keys import ApiKey
@@ -31,6 +32,7 @@ def make_http_app(
     keys: Sequence[ApiKey],
     cors_origins: Sequence[str],
     has_proxy: bool,
+    gate: Gate,
 ) -> Starlette:
     """The application.
 
@@ -40,8 +42,9 @@ def make_http_app(
         keys: a call needs one of them; without any, none is needed.
         cors_origins: web pages that browsers may call it from, such as `https://example.org`; `*` for all.
         has_proxy: Serve's proxies are in front of it.
+        gate: closes when the server stops; requests for the model and /ready pass it, the rest is always answered.
     """
-    routes = [Route(one.path, answering(one.handler), methods=[one.method]) for one in endpoints]
+    routes = [_route(one, gate) for one in endpoints]
     middleware = [
         Middleware(RequestIds, has_proxy=has_proxy),
         Middleware(HttpMeter, routes=routes, metrics=metrics),
@@ -61,6 +64,13 @@ def make_http_app(
         middleware.append(Middleware(RequireKey, keys=keys, open_paths=open_paths))
     no_such_route = partial(_no_such_route, {one.path for one in endpoints})
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: no_such_route})
+
+
+def _route(endpoint: Endpoint, gate: Gate) -> Route:
+    route = Route(endpoint.path, answering(endpoint.handler), methods=[endpoint.method])
+    if endpoint.method == "POST" or endpoint.path == "/ready":
+        route.app = gate.guard(route.app)
+    return route
 
 
 async def _no_such_route(paths: Collection[str], request: Request, error: Exception) -> Response:

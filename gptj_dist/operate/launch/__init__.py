@@ -1,0 +1,1 @@
+"""`gptj-dist serve` at a terminal: starts or joins Ray, deploys, reports, drains, stops. Knows no HTTP endpoint."""

@@ -1,0 +1,98 @@
+"""A Ray that runs already: found, joined, asked what it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.operate.launch.environment import prepare_joining
+from gptj_dist.operate.launch.local_ray import QUIET
+from gptj_dist.operate.launch.processes import command_lines
+from gptj_dist.operate.launch.tokens import take_token
+from gptj_dist.serving.sockets import is_loopback, why_not_reach
+
+AUTO = "auto"
+DIAL_TIMEOUT_S = 5.0
+_GCS_ARGUMENT = "--gcs-address="
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """A connection to the Ray at the address, which stays when the context ends. Prints nothing.
+
+    Args:
+        address: `host:port`, `auto` for the Ray that runs on this machine, or anything else that `ray.init` takes.
+
+    Raises:
+        ConfigurationError: no Ray answers there, or this process cannot join it.
+    """
+    address = find_ray() if address == AUTO else address
+    place = split_address(address)
+    host = "" if place is None else place[0]
+    if place is not None:
+        _require_listener(address, *place)
+        take_token(address)
+    prepare_joining(host, is_loopback(host))
+    import ray
+
+    try:
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split())  # of different versions Ray speaks in several lines
+        raise ConfigurationError(f"cannot join Ray at {address}: {reason}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def find_ray() -> str:
+    """The address of the one Ray that runs on this machine.
+
+    ray's own search takes any, and looks for a Ray that listens on loopback at the machine's other address.
+
+    Raises:
+        ConfigurationError: there is none, or there are several.
+    """
+    arguments = [argument for line in command_lines().values() for argument in line]
+    found = sorted({a.removeprefix(_GCS_ARGUMENT) for a in arguments if a.startswith(_GCS_ARGUMENT)})
+    if not found:
+        raise ConfigurationError("no Ray runs on this machine; --address HOST:PORT names one elsewhere")
+    if len(found) > 1:
+        raise ConfigurationError(f"several Rays run on this machine: choose one by --address, of {', '.join(found)}")
+    return found[0]
+
+
+def http_address() -> tuple[str, int]:
+    """Where Serve listens. The first start of Serve on a cluster decides that; later settings are ignored."""
+    from ray.serve.context import _get_global_client
+
+    http = _get_global_client().http_config
+    return http.host, http.port
+
+
+def applications_served() -> tuple[str, ...] | None:
+    """The names of the connected cluster's Serve applications, or None if it runs no Serve."""
+    import ray
+    from ray import serve
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+    return tuple(serve.status().applications)
+
+
+def split_address(address: str) -> tuple[str, int] | None:
+    """Host and port of a plain `host:port`; None of anything else, such as `ray://host:port`."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not (port.isascii() and port.isdigit()):
+        return None
+    return host.strip("[]"), int(port)
+
+
+def _require_listener(address: str, host: str, port: int) -> None:
+    """Raises ConfigurationError if nothing listens there, for which Ray itself would try for minutes."""
+    if reason := why_not_reach(host, port, DIAL_TIMEOUT_S):
+        raise ConfigurationError(f"no Ray answers at {address}: {reason}")

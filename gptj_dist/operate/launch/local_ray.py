@@ -1,0 +1,163 @@
+"""A Ray on this machine that lives as long as the launcher: started, watched, ended, with nothing left over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.operate.launch.environment import prepare_local
+from gptj_dist.operate.launch.processes import descendants, kill
+from gptj_dist.operate.launch.session_room import SessionRoom, sessions_of, why_unwritable
+
+LEAST_ATTEMPT_S = 30.0
+"""Ray itself gives its processes this long to start."""
+
+MAX_CAUSE_CHARACTERS = 300
+
+NO_RAY = "127.0.0.1:1"
+"""RAY_ADDRESS once Ray runs: Serve starts a new Ray where it finds none, such as when Ray has died."""
+
+QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+class LocalRay:
+    """The Ray that this process starts, at most one.
+
+    Args:
+        room: where Ray keeps its sessions.
+
+    Attributes:
+        noise: a file for what Ray prints in this process; among the session's logs once Ray runs.
+    """
+
+    def __init__(self, room: SessionRoom) -> None:
+        self._room = room
+        self.noise = room.directory / f"launcher_{os.getpid()}.err"
+        self._earlier = frozenset(sessions_of(room.directory, os.getpid()))  # process ids come again
+
+    def start(self, timeout_s: float, note: Callable[[str], None]) -> None:
+        """Starts Ray; tries again as long as there is time, because a busy machine may need more than Ray waits.
+
+        Args:
+            timeout_s: no attempt begins when less than `LEAST_ATTEMPT_S` of it is left.
+            note: receives a line for the user where something is not as usual.
+
+        Raises:
+            ConfigurationError: Ray did not start; the message says why.
+        """
+        if self._room.passed_over is not None:
+            note(f"Ray keeps its files in {self._room.directory}, because {self._room.passed_over}.")
+        prepare_local(timeout_s)
+        begin_s = time.monotonic()
+        while (failure := _try_to_start(self._room.directory)) is not None:
+            spent_s = time.monotonic() - begin_s
+            if message := self._reason_to_give_up(failure, spent_s, timeout_s):
+                raise ConfigurationError(message) from failure
+            note(f"Ray did not start within {spent_s:.0f} s; trying again ...")
+            self._discard_sessions()
+        self.noise = self.noise.replace(self._sessions()[-1] / "logs" / "launcher.err")
+        os.environ["RAY_ADDRESS"] = NO_RAY
+
+    def lost_process(self) -> str | None:
+        """The name of a process of Ray's own that has ended, or None if all of them run."""
+        from ray._private import worker  # not public: tests/ray/test_local_ray.py fails if Ray changes it
+
+        node = worker._global_node
+        ended = {name for name, _ in node.dead_processes()} if node is not None else set()
+        return next((name for name in ("gcs_server", "raylet") if name in ended), None)
+
+    def stop(self) -> None:
+        """Ends Ray and everything that it has started."""
+        import ray
+        from ray._private import worker
+
+        pids = descendants(os.getpid())
+        if worker._global_node is not None:
+            _end_at_once(worker._global_node)
+        ray.shutdown()
+        kill(pids)
+
+    def discard_empty_logs(self) -> None:
+        """Removes logs of this process's session into which nothing was written. Call when Ray has ended."""
+        logs = [path for session in self._sessions() for path in (session / "logs" / "gptj-dist").glob("*.log")]
+        for path in (self.noise, *logs):
+            with suppress(OSError):
+                if path.stat().st_size == 0 or path.parent == self._room.directory:
+                    path.unlink()
+
+    def abandon(self, is_session_kept: bool) -> None:
+        """Kills all processes that this one has started, without a word to Ray.
+
+        Args:
+            is_session_kept: else the session's directory is removed, too.
+        """
+        kill(descendants(os.getpid()))
+        if not is_session_kept:
+            self.noise.unlink(missing_ok=True)
+            self._discard_sessions()
+
+    def _reason_to_give_up(self, failure: Exception, spent_s: float, timeout_s: float) -> str:
+        """What to tell the user if another attempt is useless or too late; else empty."""
+        if (cause := lasting_cause(failure, self._room.directory)) is not None:
+            return f"Ray cannot start: {cause}"
+        if spent_s + LEAST_ATTEMPT_S <= timeout_s:
+            return ""
+        where = "".join(f"; its logs are in {session / 'logs'}" for session in self._sessions()[-1:])
+        return (
+            f"Ray did not start within {spent_s:.0f} s ({_one_line(failure)}): on a busy machine --start-timeout-s "
+            f"gives it longer{where}"
+        )
+
+    def _sessions(self) -> list[Path]:
+        return [path for path in sessions_of(self._room.directory, os.getpid()) if path not in self._earlier]
+
+    def _discard_sessions(self) -> None:
+        for session in self._sessions():
+            shutil.rmtree(session, ignore_errors=True)
+
+
+def lasting_cause(error: Exception, directory: Path) -> str | None:
+    """Why Ray will not start the next time either; None if it may."""
+    match error:
+        case OSError(filename=str() as name):
+            return why_unwritable(Path(name), error)
+        case OSError(errno=int()):
+            return why_unwritable(directory, error)
+        case OSError() if "AF_UNIX" in str(error):
+            return f"the path {directory} is too long for its sockets; set RAY_TMPDIR to a shorter one"
+        case ValueError() | TypeError():  # of a setting in the environment
+            return _one_line(error)
+    return None
+
+
+def _try_to_start(directory: Path) -> Exception | None:
+    """Starts Ray and returns None, or returns why that failed, when all that was started has ended."""
+    import ray
+
+    try:
+        ray.init(
+            address="local", _node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(directory), **QUIET
+        )
+    except Exception as error:
+        ray.shutdown()
+        kill(descendants(os.getpid()))
+        return error
+    return None
+
+
+def _end_at_once(node: Any) -> None:
+    """Has `ray.shutdown` kill Ray's processes: it would wait a second for each of them, as they ignore SIGTERM."""
+    kill_all = node.kill_all_processes
+    node.kill_all_processes = lambda **_: kill_all(check_alive=False, allow_graceful=False, wait=True)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_CAUSE_CHARACTERS else f"{text[:MAX_CAUSE_CHARACTERS]} ..."

@@ -1,0 +1,170 @@
+"""One server from its start to its end, for a person at a terminal or a service manager."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
+from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.config import LayerRange, PipelineConfig
+from gptj_dist.errors import ConfigurationError, StageFailedError
+from gptj_dist.operate.launch.announcement import announce, needs_noproxy
+from gptj_dist.operate.launch.application import RayGoneError, Served, deploy, remove
+from gptj_dist.operate.launch.cluster import connected
+from gptj_dist.operate.launch.local_ray import LocalRay
+from gptj_dist.operate.launch.ready import await_ready
+from gptj_dist.operate.launch.session_room import find_room
+from gptj_dist.operate.launch.settings import Launch
+from gptj_dist.operate.launch.signals import StopSignals
+from gptj_dist.operate.launch.terminal import diverted, open_console, say_last
+from gptj_dist.operate.launch.watch import Watcher
+from gptj_dist.serving.sockets import why_not_listen
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A launch and what was known when it began.
+
+    Args:
+        begin_s: the time, of `time.monotonic`.
+        has_proxy: the environment would send requests to the server through a proxy.
+    """
+
+    launch: Launch
+    console: Console
+    begin_s: float
+    has_proxy: bool
+
+    def say(self, line: str) -> None:
+        """Prints a line for the user, however long, as one."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def run_until_stopped(launch: Launch) -> None:
+    """Serves until SIGINT, SIGTERM or SIGHUP, then finishes what is under way and leaves nothing behind.
+
+    Raises:
+        ConfigurationError: the port is taken, Ray does not start or is not there, there is no room, the model does not
+            fit, or the trace cannot be written.
+        StageFailedError: the pipelines cannot start, or Ray has died.
+    """
+    start = _Start(launch, open_console(), time.monotonic(), needs_noproxy(launch.listen.host))
+    if launch.address is None:
+        _serve_here(start)
+    else:
+        _serve_on_cluster(start, launch.address)
+    start.console.print("Stopped.")
+
+
+def _serve_here(start: _Start) -> None:
+    """On a Ray of its own."""
+    launch, console = start.launch, start.console
+    if reason := why_not_listen(launch.listen.host, launch.listen.port):
+        raise ConfigurationError(f"{reason}; choose another --port")
+    local = LocalRay(find_room())
+
+    def abort(exit_code: int) -> None:
+        say_last("Stopped.")
+        local.abandon(is_session_kept=signals.can_finish)
+        os._exit(exit_code)
+
+    signals = StopSignals(abort)
+    signals.start()
+    _fetch_all_weights(launch.app.pipeline, console)
+    console.print("Starting Ray on this machine ...")
+    try:
+        with diverted(local.noise):
+            local.start(launch.start_timeout_s, start.say)
+            try:
+                _serve(start, deploy(launch, console), signals, local.lost_process)
+            finally:
+                local.stop()
+    finally:
+        local.discard_empty_logs()
+
+
+def _serve_on_cluster(start: _Start, address: str) -> None:
+    """On a Ray that runs already, from which the application is removed in the end."""
+
+    def abort(exit_code: int) -> None:
+        hint = f"; `gptj-dist stop --address {address}` removes what is left of the application"
+        say_last(f"Stopped{hint if signals.can_finish else ''}.")
+        os._exit(exit_code)
+
+    signals = StopSignals(abort)
+    signals.start()
+    with diverted(Path(os.devnull)), connected(address):
+        signals.let_finish()
+        base = deploy(start.launch, start.console)
+        try:
+            _serve(start, base, signals, lambda: None)
+        finally:
+            remove(start.launch.name)
+
+
+def _serve(start: _Start, base: str, signals: StopSignals, lost_process: Callable[[], str | None]) -> None:
+    """From deployed to drained.
+
+    Args:
+        base: URL of the server.
+        lost_process: gives the name of a process of Ray's own that has ended.
+
+    Raises:
+        ConfigurationError, StageFailedError: as `run_until_stopped`.
+    """
+    launch, console = start.launch, start.console
+    if not await_ready(launch, base, signals.requested, console):
+        return
+    signals.let_finish()
+    served = Served(launch.name)
+    watcher = Watcher(served, signals.requested, lost_process, start.say)
+    with _trace(launch, served):
+        statuses = served.statuses()
+        announce(launch, base, statuses, time.monotonic() - start.begin_s, start.has_proxy, console)
+        watcher.start(statuses)
+        signals.requested.wait()
+        if watcher.failure:
+            raise StageFailedError(f"the server has ended: {watcher.failure}")
+        _drain(served, launch.app.drain_s, console)
+
+
+def _drain(served: Served, drain_s: float, console: Console) -> None:
+    console.print(f"Draining: requests under way have {drain_s:g} s to end. Another Ctrl-C stops at once.")
+    try:
+        num_late = served.finish_requests(drain_s)
+    except RayGoneError as error:
+        raise StageFailedError(f"requests under way may be lost: {error}") from error
+    if num_late:
+        console.print(f"{num_late} requests took longer than {drain_s:g} s and were cut (--drain-s).")
+
+
+def _trace(launch: Launch, served: Served) -> AbstractContextManager[None]:
+    """Writes the trace meanwhile, where one is wanted."""
+    from gptj_dist.operate.tracing import tracing
+
+    if launch.trace is None:
+        return nullcontext()
+    return tracing(served.pipelines, launch.trace)
+
+
+def _fetch_all_weights(pipeline: PipelineConfig, console: Console) -> None:
+    """Downloads what all stages need, here where the progress bars of the hub's client are seen.
+
+    Raises:
+        CheckpointError: the hub does not give it out.
+    """
+    directory = resolve_model(pipeline.model, pipeline.revision)
+    config = read_model_config(directory)
+
+    def note(file: str) -> None:
+        if not console.is_terminal:  # else the bar names it
+            console.print(f"Fetching {file} ...", highlight=False)
+
+    fetch_weights(pipeline.model, directory, LayerRange.whole(config.num_layers), config, note)

@@ -1,0 +1,68 @@
+"""What the launcher runs and where, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.serving.http.listener import Address
+from gptj_dist.serving.settings import AppConfig
+from gptj_dist.serving.sockets import is_loopback
+
+APP_NAME = "gptj-dist"
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to run and where.
+
+    Args:
+        scaling: Serve's `num_replicas` or `autoscaling_config`.
+        listen: where to take HTTP; a cluster that runs Serve already has decided that itself.
+        address: the Ray cluster to join; None starts a local one.
+        trace: the file for a trace of what each stage computes; None writes none.
+        name: the Serve application's; a cluster may have several.
+        route_prefix: the beginning of the paths of its endpoints.
+        api_key: one of the application's, for its launcher; None if it has none.
+        is_open: other machines may reach it without a key.
+        start_timeout_s: how long a local Ray may take to start.
+
+    Raises:
+        ConfigurationError: the settings contradict each other, or would open the model to the world.
+    """
+
+    app: AppConfig
+    scaling: Mapping[str, Any]
+    listen: Address
+    address: str | None
+    trace: Path | None = None
+    name: str = APP_NAME
+    route_prefix: str = "/"
+    api_key: str | None = None
+    is_open: bool = False
+    start_timeout_s: float = START_TIMEOUT_S
+
+    def __post_init__(self) -> None:
+        if not self.route_prefix.startswith("/"):
+            raise ConfigurationError(f"--route-prefix must begin with a slash, got {self.route_prefix!r}")
+        if self.address is None and self.route_prefix != "/":
+            raise ConfigurationError("--route-prefix is for several models on one cluster; give its --address too")
+        if self.address is not None and self.listen.tls_cert is not None:
+            raise ConfigurationError(
+                "on a cluster Serve's proxies take HTTP, and they know no TLS: put a proxy in front (docs/security.md)"
+            )
+        if self.start_timeout_s <= 0:
+            raise ConfigurationError(f"--start-timeout-s must be positive, got {self.start_timeout_s:g}")
+        self.require_key_at(self.listen.host)
+
+    def require_key_at(self, host: str) -> None:
+        """Raises ConfigurationError if other machines could reach the application at `host` without a key."""
+        if not (self.app.api_keys or self.is_open or is_loopback(host)):
+            raise ConfigurationError(
+                f"{host} is open to other machines, and there is no API key: give --api-key or --api-keys, or "
+                "--insecure if nobody else can reach it"
+            )

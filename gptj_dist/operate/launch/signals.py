@@ -1,0 +1,58 @@
+"""Signals that end the launcher. They reach it alone: Ray's processes inherit that they are blocked.
+
+A terminal, `timeout` and systemd send a signal to all processes of a group at once. Without the block Ray's processes
+would die of it in the middle of the answers that the launcher lets finish.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+SAME_SIGNAL_S = 0.2
+"""`timeout` signals its child and then the child's whole group: signals that are this close count as one."""
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGHUP, received by a thread of their own and blocked in all threads that start later.
+
+    Until `let_finish`, the first signal aborts. After that, the first one sets `requested`, and a second one aborts.
+    SIGHUP stays ignored where it is (`nohup`), and never counts as a second signal: a terminal that closes may send
+    several.
+
+    Args:
+        abort: ends the process at once, with this exit code; called on the thread of the signals.
+    """
+
+    def __init__(self, abort: Callable[[int], None]) -> None:
+        self.requested = threading.Event()
+        self.can_finish = False
+        self._abort = abort
+        self._first_s = 0.0
+        is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._awaited = {signal.SIGINT, signal.SIGTERM} | (set() if is_hangup_ignored else {signal.SIGHUP})
+
+    def start(self) -> None:
+        """Call on the main thread, before any other thread or process is started."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        threading.Thread(target=self._receive, name="signals", daemon=True).start()
+
+    def let_finish(self) -> None:
+        """From now on the first signal is a request, which whoever waits for `requested` carries out."""
+        self.can_finish = True
+
+    def _receive(self) -> None:
+        while True:
+            self._handle(signal.sigwait(self._awaited))
+
+    def _handle(self, number: int) -> None:
+        now_s = time.monotonic()
+        if not self.can_finish:
+            self._abort(128 + number)
+        elif not self.requested.is_set():
+            self._first_s = now_s
+            self.requested.set()
+        elif number != signal.SIGHUP and now_s - self._first_s > SAME_SIGNAL_S:
+            self._abort(128 + number)

@@ -1,0 +1,104 @@
+"""Looks at the pipelines every few seconds: says when stages are lost and when they are back, notices the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from gptj_dist.operate.launch.application import RayGoneError, Served, is_served
+
+if TYPE_CHECKING:
+    from gptj_dist.serving.pipeline import PipelineStatus
+
+PERIOD_S = 2.0
+MAX_SILENCES = 2
+"""Looks without an answer, after which Ray counts as gone."""
+
+
+class Watcher:
+    """Looks until `stop` is set. If the server is gone first, sets it and says why in `failure`.
+
+    Args:
+        served: the application.
+        stop: ends the watch.
+        lost_process: gives the name of a process of Ray's own that has ended.
+        say: receives a line for the user.
+    """
+
+    def __init__(
+        self, served: Served, stop: threading.Event, lost_process: Callable[[], str | None], say: Callable[[str], None]
+    ) -> None:
+        self.failure = ""
+        self._served = served
+        self._stop = stop
+        self._lost_process = lost_process
+        self._losses = LossReporter(say)
+
+    def start(self, statuses: Sequence[PipelineStatus]) -> None:
+        """Begins to look, on a thread of its own: Ray may take its time for an answer.
+
+        Args:
+            statuses: of the pipelines when the server became ready.
+        """
+        self._losses.note(statuses)
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        num_silences = 0
+        while not self._stop.wait(PERIOD_S):
+            try:
+                failure = self._look()
+                num_silences = 0
+            except RayGoneError as error:
+                num_silences += 1
+                failure = str(error) if num_silences == MAX_SILENCES else ""
+            if failure and not self._stop.is_set():
+                self.failure = failure
+                self._stop.set()
+
+    def _look(self) -> str:
+        """Takes in how the pipelines are. Returns why the server is gone, or an empty string."""
+        if (process := self._lost_process()) is not None:
+            return f"Ray's process {process} has ended"
+        statuses = self._served.statuses()
+        if not statuses and not is_served(self._served.name):
+            return "the application has been removed from Ray"
+        self._losses.note(statuses)
+        return ""
+
+
+class LossReporter:
+    """Remembers how each pipeline was, and says what has changed.
+
+    Args:
+        say: receives a line for the user.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._known: dict[str, set[tuple[int, str, int]]] = {}
+        self._num_restarts: dict[str, int] = {}
+        self._down: set[str] = set()
+
+    def note(self, statuses: Sequence[PipelineStatus]) -> None:
+        """Takes in how the pipelines are now."""
+        for status in statuses:
+            known = self._num_restarts.setdefault(status.name, status.num_restarts)
+            self._num_restarts[status.name] = status.num_restarts
+            if status.name not in self._down and (status.num_restarts > known or not status.is_up):
+                self._say(f"Pipeline {status.name} has lost a stage, and restarts its stages.")
+                self._down.add(status.name)
+            self._note_causes(status)
+            if status.is_up and status.name in self._down:
+                self._say(f"Pipeline {status.name} is back.")
+                self._down.remove(status.name)
+
+    def _note_causes(self, status: PipelineStatus) -> None:
+        """Says why stages have died. That may become known only after new ones have taken their place."""
+        now = {(loss.stage, loss.node, loss.pid): loss for loss in status.losses}
+        known = self._known.setdefault(status.name, set(now))  # losses before the first look are in the log
+        for place, loss in now.items():
+            if place not in known:
+                self._say(f"Pipeline {status.name}: {loss}")
+        self._known[status.name] = set(now)
