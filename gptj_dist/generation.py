@@ -22,8 +22,6 @@ _DEFAULTS = {
 }
 """Fields that set defaults, and the parameters that they set; the same ones as in vLLM."""
 
-_APPLIED = {*_DEFAULTS, "eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
-
 _NEUTRAL: Mapping[str, object] = {
     "do_sample": True,
     "num_beams": 1,
@@ -106,11 +104,6 @@ def unapplied_fields(fields: Mapping[str, Any]) -> list[str]:
     """Names and values of fields that ask for something that is not done."""
     asked = {name: value for name, value in fields.items() if name in _NEUTRAL and value is not None}
     return [f"{name} {excerpt(value)}" for name, value in asked.items() if value != _NEUTRAL[name]]
-
-
-def has_generation_fields(fields: Mapping[str, Any]) -> bool:
-    """Whether any field is there that `GenerationConfig` reads, or that names end tokens."""
-    return any(fields.get(name) is not None for name in _APPLIED)
 
 
 def _defaults(fields: Mapping[str, Any], file: str) -> tuple[tuple[str, float], ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptj_dist.checkpoint.files import CONFIG_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
+from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
 from gptj_dist.checkpoint.headers import STORED_DTYPES, TensorHeader, printable, read_json
 from gptj_dist.checkpoint.index import (
     LEGACY_BUFFERS,
@@ -24,6 +24,7 @@ from gptj_dist.checkpoint.index import (
     stage_headers,
 )
 from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.generation import unapplied_fields
 from gptj_dist.sizes import bytes_text
 
 _WEIGHT_SUFFIXES = {
@@ -87,6 +88,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         oddities=[
             *_odd_names(stored),
             *_extras(index, config),
+            *odd_generation(directory, config),
             *_odd_dtypes(directory, weights),
             *_odd_places(stored),
             *_odd_files(directory, stored),
@@ -116,6 +118,16 @@ def _odd_names(stored: Mapping[str, Mapping[str, TensorHeader]]) -> Iterator[str
 def _extras(index: CheckpointIndex, config: ModelConfig) -> Iterator[str]:
     if extras := extra_tensors(index, config):
         yield f"tensors that GPT-J does not have, which are skipped: {_listing(list(map(printable, extras)))}"
+
+
+def odd_generation(directory: Path, config: ModelConfig) -> Iterator[str]:
+    """What is unusual about how the checkpoint wants texts to be made; looks at JSON alone."""
+    path = directory / GENERATION_FILE
+    file = GENERATION_FILE if path.exists() else CONFIG_FILE
+    if unapplied := unapplied_fields(read_json(directory / file)):
+        yield f"{file} asks for what is not applied: {_listing(unapplied)}"
+    if not config.eos_token_ids:
+        yield "no eos_token_id: texts end at max_tokens, stop strings and stop tokens alone"
 
 
 def _odd_dtypes(directory: Path, weights: Mapping[str, TensorHeader]) -> Iterator[str]:

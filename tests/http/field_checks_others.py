@@ -334,3 +334,22 @@ def of_user_(face: Face) -> None:
 @check(EmbeddingRequest)
 def of_model___(face: Face) -> None:
     refuses_another_model(face, "/v1/embeddings", input="x")
+
+
+@check(CompletionRequest)
+@check(ChatRequest)
+def of_add_special_tokens(face: Face) -> None:
+    """The demo's tokenizer has no tokens to add; `tests/unit/test_service.py` has one that does."""
+    assert choice(face, add_special_tokens=True)["text"] == choice(face, add_special_tokens=False)["text"]
+    refused = face.post(add_special_tokens="x")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "add_special_tokens")
+
+
+@check(TokenizeRequest)
+def of_add_special_tokens_(face: Face) -> None:
+    assert post(face, "/tokenize", prompt=PROMPT, add_special_tokens=True) == post(face, "/tokenize", prompt=PROMPT)
+
+
+@check(EmbeddingRequest)
+def of_add_special_tokens__(face: Face) -> None:
+    assert embeddings(face, add_special_tokens=False) == embeddings(face, add_special_tokens=True) == embeddings(face)

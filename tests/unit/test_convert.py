@@ -192,6 +192,16 @@ def test_transformers_loads_the_result_in_full(tmp_path: Path, config: ModelConf
     assert all(torch.equal(state[name], tensor) for name, tensor in _tensors(tmp_path / "result").items())
 
 
+def test_what_the_checkpoint_says_of_generation_stays(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", CONFIG)
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": [0, 7], "top_k": 5}')
+
+    _convert(tmp_path / "source", tmp_path / "result")
+
+    assert read_model_config(tmp_path / "result").generation == read_model_config(tmp_path / "source").generation
+    assert read_model_config(tmp_path / "result").eos_token_ids == (0, 7)
+
+
 def test_each_stage_has_files_of_its_own(source: Path, tmp_path: Path) -> None:
     _convert(source, tmp_path / "result")
     check_checkpoint(tmp_path / "result", CONFIG)

@@ -18,7 +18,7 @@ import pytest
 
 from gptj_dist.checkpoint.files import PICKLED, SAFETENSORS, WeightForm
 from gptj_dist.checkpoint.hub import DEMO, resolve_model
-from gptj_dist.checkpoint.index import expected_tensors
+from gptj_dist.checkpoint.index import expected_tensors, read_model_config
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import LayerRange, ModelConfig
 from tests.hub_server import Hub, running_hub
@@ -169,6 +169,15 @@ def test_a_repository_of_an_adapter_is_called_what_it_is(hub: Hub, home: Path, t
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "owner/name has no config.json; it holds a LoRA adapter" in done.stderr
+
+
+def test_the_generation_config_is_fetched_with_the_other_small_files(hub: Hub, home: Path, single: Path) -> None:
+    (single / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    hub.add(NAME, single)
+
+    directory = _download(hub, home)
+
+    assert read_model_config(directory).eos_token_ids == (0, 7)
 
 
 def test_the_files_are_listed_once_and_what_is_there_is_not_asked_for_again(

@@ -21,6 +21,7 @@ from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.cli import app
 from gptj_dist.config import ModelConfig
 from gptj_dist.errors import CheckpointError
+from gptj_dist.text.vocabulary import write_tokenizer
 
 CONFIG = ModelConfig(40, 4, 16, 2, 4, 64, 32, (0,))
 TIED = replace(CONFIG, has_tied_embeddings=True)
@@ -185,7 +186,7 @@ def test_no_weights_are_read(tmp_path: Path) -> None:
 
 
 def test_command_shows_the_model_and_its_vocabulary() -> None:
-    assert _output(DEMO).splitlines()[1:9] == [
+    assert _output(DEMO).splitlines()[1:11] == [
         "model       28 layers of width 128, 4 heads, context of 1024 tokens, vocabulary of 4128",
         "weights     safetensors, 1 file, 13.2 MB",
         "parameters  6,591,264",
@@ -194,7 +195,37 @@ def test_command_shows_the_model_and_its_vocabulary() -> None:
         "layers      28 of 395 kB",
         "head        1.07 MB",
         "tokenizer   4096 entries for 4128 rows; 32 rows stand for no text and are generated only where they are named",
+        "template    none: chat needs --chat-template",
+        "end         0 '<|endoftext|>'",
     ]
+
+
+def test_command_shows_how_texts_end_and_are_sampled(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, ModelConfig(300, 4, 16, 2, 4, 64, 32, (298,)))
+    write_tokenizer(tmp_path, 300)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    fields = {
+        "eos_token_id": [299, 13],
+        "temperature": 0.7,
+        "max_new_tokens": 64,
+        "suppress_tokens": [3],
+        "num_beams": 4,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields | {"do_sample": False}))
+
+    lines = _output(str(tmp_path)).splitlines()
+
+    assert "template    for chat" in lines
+    assert "end         298 'ent', 299 '<|endoftext|>', 13 '.'" in lines
+    assert "generation  defaults temperature 0.7, max_tokens 64; 1 tokens or runs of tokens are ruled out" in lines
+    assert "- generation_config.json asks for what is not applied: num_beams 4, do_sample False" in lines
+
+
+def test_command_says_that_nothing_ends_a_text(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, replace(CONFIG, eos_token_ids=()))
+
+    assert "end         no token ends a text\n" in _output(str(tmp_path))
+    assert "- no eos_token_id: texts end at max_tokens" in _output(str(tmp_path))
 
 
 def test_command_says_that_embeddings_are_tied(tmp_path: Path) -> None:

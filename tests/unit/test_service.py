@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from gptj_dist.answers.answer import Answer
 from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.error_responses import UnknownModelError
 from gptj_dist.answers.moderation import ContentRefusedError, Moderation, Role
@@ -32,6 +34,7 @@ from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, 
 from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.text.chat import ChatTemplate
 from gptj_dist.text.tokenizer import Tokenizer
+from gptj_dist.text.vocabulary import write_tokenizer
 from gptj_dist.token_rules import TokenRules
 
 TOKENIZER = Tokenizer.load(resolve_model("demo"))
@@ -177,6 +180,46 @@ class TestDefaultsOfTheCheckpoint:
     def test_a_default_of_more_tokens_than_fit_is_cut_to_what_fits(self, kind: str) -> None:
         params = self._params({"max_tokens": 5000}, kind)
         assert 40 < params.max_tokens < LIMITS.max_model_len
+
+
+class TestTokensThatTheCheckpointAdds:
+    """A tokenizer whose `tokenizer_config.json` asks for a first token."""
+
+    @pytest.fixture
+    def model(self, tmp_path: Path) -> ServedModel:
+        write_tokenizer(tmp_path, 300)
+        config = {"add_bos_token": True, "bos_token": "<|endoftext|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return ServedModel(("demo",), Tokenizer.load(tmp_path), (299,), TEMPLATE)
+
+    def _answer(self, answering: Coroutine[Any, Any, Answer]) -> None:
+        async def run() -> None:
+            await (await answering).whole()
+
+        asyncio.run(run())
+
+    @pytest.mark.parametrize(("given", "is_added"), [({}, True), ({"add_special_tokens": False}, False)])
+    def test_a_prompt_begins_with_it_unless_the_request_says_no(
+        self, model: ServedModel, given: dict[str, bool], is_added: bool
+    ) -> None:
+        script = Script()
+        request = parse_body(json.dumps({"prompt": "One"} | given).encode(), CompletionRequest)
+        self._answer(AnswerService(model, script).complete(request, "7"))
+        assert (script.asked[0][0][0] == 299) == is_added
+
+    @pytest.mark.parametrize(("given", "is_added"), [({}, False), ({"add_special_tokens": True}, True)])
+    def test_a_conversation_begins_with_it_if_the_request_says_so(
+        self, model: ServedModel, given: dict[str, bool], is_added: bool
+    ) -> None:
+        script = Script()
+        self._answer(AnswerService(model, script).chat(chat_request(**given), "7"))
+        assert (script.asked[0][0][0] == 299) == is_added
+
+    @pytest.mark.parametrize(("given", "is_added"), [({}, True), ({"add_special_tokens": False}, False)])
+    def test_tokenize_shows_it(self, model: ServedModel, given: dict[str, bool], is_added: bool) -> None:
+        request = parse_body(json.dumps({"prompt": "One"} | given).encode(), TokenizeRequest)
+        body = asyncio.run(AnswerService(model, Script()).tokenize(request))
+        assert (body["tokens"][0] == 299) == is_added
 
 
 class TestCompletions:

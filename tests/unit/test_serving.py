@@ -26,6 +26,10 @@ def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
     assert config.pipeline.kv_cache_gb is None
     assert config.model_names == ("x",)
     assert parse_settings({"model": "demo"}).model_names == ("demo",)
+    assert parse_settings({"model": "demo"}).pipeline.generation_config == "auto"
+    assert parse_settings({"model": "demo", "generation_config": "none"}).pipeline.generation_config == "none"
+    with pytest.raises(ConfigurationError, match="generation_config"):
+        parse_settings({"model": "demo", "generation_config": "vllm"})
 
 
 def test_a_directory_is_called_by_its_last_part_and_a_hub_model_by_its_whole_name(
