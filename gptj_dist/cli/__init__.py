@@ -21,6 +21,7 @@ from gptj_dist.cli.server.key import key
 from gptj_dist.cli.server.plan import plan
 from gptj_dist.cli.server.serve import serve
 from gptj_dist.cli.server.status import status
+from gptj_dist.cli.server.stop import stop
 from gptj_dist.cli.server.top import top
 from gptj_dist.cli.streams import complain, flush_output, os_error_text, prepare_streams
 from gptj_dist.cli.text.batch import batch
@@ -33,7 +34,7 @@ FAILED = 1
 CANNOT_WORK = 2
 
 VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
-    "Serving": (serve, status, top, plan, doctor, key),
+    "Serving": (serve, stop, status, top, plan, doctor, key),
     "Text": (complete, chat, batch, generate),
     "Checkpoints": (download, inspect, convert, verify, synth),
 }

@@ -10,6 +10,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "gptj-dist serve EleutherAI/gpt-j-6b --revision float16 --layers 8,7,7,6",
         "gptj-dist serve demo --host 0.0.0.0 --port 80 --api-keys keys.yaml",
     ),
+    "stop": ("gptj-dist stop", "gptj-dist stop --address 10.0.0.7:6379 --name gptj"),
     "status": ("gptj-dist status", "gptj-dist status --url 10.0.0.7:8000 --json"),
     "top": ("gptj-dist top", "gptj-dist top --once --url 10.0.0.7:8000"),
     "plan": (
