@@ -5,8 +5,9 @@
 
 For each case: the largest gap between two frames of the stream, the slowest answer of `/health`, the hostile requests'
 statuses and when the first and the last of them were answered, the largest answer, and the CPU time of the server's
-processes. One server takes all cases, one after the other. The last line on standard output is one JSON document.
-Linux only.
+processes. The case `nothing` is the control: on a busy machine the stream has gaps of its own, and only what is above
+them is the case's. One server takes all cases, one after the other. The last line on standard output is one JSON
+document. Linux only.
 """
 
 from __future__ import annotations

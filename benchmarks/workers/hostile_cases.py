@@ -149,6 +149,11 @@ def _tokenizing(**fields: Any) -> Case:
     return lambda attack: attack.post("/tokenize", body)
 
 
+def _nothing() -> Case:
+    """The control: the largest gap that the machine makes by itself in the time of a case."""
+    return lambda _: asyncio.sleep(2)
+
+
 def _one_header() -> Case:
     parts = [b"GET /v1/models HTTP/1.1\r\nHost: x\r\nx: ", *[b"a" * (1 << 20)] * 126, b"\r\n\r\n"]
     return lambda attack: attack.send(parts)
@@ -185,6 +190,7 @@ def _dripping(head: bytes, byte: bytes) -> Case:
 
 
 CASES: Mapping[str, Callable[[], Case]] = {
+    "nothing": _nothing,
     "one header of 126 MB": _one_header,
     "600,000 headers": _many_headers,
     "prompt: one character": lambda: _completing(prompt="a" * LARGE),

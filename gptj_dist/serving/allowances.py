@@ -1,4 +1,4 @@
-"""Charges calls to the allowances of their keys. One replica keeps the accounts of all ingresses of an application."""
+"""Charges calls to the allowances of their keys. One replica keeps the accounts for all ingresses of an application."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Allowances:
 
     @asynccontextmanager
     async def charged(self, key: ApiKey | None, answer: Answer | EmbeddingAnswer) -> AsyncGenerator[None, None]:
-        """Charges a request with the most tokens that it may take; gives back in the end what it did not.
+        """Charges a request with the most tokens that it may take, and refunds those that it did not take.
 
         Raises:
-            TooManyRequestsError: the key's allowance does not have as much.
-            NotReadyError: nobody keeps the accounts right now.
+            TooManyRequestsError: the key's allowance does not have that many left.
+            NotReadyError: the replica that keeps the accounts cannot be reached.
         """
         if key is None or not key.is_limited or self._accounts is None:
             yield

@@ -1,4 +1,4 @@
-"""API keys: who may call, and how much a minute. Knows no HTTP. Keys themselves are kept nowhere, only their hashes."""
+"""API keys: who may call, and how much a minute. Knows no HTTP. Only hashes of keys are kept, never the keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ApiKey:
 
 
 def hash_key(key: str) -> str:
-    """What is kept of a key."""
+    """The hash of a key, in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -50,7 +50,7 @@ def new_key() -> str:
 
 
 def find_key(keys: Iterable[ApiKey], given: str) -> ApiKey | None:
-    """The key that was given, if it is one. How long it takes does not depend on which, nor on how nearly it is one."""
+    """The entry of the given key, or None. The time that this takes does not depend on the key."""
     hashed = hash_key(given)
     found = None
     for key in keys:
@@ -97,7 +97,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 class _Allowance:
-    """So much a minute: what is not used collects, up to a minute's worth."""
+    """An amount a minute; what is not used accumulates, up to the amount of one minute."""
 
     def __init__(self, per_minute: int | None, now_s: float) -> None:
         self._capacity = math.inf if per_minute is None else float(per_minute)
@@ -105,7 +105,7 @@ class _Allowance:
         self._since_s = now_s
 
     def wait_s(self, amount: float, now_s: float) -> float:
-        """Seconds until so much is there: 0 if it is; infinity if it never will be."""
+        """Seconds until `amount` is available: 0 if it is now, infinity if it exceeds the amount of a minute."""
         if amount > self._capacity:
             return math.inf
         if self._capacity == math.inf:
@@ -119,7 +119,7 @@ class _Allowance:
 
 
 class Quotas:
-    """What every limited key has left. One of them counts for all ingresses of an application.
+    """What every limited key has left. One instance counts for all ingresses of an application.
 
     Args:
         clock: seconds.
@@ -133,10 +133,10 @@ class Quotas:
         }
 
     def charge(self, name: str, num_tokens: int) -> float:
-        """Takes a request and the most tokens that it may come to, if both are there.
+        """Takes one request and `num_tokens` tokens, if both are available.
 
         Returns:
-            0 if they were taken; else the seconds until they can be, infinity if never.
+            0 if they were taken; else the seconds until they can be taken, infinity if never.
         """
         requests, tokens = self._allowances[name]
         now_s = self._clock()
@@ -147,5 +147,5 @@ class Quotas:
         return 0.0
 
     def refund(self, name: str, num_tokens: int) -> None:
-        """Gives back tokens that a request was charged for and did not use."""
+        """Refunds tokens that a request was charged for and did not use."""
         self._allowances[name][1].add(num_tokens)

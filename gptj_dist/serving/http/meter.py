@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""What machines ask every few seconds."""
+"""Probes and scrapers call these every few seconds."""
 
 OTHER = "other"
-"""Stands for all methods and paths that are not served: clients shall not be able to make up time series."""
+"""Stands for all methods and paths that are not served, so that clients cannot create time series."""
 
 
 class HttpMeter:
@@ -28,7 +28,7 @@ class HttpMeter:
 
     Args:
         routes: the other's.
-        metrics: is told.
+        metrics: counts the requests.
         clock: seconds.
     """
 
