@@ -1,4 +1,4 @@
-"""Counts out KV blocks. Knows how many hold a block, but neither who nor where it lies."""
+"""Allocates KV blocks and counts the holders of each. Knows no requests and no memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gptj_dist.sizes import ceil_div
 
 
 class BlockPool:
-    """A fixed number of blocks of `block_size` tokens; each is free or has holders.
+    """A fixed number of blocks of `block_size` tokens. Each block is free or has one or more holders.
 
     Args:
         num_blocks: blocks 0 .. num_blocks - 1.
@@ -34,7 +34,7 @@ class BlockPool:
         return ceil_div(num_tokens, self.block_size)
 
     def take(self, num_blocks: int) -> list[int]:
-        """Hands out blocks, the most recently returned first: their memory is warm.
+        """Takes free blocks; each gets one holder. The last to be given back come first, because their memory is warm.
 
         Raises:
             ValueError: fewer are free.
@@ -47,12 +47,12 @@ class BlockPool:
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Gives blocks that are held one more holder."""
+        """Adds a holder to each of the blocks, which have one already."""
         for block in blocks:
             self._num_holders[block] += 1
 
     def give_back(self, blocks: Iterable[int]) -> None:
-        """Takes a holder away from each; those that have none left are free."""
+        """Removes a holder from each of the blocks. A block without holders is free."""
         for block in blocks:
             self._num_holders[block] -= 1
             if not self._num_holders[block]:
@@ -62,5 +62,9 @@ class BlockPool:
         return self._num_holders[block]
 
     def num_freed(self, num_given_back: Mapping[int, int]) -> int:
-        """How many blocks would become free if so many holders of each gave it back."""
+        """How many blocks would become free.
+
+        Args:
+            num_given_back: by block, the number of holders that would give it back.
+        """
         return sum(self._num_holders[block] == number for block, number in num_given_back.items())

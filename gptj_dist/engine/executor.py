@@ -1,4 +1,4 @@
-"""What the engine asks of a pipeline of stages, whatever runs it."""
+"""The engine's view of a pipeline of stages: plans go in, results come out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Executor(Protocol):
     """Computes plans, in order."""
 
     def submit(self, plan: Plan) -> None:
-        """Sends a plan on its way; never blocks."""
+        """Sends a plan to the first stage; never blocks."""
 
     async def receive(self) -> Result:
         """The next result, in the order of the plans.
 
         Raises:
-            StageFailedError: a stage has died; no result will ever come again.
+            StageFailedError: a stage has died. No result follows.
         """

@@ -1,4 +1,4 @@
-"""Where a stream's tokens wait for whoever reads them. Knows no requests."""
+"""Keeps a stream's tokens until they are read. Knows no requests."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from gptj_dist.params import TokenLogprobs
 
 
 class Delta(NamedTuple):
-    """What a stream has to say: new tokens; `finish_reason` comes with the last.
+    """New tokens of a stream.
 
     Args:
-        token_ids: one or more; none if the request was to generate none.
-        logprobs: one for each token, if they are asked for.
-        prompt_logprobs: of the prompt's tokens from the second on, with the first tokens, if they are asked for.
-        embedding: float32 numbers, byte by byte, if it is asked for.
+        token_ids: one or more; none if the request generates none.
+        finish_reason: comes with the last tokens; None before.
+        logprobs: one for each token, if requested.
+        prompt_logprobs: one for each token of the prompt from the second on, if requested; come with the first tokens.
+        embedding: float32 numbers as bytes, if requested.
     """
 
     token_ids: tuple[int, ...]
@@ -27,7 +28,7 @@ class Delta(NamedTuple):
 
 
 class Mailbox:
-    """Holds what a stream's reader has not taken yet; a slow reader finds several deltas as one."""
+    """Holds the tokens that a stream's reader has not taken yet. A slow reader gets several deltas joined into one."""
 
     def __init__(self) -> None:
         self._delta: Delta | None = None
@@ -40,12 +41,12 @@ class Mailbox:
         self._filled.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream; tokens that are there are still taken."""
+        """Ends the stream with an error, after the tokens that are already here."""
         self._error = error
         self._filled.set()
 
     async def take(self) -> Delta:
-        """Waits for tokens, and takes all there are. Raises what the stream failed with."""
+        """Waits for tokens, and takes all there are. Raises the error of `fail` when there are none left."""
         await self._filled.wait()
         delta, self._delta = self._delta, None
         if delta is None:

@@ -1,4 +1,4 @@
-"""What crosses the border between the coordinator and the stages: one plan out, one result back. Plain data.
+"""The messages between the coordinator and the stages: a plan goes out, a result comes back. Plain data.
 
 A plan carries a new request in full once and only the difference later. Every stage sees the plans in the same order,
 so a block that one plan releases may be written by the next.
@@ -13,13 +13,13 @@ from gptj_dist.params import SamplingParams, TokenLogprobs
 
 
 class PromptCopy(NamedTuple):
-    """The beginning of a request's KV, for another request of the same prompt.
+    """The KV of a prompt that one request takes over from another request of the same prompt.
 
     Args:
-        request_id: whose KV; all stages have computed it by earlier plans.
-        num_tokens: the positions from 0 on that are taken over.
-        blocks: KV blocks that lie wholly within them and that both requests hold from now on; neither writes to them.
-            What lies behind is copied.
+        request_id: the other request; all stages have computed its KV in earlier plans.
+        num_tokens: number of positions, from 0 on, that are taken over.
+        blocks: KV blocks that lie wholly within these positions. Both requests hold them from now on, and neither
+            writes to them. The stages copy the rest.
     """
 
     request_id: int
@@ -54,10 +54,10 @@ class Chunk(NamedTuple):
     Args:
         start: position of the first token.
         token_ids: the tokens, one or more.
-        new_blocks: KV blocks that the request alone gets with this chunk, behind those it has.
+        new_blocks: KV blocks that are added to the request's with this chunk; no other request holds them.
         samples: whether the last token's logits are to be sampled.
-        next_id: the token behind the chunk, where its log probability is wanted.
-        tells_embedding: whether the request's embedding is complete with this chunk.
+        next_id: the prompt's token after the chunk, if its log probability is requested; else None.
+        ends_embedding: whether the request's embedding is complete after this chunk.
     """
 
     request_id: int
@@ -66,15 +66,15 @@ class Chunk(NamedTuple):
     new_blocks: tuple[int, ...]
     samples: bool
     next_id: int | None = None
-    tells_embedding: bool = False
+    ends_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One micro-batch.
 
-    `released` requests are forgotten, `new_requests` are met, they and the `chunks` get their blocks, what they begin
-    with is copied, and then all chunks are computed.
+    A stage forgets the `released` requests, adds the `new_requests`, gives them and the `chunks` their blocks, copies
+    the KV that new requests begin with, and then computes all chunks.
     """
 
     plan_id: int
@@ -88,14 +88,14 @@ class Plan:
 
 
 class StageTiming(NamedTuple):
-    """When a stage took up a plan and when its output was ready to leave, in nanoseconds of its `SteadyClock`."""
+    """When a stage began a plan and when its output was ready, in nanoseconds of its `SteadyClock`."""
 
     begin_ns: int
     end_ns: int
 
 
 class PromptLogprobs(NamedTuple):
-    """Those of some tokens of a request's prompt, one behind the other from position `start` on."""
+    """Log probabilities of consecutive tokens of a request's prompt, from position `start` on."""
 
     request_id: int
     start: int
@@ -103,7 +103,7 @@ class PromptLogprobs(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """A request's: `d_model` float32 numbers, byte by byte."""
+    """A request's embedding: `d_model` float32 numbers as bytes."""
 
     request_id: int
     data: bytes
@@ -111,14 +111,14 @@ class Embedding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a plan.
+    """The outcome of a plan.
 
     Args:
-        token_ids: what the last stage sampled: one for each chunk with `samples`, in the plan's order.
-        timings: of every stage, first to last; empty where nobody measures.
-        logprobs: one for each of `token_ids`, None where it was not asked for; empty if it was for none.
-        prompt_logprobs: of the plan's chunks, where it was asked for.
-        embeddings: one for each chunk that tells one.
+        token_ids: the sampled tokens, one for each chunk with `samples`, in the plan's order.
+        timings: one for each stage, first to last; empty if the executor does not measure.
+        logprobs: one for each of `token_ids`, None where it was not requested; empty if none was requested.
+        prompt_logprobs: one for each chunk whose tokens' log probabilities were requested.
+        embeddings: one for each chunk with `ends_embedding`.
     """
 
     plan_id: int

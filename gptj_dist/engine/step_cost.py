@@ -1,26 +1,26 @@
-"""Learns what steps cost from those that have been: a line through seconds over rows, recent steps counting more."""
+"""Estimates the cost of a step by a line through the (rows, seconds) of past steps; recent ones weigh more."""
 
 from __future__ import annotations
 
 from gptj_dist.chunking import USUAL_OVERHEAD_ROWS, StepCost
 
 MEMORY = 0.99
-"""A step counts this much of the one behind it: the last hundred or so are what is known."""
+"""Weight of a step relative to the next one: about the last hundred steps count."""
 
 MAX_OVERHEAD_ROWS = 512.0
 
 _LEAST_SPREAD = 4.0
-"""Steps whose numbers of rows deviate less than this show no slope."""
+"""Standard deviation of the numbers of rows below which they say nothing about the slope."""
 
 
 class StepCostEstimate:
-    """Least squares with forgetting over (rows, seconds) of the slowest stage."""
+    """Least squares with forgetting, over (rows, seconds) of the slowest stage."""
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """Takes in one step."""
+        """Adds one step."""
         self._weight = MEMORY * self._weight + 1
         self._rows = MEMORY * self._rows + num_rows
         self._seconds = MEMORY * self._seconds + seconds
@@ -29,7 +29,7 @@ class StepCostEstimate:
 
     @property
     def cost(self) -> StepCost | None:
-        """What is known; None before the first step. Both parts are above zero, whatever was measured."""
+        """The estimate; None before the first step. Both of its parts are above zero, whatever was measured."""
         if not self._seconds:
             return None
         rows, seconds = self._rows / self._weight, self._seconds / self._weight

@@ -1,4 +1,4 @@
-"""What attention is to a layer, and a cache of keys and values to a stage. Each kind of cache brings its attention."""
+"""Protocols of attention and of the cache of keys and values. Each kind of cache has its own attention."""
 
 from __future__ import annotations
 
@@ -12,34 +12,38 @@ from gptj_dist.model.rotary import RotaryTable
 
 
 class Attention(Protocol):
-    """Attends for all rows of one micro-batch, layer after layer."""
+    """Computes attention for all rows of one micro-batch, layer after layer."""
 
     def __call__(self, layer: int, heads: Tensor) -> None:
         """Rotates queries and keys, stores keys and values, and attends for every row in one layer.
 
         Args:
-            heads: [rows, 3, num_heads, head_dim]: queries, keys and values as the weights made them. The values are
-                overwritten with the result.
+            heads: [rows, 3, num_heads, head_dim]: queries, keys and values, not rotated yet. The result overwrites the
+                values.
         """
 
 
 class KVCache(Protocol):
-    """Where a stage keeps keys and values. Who gets how much of it is the scheduler's business."""
+    """A stage's keys and values. The scheduler decides which request gets which blocks."""
 
     def add(self, request_id: int) -> None:
-        """Meets a request that has no tokens yet."""
+        """Adds a request, which has no tokens yet."""
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Gives the request more blocks, behind those it has."""
+        """Appends blocks to the request's."""
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
-        """Gives a request that has no tokens yet the keys and values of another's first tokens, in every layer.
+        """Copies the keys and values of another request's first tokens, in every layer.
 
-        Both have their blocks; those that they have in common already hold what they should.
+        Args:
+            source_id: the other request.
+            request_id: the request that gets them; it has no tokens yet, but has its blocks. Blocks that both requests
+                hold are not copied.
+            num_tokens: number of tokens, from position 0 on.
         """
 
     def release(self, request_id: int) -> None:
-        """Forgets the request; its memory may be given to the next one at once."""
+        """Forgets the request; other requests may use its memory at once."""
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
-        """An attention for one micro-batch: what does not depend on the layer is worked out here."""
+        """The attention of one micro-batch. Everything that does not depend on the layer is computed here."""
