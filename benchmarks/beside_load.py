@@ -1,17 +1,16 @@
-"""What an engine keeps of its speed while other programs compute on the same cores: ours, and others beside the same
-load.
+"""What engines keep of their speed while other programs compute on the same cores.
 
     python -m benchmarks.beside_load demo
     python -m benchmarks.beside_load deep --dtype bfloat16 --loads 1 2 4 twin
     python -m benchmarks.beside_load deep --contenders ours "vllm python=vllm/bin/python kv_cache_gb=2" \\
-        "ct2 python=ct2/bin/python model=deep-ct2"
+        "ct2 python=ct2/bin/python model=/path/to/deep-ct2"
 
 A load is a number of processes that compute all the time, or `twin`: a second process of the contender that generates
-without a pause. Contenders take turns under each load; the others are frozen meanwhile. `share_of_quiet` is the rate
-beside a load divided by the contender's own quiet one. `fair_share` is what the load leaves of the cores if each of
-its processes has as much as each thread of an engine with one thread a core. Contenders are written as for
-`benchmarks.compare`; a contender starts before the first load, so how it adapts is part of what is measured.
+without a pause. Contenders, written as for `benchmarks.compare`, take turns under each load, and the others are frozen
+meanwhile. They start before the load, so how they adapt to it is part of what is measured.
 
+`share_of_quiet` is the decode rate beside a load divided by the contender's own quiet rate. `fair_share` is the share
+of the cores that a load leaves if each of its processes has as much as each thread of an engine with one thread a core.
 The last line on standard output is one JSON document. Linux only.
 """
 

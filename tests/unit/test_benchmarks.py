@@ -40,20 +40,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
-    *(
-        "beside_load",
-        "compare",
-        "front",
-        "hostile",
-        "http",
-        "offline",
-        "plots",
-        "same_logits",
-        "scheduler",
-        "startup",
-        "step",
-    ),
-    "transport",
+    *("beside_load", "compare", "front", "gpu_report", "hostile", "http", "offline", "plots", "same_logits"),
+    *("scheduler", "startup", "step", "transport"),
 )
 TIME_LIMIT_S = 60
 CASE = Case(2, 5, 3)
