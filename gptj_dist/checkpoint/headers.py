@@ -1,8 +1,8 @@
-"""What is known of a tensor in a file, and how a safetensors file tells it.
+"""Where the tensors of a safetensors file lie, and what they are.
 
 A safetensors file begins with 8 bytes of little-endian length and a JSON header
-(https://github.com/huggingface/safetensors). It is parsed here, because byte ranges are needed that the library does
-not tell, and with limits, so that no file, whatever it holds, takes much memory or time. Stdlib only.
+(https://github.com/huggingface/safetensors). It is parsed here, because the library gives no byte ranges, and with
+limits, so that no file, whatever it holds, takes much memory or time (decision 0022). Stdlib only.
 """
 
 from __future__ import annotations
