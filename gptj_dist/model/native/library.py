@@ -51,7 +51,7 @@ class Product(ctypes.Structure):
 def load_library() -> ctypes.CDLL | None:
     """The compiled library, or None if it cannot be compiled or loaded; the log says why."""
     try:
-        if (directory := _directory()) is not None:
+        if (directory := own_directory()) is not None:
             return _declare(ctypes.CDLL(str(_compiled(directory))))
         with tempfile.TemporaryDirectory() as own:  # compiled at each start; a loaded library does not need its file
             return _declare(ctypes.CDLL(str(_compiled(Path(own)))))
@@ -89,7 +89,7 @@ def _compiled(directory: Path) -> Path:
     return path
 
 
-def _directory() -> Path | None:
+def own_directory() -> Path | None:
     """The directory of this user's libraries; None if the user has no writable home.
 
     Raises:
