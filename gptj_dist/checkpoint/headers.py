@@ -1,8 +1,8 @@
-"""What is known of a tensor in a file, and how a safetensors file tells it.
+"""Tensor headers, and how to read them from a safetensors file.
 
 A safetensors file begins with 8 bytes of little-endian length and a JSON header
-(https://github.com/huggingface/safetensors). It is parsed here, because byte ranges are needed that the library does
-not tell, and with limits, so that no file, whatever it holds, takes much memory or time. Stdlib only.
+(https://github.com/huggingface/safetensors). This module parses it, because the library does not return byte ranges.
+Limits keep a malicious file from taking much memory or time. Stdlib only.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _MAX_NAME_LENGTH = 120
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """Where a tensor lies and what it is.
+    """Position, shape and type of a tensor in a file.
 
     Args:
         dtype: as safetensors spells it, a key of `STORED_DTYPES` for weights.
         offset_bytes: from the start of the file.
         num_bytes: from there to the end of its last element.
-        strides: in elements, if they are not those of a contiguous tensor; only pickles have such.
+        strides: in elements; None for a contiguous tensor. Only pickles hold other ones.
     """
 
     path: Path
@@ -135,10 +135,10 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def printable(text: str) -> str:
-    """A name out of a file, fit to be part of one line: short, and without what a terminal would obey."""
+    """A name from a file, shortened, and without characters that a terminal would interpret."""
     return repr(text[:_MAX_NAME_LENGTH])[1:-1][:_MAX_NAME_LENGTH]
 
 
 def one_line(error: Exception) -> str:
-    """An error's text, or else its kind, fit to be part of one line."""
+    """An error's text on one line; its class name if it has no text."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,8 +1,8 @@
-"""Says which tensors a file of `torch.save` holds and where, without unpickling it.
+"""Finds the tensors in a file of `torch.save` and their positions, without unpickling it.
 
 `torch.save` writes an uncompressed zip: a pickle, and one entry a storage. Before torch 1.6 it wrote five pickles and
-then the storages one after the other (`torch/serialization.py`). In both the numbers of a tensor are one range of
-bytes, so that a stage can read its own and no others. Stdlib only.
+then the storages one after the other (`torch/serialization.py`). In both forms a tensor is one range of bytes, so a
+stage can read only its own tensors. Stdlib only.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _read_zip(file: BinaryIO, size_bytes: int) -> _Located:
 
 
 class _BoundedReads:
-    """A file that gives no more than `MAX_PICKLE_BYTES` a read, whatever a corrupt zip directory asks for."""
+    """A file that reads at most `MAX_PICKLE_BYTES` at a time, because a corrupt zip may ask for any number."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -135,7 +135,7 @@ def _content(file: BinaryIO, entry: zipfile.ZipInfo, limit: int) -> bytes:
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind its own header, whose lengths may differ from the directory's."""
+    """Offset of an entry's bytes, after its own header, whose lengths may differ from the directory's."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise MalformedPickleError("it is compressed or encrypted, as PyTorch's files never are")
     header = _read_at(file, entry.header_offset, _LOCAL_HEADER.size)
@@ -154,7 +154,7 @@ def _read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
 
 
 def _read_legacy(file: BinaryIO) -> _Located:
-    """Five pickles (magic number, protocol, machine, state dict, keys), then each storage behind its length."""
+    """Five pickles (magic number, protocol, machine, state dict, keys), then each storage after its length."""
     stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     if read_data(stream) != _LEGACY_MAGIC or read_data(stream) != _LEGACY_PROTOCOL:
         raise MalformedPickleError("it is no file of PyTorch's")

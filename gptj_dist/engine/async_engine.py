@@ -1,4 +1,4 @@
-"""Turns prompts into streams of tokens: owns the scheduler, drives the executor. Knows no text, no HTTP and no devices.
+"""Turns prompts into streams of tokens: owns the scheduler and drives the executor. Independent of text and HTTP.
 
 Everything runs on one event loop. A stream is an async iterator, and closing it is the only way to cancel: the
 request's blocks are free before `aclose()` returns.
@@ -32,7 +32,7 @@ class AsyncEngine:
         executor: computes; replaced by `resume` after a failure.
         limits: what requests are checked against.
         clock: seconds; for `last_token_s`.
-        stats: is told of every plan; None makes one on the clock that stages use.
+        stats: records every plan; None makes one on the clock that stages use.
 
     Attributes:
         last_token_s: when a token last came through all stages of the present executor; None before the first.
@@ -71,15 +71,15 @@ class AsyncEngine:
     def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, choice: int = 0, log_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Streams one completion of the prompt; `params.n` is the caller's business, which numbers its choices.
+        """Streams one completion of the prompt. Ignores `params.n`: call once for each choice, with its number.
 
         Args:
             log_id: as of `Request`.
 
         Raises:
-            InvalidRequestError: the request can never be served. Raised at once, the others by the stream:
+            InvalidRequestError: the request can never be served. Raised at once; the stream raises the others:
             NotReadyError: the pipeline is down; nothing was queued.
-            StageFailedError: the pipeline died under way.
+            StageFailedError: the pipeline died during the request.
         """
         [stream] = self.generate_all(prompt_ids, params, [choice], log_id)
         return stream
@@ -87,7 +87,7 @@ class AsyncEngine:
     def generate_all(
         self, prompt_ids: Sequence[int], params: SamplingParams, choices: Iterable[int], log_id: str | None = None
     ) -> list[AsyncGenerator[Delta, None]]:
-        """Streams one completion for each choice. Those that begin together share the work on the prompt.
+        """Streams one completion for each choice. Choices that start together compute the prompt once.
 
         Raises:
             InvalidRequestError: the request can never be served. Other errors come out of each stream.
@@ -113,7 +113,7 @@ class AsyncEngine:
         """Drives the pipeline until cancelled.
 
         Raises:
-            StageFailedError: the executor died, or the coordinator itself failed; every stream has been told. Call
+            StageFailedError: the executor died, or the coordinator itself failed. Every stream has failed, too. Call
                 `resume`, then `run` again.
         """
         if self._executor is None:
@@ -140,13 +140,13 @@ class AsyncEngine:
             self.journal.note_failed(request, error)
 
     def resume(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
-        """Goes on with a fresh executor and what fits it, after `run` has raised."""
+        """Accepts requests again, with a new scheduler, executor and limits. Call after `run` has raised."""
         self._scheduler = scheduler
         self._executor = executor
         self._limits = limits
 
     def backlog_s(self) -> float:
-        """About how many seconds it takes until all that wait now run, at the pace of requests so far."""
+        """Estimated seconds until all requests now waiting run, at the average pace so far."""
         totals = self.journal.totals
         run_ns = totals.e2e_latency.sum_ns - totals.queue_time.sum_ns
         mean_s = run_ns / 1e9 / max(1, sum(totals.e2e_latency.counts))
@@ -172,7 +172,7 @@ class AsyncEngine:
         self._pump_soon()
 
     async def _take_result(self, executor: Executor, broken: asyncio.Future[None]) -> None:
-        """Waits for one result, and hands out its tokens."""
+        """Waits for one result, and puts its tokens into the mailboxes."""
         receiving = asyncio.ensure_future(executor.receive())
         try:
             await asyncio.wait((receiving, broken), return_when=asyncio.FIRST_COMPLETED)
@@ -195,7 +195,7 @@ class AsyncEngine:
             asyncio.get_running_loop().call_soon(self._pump_or_break)
 
     def _pump_or_break(self) -> None:
-        """Outside `run` there is nobody to raise an error to, so `run` is told."""
+        """Like `_pump`, but passes an error on to `run`, because no caller awaits this callback."""
         self._is_pump_due = False
         try:
             self._pump()
@@ -217,7 +217,7 @@ class AsyncEngine:
 
 
 def _delta(output: TokenOutput) -> Delta:
-    """What a stream is told of a token, or of an embedding."""
+    """The stream's delta for a token or an embedding."""
     request = output.request
     return Delta(
         token_ids=() if output.token_id is None else (output.token_id,),

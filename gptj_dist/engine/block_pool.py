@@ -1,4 +1,4 @@
-"""Counts out KV blocks. Knows how many hold a block, but neither who nor where it lies."""
+"""Allocates KV blocks by number. Counts the holders of each block, but does not know who they are."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class BlockPool:
         return ceil_div(num_tokens, self.block_size)
 
     def take(self, num_blocks: int) -> list[int]:
-        """Hands out blocks, the most recently returned first: their memory is warm.
+        """Takes free blocks, the most recently returned first, because their memory is likely in the CPU's caches.
 
         Raises:
-            ValueError: fewer are free.
+            ValueError: fewer than `num_blocks` are free.
         """
         if num_blocks > len(self._free):
             raise ValueError(f"{num_blocks} blocks wanted, {len(self._free)} free")
@@ -47,12 +47,12 @@ class BlockPool:
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Gives blocks that are held one more holder."""
+        """Adds one holder to each of these blocks, which must be held already."""
         for block in blocks:
             self._num_holders[block] += 1
 
     def give_back(self, blocks: Iterable[int]) -> None:
-        """Takes a holder away from each; those that have none left are free."""
+        """Removes one holder from each block. Blocks without holders become free."""
         for block in blocks:
             self._num_holders[block] -= 1
             if not self._num_holders[block]:
@@ -62,5 +62,5 @@ class BlockPool:
         return self._num_holders[block]
 
     def num_freed(self, num_given_back: Mapping[int, int]) -> int:
-        """How many blocks would become free if so many holders of each gave it back."""
+        """Number of blocks that would become free if the given number of holders of each block returned it."""
         return sum(self._num_holders[block] == number for block, number in num_given_back.items())

@@ -1,4 +1,4 @@
-"""What the engine asks of a pipeline of stages, whatever runs it."""
+"""The interface between the engine and whatever runs the stages of its pipeline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Executor(Protocol):
     """Computes plans, in order."""
 
     def submit(self, plan: Plan) -> None:
-        """Sends a plan on its way; never blocks."""
+        """Sends a plan to the first stage; never blocks."""
 
     async def receive(self) -> Result:
         """The next result, in the order of the plans.
 
         Raises:
-            StageFailedError: a stage has died; no result will ever come again.
+            StageFailedError: a stage has died; there will be no more results.
         """

@@ -1,4 +1,4 @@
-"""How often something took how long. Plain data, so that it can cross process borders."""
+"""Histograms of durations. Plain data, so that they can cross process borders."""
 
 from __future__ import annotations
 

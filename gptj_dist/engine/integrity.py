@@ -1,4 +1,4 @@
-"""What holds between plans, whatever has happened: invariants of requests, and of the blocks they hold."""
+"""Invariants of requests and of the blocks they hold. They must hold after every call of the scheduler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptj_dist.engine.waiting import WaitingQueue
 
 
 def invariant(holds: bool, message: str) -> None:
-    """Raises AssertionError if something does not hold."""
+    """Raises AssertionError if the condition is false."""
     if not holds:
         raise AssertionError(message)
 

@@ -1,4 +1,4 @@
-"""What becomes of requests: counted for metrics, and told to the log. Decides nothing.
+"""Counts requests for metrics and logs their events. Decides nothing.
 
 Requests without a `log_id` are left out: the server makes them itself, to see whether a token can be made.
 """
@@ -23,7 +23,7 @@ class RequestTotals:
 
     Attributes:
         num_prompt_tokens: of the requests whose prompts have been computed.
-        num_generation_tokens: tokens that were sampled, those behind a stop string included.
+        num_generation_tokens: sampled tokens, including those after a stop string.
         queue_time: from a request's arrival until a plan had it first.
         time_to_first_token: from its arrival.
         inter_token_latency: between two tokens of a request.
@@ -40,7 +40,7 @@ class RequestTotals:
 
 @dataclass(slots=True)
 class _Life:
-    """A request that has not ended. None is what has not happened yet."""
+    """The times of a request that has not ended. None means that the event has not happened yet."""
 
     request: Request
     arrived_ns: int
@@ -50,21 +50,21 @@ class _Life:
 
 
 class Journal:
-    """Told of every request by its engine. Times are nanoseconds of one clock."""
+    """The engine calls it for every event of a request. Times are nanoseconds of one clock."""
 
     def __init__(self) -> None:
         self.totals = RequestTotals()
         self._lives: dict[int, _Life] = {}
 
     def note_arrival(self, request: Request, now_ns: int) -> None:
-        """A request is in the queue."""
+        """Call when a request is queued."""
         if request.log_id is None:
             return
         self._lives[request.request_id] = _Life(request, now_ns)
         _log(logging.DEBUG, "request queued", request)
 
     def note_plan(self, plan: Plan, now_ns: int) -> None:
-        """A plan has left. Requests that come back after a preemption are new to it, but have waited before."""
+        """Call when a plan is submitted. A request that resumes after a preemption counts its queue time only once."""
         for new in plan.new_requests:
             life = self._lives.get(new.request_id)
             if life is not None and life.planned_ns is None:
@@ -72,7 +72,7 @@ class Journal:
                 self.totals.queue_time.observe(now_ns - life.arrived_ns)
 
     def note_output(self, output: TokenOutput, now_ns: int) -> None:
-        """A token has come, or the end of a request that was to generate none."""
+        """Call for each new token, and for the end of a request that generates none."""
         life, totals = self._lives.get(output.request.request_id), self.totals
         if life is None:
             return
@@ -91,13 +91,13 @@ class Journal:
             self._end(life, output.finish_reason, now_ns)
 
     def note_closed(self, request: Request, now_ns: int) -> None:
-        """The request's stream was closed: after its end, or before it by a stop string or by its client."""
+        """Call when the request's stream is closed: after its last token, by a stop string or by its client."""
         life = self._lives.get(request.request_id)
         if life is not None:
             self._end(life, "closed", now_ns)
 
     def note_failed(self, request: Request, error: Exception) -> None:
-        """The pipeline has lost the request."""
+        """Call when the request has failed with its pipeline."""
         if self._lives.pop(request.request_id, None) is not None:
             _log(logging.INFO, "request failed", request, error=str(error))
 

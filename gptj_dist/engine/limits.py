@@ -1,4 +1,4 @@
-"""What a request is checked against before it is queued, so that none waits for what can never be."""
+"""Checks requests before they are queued, so that no request waits that can never be served."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_LISTED_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What a request is checked against before it is queued.
+    """The limits that a request is checked against before it is queued.
 
     Args:
         rules: the model's, for its tokens.
@@ -50,7 +50,7 @@ class EngineLimits:
         check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
 
     def check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
-        """Raises InvalidRequestError if a token is not in the vocabulary; `name` is the field that has it."""
+        """Raises InvalidRequestError if a token is not in the vocabulary; `name` is the field to report."""
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self.rules.vocab_size), None)
         if wrong is not None:
             raise InvalidRequestError(
@@ -63,7 +63,7 @@ class EngineLimits:
 
 
 def check_fits_cache(num_prompt_tokens: int, max_tokens: int, kv_tokens: int) -> None:
-    """Raises RequestTooLongError if such a request could never fit the KV cache, however long it waited."""
+    """Raises RequestTooLongError if the request would not fit even an empty KV cache."""
     num_tokens = num_prompt_tokens + max(max_tokens, 1) - 1  # the last one is never computed
     if num_tokens > kv_tokens:
         raise RequestTooLongError(

@@ -1,4 +1,4 @@
-"""Where a stream's tokens wait for whoever reads them. Knows no requests."""
+"""Buffers a stream's tokens until its reader takes them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gptj_dist.params import TokenLogprobs
 
 
 class Delta(NamedTuple):
-    """What a stream has to say: new tokens; `finish_reason` comes with the last.
+    """New tokens of a stream; `finish_reason` comes with the last.
 
     Args:
-        token_ids: one or more; none if the request was to generate none.
-        logprobs: one for each token, if they are asked for.
-        prompt_logprobs: of the prompt's tokens from the second on, with the first tokens, if they are asked for.
-        embedding: float32 numbers, byte by byte, if it is asked for.
+        token_ids: one or more; none if the request generates no tokens.
+        logprobs: one for each token, if the request asks for them.
+        prompt_logprobs: of the prompt's tokens from the second on, in the first delta, if the request asks for them.
+        embedding: bytes of float32 numbers, if the request asks for an embedding.
     """
 
     token_ids: tuple[int, ...]
@@ -27,7 +27,7 @@ class Delta(NamedTuple):
 
 
 class Mailbox:
-    """Holds what a stream's reader has not taken yet; a slow reader finds several deltas as one."""
+    """Holds the deltas that a stream's reader has not taken yet. A slow reader gets several deltas merged into one."""
 
     def __init__(self) -> None:
         self._delta: Delta | None = None
@@ -40,12 +40,12 @@ class Mailbox:
         self._filled.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream; tokens that are there are still taken."""
+        """Ends the stream with an error. The reader still gets the tokens that came before it."""
         self._error = error
         self._filled.set()
 
     async def take(self) -> Delta:
-        """Waits for tokens, and takes all there are. Raises what the stream failed with."""
+        """Waits for tokens and returns all that have arrived. Raises the error that ended the stream."""
         await self._filled.wait()
         delta, self._delta = self._delta, None
         if delta is None:

@@ -1,4 +1,4 @@
-"""What crosses the border between the coordinator and the stages: one plan out, one result back. Plain data.
+"""The data exchanged by the coordinator and the stages: a plan goes out, a result comes back.
 
 A plan carries a new request in full once and only the difference later. Every stage sees the plans in the same order,
 so a block that one plan releases may be written by the next.
@@ -16,10 +16,10 @@ class PromptCopy(NamedTuple):
     """The beginning of a request's KV, for another request of the same prompt.
 
     Args:
-        request_id: whose KV; all stages have computed it by earlier plans.
-        num_tokens: the positions from 0 on that are taken over.
-        blocks: KV blocks that lie wholly within them and that both requests hold from now on; neither writes to them.
-            What lies behind is copied.
+        request_id: the request whose KV is copied; all stages have computed it by earlier plans.
+        num_tokens: number of positions to copy, from 0 on.
+        blocks: KV blocks that lie wholly within these positions. Both requests hold them from now on, and neither
+            writes to them. Positions after these blocks are copied.
     """
 
     request_id: int
@@ -29,15 +29,15 @@ class PromptCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What stages need to know of a request: to sample for it, to make its embedding, and to log it.
+    """What a stage needs of a request: to sample its tokens, to compute its embedding, and to log it.
 
     Args:
-        request_id: unique in the life of the pipeline.
-        params: the request's own, unchanged.
+        request_id: unique within the pipeline.
+        params: the request's parameters.
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
         num_prompt_tokens: positions below this belong to the prompt.
         log_id: the request's name in logs; None for one that is not logged.
-        begins_with: KV that need not be computed; the first chunk starts after it. None if there is none.
+        begins_with: KV copied from another request; the first chunk starts after it. None copies nothing.
     """
 
     request_id: int
@@ -54,10 +54,10 @@ class Chunk(NamedTuple):
     Args:
         start: position of the first token.
         token_ids: the tokens, one or more.
-        new_blocks: KV blocks that the request alone gets with this chunk, behind those it has.
+        new_blocks: KV blocks that the request gets with this chunk, appended to those it holds.
         samples: whether the last token's logits are to be sampled.
-        next_id: the token behind the chunk, where its log probability is wanted.
-        tells_embedding: whether the request's embedding is complete with this chunk.
+        next_id: the token after the chunk, if its log probability is requested.
+        tells_embedding: the request's embedding is complete after this chunk.
     """
 
     request_id: int
@@ -73,8 +73,8 @@ class Chunk(NamedTuple):
 class Plan:
     """One micro-batch.
 
-    `released` requests are forgotten, `new_requests` are met, they and the `chunks` get their blocks, what they begin
-    with is copied, and then all chunks are computed.
+    A stage first drops the `released` requests, then registers `new_requests`, assigns blocks to them and to the
+    `chunks`, copies the KV that new requests begin with, and finally computes all chunks.
     """
 
     plan_id: int
@@ -88,14 +88,14 @@ class Plan:
 
 
 class StageTiming(NamedTuple):
-    """When a stage took up a plan and when its output was ready to leave, in nanoseconds of its `SteadyClock`."""
+    """When a stage began a plan and when its output was ready, in nanoseconds of its `SteadyClock`."""
 
     begin_ns: int
     end_ns: int
 
 
 class PromptLogprobs(NamedTuple):
-    """Those of some tokens of a request's prompt, one behind the other from position `start` on."""
+    """Log probabilities of consecutive tokens of a request's prompt, from position `start` on."""
 
     request_id: int
     start: int
@@ -103,7 +103,7 @@ class PromptLogprobs(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """A request's: `d_model` float32 numbers, byte by byte."""
+    """The embedding of a request: the bytes of `d_model` float32 numbers."""
 
     request_id: int
     data: bytes
@@ -111,14 +111,14 @@ class Embedding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a plan.
+    """The result of a plan.
 
     Args:
-        token_ids: what the last stage sampled: one for each chunk with `samples`, in the plan's order.
-        timings: of every stage, first to last; empty where nobody measures.
-        logprobs: one for each of `token_ids`, None where it was not asked for; empty if it was for none.
-        prompt_logprobs: of the plan's chunks, where it was asked for.
-        embeddings: one for each chunk that tells one.
+        token_ids: sampled tokens: one for each chunk with `samples`, in the plan's order.
+        timings: timing of every stage, first to last; empty without measurement.
+        logprobs: one for each of `token_ids`, None where not requested; empty if no request asks for them.
+        prompt_logprobs: one for each chunk whose request asks for them.
+        embeddings: one for each chunk with `tells_embedding`.
     """
 
     plan_id: int

@@ -1,4 +1,4 @@
-"""One sequence to be continued, as the scheduler sees it, and the prompt that it may have in common with others."""
+"""The scheduler's state of one sequence, and of the prompt that it may share with other sequences."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class FinishReason(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """A prompt, and what the requests that continue it have in common: they differ in their noise alone.
+    """A prompt and the state shared by the requests that continue it, which differ only in their noise.
 
     Args:
         token_ids: one or more.
-        can_share: its KV may be computed for all of them at once. Not where each wants something of every token.
+        can_share: its KV may be computed once for all requests. False if each request needs results of every token.
 
     Attributes:
         first: the request that was made of it first.
@@ -40,17 +40,17 @@ class Prompt:
 
     @property
     def num_shareable(self) -> int:
-        """Tokens whose KV one request takes over from another: the last token is each one's own, to sample behind."""
+        """Number of tokens whose KV can be shared: all but the last, which each request computes itself to sample."""
         return len(self.token_ids) - 1 if self.can_share else 0
 
-    def learn(self, told: PromptLogprobs) -> None:
-        """Takes log probabilities; those known from another request, or before a preemption, come again."""
-        self.logprobs += told.tokens[len(self.logprobs) + 1 - told.start :]
+    def learn(self, new: PromptLogprobs) -> None:
+        """Adds log probabilities. Ignores those already known from another request or from before a preemption."""
+        self.logprobs += new.tokens[len(self.logprobs) + 1 - new.start :]
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request and how far it has got.
+    """A request and its progress.
 
     Args:
         request_id: unique, and larger for a later arrival.
@@ -97,7 +97,7 @@ class Request:
 
     @property
     def num_expected(self) -> int:
-        """As `num_uncomputed`, if those that are not the first of their prompt find its KV."""
+        """Like `num_uncomputed`, but assumes that all requests but the first of a prompt share its KV."""
         return self.num_uncomputed - (0 if self.prompt.first is self else self.prompt.num_shareable)
 
     @property
@@ -122,8 +122,8 @@ class Request:
 
     def next_prompt_id(self, stop: int) -> int | None:
         """The prompt's token at `stop`, if its log probability is asked for."""
-        is_told = self.params.prompt_logprobs is not None and stop < len(self.prompt_ids)
-        return self.prompt_ids[stop] if is_told else None
+        is_wanted = self.params.prompt_logprobs is not None and stop < len(self.prompt_ids)
+        return self.prompt_ids[stop] if is_wanted else None
 
     def introduction(self, begins_with: PromptCopy | None = None) -> NewRequest:
         """The request's part of the first plan that computes it."""
@@ -132,5 +132,5 @@ class Request:
 
 
 def run_order(request: Request) -> tuple[int, int]:
-    """Requests run in this order, by priority and then by arrival, and give up their blocks in the opposite one."""
+    """The order in which requests run: by priority, then by arrival. They are preempted in reverse order."""
     return request.params.priority, request.request_id

@@ -72,9 +72,9 @@ class TokenOutput:
     """One new token of a request; `finish_reason` comes with the last.
 
     Args:
-        token_id: None if the request was to generate none.
-        logprobs: the token's, where they are asked for.
-        embedding: in a token's place, as `Embedding.data`, where that is asked for.
+        token_id: None if the request generates no tokens.
+        logprobs: of the token, if the request asks for them.
+        embedding: `Embedding.data` instead of a token, if the request asks for an embedding.
     """
 
     request: Request
@@ -86,10 +86,10 @@ class TokenOutput:
 
 @dataclass(slots=True)
 class _Draft:
-    """The micro-batch being put together.
+    """A micro-batch under construction.
 
     Args:
-        starts: of each request in it, the tokens that were computed before.
+        starts: for each of its requests, the number of tokens computed before.
     """
 
     new_requests: list[NewRequest] = field(default_factory=list)
@@ -100,7 +100,7 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A plan on its way, whom its chunks belong to, and whom its sampled tokens and its embeddings."""
+    """A plan in flight, and the requests of its chunks, of its sampled tokens and of its embeddings."""
 
     plan_id: int
     num_decodes: int
@@ -158,7 +158,7 @@ class Scheduler:
         self._waiting.add(request)
 
     def abort(self, request_id: int) -> None:
-        """Forgets a request and frees its blocks at once; plans in flight may go on with it. Unknown ids pass."""
+        """Drops a request and frees its blocks at once, even if plans in flight contain it. Ignores unknown ids."""
         request = self._by_id.get(request_id)
         if request is not None:
             self._remove(request)
@@ -187,17 +187,21 @@ class Scheduler:
             self._step_cost.observe(landed.num_rows, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
         for of_prompt in result.prompt_logprobs:  # of a request that is gone, too: others of its prompt need them
             landed.requests[of_prompt.request_id].prompt.learn(of_prompt)
-        logprobs = result.logprobs or (None,) * len(result.token_ids)
-        sampled = zip(landed.sampled_ids, result.token_ids, logprobs, strict=True)
+        all_logprobs = result.logprobs or (None,) * len(result.token_ids)
+        sampled = zip(landed.sampled_ids, result.token_ids, all_logprobs, strict=True)
         return [
-            *(self._take_token(self._by_id[id_], token, told) for id_, token, told in sampled if id_ in self._by_id),
+            *(
+                self._take_token(self._by_id[id_], token, logprobs)
+                for id_, token, logprobs in sampled
+                if id_ in self._by_id
+            ),
             *(self._take_embedding(self._by_id[id_], data) for id_, data in result.embeddings if id_ in self._by_id),
         ]
 
     def drain(self) -> list[Request]:
-        """Forgets all requests and plans, for a pipeline that has died; returns the requests in their order.
+        """Drops all requests and plans of a pipeline that has died; returns the requests in their order.
 
-        Each keeps its tokens: added again to a scheduler, it would be recomputed and go on where it was.
+        Each request keeps its tokens. Added to another scheduler, it is recomputed and continues where it stopped.
         """
         requests = sorted([*self._running, *self._waiting], key=run_order)
         for request in requests:
@@ -254,7 +258,7 @@ class Scheduler:
                 return
 
     def _prompt_room(self, has_decodes: bool) -> int:
-        """How many prompt tokens the micro-batch shall take."""
+        """Target number of prompt tokens in the micro-batch."""
         if self._config.max_chunk_tokens is not None:
             return self._config.max_chunk_tokens
         num_tokens = self._waiting.num_tokens + sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
@@ -269,23 +273,23 @@ class Scheduler:
         return self._chunk_tokens
 
     def _source(self, draft: _Draft, request: Request) -> Request | None:
-        """A request of the same prompt whose KV of it was computed by earlier plans, and can be taken over."""
+        """A request of the same prompt whose KV earlier plans have computed and which can be shared; else None."""
         num_needed = request.prompt.num_shareable
         return next((r for r in request.prompt.holders if draft.starts.get(r, r.num_computed) >= num_needed), None)
 
     def _can_run(self, request: Request, source: Request | None) -> bool:
-        """Whether there is room for all its present tokens, and all of them are known."""
+        """Whether all tokens of the request are known and its blocks fit the KV cache."""
         num_blocks = self._pool.blocks_for(request.num_tokens) - len(self._shared_blocks(source))
         return num_blocks <= self._pool.num_free and not request.is_awaiting_token
 
     def _shared_blocks(self, source: Request | None) -> list[int]:
-        """Those that a request of the same prompt can hold, too."""
+        """The blocks that another request of the same prompt can share."""
         if source is None or not self._config.can_share_blocks:
             return []
         return source.blocks[: source.prompt.num_shareable // self._config.block_size]
 
     def _admit(self, draft: _Draft, request: Request, source: Request | None) -> None:
-        """Lets the request run; it begins with the source's KV of the prompt if there is one."""
+        """Starts the request. It begins with the KV of the source, if there is one."""
         self._waiting.remove(request)
         insort(self._running, request, key=run_order)
         request.is_running = True
@@ -325,7 +329,7 @@ class Scheduler:
         return num_tokens
 
     def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
-        """Preempts requests behind this one, the last first, until the blocks are free; all or nothing."""
+        """Preempts requests after this one, the last first, until the blocks are free; none if that is not enough."""
         num_free = self._pool.num_free
         if num_free >= num_blocks:
             return True
@@ -345,7 +349,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Takes the blocks away; the request queues in its order, and will be recomputed from its first token."""
+        """Frees the request's blocks and queues it again. It will be recomputed from its first token."""
         self._stop_running(request)
         self._waiting.add(request)
         self.num_preemptions += 1
@@ -385,7 +389,7 @@ class Scheduler:
             self._waiting.remove(request)
 
     def _stop_running(self, request: Request) -> None:
-        """Takes its blocks away; the stages will be told to forget it."""
+        """Frees the request's blocks. The next plan releases it on the stages."""
         self._running.remove(request)
         request.is_running = False
         if request.prompt.num_shareable:

@@ -1,8 +1,8 @@
-"""Keeps when each plan was where, and sums it up: how busy the stages are, and what keeps them waiting.
+"""Records the timings of plans, and summarises how busy the stages are and how long plans wait.
 
-Timings come with results, so of a plan in flight only its submission is known. Each stage is therefore summed up over
-the last seconds of which all is known: until now when nothing is in flight, else until it ended the newest plan that
-has come back. Between machines, times are as good as their clocks agree; a stage's own shares and steps do not suffer.
+Timings arrive with results, so only the submission of a plan in flight is known. A stage's summary therefore ends at
+the last time for which its activity is known: now if nothing is in flight, else the end of its newest completed plan.
+Waiting times between machines are only as exact as their clocks agree; a stage's own times do not depend on that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Interval = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """A plan that has come back: what it computed, and when. Times are nanoseconds of a `SteadyClock`.
+    """A completed plan: what it computed, and when. Times are nanoseconds of a `SteadyClock`.
 
     Args:
         number: counts the pipeline's plans from 0, on and on when its stages are replaced, where `plan_id` starts anew.
@@ -113,12 +113,12 @@ class _Flight:
 
 
 class PipelineStats:
-    """Told of every plan by its coordinator, in order.
+    """Statistics of a pipeline. The coordinator reports every plan to it, in order.
 
     Args:
-        clock: nanoseconds; a `SteadyClock` wherever its readings meet those of stages.
-        window_s: what a snapshot looks back on.
-        max_records: the most plans remembered; of a quicker pipeline a snapshot looks back on less.
+        clock: nanoseconds; a `SteadyClock` if its readings are compared with those of stages.
+        window_s: seconds that a snapshot covers.
+        max_records: maximum number of plans kept; if that is fewer than `window_s` holds, a snapshot covers less.
 
     Attributes:
         stages: first to last; empty before the first plan has come back.
@@ -137,7 +137,7 @@ class PipelineStats:
         self.coordinator_ns = 0
 
     def note_submitted(self, plan: Plan, begin_ns: int) -> int:
-        """A plan has left that the coordinator began to put together at `begin_ns`; returns the time now."""
+        """Records a submitted plan, whose scheduling began at `begin_ns`. Returns the time now."""
         num_decodes = num_prefill_tokens = num_context_tokens = 0
         for chunk in plan.chunks:
             num_tokens = len(chunk.token_ids)
@@ -152,7 +152,7 @@ class PipelineStats:
         return scheduling.end_ns
 
     def note_landed(self, result: Result, begin_ns: int) -> None:
-        """The oldest plan in flight came back at `begin_ns`, and its tokens have been handed out."""
+        """Records that the oldest plan in flight came back at `begin_ns`, and that its tokens have been delivered."""
         flight = self._flights.popleft()
         if len(self._records) == self._records.maxlen:
             self._complete_since_ns = self._records[0].landing.begin_ns
@@ -172,12 +172,12 @@ class PipelineStats:
         self._add_up(record)
 
     def note_lost(self) -> None:
-        """The stages are gone, and what was in flight with them."""
+        """Drops the plans in flight, which are lost with their stages."""
         self._flights.clear()
         self._before = None
 
     def records(self, since: int = 0) -> tuple[PlanRecord, ...]:
-        """The plans from number `since` on that came back and are still remembered, oldest first."""
+        """The completed plans from number `since` on that are still kept, oldest first."""
         num_forgotten = self._num_plans - len(self._records)
         return tuple(islice(self._records, max(0, since - num_forgotten), None))
 
@@ -220,7 +220,7 @@ class PipelineStats:
         return tuple(self._stage(index, end_ns, records, in_flight) for index, end_ns in enumerate(known_until))
 
     def _known_until_ns(self, index: int, now_ns: int) -> int:
-        """Until when it is known what the stage did: what it has done for plans in flight, nobody has told yet."""
+        """Time up to which the stage's activity is known. What it did for plans in flight is not reported yet."""
         if not self._flights:
             return now_ns
         ended_ns = self._records[-1].timings[index].end_ns
@@ -246,7 +246,7 @@ class PipelineStats:
 
 
 def _covered_ns(intervals: Iterable[_Interval], begin_ns: int, end_ns: int) -> int:
-    """How much of [begin, end) the intervals cover, each counted for itself."""
+    """Sum of the intervals' lengths within [begin, end). Overlapping intervals count more than once."""
     return sum(min(end, end_ns) - max(begin, begin_ns) for begin, end in intervals if begin < end_ns and end > begin_ns)
 
 

@@ -1,11 +1,11 @@
-"""Learns what steps cost from those that have been: a line through seconds over rows, recent steps counting more."""
+"""Estimates the cost of steps from measured ones: a line through seconds over rows that favours recent steps."""
 
 from __future__ import annotations
 
 from gptj_dist.chunking import USUAL_OVERHEAD_ROWS, StepCost
 
 MEMORY = 0.99
-"""A step counts this much of the one behind it: the last hundred or so are what is known."""
+"""Weight of a step relative to the next one: the estimate covers about the last hundred steps."""
 
 MAX_OVERHEAD_ROWS = 512.0
 
@@ -14,13 +14,13 @@ _LEAST_SPREAD = 4.0
 
 
 class StepCostEstimate:
-    """Least squares with forgetting over (rows, seconds) of the slowest stage."""
+    """Exponentially weighted least squares over (rows, seconds) of the slowest stage."""
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """Takes in one step."""
+        """Adds one step."""
         self._weight = MEMORY * self._weight + 1
         self._rows = MEMORY * self._rows + num_rows
         self._seconds = MEMORY * self._seconds + seconds
@@ -29,7 +29,7 @@ class StepCostEstimate:
 
     @property
     def cost(self) -> StepCost | None:
-        """What is known; None before the first step. Both parts are above zero, whatever was measured."""
+        """The current estimate; None before the first step. Both of its parts are above zero."""
         if not self._seconds:
             return None
         rows, seconds = self._rows / self._weight, self._seconds / self._weight

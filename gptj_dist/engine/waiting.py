@@ -1,4 +1,4 @@
-"""Requests that do not run, in the order in which they shall. Decides nothing."""
+"""The queue of waiting requests, in the order in which they will run. Decides nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class WaitingQueue:
     """Sorted by `run_order`.
 
     Attributes:
-        num_tokens: that have to be computed, as far as can be told, for all of them to have caught up.
+        num_tokens: estimated number of tokens to compute for all waiting requests.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What attention is to a layer, and a cache of keys and values to a stage. Each kind of cache brings its attention."""
+"""The interfaces of attention and of the KV cache. Each kind of cache has its own attention."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Attention(Protocol):
 
 
 class KVCache(Protocol):
-    """Where a stage keeps keys and values. Who gets how much of it is the scheduler's business."""
+    """The keys and values of a stage. The scheduler decides which request gets which blocks."""
 
     def add(self, request_id: int) -> None:
-        """Meets a request that has no tokens yet."""
+        """Registers a request that has no tokens yet."""
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Gives the request more blocks, behind those it has."""
+        """Appends blocks to those of the request."""
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
-        """Gives a request that has no tokens yet the keys and values of another's first tokens, in every layer.
+        """Copies the keys and values of a request's first tokens to a request without tokens, in every layer.
 
-        Both have their blocks; those that they have in common already hold what they should.
+        Both requests have their blocks. Blocks that they share need no copy.
         """
 
     def release(self, request_id: int) -> None:
-        """Forgets the request; its memory may be given to the next one at once."""
+        """Removes the request. Its memory may be reused at once."""
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
-        """An attention for one micro-batch: what does not depend on the layer is worked out here."""
+        """Makes the attention of one micro-batch. Computes here what does not depend on the layer."""

@@ -1,5 +1,5 @@
-"""Keys and values in blocks of tokens, and for each request a table of its blocks. For GPUs, which give out memory when
-it is asked for; so nothing is reserved for what a request may become. Who gets which block is the scheduler's business.
+"""Keys and values in blocks of tokens, with a table of blocks for each request. For GPUs, where a region for the
+longest context would take memory even if unused. The scheduler decides which request gets which block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gptj_dist.model.rotary import RotaryTable
 from gptj_dist.sizes import ceil_div
 
 SCRATCH_REQUEST = -1
-"""A request that is always there, for rows that fill up a micro-batch: its only block belongs to nobody."""
+"""Id of a request that always exists, for rows that pad a micro-batch. Its only block is not one of the scheduler's."""
 
 
 class BlockCache:
@@ -52,19 +52,19 @@ class BlockCache:
         self.extend(SCRATCH_REQUEST, [num_blocks])
 
     def add(self, request_id: int) -> None:
-        """Meets a request that has no tokens yet."""
+        """Registers a request that has no tokens yet."""
         self._tables[request_id] = torch.zeros(self._table_width, dtype=torch.int32)
         self._num_blocks_of[request_id] = 0
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Gives the request more blocks, behind those it has."""
+        """Appends blocks to those of the request."""
         new = torch.tensor(tuple(blocks), dtype=torch.int32)
         num_blocks = self._num_blocks_of[request_id]
         self._tables[request_id][num_blocks : num_blocks + len(new)] = new
         self._num_blocks_of[request_id] = num_blocks + len(new)
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
-        """As `KVCache` has it."""
+        """Implements `KVCache`."""
         num_blocks = ceil_div(num_tokens, self.block_size)
         theirs, ours = self._tables[source_id][:num_blocks], self._tables[request_id][:num_blocks]
         for block_from, block_to in zip(theirs.tolist(), ours.tolist(), strict=True):
@@ -72,17 +72,17 @@ class BlockCache:
                 self._memory[:, :, block_to] = self._memory[:, :, block_from]
 
     def release(self, request_id: int) -> None:
-        """Forgets the request; its blocks may be given to the next one at once."""
+        """Removes the request. Its blocks may be reused at once."""
         del self._tables[request_id], self._num_blocks_of[request_id]
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
-        """As `KVCache` has it."""
+        """Implements `KVCache`."""
         from gptj_dist.model.paged_attention import attend_in_blocks  # Triton comes with torch for GPUs alone
 
         return attend_in_blocks(self, batch, rotary)
 
     def tables(self, request_ids: Sequence[int]) -> Tensor:
-        """The requests' blocks, int32 [requests, most blocks of one] on the host; zeros behind those there are."""
+        """The requests' block tables, int32 [requests, longest table] on the host, padded with zeros."""
         return torch.stack([self._tables[request_id] for request_id in request_ids])
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

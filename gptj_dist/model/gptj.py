@@ -1,4 +1,4 @@
-"""The layers of one stage, with embedding and head where it has them. Knows no requests but through the cache."""
+"""The layers of one stage, with the embedding on the first stage and the head on the last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OnHidden = Callable[[int, Tensor], None]
 
 
 def _unwatched(_depth: int, _hidden: Tensor) -> None:
-    """Nobody looks."""
+    """Default hook: ignores hidden states."""
 
 
 class StageModel:
@@ -27,7 +27,7 @@ class StageModel:
 
     Args:
         read: reads a tensor of the checkpoint; called once a tensor, layer by layer, so that nothing is held twice.
-        on_layer: called as each layer is ready, with the number that are.
+        on_layer: called after each layer is loaded, with the number of loaded layers.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StageModel:
 
     @property
     def rotary(self) -> RotaryTable:
-        """For whoever makes an attention."""
+        """Cosines and sines for the attention of this model."""
         return self._rotary
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -67,12 +67,12 @@ class StageModel:
         """Runs the stage's layers over [rows, d_model], writing keys and values to the cache.
 
         Args:
-            on_hidden: called with what goes into the stage's first layer, and with what comes out of each.
+            on_hidden: called with the hidden states before the stage's first layer and after each layer.
         """
         return self.run_layers(hidden, cache.attention(batch, self._rotary), on_hidden)
 
     def run_layers(self, hidden: Tensor, attend: Attention, on_hidden: OnHidden = _unwatched) -> Tensor:
-        """As `forward`, with an attention made for the rows."""
+        """Like `forward`, with an attention that is already made for the rows."""
         on_hidden(self._first_layer, hidden)
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden, partial(attend, index))
@@ -80,19 +80,19 @@ class StageModel:
         return hidden
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """What the last stage's head sees of what its last layer gives: [rows, d_model] -> the same."""
+        """Applies the final LayerNorm to hidden states after the last layer: [rows, d_model] -> the same."""
         if self._head is None:
             raise ValueError("only the last stage has the final LayerNorm")
         return self._head[0](hidden)
 
     def blank_inputs(self, num_rows: int) -> Tensor:
-        """Room for what `compute` takes, filled with something that it can take."""
+        """Allocates inputs for `compute`, filled with valid values."""
         if self._embedding is not None:
             return torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         return torch.zeros(num_rows, self._config.d_model, dtype=self._dtype, device=self._device)
 
     def compute(self, inputs: Tensor, attend: Attention) -> Tensor:
-        """All that the stage does.
+        """Computes the stage from its inputs to its output.
 
         Args:
             inputs: on the device; token ids int64 [rows] for the first stage, hidden states [rows, d_model] for others.

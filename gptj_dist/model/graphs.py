@@ -1,5 +1,5 @@
-"""Steps of single rows, recorded once for some sizes of micro-batch and replayed: a CUDA graph costs the host one
-launch where the kernels of the layers cost it some hundreds. Rows of nobody fill a micro-batch up to the next size.
+"""Decode steps as CUDA graphs, recorded once for some sizes of micro-batch and then replayed. A graph costs the host
+one launch; the kernels of the layers cost some hundreds. Padding rows fill a micro-batch up to the next recorded size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Record = Callable[[Compute], Compute]
 
 
 def batch_sizes(max_batch_size: int) -> list[int]:
-    """The sizes to record, ascending; the last holds them all."""
+    """The sizes to record, ascending; the last is the maximum batch size."""
     sizes = [*SMALL_SIZES, *range(SIZE_STEP, max_batch_size + SIZE_STEP, SIZE_STEP)]
     return sizes[: bisect_left(sizes, max_batch_size) + 1]
 
@@ -46,11 +46,11 @@ class RecordedSteps:
         self._steps = {size: _Step(model, cache, size, record) for size in reversed(sizes)}
 
     def has(self, batch: MicroBatch) -> bool:
-        """Whether the micro-batch is of such a kind and size."""
+        """Whether a recorded step fits the micro-batch."""
         return len(batch.spans) == len(batch.positions) <= self._sizes[-1]
 
     def __call__(self, batch: MicroBatch, inputs: Tensor) -> Tensor:
-        """As `StageModel.compute`, for all rows."""
+        """Computes like `StageModel.compute`, for all rows."""
         size = self._sizes[bisect_left(self._sizes, len(inputs))]
         return self._steps[size](_fill_up(batch, size), inputs)
 
@@ -62,8 +62,8 @@ class _Step:
         grain = Grain.of(cache)
         self._cache = cache
         self._inputs = inputs = model.blank_inputs(size)
-        nobody = _fill_up(MicroBatch((), torch.empty(0, dtype=torch.int64)), size)
-        self._index = index = RowIndex.draw(nobody, cache, grain.tile_rows).to(cache.device)
+        padding = _fill_up(MicroBatch((), torch.empty(0, dtype=torch.int64)), size)
+        self._index = index = RowIndex.draw(padding, cache, grain.tile_rows).to(cache.device)
         self._replay = record(lambda: model.compute(inputs, PagedAttention(cache, index, model.rotary, grain)))
 
     def __call__(self, batch: MicroBatch, inputs: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Compute) -> Compute:
-        """As `Record`. The first runs, which compile kernels and choose algorithms, are not recorded."""
+        """Implements `Record`. Does not record the first runs, which compile kernels and choose algorithms."""
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -98,7 +98,7 @@ class GraphRecorder:
 
 
 def _fill_up(batch: MicroBatch, size: int) -> MicroBatch:
-    """With rows behind that are each the first token of nobody's request."""
+    """Appends padding rows up to `size`. Each is the first token of `SCRATCH_REQUEST`."""
     num_rows = len(batch.positions)
     filling = tuple(Span(SCRATCH_REQUEST, row, 0, 1) for row in range(num_rows, size))
     return MicroBatch(batch.spans + filling, torch.cat([batch.positions, batch.positions.new_zeros(size - num_rows)]))

@@ -1,4 +1,4 @@
-"""What one micro-batch is, in the words of the model: rows of tokens, and which of them belong together."""
+"""The model's view of a micro-batch: rows of tokens, and which of them belong to the same request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Span:
     """A run of rows that are consecutive tokens of one request.
 
     Args:
-        request_id: whose tokens; the KV cache knows it.
+        request_id: the request, as registered in the KV cache.
         row: index of the first row in the micro-batch.
         start: position of the first token in its sequence.
         num_tokens: rows and positions covered.
@@ -47,7 +47,7 @@ class MicroBatch:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor, on the device. The host does not wait for a copy to a GPU: that leaves from memory that stays put."""
+    """Copies the tensor to the device. The host does not wait for a copy to a GPU, which reads from pinned memory."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

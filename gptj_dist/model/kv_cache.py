@@ -1,4 +1,4 @@
-"""Chooses the cache of keys and values, and with it the attention, that suits a device."""
+"""Chooses the KV cache for a device, and with it the attention."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gptj_dist.model.regions import RegionCache
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys and values are kept in, for a model computed in `dtype`."""
+    """The type of cached keys and values, for a model computed in `dtype`."""
     if device.type != "cpu":
         return dtype
     return torch.bfloat16 if dtype == torch.bfloat16 and load_library() is not None else torch.float32
 
 
 def has_blocks(device: torch.device) -> bool:
-    """Whether its cache has blocks, which requests can have in common, and not a region for each request."""
+    """Whether the device's cache has blocks, which requests can share, instead of one region for each request."""
     return device.type != "cpu" or load_library() is not None
 
 

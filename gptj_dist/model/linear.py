@@ -2,8 +2,8 @@
 
 A CPU's product reorders a weight on every call unless it is packed beforehand; packing makes one row 2.4 times as
 fast. It also applies GELU or adds a residual while a product is still in registers. A packed product has a further
-virtue: each row of the result has the same bits whatever rows are beside it (oneDNN's in float32, as long as there are
-at least two). That is what the exact mode is built on.
+property: each row of the result has the same bits whatever the other rows are (with oneDNN in float32 only if there
+are at least two rows). The exact mode depends on this property.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Linear(Protocol):
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """The fastest product there is here.
+    """Makes the fastest product that this machine has.
 
     Args:
         weight: [out_features, in_features]; where `can_pack`, the caller may reuse its memory afterwards.

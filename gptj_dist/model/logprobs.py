@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, as the model has them. Knows no requests."""
+"""Computes log probabilities of tokens from the model's logits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gptj_dist.params import TokenLogprobs
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Those of one token a row.
+    """Log probabilities of one token per row, and of the likeliest tokens.
 
     Args:
         logits: float32 [rows, vocab_size].
-        num_top: of how many of the likeliest tokens, for each row.
+        num_top: number of likeliest tokens to return, for each row.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])

@@ -20,11 +20,11 @@ from gptj_dist.sizes import ceil_div
 
 MAX_SPLITS = 32
 PROGRAMS_PER_MULTIPROCESSOR = 2
-"""As many programs at least shall attend for single rows; contexts are split until there are."""
+"""Minimum number of programs that attend for single rows; contexts are split until it is reached."""
 
 
 class Blocks(Protocol):
-    """What attention reads of a cache in blocks, as `BlockCache` has it."""
+    """The interface of a block cache that attention reads; `BlockCache` implements it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class Grain:
 
     @classmethod
     def of(cls, cache: Blocks) -> Grain:
-        """What suits the cache's device and type."""
+        """The grain for the cache's device and type."""
         if cache.device.type != "cuda":
             return cls(1, 16, 64, 32, 1, 1)
         properties = torch.cuda.get_device_properties(cache.device)
@@ -67,7 +67,7 @@ class Grain:
 
     @classmethod
     def of_gpu(cls, num_multiprocessors: int, major: int, dtype: torch.dtype, head_dim: int) -> Grain:
-        """What suits an NVIDIA GPU of compute capability `major`.x.
+        """The grain for an NVIDIA GPU of compute capability `major`.x.
 
         By the registers and shared memory that the compiled kernels take at 256 dimensions: 16 keys of a single row
         leave room for six programs of 80 registers a thread on a multiprocessor. Large tiles take 70 KB (96 KB on
@@ -80,7 +80,7 @@ class Grain:
         return cls(programs, 16, 16, 16, 4, 1)
 
     def num_splits(self, num_programs: int) -> int:
-        """Shares to cut each row's context into, a power of two, if there are so many rows and heads."""
+        """Number of splits of each row's context for this number of rows and heads; a power of two."""
         if num_programs == 0:
             return 1
         return min(int(triton.next_power_of_2(ceil_div(self.wanted_programs, num_programs))), MAX_SPLITS)
@@ -129,7 +129,7 @@ class RowIndex:
         return RowIndex(to_device(self._flat, device), self._shapes)
 
     def overwrite(self, other: RowIndex) -> None:
-        """Becomes another index of the same sizes, in place; the host does not wait for it."""
+        """Copies another index of the same sizes into this one. The host does not wait for the copy."""
         self._flat.copy_(to_device(other._flat, self._flat.device))
 
     def _parts(self) -> tuple[Tensor, ...]:

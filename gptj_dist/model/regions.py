@@ -57,10 +57,10 @@ class RegionCache:
         self._views_of[request_id] = [(kv[0].transpose(1, 2), kv[1]) for kv in self._regions[region].unbind()]
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Nothing to do: a region is as long as it can get."""
+        """Does nothing: a region has its full length from the start."""
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
-        """As `KVCache` has it."""
+        """Implements `KVCache`."""
         theirs, ours = (self._regions[self._region_of[id_]] for id_ in (source_id, request_id))
         ours[..., :num_tokens, :] = theirs[..., :num_tokens, :]
 
@@ -71,7 +71,7 @@ class RegionCache:
         self._give_back(region)
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
-        """As `KVCache` has it."""
+        """Implements `KVCache`."""
         return TiledAttention(self, batch, rotary)
 
     def locate(self, batch: MicroBatch) -> Places:

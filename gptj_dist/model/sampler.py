@@ -1,5 +1,5 @@
-"""Picks tokens from logits. The noise is a function of (request, position) alone, so a request samples the same tokens
-whoever shares its batch, however the layers are cut, and after a restart. Knows no text.
+"""Samples tokens from logits. The noise is a function of (request, position) alone, so a request samples the same
+tokens in any batch, with any cut of the layers, and after a restart.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SampleSpec:
 
     @property
     def may_end(self) -> bool:
-        """Whether a token that ends the request may come."""
+        """Whether the request may end at this position."""
         return self.position >= self.num_prompt_tokens + self.params.min_tokens
 
 
@@ -67,7 +67,7 @@ class Sampler:
     def __call__(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
         """One token for each row of float32 [rows, vocab_size]; the logits are overwritten.
 
-        It is `NO_TOKEN` where every token of a row is ruled out.
+        The token is `NO_TOKEN` for rows in which every token is banned.
         """
         tokens: list[int] = self.draw(logits, specs).tolist()
         return tokens
@@ -75,18 +75,18 @@ class Sampler:
     def sample_and_tell(
         self, logits: Tensor, specs: Sequence[SampleSpec]
     ) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
-        """As a call; and the log probabilities that specs ask for, empty if none does."""
+        """Samples like `__call__`, and returns the log probabilities that specs ask for; empty if none does."""
         num_top = {row: num for row, spec in enumerate(specs) if (num := spec.params.logprobs) is not None}
         if not num_top:
             return self(logits, specs), ()
         untouched = logits[to_device(torch.tensor(list(num_top)), self._device)]
         tokens = self(logits, specs)
-        told = token_logprobs(untouched, [max(tokens[row], 0) for row in num_top], list(num_top.values()))
-        by_row = {row: token for row, token in zip(num_top, told, strict=True) if tokens[row] != NO_TOKEN}
+        logprobs = token_logprobs(untouched, [max(tokens[row], 0) for row in num_top], list(num_top.values()))
+        by_row = {row: token for row, token in zip(num_top, logprobs, strict=True) if tokens[row] != NO_TOKEN}
         return tokens, tuple(by_row.get(row) for row in range(len(specs)))
 
     def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-        """As a call, but the tokens stay on the device, int64 [rows]; the host waits for nothing."""
+        """Samples like `__call__`, but leaves the tokens on the device, int64 [rows]. The host does not wait."""
         spares = [self._named_spares(row, spec.params) for row, spec in zip(logits.unbind(), specs, strict=True)]
         logits.index_fill_(1, self._masked_ids, -math.inf)
         for row, spec, spare in zip(logits.unbind(), specs, spares, strict=True):
@@ -111,7 +111,7 @@ class Sampler:
         return places, row[places]
 
     def _banned_ids(self, spec: SampleSpec) -> tuple[int, ...]:
-        """Tokens that must not come at the position, by the model's rules and for being too early to end."""
+        """Tokens banned at the position by the model's rules or by the minimum number of tokens."""
         rules = self._rules
         return (
             *(() if spec.may_end else rules.ending_ids(spec.params)),
@@ -171,16 +171,16 @@ def _sort(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
 
 
 def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """As many of each row's descending probabilities as reach `top_p` [rows, 1] of their sum; zeros for the rest."""
+    """Keeps each row's largest probabilities that together reach `top_p` [rows, 1] of the sum, and zeroes the rest."""
     cumulative = probabilities.cumsum(-1)
     num_kept = (cumulative < top_p * cumulative[:, -1:]).sum(dim=-1, keepdim=True) + 1
     return probabilities.where(torch.arange(probabilities.shape[1], device=top_p.device) < num_kept, 0)
 
 
 def _invert(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Where the cumulative distribution reaches the noise [rows, 1], a share of its total; int64 [rows, 1].
+    """Index at which the cumulative distribution reaches the noise [rows, 1], a share of its total; int64 [rows, 1].
 
-    A place in the row, even if it is full of NaN.
+    Always a valid index, even in a row full of NaN.
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:].contiguous()

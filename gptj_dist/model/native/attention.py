@@ -54,12 +54,12 @@ class NativeCache:
         self._num_blocks_of: dict[int, int] = {}
 
     def add(self, request_id: int) -> None:
-        """Meets a request that has no tokens yet."""
+        """Registers a request that has no tokens yet."""
         self._slot_of[request_id] = self._free_slots.pop()
         self._num_blocks_of[request_id] = 0
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Gives the request more blocks, behind those it has.
+        """Appends blocks to those of the request.
 
         Raises:
             IndexError: there is no such block.
@@ -73,7 +73,7 @@ class NativeCache:
         self._num_blocks_of[request_id] = first + len(new)
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
-        """As `KVCache` has it."""
+        """Implements `KVCache`."""
         num_blocks = ceil_div(num_tokens, LANES)
         theirs, ours = (self.tables[self._slot_of[id_], :num_blocks].tolist() for id_ in (source_id, request_id))
         for block_from, block_to in zip(theirs, ours, strict=True):
@@ -82,12 +82,12 @@ class NativeCache:
                 self.values[:, block_to] = self.values[:, block_from]
 
     def release(self, request_id: int) -> None:
-        """Forgets the request; its blocks may be given to the next one at once."""
+        """Removes the request. Its blocks may be reused at once."""
         self._free_slots.append(self._slot_of.pop(request_id))
         del self._num_blocks_of[request_id]
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> NativeAttention:
-        """As `KVCache` has it."""
+        """Implements `KVCache`."""
         return NativeAttention(self._library, self, batch, rotary)
 
     def slots(self, spans: Sequence[Span]) -> Tensor:

@@ -73,7 +73,7 @@ def find_compiler() -> str | None:
 
 
 def _compiled(directory: Path) -> Path:
-    """The library's file, made if there is none of this source, machine and compiler yet."""
+    """The library's file. Compiles it if there is no file for this source, machine and compiler yet."""
     compiler = find_compiler()
     if compiler is None:
         raise OSError(f"there is no C compiler ({' or '.join(COMPILERS)}) on {platform.node()}")
@@ -99,12 +99,12 @@ def _directory() -> Path | None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         directory = home / "gptj-dist"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the user's home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user's home directory is unknown
         logger.info("the compiled library is not kept: %s", error)
         return None
     status = directory.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"{directory} must be this user's, and writable by nobody else")
+        raise OSError(f"{directory} must belong to this user and must not be writable by other users")
     return directory if os.access(directory, os.W_OK) else None
 
 
