@@ -94,7 +94,7 @@ class ModelConfig:
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding, which are as many as those of `lm_head`'s matrix."""
+        """Number of parameters of the embedding, the same as of `lm_head`'s matrix."""
         return self.vocab_size * self.d_model
 
     @property
@@ -236,12 +236,12 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PipelineConfig:
-    """How one model is cut, placed and run: the one set of settings behind the command line, `LLM` and Serve configs.
+    """How one model is cut, placed and run: the settings shared by the command line, `LLM` and Serve configs.
 
     Args:
         model: `demo`, a directory in the Hugging Face layout, or a hub name.
         revision: branch, tag or commit on the hub.
-        stages: number of stages; the planner cuts the layers by cost. None means 1, or as many as `layers` has.
+        stages: number of stages; the planner cuts the layers by cost. None means 1, or the length of `layers`.
         layers: layers of each stage, first to last; overrides the planner.
         device: `auto` takes GPUs where there are any.
         dtype: `auto` takes the checkpoint's, unless the device is bad at it.

@@ -1,4 +1,4 @@
-"""From a stream of tokens to a stream of text: where the engine meets the tokenizer. Knows neither HTTP nor Ray."""
+"""Turns streams of the engine's tokens into streams of text. Independent of HTTP and Ray."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def load_moderation(path: str, timeout_s: float = MODERATION_TIMEOUT_S) -> Moder
         timeout_s: as of `Moderation`.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is no such callable.
     """
     module, _, name = path.partition(":")
     try:

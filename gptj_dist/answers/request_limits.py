@@ -20,7 +20,7 @@ KEEP_ALIVE_S = 75
 """Time for which a connection without a request is kept."""
 
 MAX_CONNECTIONS = 4096
-"""Of one ingress; fewer where it may not open as many files."""
+"""Connections of one ingress; fewer if the process may open fewer files."""
 
 MAX_PIPELINED_REQUESTS = 16
 """Requests of a connection that wait for the answer to an earlier one."""

@@ -1,6 +1,6 @@
-"""Rewrites a checkpoint of any form as safetensors of one file a layer, so that every stage has files of its own.
+"""Converts a checkpoint of any form to safetensors with one file per layer, so that stages share no files.
 
-Streams: one tensor is in memory at a time. What is written depends on the source and the dtype alone, byte for byte.
+Holds one tensor in memory at a time. The written bytes depend only on the source and the dtype.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Observer(Protocol):
-    """Is told how a conversion gets on."""
+    """Receives the progress of a conversion."""
 
     def note(self, text: str) -> None:
-        """One line that is worth reading."""
+        """Receives one line for the user."""
         ...
 
     def progress(self, done_bytes: int, total_bytes: int) -> None:
-        """How much of the result is there."""
+        """Receives how much of the result is written."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion gave."""
+    """The result of a conversion."""
 
     directory: Path
     dtype: DTypeName
@@ -90,10 +90,10 @@ class _Plan:
 def convert_checkpoint(
     source: Path, destination: Path, dtype: DTypeName | None, overwrite: bool, observer: Observer
 ) -> Conversion:
-    """Writes the checkpoint in `source` to `destination`, which appears when it is whole.
+    """Writes the checkpoint in `source` to `destination`, which appears when it is complete.
 
-    Whatever ends it before that, an error, an interrupt or a kill, leaves the source and an earlier destination as they
-    were, and the finished files beside it: the same call resumes.
+    An error, an interrupt or a kill before that changes neither the source nor an existing destination. The finished
+    files stay beside the destination, and the same call resumes.
 
     Args:
         dtype: of the result; None takes that of the weights, or `config.json`'s where they differ.
@@ -117,7 +117,7 @@ def convert_checkpoint(
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
-    """Refuses to write where that would lose something; opens nothing, so that it can be asked before a download.
+    """Refuses a destination where writing would lose data. Opens no files, so it can run before a download.
 
     Raises:
         ConfigurationError: `destination` exists, unless it is a checkpoint to be overwritten; or it and the source lie
@@ -207,8 +207,8 @@ class _Converter:
         """Writes what is not finished, and gives the result its name.
 
         Raises:
-            CheckpointError: the source turned out not to be convertible; nothing is kept.
-            ConversionError: the disk is full; what is finished is kept.
+            CheckpointError: the source cannot be converted; no files are kept.
+            ConversionError: the disk is full; finished files are kept.
         """
         try:
             self._write_files()

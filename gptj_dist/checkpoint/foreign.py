@@ -1,7 +1,4 @@
-"""Says what a directory or a repository holds in place of a checkpoint that is read, by the names of its files.
-
-Knows the layouts that other tools write; opens nothing.
-"""
+"""Recognises checkpoints in the layouts of other tools, which are not supported, by their file names alone."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _BY_NAME = {
 
 
 def kind_of_files(names: Collection[str]) -> str | None:
-    """What files of these names are together, and what to do, as the end of a sentence; None if that is not known."""
+    """What these files are and what to do, as the end of a sentence; None if they are not recognised."""
     for name, kind in _BY_NAME.items():
         if name in names:
             return kind
@@ -39,7 +36,7 @@ def kind_of_files(names: Collection[str]) -> str | None:
 
 
 def kind_of_directory(directory: Path) -> str | None:
-    """As `kind_of_files` of a directory's files; also names a directory within it that holds a checkpoint."""
+    """Applies `kind_of_files` to a directory's files. Also names a subdirectory that holds a checkpoint."""
     try:
         names = {path.name for path in directory.iterdir()}
     except OSError:

@@ -43,13 +43,13 @@ _MAX_NAME_LENGTH = 120
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """Where a tensor lies and what it is.
+    """Position, shape and type of a tensor in a file.
 
     Args:
         dtype: as safetensors spells it, a key of `STORED_DTYPES` for weights.
         offset_bytes: from the start of the file.
         num_bytes: from there to the end of its last element.
-        strides: in elements, if they are not those of a contiguous tensor; only pickles have such.
+        strides: in elements; None for a contiguous tensor. Only pickles hold other ones.
     """
 
     path: Path
@@ -135,10 +135,10 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def printable(text: str) -> str:
-    """A name out of a file, fit to be part of one line: short, and without what a terminal would obey."""
+    """A name from a file, shortened, and without characters that a terminal would interpret."""
     return repr(text[:_MAX_NAME_LENGTH])[1:-1][:_MAX_NAME_LENGTH]
 
 
 def one_line(error: Exception) -> str:
-    """An error's text, or else its kind, fit to be part of one line."""
+    """An error's text on one line; its class name if it has no text."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,6 +1,6 @@
-"""Turns what a person calls a model into a directory, and gets the files that a stage needs from the Hugging Face hub.
+"""Finds the directory of a model, and downloads the files that a stage needs from the Hugging Face hub.
 
-Knows the names of files, not what is in them. Quick to import: the hub's client is loaded when a hub name is met.
+Quick to import: the hub's client is imported only when a hub name is used.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _MAX_LISTED = 8
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """Finds a model's directory; of a hub model it downloads the configuration and tokenizer, but no weights.
+    """Finds a model's directory. For a hub model, downloads configuration and tokenizer, but no weights.
 
-    Where the hub does not answer, what the cache holds of the revision is taken.
+    If the hub does not answer, uses the files of the revision that are in the cache.
 
     Args:
         model: `demo`, a directory, or a hub name like `EleutherAI/gpt-j-6b`; a directory of that name goes first.
@@ -44,8 +44,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         An absolute path; of a hub model, the cache's directory of one commit, whose name is that commit.
 
     Raises:
-        CheckpointError: there is no such directory or hub model, it has no weights in a form that is read, or the hub
-            does not give it out.
+        CheckpointError: there is no such directory or hub model, it has no weights in a supported form, or the hub
+            denies access.
     """
     if (local := local_directory(model)) is not None:
         return local
@@ -68,7 +68,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
 
 def model_name(model: str) -> str:
-    """What clients call a model that was given no other name: `demo`, a directory's last part, or a whole hub name."""
+    """Default name of a model for clients: `demo`, the last part of a directory, or a whole hub name."""
     return model if (directory := local_directory(model)) is None or model == DEMO else directory.name
 
 
@@ -79,20 +79,20 @@ def fetch_weights(
     config: ModelConfig,
     on_file: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
-    """Downloads the files that hold a stage's tensors, and no others, unless they are there. Nothing for a local model.
+    """Downloads the files that hold a stage's tensors, unless they are cached. Does nothing for a local model.
 
     Processes that want the same file at once wait for the one that downloads it, by the locks of the hub's client.
 
     Args:
         model: as given to `resolve_model`.
         directory: what `resolve_model` returned. Its name is the commit that is fetched, even if the branch moved on.
-        on_file: called with the name of each file that is not there, before it is downloaded.
+        on_file: called with the name of each missing file, before its download.
 
     Returns:
-        The files, which are there now.
+        The paths of the files.
 
     Raises:
-        CheckpointError: the hub does not give them out.
+        CheckpointError: the download failed.
     """
     names = expected_tensors(config, layers)
     if local_directory(model) is not None:
@@ -129,7 +129,7 @@ def _require_hub_name(model: str) -> None:
 
 
 def _download_config(model: str, revision: str | None) -> Path:
-    """Raises CheckpointError if there is none, and says what the repository holds in its place."""
+    """Raises CheckpointError if the repository has no config; the message names what it holds instead."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -166,7 +166,7 @@ def _download(model: str, file: str, revision: str | None) -> Path:
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:
-    """The hub advises whoever has no token to get one; where one is needed, `explain` says so."""
+    """Filters out the hub client's advice to use a token. Where a token is needed, `explain` says so."""
     return "unauthenticated requests" not in record.getMessage()
 
 

@@ -1,4 +1,4 @@
-"""Says in one line what kept a file of the Hugging Face hub from arriving, and what to do. Downloads nothing."""
+"""Turns errors of the Hugging Face hub's client into one line: what failed, and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GIVE_TOKEN = "give a token: `hf auth login`, or HF_TOKEN"
 
 
 def explain(error: Exception, model: str, file: str, revision: str | None) -> CheckpointError:
-    """What the hub's client raised about a file, as an error of one line.
+    """The error that the hub's client raised about a file, as an error of one line.
 
     Args:
         model: the hub's name for it.

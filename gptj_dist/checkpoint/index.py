@@ -1,7 +1,4 @@
-"""Says what a checkpoint holds, and whether that is the GPT-J of its `config.json`, from JSON and file headers alone.
-
-Knows neither torch nor the hub, and reads no weights.
-"""
+"""Finds a checkpoint's tensors and checks them against its `config.json`, from JSON and file headers alone."""
 
 from __future__ import annotations
 
@@ -53,9 +50,9 @@ _BUFFER_BYTES = 512
 class CheckpointIndex:
     """Which file of a directory holds which tensor: of a single file of weights, or of the files that an index names.
 
-    Safetensors are read where there are any, else PyTorch's pickles. Tensors go by the names of a whole GPT-J.
+    Reads safetensors if there are any, else PyTorch's pickles. Tensor names are those of a whole GPT-J.
 
-    With an index, no other file is opened before `headers`, so a machine needs only the files that it asks about.
+    With an index, weight files are opened only by `headers`, so a machine needs only the files that it asks for.
 
     Attributes:
         file_of: tensor name -> name of its file in the directory.
@@ -98,7 +95,7 @@ class CheckpointIndex:
 def read_model_config(directory: Path) -> ModelConfig:
     """Reads the directory's `config.json`, and its `generation_config.json` if there is one.
 
-    Where they do not give the dtype, the weights do if they are there.
+    If they do not name the dtype, takes that of the weights, if the weights are there.
 
     Raises:
         CheckpointError: `config.json` is missing, one is not JSON, or they do not describe a GPT-J.

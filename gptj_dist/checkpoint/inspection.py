@@ -1,7 +1,4 @@
-"""Says what a checkpoint holds and what is odd about it, from JSON and file headers alone. Stdlib only.
-
-Reads no weights, and knows nothing of tokenizers but the names of their files.
-"""
+"""Reports what a checkpoint holds and what is unusual about it, from JSON and file headers alone. Stdlib only."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ class Inspection:
 
     Args:
         file_bytes: name -> size of each file of weights that is read.
-        bytes_of_dtype: dtype -> bytes of the weights that have it, most first.
+        bytes_of_dtype: dtype -> bytes of the weights of that dtype, largest first.
         layer_bytes: of each layer, as stored.
         head_bytes: of the final LayerNorm and the head; without the embedding, if that is tied to it.
         oddities: what is unusual, a line each.
@@ -96,7 +93,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
 
 
 def missing_files(directory: Path) -> list[str]:
-    """The files of weights that are not there, of a checkpoint of which only a part was downloaded."""
+    """The missing weight files of a checkpoint that was downloaded only in part."""
     if not any((directory / name).exists() for form in WEIGHT_FORMS for name in (form.single, form.index)):
         return [SAFETENSORS.single]
     index = CheckpointIndex(directory)

@@ -1,4 +1,4 @@
-"""Reads the tensors of one stage, each straight to where it will stay. Knows names, not what layers do with them.
+"""Reads the tensors of one stage, each directly into its final memory.
 
 Plain reads rather than a memory map: pages of a mapped file cannot be given back, and a checkpoint in the page cache
 beside its packed weights does not fit a machine that the model itself fits.
@@ -35,7 +35,7 @@ _MAX_LISTED = 4
 
 
 class StageTensors:
-    """The tensors of one stage; to be used in a `with` statement.
+    """The tensors of one stage. Use it in a `with` statement.
 
     Args:
         directory: the checkpoint. Only the files that hold the stage's tensors need to be there, and are opened.
@@ -43,7 +43,7 @@ class StageTensors:
         layers: the stage's.
 
     Raises:
-        CheckpointError: the stage's tensors are not all there in their shapes, or a file is broken.
+        CheckpointError: a tensor of the stage is missing or has another shape, or a file is broken.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, layers: LayerRange) -> None:
@@ -115,7 +115,7 @@ class StageTensors:
             yield part, data.view(TORCH_DTYPES[header.dtype]).as_strided(part.shape, (stride, *inner))
 
     def _fill(self, header: TensorHeader, offset_bytes: int, out: Tensor) -> None:
-        """Reads as many bytes as `out` (uint8, contiguous, on the CPU) has, and gives their pages back on the way."""
+        """Fills `out` (uint8, contiguous, on the CPU) from the file, and drops the file's pages from the page cache."""
         file, view, num_read = self._files[header.path], out.numpy().data, 0
         while num_read < len(view):
             num_bytes = os.preadv(file, [view[num_read : num_read + STAGING_BYTES]], offset_bytes + num_read)

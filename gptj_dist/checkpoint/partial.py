@@ -1,8 +1,8 @@
-"""A directory that appears only when it is whole, and whose making may be killed at any moment and resumed.
+"""A directory that appears only when it is complete. Writing it can be killed at any moment and resumed.
 
-Knows files and their checksums, not what is in them. Beside the destination lies `DESTINATION.partial` with
+Handles files and their checksums, not their contents. Beside the destination lies `DESTINATION.partial` with
 
-    lock         held by the process that is at it
+    lock         held by the process that writes the directory
     state.json   what is being made, and the SHA-256 of each file that is finished
     unfinished   the file that is being written
     new/         the finished files
@@ -33,7 +33,7 @@ class DurableFile:
     """A new file that is hashed while it is written, and whose bytes do not stay in the page cache.
 
     Args:
-        file: a descriptor, open for writing; whoever opened it closes it.
+        file: a descriptor, open for writing; the caller closes it.
     """
 
     def __init__(self, file: int) -> None:
@@ -71,16 +71,16 @@ class DurableFile:
 class PartialDirectory:
     """Where the files of a directory are made; to be used in a `with` statement, which one process at a time enters.
 
-    Entering undoes what a killed process left half done: a destination that was on its way out comes back, or goes.
+    Entering cleans up after a killed process: it restores or deletes a destination that was being replaced.
 
     Args:
-        destination: what the directory is called once it is whole; absolute.
+        destination: final path of the complete directory; absolute.
 
     Attributes:
         path: `DESTINATION.partial`.
 
     Raises:
-        ConversionError: on entering, if another process is at it.
+        ConversionError: on entering, if another process is writing the directory.
         OSError: the disk is full, broken, or may not be written.
     """
 
@@ -110,7 +110,7 @@ class PartialDirectory:
         os.close(self._lock)
 
     def was_published(self, identity: Mapping[str, Any]) -> bool:
-        """Whether the destination is this one: an earlier process named it so, and was killed before it tidied up."""
+        """Whether an earlier process has published this directory, and was killed before it cleaned up."""
         state = self._read_state()
         return (
             state.get("identity") == identity
@@ -119,13 +119,13 @@ class PartialDirectory:
         )
 
     def resume(self, identity: Mapping[str, Any]) -> bool:
-        """Takes up what an earlier process began to make of the same: files are kept if they are still what they were.
+        """Resumes the work of a process with the same identity. Keeps its files if their checksums still match.
 
         Args:
-            identity: JSON that says what is made of what; with the same one, the same files are made.
+            identity: JSON that describes source and result; equal identities produce equal files.
 
         Returns:
-            False if something else was begun, of which nothing is kept.
+            False if the earlier work had another identity. Its files are deleted.
         """
         state = self._read_state()
         is_other = state.get("identity", identity) != identity
@@ -142,7 +142,7 @@ class PartialDirectory:
 
     @contextmanager
     def create(self, name: str) -> Iterator[DurableFile]:
-        """A file to be written, which becomes one of the finished at the end of the `with` statement."""
+        """A file to be written, which counts as finished at the end of the `with` statement."""
         with self._replace(self._new / name) as file:
             yield file
         self._sha256_of[name] = file.sha256()
@@ -154,7 +154,7 @@ class PartialDirectory:
         return dict(self._sha256_of)
 
     def publish(self) -> None:
-        """Gives the directory its name, in place of what has it, which is deleted on leaving."""
+        """Moves the directory to its destination. A directory that it replaces is deleted on leaving."""
         _sync_directory(self._new)
         if self._destination.exists():
             self._destination.rename(self._old)
@@ -162,13 +162,13 @@ class PartialDirectory:
         _sync_directory(self._destination.parent)
 
     def discard(self) -> None:
-        """Deletes what was made so far."""
+        """Deletes all files written so far."""
         self._state_file.unlink(missing_ok=True)
         if self._new.exists():
             shutil.rmtree(self._new)
 
     def _clear_old(self) -> None:
-        """Deletes what was replaced; if nothing has taken its place, it comes back."""
+        """Deletes the replaced directory, or restores it if there is no new one in its place."""
         if self._old.exists() and self._destination.exists():
             shutil.rmtree(self._old)
         elif self._old.exists():

@@ -1,4 +1,4 @@
-"""Says which tensors a file of `torch.save` holds and where, without unpickling it.
+"""Finds the tensors in a file of `torch.save` and their positions, without unpickling it.
 
 `torch.save` writes an uncompressed zip: a pickle, and one entry a storage (`torch/serialization.py`). The numbers of a
 tensor are one range of bytes, so that a stage can read its own and no others. Stdlib only.
@@ -94,7 +94,7 @@ def _read_zip(file: BinaryIO, size_bytes: int) -> _Located:
 
 
 class _BoundedReads:
-    """A file that gives no more than `MAX_PICKLE_BYTES` a read, whatever a corrupt zip directory asks for."""
+    """A file that reads at most `MAX_PICKLE_BYTES` at a time, because a corrupt zip may ask for any number."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,8 +1,8 @@
 """Reads the pickle of a PyTorch state dict as data. Runs none of it: it calls nothing and imports nothing.
 
 A pickle is a program for a stack machine (the opcodes are those of the standard library's `pickletools`). This machine
-knows the few opcodes that `torch.save` writes for tensors, and four global names, to each of which it gives a meaning
-of its own. Whatever else a file asks for is refused by its name. Stdlib only; knows no files.
+implements only the few opcodes that `torch.save` writes for tensors, and its own versions of four global names. It
+refuses any other name that a pickle contains. Stdlib only; opens no files.
 """
 
 from __future__ import annotations

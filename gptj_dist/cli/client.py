@@ -1,7 +1,4 @@
-"""A client of a running server: JSON and server-sent events, and refusals in words that a person can act on.
-
-Knows HTTP and OpenAI's error shape, and no endpoint in particular.
-"""
+"""A client of a running server: sends JSON, reads JSON and server-sent events, and explains errors to the user."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Where a server listens, and how it wants to be asked.
+    """The address of a server, and how to send requests to it.
 
     Args:
         base: its URL, without the `/v1` of OpenAI's clients.
@@ -78,7 +75,7 @@ class ServerAddress:
 
 
 class Server:
-    """A server to ask; closing an answer that is under way cancels it there.
+    """Sends requests to a server. Closing a running stream cancels it on the server.
 
     Args:
         transport: carries the requests; None is the network.
@@ -153,7 +150,7 @@ class Server:
 
 
 def base_url(url: str) -> str:
-    """`host:port`, or a URL with or without OpenAI's `/v1`, as the URL that paths are put behind.
+    """Turns `host:port`, or a URL with or without OpenAI's `/v1`, into the URL that paths are appended to.
 
     Raises:
         ConfigurationError: not the URL of an HTTP server.
@@ -289,7 +286,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(cause: BaseException) -> str:
-    if isinstance(cause, ConnectionError) and cause.errno:  # asyncio puts words of its own there
+    if isinstance(cause, ConnectionError) and cause.errno:  # asyncio puts its own text there
         return os.strerror(cause.errno)
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 def read_events(parts: Iterable[bytes]) -> Iterator[str]:
     """The data of each event that is complete; comments and other fields are skipped.
 
-    Lines end in LF or CRLF. They are told apart before they are decoded, so that a character may arrive in two parts,
-    and so that the line separators of Unicode are text.
+    Lines end in LF or CRLF. They are split before they are decoded, so that a character may arrive in two parts, and so
+    that the line separators of Unicode count as text.
     """
     buffer = b""
     data: list[bytes] = []

@@ -60,7 +60,7 @@ def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def _with_options(verb: Callable[..., None], names: tuple[str, ...]) -> inspect.Signature:
-    """The signature that typer shall see."""
+    """The signature that typer reads the options from."""
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(verb, eval_str=True).parameters.values():
         if parameter.name == "settings":

@@ -66,7 +66,7 @@ def os_error_text(error: OSError) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Prints a JSON document; characters that the terminal's encoding may lack are escaped as JSON has it."""
+    """Prints a JSON document; characters that the terminal's encoding may lack are written as JSON escapes."""
     is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not is_unicode))
 

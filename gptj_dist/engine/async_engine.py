@@ -78,7 +78,7 @@ class AsyncEngine:
             log_id: the request's name in logs; None for one that is neither logged nor counted.
 
         Raises:
-            InvalidRequestError: the request can never be served. Raised at once, the others by the stream:
+            InvalidRequestError: the request can never be served. Raised at once; the stream raises the others:
             NotReadyError: the pipeline is down; nothing was queued.
             StageFailedError: a stage died before the stream ended.
         """
@@ -88,7 +88,7 @@ class AsyncEngine:
     def generate_all(
         self, prompt_ids: Sequence[int], params: SamplingParams, choices: Iterable[int], log_id: str | None = None
     ) -> list[AsyncGenerator[Delta, None]]:
-        """Streams one completion for each choice. Those that begin together share the work on the prompt.
+        """Streams one completion for each choice. Choices that start together compute the prompt once.
 
         Raises:
             InvalidRequestError: the request can never be served. Other errors come out of each stream.

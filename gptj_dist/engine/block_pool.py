@@ -37,7 +37,7 @@ class BlockPool:
         """Takes free blocks; each gets one holder. The last to be given back come first, because their memory is warm.
 
         Raises:
-            ValueError: fewer are free.
+            ValueError: fewer than `num_blocks` are free.
         """
         if num_blocks > len(self._free):
             raise ValueError(f"{num_blocks} blocks wanted, {len(self._free)} free")

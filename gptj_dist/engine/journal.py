@@ -97,7 +97,7 @@ class Journal:
             self._end(life, "closed", now_ns)
 
     def note_failed(self, request: Request, error: Exception) -> None:
-        """The pipeline has lost the request."""
+        """Call when the request has failed with its pipeline."""
         if self._lives.pop(request.request_id, None) is not None:
             _log(logging.INFO, "request failed", request, error=str(error))
 

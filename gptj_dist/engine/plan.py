@@ -29,15 +29,15 @@ class PromptCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What stages need to know of a request: to sample for it, to make its embedding, and to log it.
+    """What a stage needs of a request: to sample its tokens, to compute its embedding, and to log it.
 
     Args:
-        request_id: unique in the life of the pipeline.
-        params: the request's own, unchanged.
+        request_id: unique within the pipeline.
+        params: the request's parameters.
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
         num_prompt_tokens: positions below this belong to the prompt.
         log_id: the request's name in logs; None for one that is not logged.
-        begins_with: KV that need not be computed; the first chunk starts after it. None if there is none.
+        begins_with: KV copied from another request; the first chunk starts after it. None copies nothing.
     """
 
     request_id: int

@@ -27,7 +27,7 @@ _Interval = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """A plan that has come back: what it computed, and when. Times are nanoseconds of a `SteadyClock`.
+    """A completed plan: what it computed, and when. Times are nanoseconds of a `SteadyClock`.
 
     Args:
         number: counts the pipeline's plans from 0. Unlike `plan_id` it does not restart when stages are replaced.

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """Runs coroutines on a thread of its own.
+    """Runs coroutines on a separate thread.
 
     Args:
         name: of the thread.

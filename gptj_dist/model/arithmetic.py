@@ -1,4 +1,4 @@
-"""Names what the bits of a float32 result depend on: two stages with equal names compute equal bits."""
+"""Names the kernels and instructions that a float32 result depends on. Stages with equal names compute equal bits."""
 
 from __future__ import annotations
 

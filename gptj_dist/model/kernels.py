@@ -124,7 +124,7 @@ def attend_row(
 ):
     """One row's attention in one head, over one of SPLITS shares of its context. Grid: `rows`, heads, splits.
 
-    Each of the TILE keys read at a time has a running softmax of its own (Milakov & Gimelshein 2018), so that warps
+    Each of the TILE keys read at a time has its own running softmax (Milakov & Gimelshein 2018), so that warps
     wait for each other only at the end. One split writes `out`. More write, for `join_splits`, float32 `split_sums`
     [rows, HEADS, SPLITS, WIDTH] and `split_weights` [rows, HEADS, SPLITS, 2], highest score and sum of weights.
     """
@@ -176,7 +176,7 @@ def join_splits(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Joins what `attend_row` left of each split. Grid: as many as `rows`, heads."""
+    """Joins the partial results of `attend_row`'s splits. Grid: rows, heads."""
     index, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + index).to(tl.int64)
     splits = (index * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
@@ -210,7 +210,7 @@ def attend_tile(
 ):
     """Attention of up to ROWS consecutive tokens of one request in one head, TILE keys at a time (Dao 2023).
 
-    Grid: as many as `tiles`, heads.
+    Grid: tiles, heads.
 
     Args:
         tiles: int32 [tiles, 2]: the first row of each, and how many.

@@ -47,7 +47,7 @@ class SampleSpec:
 
     @property
     def may_end(self) -> bool:
-        """Whether a token that ends the request may come."""
+        """Whether the request may end at this position."""
         return self.position >= self.num_prompt_tokens + self.params.min_tokens
 
 
@@ -69,7 +69,7 @@ class Sampler:
     def __call__(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
         """One token for each row of float32 [rows, vocab_size]; the logits are overwritten.
 
-        It is `NO_TOKEN` where every token of a row is ruled out.
+        The token is `NO_TOKEN` for rows in which every token is banned.
         """
         tokens: list[int] = self.draw(logits, specs).tolist()
         return tokens
@@ -113,7 +113,7 @@ class Sampler:
         return places, row[places]
 
     def _banned_ids(self, spec: SampleSpec) -> tuple[int, ...]:
-        """Tokens that must not come at the position, by the model's rules and for being too early to end."""
+        """Tokens banned at the position by the model's rules or by the minimum number of tokens."""
         rules = self._rules
         return (
             *(() if spec.may_end else rules.ending_ids(spec.params)),

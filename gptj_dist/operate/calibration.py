@@ -1,9 +1,8 @@
-"""Holds the planner's formula against this machine: times other models, predicts this one's steps, then times those.
+"""Checks the planner's formula on this machine: times other models, predicts this model's steps, then times those.
 
-Both kinds of model run as stages run: a process each, with their share of the cores, all at the same time, as they
-share the way to memory. A machine becomes faster and slower from minute to minute, so calibration, prediction and
-measurement take turns in several rounds: a round's prediction comes before its measurement and knows nothing of the
-model's times, but is held against those that follow at once. For CPUs: what GPUs do beside computing is another matter.
+All models run as stages do: one process per stage, each with its share of the cores, all at the same time, because they
+share the memory's bandwidth. A machine's speed drifts from minute to minute, so calibration, prediction and measurement
+take turns in several rounds. Each prediction is made before its measurement and compared with it at once. CPUs only.
 """
 
 from __future__ import annotations
@@ -72,10 +71,10 @@ CALIBRATION_SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
-    """What is to be predicted.
+    """The model to check.
 
     Args:
-        name, revision: as in `PipelineConfig`.
+        name, revision: see `PipelineConfig`.
     """
 
     name: str
@@ -86,7 +85,7 @@ class CheckedModel:
 
 @dataclass(frozen=True, slots=True)
 class StepCheck:
-    """One kind of step of one stage: what was predicted and what came, in seconds, in one round."""
+    """Predicted and measured seconds of one kind of step of one stage, in one round."""
 
     layers: LayerRange
     case: Chunks
@@ -101,7 +100,7 @@ class StepCheck:
 
 @dataclass(frozen=True, slots=True)
 class PipelineCheck:
-    """What `check_pipeline` found.
+    """The result of `check_pipeline`.
 
     Args:
         devices: the figures of each stage's share of the machine, of the quietest round.
@@ -135,7 +134,7 @@ def check_pipeline(
     Args:
         shapes: what is timed for the prediction. Those as wide as the model are left out.
         num_rounds: rounds of calibration, prediction and measurement.
-        note: told what is being done.
+        note: called with a line for the user about the current activity.
 
     Raises:
         ConfigurationError: more stages than layers or cores, or the model does not fit this machine's memory.
@@ -143,7 +142,7 @@ def check_pipeline(
     """
     num_threads = available_cores() // num_stages
     if num_threads < 1:
-        raise ConfigurationError(f"{num_stages} stages need as many cores to be checked on")
+        raise ConfigurationError(f"checking {num_stages} stages needs at least {num_stages} CPU cores")
     cases = _cases_that_fit(model)
     others = [shape for shape in shapes if shape.d_model != model.config.d_model]
     ranges = layer_ranges(plan_partition(model.config, num_stages))

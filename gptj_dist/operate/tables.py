@@ -1,4 +1,4 @@
-"""Tables of stages for people."""
+"""Formats tables of stages."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def stage_table(reports: Sequence[StageReport], num_kv_tokens: int | None) -> Ta
 
 
 def layers_text(layers: LayerRange) -> str:
-    """`embed + 0-13 (14)`: the layers, and what stands before and behind them."""
+    """`embed + 0-13 (14)`: the stage's layers and their number, with the embedding or the head."""
     parts = ["embed"] * layers.is_first + [f"{layers.start}-{layers.stop - 1} ({layers.num_layers})"]
     return " + ".join(parts + ["head"] * layers.is_last)

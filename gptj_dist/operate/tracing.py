@@ -1,4 +1,4 @@
-"""`serve --trace`: collects from all pipelines of the application, as long as it runs, into one file."""
+"""`serve --trace`: collects the plans of all pipelines in one trace file while the application runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PERIOD_S = 1.0
 
 
 class TraceCollector:
-    """Carries what pipelines have to tell to a file, and remembers how far each has got."""
+    """Copies completed plans from pipelines to a file, and remembers the last plan of each pipeline."""
 
     def __init__(self, pipelines: DeploymentHandle, file: TraceFile) -> None:
         self._pipelines = pipelines
@@ -29,7 +29,7 @@ class TraceCollector:
         self._since: dict[str, int] = {}
 
     async def collect(self) -> None:
-        """Appends what is new. A pipeline that cannot be asked now is asked the next time."""
+        """Appends new plans. If a pipeline does not answer, its plans are collected the next time."""
         with suppress(GPTJDistError, RayError, RayServeException):
             parts = (await trace_parts(self._pipelines, self._since)).given
             self._file.append(parts)
@@ -38,7 +38,7 @@ class TraceCollector:
 
 @contextmanager
 def tracing(pipelines: DeploymentHandle, path: Path) -> Iterator[None]:
-    """Collects on a thread every second, and once more in the end.
+    """Collects on a thread every second, and once more at the end.
 
     Raises:
         ConfigurationError: the file cannot be written.

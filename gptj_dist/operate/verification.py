@@ -29,10 +29,10 @@ EMBEDDING, HEAD = "embedding", "head"
 
 @dataclass(frozen=True, slots=True)
 class LayerTrace:
-    """What a model makes of one prompt, all in float32.
+    """The float32 activations of a model for one prompt.
 
     Args:
-        hidden: [tokens, d_model] each: the embedding's, then each layer's, none of them normalised.
+        hidden: [tokens, d_model] each: output of the embedding, then of each layer, not normalised.
         logits: [tokens, vocab_size], of every position.
     """
 
@@ -42,7 +42,7 @@ class LayerTrace:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where two traces part.
+    """The first part of the model in which two traces differ.
 
     Args:
         part: `embedding`, `layer 3` or `head`.
@@ -62,7 +62,7 @@ class Comparison:
     Args:
         largest: of the absolute differences between logits.
         num_alike: positions at which the greedy next token is the same.
-        first: where they part, if the logits differ by more than the tolerance.
+        first: the first part that differs, if the logits differ by more than the tolerance.
     """
 
     num_tokens: int
@@ -72,10 +72,10 @@ class Comparison:
 
 
 def require_memory(config: ModelConfig, num_tokens: int) -> None:
-    """Refuses what does not fit the free memory: the oracle's weights, and the traces of so many tokens on both sides.
+    """Checks that the free memory holds the oracle's weights, and both models' traces of this number of tokens.
 
     Raises:
-        ConfigurationError: says how much is needed.
+        ConfigurationError: the memory is too small; the message says how much is needed.
     """
     whole = LayerRange.whole(config.num_layers)
     numbers_per_token = 2 * ((config.num_layers + 1) * config.d_model + config.vocab_size)

@@ -25,7 +25,7 @@ from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, Mod
 from gptj_dist.planning.devices import DeviceSpec
 
 TILE_ROWS = 8
-"""A CPU attends for so many rows of a chunk at a time (see `model.native`); for a row that is alone by itself."""
+"""Rows of a chunk that a CPU attends for at a time (see `model.native`). A single row is computed by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def step_s(device: DeviceSpec, dtype: DTypeName, work: Work) -> float:
 
 
 def hop_s(device: DeviceSpec, model: ModelConfig, dtype: DTypeName, step: Step) -> float:
-    """Seconds to hand a step's hidden states on to the stage behind, or to get them from the one before."""
+    """Seconds to send a step's hidden states to the next stage, or to receive them from the previous one."""
     num_rows = sum(chunks.num_rows for chunks in step)
     return device.link_latency_s + num_rows * model.d_model * DTYPE_BYTES[dtype] / device.link_bytes_s
 

@@ -1,7 +1,7 @@
 """What the planner knows of a device: the figures of known ones, and how people describe their own. Stdlib only.
 
 Published figures are never reached, so those of GPUs are scaled by a stated efficiency. A measured device
-(`stages.calibration`) has figures of its own and needs none.
+(`operate.calibration`) measures its own figures and needs none.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def parse_devices(description: object) -> tuple[DeviceSpec, ...]:
     """Devices from a parsed description, in its order.
 
     Args:
-        description: `{"devices": [...]}` with, at will, `link_gb_s` and `link_latency_us` for all of them. A device is
-            a known name, or a mapping: `name`, `count`, and figures, which replace the known ones. Figures that
-            people give are taken as they are, without an efficiency.
+        description: `{"devices": [...]}`, optionally with `link_gb_s` and `link_latency_us` for all of them. A device
+            is a known name, or a mapping: `name`, `count`, and figures, which replace the known ones. Given figures
+            are used as they are, without an efficiency.
 
     Raises:
         ConfigurationError: says which device and which key is wrong, and the nearest that is right.

@@ -44,7 +44,7 @@ def lm_head_cost_layers(model: ModelConfig) -> float:
 
 
 def cut_cost(model: ModelConfig, layers: tuple[int, ...]) -> CutCost:
-    """What a cut into so many layers a stage costs."""
+    """The cost of a cut, given the number of layers of each stage."""
     return CutCost(float(max(layers)), float(max(*layers, layers[-1] + lm_head_cost_layers(model))))
 
 

@@ -31,7 +31,7 @@ from gptj_dist.planning.forecast import (
 from gptj_dist.planning.partition import layer_ranges
 
 StageCosts = Sequence[float]
-"""What a stage costs with 1, 2, 3 ... layers, in any unit and growing; as many as fit it."""
+"""Cost of a stage with 1, 2, 3 ... layers, in any unit, increasing; ends with the most layers that fit the stage."""
 
 NUM_REQUESTS = 32
 """The traffic that a partition is best for."""

@@ -26,11 +26,11 @@ class Accounts:
         self._quotas = Quotas(keys, time.monotonic)
 
     async def charge(self, name: str, num_tokens: int) -> float:
-        """As `Quotas.charge`."""
+        """Implements `Quotas.charge`."""
         return self._quotas.charge(name, num_tokens)
 
     async def refund(self, name: str, num_tokens: int) -> None:
-        """As `Quotas.refund`."""
+        """Implements `Quotas.refund`."""
         self._quotas.refund(name, num_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Builds the Serve application: an ingress, and pipelines behind it, each in a placement group of its own."""
+"""Builds the Serve application: an ingress and its pipelines. Each pipeline has its own placement group."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ STOP_POLL_S = 0.2
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of a Serve config: its `args` are what `parse_settings` reads.
+    """Builds the application of a Serve config, whose `args` are those of `parse_settings`.
 
     Raises:
-        ConfigurationError: the settings or the checkpoint will not do; nothing has been placed.
+        ConfigurationError: the settings or the checkpoint are invalid. Nothing has been placed.
     """
     return make_application(parse_settings(args))
 
@@ -43,18 +43,18 @@ def build(args: dict[str, Any]) -> Application:
 def make_application(
     config: AppConfig, scaling: Mapping[str, Any] | None = None, listen: Address | None = None
 ) -> Application:
-    """The application, bound and ready to be run on the cluster that Ray is connected to.
+    """Builds the application, ready to run on the cluster that Ray is connected to.
 
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config` for the pipelines, or other settings of the deployment.
-        listen: where the ingress itself takes HTTP; None leaves that to Serve's proxies.
+        listen: address at which the ingress itself serves HTTP; None leaves HTTP to Serve's proxies.
 
     Raises:
-        ConfigurationError: as `build`; or several ingresses are to listen at one address.
+        ConfigurationError: see `build`; also if several ingresses would listen at one address.
     """
     if listen is not None and config.ingress_replicas > 1:
         raise ConfigurationError("several ingresses need Serve's proxies in front of them: they are for a cluster")
-    # A replica that starts next week shall serve the commit that the first one does.
+    # Fixes the commit now, so that replicas that start later serve the same one.
     config = replace(config, pipeline=draw_blueprint(config.pipeline).config)
     size = size_pipeline(config.pipeline)
     common = {
@@ -87,10 +87,10 @@ def make_application(
 
 
 def size_pipeline(config: PipelineConfig) -> PipelineSize:
-    """What a pipeline will ask for. Looks at the connected cluster only for what the settings leave open.
+    """The resources of a pipeline. Asks the connected cluster only for values that the settings leave open.
 
     Raises:
-        ConfigurationError: the settings or the checkpoint will not do.
+        ConfigurationError: the settings or the checkpoint are invalid.
     """
     return size_stages(config, len(draw_blueprint(config).layers), _num_in_cluster)
 

@@ -1,4 +1,4 @@
-"""Asks all replicas of a deployment at once, where a plain call by a handle reaches whichever one Serve chooses."""
+"""Calls all replicas of a deployment at once. A plain call of a handle reaches only one, which Serve chooses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Replies(Generic[T]):
-    """What replicas said.
+    """The replies of all replicas.
 
     Args:
-        num_silent: how many failed instead, such as one whose coordinator has just died.
+        num_silent: number of replicas that failed instead, such as one whose coordinator has just died.
     """
 
     given: tuple[T, ...]
@@ -75,7 +75,7 @@ async def _ask(replicas: DeploymentHandle, kind: type[T], method: str, *argument
     try:
         response = replicas.broadcast(method, *arguments)
         results = await response.results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
-    except DeploymentUnavailableError:  # there is none
+    except DeploymentUnavailableError:  # the deployment has no replicas
         return Replies((), 0)
     except TimeoutError:
         raise NotReadyError(f"a replica has not answered for {TIMEOUT_S:.0f} s") from None

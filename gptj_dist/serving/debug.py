@@ -1,6 +1,6 @@
-"""The document of `GET /debug/pipeline`, made of the pipelines' statuses.
+"""The response of `GET /debug/pipeline`, built from the statuses of pipelines.
 
-`gptj-dist top` reads the same classes, so they must load neither ray nor torch.
+`gptj-dist top` uses the same classes, so this module imports neither ray nor torch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class StageDocument(BaseModel):
-    """A stage. Shares, times and the queue are those of `StageSnapshot`; all but its place is None before any work.
+    """A stage. Shares, times and the queue are those of `StageSnapshot`, and None before the first plan.
 
     Args:
-        layers: first to last, both counted.
-        node: the machine that it is on.
+        layers: first and last layer, both included.
+        node: name of its machine.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,10 +57,10 @@ class LossDocument(BaseModel):
 
 
 class PipelineDocument(BaseModel):
-    """A pipeline. Rates are over the last `window_s` seconds; numbers without a rate are now.
+    """A pipeline. Rates are over the last `window_s` seconds; other numbers are current values.
 
     Args:
-        num_preemptions: since its stages were started last.
+        num_preemptions: since the last start of its stages.
         num_restarts: how often its stages were replaced.
         losses: the last stages that died, oldest first.
         num_dropped: see `PipelineStatus`.
@@ -92,7 +92,7 @@ class DebugDocument(BaseModel):
     """All pipelines of the application that answered.
 
     Args:
-        num_silent: pipelines that Serve believes to be there, but that gave no answer: they have just died.
+        num_silent: pipelines that Serve lists but that did not answer, such as those that have just died.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -103,7 +103,7 @@ class DebugDocument(BaseModel):
 
 
 def debug_document(model: str, statuses: Sequence[PipelineStatus], num_silent: int) -> DebugDocument:
-    """The document of what the pipelines answered, in the order of their names."""
+    """Builds the response from the replies of the pipelines, sorted by name."""
     pipelines = [_pipeline(status) for status in sorted(statuses, key=lambda status: status.name)]
     return DebugDocument(model=model, num_silent=num_silent, pipelines=tuple(pipelines))
 

@@ -1,8 +1,8 @@
-"""How tokens get from pipelines to an ingress: those of many streams in one ZeroMQ message.
+"""Carries tokens from pipelines to an ingress: the tokens of many streams in one ZeroMQ message.
 
-Through a Serve handle every token of every stream would be a message of its own, with a task at either end. So the
-handle starts the streams of a prompt, ends them and cancels them, and the tokens come this way. In the other direction
-an ingress returns the numbers of streams that it no longer reads, so that their senders stop.
+Through a Serve handle, every token of every stream would be a separate message, with a task at either end. So the
+handle only starts, ends and cancels the streams of a prompt, and the feed carries their tokens. In the other
+direction, an ingress sends the numbers of streams that it no longer reads, so that their senders stop.
 
 An inbox accepts only senders that have its keys, which are part of every `ReplyTo`. The parts of a stream are numbered:
 a stream that has lost one fails instead of skipping tokens.
@@ -35,7 +35,7 @@ MAX_RECONNECT_MS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class InboxAddress:
-    """Where an inbox is, and what opens it."""
+    """The address of an inbox and the keys to send to it."""
 
     endpoint: str
     keys: CurveKeys
@@ -88,11 +88,11 @@ class _OpenStream:
 
 
 class FeedInbox:
-    """The ingress's end: puts tokens into the mailboxes of the streams that are open.
+    """The ingress's end: puts arriving tokens into the mailboxes of open streams.
 
     Args:
         host: the address to bind; the port is a free one.
-        on_end: called with the reason if the inbox can receive nothing more; all its streams have failed then.
+        on_end: called with the reason when the inbox can receive no more messages; all its streams have failed.
     """
 
     def __init__(self, host: str, on_end: Callable[[Exception], None]) -> None:
@@ -106,7 +106,7 @@ class FeedInbox:
 
     @property
     def dropped(self) -> DropCount:
-        """What did not come from a pipeline."""
+        """Counts of dropped connections and messages that did not come from a pipeline."""
         return self._guarded.dropped
 
     def open(self, num_streams: int) -> tuple[ReplyTo, list[Mailbox]]:
@@ -144,7 +144,7 @@ class FeedInbox:
                 await self._guarded.socket.send_multipart([sender, _UNREAD.encode(tuple(unread))])
 
     def _hand_out(self, parts: Sequence[StreamPart]) -> list[int]:
-        """Puts tokens into mailboxes; returns the streams that are not open."""
+        """Puts tokens into mailboxes; returns the ids of streams that are not open."""
         unread: list[int] = []
         for part in parts:
             if (stream := self._streams.get(part.stream_id)) is not None:
@@ -159,10 +159,10 @@ class FeedInbox:
 
 
 class FeedOutbox:
-    """A pipeline's end: what is put in the same turn of the event loop leaves in one message to each inbox.
+    """A pipeline's end: sends all tokens of one turn of the event loop in one message to each inbox.
 
     Args:
-        on_unread: called with a stream, perhaps several times, that its ingress no longer reads.
+        on_unread: called with a stream that its ingress no longer reads; may be called more than once for a stream.
 
     Attributes:
         num_malformed: messages from ingresses that could not be decoded.
@@ -186,7 +186,7 @@ class FeedOutbox:
         self._waiting[stream.inbox].append(StreamPart(stream.stream_id, number, delta))
 
     def stop(self) -> None:
-        """Drops what has not left yet."""
+        """Drops the messages that have not been sent yet."""
         for inbox in list(self._sockets):
             self._disconnect(inbox)
 

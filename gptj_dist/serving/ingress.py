@@ -1,4 +1,4 @@
-"""The deployment in front: HTTP, text, streaming. Starts in seconds, holds no weights, knows pipelines by a handle."""
+"""The ingress deployment: HTTP, text and streaming. Starts in seconds, and reaches pipelines through a handle."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from gptj_dist.serving.settings import AppConfig
 from gptj_dist.stages.actor import log_directory
 
 LAST_WORDS_S = 2.0
-"""How long a stream that is cut may take to tell its client so."""
+"""Time for interrupted streams to send their error to the client."""
 
 CUT = NotReadyError("the server stopped before this answer was complete")
 
 
 @serve.ingress()
 class Ingress:
-    """Takes HTTP requests, and has pipelines continue their prompts.
+    """Answers HTTP requests with the help of the pipelines.
 
     Args:
         pipeline: handle to the deployment whose replicas are pipelines.
         accounts: handle to the deployment that keeps the allowances of keys; None if no key is limited.
-        listen: where a server of its own listens; None leaves HTTP to Serve's proxies.
+        listen: address of the ingress's own HTTP server; None leaves HTTP to Serve's proxies.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Ingress:
         return self._app
 
     async def metrics(self) -> IngressMetrics:
-        """What this ingress has counted."""
+        """The counters of this ingress."""
         return self._metrics
 
     def check_health(self) -> None:
@@ -90,13 +90,13 @@ class Ingress:
             self._listener.check_health()
 
     async def finish(self, timeout_s: float) -> int:
-        """Refuses new requests, and returns when the ones under way are answered.
+        """Refuses new requests, and returns when all running requests are answered.
 
         Args:
-            timeout_s: requests that take longer fail.
+            timeout_s: time limit; requests that take longer fail.
 
         Returns:
-            The number of those that failed.
+            The number of requests that failed.
         """
         num_late = await self._gate.close(timeout_s)
         if num_late:

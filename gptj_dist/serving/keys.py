@@ -21,10 +21,10 @@ _PERIOD_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key that opens the server.
+    """A key for the server.
 
     Args:
-        name: who has it, for logs.
+        name: owner of the key; appears in logs.
         sha256: of the key, in hexadecimal. A key is long and random, so that a plain hash cannot be undone.
         requests_per_minute, tokens_per_minute: None does not limit; tokens are those of prompts and outputs.
     """

@@ -38,7 +38,7 @@ class IngressMetrics:
         name: the replica's.
 
     Attributes:
-        feed_dropped: what the port for pipelines' tokens has dropped.
+        feed_dropped: connections and messages that the port for pipelines' tokens has dropped.
         num_responses: by method, path of the route, and status.
         num_in_flight: HTTP requests that are being answered.
         num_finished: completions, by how they ended.
@@ -51,17 +51,17 @@ class IngressMetrics:
     num_finished: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FINISH_REASONS, 0)))
 
     def note_end(self, reason: str) -> None:
-        """A completion has ended."""
+        """Counts a completion that has ended."""
         self.num_finished[reason] += 1
 
 
 @dataclass(frozen=True, slots=True)
 class Exposition(Collector):
-    """All that a scrape shows.
+    """The metrics of one scrape.
 
     Args:
         model: the name that clients see.
-        pipelines, ingresses: those that answered.
+        pipelines, ingresses: metrics of the replicas that answered.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Exposition(Collector):
     ingresses: Sequence[IngressMetrics]
 
     def encoded(self, accept: str) -> tuple[bytes, str]:
-        """The text and its content type, in what the scraper's header of that name accepts."""
+        """The text and its content type, in the format that the scraper's `accept` header asks for."""
         encode, content_type = choose_encoder(accept)
         return encode(self), content_type
 
@@ -84,7 +84,7 @@ class Family:
 
     Args:
         name: without the prefix, and a counter's without `_total`.
-        labels: behind `model_name`, which all have.
+        labels: in addition to `model_name`, which all families have.
     """
 
     kind: type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]

@@ -1,4 +1,4 @@
-"""The deployment that autoscales: a replica is one pipeline, coordinator and stages. Knows tokens, no text, no HTTP."""
+"""The pipeline deployment, which autoscales. A replica is one pipeline: its coordinator and stages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROOF_LIFETIME_S = 10.0
 
 MAX_RETRY_AFTER_S = 600
 MAX_LOSSES = 16
-"""A pipeline's status shows as many."""
+"""Maximum number of lost stages in a pipeline's status."""
 
 MAX_RESTARTS_IN_A_ROW = 3
 RESTART_DELAY_S = 1.0
@@ -49,12 +49,12 @@ RESTART_DELAY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class PipelineStatus:
-    """What a pipeline says of itself.
+    """The status of a pipeline.
 
     Args:
         name: the replica's.
         is_up: whether it takes requests; not while its stages are being replaced.
-        snapshot: its last seconds.
+        snapshot: statistics of the last seconds.
         num_used_blocks: KV blocks in use now, of `num_blocks`.
         num_restarts: how often its stages were replaced.
         pid: the coordinator's process.
@@ -81,7 +81,7 @@ class PipelineStatus:
 
 @dataclass(frozen=True, slots=True)
 class PipelineMetrics:
-    """What a pipeline has counted since its coordinator started, and how it is; other than a status it costs no time.
+    """Counters since the coordinator started, and current values. Cheaper to compute than a status.
 
     Args:
         num_preemptions: since the stages were started last.
@@ -156,15 +156,15 @@ class Pipeline:
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, reply_to: ReplyTo, log_id: str
     ) -> None:
-        """As `AsyncEngine.generate_all`, for choices from 0 on, with what they give sent to an ingress.
+        """Runs `AsyncEngine.generate_all` for choices 0, 1, ..., and sends their tokens to an ingress.
 
-        Serve's cancellation closes all; one of them is closed when the ingress no longer reads it.
+        Serve's cancellation closes all choices. A single choice is closed when the ingress no longer reads it.
 
         Args:
-            reply_to: where that of choice 0 goes; those of the others go to the streams behind.
+            reply_to: stream of choice 0; the following streams are those of the other choices.
 
         Raises:
-            TooManyRequestsError: too many wait already.
+            TooManyRequestsError: too many requests are waiting already.
         """
         self._require_room()
         streams = self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
@@ -200,10 +200,10 @@ class Pipeline:
             task.cancel()
 
     async def prove_ready(self) -> None:
-        """Returns when a token has been through every stage lately; makes one if need be.
+        """Returns when a token has recently been through every stage; generates one if needed.
 
         Raises:
-            NotReadyError, StageFailedError: it cannot.
+            NotReadyError, StageFailedError: no token can be generated.
         """
         last = self._engine.last_token_s
         if last is not None and time.monotonic() - last < PROOF_LIFETIME_S:
@@ -214,7 +214,7 @@ class Pipeline:
                 pass
 
     async def status(self) -> PipelineStatus:
-        """A look inside."""
+        """The pipeline's status."""
         scheduler = self._engine.scheduler
         return PipelineStatus(
             name=self._name,
@@ -235,7 +235,7 @@ class Pipeline:
         )
 
     async def metrics(self) -> PipelineMetrics:
-        """All that has been counted."""
+        """The pipeline's counters."""
         scheduler = self._engine.scheduler
         return PipelineMetrics(
             name=self._name,
@@ -258,16 +258,16 @@ class Pipeline:
         return *self._group.num_dropped, self._outbox.num_malformed
 
     async def trace_part(self, since: Mapping[str, int]) -> TracePart:
-        """The plans that came back and are still remembered.
+        """The completed plans that are still kept.
 
         Args:
-            since: by name of a pipeline, the number of the first plan to be told; one without a name tells all.
+            since: pipeline name -> number of the first plan to return; a pipeline that is not named returns all.
         """
         records = self._engine.stats.records(since.get(self._name, 0))
         return TracePart(self._name, self._blueprint.layers, records)
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces the replica if this raises. It raises when new stages would not start."""
+        """Called by Serve, which replaces the replica if this raises. It raises if new stages could not be started."""
         if self._end is not None:
             raise StageFailedError(f"the pipeline has ended: {self._end}")
 
@@ -278,7 +278,7 @@ class Pipeline:
         await self._group.stop()
 
     async def _drive(self) -> None:
-        """Runs the engine, and brings the stages back each time that one dies. Raises when that is not possible."""
+        """Runs the engine, and replaces the stages each time that one dies. Raises if they cannot be replaced."""
         while True:
             try:
                 await self._engine.run()
@@ -321,7 +321,7 @@ class Pipeline:
         raise StageFailedError(f"the stages could not be restarted in {MAX_RESTARTS_IN_A_ROW} attempts")
 
     def _note_end(self, error: Exception) -> None:
-        """The driver has ended: no request will be served, and `check_health` has Serve replace the replica."""
+        """Called when the driver ends. Requests fail from now on, and `check_health` has Serve replace the replica."""
         logger.error("pipeline lost", exc_info=error, extra=values(error=str(error)))
         self._end = error
 

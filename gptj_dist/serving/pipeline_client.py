@@ -1,4 +1,4 @@
-"""How the ingress reaches the pipelines: one handle to all of them, and the feed that brings their tokens."""
+"""The ingress's client of the pipelines: one handle for all of them, and the feed that brings their tokens."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PipelineClient:
             raise StageFailedError(f"the ingress can no longer receive tokens: {self._failure}")
 
     def close(self) -> None:
-        """Receives no more tokens."""
+        """Stops receiving tokens."""
         self._meeting.cancel()
         self._feed.stop()
 
@@ -75,10 +75,10 @@ class PipelineClient:
         return [call.stream(choice) for choice in range(num_choices)]
 
     async def prove_ready(self) -> None:
-        """Returns when a pipeline has recently made a token.
+        """Returns when a pipeline has recently generated a token.
 
         Raises:
-            NotReadyError, StageFailedError: no pipeline can make one.
+            NotReadyError, StageFailedError: no pipeline can generate one.
         """
         self.limits()
         try:
@@ -107,7 +107,7 @@ class PipelineClient:
         self._failure = error
 
     async def _meet(self) -> None:
-        """Waits for the first pipeline: until there is one, Serve holds calls back, and a client must get a 503."""
+        """Waits for the first pipeline. Before that Serve would hold calls back, but clients must get a 503."""
         while self._limits is None:
             try:
                 self._limits = (await self._handle.status.remote()).limits
@@ -172,7 +172,7 @@ class _Call:
 
 
 async def _watch(call: DeploymentResponse, mailboxes: Sequence[Mailbox]) -> None:
-    """Fails the streams that are still open when their call has failed, or some time after it has returned."""
+    """Fails streams that are still open when their call fails, or some time after it returns."""
     failure = await _failure(call)
     for mailbox in mailboxes:
         mailbox.fail(failure)

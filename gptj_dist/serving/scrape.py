@@ -19,7 +19,7 @@ class Scrape:
     Args:
         model: the name that clients see.
         ingresses: handle to the ingress's own deployment.
-        own: what this ingress counts.
+        own: counters of this ingress.
     """
 
     def __init__(self, model: str, pipelines: PipelineClient, ingresses: DeploymentHandle, own: IngressMetrics) -> None:
@@ -29,7 +29,7 @@ class Scrape:
         self._own = own
 
     async def take(self) -> Exposition:
-        """All counters. A replica that does not answer is left out: a scrape must not fail."""
+        """Collects all counters. Omits replicas that do not answer, because a scrape must not fail."""
         return Exposition(self._model, *await asyncio.gather(self._of_pipelines(), self._of_ingresses()))
 
     async def _of_pipelines(self) -> tuple[PipelineMetrics, ...]:

@@ -30,8 +30,8 @@ class AppConfig:
         pipeline: the settings of each of its pipelines.
         served_model_names: what clients call the model; none takes the model's own name.
         chat_template: Jinja, in place of the checkpoint's.
-        chat: for conversations whose requests leave it out.
-        api_keys: those that open it; none leaves it open.
+        chat: defaults for the chat fields that requests leave out.
+        api_keys: keys of which each call needs one; without any, calls need no key.
         cors_origins: web pages that browsers may call it from.
         moderation: `module:callable`, see `answers.moderation`.
         moderation_timeout_s: seconds that one call of the moderator may take.
@@ -42,7 +42,7 @@ class AppConfig:
         drain_s: how long requests under way may take when the application stops.
 
     Raises:
-        ConfigurationError: the template or the moderator will not do.
+        ConfigurationError: the template or the moderator is invalid.
     """
 
     pipeline: PipelineConfig
@@ -72,7 +72,7 @@ class AppConfig:
 
 
 class _Arguments(BaseModel):
-    """What a Serve config's `args` have beside the fields of `PipelineConfig`."""
+    """The `args` of a Serve config other than the fields of `PipelineConfig`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -100,7 +100,7 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
     `served_model_name` and `chat_stop` are a string or a list; `chat_template` and `api_keys` are files, read here.
 
     Raises:
-        ConfigurationError: an unknown name, with the nearest known one, or a value that will not do.
+        ConfigurationError: a name is unknown (the message suggests the nearest one), or a value is invalid.
     """
     own_names = list(_Arguments.model_fields)
     refuse_unknown_keys(args, [*(field.name for field in fields(PipelineConfig)), *own_names])

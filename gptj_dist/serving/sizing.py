@@ -1,4 +1,4 @@
-"""The Ray resources of one pipeline. Asks no cluster: the caller passes what there is."""
+"""Computes the Ray resources of one pipeline. The caller passes what the cluster has."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def size_stages(config: PipelineConfig, num_stages: int, num_in_cluster: Callabl
     if device == "auto":
         device = "cuda" if num_in_cluster("GPU") else "cpu"
     cpus, gpus = config.cpus_per_stage, config.gpus_per_stage
-    if cpus is None:  # at most one, and less where the whole cluster has fewer
+    if cpus is None:  # at most one, less if the whole cluster has fewer CPUs
         share = CLUSTER_SHARE * num_in_cluster("CPU") / num_stages
         cpus = min(1.0, max(math.floor(share * 100) / 100, 0.01))
-    if gpus is None:  # one each, or as many stages to a GPU as it takes
+    if gpus is None:  # one each; stages share GPUs if there are fewer GPUs than stages
         gpus = 1.0 / math.ceil(num_stages / max(num_in_cluster("GPU"), 1)) if device == "cuda" else 0.0
     return PipelineSize(num_stages, device, cpus, gpus)

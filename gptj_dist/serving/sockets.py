@@ -7,12 +7,12 @@ import socket
 
 
 def listen_at(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises OSError."""
+    """Opens a socket that listens at the address. Raises OSError."""
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def why_not_listen(host: str, port: int) -> str | None:
-    """The reason why no server can listen there now, or None if one can."""
+    """The reason why a server cannot listen at the address, or None if it can."""
     try:
         listen_at(host, port).close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A stage as a Ray actor: a thin shell that gives a `StageRunner` its edges. torch is imported in the actor alone."""
+"""A stage as a Ray actor: connects a `StageRunner` to its edges. Only the actor's process imports torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PlacedStage:
 
 
 class Stage:
-    """One stage of one pipeline, for the time of one epoch. It goes through `load`, `allocate` and `run`.
+    """One stage of one pipeline, for one epoch. Call `load`, then `allocate`, then `run`.
 
     Args:
         epoch: the pipeline's incarnation; frames of another one are dropped.
@@ -82,7 +82,7 @@ class Stage:
 
     @ray.method(concurrency_group="run")
     def load(self, dtype: DTypeName, num_threads: int) -> StageReport:
-        """Calls `StageRunner.load` on the thread that will compute, on cores of its own if there are enough."""
+        """Calls `StageRunner.load` on the computing thread. Claims cores for this stage alone if enough are free."""
         self._cores = claim_cores(num_threads)
         logger.info("stage loads", extra=values(dtype=dtype, threads=num_threads, pid=os.getpid()))
 
@@ -95,7 +95,7 @@ class Stage:
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> str:
-        """What `load` is doing, for people; answered while it runs."""
+        """A readable description of what `load` is doing. Can be called while `load` runs."""
         return self._progress
 
     @ray.method(concurrency_group="run")

@@ -1,6 +1,6 @@
-"""From settings to stages: reads the model's description, cuts its layers, sizes its KV cache. Computes nothing itself.
+"""Plans a pipeline from its settings: reads the model's config, cuts its layers, sizes the KV cache.
 
-A blueprint is drawn before any process exists, so that a wrong setting or a broken checkpoint is told at once.
+A blueprint is drawn before any process starts, so that a wrong setting or a broken checkpoint is reported at once.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ WEIGHTS_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """All that a stage must know before it looks at its device.
+    """Everything that a stage needs to load.
 
     Args:
-        model: as the user gave it; each node finds its own copy.
-        revision: of a hub model the commit, so that all stages have the same one even if the branch moves.
+        model: the user's name or path; each node resolves it to its own copy.
+        revision: for a hub model, the commit, so that all stages load the same one even if the branch moves.
         rules: which tokens the last stage may sample.
     """
 
@@ -60,15 +60,15 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """What a stage found where it was placed.
+    """The device of a stage.
 
     Args:
-        name: for people, such as `cpu` or `NVIDIA T4`.
-        memory_pool: stages with the same name share one memory.
+        name: readable name, such as `cpu` or `NVIDIA T4`.
+        memory_pool: stages with equal pools share one memory.
         num_cores: CPU cores of the machine.
-        total_bytes: of its memory, whoever uses it.
-        fast_dtypes: types that the device is good at.
-        kernels, vectors: as `model.arithmetic` names them; stages with equal names compute equal bits in float32.
+        total_bytes: size of the memory, used or free.
+        fast_dtypes: types that the device computes fast.
+        kernels, vectors: names from `model.arithmetic`; stages with equal names compute equal bits in float32.
     """
 
     name: str
@@ -90,10 +90,10 @@ class StageReport:
     """A loaded stage.
 
     Args:
-        free_bytes: what was free in its memory pool after loading.
-        kv_bytes_per_token: what a token costs it in the KV cache.
-        pid: its process, on the machine named in `device.memory_pool`.
-        has_blocks: requests can have KV blocks in common.
+        free_bytes: free memory of its memory pool after loading.
+        kv_bytes_per_token: bytes of KV cache per token on this stage.
+        pid: id of its process on the machine that `device.memory_pool` names.
+        has_blocks: requests can share KV blocks.
     """
 
     layers: LayerRange
@@ -109,10 +109,10 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A pipeline as planned: checked, but not yet anywhere.
+    """A planned pipeline: checked, but not yet placed.
 
     Args:
-        config: with the commit of a hub model as its revision.
+        config: the settings; the revision of a hub model is a commit.
     """
 
     config: PipelineConfig
@@ -142,7 +142,7 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     """Checks the settings against the model, and cuts it.
 
     Raises:
-        CheckpointError: the model's files are missing, broken or not a GPT-J's.
+        CheckpointError: the model's files are missing or broken, or the model is not a GPT-J.
         ConfigurationError: the settings do not suit the model.
     """
     directory = resolve_model(config.model, config.revision)
@@ -211,7 +211,7 @@ class LoadedPipeline:
         )
 
     def limits(self) -> EngineLimits:
-        """What requests are checked against."""
+        """The limits that requests are checked against."""
         blueprint = self.blueprint
         return EngineLimits(blueprint.rules, blueprint.max_model_len, self.num_kv_tokens, blueprint.model.num_layers)
 
@@ -219,9 +219,9 @@ class LoadedPipeline:
 def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[DeviceReport]) -> DTypeName:
     """The type that all stages compute in.
 
-    `auto` is the checkpoint's if every device is good at it; else float32, which holds every number of the other two.
-    Where the memory of all devices together is too small for that, it is a type of 16 bits that all are good at. The
-    memory in all counts, not what is free of it, so that every pipeline and every restart chooses the same.
+    `auto` takes the checkpoint's type if every device computes it fast, else float32, which represents every value of
+    the other two. If the memory of all devices together is too small for float32, it takes a 16-bit type that all
+    compute fast. Total memory counts, not free memory, so that every pipeline and every restart chooses the same type.
     """
     if config.dtype != "auto":
         return config.dtype
@@ -234,18 +234,18 @@ def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[D
 
 
 def is_lossless(model: ModelConfig, dtype: DTypeName) -> bool:
-    """Whether the type holds every number of the checkpoint."""
+    """Whether the type represents every value of the checkpoint exactly."""
     return dtype in (model.dtype, "float32")
 
 
 def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
-    """Refuses weights that a memory could not hold even if nobody else used it, before a stage dies of them.
+    """Refuses weights that are larger than a device's total memory, before a stage runs out of memory.
 
     Args:
         devices: of each stage, first to last.
 
     Raises:
-        ConfigurationError: names the memory, and what its stages need.
+        ConfigurationError: a memory is too small; the message names it and the bytes that its stages need.
     """
     needed: Counter[str] = Counter()
     for layers, device in zip(blueprint.layers, devices, strict=True):
@@ -260,16 +260,15 @@ def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[Dev
 
 
 def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
-    """Refuses a float32 pipeline whose stages would compute different bits, as float32 is the exact mode.
+    """Refuses a float32 pipeline whose stages would compute different bits, because float32 is the exact mode.
 
-    Unlike CPUs are refused only if the user chose float32: `auto` also chooses it for speed, and without exactness such
-    a pipeline still serves.
+    Different CPUs are refused only if the user chose float32. If `auto` chose it, they are only logged as a warning.
 
     Args:
         devices: of each stage, first to last.
 
     Raises:
-        ConfigurationError: names two unlike stages and what to do.
+        ConfigurationError: two stages differ; the message names them and what to do.
     """
     if dtype != "float32":
         return
@@ -295,10 +294,10 @@ def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequen
 
 
 def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int:
-    """How many KV blocks every stage shall hold: the same number, as each token needs room in all of them.
+    """Number of KV blocks of every stage. It is the same for all, because each token needs room on every stage.
 
     Raises:
-        ConfigurationError: not even one block fits, or `kv_cache_gb` is more than there is.
+        ConfigurationError: not even one block fits, or `kv_cache_gb` exceeds the free memory.
     """
     blocks_per_request = ceil_div(blueprint.max_model_len, BLOCK_SIZE_TOKENS)
     most_useful = blueprint.config.max_batch_size * blocks_per_request * BLOCK_SIZE_TOKENS
@@ -320,7 +319,7 @@ def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int
 
 
 def _free_tokens_by_pool(reports: Sequence[StageReport], has_margin: bool) -> list[int]:
-    """Tokens that fit each memory; stages that share one divide it."""
+    """Tokens that fit in each memory pool. Stages that share a pool divide it."""
     pools: dict[str, list[StageReport]] = defaultdict(list)
     for report in reports:
         pools[report.device.memory_pool].append(report)

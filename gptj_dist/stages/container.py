@@ -27,12 +27,12 @@ class _Group:
             return ""
 
     def number(self, name: str) -> int | None:
-        """A file that holds a number; None if there is none, as where version 2 says `max`."""
+        """The number in a file; None without a limit (no such file, or `max` in version 2)."""
         text = self.text(name)
         return int(text) if text.lstrip("-").isdigit() else None
 
     def statistic(self, name: str) -> int:
-        """A line of `memory.stat`, in bytes; 0 if there is none."""
+        """A line of `memory.stat`, in bytes; 0 if the line is missing."""
         lines = (line.split() for line in self.text("memory.stat").splitlines())
         return next((int(value) for key, value in lines if key == name), 0)
 

@@ -1,4 +1,4 @@
-"""Makes embeddings: pools hidden states over a request's prompt, chunk by chunk, on the stage that has the layer."""
+"""Computes embeddings: pools the hidden states of a prompt chunk by chunk, on the stage with the requested layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gptj_dist.params import PoolingKind
 
 @dataclass(slots=True)
 class _Pool:
-    """One request's.
+    """The pool of one request.
 
     Args:
         depth: which hidden states, as in `Pooling.layer`.
-        pooled: float64 [d_model] of the rows so far: chunks add up to the same float32 however they are cut.
+        pooled: float64 [d_model], pooled over the rows so far. float64 gives the same float32 for every chunking.
     """
 
     kind: PoolingKind
@@ -29,24 +29,25 @@ class _Pool:
     pooled: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Takes in the hidden states [rows, d_model] of the next tokens."""
+        """Adds the hidden states [rows, d_model] of the next tokens."""
         if self.kind == "last" or self.pooled is None:
             self.pooled = rows[-1].double() if self.kind == "last" else rows.double().sum(0)
         else:
             self.pooled += rows.double().sum(0)
 
     def embedding(self, num_tokens: int) -> bytes:
-        """The vector, float32, after so many tokens."""
+        """The bytes of the float32 vector, after `num_tokens` tokens."""
         assert self.pooled is not None, "a request has tokens"
         vector = self.pooled if self.kind == "last" else self.pooled / num_tokens
         return vector.float().cpu().view(torch.uint8).numpy().tobytes()
 
 
 class EmbeddingPools:
-    """Those of all requests whose layer is on one stage; of others it takes no notice.
+    """The pools of all requests whose layer is on this stage. Ignores other requests.
 
     Args:
-        num_layers: of the whole model.
+        layers: the stage's layers.
+        num_layers: layers of the whole model.
     """
 
     def __init__(self, layers: LayerRange, num_layers: int) -> None:
@@ -55,7 +56,7 @@ class EmbeddingPools:
         self._pools: dict[int, _Pool] = {}
 
     def meet(self, request: NewRequest) -> None:
-        """A request that may ask for an embedding; it begins with its first token."""
+        """Registers a new request. Makes a pool if the request asks for an embedding of a layer on this stage."""
         pooling = request.params.pooling
         if pooling is None:
             return
@@ -64,11 +65,11 @@ class EmbeddingPools:
             self._pools[request.request_id] = _Pool(pooling.kind, depth)
 
     def forget(self, request_id: int) -> None:
-        """Whether or not anything is known of it."""
+        """Drops the request's pool, if it has one."""
         self._pools.pop(request_id, None)
 
     def spans_by_depth(self, spans: Sequence[Span]) -> dict[int, list[Span]]:
-        """The rows to be taken in, by the depth at which they are."""
+        """Spans of the rows to pool, by the depth at which they are pooled."""
         wanted: defaultdict[int, list[Span]] = defaultdict(list)
         for span in spans:
             if (pool := self._pools.get(span.request_id)) is not None:
@@ -76,11 +77,11 @@ class EmbeddingPools:
         return wanted
 
     def add(self, request_id: int, rows: Tensor) -> None:
-        """Takes in the hidden states [rows, d_model] of a request's next tokens."""
+        """Adds the hidden states [rows, d_model] of a request's next tokens."""
         self._pools[request_id].add(rows)
 
     def complete(self, chunks: Sequence[Chunk]) -> tuple[Embedding, ...]:
-        """The embeddings of requests whose last chunks these are."""
+        """The embeddings of the requests that these chunks complete."""
         return tuple(
             Embedding(chunk.request_id, self._pools[chunk.request_id].embedding(chunk.start + len(chunk.token_ids)))
             for chunk in chunks

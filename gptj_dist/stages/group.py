@@ -1,6 +1,7 @@
-"""The stages of one pipeline as Ray actors, seen from its coordinator: placed, loaded, fed, watched. Imports no torch.
+"""The coordinator's side of a pipeline's stages: places them as Ray actors, loads, feeds and watches them.
 
-Ray does placement, lifecycle and liveness; plans and results go over ZeroMQ edges, in a ring through the coordinator.
+Ray does placement, lifecycle and liveness. Plans and results travel over ZeroMQ edges, in a ring through the
+coordinator. Does not import torch.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Placement:
 
     Args:
         group: a placement group whose bundle 0 is the coordinator's and bundle i + 1 is stage i's.
-        cpus, gpus: what each stage takes of its bundle.
-        name: unique to the pipeline; its actors' names begin with it.
+        cpus, gpus: resources that each stage takes from its bundle.
+        name: the pipeline's unique name; the names of its actors begin with it.
     """
 
     group: PlacementGroup
@@ -68,7 +69,7 @@ class StageGroup:
     Attributes:
         edge_bytes: bytes received over the ring's edges: from the coordinator to stage 0, from stage 0 to stage 1, and
             so on, and from the last stage to the coordinator.
-        num_dropped: what the receiving ends of these edges have dropped, as of their last frame.
+        num_dropped: connections and messages that the receiving ends had dropped when their last frame arrived.
     """
 
     def __init__(
@@ -100,11 +101,11 @@ class StageGroup:
         """Creates the actors, loads their weights, sizes their caches and joins them to a ring.
 
         Args:
-            log: how the stages log; None logs nothing.
+            log: log settings of the stages; None logs nothing.
 
         Raises:
             ConfigurationError: the devices or the checkpoint are not suitable.
-            StageFailedError: a stage died meanwhile, or was not placed in time.
+            StageFailedError: a stage died while starting, or was not placed in time.
         """
         stages = [
             _stage_actor(placement, index, epoch).remote(spec, epoch, log)
@@ -146,7 +147,7 @@ class StageGroup:
         return result
 
     async def stop(self) -> None:
-        """Ends the stages: by a last frame if they still listen, by a kill if not."""
+        """Ends the stages: with an end frame if they still receive frames, otherwise by killing them."""
         self._outbound.send(EndFrame())
         with suppress(TimeoutError):
             async with asyncio.timeout(END_TIMEOUT_S):
@@ -154,7 +155,7 @@ class StageGroup:
         self.kill()
 
     def kill(self) -> None:
-        """Ends the stages at once; for those that are dead already, forgets them."""
+        """Kills the stages at once. Stages that are already dead are ignored."""
         for task in (self._collector, *self._watchers):
             task.cancel()
         for stage in self._stages:
@@ -173,12 +174,12 @@ class StageGroup:
         self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
 
     def _note_death(self, index: int, error: Exception) -> None:
-        """A stage's `run` has ended; a death unless `stop` asked for it, after which no result is received."""
+        """Called when a stage's `run` ends, which means that the stage died unless `stop` was called."""
         self._deaths[index] = error
         self._results.put_nowait(StageFailedError(f"stage {index} {_summary(error)}"))
 
     async def losses(self) -> list[StageLoss]:
-        """What is known of the stages that have died."""
+        """The causes of death of the stages that have died."""
         return await asyncio.gather(
             *(_loss(index, self._placed[index], error) for index, error in self._deaths.items())
         )
@@ -251,13 +252,13 @@ def _share_cores(devices: Sequence[DeviceReport]) -> list[int]:
 
 
 def _own_error(error: Exception) -> GPTJDistError | None:
-    """The error of ours that a call to an actor has raised."""
+    """The package's own error inside the error of an actor call; None if it is another kind of error."""
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
     return cause if isinstance(cause, GPTJDistError) else None
 
 
 def _summary(error: Exception) -> str:
-    """What has become of a stage, in a few words."""
+    """A short description of how a stage ended."""
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"failed: {_first_line(error.cause)}"
     if isinstance(error, ray.exceptions.ActorDiedError):

@@ -1,4 +1,4 @@
-"""A whole pipeline in one process, without Ray: its stages take turns on one thread."""
+"""Runs a whole pipeline in one process, without Ray. Its stages take turns on one thread."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gptj_dist.stages.runner import StageOutput, StageRunner
 
 
 class LocalExecutor:
-    """Computes plans on one thread, each through all stages before the next.
+    """Computes plans on one thread. Each plan goes through all stages before the next one starts.
 
     Args:
-        thread: the one that the runners were loaded on.
+        thread: the thread on which the runners were loaded.
     """
 
     def __init__(self, runners: tuple[StageRunner, ...], thread: ThreadPoolExecutor) -> None:
@@ -39,7 +39,7 @@ class LocalExecutor:
             raise StageFailedError(f"a stage failed: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Waits for the plan being computed; forgets those behind it."""
+        """Waits for the plan being computed, and drops the plans queued after it."""
         self._thread.shutdown(cancel_futures=True)
 
     def _compute(self, plan: Plan) -> Result:
@@ -55,10 +55,10 @@ class LocalExecutor:
 
 
 def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunner, ...]]:
-    """Loads all stages on this machine's device, one after the other. Whichever thread calls this shall compute, too.
+    """Loads all stages on this machine's device, one after the other. The same thread must compute them later.
 
     Raises:
-        ConfigurationError: the settings, the checkpoint or the device will not do.
+        ConfigurationError: the settings, the checkpoint or the device are not suitable.
     """
     blueprint = draw_blueprint(config)
     kind, _ = local_device(config.device)
@@ -74,13 +74,13 @@ def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunne
 
 
 def start_local(config: PipelineConfig) -> tuple[LoadedPipeline, LocalExecutor]:
-    """Loads a pipeline on the thread that will compute it; the executor is to be closed in the end.
+    """Loads a pipeline on the thread that will compute it. The caller must close the executor.
 
-    OpenMP keeps a team for every thread that has ever computed. If two teams are more threads than there are cores, it
-    no longer lets them wait awake, and each operator takes some 50 us longer.
+    OpenMP keeps a team of threads for every thread that has ever computed. If two teams have more threads than there
+    are cores, idle threads sleep instead of spinning, and each operator takes some 50 us longer.
 
     Raises:
-        ConfigurationError: as `load_local`.
+        ConfigurationError: see `load_local`.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="stages")
     try:

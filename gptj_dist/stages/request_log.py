@@ -1,4 +1,4 @@
-"""A stage's log of the requests that it computes. Knows no Ray."""
+"""Logs the requests that a stage computes. Does not use Ray."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """Logs when the stage meets a request and when it forgets it. Gets every plan."""
+    """Logs the first and the last plan of each request on this stage."""
 
     def __init__(self) -> None:
         self._log_ids: dict[int, str] = {}
 
     def note(self, plan: Plan) -> None:
-        """Takes in a plan that the stage is about to compute."""
+        """Logs the new and the released requests of a plan. Call before the stage computes the plan."""
         for number in plan.released:
             if (log_id := self._log_ids.pop(number, None)) is not None:
                 logger.debug("request forgotten", extra=values(request_id=log_id, number=number))

@@ -1,4 +1,4 @@
-"""One stage of a pipeline: loads its weights, then turns plans into hidden states or tokens. Knows no Ray."""
+"""One stage of a pipeline: loads its weights, then computes plans into hidden states or tokens. Does not use Ray."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 
 TOLD_ROWS_AT_ONCE = 64
-"""Rows of a prompt whose logits are in memory together."""
+"""Prompt rows whose logits are computed at a time, which limits the memory they take."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageOutput:
-    """What a stage gives to the next.
+    """What a stage sends to the next one.
 
     Args:
         hidden: [rows, d_model].
-        embeddings: that this stage and those before have completed.
+        embeddings: embeddings completed by this stage and the stages before it.
     """
 
     hidden: Tensor
@@ -56,10 +56,10 @@ class StageRunner:
     """A stage on its device. Call `load`, then `allocate`, then `step` for each plan, in order, from one thread.
 
     Args:
-        spec: what the stage is.
+        spec: the stage's layers, model and device.
 
     Raises:
-        ConfigurationError: the device that the spec wants is not there.
+        ConfigurationError: the machine does not have the device that the spec names.
     """
 
     def __init__(self, spec: StageSpec) -> None:
@@ -79,7 +79,7 @@ class StageRunner:
         return self._spec
 
     def describe_device(self) -> DeviceReport:
-        """Where the stage is."""
+        """Describes the stage's device."""
         return describe_device(self._device)
 
     def load(
@@ -88,11 +88,11 @@ class StageRunner:
         """Fetches, reads and packs the stage's weights.
 
         Args:
-            num_threads: the most torch threads that a CPU stage computes with; None means `default_threads()`.
-            on_progress: called with what is being done, such as `fetching model.safetensors` or `9/14 layers`.
+            num_threads: maximum number of torch threads of a CPU stage; None means `default_threads()`.
+            on_progress: called with the current activity, such as `fetching model.safetensors` or `9/14 layers`.
 
         Raises:
-            CheckpointError: the stage's tensors are not all there, or the hub does not give them out.
+            CheckpointError: tensors of the stage are missing, or the hub denies access to them.
         """
         spec = self._spec
         if self._device.type == "cpu":
@@ -127,7 +127,7 @@ class StageRunner:
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
-        """Makes the KV cache: room for `num_blocks` blocks in all. A GPU records its steps of single rows."""
+        """Allocates a KV cache of `num_blocks` blocks. On a GPU, also sets up CUDA graphs for decode steps."""
         if self._model is None:
             raise RuntimeError("load() comes before allocate()")
         spec = self._spec
@@ -151,10 +151,10 @@ class StageRunner:
         """Computes one plan.
 
         Args:
-            before: of the stage before; None on the first stage.
+            before: output of the previous stage; None on the first stage.
 
         Returns:
-            What the stage behind takes, or the tokens if this is the last.
+            The input of the next stage, or the sampled tokens if this is the last stage.
         """
         output, prompt_logprobs = self._compute(plan, None if before is None else before.hidden)
         embeddings = (() if before is None else before.embeddings) + self._pools.complete(plan.chunks)
@@ -166,27 +166,29 @@ class StageRunner:
 
     @torch.inference_mode()
     def forward(self, plan: Plan, hidden: Tensor | None) -> Tensor:
-        """As `step`, but on the last stage gives the logits, float32, of the rows to be sampled."""
+        """Computes one plan like `step`, but returns float32 logits of the rows to sample if this is the last stage."""
         return self._compute(plan, hidden)[0]
 
     def _compute(self, plan: Plan, hidden: Tensor | None) -> tuple[Tensor, tuple[PromptLogprobs, ...]]:
-        """What `forward` gives, and the prompts' log probabilities that are asked for."""
+        """The result of `forward`, and the requested log probabilities of prompt tokens."""
         if self._model is None or self._cache is None:
             raise RuntimeError("load() and allocate() come before the first plan")
         self._register(plan, self._cache)
         batch = _micro_batch(plan.chunks)
         inputs = _token_ids(plan) if hidden is None else hidden
-        told = [chunk for chunk in plan.chunks if self._spec.layers.is_last and self._num_told(chunk)]
+        wanted = [chunk for chunk in plan.chunks if self._spec.layers.is_last and self._num_wanted(chunk)]
         wants_all_rows = not self._spec.layers.is_last or all(chunk.samples for chunk in plan.chunks)
         pooled = self._pools.spans_by_depth(batch.spans)
-        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not told and not pooled:
+        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not wanted and not pooled:
             return self._steps(batch, inputs), ()
         hidden = self._model.embed(inputs) if hidden is None else to_device(hidden, self._device)
         hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled))
         if not self._spec.layers.is_last:
             return hidden, ()
         rows_of = {chunk.request_id: span for chunk, span in zip(plan.chunks, batch.spans, strict=True)}
-        prompt_logprobs = tuple(self._tell(chunk, hidden[rows_of[chunk.request_id].rows]) for chunk in told)
+        prompt_logprobs = tuple(
+            self._prompt_logprobs(chunk, hidden[rows_of[chunk.request_id].rows]) for chunk in wanted
+        )
         spans = [rows_of[chunk.request_id] for chunk in plan.chunks if chunk.samples]
         if not spans:
             return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
@@ -194,7 +196,7 @@ class StageRunner:
         return self._model.logits(hidden[to_device(last_rows, self._device)]), prompt_logprobs
 
     def _pass(self, pooled: Mapping[int, Sequence[Span]], depth: int, hidden: Tensor) -> None:
-        """Called with what goes into the first layer, and with what comes out of each."""
+        """Called with the hidden states before the first layer and after each layer."""
         if self._threads is not None:
             num_layers = depth - self._spec.layers.start
             self._threads.end_layer(num_layers - 1) if num_layers else self._threads.begin_step()
@@ -202,7 +204,7 @@ class StageRunner:
             self._pool(pooled[depth], depth, hidden)
 
     def _pool(self, spans: Sequence[Span], depth: int, hidden: Tensor) -> None:
-        """Takes requests' hidden states in; those behind the last layer are normalised first."""
+        """Pools requests' hidden states. Those after the model's last layer are normalised first."""
         assert self._model is not None
         for span in spans:
             rows = hidden[span.rows]
@@ -211,34 +213,36 @@ class StageRunner:
 
     @torch.inference_mode()
     def embed(self, plan: Plan) -> Tensor:
-        """What the first stage's layers start from: [rows, d_model]."""
+        """The embedded tokens of a plan, which enter the first layer: [rows, d_model]."""
         if self._model is None:
             raise RuntimeError("load() comes before the first plan")
         return self._model.embed(_token_ids(plan))
 
-    def _num_told(self, chunk: Chunk) -> int:
-        """Rows of a chunk that predict a token of the prompt whose log probability is asked for."""
+    def _num_wanted(self, chunk: Chunk) -> int:
+        """Number of a chunk's rows that predict a prompt token whose log probability the request asks for."""
         request = self._requests[chunk.request_id]
         if request.params.prompt_logprobs is None:
             return 0
         num_known = len(chunk.token_ids) - 1 + (chunk.next_id is not None)
         return max(0, min(num_known, request.num_prompt_tokens - chunk.start - 1))
 
-    def _tell(self, chunk: Chunk, hidden: Tensor) -> PromptLogprobs:
-        """Log probabilities of the prompt's tokens that a chunk's rows [rows, d_model] predict; some rows at a time."""
+    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> PromptLogprobs:
+        """Log probabilities of the prompt tokens that a chunk's rows [rows, d_model] predict."""
         assert self._model is not None
         num_top = self._requests[chunk.request_id].params.prompt_logprobs
         assert num_top is not None
-        targets = (*chunk.token_ids[1:], *(() if chunk.next_id is None else (chunk.next_id,)))[: self._num_told(chunk)]
-        told: list[TokenLogprobs] = []
+        targets = (*chunk.token_ids[1:], *(() if chunk.next_id is None else (chunk.next_id,)))[
+            : self._num_wanted(chunk)
+        ]
+        wanted: list[TokenLogprobs] = []
         for first in range(0, len(targets), TOLD_ROWS_AT_ONCE):
             some = targets[first : first + TOLD_ROWS_AT_ONCE]
             logits = self._model.logits(hidden[first : first + len(some)])
-            told += token_logprobs(logits, some, [num_top] * len(some))
-        return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(told))
+            wanted += token_logprobs(logits, some, [num_top] * len(some))
+        return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(wanted))
 
     def _register(self, plan: Plan, cache: KVCache) -> None:
-        """Keeps the stage's view of requests in step with the coordinator's."""
+        """Updates the stage's requests, histories and KV blocks from the plan."""
         for request_id in plan.released:
             del self._requests[request_id]
             self._histories.pop(request_id, None)
@@ -262,7 +266,7 @@ class StageRunner:
                 cache.copy(request.begins_with.request_id, request.request_id, request.begins_with.num_tokens)
 
     def _first_history(self, begins_with: PromptCopy | None) -> list[int]:
-        """The tokens that a request begins with; the one that has computed them is sampled in the same way."""
+        """The tokens that a request shares with the one it copies KV from. Both requests have the same sampling."""
         return [] if begins_with is None else self._histories[begins_with.request_id][: begins_with.num_tokens]
 
     def _sample_spec(self, chunk: Chunk) -> SampleSpec:
@@ -277,8 +281,8 @@ class StageRunner:
 
 
 def default_threads() -> int:
-    """The most threads that a CPU stage computes with unless it is set: as OMP_NUM_THREADS says, or one a core."""
-    num_threads = torch.get_num_threads()  # knows OMP_NUM_THREADS and affinity, but no quota
+    """Default maximum number of threads of a CPU stage: OMP_NUM_THREADS if set, else one per available core."""
+    num_threads = torch.get_num_threads()  # respects OMP_NUM_THREADS and affinity, but not a CPU quota
     return num_threads if "OMP_NUM_THREADS" in os.environ else min(num_threads, available_cores())
 
 

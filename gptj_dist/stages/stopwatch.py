@@ -1,6 +1,6 @@
-"""Times the steps of stages, each in a process of its own and all at the same time, as the stages of a pipeline run.
+"""Times the steps of stages: one process a stage, all running at the same time, as in a pipeline.
 
-The plans are made here, without a scheduler, so that every step has the rows that are asked for. For CPUs.
+This module makes the plans itself, without a scheduler, so that every step has exactly the rows of its case. CPUs only.
 """
 
 from __future__ import annotations
@@ -122,11 +122,11 @@ class StageStopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A worker's answer.
+    """The answer of a process of the team.
 
     Args:
-        seconds: of the step that was asked for.
-        cpu_s: what the process has used of the CPU in its life.
+        seconds: duration of the step.
+        cpu_s: CPU time of the process since it started.
     """
 
     seconds: float
@@ -134,7 +134,7 @@ class Timing:
 
 
 class Team:
-    """Processes that time steps together. Each has as many stages as the others, and works on one at a time."""
+    """Processes that time steps together. All have the same number of stages, and each computes one stage at a time."""
 
     def __init__(self, connections: Sequence[Connection]) -> None:
         self._connections = connections
@@ -142,11 +142,11 @@ class Team:
 
     @property
     def cpu_s(self) -> float:
-        """What the processes, until they last answered, and this one have used of the CPU."""
+        """CPU seconds of this process, and of the team's processes up to their last answer."""
         return sum(self._cpu_s) + time.process_time()
 
     def time(self, index: int, case: Chunks) -> list[float]:
-        """Seconds that a case's step takes stage `index` of each process, while the others do theirs.
+        """Seconds that stage `index` of each process takes for a step of the case, all at the same time.
 
         Raises:
             StageFailedError: a process died.
@@ -159,14 +159,14 @@ class Team:
 
 
 def busy_cpu_s() -> float:
-    """What all processes of the machine have used of its CPUs since it started (proc(5): user, nice and system)."""
+    """CPU seconds of all processes since the machine started (proc(5): user, nice and system)."""
     ticks = Path("/proc/stat").read_text().split(maxsplit=4)[1:4]
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def open_team(specs: Sequence[Sequence[StageSpec]], dtype: DTypeName, num_threads: int) -> Iterator[Team]:
-    """Starts a process for each list of stages, which it loads.
+    """Starts one process for each list of stages. The process loads the stages of its list.
 
     Args:
         num_threads: torch threads of each process.
@@ -185,7 +185,7 @@ def open_team(specs: Sequence[Sequence[StageSpec]], dtype: DTypeName, num_thread
     try:
         for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
+            theirs.close()  # the pipe then closes when the process ends
         yield Team([ours for ours, _ in pipes])
     finally:
         for process in processes:
@@ -218,7 +218,7 @@ def _work(
             connection.send(Timing(stages[index].time(case), time.process_time()))
     except GPTJDistError as error:
         connection.send(error)
-    except (EOFError, ConnectionError):  # the process that asked is gone
+    except (EOFError, ConnectionError):  # the parent process has ended
         return
     finally:
         barrier.abort()

@@ -1,4 +1,4 @@
-"""Plans as a Chrome trace, which https://ui.perfetto.dev opens: a process a pipeline, a lane each of its stages.
+"""Writes plans as a Chrome trace for https://ui.perfetto.dev: one process per pipeline, one lane per stage.
 
 The format is the JSON array of "Trace Event Format" (Google, 2016): complete events (`X`), and metadata (`M`) that
 names processes and lanes. `bind_id` draws arrows from a plan's slice on one lane to that on the next.
@@ -19,7 +19,7 @@ from gptj_dist.engine.stats import PlanRecord
 from gptj_dist.errors import ConfigurationError
 
 Event = dict[str, Any]
-"""A trace event, as JSON has it."""
+"""A trace event as a JSON object."""
 
 COORDINATOR_LANE = 0
 """Stage i has lane i + 1."""
@@ -30,12 +30,12 @@ _END = b"\n]\n"
 
 @dataclass(frozen=True, slots=True)
 class TracePart:
-    """What one pipeline has to tell.
+    """Completed plans of one pipeline.
 
     Args:
-        pipeline: a name that no other pipeline has.
-        layers: of each stage, first to last.
-        records: plans that came back, oldest first.
+        pipeline: the pipeline's unique name.
+        layers: layers of each stage, first to last.
+        records: completed plans, oldest first.
     """
 
     pipeline: str
@@ -44,14 +44,14 @@ class TracePart:
 
 
 class TraceEvents:
-    """Makes events of what pipelines tell, part by part; times are microseconds since the first plan."""
+    """Converts trace parts to events. Times are microseconds since the first plan."""
 
     def __init__(self) -> None:
         self._pids: dict[str, int] = {}
         self._zero_ns: int | None = None
 
     def of(self, parts: Sequence[TracePart]) -> list[Event]:
-        """The events of some more parts, in which nothing is told twice."""
+        """The events of further parts. A plan must not occur in more than one part."""
         parts = [part for part in parts if part.records]
         if self._zero_ns is None:
             self._zero_ns = min((part.records[0].scheduling.begin_ns for part in parts), default=None)
@@ -89,7 +89,7 @@ class TraceEvents:
 
 
 class TraceFile:
-    """A trace that grows on disk, and is whole JSON after every write: a kill costs what was not written yet.
+    """A trace file that is complete JSON after every write: killing the process loses only unwritten events.
 
     Raises:
         ConfigurationError: the file cannot be written.
@@ -106,7 +106,7 @@ class TraceFile:
         self._is_empty = True
 
     def append(self, parts: Sequence[TracePart]) -> None:
-        """Writes what the pipelines have to tell since the last call."""
+        """Appends the plans that have completed since the last call."""
         lines = [json.dumps(event, separators=(",", ":")) for event in self._events.of(parts)]
         if lines:
             text = ("\n" if self._is_empty else ",\n") + ",\n".join(lines)
@@ -128,17 +128,17 @@ class TraceFile:
 
 
 def check_trace_path(path: Path | None) -> None:
-    """Says at once, and not after the model has loaded, that a trace could not be written. None passes.
+    """Checks, before the model loads, that the trace can be written. None is valid.
 
     Raises:
-        ConfigurationError: it could not.
+        ConfigurationError: the file cannot be written.
     """
     if path is not None:
         TraceFile(path).close()
 
 
 def work_text(record: PlanRecord) -> str:
-    """`decode 16 + prefill 128`: requests that got one token computed, and prompt tokens."""
+    """`decode 16 + prefill 128`: the number of decoding requests, and of prompt tokens."""
     parts = [f"decode {record.num_decodes}"] if record.num_decodes else []
     parts += [f"prefill {record.num_prefill_tokens}"] if record.num_prefill_tokens else []
     return " + ".join(parts)

@@ -50,7 +50,7 @@ def _fetch(config: PipelineConfig, stage: int | None) -> list[Path]:
     blueprint = draw_blueprint(config)
     directory = resolve_model(config.model, blueprint.config.revision)
     layers = LayerRange.whole(blueprint.model.num_layers) if stage is None else _choose(blueprint.layers, stage)
-    weights = fetch_weights(config.model, directory, layers, blueprint.model, _tell)
+    weights = fetch_weights(config.model, directory, layers, blueprint.model, _print_file)
     metadata = [CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *(form.index for form in WEIGHT_FORMS)]
     return [path for name in metadata if (path := directory / name).exists()] + weights
 
@@ -63,7 +63,7 @@ def _choose(layers: Sequence[LayerRange], stage: int) -> LayerRange:
     return layers[stage]
 
 
-def _tell(file: str) -> None:
+def _print_file(file: str) -> None:
     """Names a file where the progress bars of the hub's client, which do so, are not shown."""
     if not sys.stderr.isatty():
         typer.echo(f"Fetching {file} ...", err=True)

@@ -95,7 +95,7 @@ def _advice(model: str, inspection: Inspection) -> Iterator[str]:
     if not others:
         yield (
             f"every stage has to fetch all of {file}, {bytes_text(num_bytes)}: "
-            f"`gptj-dist convert {model} DIRECTORY` gives each stage files of its own"
+            f"`gptj-dist convert {model} DIRECTORY` gives each stage its own files"
         )
 
 

@@ -21,7 +21,7 @@ SHAPES = {
     "deep": ModelConfig(50400, 28, 1024, 16, 32, 4096, 2048, (50256,)),
     "tiny": ModelConfig(512, 4, 64, 4, 8, 256, 256, (511,)),
 }
-"""GPT-J-6B; a quarter of its layers; as many, a sixteenth the size; next to nothing."""
+"""In this order: GPT-J-6B; a quarter of its layers; all its layers at a sixteenth of the size; tiny."""
 
 MAX_SEED = 2**63 - 1
 """Of torch's generator."""

@@ -24,7 +24,7 @@ def print_check(config: PipelineConfig) -> bool:
     """Checks the model cut into 1 and 2 stages, prints a table of each, and says whether all steps are within 25 %.
 
     Raises:
-        ConfigurationError: the checkpoint or this machine will not do.
+        ConfigurationError: the checkpoint or this machine is not suitable.
         StageFailedError: a process died.
     """
     model = read_model_config(resolve_model(config.model, config.revision))

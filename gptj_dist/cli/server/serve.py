@@ -1,4 +1,4 @@
-"""`gptj-dist serve`: a pipeline behind HTTP, on a Ray of its own or on a cluster, until Ctrl-C."""
+"""`gptj-dist serve`: serves a pipeline over HTTP, on a local Ray or on a cluster, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], s
     """The keys that open the server, one of them for its launcher; and that one.
 
     Raises:
-        ConfigurationError: no header can hold the key, or the file will not do.
+        ConfigurationError: the key cannot be sent in a header, or the file is invalid.
     """
     from gptj_dist.serving.keys import ApiKey, hash_key, new_key, read_keys
 

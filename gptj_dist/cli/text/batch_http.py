@@ -65,8 +65,8 @@ class HttpAnswerer:
         try:
             response = await self._http.post(request.url, content=json.dumps(request.body))
         except httpx.ReadTimeout as error:
-            told = {"code": "timeout", "message": self._failure(error)}
-            return BatchAnswer(request.custom_id, response=None, error=told)
+            failure = {"code": "timeout", "message": self._failure(error)}
+            return BatchAnswer(request.custom_id, response=None, error=failure)
         except httpx.HTTPError as error:
             return TryAgain(self._failure(error))
         return _outcome(request, response)

@@ -78,7 +78,7 @@ async def answering_here(
         chat: for conversations whose requests leave it out.
 
     Raises:
-        ConfigurationError: the settings, the template or the checkpoint will not do.
+        ConfigurationError: the settings, the template or the checkpoint are invalid.
     """
     print(f"Loading {config.model} ...", file=sys.stderr)
     template = None if chat_template is None else read_template(chat_template)

@@ -1,7 +1,7 @@
-"""Sends a batch's requests, so many at a time, until each has an answer. Knows neither HTTP nor files.
+"""Sends a batch's requests, a limited number at a time, until each has an answer. Independent of HTTP and files.
 
-A request that cannot be answered right now, such as while the server is busy or restarts, is asked again; when that
-goes on without any answer, the batch ends with an error, and no line says that the request failed.
+A request that cannot be answered now, such as while the server is busy or restarts, is sent again. If no request is
+answered for long, the batch ends with an error, and no request is recorded as failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """A request found nobody to answer it.
+    """A request could not be answered now.
 
     Args:
         after_s: when to try again, if the server said so.
@@ -32,7 +32,7 @@ class TryAgain:
 
 
 class Answerer(Protocol):
-    """Whoever answers requests."""
+    """The interface of what answers a batch's requests."""
 
     async def answer(self, request: BatchRequest) -> BatchAnswer | TryAgain:
         """One attempt.
@@ -44,7 +44,7 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a batch puts up with a server that answers nothing.
+    """How long a batch waits for a server that answers nothing.
 
     Args:
         wait_s: since the last answer to any request.
@@ -57,11 +57,11 @@ class Patience:
 
 
 class BatchRun:
-    """A batch under way.
+    """A running batch.
 
     Args:
-        take: is given each answer, in the order that they come.
-        note: is told why requests are asked again, once a reason.
+        take: called with each answer, in the order of arrival.
+        note: called with the reason why requests are sent again, once for each reason.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class BatchRun:
         self._reasons: set[str] = set()
 
     async def run(self, requests: Iterator[BatchRequest], concurrency: int) -> None:
-        """Has all requests answered.
+        """Answers all requests.
 
         Raises:
-            GPTJDistError: it makes no sense to go on; requests under way were cancelled.
+            GPTJDistError: the batch cannot continue; running requests were cancelled.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -88,7 +88,7 @@ class BatchRun:
             raise failures.exceptions[0] from None
 
     async def _answer_all(self, requests: Iterator[BatchRequest]) -> None:
-        """Answers what is left of the requests, beside others that do so."""
+        """Answers the remaining requests, concurrently with other callers."""
         for request in requests:
             self._take(await self._answer(request))
 
@@ -104,11 +104,11 @@ class BatchRun:
             first_refusal_s = now_s if first_refusal_s is None else first_refusal_s
             if now_s - max(first_refusal_s, self._last_answer_s) >= self._patience.wait_s:
                 raise ServerError(f"no answer for {self._patience.wait_s:g} s: {outcome.reason}")
-            self._tell(outcome.reason)
+            self._note_once(outcome.reason)
             await self._patience.sleep(pause_s if outcome.after_s is None else outcome.after_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    def _tell(self, reason: str) -> None:
+    def _note_once(self, reason: str) -> None:
         if reason not in self._reasons:
             self._reasons.add(reason)
             self._note(f"{reason}; it is asked again")

@@ -105,7 +105,7 @@ class Conversation:
         self.messages = list(self._beginning)
 
     def reset(self) -> None:
-        """Forgets all but the system's message."""
+        """Drops all messages but the system's."""
         self.messages = list(self._beginning)
 
     def say(self, text: str, show: Callable[[str], None]) -> str | None:
@@ -114,7 +114,7 @@ class Conversation:
         Returns why the answer ended, if the server said so.
 
         Raises:
-            ServerError: a refusal, or an answer that broke off; without any answer the message is forgotten.
+            ServerError: a refusal, or an answer that broke off; a message without any answer is dropped.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         answer: list[str] = []

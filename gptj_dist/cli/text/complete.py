@@ -55,7 +55,7 @@ def complete(
     n: Annotated[int, typer.Option("-n", "--n", help="Completions to make; several are not streamed.")] = 1,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: log probabilities, and those of so many alternatives.")
+        int | None, typer.Option(help="With --json: log probabilities, and those of this many alternatives.")
     ] = None,
     model: ModelName = None,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print all at once, when it is there.")] = False,

@@ -1,4 +1,4 @@
-"""What the launcher prints when the server is ready: the stages, the address, a request to copy."""
+"""Prints the stages, the address and an example request when the server is ready."""
 
 from __future__ import annotations
 

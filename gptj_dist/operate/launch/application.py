@@ -1,4 +1,4 @@
-"""The Serve application on the connected Ray: room for it, deployed, looked at, removed."""
+"""Deploys, watches and removes the Serve application on the connected Ray."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Served:
         return [reply for reply in replies if isinstance(reply, PipelineStatus)]
 
     def finish_requests(self, drain_s: float) -> int:
-        """Has all ingresses refuse new requests and finish those under way.
+        """Makes all ingresses refuse new requests and finish running ones.
 
         Returns:
-            The number of requests that took longer and were cut.
+            The number of requests that exceeded the time limit and were cut.
 
         Raises:
             RayGoneError: Ray does not answer.
@@ -85,7 +85,7 @@ class Served:
 
 
 def deploy(launch: Launch, console: Console) -> str:
-    """Hands the application to Serve and does not wait for it. Returns the URL at which this machine reaches it.
+    """Gives the application to Serve without waiting for it. Returns the URL at which this machine reaches it.
 
     Raises:
         ConfigurationError: there is no room for it, its name or route is taken, or its settings are invalid.
@@ -168,7 +168,7 @@ def remove(name: str) -> None:
 
 
 def within(limit_s: float, work: Callable[[], T]) -> T:
-    """What `work` returns. Ray may wait for a minute for a process that is gone; this does not.
+    """Returns the result of `work`, with a time limit: Ray itself may wait a minute for a process that is gone.
 
     Raises:
         RayGoneError: it took longer than `limit_s`, or Ray failed.

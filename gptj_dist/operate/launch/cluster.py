@@ -1,4 +1,4 @@
-"""A Ray that runs already: found, joined, asked what it serves."""
+"""Finds and joins a Ray that runs already, and asks which applications it serves."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def connected(address: str) -> Iterator[None]:
 def find_ray() -> str:
     """The address of the one Ray that runs on this machine.
 
-    ray's own search takes any, and looks for a Ray that listens on loopback at the machine's other address.
+    ray's own search takes any of several, and looks at the wrong address for a Ray that listens on loopback.
 
     Raises:
-        ConfigurationError: there is none, or there are several.
+        ConfigurationError: no Ray or more than one runs on this machine.
     """
     arguments = [argument for line in command_lines().values() for argument in line]
     found = sorted({a.removeprefix(_GCS_ARGUMENT) for a in arguments if a.startswith(_GCS_ARGUMENT)})

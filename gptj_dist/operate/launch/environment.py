@@ -1,6 +1,6 @@
-"""The environment of the Ray that the launcher starts or joins: loopback only, no proxy on the way, and a token.
+"""Sets the environment of the Ray that the launcher starts or joins: loopback only, no proxies, and a token.
 
-ray and ray.serve read it when they are imported, and Ray's processes inherit it: it is set before that.
+ray and ray.serve read it when they are imported, and Ray's processes inherit it, so it must be set before that.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def prepare_joining(host: str, is_local: bool) -> None:
 
 
 def bypass_proxies(hosts: Iterable[str], environment: MutableMapping[str, str] = os.environ) -> None:
-    """Has this process and its children reach the hosts directly, whatever proxies the environment names.
+    """Makes this process and its children reach the hosts directly, whatever proxies the environment names.
 
     gRPC reads `no_grpc_proxy` before `no_proxy`, in lower case only; Python's libraries read either case.
     """

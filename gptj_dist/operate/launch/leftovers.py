@@ -1,4 +1,4 @@
-"""What launchers that have died left behind: processes on this machine, an application on a cluster."""
+"""Finds and removes what dead launchers have left: processes on this machine, an application on a cluster."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def end(server: LocalServer) -> None:
 
 
 def remove_application(name: str, drain_s: float) -> int:
-    """Has an application of the connected cluster finish its requests, and removes it.
+    """Lets an application of the connected cluster finish its requests, and removes it.
 
     Args:
         drain_s: requests that take longer are cut.

@@ -1,4 +1,4 @@
-"""A Ray on this machine that lives as long as the launcher: started, watched, ended, with nothing left over."""
+"""Starts, watches and ends a Ray on this machine that lives as long as the launcher, and cleans up after it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class LocalRay:
                     path.unlink()
 
     def abandon(self, is_session_kept: bool) -> None:
-        """Kills all processes that this one has started, without a word to Ray.
+        """Kills all processes that this one has started, without shutting Ray down first.
 
         Args:
             is_session_kept: else the session's directory is removed, too.
@@ -104,7 +104,7 @@ class LocalRay:
             self._discard_sessions()
 
     def _reason_to_give_up(self, failure: Exception, spent_s: float, timeout_s: float) -> str:
-        """What to tell the user if another attempt is useless or too late; else empty."""
+        """The reason, for the user, not to try again; empty if another attempt may succeed in time."""
         if (cause := lasting_cause(failure, self._room.directory)) is not None:
             return f"Ray cannot start: {cause}"
         if spent_s + LEAST_ATTEMPT_S <= timeout_s:

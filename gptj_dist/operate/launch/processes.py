@@ -1,4 +1,4 @@
-"""Processes of this machine, read from /proc: descendants of a process, and the ones that carry a mark."""
+"""Reads this machine's processes from /proc: descendants, environments and command lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def start_tick(pid: int) -> int:
 
 
 def environments(variable: str) -> Mapping[int, str]:
-    """The value of an environment variable in each of this user's processes that has it, by process id."""
+    """The value of an environment variable in each of this user's processes that sets it, by process id."""
     prefix = f"{variable}=".encode()
     found = {}
     for pid in _pids():

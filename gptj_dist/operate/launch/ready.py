@@ -1,4 +1,4 @@
-"""Waits until the server can make a token, and shows meanwhile how far the stages have got."""
+"""Waits until the server can generate a token, and shows the progress of the stages meanwhile."""
 
 from __future__ import annotations
 

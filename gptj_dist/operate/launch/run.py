@@ -30,7 +30,7 @@ from gptj_dist.serving.sockets import why_not_listen
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A launch and what was known when it began.
+    """A launch, and its circumstances when it began.
 
     Args:
         begin_s: the time, of `time.monotonic`.
@@ -48,7 +48,7 @@ class _Start:
 
 
 def run_until_stopped(launch: Launch) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP, then finishes what is under way and leaves nothing behind.
+    """Serves until SIGINT, SIGTERM or SIGHUP, then finishes running requests and cleans up.
 
     Raises:
         ConfigurationError: the port is taken, Ray does not start or is not there, there is no room, the model does not
@@ -64,7 +64,7 @@ def run_until_stopped(launch: Launch) -> None:
 
 
 def _serve_here(start: _Start) -> None:
-    """On a Ray of its own."""
+    """Serves on a local Ray that this process starts."""
     launch, console = start.launch, start.console
     if reason := why_not_listen(launch.listen.host, launch.listen.port):
         raise ConfigurationError(f"{reason}; choose another --port")
@@ -91,7 +91,7 @@ def _serve_here(start: _Start) -> None:
 
 
 def _serve_on_cluster(start: _Start, address: str) -> None:
-    """On a Ray that runs already, from which the application is removed in the end."""
+    """Serves on a Ray that runs already, and removes the application from it at the end."""
 
     def abort(exit_code: int) -> None:
         hint = f"; `gptj-dist stop --address {address}` removes what is left of the application"
@@ -110,7 +110,7 @@ def _serve_on_cluster(start: _Start, address: str) -> None:
 
 
 def _serve(start: _Start, base: str, signals: StopSignals, lost_process: Callable[[], str | None]) -> None:
-    """From deployed to drained.
+    """Waits until the deployed application is ready, watches it until it is stopped, and drains it.
 
     Args:
         base: URL of the server.
@@ -146,7 +146,7 @@ def _drain(served: Served, drain_s: float, console: Console) -> None:
 
 
 def _trace(launch: Launch, served: Served) -> AbstractContextManager[None]:
-    """Writes the trace meanwhile, where one is wanted."""
+    """Writes the trace while the context lasts, if the launch asks for one."""
     from gptj_dist.operate.tracing import tracing
 
     if launch.trace is None:
@@ -155,10 +155,10 @@ def _trace(launch: Launch, served: Served) -> AbstractContextManager[None]:
 
 
 def _fetch_all_weights(pipeline: PipelineConfig, console: Console) -> None:
-    """Downloads what all stages need, here where the progress bars of the hub's client are seen.
+    """Downloads the files of all stages in this process, so that the user sees the progress bars of the hub's client.
 
     Raises:
-        CheckpointError: the hub does not give it out.
+        CheckpointError: the download failed.
     """
     directory = resolve_model(pipeline.model, pipeline.revision)
     config = read_model_config(directory)

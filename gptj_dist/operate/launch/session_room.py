@@ -1,4 +1,4 @@
-"""The directory where Ray keeps its sessions: which one it is, and what would keep Ray from starting there."""
+"""Chooses the directory where Ray keeps its sessions, and checks that Ray can start there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SessionRoom:
     """A directory that can hold Ray's sessions.
 
     Args:
-        passed_over: why the one that the environment names is not taken; None if it is.
+        passed_over: why the directory that the environment names is not used; None if it is used.
     """
 
     directory: Path

@@ -1,4 +1,4 @@
-"""What the launcher runs and where, checked before anything starts."""
+"""The settings of a launch, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Launch:
 
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config`.
-        listen: where to take HTTP; a cluster that runs Serve already has decided that itself.
+        listen: address for HTTP; ignored by a cluster that runs Serve already.
         address: the Ray cluster to join; None starts a local one.
         trace: the file for a trace of what each stage computes; None writes none.
         name: the Serve application's; a cluster may have several.
-        route_prefix: the beginning of the paths of its endpoints.
-        api_key: one of the application's, for its launcher; None if it has none.
-        is_open: other machines may reach it without a key.
+        route_prefix: prefix of the paths of its endpoints.
+        api_key: one of the application's keys, for the launcher's own requests; None if it has none.
+        is_open: allows other machines to reach it without a key.
         start_timeout_s: how long a local Ray may take to start.
 
     Raises:
-        ConfigurationError: the settings contradict each other, or would open the model to the world.
+        ConfigurationError: the settings contradict each other, or other machines could reach it without a key.
     """
 
     app: AppConfig
@@ -64,5 +64,5 @@ class Launch:
         if not (self.app.api_keys or self.is_open or is_loopback(host)):
             raise ConfigurationError(
                 f"{host} is open to other machines, and there is no API key: give --api-key or --api-keys, or "
-                "--insecure if nobody else can reach it"
+                "--insecure if only trusted machines can reach it"
             )

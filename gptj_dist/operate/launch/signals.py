@@ -1,7 +1,7 @@
-"""Signals that end the launcher. They reach it alone: Ray's processes inherit that they are blocked.
+"""Signals that end the launcher. Only the launcher receives them: in Ray's processes they are blocked.
 
-A terminal, `timeout` and systemd send a signal to all processes of a group at once. Without the block Ray's processes
-would die of it in the middle of the answers that the launcher lets finish.
+A terminal, `timeout` and systemd send a signal to all processes of a group at once. If they were not blocked, Ray's
+processes would die while the launcher still lets answers finish.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SAME_SIGNAL_S = 0.2
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP, received by a thread of their own and blocked in all threads that start later.
+    """SIGINT, SIGTERM and SIGHUP, received by a separate thread and blocked in all threads that start later.
 
     Until `let_finish`, the first signal aborts. After that, the first one sets `requested`, and a second one aborts.
     SIGHUP stays ignored where it is (`nohup`), and never counts as a second signal: a terminal that closes may send
@@ -40,7 +40,7 @@ class StopSignals:
         threading.Thread(target=self._receive, name="signals", daemon=True).start()
 
     def let_finish(self) -> None:
-        """From now on the first signal is a request, which whoever waits for `requested` carries out."""
+        """From now on the first signal sets `requested`, and the thread that waits for it ends the server."""
         self.can_finish = True
 
     def _receive(self) -> None:

@@ -1,8 +1,8 @@
-"""Ray's tokens: the one that a Ray started here asks for, and the one that is shown to a Ray that runs already.
+"""Authentication tokens of Ray: for a Ray that the launcher starts, and for a Ray that runs already.
 
-Ray takes a token from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names or from ~/.ray/auth_token. Where a
-user has none, ours is kept beside our other files: Ray would write a new one to ~/.ray/auth_token, and any `ray start`
-of the user would ask for it from then on.
+Ray takes a token from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names or from ~/.ray/auth_token. If the
+user has none, we keep our own beside our other files. Ray would write one to ~/.ray/auth_token, and from then on every
+`ray start` of the user would require it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PROBE = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 
 
 def give_token() -> None:
-    """Has a Ray that this process starts ask for a token, unless RAY_AUTH_MODE says whether it shall."""
+    """Makes a Ray that this process starts require a token, unless RAY_AUTH_MODE is set."""
     if AUTH_MODE in os.environ:
         return
     os.environ[AUTH_MODE] = "token"
@@ -37,7 +37,7 @@ def give_token() -> None:
 
 
 def take_token(address: str) -> None:
-    """Finds the token that the Ray at the address accepts, if it asks for one, and has this process show it.
+    """Finds the token that the Ray at the address accepts, if it requires one, and makes this process send it.
 
     Args:
         address: `host:port`.
@@ -73,7 +73,7 @@ def _known_tokens() -> Iterator[tuple[str | None, Mapping[str, str]]]:
 
 
 def _why_refused(address: str, token: str | None) -> str:
-    """Why the Ray at the address does not let this process in; empty if it does."""
+    """Why the Ray at the address refuses this process; empty if it accepts it."""
     import grpc
 
     metadata = [] if token is None else [("authorization", f"Bearer {token}")]
@@ -121,7 +121,7 @@ def _read(path: Path) -> str | None:
 
 
 def _write_token(path: Path) -> bool:
-    """Writes a new token if there is none. Returns whether there is one now."""
+    """Writes a new token if the file does not exist. Returns whether the file exists now."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

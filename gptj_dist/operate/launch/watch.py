@@ -1,4 +1,4 @@
-"""Looks at the pipelines every few seconds: says when stages are lost and when they are back, notices the end."""
+"""Polls the pipelines every few seconds, and reports lost stages, their return, and the end of the server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_SILENCES = 2
 
 
 class Watcher:
-    """Looks until `stop` is set. If the server is gone first, sets it and says why in `failure`.
+    """Polls until `stop` is set. If the server is gone before that, sets `stop`, and `failure` holds the reason.
 
     Args:
         served: the application.
@@ -36,7 +36,7 @@ class Watcher:
         self._losses = LossReporter(say)
 
     def start(self, statuses: Sequence[PipelineStatus]) -> None:
-        """Begins to look, on a thread of its own: Ray may take its time for an answer.
+        """Starts polling on a separate thread, because Ray may answer slowly.
 
         Args:
             statuses: of the pipelines when the server became ready.
@@ -58,7 +58,7 @@ class Watcher:
                 self._stop.set()
 
     def _look(self) -> str:
-        """Takes in how the pipelines are. Returns why the server is gone, or an empty string."""
+        """Polls once. Returns why the server is gone, or an empty string."""
         if (process := self._lost_process()) is not None:
             return f"Ray's process {process} has ended"
         statuses = self._served.statuses()
@@ -69,7 +69,7 @@ class Watcher:
 
 
 class LossReporter:
-    """Remembers how each pipeline was, and says what has changed.
+    """Remembers the last status of each pipeline, and reports changes.
 
     Args:
         say: receives a line for the user.
@@ -82,7 +82,7 @@ class LossReporter:
         self._down: set[str] = set()
 
     def note(self, statuses: Sequence[PipelineStatus]) -> None:
-        """Takes in how the pipelines are now."""
+        """Compares the pipelines' statuses with the last ones, and reports changes."""
         for status in statuses:
             known = self._num_restarts.setdefault(status.name, status.num_restarts)
             self._num_restarts[status.name] = status.num_restarts
@@ -95,7 +95,7 @@ class LossReporter:
                 self._down.remove(status.name)
 
     def _note_causes(self, status: PipelineStatus) -> None:
-        """Says why stages have died. That may become known only after new ones have taken their place."""
+        """Reports why stages have died. The cause may be known only after they have been replaced."""
         now = {(loss.stage, loss.node, loss.pid): loss for loss in status.losses}
         known = self._known.setdefault(status.name, set(now))  # losses before the first look are in the log
         for place, loss in now.items():

@@ -1,4 +1,4 @@
-"""How many requests an ingress answers at a time. Knows no pipeline."""
+"""Limits how many requests an ingress answers at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ RETRY_AFTER_S = 5
 
 
 class Admission:
-    """Refuses at once what the pipelines would refuse later, when it has cost their time.
+    """Refuses requests at once that the pipelines would refuse later, at the cost of their time.
 
     Args:
-        most: requests at a time.
+        most: maximum number of requests at a time.
     """
 
     def __init__(self, most: int) -> None:

@@ -9,11 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 CLIENT_CLOSED_REQUEST = 499
-"""The status of such a request in logs and metrics, as nginx has it; no client sees it."""
+"""Status of such a request in logs and metrics, the same as nginx uses. No client receives it."""
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, Response]) -> Response:
-    """The response that `work` makes. If the client leaves first, `work` is cancelled and has ended on return.
+    """Returns the response of `work`. If the client disconnects first, cancels `work` and waits for its end.
 
     Args:
         request: its body has been read.

@@ -1,4 +1,4 @@
-"""The HTTP endpoints: the table of them, and from a call to its response."""
+"""The table of HTTP endpoints, and their handlers."""
 
 from __future__ import annotations
 
@@ -204,12 +204,12 @@ class Endpoints:
                 return Response(await answer.body(), media_type=JSON)
             events = answer.events()
             stack.push_async_callback(events.aclose)
-            first = await anext(events)  # an error before the first token still gets a status of its own
+            first = await anext(events)  # an error before the first token still gets its own HTTP status
             return EventResponse(_chain(first, events), stack.pop_all())
 
 
 class EventResponse(StreamingResponse):
-    """Server-sent events, and what ends with them: also when the client leaves before the first is sent."""
+    """A response of server-sent events. Closes its resources even if the client leaves before the first event."""
 
     def __init__(self, events: AsyncIterator[bytes], stack: AsyncExitStack) -> None:
         super().__init__(events, media_type=EVENTS)

@@ -1,4 +1,4 @@
-"""Lets requests through until the server stops: then new ones get a 503, and those under way may finish."""
+"""Refuses new requests with a 503 once the server stops, and lets running requests finish."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOPPING = NotReadyError("this server is stopping; try again later, or ask anoth
 
 
 class Gate:
-    """Counts the requests under way at the endpoints that it guards, and closes once."""
+    """Counts the running requests of the endpoints that it guards. Once closed, it stays closed."""
 
     def __init__(self) -> None:
         self._num_under_way = 0
@@ -23,7 +23,7 @@ class Gate:
         self._is_idle.set()
 
     def guard(self, app: ASGIApp) -> ASGIApp:
-        """The endpoint, behind the gate."""
+        """Wraps an endpoint, so that it refuses requests while the gate is closed."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if self._is_closed:
@@ -42,7 +42,7 @@ class Gate:
         return guarded
 
     async def close(self, timeout_s: float) -> int:
-        """Refuses new requests. Returns when those under way are answered, or after the time: how many are left.
+        """Refuses new requests, and waits until running ones are answered. Returns the number left at the time limit.
 
         May be called again; the gate stays closed.
         """

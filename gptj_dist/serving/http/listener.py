@@ -1,4 +1,4 @@
-"""HTTP straight to this process: Serve's proxy would add a process to the way of every token."""
+"""Serves HTTP in this process, because Serve's proxy would add a process to the path of every token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Address:
         keep_alive_s: seconds for which a connection without a request is kept.
 
     Raises:
-        ConfigurationError: keep_alive_s is no time.
+        ConfigurationError: keep_alive_s is below 1.
     """
 
     host: str
@@ -47,11 +47,11 @@ class Listener:
     """An HTTP server on the running event loop.
 
     Args:
-        drain_s: seconds that answers under way may take after `close`.
+        drain_s: seconds that running answers may take after `close`.
         limits: of connections; the process's own limit of open files lowers their number.
 
     Raises:
-        OSError: the address cannot be listened at, or the certificate or its key cannot be used.
+        OSError: the server cannot listen at the address, or cannot use the certificate or its key.
     """
 
     def __init__(self, app: ASGIApp, address: Address, drain_s: float, limits: ConnectionLimits | None = None) -> None:
@@ -82,7 +82,7 @@ class Listener:
             raise NotReadyError(f"the HTTP server has ended: {self._failure}")
 
     async def close(self) -> None:
-        """Takes no more requests, and returns when those under way are answered."""
+        """Refuses new requests, and returns when running ones are answered."""
         self._server.should_exit = True
         await self._task
 
@@ -91,7 +91,7 @@ class Listener:
 
 
 def _default_limits(keep_alive_s: int) -> ConnectionLimits:
-    """Those of `ConnectionLimits`, with fewer connections where the process may not open as many files."""
+    """The default `ConnectionLimits`, with fewer connections if the process may open fewer files."""
     limits = ConnectionLimits(keep_alive_s=keep_alive_s)
     most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most_files == resource.RLIM_INFINITY:

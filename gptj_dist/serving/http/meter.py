@@ -1,4 +1,4 @@
-"""Counts HTTP requests, and logs a line of each. Knows no endpoint."""
+"""Counts HTTP requests, and logs one line for each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HttpMeter:
     """An ASGI application in front of another.
 
     Args:
-        routes: the other's.
+        routes: routes of that application.
         metrics: counts the requests.
         clock: seconds.
     """
@@ -61,7 +61,7 @@ class HttpMeter:
         try:
             await self._app(scope, receive, note_status)
         except Exception:
-            status = 500  # which whoever catches it will send
+            status = 500  # sent by Starlette's error middleware, which is outside of this one
             raise
         finally:
             self._metrics.num_in_flight -= 1

@@ -1,7 +1,7 @@
 """Sockets that only our own processes can send to. libzmq refuses strangers before it reads a message from them.
 
-A receiving socket has a lock. What opens it travels by Ray calls, inside the socket's address, to the processes that
-shall send. `docs/decisions/0018-keys-of-sockets.md` says why there are two kinds of lock.
+A receiving socket has a lock. Its key is part of the socket's address, which Ray calls carry to the sending processes.
+`docs/decisions/0018-keys-of-sockets.md` says why there are two kinds of lock.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Lock(Protocol):
 
 
 class PasswordLock:
-    """Lets in who knows a random password: ZMTP's PLAIN mechanism, which costs nothing a message and encrypts nothing.
+    """Admits peers that know a random password: ZMTP's PLAIN mechanism, without encryption or cost per message.
 
     Attributes:
         password: for `show_password`.
@@ -81,14 +81,14 @@ class PasswordLock:
 
 
 def show_password(socket: zmq.Socket[Any], password: str) -> None:
-    """Has a sending socket open a `PasswordLock` when it connects."""
+    """Sets the password that a sending socket presents to a `PasswordLock`."""
     socket.plain_username = b"gptj-dist"
     socket.plain_password = password.encode()
 
 
 @dataclass(frozen=True, slots=True)
 class CurveKeys:
-    """What opens a `CurveLock`.
+    """The keys of a client of a `CurveLock`.
 
     Args:
         server: the lock's public key.
@@ -103,7 +103,7 @@ class CurveKeys:
 
 
 class CurveLock:
-    """Lets in who has one certain client key, and encrypts: ZMTP's CURVE mechanism.
+    """Admits peers with one given client key, and encrypts: ZMTP's CURVE mechanism.
 
     Attributes:
         keys: for `show_keys`.
@@ -124,14 +124,14 @@ class CurveLock:
 
 
 def show_keys(socket: zmq.Socket[Any], keys: CurveKeys) -> None:
-    """Has a sending socket open a `CurveLock` when it connects."""
+    """Sets the keys that a sending socket presents to a `CurveLock`."""
     socket.curve_serverkey = keys.server
     socket.curve_publickey = zmq.curve_public(keys.client)
     socket.curve_secretkey = keys.client
 
 
 class GuardedSocket(Generic[S]):
-    """A bound socket behind a lock, and a thread that answers libzmq's questions about peers (RFC 27, ZAP).
+    """A bound socket with a lock, and a thread that answers libzmq's requests to authenticate peers (RFC 27, ZAP).
 
     Args:
         context: of this socket alone, because libzmq asks one handler a context. `close` ends it.
