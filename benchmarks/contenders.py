@@ -4,9 +4,12 @@ A contender is written as a kind and its settings:
 
     ours stages=2 kv_cache_gb=2        our engine; settings of PipelineConfig, and package=/path/to/another/checkout
     vllm stages=2                      vLLM's engine; stages, bind=0|1, kv_cache_gb, and arguments of vLLM's LLM
+    ct2 model=DIR compute_type=int8    CTranslate2's engine; DIR is what its converter made
     serve stages=2                     `gptj-dist serve`; its options, and package=
     vllm-serve                         vLLM's server; as vllm
     http base=http://127.0.0.1:8000 model=demo     a server that runs already
+
+`python=` of vllm and ct2 names the interpreter that has the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from benchmarks.processes import Family
 from benchmarks.servers import free_port, running, serve_command, vllm_serve_command
 from benchmarks.worker_process import ROOT, WorkerProcess
 
-KINDS = ("ours", "vllm", "serve", "vllm-serve", "http")
+ENGINES = ("ours", "vllm", "ct2")
+KINDS = (*ENGINES, "serve", "vllm-serve", "http")
 SERVED_NAME = "benchmark"
 WARM_UP_TOKENS = 8
 LEAST_REQUESTS = 8
@@ -129,7 +133,7 @@ def opened(spec: Spec, shared: Shared) -> Iterator[Contender]:
     """Starts a contender, and ends it with the context."""
     settings = dict(spec.settings)
     package = Path(settings.pop("package", ROOT))
-    opening = _open_engine if spec.kind in ("ours", "vllm") else _open_server
+    opening = _open_engine if spec.kind in ENGINES else _open_server
     with opening(spec.kind, settings, package, shared) as contender:
         yield contender
 
@@ -141,7 +145,8 @@ def _open_engine(kind: str, settings: dict[str, Any], package: Path, shared: Sha
         most = {"max_batch_size": max(shared.most_requests, 64)}
         worker = WorkerProcess("ours", everywhere | most | settings, package=package)
     else:
-        worker = WorkerProcess("vllm", everywhere | settings, python=shared.peer_python)
+        python = Path(settings.pop("python", shared.peer_python)).absolute()
+        worker = WorkerProcess(kind, everywhere | settings, python=str(python))
     with closing(worker):
         yield EngineContender(worker)
 

@@ -25,6 +25,9 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
     (b"Rar!", "a RAR archive: unpack it"),
 )
+_OLD_TORCH = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b"."
+"""The number that `torch.save` wrote first, pickled, before torch 1.6."""
+
 _FORMS = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -63,6 +66,8 @@ def _kind(beginning: bytes) -> str | None:
             return kind
     if beginning.lstrip().lower().startswith(_WEB_PAGE):
         return f"a web page, such as a server sends in place of a file that it refuses: {_DOWNLOAD}"
+    if _OLD_TORCH in beginning[:32]:
+        return "in the format of torch before 1.6, which is not read: load and save it once with torch 1.6 or later"
     if beginning[257:262] == b"ustar":
         return "a tar archive: unpack it"
     if _is_onnx(beginning):

@@ -145,7 +145,7 @@ class FakeExecutor:
         self._stages.apply(plan)
         self.plans.append(plan)
         tokens = tuple(self._sample(chunk) for chunk in plan.chunks if chunk.samples)
-        embeddings = tuple(fake_embedding(chunk) for chunk in plan.chunks if chunk.tells_embedding)
+        embeddings = tuple(fake_embedding(chunk) for chunk in plan.chunks if chunk.ends_embedding)
         self._computed.append(Result(plan.plan_id, tokens, embeddings=embeddings))
         if not self._is_paused:
             self.step()

@@ -15,7 +15,7 @@ import time
 
 from benchmarks.workers.worker import Worker
 
-KINDS = ("ours", "vllm", "limits")
+KINDS = ("ours", "vllm", "ct2", "limits")
 
 
 def main() -> None:

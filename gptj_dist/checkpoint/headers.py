@@ -1,8 +1,8 @@
-"""Tensor headers, and how to read them from a safetensors file.
+"""Where the tensors of a safetensors file lie, and what they are.
 
 A safetensors file begins with 8 bytes of little-endian length and a JSON header
-(https://github.com/huggingface/safetensors). This module parses it, because the library does not return byte ranges.
-Limits keep a malicious file from taking much memory or time. Stdlib only.
+(https://github.com/huggingface/safetensors). It is parsed here, because the library gives no byte ranges, and with
+limits, so that no file, whatever it holds, takes much memory or time (decision 0022). Stdlib only.
 """
 
 from __future__ import annotations

@@ -85,7 +85,6 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         oddities=[
             *_odd_names(stored),
             *_extras(index, config),
-            *odd_generation(directory, config),
             *_odd_dtypes(directory, weights),
             *_odd_places(stored),
             *_odd_files(directory, stored),

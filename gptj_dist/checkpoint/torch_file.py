@@ -1,8 +1,7 @@
 """Finds the tensors in a file of `torch.save` and their positions, without unpickling it.
 
-`torch.save` writes an uncompressed zip: a pickle, and one entry a storage. Before torch 1.6 it wrote five pickles and
-then the storages one after the other (`torch/serialization.py`). In both forms a tensor is one range of bytes, so a
-stage can read only its own tensors. Stdlib only.
+`torch.save` writes an uncompressed zip: a pickle, and one entry a storage (`torch/serialization.py`). The numbers of a
+tensor are one range of bytes, so that a stage can read its own and no others. Stdlib only.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from gptj_dist.checkpoint.unpickle import (
     PickledTensor,
     Storage,
     UnsafePickleError,
-    read_data,
     read_state_dict,
 )
 from gptj_dist.errors import CheckpointError
@@ -29,9 +27,6 @@ from gptj_dist.errors import CheckpointError
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """A zip entry's own header: magic, lengths of its name and of its extra field."""
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
 
 _BROKEN_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, EOFError)
 """What `zipfile` raises for a broken directory."""
@@ -50,14 +45,11 @@ def read_torch_file(path: Path, file: BinaryIO) -> dict[str, TensorHeader]:
     """The tensors of a pickled state dict, by name.
 
     Raises:
-        CheckpointError: it is truncated or corrupt, or would run code if it were unpickled.
+        CheckpointError: it is truncated, corrupt or no zip, or would run code if it were unpickled.
     """
     size_bytes = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    is_zip = file.read(4) == _ZIP_MAGIC
-    file.seek(0)
     try:
-        tensors, begins = _read_zip(file, size_bytes) if is_zip else _read_legacy(file)
+        tensors, begins = _read_zip(file, size_bytes)
         headers = {name: _place(path, tensor, begins[tensor.storage.key]) for name, tensor in tensors.items()}
     except UnsafePickleError as error:
         raise CheckpointError(
@@ -77,6 +69,8 @@ def read_torch_file(path: Path, file: BinaryIO) -> dict[str, TensorHeader]:
 
 
 def _read_zip(file: BinaryIO, size_bytes: int) -> _Located:
+    if not is_torch_file(file):
+        raise MalformedPickleError("it does not begin as a file of torch.save")
     try:
         with zipfile.ZipFile(_BoundedReads(file)) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -89,7 +83,7 @@ def _read_zip(file: BinaryIO, size_bytes: int) -> _Located:
     prefix = pickle_name.removesuffix("data.pkl")
     if f"{prefix}byteorder" in entries and _content(file, entries[f"{prefix}byteorder"], 16) != b"little":
         raise MalformedPickleError("its numbers are big-endian, which is not supported")
-    tensors = read_state_dict(io.BytesIO(_content(file, entries[pickle_name], MAX_PICKLE_BYTES)))
+    tensors = read_state_dict(_content(file, entries[pickle_name], MAX_PICKLE_BYTES))
     begins = {}
     for storage in {tensor.storage for tensor in tensors.values()}:
         entry = entries[f"{prefix}data/{storage.key}"]
@@ -121,7 +115,7 @@ def _raise_if_cut_off(file: BinaryIO, size_bytes: int) -> None:
     file.seek(0)
     _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size))
     file.seek(name_bytes + extra_bytes, io.SEEK_CUR)
-    tensors = read_state_dict(io.BytesIO(file.read(MAX_PICKLE_BYTES)))
+    tensors = read_state_dict(file.read(MAX_PICKLE_BYTES))
     needed_bytes = sum(map(_num_bytes, {tensor.storage for tensor in tensors.values()}))
     if needed_bytes > size_bytes:
         raise MalformedPickleError(f"its tensors alone take {needed_bytes} bytes")
@@ -135,7 +129,7 @@ def _content(file: BinaryIO, entry: zipfile.ZipInfo, limit: int) -> bytes:
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Offset of an entry's bytes, after its own header, whose lengths may differ from the directory's."""
+    """Where an entry's bytes begin: after its own header, whose lengths may differ from the directory's."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise MalformedPickleError("it is compressed or encrypted, as PyTorch's files never are")
     header = _read_at(file, entry.header_offset, _LOCAL_HEADER.size)
@@ -151,31 +145,6 @@ def _read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
         return b""
     file.seek(offset)
     return file.read(num_bytes)
-
-
-def _read_legacy(file: BinaryIO) -> _Located:
-    """Five pickles (magic number, protocol, machine, state dict, keys), then each storage after its length."""
-    stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    if read_data(stream) != _LEGACY_MAGIC or read_data(stream) != _LEGACY_PROTOCOL:
-        raise MalformedPickleError("it is no file of PyTorch's")
-    machine = read_data(stream)
-    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise MalformedPickleError("its numbers are not little-endian")
-    tensors = read_state_dict(stream)
-    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-    keys = read_data(stream)
-    # Sorted strings: a key may also be a nested tuple, which would take for ever to hash, or come a million times.
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages):
-        raise MalformedPickleError("its list of storages is not that of its tensors")
-    begins: dict[str, int] = {}
-    offset = stream.tell()
-    for key in keys:
-        length = _read_at(file, offset, 8)
-        if len(length) == 8 and int.from_bytes(length, "little") != storages[key].num_elements:
-            raise MalformedPickleError(f"at byte {offset} a storage has another length than its tensors")
-        begins[key] = offset + 8
-        offset += 8 + _num_bytes(storages[key])
-    return tensors, begins
 
 
 def _place(path: Path, tensor: PickledTensor, begin: int) -> TensorHeader:

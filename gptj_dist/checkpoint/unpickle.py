@@ -7,7 +7,6 @@ refuses any other name that a pickle contains. Stdlib only; opens no files.
 
 from __future__ import annotations
 
-import io
 import pickletools
 import struct
 from collections.abc import Iterator, Mapping
@@ -85,14 +84,14 @@ _REBUILD_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = _Global("torch._utils", "_rebuild_parameter")
 
 
-def read_state_dict(stream: io.BytesIO) -> dict[str, PickledTensor]:
-    """The tensors of the state dict that is pickled at the stream's position, by name. The stream ends up after it.
+def read_state_dict(pickled: bytes) -> dict[str, PickledTensor]:
+    """The tensors of a pickled state dict, by name; bytes after it are ignored.
 
     Raises:
         UnsafePickleError: the pickle names anything but tensors, storages and ordered dicts.
         MalformedPickleError: it is broken, or not a mapping from names to tensors.
     """
-    content = read_data(stream)
+    content = _run(pickled)
     if not isinstance(content, dict):
         raise MalformedPickleError(f"it holds a {type(content).__name__}, not a mapping from names to tensors")
     for name, value in content.items():
@@ -101,15 +100,10 @@ def read_state_dict(stream: io.BytesIO) -> dict[str, PickledTensor]:
     return content
 
 
-def read_data(stream: io.BytesIO) -> object:
-    """What is pickled at the stream's position: numbers, strings, tuples, lists, dicts, storages and tensors.
-
-    Raises:
-        UnsafePickleError, MalformedPickleError: as `read_state_dict`.
-    """
+def _run(pickled: bytes) -> object:
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for opcode, argument, _ in pickletools.genops(pickled):
             machine.do(opcode.name, argument)
         return machine.result()
     except (UnsafePickleError, MalformedPickleError):

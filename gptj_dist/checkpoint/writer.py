@@ -1,6 +1,7 @@
 """Writes safetensors files and their index, one tensor at a time.
 
-The library's own writer wants a whole file's tensors in memory. What is written depends on nothing but its arguments.
+The library's own writer takes a whole file's tensors at once (decision 0022). What is written depends on nothing
+but its arguments.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Turns prompts into streams of tokens: owns the scheduler and drives the executor. Independent of text and HTTP.
+"""Turns prompts into streams of tokens: owns the scheduler and drives the executor. Knows no text, HTTP or devices.
 
-Everything runs on one event loop. A stream is an async iterator, and closing it is the only way to cancel: the
-request's blocks are free before `aclose()` returns.
+Everything runs on one event loop. A stream is an async iterator. Closing it is the only way to cancel a request; its
+blocks are free before `aclose()` returns.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from gptj_dist.params import SamplingParams
 
 
 class AsyncEngine:
-    """A scheduler and its executor as one object that makes token streams.
+    """Makes token streams with a scheduler and an executor.
 
     Args:
-        scheduler: decides; the engine is its only caller.
-        executor: computes; replaced by `resume` after a failure.
-        limits: what requests are checked against.
+        scheduler: decides what is computed; the engine is its only caller.
+        executor: computes plans; `resume` replaces it after a failure.
+        limits: requests are checked against them.
         clock: seconds; for `last_token_s`.
-        stats: records every plan; None makes one on the clock that stages use.
+        stats: notes every plan; None makes one with a `SteadyClock`, as stages have.
 
     Attributes:
-        last_token_s: when a token last came through all stages of the present executor; None before the first.
-        journal: what became of requests.
+        last_token_s: when the present executor's last token arrived; None before the first.
+        journal: counts and logs requests.
     """
 
     def __init__(
@@ -65,21 +65,22 @@ class AsyncEngine:
 
     @property
     def is_up(self) -> bool:
-        """Whether requests are taken: not between `fail` and `resume`."""
+        """Whether requests are accepted. They are not between `fail` and `resume`."""
         return self._executor is not None
 
     def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, choice: int = 0, log_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Streams one completion of the prompt. Ignores `params.n`: call once for each choice, with its number.
+        """Streams one completion of the prompt. The engine ignores `params.n`: the caller numbers its choices.
 
         Args:
-            log_id: as of `Request`.
+            choice: number of the completion; others with the same seed get other noise.
+            log_id: the request's name in logs; None for one that is neither logged nor counted.
 
         Raises:
             InvalidRequestError: the request can never be served. Raised at once; the stream raises the others:
             NotReadyError: the pipeline is down; nothing was queued.
-            StageFailedError: the pipeline died during the request.
+            StageFailedError: a stage died before the stream ended.
         """
         [stream] = self.generate_all(prompt_ids, params, [choice], log_id)
         return stream
@@ -113,8 +114,8 @@ class AsyncEngine:
         """Drives the pipeline until cancelled.
 
         Raises:
-            StageFailedError: the executor died, or the coordinator itself failed. Every stream has failed, too. Call
-                `resume`, then `run` again.
+            StageFailedError: the executor died, or the engine itself failed. Every stream has ended with this error.
+                Call `resume`, then `run` again.
         """
         if self._executor is None:
             raise NotReadyError("the pipeline has no executor: resume() comes before run()")
@@ -131,7 +132,7 @@ class AsyncEngine:
             raise failure from error
 
     def fail(self, error: GPTJDistError) -> None:
-        """Ends every stream with `error`, and takes no new ones until `resume`."""
+        """Ends every stream with `error`, and refuses new ones until `resume`."""
         self._executor = None
         self.last_token_s = None
         self.stats.note_lost()
@@ -140,13 +141,13 @@ class AsyncEngine:
             self.journal.note_failed(request, error)
 
     def resume(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
-        """Accepts requests again, with a new scheduler, executor and limits. Call after `run` has raised."""
+        """Continues with a new executor, and a scheduler and limits that fit it, after `run` has raised."""
         self._scheduler = scheduler
         self._executor = executor
         self._limits = limits
 
     def backlog_s(self) -> float:
-        """Estimated seconds until all requests now waiting run, at the average pace so far."""
+        """Estimate of the seconds until all waiting requests run, from the mean time that requests have run so far."""
         totals = self.journal.totals
         run_ns = totals.e2e_latency.sum_ns - totals.queue_time.sum_ns
         mean_s = run_ns / 1e9 / max(1, sum(totals.e2e_latency.counts))
@@ -172,7 +173,7 @@ class AsyncEngine:
         self._pump_soon()
 
     async def _take_result(self, executor: Executor, broken: asyncio.Future[None]) -> None:
-        """Waits for one result, and puts its tokens into the mailboxes."""
+        """Waits for one result, and puts its tokens into their streams."""
         receiving = asyncio.ensure_future(executor.receive())
         try:
             await asyncio.wait((receiving, broken), return_when=asyncio.FIRST_COMPLETED)
@@ -189,13 +190,13 @@ class AsyncEngine:
             receiving.cancel()
 
     def _pump_soon(self) -> None:
-        """Requests that arrive in the same turn of the loop go into the same micro-batch."""
+        """Pumps in the next turn of the loop, so that requests that arrive together share a micro-batch."""
         if not self._is_pump_due:
             self._is_pump_due = True
             asyncio.get_running_loop().call_soon(self._pump_or_break)
 
     def _pump_or_break(self) -> None:
-        """Like `_pump`, but passes an error on to `run`, because no caller awaits this callback."""
+        """Passes an error to `run`: this function is called by the loop, which would only log it."""
         self._is_pump_due = False
         try:
             self._pump()
@@ -217,7 +218,7 @@ class AsyncEngine:
 
 
 def _delta(output: TokenOutput) -> Delta:
-    """The stream's delta for a token or an embedding."""
+    """A token, or an embedding, as its stream gets it."""
     request = output.request
     return Delta(
         token_ids=() if output.token_id is None else (output.token_id,),
@@ -229,7 +230,7 @@ def _delta(output: TokenOutput) -> Delta:
 
 
 def noise_key(seed: int | None, choice: int) -> int:
-    """64 bits that determine a completion's sampling noise; without a seed, fresh ones."""
+    """64 bits that determine a completion's sampling noise; random ones without a seed."""
     if seed is None:
         return secrets.randbits(64)
     message = (seed % 2**64).to_bytes(8, "little") + choice.to_bytes(8, "little")

@@ -1,4 +1,4 @@
-"""Allocates KV blocks by number. Counts the holders of each block, but does not know who they are."""
+"""Allocates KV blocks and counts the holders of each. Knows no requests and no memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gptj_dist.sizes import ceil_div
 
 
 class BlockPool:
-    """A fixed number of blocks of `block_size` tokens; each is free or has holders.
+    """A fixed number of blocks of `block_size` tokens. Each block is free or has one or more holders.
 
     Args:
         num_blocks: blocks 0 .. num_blocks - 1.
@@ -34,7 +34,7 @@ class BlockPool:
         return ceil_div(num_tokens, self.block_size)
 
     def take(self, num_blocks: int) -> list[int]:
-        """Takes free blocks, the most recently returned first, because their memory is likely in the CPU's caches.
+        """Takes free blocks; each gets one holder. The last to be given back come first, because their memory is warm.
 
         Raises:
             ValueError: fewer than `num_blocks` are free.
@@ -47,12 +47,12 @@ class BlockPool:
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Adds one holder to each of these blocks, which must be held already."""
+        """Adds a holder to each of the blocks, which have one already."""
         for block in blocks:
             self._num_holders[block] += 1
 
     def give_back(self, blocks: Iterable[int]) -> None:
-        """Removes one holder from each block. Blocks without holders become free."""
+        """Removes a holder from each of the blocks. A block without holders is free."""
         for block in blocks:
             self._num_holders[block] -= 1
             if not self._num_holders[block]:
@@ -62,5 +62,9 @@ class BlockPool:
         return self._num_holders[block]
 
     def num_freed(self, num_given_back: Mapping[int, int]) -> int:
-        """Number of blocks that would become free if the given number of holders of each block returned it."""
+        """How many blocks would become free.
+
+        Args:
+            num_given_back: by block, the number of holders that would give it back.
+        """
         return sum(self._num_holders[block] == number for block, number in num_given_back.items())

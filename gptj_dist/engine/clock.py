@@ -1,4 +1,4 @@
-"""The clock that plans are timed by, on the coordinator and on every stage."""
+"""The clock of the coordinator and of every stage."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 class SteadyClock:
     """Nanoseconds since 1970 that never go back: the wall clock when the clock was made, and monotonic time since.
 
-    Readings of one process differ by what really passed. Those of several machines can be compared as far as their wall
-    clocks agreed when the clocks were made: with NTP to some milliseconds, without it not at all.
+    Differences between readings of one process are exact. Readings of different machines are off by as much as their
+    wall clocks were when the clocks were made: some milliseconds with NTP, anything without it.
     """
 
     def __init__(self) -> None:

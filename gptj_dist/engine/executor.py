@@ -1,4 +1,4 @@
-"""The interface between the engine and whatever runs the stages of its pipeline."""
+"""The engine's view of a pipeline of stages: plans go in, results come out."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ class Executor(Protocol):
         """The next result, in the order of the plans.
 
         Raises:
-            StageFailedError: a stage has died; there will be no more results.
+            StageFailedError: a stage has died. No result follows.
         """

@@ -9,7 +9,7 @@ BOUNDS_NS = (
     *(round(mantissa * 10**exponent * 1e9) for exponent in range(-3, 3) for mantissa in (1, 1.5, 2, 3, 5, 7)),
     1000 * 10**9,
 )
-"""Upper bounds of the buckets: from a millisecond to 1,000 seconds, each at most 1.7 times the one below."""
+"""Upper bounds of the buckets, from a millisecond to 1,000 seconds; each is at most 1.7 times the one before."""
 
 
 @dataclass(slots=True)
@@ -17,8 +17,8 @@ class Histogram:
     """Durations, counted by size.
 
     Attributes:
-        counts: of each bucket, not cumulative; the last is of those above all bounds.
-        sum_ns: of all durations.
+        counts: durations in each bucket, not cumulative; the last bucket has those above all bounds.
+        sum_ns: the sum of all durations.
     """
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_NS) + 1))

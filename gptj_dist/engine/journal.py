@@ -1,6 +1,6 @@
-"""Counts requests for metrics and logs their events. Decides nothing.
+"""Counts requests for metrics and logs when they are queued, end or fail. Decides nothing.
 
-Requests without a `log_id` are left out: the server makes them itself, to see whether a token can be made.
+Requests without a `log_id` are left out: they are the server's own, by which it tests that the pipeline makes tokens.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class RequestTotals:
-    """All requests since the coordinator started.
+    """Totals over all requests since the coordinator started.
 
     Attributes:
-        num_prompt_tokens: of the requests whose prompts have been computed.
-        num_generation_tokens: sampled tokens, including those after a stop string.
-        queue_time: from a request's arrival until a plan had it first.
-        time_to_first_token: from its arrival.
-        inter_token_latency: between two tokens of a request.
-        e2e_latency: from its arrival until it had its last token or was closed; not of requests that failed.
+        num_prompt_tokens: tokens of the prompts that have been computed.
+        num_generation_tokens: tokens that were sampled, including those after a stop string.
+        queue_time: from a request's arrival to its first plan.
+        time_to_first_token: from a request's arrival to its first token.
+        inter_token_latency: from one token of a request to the next.
+        e2e_latency: from a request's arrival to its last token or to its cancellation; failed requests do not count.
     """
 
     num_prompt_tokens: int = 0
@@ -40,7 +40,7 @@ class RequestTotals:
 
 @dataclass(slots=True)
 class _Life:
-    """The times of a request that has not ended. None means that the event has not happened yet."""
+    """The times of a request that has not ended. None stands for what has not happened yet."""
 
     request: Request
     arrived_ns: int
@@ -57,14 +57,14 @@ class Journal:
         self._lives: dict[int, _Life] = {}
 
     def note_arrival(self, request: Request, now_ns: int) -> None:
-        """Call when a request is queued."""
+        """The request has joined the queue."""
         if request.log_id is None:
             return
         self._lives[request.request_id] = _Life(request, now_ns)
         _log(logging.DEBUG, "request queued", request)
 
     def note_plan(self, plan: Plan, now_ns: int) -> None:
-        """Call when a plan is submitted. A request that resumes after a preemption counts its queue time only once."""
+        """The plan was submitted. A request that returns after a preemption is new in it but does not count again."""
         for new in plan.new_requests:
             life = self._lives.get(new.request_id)
             if life is not None and life.planned_ns is None:
@@ -72,7 +72,7 @@ class Journal:
                 self.totals.queue_time.observe(now_ns - life.arrived_ns)
 
     def note_output(self, output: TokenOutput, now_ns: int) -> None:
-        """Call for each new token, and for the end of a request that generates none."""
+        """A token has arrived, or the end of a request that generates none."""
         life, totals = self._lives.get(output.request.request_id), self.totals
         if life is None:
             return
@@ -82,7 +82,7 @@ class Journal:
             totals.inter_token_latency.observe(now_ns - life.last_ns)
         else:
             life.first_ns = now_ns
-            if life.request.prompt.first is life.request:  # the others of the prompt did not compute it
+            if life.request.prompt.first is life.request:  # the other requests of the prompt took over its KV
                 totals.num_prompt_tokens += len(life.request.prompt_ids)
             if output.token_id is not None:
                 totals.time_to_first_token.observe(now_ns - life.arrived_ns)
@@ -91,7 +91,7 @@ class Journal:
             self._end(life, output.finish_reason, now_ns)
 
     def note_closed(self, request: Request, now_ns: int) -> None:
-        """Call when the request's stream is closed: after its last token, by a stop string or by its client."""
+        """The stream was closed: after the request's end, or earlier by a stop string or by the client."""
         life = self._lives.get(request.request_id)
         if life is not None:
             self._end(life, "closed", now_ns)

@@ -1,4 +1,4 @@
-"""Checks requests before they are queued, so that no request waits that can never be served."""
+"""Limits that a request is checked against before it is queued, so that none waits that can never be served."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MAX_LISTED_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """The limits that a request is checked against before it is queued.
+    """Limits of one pipeline.
 
     Args:
         rules: the model's, for its tokens.
         max_model_len: the most tokens of prompt and output together.
         kv_tokens: tokens that the KV cache holds.
-        num_layers: of the model.
+        num_layers: layers of the whole model.
     """
 
     rules: TokenRules
@@ -50,7 +50,7 @@ class EngineLimits:
         check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
 
     def check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
-        """Raises InvalidRequestError if a token is not in the vocabulary; `name` is the field to report."""
+        """Raises InvalidRequestError if a token is not in the vocabulary; `name` is the field that holds the tokens."""
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < self.rules.vocab_size), None)
         if wrong is not None:
             raise InvalidRequestError(
@@ -63,7 +63,7 @@ class EngineLimits:
 
 
 def check_fits_cache(num_prompt_tokens: int, max_tokens: int, kv_tokens: int) -> None:
-    """Raises RequestTooLongError if the request would not fit even an empty KV cache."""
+    """Raises RequestTooLongError if a request of this size does not fit the KV cache even when it runs alone."""
     num_tokens = num_prompt_tokens + max(max_tokens, 1) - 1  # the last one is never computed
     if num_tokens > kv_tokens:
         raise RequestTooLongError(

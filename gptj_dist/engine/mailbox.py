@@ -1,4 +1,4 @@
-"""Buffers a stream's tokens until its reader takes them."""
+"""Keeps a stream's tokens until they are read. Knows no requests."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from gptj_dist.params import TokenLogprobs
 
 
 class Delta(NamedTuple):
-    """New tokens of a stream; `finish_reason` comes with the last.
+    """New tokens of a stream.
 
     Args:
-        token_ids: one or more; none if the request generates no tokens.
-        logprobs: one for each token, if the request asks for them.
-        prompt_logprobs: of the prompt's tokens from the second on, in the first delta, if the request asks for them.
-        embedding: bytes of float32 numbers, if the request asks for an embedding.
+        token_ids: one or more; none if the request generates none.
+        finish_reason: comes with the last tokens; None before.
+        logprobs: one for each token, if requested.
+        prompt_logprobs: one for each token of the prompt from the second on, if requested; come with the first tokens.
+        embedding: float32 numbers as bytes, if requested.
     """
 
     token_ids: tuple[int, ...]
@@ -27,7 +28,7 @@ class Delta(NamedTuple):
 
 
 class Mailbox:
-    """Holds the deltas that a stream's reader has not taken yet. A slow reader gets several deltas merged into one."""
+    """Holds the tokens that a stream's reader has not taken yet. A slow reader gets several deltas joined into one."""
 
     def __init__(self) -> None:
         self._delta: Delta | None = None
@@ -40,12 +41,12 @@ class Mailbox:
         self._filled.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream with an error. The reader still gets the tokens that came before it."""
+        """Ends the stream with an error, after the tokens that are already here."""
         self._error = error
         self._filled.set()
 
     async def take(self) -> Delta:
-        """Waits for tokens and returns all that have arrived. Raises the error that ended the stream."""
+        """Waits for tokens, and takes all there are. Raises the error of `fail` when there are none left."""
         await self._filled.wait()
         delta, self._delta = self._delta, None
         if delta is None:

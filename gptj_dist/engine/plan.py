@@ -1,4 +1,4 @@
-"""The data exchanged by the coordinator and the stages: a plan goes out, a result comes back.
+"""The messages between the coordinator and the stages: a plan goes out, a result comes back. Plain data.
 
 A plan carries a new request in full once and only the difference later. Every stage sees the plans in the same order,
 so a block that one plan releases may be written by the next.
@@ -13,13 +13,13 @@ from gptj_dist.params import SamplingParams, TokenLogprobs
 
 
 class PromptCopy(NamedTuple):
-    """The beginning of a request's KV, for another request of the same prompt.
+    """The KV of a prompt that one request takes over from another request of the same prompt.
 
     Args:
-        request_id: the request whose KV is copied; all stages have computed it by earlier plans.
-        num_tokens: number of positions to copy, from 0 on.
+        request_id: the other request; all stages have computed its KV in earlier plans.
+        num_tokens: number of positions, from 0 on, that are taken over.
         blocks: KV blocks that lie wholly within these positions. Both requests hold them from now on, and neither
-            writes to them. Positions after these blocks are copied.
+            writes to them. The stages copy the rest.
     """
 
     request_id: int
@@ -54,10 +54,10 @@ class Chunk(NamedTuple):
     Args:
         start: position of the first token.
         token_ids: the tokens, one or more.
-        new_blocks: KV blocks that the request gets with this chunk, appended to those it holds.
+        new_blocks: KV blocks that are added to the request's with this chunk; no other request holds them.
         samples: whether the last token's logits are to be sampled.
-        next_id: the token after the chunk, if its log probability is requested.
-        tells_embedding: the request's embedding is complete after this chunk.
+        next_id: the prompt's token after the chunk, if its log probability is requested; else None.
+        ends_embedding: whether the request's embedding is complete after this chunk.
     """
 
     request_id: int
@@ -66,15 +66,15 @@ class Chunk(NamedTuple):
     new_blocks: tuple[int, ...]
     samples: bool
     next_id: int | None = None
-    tells_embedding: bool = False
+    ends_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One micro-batch.
 
-    A stage first drops the `released` requests, then registers `new_requests`, assigns blocks to them and to the
-    `chunks`, copies the KV that new requests begin with, and finally computes all chunks.
+    A stage forgets the `released` requests, adds the `new_requests`, gives them and the `chunks` their blocks, copies
+    the KV that new requests begin with, and then computes all chunks.
     """
 
     plan_id: int
@@ -103,7 +103,7 @@ class PromptLogprobs(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """The embedding of a request: the bytes of `d_model` float32 numbers."""
+    """A request's embedding: `d_model` float32 numbers as bytes."""
 
     request_id: int
     data: bytes
@@ -111,14 +111,14 @@ class Embedding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of a plan.
+    """The outcome of a plan.
 
     Args:
-        token_ids: sampled tokens: one for each chunk with `samples`, in the plan's order.
-        timings: timing of every stage, first to last; empty without measurement.
-        logprobs: one for each of `token_ids`, None where not requested; empty if no request asks for them.
-        prompt_logprobs: one for each chunk whose request asks for them.
-        embeddings: one for each chunk with `tells_embedding`.
+        token_ids: the sampled tokens, one for each chunk with `samples`, in the plan's order.
+        timings: one for each stage, first to last; empty if the executor does not measure.
+        logprobs: one for each of `token_ids`, None where it was not requested; empty if none was requested.
+        prompt_logprobs: one for each chunk whose tokens' log probabilities were requested.
+        embeddings: one for each chunk with `ends_embedding`.
     """
 
     plan_id: int

@@ -1,4 +1,4 @@
-"""The scheduler's state of one sequence, and of the prompt that it may share with other sequences."""
+"""The scheduler's state of a request, and of the prompt that several requests may share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class FinishReason(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """A prompt and the state shared by the requests that continue it, which differ only in their noise.
+    """A prompt, and the state that the requests with this prompt share. Only their noise differs.
 
     Args:
         token_ids: one or more.
-        can_share: its KV may be computed once for all requests. False if each request needs results of every token.
+        can_share: whether one request may compute the prompt's KV for all. False if each needs the hidden states of
+            every token.
 
     Attributes:
-        first: the request that was made of it first.
-        holders: those requests that run, and so hold its KV or compute it, if there is any to be shared.
-        logprobs: of its tokens from the second on, where they are asked for.
+        first: the first request of the prompt.
+        holders: the running requests, which hold the prompt's KV or compute it; empty if it cannot be shared.
+        logprobs: log probabilities of its tokens from the second on, if requested.
     """
 
     token_ids: tuple[int, ...]
@@ -40,11 +41,11 @@ class Prompt:
 
     @property
     def num_shareable(self) -> int:
-        """Number of tokens whose KV can be shared: all but the last, which each request computes itself to sample."""
+        """Tokens whose KV can be taken over. Each request computes the last token itself, to sample from its logits."""
         return len(self.token_ids) - 1 if self.can_share else 0
 
-    def learn(self, new: PromptLogprobs) -> None:
-        """Adds log probabilities. Ignores those already known from another request or from before a preemption."""
+    def add_logprobs(self, new: PromptLogprobs) -> None:
+        """Adds those that are not known yet. Some may come again, from another request or after a preemption."""
         self.logprobs += new.tokens[len(self.logprobs) + 1 - new.start :]
 
 
@@ -54,17 +55,17 @@ class Request:
 
     Args:
         request_id: unique, and larger for a later arrival.
-        prompt: that of other requests, too, or its own.
-        params: how to sample; `params.n` is for the caller, this is one completion.
+        prompt: its prompt, which other requests may share.
+        params: its parameters; a request is one completion, whatever `params.n` is.
         noise_key: 64 bits that determine all of the request's sampling noise.
-        log_id: what logs call it; None for one that is neither logged nor counted.
+        log_id: its name in logs; None for one that is neither logged nor counted.
 
     Attributes:
-        token_ids: the prompt and what was generated so far.
+        token_ids: the prompt and the tokens generated so far.
         num_computed: tokens whose keys and values are computed, or will be by plans in flight.
         blocks: KV blocks held, in order of position.
-        is_running: it is one of those that plans are made of, not waiting.
-        is_awaiting_token: a plan in flight samples the request's next token.
+        is_running: whether it is among the requests that plans are made of; False while it waits.
+        is_awaiting_token: whether a plan in flight samples its next token.
     """
 
     request_id: int
@@ -97,7 +98,7 @@ class Request:
 
     @property
     def num_expected(self) -> int:
-        """Like `num_uncomputed`, but assumes that all requests but the first of a prompt share its KV."""
+        """Estimate of the tokens to compute: requests that are not the first of their prompt take over its KV."""
         return self.num_uncomputed - (0 if self.prompt.first is self else self.prompt.num_shareable)
 
     @property
@@ -105,7 +106,7 @@ class Request:
         return len(self.token_ids) - len(self.prompt_ids)
 
     def append(self, token_id: int, eos_token_ids: Collection[int]) -> FinishReason | None:
-        """Takes a sampled token; returns the reason if the request ends with it.
+        """Adds a sampled token; returns the reason if it ends the request.
 
         Args:
             token_id: `NO_TOKEN` ends the request before `max_tokens`.
@@ -121,16 +122,16 @@ class Request:
         return FinishReason.LENGTH if self.num_output_tokens == self.params.max_tokens else None
 
     def next_prompt_id(self, stop: int) -> int | None:
-        """The prompt's token at `stop`, if its log probability is asked for."""
+        """The prompt's token at position `stop`, if its log probability is requested."""
         is_wanted = self.params.prompt_logprobs is not None and stop < len(self.prompt_ids)
         return self.prompt_ids[stop] if is_wanted else None
 
     def introduction(self, begins_with: PromptCopy | None = None) -> NewRequest:
-        """The request's part of the first plan that computes it."""
+        """What stages need to know of the request, for the first plan that computes it."""
         num_prompt_tokens = len(self.prompt_ids)
         return NewRequest(self.request_id, self.params, self.noise_key, num_prompt_tokens, self.log_id, begins_with)
 
 
 def run_order(request: Request) -> tuple[int, int]:
-    """The order in which requests run: by priority, then by arrival. They are preempted in reverse order."""
+    """The order in which requests run: by priority, then by arrival. They are preempted in the opposite order."""
     return request.params.priority, request.request_id

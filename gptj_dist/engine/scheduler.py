@@ -3,12 +3,12 @@
 There is no prefill phase and no decode phase: every request has a number of computed tokens that catches up with its
 number of tokens. Chunked prefill and recomputation after a preemption both fall out of that rule.
 
-Requests run in their order: by priority, and then by arrival. When KV blocks run out, the last of those that run gives
-up its blocks and goes back to the queue; the first can always go on, so all of them finish, if no others come before
-them for ever.
+Requests run by priority, and then by arrival. When KV blocks run out, the last running request gives up its blocks and
+returns to the queue. The first one always continues, so every request finishes unless requests of a better priority
+keep arriving.
 
-Of the requests of one prompt, one computes it. The others wait until it has, and begin with its KV: whole blocks are
-held in common, and the stages copy the rest. If no request holds the prompt any more, the next computes it again.
+One of the requests of a prompt computes it. The others wait for it and then begin with its KV: they share whole blocks,
+and the stages copy the rest. If no running request holds the prompt any more, the next one computes it again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gptj_dist.params import NO_TOKEN, TokenLogprobs
 from gptj_dist.sizes import ceil_div
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
-"""Before the first step only the ratio is assumed."""
+"""The cost before the first step is measured; only the ratio of its parts matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class SchedulerConfig:
         num_blocks: KV blocks, of `block_size` tokens each.
         max_batch_size: the most requests that run at once.
         eos_token_ids: tokens that end a text.
-        max_chunk_tokens: the most prompt tokens in a micro-batch; None fits them to what steps were seen to take.
-        shares_memory: the stages read their weights from the memory of one machine.
-        can_share_blocks: several requests can hold a block on every stage.
+        max_chunk_tokens: the most prompt tokens in a micro-batch; None chooses from the measured times of steps.
+        shares_memory: whether the stages read their weights from the memory of one machine.
+        can_share_blocks: whether several requests can hold the same block, on every stage.
     """
 
     num_stages: int
@@ -63,18 +63,19 @@ class SchedulerConfig:
 
     @property
     def max_in_flight(self) -> int:
-        """One micro-batch a stage, and one on the way to hide the coordinator's own time."""
+        """One micro-batch for each stage, and one more to hide the coordinator's own time."""
         return self.num_stages + 1
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One new token of a request; `finish_reason` comes with the last.
+    """A new token of a request.
 
     Args:
-        token_id: None if the request generates no tokens.
-        logprobs: of the token, if the request asks for them.
-        embedding: `Embedding.data` instead of a token, if the request asks for an embedding.
+        token_id: None if the request generates none.
+        finish_reason: comes with the last token; None before.
+        logprobs: the token's, if requested.
+        embedding: in place of a token, if requested; as `Embedding.data`.
     """
 
     request: Request
@@ -86,10 +87,10 @@ class TokenOutput:
 
 @dataclass(slots=True)
 class _Draft:
-    """A micro-batch under construction.
+    """The micro-batch that is being drafted.
 
     Args:
-        starts: for each of its requests, the number of tokens computed before.
+        starts: for each request in it, the number of tokens that were computed before.
     """
 
     new_requests: list[NewRequest] = field(default_factory=list)
@@ -100,7 +101,7 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A plan in flight, and the requests of its chunks, of its sampled tokens and of its embeddings."""
+    """A plan in flight: the requests of its chunks, of its sampled tokens and of its embeddings, in order."""
 
     plan_id: int
     num_decodes: int
@@ -111,7 +112,7 @@ class _InFlight:
 
 
 class Scheduler:
-    """The one place that decides for a pipeline. Not thread-safe: one owner calls it."""
+    """Decides what a pipeline computes. Not thread-safe: one owner calls it."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
@@ -158,7 +159,7 @@ class Scheduler:
         self._waiting.add(request)
 
     def abort(self, request_id: int) -> None:
-        """Drops a request and frees its blocks at once, even if plans in flight contain it. Ignores unknown ids."""
+        """Forgets a request and frees its blocks at once; plans in flight may still compute it. Ignores unknown ids."""
         request = self._by_id.get(request_id)
         if request is not None:
             self._remove(request)
@@ -174,7 +175,7 @@ class Scheduler:
         return self._commit(draft) if draft.chunks else None
 
     def update(self, result: Result) -> list[TokenOutput]:
-        """Takes back the oldest plan in flight; returns the new tokens, in the plan's order.
+        """Takes the result of the oldest plan in flight; returns the new tokens, in the plan's order.
 
         Raises:
             ValueError: results came out of order.
@@ -185,23 +186,19 @@ class Scheduler:
         landed = self._in_flight.popleft()
         if result.timings:
             self._step_cost.observe(landed.num_rows, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
-        for of_prompt in result.prompt_logprobs:  # of a request that is gone, too: others of its prompt need them
-            landed.requests[of_prompt.request_id].prompt.learn(of_prompt)
-        all_logprobs = result.logprobs or (None,) * len(result.token_ids)
-        sampled = zip(landed.sampled_ids, result.token_ids, all_logprobs, strict=True)
+        for of_prompt in result.prompt_logprobs:  # even if the request has ended: others of its prompt need them
+            landed.requests[of_prompt.request_id].prompt.add_logprobs(of_prompt)
+        logprobs = result.logprobs or (None,) * len(result.token_ids)
+        sampled = zip(landed.sampled_ids, result.token_ids, logprobs, strict=True)
         return [
-            *(
-                self._take_token(self._by_id[id_], token, logprobs)
-                for id_, token, logprobs in sampled
-                if id_ in self._by_id
-            ),
+            *(self._take_token(self._by_id[id_], token, top) for id_, token, top in sampled if id_ in self._by_id),
             *(self._take_embedding(self._by_id[id_], data) for id_, data in result.embeddings if id_ in self._by_id),
         ]
 
     def drain(self) -> list[Request]:
-        """Drops all requests and plans of a pipeline that has died; returns the requests in their order.
+        """Forgets all requests and plans, because the pipeline has died; returns the requests in their order.
 
-        Each request keeps its tokens. Added to another scheduler, it is recomputed and continues where it stopped.
+        Each request keeps its tokens. Added to another scheduler, it is recomputed and continues where it was.
         """
         requests = sorted([*self._running, *self._waiting], key=run_order)
         for request in requests:
@@ -213,7 +210,7 @@ class Scheduler:
         return requests
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if any invariant is broken. Costs time in proportion to the number of blocks."""
+        """Raises AssertionError if an invariant is broken. Takes time in proportion to the number of blocks."""
         ids = [request.request_id for request in (*self._running, *self._waiting)]
         invariant(set(ids) == set(self._by_id) and len(ids) == len(self._by_id), "a request is lost")
         invariant(len(self._running) <= self._config.max_batch_size, "too many requests run")
@@ -223,7 +220,7 @@ class Scheduler:
         check_requests(self._running, self._waiting, [id_ for id_ in awaited_ids if id_ in self._by_id])
 
     def _draft_decodes(self, draft: _Draft) -> None:
-        """Shares the requests with one token to compute evenly over some micro-batches, mostly one a stage."""
+        """Adds a share of the requests with one token to compute. All micro-batches get equal shares."""
         decoding = [request for request in self._running if request.num_uncomputed <= 1]
         ready = [request for request in decoding if not request.is_awaiting_token]
         num_groups = num_decode_groups(len(decoding), self._config.num_stages, self._config.shares_memory)
@@ -235,22 +232,22 @@ class Scheduler:
         is_larger = sum(group > size for group in groups) < num_larger
         share = max(1, min(ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
-            if request.is_running:  # one of the share before it may have preempted it
+            if request.is_running:  # a request before it in the share may have preempted it
                 self._draft_chunk(draft, request, 1)
         draft.num_decodes = len(draft.chunks)
 
     def _draft_prefills(self, draft: _Draft) -> None:
-        """Fills up with prompt tokens: of running requests first, then of waiting ones."""
+        """Fills the micro-batch with prompt tokens, first of running requests, then of waiting ones."""
         room = self._prompt_room(has_decodes=draft.num_decodes > 0)
         for request in [r for r in self._running if r.num_uncomputed > 1]:
-            if room and request.is_running:  # one before it may have preempted it
+            if room and request.is_running:  # a request before it may have preempted it
                 room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
         index = 0
         while room and index < len(self._waiting) and len(self._running) < self._config.max_batch_size:
             request = self._waiting[index]
             source = self._source(draft, request)
             if source is None and request.prompt.holders:
-                index += 1  # another one is at the prompt; others may overtake
+                index += 1  # another request computes the prompt; later ones may overtake this one
             elif self._can_run(request, source):
                 self._admit(draft, request, source)
                 room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
@@ -258,7 +255,7 @@ class Scheduler:
                 return
 
     def _prompt_room(self, has_decodes: bool) -> int:
-        """Target number of prompt tokens in the micro-batch."""
+        """The most prompt tokens for the micro-batch."""
         if self._config.max_chunk_tokens is not None:
             return self._config.max_chunk_tokens
         num_tokens = self._waiting.num_tokens + sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
@@ -267,29 +264,29 @@ class Scheduler:
             return 0
         cost = self._step_cost.cost
         best = best_chunk_tokens(num_tokens, self._config.num_stages, cost or UNKNOWN_COST)
-        self._chunk_tokens = max(self._chunk_tokens, best)  # the best for a backlog is the best until it is gone
+        self._chunk_tokens = max(self._chunk_tokens, best)  # keep the chunk size of a backlog until it is done
         if has_decodes and cost is not None:
             return min(self._chunk_tokens, most_chunk_tokens_beside_decodes(cost))
         return self._chunk_tokens
 
     def _source(self, draft: _Draft, request: Request) -> Request | None:
-        """A request of the same prompt whose KV earlier plans have computed and which can be shared; else None."""
+        """A request whose KV of the same prompt earlier plans have computed, so that it can be taken over."""
         num_needed = request.prompt.num_shareable
         return next((r for r in request.prompt.holders if draft.starts.get(r, r.num_computed) >= num_needed), None)
 
     def _can_run(self, request: Request, source: Request | None) -> bool:
-        """Whether all tokens of the request are known and its blocks fit the KV cache."""
+        """Whether the cache has room for all its present tokens, and all of them are known."""
         num_blocks = self._pool.blocks_for(request.num_tokens) - len(self._shared_blocks(source))
         return num_blocks <= self._pool.num_free and not request.is_awaiting_token
 
     def _shared_blocks(self, source: Request | None) -> list[int]:
-        """The blocks that another request of the same prompt can share."""
+        """The source's blocks that a request of the same prompt can share."""
         if source is None or not self._config.can_share_blocks:
             return []
         return source.blocks[: source.prompt.num_shareable // self._config.block_size]
 
     def _admit(self, draft: _Draft, request: Request, source: Request | None) -> None:
-        """Starts the request. It begins with the KV of the source, if there is one."""
+        """Moves the request from the queue to the running ones. It takes over the source's KV of the prompt."""
         self._waiting.remove(request)
         insort(self._running, request, key=run_order)
         request.is_running = True
@@ -304,7 +301,7 @@ class Scheduler:
         draft.new_requests.append(request.introduction(begins_with))
 
     def _draft_chunk(self, draft: _Draft, request: Request, num_tokens: int) -> int:
-        """Adds the request's next tokens to the draft; returns how many: 0 if there are no blocks for them."""
+        """Adds the request's next tokens to the draft; returns their number, 0 if there are no blocks for them."""
         start, stop = request.num_computed, request.num_computed + num_tokens
         num_new_blocks = self._pool.blocks_for(stop) - len(request.blocks)
         if not self._make_room(num_new_blocks, request, draft):
@@ -322,14 +319,14 @@ class Scheduler:
                 new_blocks=tuple(new_blocks),
                 samples=request.is_awaiting_token and not pools,
                 next_id=request.next_prompt_id(stop),
-                tells_embedding=request.is_awaiting_token and pools,
+                ends_embedding=request.is_awaiting_token and pools,
             )
         )
         draft.starts[request] = start
         return num_tokens
 
     def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
-        """Preempts requests after this one, the last first, until the blocks are free; none if that is not enough."""
+        """Preempts requests that come after this one, the last first, until the blocks are free. Else preempts none."""
         num_free = self._pool.num_free
         if num_free >= num_blocks:
             return True
@@ -349,7 +346,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Frees the request's blocks and queues it again. It will be recomputed from its first token."""
+        """Frees the request's blocks and puts it back into the queue. It will be recomputed from its first token."""
         self._stop_running(request)
         self._waiting.add(request)
         self.num_preemptions += 1
@@ -359,7 +356,7 @@ class Scheduler:
         self._released.clear()
         self._next_plan_id += 1
         sampled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.samples)
-        pooled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.tells_embedding)
+        pooled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.ends_embedding)
         requests = {request.request_id: request for request in draft.starts}
         self._in_flight.append(
             _InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, requests, sampled_ids, pooled_ids)
@@ -369,7 +366,7 @@ class Scheduler:
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         num_tokens = request.num_tokens
         reason = request.append(token_id, self._config.eos_token_ids)
-        if not request.is_running:  # preempted while the token was on its way
+        if not request.is_running:  # preempted while the token was in flight
             self._waiting.num_tokens += request.num_tokens - num_tokens
         if reason is not None:
             self._remove(request)
@@ -389,7 +386,7 @@ class Scheduler:
             self._waiting.remove(request)
 
     def _stop_running(self, request: Request) -> None:
-        """Frees the request's blocks. The next plan releases it on the stages."""
+        """Frees its blocks. The next plan tells the stages to forget it."""
         self._running.remove(request)
         request.is_running = False
         if request.prompt.num_shareable:

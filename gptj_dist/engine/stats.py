@@ -1,8 +1,9 @@
-"""Records the timings of plans, and summarises how busy the stages are and how long plans wait.
+"""Records when each stage computed each plan, and sums up how busy the stages are and what they wait for.
 
-Timings arrive with results, so only the submission of a plan in flight is known. A stage's summary therefore ends at
-the last time for which its activity is known: now if nothing is in flight, else the end of its newest completed plan.
-Waiting times between machines are only as exact as their clocks agree; a stage's own times do not depend on that.
+Timings arrive with results: of a plan in flight, only the time of its submission is known. So each stage is summed up
+over the last seconds in which all of its work is known. They end now if nothing is in flight, and otherwise at the end
+of the stage's step for the newest plan that came back. Times of different machines are as exact as their clocks agree.
+A stage's own shares and steps use one clock.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gptj_dist.engine.plan import Plan, Result, StageTiming
 
 WINDOW_S = 10.0
 MAX_RECORDS = 4096
-"""Plans that are remembered: some megabytes, and enough for seconds of a quick pipeline between a reader's visits."""
+"""Plans that are kept: some megabytes, and enough for a fast pipeline between two reads of a trace."""
 
 _Interval = tuple[int, int]
 """Begin and end in nanoseconds."""
@@ -29,14 +30,14 @@ class PlanRecord:
     """A completed plan: what it computed, and when. Times are nanoseconds of a `SteadyClock`.
 
     Args:
-        number: counts the pipeline's plans from 0, on and on when its stages are replaced, where `plan_id` starts anew.
-        num_decodes: requests of which one token was computed.
-        num_prefill_tokens: tokens of the chunks of more than one.
-        num_context_tokens: tokens that attention reads: of each request, those up to and with its last in the plan.
-        num_sampled_tokens: new tokens that came of it.
-        scheduling: from when the coordinator began to put it together until it was submitted.
-        landing: from when the result was there until its tokens were handed out.
-        timings: of every stage, first to last.
+        number: counts the pipeline's plans from 0. Unlike `plan_id` it does not restart when stages are replaced.
+        num_decodes: requests with one token in the plan.
+        num_prefill_tokens: tokens in chunks of more than one token.
+        num_context_tokens: tokens that attention reads: for each request, all up to its last one in the plan.
+        num_sampled_tokens: tokens that the plan sampled.
+        scheduling: from the start of the scheduling until the plan was submitted.
+        landing: from the result's arrival until its tokens were in their streams.
+        timings: one for each stage, first to last.
     """
 
     number: int
@@ -55,11 +56,11 @@ class StageSnapshot:
     """A stage in the last seconds.
 
     Args:
-        busy_share: of the time in which it computed, from 0 to 1.
-        bubble_share: of the time in which it did not, though plans were in flight: what the pipeline loses.
-        step_ms: median of a plan's time; None if there was none.
-        queue: plans that waited in front of it, on the average over time; transport counts as waiting.
-        wait_ms: mean time that a plan waited; None if there was none.
+        busy_share: share of the time in which it computed, from 0 to 1.
+        bubble_share: share of the time in which it did not compute although plans were in flight, from 0 to 1.
+        step_ms: median time of a step; None if there was none.
+        queue: mean number of plans that waited for it; transport counts as waiting.
+        wait_ms: mean time that a plan waited for it; None if there was none.
     """
 
     busy_share: float
@@ -74,9 +75,9 @@ class Snapshot:
     """A pipeline in the last seconds.
 
     Args:
-        window_s: how many seconds those are.
-        prompt_tokens_per_s: those computed; after a preemption once more.
-        coordinator_share: of the time in which the coordinator put plans together or handed out tokens.
+        window_s: the number of these seconds.
+        prompt_tokens_per_s: prompt tokens computed; those computed again after a preemption count again.
+        coordinator_share: share of the time in which the coordinator scheduled plans or took in results.
         stages: first to last; empty before the first plan has come back.
     """
 
@@ -90,11 +91,11 @@ class Snapshot:
 
 @dataclass(slots=True)
 class StageWork:
-    """What a stage has done since the first plan.
+    """The work of a stage since the first plan.
 
     Attributes:
-        step_time: how long plans took it; the sum is the time in which it computed.
-        bubble_ns: in which it did not, though plans were in flight.
+        step_time: times of its steps; their sum is the time in which it computed.
+        bubble_ns: time in which it did not compute although plans were in flight.
     """
 
     step_time: Histogram = field(default_factory=Histogram)
@@ -103,7 +104,7 @@ class StageWork:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A plan on its way."""
+    """A plan whose result has not come back."""
 
     plan_id: int
     num_decodes: int
@@ -113,16 +114,16 @@ class _Flight:
 
 
 class PipelineStats:
-    """Statistics of a pipeline. The coordinator reports every plan to it, in order.
+    """Statistics of one pipeline. The coordinator notes every plan, in order.
 
     Args:
-        clock: nanoseconds; a `SteadyClock` if its readings are compared with those of stages.
+        clock: nanoseconds; a `SteadyClock` if the readings are compared with those of stages.
         window_s: seconds that a snapshot covers.
-        max_records: maximum number of plans kept; if that is fewer than `window_s` holds, a snapshot covers less.
+        max_records: the most plans that are kept; a snapshot of a faster pipeline covers less time.
 
     Attributes:
         stages: first to last; empty before the first plan has come back.
-        coordinator_ns: time in which plans were put together and tokens handed out.
+        coordinator_ns: time in which the coordinator scheduled plans and took in results.
     """
 
     def __init__(self, clock: Callable[[], int], window_s: float = WINDOW_S, max_records: int = MAX_RECORDS) -> None:
@@ -137,7 +138,7 @@ class PipelineStats:
         self.coordinator_ns = 0
 
     def note_submitted(self, plan: Plan, begin_ns: int) -> int:
-        """Records a submitted plan, whose scheduling began at `begin_ns`. Returns the time now."""
+        """The plan was submitted; its scheduling began at `begin_ns`. Returns the time now."""
         num_decodes = num_prefill_tokens = num_context_tokens = 0
         for chunk in plan.chunks:
             num_tokens = len(chunk.token_ids)
@@ -152,7 +153,7 @@ class PipelineStats:
         return scheduling.end_ns
 
     def note_landed(self, result: Result, begin_ns: int) -> None:
-        """Records that the oldest plan in flight came back at `begin_ns`, and that its tokens have been delivered."""
+        """The oldest plan in flight came back at `begin_ns`, and its tokens are in their streams."""
         flight = self._flights.popleft()
         if len(self._records) == self._records.maxlen:
             self._complete_since_ns = self._records[0].landing.begin_ns
@@ -172,12 +173,12 @@ class PipelineStats:
         self._add_up(record)
 
     def note_lost(self) -> None:
-        """Drops the plans in flight, which are lost with their stages."""
+        """The stages died; the plans in flight are lost."""
         self._flights.clear()
         self._before = None
 
     def records(self, since: int = 0) -> tuple[PlanRecord, ...]:
-        """The completed plans from number `since` on that are still kept, oldest first."""
+        """The plans from number `since` on that came back and are still kept, oldest first."""
         num_forgotten = self._num_plans - len(self._records)
         return tuple(islice(self._records, max(0, since - num_forgotten), None))
 
@@ -220,7 +221,7 @@ class PipelineStats:
         return tuple(self._stage(index, end_ns, records, in_flight) for index, end_ns in enumerate(known_until))
 
     def _known_until_ns(self, index: int, now_ns: int) -> int:
-        """Time up to which the stage's activity is known. What it did for plans in flight is not reported yet."""
+        """Time up to which the stage's activity is known: timings of plans in flight have not arrived yet."""
         if not self._flights:
             return now_ns
         ended_ns = self._records[-1].timings[index].end_ns
@@ -246,12 +247,16 @@ class PipelineStats:
 
 
 def _covered_ns(intervals: Iterable[_Interval], begin_ns: int, end_ns: int) -> int:
-    """Sum of the intervals' lengths within [begin, end). Overlapping intervals count more than once."""
+    """Nanoseconds of [begin, end) that the intervals cover; where they overlap, each counts."""
     return sum(min(end, end_ns) - max(begin, begin_ns) for begin, end in intervals if begin < end_ns and end > begin_ns)
 
 
 def _union(intervals: Iterable[_Interval]) -> list[_Interval]:
-    """The times that at least one interval covers. They come in order of their begins."""
+    """The times that at least one interval covers.
+
+    Args:
+        intervals: in order of their begins.
+    """
     union: list[_Interval] = []
     for begin, end in intervals:
         if union and begin <= union[-1][1]:

@@ -1,20 +1,20 @@
-"""Estimates the cost of steps from measured ones: a line through seconds over rows that favours recent steps."""
+"""Estimates the cost of a step by a line through the (rows, seconds) of past steps; recent ones weigh more."""
 
 from __future__ import annotations
 
 from gptj_dist.chunking import USUAL_OVERHEAD_ROWS, StepCost
 
 MEMORY = 0.99
-"""Weight of a step relative to the next one: the estimate covers about the last hundred steps."""
+"""Weight of a step relative to the next one: about the last hundred steps count."""
 
 MAX_OVERHEAD_ROWS = 512.0
 
 _LEAST_SPREAD = 4.0
-"""Steps whose numbers of rows deviate less than this show no slope."""
+"""Standard deviation of the numbers of rows below which they say nothing about the slope."""
 
 
 class StepCostEstimate:
-    """Exponentially weighted least squares over (rows, seconds) of the slowest stage."""
+    """Least squares with forgetting, over (rows, seconds) of the slowest stage."""
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
@@ -29,7 +29,7 @@ class StepCostEstimate:
 
     @property
     def cost(self) -> StepCost | None:
-        """The current estimate; None before the first step. Both of its parts are above zero."""
+        """The estimate; None before the first step. Both of its parts are above zero, whatever was measured."""
         if not self._seconds:
             return None
         rows, seconds = self._rows / self._weight, self._seconds / self._weight

@@ -1,4 +1,4 @@
-"""The queue of waiting requests, in the order in which they will run. Decides nothing."""
+"""The queue of requests that do not run. Decides nothing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from gptj_dist.engine.request import Request, run_order
 
 
 class WaitingQueue:
-    """Sorted by `run_order`.
+    """Waiting requests, sorted by `run_order`.
 
     Attributes:
-        num_tokens: estimated number of tokens to compute for all waiting requests.
+        num_tokens: estimate of the tokens that are to be computed for all of them, see `Request.num_expected`.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
-"""Keys and values in blocks of tokens, with a table of blocks for each request. For GPUs, where a region for the
-longest context would take memory even if unused. The scheduler decides which request gets which block.
+"""Keys and values in blocks of tokens, with a table of blocks for each request. For GPUs.
+
+A request holds only the blocks that its tokens need. The scheduler decides which request gets which block.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from gptj_dist.model.rotary import RotaryTable
 from gptj_dist.sizes import ceil_div
 
 SCRATCH_REQUEST = -1
-"""Id of a request that always exists, for rows that pad a micro-batch. Its only block is not one of the scheduler's."""
+"""A request that is always in the cache, for padding rows of a micro-batch. Its one block is not the scheduler's."""
 
 
 class BlockCache:
-    """Blocks in the model's type, and tables on the host, to be sent with each micro-batch.
+    """Blocks in the model's type on the device. The tables are on the host and are sent with each micro-batch.
 
     Args:
-        num_blocks, block_size: blocks in all, and tokens in each. One more block is held for `SCRATCH_REQUEST`.
+        num_blocks, block_size: blocks in all, and tokens in each. `SCRATCH_REQUEST` has one more block.
         max_tokens: the most tokens of a request.
     """
 
@@ -52,12 +53,12 @@ class BlockCache:
         self.extend(SCRATCH_REQUEST, [num_blocks])
 
     def add(self, request_id: int) -> None:
-        """Registers a request that has no tokens yet."""
+        """Implements `KVCache`."""
         self._tables[request_id] = torch.zeros(self._table_width, dtype=torch.int32)
         self._num_blocks_of[request_id] = 0
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Appends blocks to those of the request."""
+        """Implements `KVCache`."""
         new = torch.tensor(tuple(blocks), dtype=torch.int32)
         num_blocks = self._num_blocks_of[request_id]
         self._tables[request_id][num_blocks : num_blocks + len(new)] = new
@@ -66,23 +67,23 @@ class BlockCache:
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
         """Implements `KVCache`."""
         num_blocks = ceil_div(num_tokens, self.block_size)
-        theirs, ours = self._tables[source_id][:num_blocks], self._tables[request_id][:num_blocks]
-        for block_from, block_to in zip(theirs.tolist(), ours.tolist(), strict=True):
+        sources, targets = self._tables[source_id][:num_blocks], self._tables[request_id][:num_blocks]
+        for block_from, block_to in zip(sources.tolist(), targets.tolist(), strict=True):
             if block_from != block_to:
                 self._memory[:, :, block_to] = self._memory[:, :, block_from]
 
     def release(self, request_id: int) -> None:
-        """Removes the request. Its blocks may be reused at once."""
+        """Implements `KVCache`."""
         del self._tables[request_id], self._num_blocks_of[request_id]
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
         """Implements `KVCache`."""
-        from gptj_dist.model.paged_attention import attend_in_blocks  # Triton comes with torch for GPUs alone
+        from gptj_dist.model.paged_attention import attend_in_blocks  # needs Triton, which only a GPU's torch has
 
         return attend_in_blocks(self, batch, rotary)
 
     def tables(self, request_ids: Sequence[int]) -> Tensor:
-        """The requests' block tables, int32 [requests, longest table] on the host, padded with zeros."""
+        """The requests' block tables, int32 [requests, most blocks of a request] on the host, padded with zeros."""
         return torch.stack([self._tables[request_id] for request_id in request_ids])
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

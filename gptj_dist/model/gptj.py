@@ -1,4 +1,4 @@
-"""The layers of one stage, with the embedding on the first stage and the head on the last."""
+"""The layers of one stage. The first stage also has the embedding, the last one the head."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gptj_dist.model.layers import PartLoader, ReadTensor
 from gptj_dist.model.rotary import RotaryTable
 
 OnHidden = Callable[[int, Tensor], None]
-"""Is shown hidden states [rows, d_model], and how many of the model's layers they have been through."""
+"""Called with the number of layers that hidden states have passed, and the hidden states [rows, d_model]."""
 
 
-def _unwatched(_depth: int, _hidden: Tensor) -> None:
+def _ignore(_depth: int, _hidden: Tensor) -> None:
     """Default hook: ignores hidden states."""
 
 
@@ -26,7 +26,7 @@ class StageModel:
     """The layers of one stage on one device.
 
     Args:
-        read: reads a tensor of the checkpoint; called once a tensor, layer by layer, so that nothing is held twice.
+        read: reads a tensor of the checkpoint; called once for each tensor, layer by layer, so that none is held twice.
         on_layer: called after each layer is loaded, with the number of loaded layers.
     """
 
@@ -54,7 +54,7 @@ class StageModel:
 
     @property
     def rotary(self) -> RotaryTable:
-        """Cosines and sines for the attention of this model."""
+        """Cosines and sines, which attention needs."""
         return self._rotary
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -63,16 +63,16 @@ class StageModel:
             raise ValueError("only the first stage embeds")
         return self._embedding[to_device(token_ids, self._device)]
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache, on_hidden: OnHidden = _unwatched) -> Tensor:
+    def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache, on_hidden: OnHidden = _ignore) -> Tensor:
         """Runs the stage's layers over [rows, d_model], writing keys and values to the cache.
 
         Args:
-            on_hidden: called with the hidden states before the stage's first layer and after each layer.
+            on_hidden: called with the input of the stage's first layer and with the output of every layer.
         """
         return self.run_layers(hidden, cache.attention(batch, self._rotary), on_hidden)
 
-    def run_layers(self, hidden: Tensor, attend: Attention, on_hidden: OnHidden = _unwatched) -> Tensor:
-        """Like `forward`, with an attention that is already made for the rows."""
+    def run_layers(self, hidden: Tensor, attend: Attention, on_hidden: OnHidden = _ignore) -> Tensor:
+        """As `forward`, with the attention of the micro-batch."""
         on_hidden(self._first_layer, hidden)
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden, partial(attend, index))
@@ -80,25 +80,25 @@ class StageModel:
         return hidden
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """Applies the final LayerNorm to hidden states after the last layer: [rows, d_model] -> the same."""
+        """Applies the final LayerNorm, on the last stage: [rows, d_model] -> the same."""
         if self._head is None:
             raise ValueError("only the last stage has the final LayerNorm")
         return self._head[0](hidden)
 
     def blank_inputs(self, num_rows: int) -> Tensor:
-        """Allocates inputs for `compute`, filled with valid values."""
+        """Inputs for `compute` whose values do not matter, in memory that real ones can be copied to."""
         if self._embedding is not None:
             return torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         return torch.zeros(num_rows, self._config.d_model, dtype=self._dtype, device=self._device)
 
     def compute(self, inputs: Tensor, attend: Attention) -> Tensor:
-        """Computes the stage from its inputs to its output.
+        """Computes the whole step of the stage.
 
         Args:
             inputs: on the device; token ids int64 [rows] for the first stage, hidden states [rows, d_model] for others.
 
         Returns:
-            The logits float32 [rows, vocab_size] of the last stage, the hidden states of others.
+            Logits float32 [rows, vocab_size] on the last stage, hidden states [rows, d_model] on the others.
         """
         hidden = self.run_layers(inputs if self._embedding is None else self.embed(inputs), attend)
         return hidden if self._head is None else self.logits(hidden)

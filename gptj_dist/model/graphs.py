@@ -1,5 +1,7 @@
-"""Decode steps as CUDA graphs, recorded once for some sizes of micro-batch and then replayed. A graph costs the host
-one launch; the kernels of the layers cost some hundreds. Padding rows fill a micro-batch up to the next recorded size.
+"""Steps with one row for each request, recorded as CUDA graphs for some sizes of micro-batch, and replayed.
+
+Replaying a graph costs the host one launch instead of hundreds for the kernels of the layers. Padding rows fill a
+micro-batch up to the next recorded size.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ from gptj_dist.model.paged_attention import Grain, PagedAttention, RowIndex
 
 SMALL_SIZES = (1, 2, 4, 8)
 SIZE_STEP = 16
-"""Rows between larger sizes: so few cost nothing beside the weights, which are read once for all rows."""
+"""Difference between larger sizes. Padding rows cost little: the weights are read once for all rows."""
 WARM_UP_RUNS = 2
 
 Compute = Callable[[], Tensor]
 Record = Callable[[Compute], Compute]
-"""Makes of a computation one that does it again, on the same memory: each result lies where the one before lay."""
+"""Records a computation; returns a function that repeats it on the same memory, results included."""
 
 
 def batch_sizes(max_batch_size: int) -> list[int]:
-    """The sizes to record, ascending; the last is the maximum batch size."""
+    """The sizes to record, ascending; the last is at least `max_batch_size`."""
     sizes = [*SMALL_SIZES, *range(SIZE_STEP, max_batch_size + SIZE_STEP, SIZE_STEP)]
     return sizes[: bisect_left(sizes, max_batch_size) + 1]
 
@@ -35,28 +37,28 @@ class RecordedSteps:
     """A stage's whole step, for micro-batches in which each request has one row.
 
     Args:
-        cache: the one that the steps will be for.
-        sizes: of micro-batches, ascending.
+        cache: the cache that the steps read and write.
+        sizes: rows of the micro-batches, ascending.
     """
 
     def __init__(self, model: StageModel, cache: BlockCache, sizes: Sequence[int], record: Record) -> None:
         self._cache = cache
         self._sizes = sizes
-        # The largest first, so that the others find memory that it used.
+        # The largest first, so that the others reuse its memory.
         self._steps = {size: _Step(model, cache, size, record) for size in reversed(sizes)}
 
     def has(self, batch: MicroBatch) -> bool:
-        """Whether a recorded step fits the micro-batch."""
+        """Whether a recorded step can compute the micro-batch: each request has one row, and there are not too many."""
         return len(batch.spans) == len(batch.positions) <= self._sizes[-1]
 
     def __call__(self, batch: MicroBatch, inputs: Tensor) -> Tensor:
-        """Computes like `StageModel.compute`, for all rows."""
+        """As `StageModel.compute`."""
         size = self._sizes[bisect_left(self._sizes, len(inputs))]
         return self._steps[size](_fill_up(batch, size), inputs)
 
 
 class _Step:
-    """The step for one size, and the memory that it reads."""
+    """The recorded step of one size, and the memory of its inputs."""
 
     def __init__(self, model: StageModel, cache: BlockCache, size: int, record: Record) -> None:
         grain = Grain.of(cache)
@@ -73,13 +75,13 @@ class _Step:
 
 
 class GraphRecorder:
-    """Records CUDA graphs that share their memory: only one may be running at a time."""
+    """Records CUDA graphs that share their memory, so only one may run at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Compute) -> Compute:
-        """Implements `Record`. Does not record the first runs, which compile kernels and choose algorithms."""
+        """Implements `Record`. Some runs before the recording compile kernels and choose algorithms."""
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -98,7 +100,7 @@ class GraphRecorder:
 
 
 def _fill_up(batch: MicroBatch, size: int) -> MicroBatch:
-    """Appends padding rows up to `size`. Each is the first token of `SCRATCH_REQUEST`."""
+    """The micro-batch with padding rows at its end. Each is the first token of `SCRATCH_REQUEST`."""
     num_rows = len(batch.positions)
     filling = tuple(Span(SCRATCH_REQUEST, row, 0, 1) for row in range(num_rows, size))
     return MicroBatch(batch.spans + filling, torch.cat([batch.positions, batch.positions.new_zeros(size - num_rows)]))

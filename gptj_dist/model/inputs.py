@@ -1,4 +1,4 @@
-"""The model's view of a micro-batch: rows of tokens, and which of them belong to the same request."""
+"""A micro-batch as the model sees it: rows of tokens, and the request of each row."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Span:
     """A run of rows that are consecutive tokens of one request.
 
     Args:
-        request_id: the request, as registered in the KV cache.
+        request_id: the request, as the KV cache knows it.
         row: index of the first row in the micro-batch.
         start: position of the first token in its sequence.
-        num_tokens: rows and positions covered.
+        num_tokens: number of rows, and of positions.
     """
 
     request_id: int
@@ -47,7 +47,7 @@ class MicroBatch:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies the tensor to the device. The host does not wait for a copy to a GPU, which reads from pinned memory."""
+    """The tensor on the device. The host does not wait for a copy to a GPU, which reads from pinned memory."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

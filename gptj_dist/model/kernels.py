@@ -1,14 +1,14 @@
 """Triton kernels of attention over a cache in blocks: storing a layer's heads, attending for one row, and for a chunk.
 
-They know pointers and shapes, no requests. A kernel is made once for each set of its `constexpr` arguments. All sums
-are in float32. Loading this module needs Triton, which comes with every CUDA build of torch for Linux.
+They know pointers and shapes, no requests. A kernel is compiled once for each set of its `constexpr` arguments. All
+sums are in float32. Importing this module needs Triton, which every CUDA build of torch for Linux includes.
 
-Arguments that several kernels have; `rows`, `spans`, `tables` and `tiles` are those of `paged_attention.RowIndex`:
+Arguments that several kernels share; `rows`, `spans`, `tables` and `tiles` are those of `paged_attention.RowIndex`:
 
     queries        float32 [rows, HEADS, DIM], rotated and scaled
     keys, values   of one layer, [blocks, HEADS, BLOCK, DIM]
     positions      int32 [rows]
-    spans          int32 [rows]: whose table is the row's
+    spans          int32 [rows]: index of the row's table
     tables         int32 [spans, table_width]: the blocks of each span's request
     out            [rows, HEADS, DIM], rows `row_stride` elements apart
     WIDTH          DIM rounded up to a power of two, at least 16
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)
-"""The score of what must not be seen: finite, so that the difference of two of them is a number."""
+"""The score of masked keys: finite, so that the difference of two of them is a number."""
 
 
 @triton.jit

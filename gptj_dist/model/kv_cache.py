@@ -1,4 +1,4 @@
-"""Chooses the KV cache for a device, and with it the attention."""
+"""Chooses the cache of keys and values, and with it the attention, for a device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gptj_dist.model.regions import RegionCache
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type of cached keys and values, for a model computed in `dtype`."""
+    """The type of keys and values in the cache of a model that is computed in `dtype`."""
     if device.type != "cpu":
         return dtype
     return torch.bfloat16 if dtype == torch.bfloat16 and load_library() is not None else torch.float32
 
 
 def has_blocks(device: torch.device) -> bool:
-    """Whether the device's cache has blocks, which requests can share, instead of one region for each request."""
+    """Whether the device's cache has blocks, which requests can share; otherwise it has a region for each request."""
     return device.type != "cpu" or load_library() is not None
 
 
@@ -33,7 +33,7 @@ def make_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:
-    """A cache of `cache_dtype`.
+    """Makes the cache of a stage, in `cache_dtype`.
 
     Args:
         num_blocks: blocks in all, of `BLOCK_SIZE_TOKENS` each.

@@ -17,10 +17,10 @@ from gptj_dist.config import ModelConfig
 from gptj_dist.model.linear import Linear, can_pack, make_linear
 
 ReadTensor = Callable[[str, Tensor], None]
-"""Fills a tensor with that of a checkpoint, by its name there."""
+"""Fills a tensor with the checkpoint's tensor of that name."""
 
 Attend = Callable[[Tensor], None]
-"""An `Attention` in one layer: takes the heads [rows, 3, num_heads, head_dim]."""
+"""An `Attention` for one layer; takes the heads [rows, 3, num_heads, head_dim]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,14 @@ class FusedLayer:
         normed = self.norm(hidden)
         qkv = self.qkv(normed)
         attend(qkv.view(rows, 3, self.num_heads, -1))
-        # The values' columns hold what attention made.
+        # Attention has written its result over the values.
         hidden = self.out_proj.add(qkv[:, 2 * d_model :], hidden)
         return self.fc_out.add(self.fc_in.gelu(normed), hidden)
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedLayer:
-    """Two products, each as large as can be, where a launch costs more than an addition.
+    """Two large products, for devices on which a kernel's launch costs more than an addition.
 
     Args:
         fan_in: [3 * d_model + d_ff, d_model]: q, k, v and fc_in.
@@ -84,7 +84,7 @@ class JoinedLayer:
     def __call__(self, hidden: Tensor, attend: Attend) -> Tensor:
         rows, d_model = hidden.shape
         fanned = self.fan_in(self.norm(hidden))
-        # Attention writes its result over the values, whose columns stand right before the MLP's.
+        # Attention writes its result over the values, whose columns lie right before the MLP's.
         attend(fanned[:, : 3 * d_model].view(rows, 3, self.num_heads, -1))
         inner = fanned[:, 3 * d_model :]
         torch.ops.aten.gelu.out(inner, approximate="tanh", out=inner)
@@ -92,10 +92,10 @@ class JoinedLayer:
 
 
 class PartLoader:
-    """Makes the parts of a stage, reading each tensor right into its place in a joined one.
+    """Makes the parts of a stage. Reads each tensor directly into its place in a joined one.
 
-    Where weights are packed, which copies them, one matrix is read into the memory of the one before: getting fresh
-    memory for each costs as much time as reading it.
+    If weights are packed, which copies them, each matrix is read into the memory of the one before it: new memory would
+    cost as much time as the reading.
     """
 
     def __init__(self, read: ReadTensor, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -111,7 +111,7 @@ class PartLoader:
         return self._tensor("transformer.wte.weight", self._config.vocab_size, self._config.d_model)
 
     def layer(self, name: str) -> Layer:
-        """The layer of that name in the checkpoint."""
+        """The layer with that name in the checkpoint."""
         return self._fused_layer(name) if self._packs else self._joined_layer(name)
 
     def head(self) -> tuple[LayerNorm, Linear]:
@@ -151,7 +151,7 @@ class PartLoader:
         )
 
     def _linear(self, rows_of: dict[str, int], columns: int, bias: Tensor | None) -> Linear:
-        """A product with matrices of the checkpoint, by name and number of rows, one below the other."""
+        """A product with matrices of the checkpoint, given by name and number of rows, one below the other."""
         weight = self._matrix(sum(rows_of.values()), columns)
         for name, part in zip(rows_of, torch.split(weight, list(rows_of.values())), strict=True):
             self._read(name, part)
@@ -167,7 +167,7 @@ class PartLoader:
         return tensor
 
     def _matrix(self, rows: int, columns: int) -> Tensor:
-        """Room for the weight of a `Linear`; valid until the next is asked for if the `Linear` packs it."""
+        """Memory for the weight of a `Linear`. If weights are packed, the next call reuses it."""
         if not self._packs:
             return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
         if self._scratch.numel() < rows * columns:

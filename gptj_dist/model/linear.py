@@ -1,9 +1,8 @@
-"""One weight matrix, ready to multiply: packed once for the CPU's product, plain elsewhere.
+"""Products with a weight matrix, which is packed once on a CPU and plain on other devices.
 
-A CPU's product reorders a weight on every call unless it is packed beforehand; packing makes one row 2.4 times as
-fast. It also applies GELU or adds a residual while a product is still in registers. A packed product has a further
-property: each row of the result has the same bits whatever the other rows are (with oneDNN in float32 only if there
-are at least two rows). The exact mode depends on this property.
+A CPU's product reorders the weight on every call unless it is packed: packing makes one row 2.4 times as fast. Packed
+products also apply GELU or add a residual while the result is still in registers. Each row of their result has the same
+bits whatever rows are beside it (with oneDNN in float32, if there are two rows or more). The exact mode relies on that.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from gptj_dist.model.native.library import load_product_library
 from gptj_dist.model.native.product import NativeLinear
 
 PACKING_ROWS_HINT = 32
-"""The number of rows oneDNN's layout is made for; one value for all, because the layout decides the order of sums."""
+"""The number of rows that oneDNN chooses its layout for. The layout decides the order of sums, so it is a constant."""
 
 
 class Linear(Protocol):
@@ -35,10 +34,10 @@ class Linear(Protocol):
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Makes the fastest product that this machine has.
+    """The fastest product on the weight's device.
 
     Args:
-        weight: [out_features, in_features]; where `can_pack`, the caller may reuse its memory afterwards.
+        weight: [out_features, in_features]. If `can_pack`, it is copied, and the caller may reuse its memory.
         bias: [out_features], or None for none.
     """
     if not can_pack(weight.device, weight.dtype):
@@ -48,7 +47,7 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this machine has a product that packs weights of this device and type, into memory of their own."""
+    """Whether `make_linear` packs weights of this type on this device, that is, copies them."""
     if device.type != "cpu":
         return False
     if dtype == torch.bfloat16 and load_product_library() is not None:
@@ -61,7 +60,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class PlainLinear:
-    """A weight as it is, by torch."""
+    """Torch's product with a plain weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
@@ -78,9 +77,9 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """A weight packed by oneDNN.
+    """OneDNN's product with a packed weight.
 
-    The operators are private to torch (its compiler emits them), so every use of them is in this file.
+    Torch's operators for it are private (its compiler uses them), so all uses are in this file.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

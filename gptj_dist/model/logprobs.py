@@ -1,4 +1,4 @@
-"""Computes log probabilities of tokens from the model's logits."""
+"""Log probabilities of tokens, from the model's own logits. Knows no requests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from gptj_dist.params import TokenLogprobs
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Log probabilities of one token per row, and of the likeliest tokens.
+    """The log probabilities of one token in each row, and of the likeliest tokens.
 
     Args:
         logits: float32 [rows, vocab_size].
-        num_top: number of likeliest tokens to return, for each row.
+        token_ids: one token for each row.
+        num_top: for each row, the number of likeliest tokens to return.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])

@@ -1,5 +1,6 @@
-"""Attention over a cache in blocks, by Triton kernels: all rows that are alone of their request in one launch, the rows
-of chunks in another, in tiles. For GPUs; on any device through Triton's interpreter.
+"""Attention over a cache in blocks, by Triton kernels. For GPUs; on any device through Triton's interpreter.
+
+One launch computes the rows that are the only ones of their request. Another computes the rows of chunks, in tiles.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from gptj_dist.sizes import ceil_div
 
 MAX_SPLITS = 32
 PROGRAMS_PER_MULTIPROCESSOR = 2
-"""Minimum number of programs that attend for single rows; contexts are split until it is reached."""
+"""The fewest programs for single rows; contexts are split to reach this number."""
 
 
 class Blocks(Protocol):
-    """The interface of a block cache that attention reads; `BlockCache` implements it."""
+    """The part of `BlockCache` that attention reads."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,10 +42,10 @@ class Blocks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """How finely the work of attention is cut for a device.
+    """The sizes of attention's units of work on a device.
 
     Args:
-        wanted_programs: for single rows.
+        wanted_programs: the fewest programs for single rows.
         lone_tile_keys: keys that `attend_row` reads at a time.
         tile_rows, tile_keys: rows of a tile of a chunk, and keys that `attend_tile` reads at a time.
         tile_warps, tile_stages: of a program of `attend_tile`.
@@ -59,7 +60,7 @@ class Grain:
 
     @classmethod
     def of(cls, cache: Blocks) -> Grain:
-        """The grain for the cache's device and type."""
+        """The sizes for the cache's device and type."""
         if cache.device.type != "cuda":
             return cls(1, 16, 64, 32, 1, 1)
         properties = torch.cuda.get_device_properties(cache.device)
@@ -67,7 +68,7 @@ class Grain:
 
     @classmethod
     def of_gpu(cls, num_multiprocessors: int, major: int, dtype: torch.dtype, head_dim: int) -> Grain:
-        """The grain for an NVIDIA GPU of compute capability `major`.x.
+        """The sizes for an NVIDIA GPU of compute capability `major`.x.
 
         By the registers and shared memory that the compiled kernels take at 256 dimensions: 16 keys of a single row
         leave room for six programs of 80 registers a thread on a multiprocessor. Large tiles take 70 KB (96 KB on
@@ -80,27 +81,31 @@ class Grain:
         return cls(programs, 16, 16, 16, 4, 1)
 
     def num_splits(self, num_programs: int) -> int:
-        """Number of splits of each row's context for this number of rows and heads; a power of two."""
+        """Number of shares, a power of two, that each row's context is split into.
+
+        Args:
+            num_programs: number of rows times heads.
+        """
         if num_programs == 0:
             return 1
         return min(int(triton.next_power_of_2(ceil_div(self.wanted_programs, num_programs))), MAX_SPLITS)
 
 
 class RowIndex:
-    """Which token of which request each row of a micro-batch is, as the kernels read it: int32, in one piece of memory.
+    """The position and request of each row of a micro-batch, as the kernels read them: int32, in one tensor.
 
     Its parts are `positions` [rows], `spans` [rows], `tables` [spans, blocks], `lone_rows` (those of spans of one row)
     and `tiles` [tiles, 2] (the first row of each piece of the other spans, and how many).
 
     Args:
-        flat: all parts, in this order, each on a border of 16 bytes: Triton makes other kernels for other borders.
-        shapes: of the parts.
+        flat: all parts, in this order, each aligned to 16 bytes: Triton compiles other kernels for other alignments.
+        shapes: the shapes of the parts.
     """
 
     def __init__(self, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
         self._flat = flat
         self._shapes = shapes
-        parts = torch.split(flat, [_whole_borders(math.prod(shape)) for shape in shapes])
+        parts = torch.split(flat, [_aligned_size(math.prod(shape)) for shape in shapes])
         self.positions, self.spans, self.tables, self.lone_rows, self.tiles = (
             part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)
         )
@@ -118,18 +123,18 @@ class RowIndex:
             torch.tensor(lone_rows),
             torch.tensor(tiles).view(-1, 2),
         )
-        flat = torch.zeros(sum(_whole_borders(part.numel()) for part in parts), dtype=torch.int32)
+        flat = torch.zeros(sum(_aligned_size(part.numel()) for part in parts), dtype=torch.int32)
         index = cls(flat, [tuple(part.shape) for part in parts])
         for target, part in zip(index._parts(), parts, strict=True):
             target.copy_(part)
         return index
 
     def to(self, device: torch.device) -> RowIndex:
-        """A copy on the device; the host does not wait for it."""
+        """A copy on the device. The host does not wait for it."""
         return RowIndex(to_device(self._flat, device), self._shapes)
 
     def overwrite(self, other: RowIndex) -> None:
-        """Copies another index of the same sizes into this one. The host does not wait for the copy."""
+        """Copies another index of the same sizes into this one. The host does not wait for it."""
         self._flat.copy_(to_device(other._flat, self._flat.device))
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -137,10 +142,10 @@ class RowIndex:
 
 
 class PagedAttention:
-    """Attends for one micro-batch.
+    """Implements `Attention`.
 
     Args:
-        index: of the micro-batch, on the cache's device, with the tiles of this grain.
+        index: the index of the micro-batch, on the cache's device, with tiles of this grain.
     """
 
     def __init__(self, cache: Blocks, index: RowIndex, rotary: RotaryTable, grain: Grain) -> None:
@@ -224,17 +229,17 @@ class PagedAttention:
 
 
 def attend_in_blocks(cache: Blocks, batch: MicroBatch, rotary: RotaryTable) -> PagedAttention:
-    """The attention of a micro-batch that is on the host."""
+    """The attention of a micro-batch, which is on the host."""
     grain = Grain.of(cache)
     return PagedAttention(cache, RowIndex.draw(batch, cache, grain.tile_rows).to(cache.device), rotary, grain)
 
 
 def _tiles(span: Span, tile_rows: int) -> list[tuple[int, int]]:
-    """First row and number of rows of each."""
+    """First row and number of rows of each tile."""
     row, stop = span.row, span.row + span.num_tokens
     return [(first, min(tile_rows, stop - first)) for first in range(row, stop, tile_rows)]
 
 
-def _whole_borders(num_elements: int) -> int:
-    """Elements of 4 bytes up to the next border of 16."""
+def _aligned_size(num_elements: int) -> int:
+    """Number of 4-byte elements, rounded up to a multiple of 16 bytes."""
     return ceil_div(num_elements, 4) * 4

@@ -1,10 +1,10 @@
-"""Attention on a CPU by torch alone, for machines without a C compiler; and the cache that it reads in place.
+"""Attention on a CPU in torch, for machines without a C compiler, and the cache that it reads in place.
 
-On a CPU memory that was never touched costs nothing, so each request has a contiguous region as long as the context.
+Untouched memory costs nothing on a CPU, so each request has a contiguous region as long as the context.
 
 The rows of a request are computed in tiles of `EXACT_TILE_ROWS` at fixed positions: the row of position p is always row
 p mod 8 of a product of the same shape over the same keys, so in float32 it has the same bits whether it comes alone or
-in a chunk. What else is in the tile cannot reach it: later columns are masked, other rows are other sums.
+in a chunk. The rest of the tile does not change it: later columns are masked, and other rows are other sums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAP_NORESERVE = 0x4000
 """Linux's flag for "do not count this memory as used until it is touched"; Python's mmap does not name it."""
 
 Places = tuple[Tensor, Tensor]
-"""Where the keys and values of a micro-batch's rows go: regions and positions, int64 [rows] each."""
+"""Places of the keys and values of a micro-batch's rows: regions and positions, int64 [rows] each."""
 
 
 class RegionCache:
@@ -57,12 +57,12 @@ class RegionCache:
         self._views_of[request_id] = [(kv[0].transpose(1, 2), kv[1]) for kv in self._regions[region].unbind()]
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Does nothing: a region has its full length from the start."""
+        """Does nothing: a region has room for the longest request."""
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
         """Implements `KVCache`."""
-        theirs, ours = (self._regions[self._region_of[id_]] for id_ in (source_id, request_id))
-        ours[..., :num_tokens, :] = theirs[..., :num_tokens, :]
+        source, target = (self._regions[self._region_of[id_]] for id_ in (source_id, request_id))
+        target[..., :num_tokens, :] = source[..., :num_tokens, :]
 
     def release(self, request_id: int) -> None:
         del self._views_of[request_id]
@@ -75,12 +75,12 @@ class RegionCache:
         return TiledAttention(self, batch, rotary)
 
     def locate(self, batch: MicroBatch) -> Places:
-        """Where the rows' keys and values go, the same in every layer."""
+        """The places of the rows' keys and values, the same in every layer."""
         regions = [self._region_of[span.request_id] for span in batch.spans for _ in range(span.num_tokens)]
         return torch.tensor(regions), batch.positions
 
     def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
-        """Stores what the rows have, [rows, num_heads, head_dim] each."""
+        """Stores the rows' keys and values, [rows, num_heads, head_dim] each."""
         regions, positions = places
         layer_keys, layer_values = self._layers[layer]
         layer_keys[regions, :, positions] = keys
@@ -92,9 +92,9 @@ class RegionCache:
         return keys.narrow(2, 0, num_tokens), values.narrow(1, 0, num_tokens)
 
     def _give_back(self, region: int) -> None:
-        """Returns the region's pages to the machine; they read as zeros from now on.
+        """Returns the region's pages to the machine; they read as zeros afterwards.
 
-        Zeros also keep one request's infinities from ever reaching another through the masked columns of a tile.
+        Without the zeros, a request's infinities could reach the next one through the masked columns of a tile.
         """
         start, stop = region * self._region_bytes, (region + 1) * self._region_bytes
         first_page, last_page = ceil_div(start, mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
@@ -108,7 +108,7 @@ class RegionCache:
 
 
 class _Intake:
-    """What comes before attention in plain torch: queries and keys are rotated, keys and values go to the cache."""
+    """The part before attention: rotates queries and keys, and stores keys and values in the cache."""
 
     def __init__(self, cache: RegionCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
@@ -125,7 +125,7 @@ class _Intake:
 
 
 class TiledAttention:
-    """Two matrix products a tile, in float32, straight out of the cache."""
+    """Two float32 matrix products for each tile, which read the cache in place."""
 
     def __init__(self, cache: RegionCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
@@ -160,5 +160,5 @@ def _above_diagonal(size: int) -> Tensor:
 
 
 def _lazy_memory(num_bytes: int) -> mmap.mmap:
-    """Zeros that take no memory until they are written, even if there are more of them than the machine has memory."""
+    """Zeros that take no memory until they are written. There may be more of them than the machine has memory."""
     return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)

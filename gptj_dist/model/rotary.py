@@ -1,7 +1,7 @@
 """GPT-J's rotary position embedding: on the first dimensions of each head, in interleaved pairs (2i, 2i + 1).
 
 Su et al. 2021, "RoFormer", with base 10000. Computed in float32 with separate products and sums, so that a row has the
-same bits wherever it stands in a batch.
+same bits at every place in a batch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Samples tokens from logits. The noise is a function of (request, position) alone, so a request samples the same
-tokens in any batch, with any cut of the layers, and after a restart.
+"""Samples tokens from logits. Knows no text.
+
+The noise depends only on the request and the position. So a request gets the same tokens whatever else is in its
+micro-batch, however the layers are cut into stages, and after a restart.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from gptj_dist.params import NO_TOKEN, SamplingParams, TokenLogprobs
 from gptj_dist.token_rules import TokenRules
 
 CPU_ROWS_AT_ONCE = 2
-"""Rows of a kind that a CPU samples together: the numbers of more leave its cache (50,400 tokens, 32 rows on two cores:
-5.0 ms one by one, 3.2 ms two by two, 8.1 ms four by four)."""
+"""Rows of a kind that a CPU samples together; more do not fit its cache (50,400 tokens, 32 rows on two cores: 5.0 ms
+one by one, 3.2 ms two by two, 8.1 ms four by four)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class SampleSpec:
 
 
 class Sampler:
-    """Samples rows of logits, all rows of a kind together and each as if it were alone.
+    """Samples rows of logits. Rows of a kind are computed together; each gets the token that it would get alone.
 
     Args:
         rules: the model's, for its tokens.
@@ -72,10 +74,10 @@ class Sampler:
         tokens: list[int] = self.draw(logits, specs).tolist()
         return tokens
 
-    def sample_and_tell(
+    def sample_with_logprobs(
         self, logits: Tensor, specs: Sequence[SampleSpec]
     ) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
-        """Samples like `__call__`, and returns the log probabilities that specs ask for; empty if none does."""
+        """As a call, and the log probabilities that specs request: one for each row, or empty if none requests any."""
         num_top = {row: num for row, spec in enumerate(specs) if (num := spec.params.logprobs) is not None}
         if not num_top:
             return self(logits, specs), ()
@@ -86,7 +88,7 @@ class Sampler:
         return tokens, tuple(by_row.get(row) for row in range(len(specs)))
 
     def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-        """Samples like `__call__`, but leaves the tokens on the device, int64 [rows]. The host does not wait."""
+        """As a call, but the tokens stay on the device, int64 [rows], and the host does not wait for them."""
         spares = [self._named_spares(row, spec.params) for row, spec in zip(logits.unbind(), specs, strict=True)]
         logits.index_fill_(1, self._masked_ids, -math.inf)
         for row, spec, spare in zip(logits.unbind(), specs, spares, strict=True):
@@ -126,7 +128,7 @@ class Sampler:
         numbers = [(p.temperature, p.top_p, p.min_p, noise) for p, noise in zip(settings, noises, strict=True)]
         columns = to_device(torch.tensor(numbers, dtype=torch.float64), self._device)
         temperature, top_p, min_p, noise = columns[:, :, None].unbind(1)
-        # This never overflows: the likeliest token is at 0.
+        # The largest is 0, so this never overflows.
         scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
         probabilities = torch.softmax(scaled, dim=-1)
         if any(params.min_p > 0 for params in settings):
@@ -140,14 +142,14 @@ class Sampler:
 
 
 def uniform_noise(noise_key: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits, from a counter: no state is kept anywhere."""
+    """A number in [0, 1) with 53 random bits: a hash of its arguments, without any state."""
     message = noise_key.to_bytes(8, "little") + position.to_bytes(8, "little")
     digest = hashlib.blake2b(message, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def _group_by_kind(specs: Sequence[SampleSpec], most_rows: int) -> Iterator[list[int]]:
-    """The rows that are not greedy, by how their tokens are sorted: rows of another kind must not change the order."""
+    """Groups the rows that are not greedy by how their tokens are sorted: the order of equal ones depends on it."""
     kinds = defaultdict(list)
     for row, spec in enumerate(specs):
         params = spec.params
@@ -159,9 +161,9 @@ def _group_by_kind(specs: Sequence[SampleSpec], most_rows: int) -> Iterator[list
 
 
 def _sort(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """The likeliest `top_k` or, where `top_p` wants them, all probabilities in descending order, and their tokens' ids.
+    """The `top_k` largest probabilities, or with `top_p` all of them, in descending order, and their tokens' ids.
 
-    None for all of them in their own order: that is much cheaper.
+    Without either, all probabilities in their own order, which is much cheaper, and None.
     """
     if params.top_k > 0:
         return torch.topk(probabilities, min(params.top_k, probabilities.shape[1]))
@@ -171,19 +173,21 @@ def _sort(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
 
 
 def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Keeps each row's largest probabilities that together reach `top_p` [rows, 1] of the sum, and zeroes the rest."""
+    """Keeps the first of each row's descending probabilities that reach `top_p` [rows, 1] of their sum."""
     cumulative = probabilities.cumsum(-1)
     num_kept = (cumulative < top_p * cumulative[:, -1:]).sum(dim=-1, keepdim=True) + 1
     return probabilities.where(torch.arange(probabilities.shape[1], device=top_p.device) < num_kept, 0)
 
 
 def _invert(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Index at which the cumulative distribution reaches the noise [rows, 1], a share of its total; int64 [rows, 1].
+    """The index at which the cumulative distribution exceeds the noise [rows, 1] times its total; int64 [rows, 1].
 
-    Always a valid index, even in a row full of NaN.
+    A valid index even in a row of NaN.
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:].contiguous()
     drawn = torch.searchsorted(cumulative, noise * total, right=True)
-    last = torch.searchsorted(cumulative, total)  # rounding must not carry the draw past the last possible token
+    last = torch.searchsorted(
+        cumulative, total
+    )  # rounding must not move the draw past the last token with a probability
     return torch.minimum(drawn, last).clamp_(max=probabilities.shape[1] - 1)

@@ -31,7 +31,7 @@ class CoreClaim:
 def available_cores() -> int:
     """The number of cores that this process can keep busy: its affinity, limited by its control groups' CPU quota.
 
-    A quota is rounded to the nearest number, as measured in `docs/decisions/0019-busy-machines.md`: with a quota of
+    A quota is rounded to the nearest number, as measured in `docs/decisions/0021-busy-machines.md`: with a quota of
     1.5 two threads decode faster than one, with 1.25 they do not. Always at least 1.
     """
     num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

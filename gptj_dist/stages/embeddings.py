@@ -85,5 +85,5 @@ class EmbeddingPools:
         return tuple(
             Embedding(chunk.request_id, self._pools[chunk.request_id].embedding(chunk.start + len(chunk.token_ids)))
             for chunk in chunks
-            if chunk.tells_embedding and chunk.request_id in self._pools
+            if chunk.ends_embedding and chunk.request_id in self._pools
         )

@@ -161,7 +161,7 @@ class StageRunner:
         if not self._spec.layers.is_last:
             return StageOutput(output, embeddings)
         specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
-        token_ids, logprobs = self._sampler.sample_and_tell(output, specs) if specs else ([], ())
+        token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
         return Result(plan.plan_id, tuple(token_ids), (), logprobs, prompt_logprobs, embeddings)
 
     @torch.inference_mode()

@@ -3,7 +3,7 @@
 The threads of an operator wait for each other, and an operator takes between 20 us and some ms. A thread whose core is
 taken by another program for a few ms holds up the others at every operator: on two cores beside one busy process, two
 threads are several times slower than one thread alone. The number of threads changes no bit of a float32 result.
-`docs/decisions/0019-busy-machines.md` has the measurements and the alternatives.
+`docs/decisions/0021-busy-machines.md` has the measurements and the alternatives.
 """
 
 from __future__ import annotations

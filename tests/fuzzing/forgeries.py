@@ -19,7 +19,6 @@ from gptj_dist.checkpoint.index import expected_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 
 _STORAGE_TYPES = (torch.FloatStorage, torch.HalfStorage, torch.BFloat16Storage, torch.LongStorage, torch.BoolStorage)
-_LEGACY_HEAD = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True, "protocol_version": 1001, "type_sizes": {}})
 _SIZES = (0, 1, 2, 3, 8, 16, 1000, 2**31 - 1, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**100, -1)
 _DTYPES = ("F32", "F16", "BF16", "F64", "BOOL", "U8", "F8_E4M3", "x", "", "\n", "\ud800")
 
@@ -75,11 +74,6 @@ def as_zip(pickle_bytes: bytes, storages: Iterable[tuple[str, bytes]] = ()) -> b
     return buffer.getvalue()
 
 
-def as_legacy(*pickles: bytes, rest: bytes = b"") -> bytes:
-    """A file from before torch 1.6: three pickles at its head, and those given, usually two."""
-    return b"".join([*map(pickled, _LEGACY_HEAD), *pickles, rest])
-
-
 def forge_torch_file(config: ModelConfig, random: Random) -> bytes:
     """A state dict of the right names, in which one tensor is absurd."""
     shapes = expected_tensors(config, LayerRange.whole(config.num_layers))
@@ -88,10 +82,6 @@ def forge_torch_file(config: ModelConfig, random: Random) -> bytes:
     state[name] = _absurd_tensor(random, list(shapes).index(name), shapes[name])
     data = [(str(key), bytes(4 * torch.Size(shape).numel())) for key, shape in enumerate(shapes.values())]
     protocol = random.randrange(2, 6)
-    if random.random() < 0.3:
-        keys = pickled(random.choice([[key for key, _ in data], [], [[]], [0], "0", {}, ["0"] * 50]))
-        lengths = [(len(part) // 4).to_bytes(8, "little") + part for _, part in data]
-        return as_legacy(pickled(state, protocol), keys, rest=b"".join(lengths))
     whole = as_zip(pickled(state, protocol), data)
     return _with_absurd_directory(whole, random) if random.random() < 0.4 else whole
 

@@ -25,7 +25,6 @@ from tests.fuzzing.mutations import Target, damage
 
 CONFIG = ModelConfig(8, 2, 8, 2, 4, 16, 8, (0,))
 _SHARD_BYTES = 1500
-_LEGACY_PICKLES = 5
 
 Spoil = Callable[[Random], bytes]
 
@@ -52,14 +51,10 @@ def write_models(root: Path) -> list[Victim]:
     state = load_file(whole / "model.safetensors")
     masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 8, 8).bool() for layer in range(2)}
     turned = {name: t.T.contiguous().T if t.dim() == 2 else t for name, t in state.items()}
-    for form, content, is_zip in (
-        ("zip", {**turned, **masks}, True),
-        ("plain zip", state, True),
-        ("legacy", {**turned, **masks}, False),
-    ):
+    for form, content in (("zip", {**turned, **masks}), ("plain zip", state)):
         (root / form).mkdir()
         (root / form / "config.json").write_bytes((whole / "config.json").read_bytes())
-        torch.save(content, root / form / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+        torch.save(content, root / form / "pytorch_model.bin")
     _write_pickled_shards(root / "bin shards", state, (whole / "config.json").read_bytes())
     _write_tokenizers(root / "tokenizer", root / "vocabulary")
     return [_victim(path) for path in sorted(root.rglob("*")) if path.is_file()] + [
@@ -112,7 +107,7 @@ def _write_tokenizers(whole: Path, parts: Path) -> None:
 def _victim(path: Path) -> Victim:
     data = path.read_bytes()
     if path.suffix == ".bin":
-        target = _zip_target(data) if data.startswith(b"PK") else _legacy_target(data)
+        target = _zip_target(data)
     elif path.suffix == ".safetensors":
         header_bytes = int.from_bytes(data[:8], "little")
         target = Target(data, [(0, 8), (8, header_bytes)], fields=[(0, 8)], is_text=True)
@@ -142,18 +137,6 @@ def _zip_target(data: bytes) -> Target:
     )
     opcodes, lengths = _instructions(data, start)
     return Target(data, [(start, size), (directory, len(data) - directory), (0, 64)], fields + lengths, opcodes)
-
-
-def _legacy_target(data: bytes) -> Target:
-    opcodes: list[int] = []
-    fields: list[tuple[int, int]] = []
-    end = 0
-    for _ in range(_LEGACY_PICKLES):
-        more, lengths = _instructions(data, end)
-        opcodes += more
-        fields += lengths
-        end = more[-1] + 1
-    return Target(data, [(0, end), (max(0, end - 400), 500)], [*fields, *[(end, 8)] * 20], opcodes)
 
 
 def _instructions(data: bytes, start: int) -> tuple[list[int], list[tuple[int, int]]]:

@@ -43,7 +43,7 @@ class Nodes:
         """The living actors that are stages, as Ray's state API shows them."""
         answer = wait_until(self._actors, "Ray's state API answers")
         found = answer["data"]["result"]["result"]
-        return [actor for actor in found if (actor["class_name"], actor["state"]) == ("Stage", "ALIVE")]
+        return [actor for actor in found if "/stage-" in actor["name"] and actor["state"] == "ALIVE"]
 
     def _actors(self) -> dict[str, Any] | None:
         """What the state API says, or None while it is too busy to say it in JSON."""

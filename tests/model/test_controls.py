@@ -136,7 +136,9 @@ def test_each_row_is_sampled_by_its_own_controls_and_told_of_what_the_model_said
         replace(SPEC, params=replace(NONE, logit_bias=((23, 100.0),), logprobs=0)),
         replace(SPEC, params=replace(NONE, repetition_penalty=1.5), history=HISTORY),
     ]
-    tokens, told = Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu")).sample_and_tell(logits.clone(), specs)
+    tokens, told = Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu")).sample_with_logprobs(
+        logits.clone(), specs
+    )
     repeated = logits[3].clone()
     apply_controls(repeated, replace(NONE, repetition_penalty=1.5), HISTORY, NUM_PROMPT)
     assert tokens == [17, int(logits[1].argmax()), 23, int(repeated.argmax())]
@@ -150,7 +152,9 @@ def test_each_row_is_sampled_by_its_own_controls_and_told_of_what_the_model_said
 
 
 def test_nobody_is_told_what_nobody_asked_for() -> None:
-    _, told = Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu")).sample_and_tell(logits_of()[None], [SPEC])
+    _, told = Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu")).sample_with_logprobs(
+        logits_of()[None], [SPEC]
+    )
     assert told == ()
 
 

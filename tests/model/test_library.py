@@ -138,7 +138,7 @@ def test_a_directory_that_others_may_write_to_is_refused(
     (home / "gptj-dist").mkdir(parents=True)
     (home / "gptj-dist").chmod(mode)
     assert load_library() is None
-    assert "must not be writable by other users" in caplog.text
+    assert "no other user may write to it" in caplog.text
     assert libraries(home) == []
 
 

@@ -43,7 +43,7 @@ THIRD_PARTY_OF = {
     ),
     "text": {"tokenizers", "jinja2"},
     "model": {"torch", "triton"},
-    "checkpoint": {"torch", "safetensors", "huggingface_hub"},
+    "checkpoint": {"torch", "huggingface_hub"},
     "answers": {"pydantic", "pydantic_core"},
 }
 RAY_MODULES = {"stages.actor", "stages.group"}

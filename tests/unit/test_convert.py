@@ -117,10 +117,10 @@ def conversions() -> Iterator[Conversions]:
 # The result
 
 
-def _as_pickle(directory: Path, change: Callable[[State], State] = lambda state: state, **how: Any) -> None:
+def _as_pickle(directory: Path, change: Callable[[State], State] = lambda state: state) -> None:
     state = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
-    torch.save(change(state), directory / "pytorch_model.bin", **how)
+    torch.save(change(state), directory / "pytorch_model.bin")
 
 
 def _unprefixed(state: State) -> State:
@@ -153,7 +153,6 @@ FORMS = {
     "tied, without a bias": Form(config=TIED, then=_without_bias),
     "a pickle": Form(then=_as_pickle),
     "a pickle with masks": Form(how={"legacy_buffers": True}, then=_as_pickle),
-    "a pickle from before torch 1.6": Form(then=lambda d: _as_pickle(d, _use_new_zipfile_serialization=False)),
     "a pickle of names without prefix": Form(then=lambda d: _as_pickle(d, _unprefixed)),
     "a pickle of transposed tensors": Form(then=lambda d: _as_pickle(d, _transposed)),
 }

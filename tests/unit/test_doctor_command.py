@@ -35,7 +35,7 @@ def test_packages_are_those_that_the_project_needs() -> None:
 def test_facts_of_this_machine_are_gathered_without_ray() -> None:
     code = (
         "import sys; from gptj_dist.operate.doctor.facts import gather_facts; gather_facts(None, None); "
-        "from gptj_dist.operate.doctor import findings, fit; assert 'ray' not in sys.modules"
+        "from gptj_dist.operate.doctor import findings, fit, start; assert 'ray' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     gathered = gather_facts(None, None)

@@ -26,7 +26,8 @@ PRIVATE_NAMES = {
     "torch.ops.mkldnn._linear_pointwise": "model/linear.py: multiplies by a packed weight",
     "torch.ops.mkldnn._linear_pointwise.binary": "model/linear.py: the same with a residual",
     "ray.serve._private.replica.add_port_to_grpc_server": "serving/loopback.py: keeps a replica's port off other nodes",
-    "ray.serve.context._get_global_client": "operate/launcher.py: whether Serve runs in this process",
+    "ray.serve.context._get_global_client": "operate/launch/cluster.py: whether Serve runs in this process",
+    "ray._private.worker._global_node": "operate/launch/local_ray.py: the local Ray of this process",
     "huggingface_hub.utils._http": "checkpoint/hub.py: the logger of its advice",
 }
 

@@ -130,9 +130,9 @@ class Walk:
             assert chunk.request_id not in awaited, "a chunk of a request whose next token is not known yet"
             tokens, stop = self.tokens[chunk.request_id], chunk.start + len(chunk.token_ids)
             assert list(chunk.token_ids) == tokens[chunk.start : stop], "wrong tokens"
-            is_due = chunk.tells_embedding if self.pools(chunk.request_id) else chunk.samples
+            is_due = chunk.ends_embedding if self.pools(chunk.request_id) else chunk.samples
             assert is_due == (stop == len(tokens)), "samples too early, or not at all"
-            assert not (chunk.samples and chunk.tells_embedding)
+            assert not (chunk.samples and chunk.ends_embedding)
         num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
         assert num_prompt_tokens <= (self.config.max_chunk_tokens or MAX_CHUNK_TOKENS)
 
@@ -199,7 +199,7 @@ class Walk:
 
 def pooled_ids(plan: Plan) -> list[int]:
     """Whose embeddings come back with it."""
-    return [chunk.request_id for chunk in plan.chunks if chunk.tells_embedding]
+    return [chunk.request_id for chunk in plan.chunks if chunk.ends_embedding]
 
 
 @pytest.mark.parametrize("max_chunk_tokens", [None, 1, 7, 64])
@@ -775,7 +775,7 @@ def corrupt_shared_block_is_written(scheduler: Scheduler) -> None:
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
-        (corrupt_two_holders, "two holders"),
+        (corrupt_two_holders, "miscounts the holders"),
         (corrupt_held_block_is_free, "held block is free"),
         (corrupt_lost_block, "block is lost"),
         (corrupt_block_free_twice, "free twice"),
@@ -785,14 +785,14 @@ def corrupt_shared_block_is_written(scheduler: Scheduler) -> None:
         (corrupt_batch_size, "too many requests run"),
         (corrupt_too_many_in_flight, "too many plans in flight"),
         (corrupt_two_samplings, "two plans in flight sample"),
-        (corrupt_awaited_in_vain, "awaited in vain"),
+        (corrupt_awaited_in_vain, "awaits a token that no plan samples"),
         (corrupt_too_much_computed, "more tokens computed"),
         (corrupt_missing_block, "blocks do not match"),
         (corrupt_waiting_request_holds, "waiting request holds"),
         (corrupt_waiting_tokens, "waiting tokens are miscounted"),
         (corrupt_holders, "holders are wrong"),
-        (corrupt_holder_is_gone, "a holder that is gone"),
-        (corrupt_shared_by_strangers, "shared by strangers"),
+        (corrupt_holder_is_gone, "a holder that does not run"),
+        (corrupt_shared_by_strangers, "requests of different prompts share a block"),
         (corrupt_shared_block_is_written, "shared block is written"),
     ],
 )

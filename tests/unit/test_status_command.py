@@ -10,6 +10,7 @@ from rich.console import Console
 
 from gptj_dist.cli.server.server_state import ServerState
 from gptj_dist.cli.server.status_view import render
+from gptj_dist.serving.debug import DebugDocument, LossDocument
 from tests.fake_server import Call, Reply, fake_server, refused
 from tests.unit.test_top import DOCUMENT, PIPELINE
 from tests.verbs import run_verb
@@ -91,13 +92,51 @@ def test_what_is_no_server_of_ours_is_one_line(replies: dict[str, Reply], code: 
     assert told in errors
 
 
+def drawn(debug: DebugDocument, width: int) -> list[str]:
+    """The lines that are printed, without colours."""
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    console.print(render(ServerState("http://host", None, "1", ("demo",), debug), width))
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def loss(stage: int, pid: int, back_after_s: float | None) -> LossDocument:
+    return LossDocument(
+        stage=stage,
+        cause="exited with code 3",
+        node="head",
+        pid=pid,
+        last_log_line="step 12 begins",
+        back_after_s=back_after_s,
+    )
+
+
+def test_the_last_loss_of_each_stage_is_shown_with_cause_place_and_return() -> None:
+    losses = (loss(1, 101, 2.5), loss(0, 102, 4.25), loss(1, 103, None))
+    debug = DOCUMENT.model_copy(update={"pipelines": (PIPELINE.model_copy(update={"losses": losses}),)})
+    *_, first, second = drawn(debug, 200)
+    words = "exited with code 3; its last log line: step 12 begins"
+    assert first == f"lost: ab12cd34, back after 4.2 s: stage 0 (pid 102 on head) {words}"
+    assert second == f"lost: ab12cd34, not back yet: stage 1 (pid 103 on head) {words}"
+    assert "lost" not in "\n".join(drawn(DOCUMENT, 200))
+
+
+@pytest.mark.parametrize("width", [50, 60, 79, 80, 110])
+def test_no_line_is_wider_than_the_terminal_and_no_row_is_broken(width: int) -> None:
+    restarting = PIPELINE.model_copy(update={"state": "restarting", "losses": (loss(1, 101, 2.5),)})
+    lines = drawn(DOCUMENT.model_copy(update={"pipelines": (restarting,)}), width)
+    assert max(map(len, lines)) <= width
+    header = next(line for line in lines if "stage" in line)
+    assert ("device" in header, "dtype" in header, "node" in header) == (width >= 60, width >= 80, width >= 110)
+    (row,) = [line for line in lines if "0-14" in line]
+    assert row.split()[:3] == ["ab12cd34", "restarting", "0"]
+    assert row.endswith("123 MB of 1.0 GB" if width >= 80 else "123 MB")
+
+
 def test_pipelines_are_added_up_and_those_that_are_silent_counted() -> None:
     restarting = PIPELINE.model_copy(update={"name": "ef56", "state": "restarting"})
     debug = DOCUMENT.model_copy(update={"pipelines": (PIPELINE, restarting), "num_silent": 1})
-    console = Console(width=120, file=io.StringIO(), highlight=False)
-    console.print(render(ServerState("http://host", None, "1", ("demo",), debug), 120))
-    assert isinstance(console.file, io.StringIO)
-    text = " ".join(console.file.getvalue().split())
+    text = " ".join(" ".join(drawn(debug, 120)).split())
     assert "64 running, 800 waiting, 2,468 tokens/s out, 22,000 in, KV 25.0% in use" in text
     assert "1 more pipeline gave no answer" in text
     assert "ef56 restarting 0 0-14 NVIDIA A100-SXM4-80GB float32 head 123 MB of 1.0 GB" in text

@@ -122,6 +122,7 @@ def test_a_ray_without_tokens_is_joined_by_those_with_and_without_one(
     assert "RAY_AUTH_MODE" not in environment
     keep_user_token(tmp_path, "theirs")
     take_token(address)
+    assert "RAY_AUTH_MODE" not in environment, "the processes of that Ray show no token, so this one must ask for none"
 
 
 @pytest.mark.usefixtures("environment")

@@ -91,6 +91,26 @@ def test_a_stage_is_one_row_that_fits_and_nothing_is_cut_but_the_name_of_a_devic
     assert ("on head" in idle, "wait ms" in header, "12.3" in row) == (width >= 110,) * 3
 
 
+@pytest.mark.parametrize("width", [40, 50, 59, 60, 79])
+def test_a_narrow_terminal_drops_columns_and_breaks_no_row(width: int) -> None:
+    """The widest values that are usual: a stage that is always busy, three-digit layers, a restarting pipeline."""
+    busy = WORK.model_copy(update={"layers": (100, 127), "busy_share": 1.0, "bubble_share": 0.0, "step_ms": 12_345.0})
+    troubled = PIPELINE.model_copy(update={"state": "restarting", "num_restarts": 12, "stages": (busy, NO_WORK)})
+    lines = drawn(DOCUMENT.model_copy(update={"pipelines": (PIPELINE, troubled)}), width)
+    assert max(map(len, lines)) <= width
+    header = next(line for line in lines if "stage" in line)
+    dropped = {"bubbles", "queue", "wait ms"}
+    dropped |= {"device"} if width < 60 else set()
+    dropped |= {"KV in use"} if width < 50 else set()
+    for column in ("layers", "device", "busy", "bubbles", "ms/step", "queue", "wait ms", "KV in use"):
+        assert (column in header) == (column not in dropped), column
+    (row,) = [line for line in lines if "0-14" in line]
+    assert all(cell in row for cell in ("━━━━╌·  60%", "132", *(["123 MB"] if width >= 50 else [])))
+    (row,) = [line for line in lines if "100-127" in line]
+    assert all(cell in row for cell in ("━━━━━━ 100%", "12,345"))
+    assert all("NVIDIA" in line for line in lines if "…" in line)
+
+
 def test_a_bar_shows_busy_bubbles_and_rest_by_shape() -> None:
     (row,) = [line for line in drawn(DOCUMENT, 80) if "0-14" in line]
     assert "━━━━━━╌╌╌·  60%" in row

@@ -50,18 +50,22 @@ def doctor(
 
 
 def _examine(config: PipelineConfig | None, listen_at: tuple[str, int], address: str | None) -> list[Finding]:
+    from gptj_dist.checkpoint.hub import resolve_model
     from gptj_dist.operate.doctor.cluster import Finding
     from gptj_dist.operate.doctor.findings import find_in_nodes
     from gptj_dist.operate.doctor.fit import find_in_plan
+    from gptj_dist.operate.doctor.start import find_in_start
+    from gptj_dist.operate.doctor.text import find_in_text_settings
 
     blueprint, problem = _draw(config)
     cluster = _survey(_question(blueprint), listen_at, address)
-    findings = find_in_nodes(cluster, config)
+    findings = [*find_in_nodes(cluster, config), *(find_in_start() if address is None else [])]
     if problem is not None:
         return [*findings, problem]
     if blueprint is None:
         return [*findings, Finding("ok", "memory", "not checked: no MODEL was named")]
-    return [*findings, *find_in_plan(cluster, blueprint)]
+    directory = resolve_model(blueprint.config.model, blueprint.config.revision)
+    return [*findings, *find_in_plan(cluster, blueprint), *find_in_text_settings(directory, blueprint.model)]
 
 
 def _draw(config: PipelineConfig | None) -> tuple[Blueprint | None, Finding | None]:

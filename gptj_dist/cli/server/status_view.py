@@ -1,6 +1,11 @@
-"""What `gptj-dist status` prints: a line for each thing, and a table with a row a stage. Fits 80 columns."""
+"""What `gptj-dist status` prints: a line for each subject, a table of the stages, and the last loss of each stage.
+
+The width decides which columns the table has.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -8,13 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from gptj_dist.cli.server.server_state import ServerState
-from gptj_dist.cli.server.top_view import WIDE_COLUMNS
+from gptj_dist.cli.server.top_view import NORMAL_COLUMNS, SMALL_COLUMNS, WIDE_COLUMNS
 from gptj_dist.serving.debug import PipelineDocument, StageDocument
 from gptj_dist.sizes import bytes_text
+from gptj_dist.stages.loss import StageLoss
+
+_OPTIONAL_COLUMNS = {"device": SMALL_COLUMNS, "dtype": NORMAL_COLUMNS, "node": WIDE_COLUMNS}
+"""Columns of the table of stages, and the width of the terminal from which it has each."""
 
 
 def render(state: ServerState, width: int) -> RenderableType:
-    """A line for each thing, and a table of the stages.
+    """A line for each subject, a table of the stages, and the losses.
 
     Args:
         width: of the terminal, in columns.
@@ -30,7 +39,8 @@ def render(state: ServerState, width: int) -> RenderableType:
     if number := state.debug.num_silent:
         noun = "pipeline" if number == 1 else "pipelines"
         rows.add_row("", Text(f"{number} more {noun} gave no answer", "yellow"))
-    return Group(rows, Text(), _stages(state.debug.pipelines, width >= WIDE_COLUMNS))
+    losses = [text for pipeline in state.debug.pipelines for text in _losses(pipeline)]
+    return Group(rows, Text(), _stages(state.debug.pipelines, width), *([Text(), *losses] if losses else []))
 
 
 def _load(pipelines: tuple[PipelineDocument, ...]) -> Text:
@@ -44,24 +54,39 @@ def _load(pipelines: tuple[PipelineDocument, ...]) -> Text:
     )
 
 
-def _stages(pipelines: tuple[PipelineDocument, ...], is_wide: bool) -> RenderableType:
-    """A row a stage; the pipeline's name and state stand before its first."""
+def _stages(pipelines: tuple[PipelineDocument, ...], width: int) -> RenderableType:
+    """A row for each stage; the pipeline's name and state are in the row of its first."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), border_style="bright_black")
     for column in ("pipeline", "state", "stage", "layers"):
         table.add_column(column, no_wrap=True)
-    table.add_column("device")  # the one that gives way where the terminal is narrow
-    for column in ("dtype", *(["node"] if is_wide else [])):
-        table.add_column(column, no_wrap=True)
+    for column, least_width in _OPTIONAL_COLUMNS.items():
+        if width >= least_width:
+            # The name of a device is the one cell that becomes shorter where the table is too wide.
+            table.add_column(column, no_wrap=column != "device")
     table.add_column("KV in use", justify="right", no_wrap=True)
     for pipeline in pipelines:
         name = (Text(pipeline.name), Text(pipeline.state, "green" if pipeline.state == "up" else "bold yellow"))
         for stage in pipeline.stages:
-            table.add_row(*(name if stage.stage == 0 else ("", "")), *_cells(stage, is_wide))
+            table.add_row(*(name if stage.stage == 0 else ("", "")), *_cells(stage, width))
     return table
 
 
-def _cells(stage: StageDocument, is_wide: bool) -> list[Text]:
-    kv = f"{bytes_text(stage.kv_used_bytes)} of {bytes_text(stage.kv_total_bytes)}"
-    device = Text(stage.device, no_wrap=True, overflow="ellipsis")
-    others = [stage.dtype, *([stage.node] if is_wide else []), kv]
-    return [Text(str(stage.stage)), Text(f"{stage.layers[0]}-{stage.layers[1]}"), device, *map(Text, others)]
+def _cells(stage: StageDocument, width: int) -> Iterator[Text]:
+    yield Text(str(stage.stage))
+    yield Text(f"{stage.layers[0]}-{stage.layers[1]}")
+    optional = {
+        "device": Text(stage.device, no_wrap=True, overflow="ellipsis"),
+        "dtype": Text(stage.dtype),
+        "node": Text(stage.node),
+    }
+    yield from (optional[column] for column, least_width in _OPTIONAL_COLUMNS.items() if width >= least_width)
+    total = f" of {bytes_text(stage.kv_total_bytes)}" if width >= NORMAL_COLUMNS else ""
+    yield Text(bytes_text(stage.kv_used_bytes) + total)
+
+
+def _losses(pipeline: PipelineDocument) -> Iterator[Text]:
+    """The last loss of each stage that has died."""
+    last = {loss.stage: StageLoss(**loss.model_dump()) for loss in pipeline.losses}
+    for _, loss in sorted(last.items()):
+        back = "not back yet" if loss.back_after_s is None else f"back after {loss.back_after_s:.1f} s"
+        yield Text(f"lost: {pipeline.name}, {back}: {loss}", "yellow")

@@ -1,6 +1,9 @@
-"""What `gptj-dist top` draws: a table a pipeline, a row a stage. Fits 80 columns; 110 and more say more."""
+"""What `gptj-dist top` draws: a table for each pipeline, a row for each stage. The width decides on the columns."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -11,9 +14,30 @@ from gptj_dist.serving.debug import DebugDocument, PipelineDocument, StageDocume
 from gptj_dist.sizes import bytes_text
 
 WIDE_COLUMNS = 110
-NARROW_BAR, WIDE_BAR = 10, 20
+NORMAL_COLUMNS = 80
+SMALL_COLUMNS = 60
+TINY_COLUMNS = 50
+"""Widths of a terminal from which a view has more columns."""
+
+SHORT_BAR, NARROW_BAR, WIDE_BAR = 6, 10, 20
 BUSY, BUBBLE, IDLE = ("━", "green"), ("╌", "yellow"), ("·", "bright_black")
-"""Parts of a bar: told apart by their shape where there are no colours."""
+"""Parts of a bar: their shapes differ where there are no colours."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of the table.
+
+    Args:
+        cell: its text for a stage, in a terminal of this width.
+        least_width: of a terminal that has room for it, in columns of characters.
+        is_number: it is aligned to the right.
+    """
+
+    name: str
+    cell: Callable[[StageDocument, int], Text]
+    least_width: int = 0
+    is_number: bool = True
 
 
 def render(document: DebugDocument, width: int) -> RenderableType:
@@ -22,7 +46,7 @@ def render(document: DebugDocument, width: int) -> RenderableType:
     Args:
         width: of the terminal, in columns.
     """
-    parts = [part for pipeline in document.pipelines for part in _pipeline(pipeline, width >= WIDE_COLUMNS)]
+    parts = [part for pipeline in document.pipelines for part in _pipeline(pipeline, width)]
     number = len(document.pipelines)
     title = Text.assemble((document.model, "bold"), f"  {number} {'pipeline' if number == 1 else 'pipelines'}")
     if document.num_silent:
@@ -35,8 +59,8 @@ def render_waiting(last: RenderableType, message: str) -> RenderableType:
     return Group(Text(f"{message}; what was seen last:", "yellow"), Text(), last)
 
 
-def _pipeline(pipeline: PipelineDocument, is_wide: bool) -> list[RenderableType]:
-    return [Text(), *_head(pipeline), Text(), _stages(pipeline, is_wide)]
+def _pipeline(pipeline: PipelineDocument, width: int) -> list[RenderableType]:
+    return [Text(), *_head(pipeline), Text(), _stages(pipeline, width)]
 
 
 def _head(pipeline: PipelineDocument) -> list[Text]:
@@ -57,40 +81,39 @@ def _head(pipeline: PipelineDocument) -> list[Text]:
     return [now, rates]
 
 
-def _stages(pipeline: PipelineDocument, is_wide: bool) -> Table:
+def _stages(pipeline: PipelineDocument, width: int) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), border_style="bright_black")
-    table.add_column("stage", justify="right", no_wrap=True)
-    table.add_column("layers", no_wrap=True)
-    table.add_column("device")  # the one that gives way where the terminal is narrow
-    table.add_column("busy", no_wrap=True)
-    for column in ("bubbles", "ms/step", "queue", *(["wait ms"] if is_wide else []), "KV in use"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = [column for column in _COLUMNS if width >= column.least_width]
+    for column in columns:
+        # The name of a device is the one cell that becomes shorter where the table is too wide.
+        table.add_column(
+            column.name, justify="right" if column.is_number else "left", no_wrap=column.cell is not _device
+        )
     for stage in pipeline.stages:
-        table.add_row(*_cells(stage, is_wide))
+        table.add_row(*(column.cell(stage, width) for column in columns))
     return table
 
 
-def _cells(stage: StageDocument, is_wide: bool) -> list[Text]:
-    kv = bytes_text(stage.kv_used_bytes)
-    name = f"{stage.device} on {stage.node}" if is_wide else stage.device
-    device = Text(name, no_wrap=True, overflow="ellipsis")
-    numbers = [_percent(stage.bubble_share), _number(stage.step_ms), _number(stage.queue)]
-    if is_wide:
-        numbers.append(_number(stage.wait_ms))
-        kv += f" / {bytes_text(stage.kv_total_bytes)}"
-    place = [Text(str(stage.stage)), Text(f"{stage.layers[0]}-{stage.layers[1]}"), device]
-    return [*place, _bar(stage, WIDE_BAR if is_wide else NARROW_BAR), *map(Text, numbers), Text(kv)]
+def _device(stage: StageDocument, width: int) -> Text:
+    name = f"{stage.device} on {stage.node}" if width >= WIDE_COLUMNS else stage.device
+    return Text(name, no_wrap=True, overflow="ellipsis")
+
+
+def _kv(stage: StageDocument, width: int) -> Text:
+    total = f" / {bytes_text(stage.kv_total_bytes)}" if width >= WIDE_COLUMNS else ""
+    return Text(bytes_text(stage.kv_used_bytes) + total)
 
 
 def _bar(stage: StageDocument, width: int) -> Text:
     """Busy, bubbles and rest as parts of a line, and how busy in per cent."""
+    length = WIDE_BAR if width >= WIDE_COLUMNS else NARROW_BAR if width >= NORMAL_COLUMNS else SHORT_BAR
     busy, bubble = stage.busy_share or 0.0, stage.bubble_share or 0.0
-    num_busy = round(busy * width)
-    num_bubble = round((busy + bubble) * width) - num_busy
+    num_busy = round(busy * length)
+    num_bubble = round((busy + bubble) * length) - num_busy
     return Text.assemble(
         (BUSY[0] * num_busy, BUSY[1]),
         (BUBBLE[0] * num_bubble, BUBBLE[1]),
-        (IDLE[0] * (width - num_busy - num_bubble), IDLE[1]),
+        (IDLE[0] * (length - num_busy - num_bubble), IDLE[1]),
         f" {_percent(stage.busy_share):>4}",
     )
 
@@ -108,3 +131,16 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+_COLUMNS = (
+    _Column("stage", lambda stage, _: Text(str(stage.stage))),
+    _Column("layers", lambda stage, _: Text(f"{stage.layers[0]}-{stage.layers[1]}"), is_number=False),
+    _Column("device", _device, SMALL_COLUMNS, is_number=False),
+    _Column("busy", _bar, is_number=False),
+    _Column("bubbles", lambda stage, _: Text(_percent(stage.bubble_share)), NORMAL_COLUMNS),
+    _Column("ms/step", lambda stage, _: Text(_number(stage.step_ms))),
+    _Column("queue", lambda stage, _: Text(_number(stage.queue)), NORMAL_COLUMNS),
+    _Column("wait ms", lambda stage, _: Text(_number(stage.wait_ms)), WIDE_COLUMNS),
+    _Column("KV in use", _kv, TINY_COLUMNS),
+)

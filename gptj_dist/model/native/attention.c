@@ -102,7 +102,7 @@ INLINE void score_blocks(const struct item *it, int64_t place, int blocks, int64
             __builtin_memcpy(scores + r * score_stride + (place + k) * LANES, &sums[k * rows + r], sizeof(floats));
 }
 
-/* Turns a row's scores into weights e^(score - largest), 0 for keys behind the row; returns 1 / their sum. */
+/* Turns a row's scores into weights e^(score - largest), 0 for keys after the row; returns 1 / their sum. */
 INLINE float weigh(float *scores, int64_t num_keys, int64_t num_blocks) {
     const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     floats most = splat(-INFINITY), sum = splat(0.0f);

@@ -15,7 +15,7 @@ from gptj_dist.model.rotary import RotaryTable
 from gptj_dist.sizes import ceil_div
 
 LANES = 16
-"""Tokens in a block, and numbers in the widest vector of a CPU."""
+"""Tokens in a block, and float32 numbers in the widest vector of a CPU."""
 TILE_ROWS = 8
 """Rows of a chunk that are computed together."""
 
@@ -23,7 +23,7 @@ TILE_ROWS = 8
 class NativeCache:
     """Blocks of `LANES` tokens and a block table for each request.
 
-    Memory is taken as blocks are first written.
+    The system provides memory when a block is first written.
 
     Args:
         num_blocks: blocks in all.
@@ -54,12 +54,12 @@ class NativeCache:
         self._num_blocks_of: dict[int, int] = {}
 
     def add(self, request_id: int) -> None:
-        """Registers a request that has no tokens yet."""
+        """Implements `KVCache`."""
         self._slot_of[request_id] = self._free_slots.pop()
         self._num_blocks_of[request_id] = 0
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Appends blocks to those of the request.
+        """Implements `KVCache`.
 
         Raises:
             IndexError: there is no such block.
@@ -75,14 +75,14 @@ class NativeCache:
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
         """Implements `KVCache`."""
         num_blocks = ceil_div(num_tokens, LANES)
-        theirs, ours = (self.tables[self._slot_of[id_], :num_blocks].tolist() for id_ in (source_id, request_id))
-        for block_from, block_to in zip(theirs, ours, strict=True):
+        sources, targets = (self.tables[self._slot_of[id_], :num_blocks].tolist() for id_ in (source_id, request_id))
+        for block_from, block_to in zip(sources, targets, strict=True):
             if block_from != block_to:
                 self.keys[:, block_to] = self.keys[:, block_from]
                 self.values[:, block_to] = self.values[:, block_from]
 
     def release(self, request_id: int) -> None:
-        """Removes the request. Its blocks may be reused at once."""
+        """Implements `KVCache`."""
         self._free_slots.append(self._slot_of.pop(request_id))
         del self._num_blocks_of[request_id]
 
@@ -94,7 +94,7 @@ class NativeCache:
         """Each row's block table: int32 [rows].
 
         Raises:
-            IndexError: a request has no blocks for its tokens; the library would write to others'.
+            IndexError: a request has no block for a token; the library would write to other requests' blocks.
         """
         for span in spans:
             if span.stop > LANES * self._num_blocks_of[span.request_id]:
@@ -105,7 +105,10 @@ class NativeCache:
 
 
 class NativeAttention:
-    """An `Attention` by one call of the library a layer. In float32 a row has the same bits in any company."""
+    """An `Attention` that calls the library once for each layer.
+
+    In float32 a row has the same bits whatever rows are beside it.
+    """
 
     def __init__(self, library: ctypes.CDLL, cache: NativeCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._attend = library.attend_float32 if cache.dtype == torch.float32 else library.attend_bfloat16
@@ -113,7 +116,8 @@ class NativeAttention:
         cos, sin = rotary.tables
         positions, slots = batch.positions.to(torch.int32), cache.slots(batch.spans)
         tiles = torch.tensor(_tiles(batch.spans), dtype=torch.int32)
-        self._read_by_library = (positions, slots, tiles, cos, sin)  # kept alive: it is given their addresses
+        # Kept alive, because the library reads them by their addresses.
+        self._read_by_library = (positions, slots, tiles, cos, sin)
         self._batch = NativeBatch(
             num_rows=len(positions),
             num_tiles=len(tiles),
@@ -139,17 +143,17 @@ class NativeAttention:
             ValueError: the heads have another shape, or gaps within a row; rows may lie apart.
             MemoryError: there is no memory for the library's scratch space.
         """
-        theirs = heads if heads.dtype == self._cache.dtype else heads.to(self._cache.dtype)
+        cast = heads if heads.dtype == self._cache.dtype else heads.to(self._cache.dtype)
         shape = (self._batch.num_rows, 3, self._batch.num_heads, self._batch.head_dim)
-        address = address_of("heads", theirs, self._cache.dtype, shape)
-        self._batch.row_stride = theirs.stride(0)
+        address = address_of("heads", cast, self._cache.dtype, shape)
+        self._batch.row_stride = cast.stride(0)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         pointers = address, keys.data_ptr(), values.data_ptr()
         has_failed = self._attend(self._batch, *pointers, torch.get_num_threads())
         if has_failed:
             raise MemoryError(f"no memory for the attention of {len(heads)} rows")
-        if theirs is not heads:
-            heads[:, 2] = theirs[:, 2]
+        if cast is not heads:
+            heads[:, 2] = cast[:, 2]
 
 
 def _tiles(spans: Sequence[Span]) -> list[tuple[int, int]]:

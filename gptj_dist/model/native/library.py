@@ -1,8 +1,8 @@
 """Compiles the C sources once for this machine and loads them. Knows no tensors.
 
 torch has no operator that reads a paged cache, or one of 16 bits, near the speed of memory, and its product in
-bfloat16 reads weights and multiplies one after the other; a compiler for the very CPU makes both of 500 lines. The
-library links against nothing: OpenMP's symbols are found in the one that torch has loaded.
+bfloat16 reads weights and multiplies one after the other; 500 lines of C, compiled for this very CPU, do both.
+The library links against nothing: it finds OpenMP's symbols in the library that torch has loaded.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Product(ctypes.Structure):
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it cannot be had; the log says why."""
+    """The compiled library, or None if it cannot be compiled or loaded; the log says why."""
     try:
-        if (directory := _directory()) is not None:
+        if (directory := own_directory()) is not None:
             return _declare(ctypes.CDLL(str(_compiled(directory))))
-        with tempfile.TemporaryDirectory() as own:  # compiled at each start, and in use when its file is gone
+        with tempfile.TemporaryDirectory() as own:  # compiled at each start; a loaded library does not need its file
             return _declare(ctypes.CDLL(str(_compiled(Path(own)))))
     except (OSError, subprocess.SubprocessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
@@ -62,18 +62,18 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def load_product_library() -> ctypes.CDLL | None:
-    """The compiled library if this CPU is one whose products in bfloat16 it makes; elsewhere oneDNN's are as good."""
+    """The compiled library if its bfloat16 products run on this CPU, else None: oneDNN's are as fast there."""
     library = load_library()
     return library if library is not None and library.can_multiply() else None
 
 
 def find_compiler() -> str | None:
-    """The C compiler that this process would use."""
+    """The C compiler on this process's PATH, if there is one."""
     return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
 def _compiled(directory: Path) -> Path:
-    """The library's file. Compiles it if there is no file for this source, machine and compiler yet."""
+    """The library's file. Compiles it if there is none for this source, machine and compiler yet."""
     compiler = find_compiler()
     if compiler is None:
         raise OSError(f"there is no C compiler ({' or '.join(COMPILERS)}) on {platform.node()}")
@@ -85,31 +85,31 @@ def _compiled(directory: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             _run(compiler, *COMPILE, *map(str, SOURCES), directory=scratch)
             _run(compiler, *_LINK, *(f"{source.stem}.o" for source in SOURCES), "-o", "native.so", directory=scratch)
-            Path(scratch, "native.so").replace(path)  # at once, as other stages may look for it
+            Path(scratch, "native.so").replace(path)  # atomic, because other stages may look for it
     return path
 
 
-def _directory() -> Path | None:
-    """Where this user's libraries are; None if the user has no home to write to.
+def own_directory() -> Path | None:
+    """The directory of this user's libraries; None if the user has no writable home.
 
     Raises:
-        OSError: others may write there, and what lies there is run.
+        OSError: other users can write to the directory, whose files this process runs.
     """
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         directory = home / "gptj-dist"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user's home directory is unknown
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         logger.info("the compiled library is not kept: %s", error)
         return None
     status = directory.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"{directory} must belong to this user and must not be writable by other users")
+        raise OSError(f"{directory} must belong to this user, and no other user may write to it")
     return directory if os.access(directory, os.W_OK) else None
 
 
 def _cpu() -> str:
-    """What the code is compiled for: a home directory may be shared by unlike machines."""
+    """The CPU that the code is compiled for: different machines may share a home directory."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

@@ -11,7 +11,7 @@ def address_of(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, 
 
     Args:
         name: of the tensor, for errors.
-        shape: the shape passed to the library; the first dimension is the number of rows.
+        shape: the shape that the library assumes; the first dimension counts the rows.
 
     Raises:
         TypeError: the tensor is of another type, or on a GPU.

@@ -30,7 +30,7 @@ struct product {
     const void *bias;                  /* bfloat16 [num_columns], or NULL */
 };
 
-/* A thread's panels that nobody has begun; a cache line, as each thread mostly writes to its own. */
+/* The panels of a thread's share that are left. One cache line each: a thread mostly writes to its own. */
 struct share {
     int64_t next, end;
     char unused[CACHE_LINE - 16];

@@ -55,18 +55,21 @@ def take_token(address: str) -> None:
 
 
 def _known_tokens() -> Iterator[tuple[str | None, Mapping[str, str]]]:
-    """Tokens to try, each with the settings that make Ray send it; None means no token."""
+    """Tokens to try, and the settings by which Ray shows each; None is no token.
+
+    None comes first. A Ray without authentication accepts any token, but the processes of that Ray have none, and a
+    process that shows one refuses their calls.
+    """
     user_token = _user_token()
     if AUTH_MODE in os.environ:
         yield (user_token if os.environ[AUTH_MODE].lower() == "token" else None), {}
         return
+    yield None, {}
     if user_token is not None:
         yield user_token, {AUTH_MODE: "token"}
     own_file = _own_file()
     if own_file is not None and (own_token := _read(own_file)) is not None:
         yield own_token, {AUTH_MODE: "token", TOKEN_FILE: str(own_file)}
-    if user_token is None:
-        yield None, {}
 
 
 def _why_refused(address: str, token: str | None) -> str:

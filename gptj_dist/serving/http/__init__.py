@@ -4,4 +4,4 @@ Knows endpoints, middleware, limits, the listener and the OpenAPI document. Know
 `answers`.
 """
 
-__all__ = ["application", "endpoints", "listener"]
+__all__ = ["admission", "application", "endpoints", "gate", "listener"]
