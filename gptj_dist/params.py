@@ -46,7 +46,7 @@ class Pooling:
     Args:
         kind: their mean over the prompt's tokens, or those of the last token.
         layer: 0 for those that go into the first layer, k for those that come out of the k-th; None, or the number of
-            layers, for those behind the final LayerNorm. transformers' `hidden_states` are counted the same.
+            layers, for those after the final LayerNorm. transformers' `hidden_states` are counted the same.
     """
 
     kind: PoolingKind = "mean"
@@ -83,7 +83,7 @@ class SamplingParams:
         logit_bias: (token id, number from -100 to 100 that is added to its logit).
         allowed_token_ids: no other token is sampled; None allows all.
         bad_words: runs of token ids; the last token of a run is never sampled right after the others.
-        logprobs: tell each token's log probability, and that of so many of the likeliest, 0 to 20; None tells nothing.
+        logprobs: return each token's log probability, and those of this many likeliest, 0 to 20; None returns none.
         prompt_logprobs: the same of the prompt's tokens but the first.
         pooling: asks for an embedding of the prompt, instead of any tokens.
         priority: requests with a lower one are served first, and preempted last; among equals the earlier ones. Others
@@ -171,7 +171,7 @@ class TokenLogprobs(NamedTuple):
 
     Args:
         rank: 1 if it is the likeliest.
-        top: the likeliest tokens with theirs, as many as were asked for, the likeliest first.
+        top: the requested number of likeliest tokens with their log probabilities, the likeliest first.
     """
 
     token_id: int

@@ -136,7 +136,7 @@ def _odd_dtypes(directory: Path, weights: Mapping[str, TensorHeader]) -> Iterato
     fields = read_json(directory / CONFIG_FILE)
     said = str(fields.get("dtype") or fields.get("torch_dtype") or "").removeprefix("torch.")
     if not said:
-        yield f"{CONFIG_FILE} does not tell the dtype: that of the embedding is taken"
+        yield f"{CONFIG_FILE} does not name the dtype: that of the embedding is used"
     elif said not in names_of:
         yield f"{CONFIG_FILE} says {said}, the weights are {' and '.join(sorted(names_of))}"
 

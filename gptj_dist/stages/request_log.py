@@ -20,8 +20,8 @@ class RequestLog:
         """Logs the new and the released requests of a plan. Call before the stage computes the plan."""
         for number in plan.released:
             if (log_id := self._log_ids.pop(number, None)) is not None:
-                logger.debug("request forgotten", extra=values(request_id=log_id, number=number))
+                logger.debug("request released", extra=values(request_id=log_id, number=number))
         for new in plan.new_requests:
             if new.log_id is not None:
                 self._log_ids[new.request_id] = new.log_id
-                logger.debug("request met", extra=values(request_id=new.log_id, number=new.request_id))
+                logger.debug("request received", extra=values(request_id=new.log_id, number=new.request_id))

@@ -110,7 +110,7 @@ _BYTE_OF = dict(_alphabet())
 
 
 def _raw_bytes(name: str) -> bytes:
-    """Bytes behind a token's name; an added token may be plain text outside the alphabet."""
+    """The bytes that a token's name stands for; an added token may be plain text outside the alphabet."""
     try:
         return bytes([_BYTE_OF[char] for char in name])
     except KeyError:

@@ -156,8 +156,8 @@ def test_json_logs_carry_the_request_id_from_the_ingress_to_every_stage_and_no_p
     assert events == {
         "ingress": ["request accepted", "http request"],
         "coordinator": ["request queued", "request ended"],
-        "stage-0": ["request met"],
-        "stage-1": ["request met"],
+        "stage-0": ["request received"],
+        "stage-1": ["request received"],
     }
     assert {line["model"] for line in lines} == {"demo"}
     assert len({line["pipeline"] for line in lines if line["component"] != "ingress"}) == 1
@@ -169,7 +169,7 @@ def test_json_logs_carry_the_request_id_from_the_ingress_to_every_stage_and_no_p
 def lines_of(request_id: str) -> list[dict[str, Any]] | None:
     """All lines that have the request's id, but those of stages that forget it, which depends on what comes next."""
     lines = [json.loads(line) for path in log_directory().iterdir() for line in path.read_text().splitlines()]
-    found = [line for line in lines if line.get("request_id") == request_id and line["event"] != "request forgotten"]
+    found = [line for line in lines if line.get("request_id") == request_id and line["event"] != "request released"]
     return sorted(found, key=lambda line: str(line["time"])) if len(found) >= 6 else None
 
 

@@ -127,7 +127,7 @@ def test_dtype_of_the_config_that_is_not_the_weights_is_told(tmp_path: Path) -> 
     assert _oddities(tmp_path) == ["config.json says float16, the weights are float32"]
 
     config.write_text(config.read_text().replace('"dtype": "float16",', ""))
-    assert _oddities(tmp_path) == ["config.json does not tell the dtype: that of the embedding is taken"]
+    assert _oddities(tmp_path) == ["config.json does not name the dtype: that of the embedding is used"]
 
 
 def test_tensors_of_another_dtype_than_most_are_told_by_name(tmp_path: Path) -> None:

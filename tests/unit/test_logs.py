@@ -42,7 +42,7 @@ def lines_of(directory: Path) -> list[str]:
 
 def test_a_json_line_has_the_event_its_values_and_who_says_it(tmp_path: Path) -> None:
     with logging_to(tmp_path, "json"):
-        logger.info("request met", extra=values(request_id="req-1", took_s=0.25, user=None))
+        logger.info("request received", extra=values(request_id="req-1", took_s=0.25, user=None))
     (line,) = lines_of(tmp_path)
     told: dict[str, Any] = json.loads(line)
     time = told.pop("time")
@@ -52,7 +52,7 @@ def test_a_json_line_has_the_event_its_values_and_who_says_it(tmp_path: Path) ->
         "component": "stage-1",
         "model": "demo",
         "pipeline": "k2",
-        "event": "request met",
+        "event": "request received",
         "request_id": "req-1",
         "took_s": 0.25,
     }
@@ -60,9 +60,9 @@ def test_a_json_line_has_the_event_its_values_and_who_says_it(tmp_path: Path) ->
 
 def test_a_text_line_begins_with_time_level_component_and_event(tmp_path: Path) -> None:
     with logging_to(tmp_path, "text", "ingress"):
-        logger.warning("request met", extra=values(request_id="a b", number=3, path="/x", prompts=["p q"]))
+        logger.warning("request received", extra=values(request_id="a b", number=3, path="/x", prompts=["p q"]))
     (line,) = lines_of(tmp_path)
-    head, _, rest = line.partition(" request met ")
+    head, _, rest = line.partition(" request received ")
     assert head.split(" ")[1:] == ["WARNING", "ingress"]
     assert rest == 'model=demo ingress=k2 request_id="a b" number=3 path=/x prompts=["p q"]'
 
@@ -106,14 +106,14 @@ def test_a_stage_logs_the_requests_that_it_meets_and_forgets_and_none_of_the_ser
     log.note(Plan(1, (4, 3), (introduction(3, "req-1"),), ()))
     told = [(record.getMessage(), vars(record)["values"]) for record in caplog.records]
     three = {"request_id": "req-1", "number": 3}
-    assert told == [("request met", three), ("request forgotten", three), ("request met", three)]
+    assert told == [("request received", three), ("request released", three), ("request received", three)]
     assert {record.levelno for record in caplog.records} == {logging.DEBUG}
 
 
 @pytest.mark.parametrize(("level", "num_lines"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0)])
 def test_events_below_the_level_are_left_out(tmp_path: Path, level: LogLevel, num_lines: int) -> None:
     with logging_to(tmp_path, "text", level=level):
-        logger.debug("request met")
+        logger.debug("request received")
         logger.info("pipeline up")
         logger.warning("no answer")
     assert len(lines_of(tmp_path)) == num_lines

@@ -92,7 +92,7 @@ class StreamOptions(Body):
     """Options of a streamed response.
 
     Args:
-        include_usage: send the numbers of tokens in a last event of its own.
+        include_usage: send the numbers of tokens in a separate last event.
         continuous_usage_stats: send the numbers of tokens so far with every event.
     """
 
@@ -178,7 +178,7 @@ class ChoiceFields(SamplingFields):
 
     Args:
         stream_options: only with `stream`.
-        truncate_prompt_tokens: keep this number of the prompt's last tokens; -1 keeps as many as fit beside the output.
+        truncate_prompt_tokens: keep this number of the prompt's last tokens; -1 keeps all that fit beside the output.
         return_token_ids: return the ids of prompt and output with each choice.
         return_tokens_as_token_ids: name tokens in log probabilities by their ids, such as `token_id:198`.
     """

@@ -27,7 +27,7 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="What shall be served, as for `serve`; without it no memory is checked.", show_default=False
+            help="The model to serve, as for `serve`; without it, memory is not checked.", show_default=False
         ),
     ] = None,
     host: Host = DEFAULT_HOST,

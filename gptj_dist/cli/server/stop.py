@@ -45,4 +45,4 @@ def _stop_here() -> None:
         else:
             print(f"The launcher with pid {server.launcher} still runs; `kill {server.launcher}` stops its server.")
     if not servers:
-        print("No server of yours with a Ray of its own runs on this machine; --address names a cluster.")
+        print("No server that you started with a local Ray runs on this machine; for one on a cluster, give --address.")
