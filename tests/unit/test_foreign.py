@@ -55,7 +55,7 @@ KINDS = {
     "ONNX": b"\x08\x07\x12\x07pytorch\x1a\x052.1.0:\xf0\x01\n" + bytes(64),
     "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(64),
     "NumPy": b"\x93NUMPY\x01\x00" + bytes(64),
-    "gzip: unpack": gzip.compress(b"weights"),
+    "gzip: unpack": gzip.compress(b"weights", mtime=0),
     "tar archive: unpack": _tar(),
     "empty: download": b"",
     "web page": b"\n<!DOCTYPE html>\n<html><body>401</body></html>",
