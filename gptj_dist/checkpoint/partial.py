@@ -183,7 +183,7 @@ class PartialDirectory:
 
     @contextmanager
     def _replace(self, path: Path) -> Iterator[DurableFile]:
-        """A file that gets its name when all of it is on the disk, and that is deleted if anything goes wrong."""
+        """A temporary file that gets its name once it is completely on disk, and is deleted on an error."""
         descriptor = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             file = DurableFile(descriptor)
@@ -209,7 +209,7 @@ def _lock(path: Path) -> int:
 
 
 def _is_locked(descriptor: int, path: Path) -> bool:
-    """Takes the lock of an open file, if that is still the file of this name; else it is closed."""
+    """Takes the lock of an open file, if the file still has this name; otherwise closes it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_same = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())

@@ -38,7 +38,7 @@ VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Text": (complete, chat, batch, generate),
     "Checkpoints": (download, inspect, convert, verify, synth),
 }
-"""As `--help` groups them."""
+"""The groups of verbs in `--help`."""
 
 
 def _help_of(verb: Callable[..., None]) -> str:

@@ -201,7 +201,7 @@ def _proxies_text() -> str:
 
 
 def refusal(response: httpx.Response) -> ServerError:
-    """What a status other than 200 means, in one line."""
+    """Explains a status other than 200, in one line."""
     message, param = told_error(response)
     place = f"{response.status_code}, param {param}" if param else str(response.status_code)
     hint = _hint(response, param)
@@ -218,7 +218,7 @@ def told_error(response: httpx.Response) -> tuple[str, str | None]:
 
 
 def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
-    """Why there was no answer, and what may help."""
+    """Explains why there was no answer, and what may help."""
     cause = _cause(error)
     if isinstance(error, httpx.ProxyError):
         return f"the proxy gives no connection to {base}: {error} ({_proxies_text()}; no_proxy excepts hosts)"
@@ -278,7 +278,7 @@ def _hint(response: httpx.Response, param: str | None) -> str | None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The operating system's error below those of the libraries between, or the error itself."""
+    """The operating system's error that caused a library's error, or else the error itself."""
     inner: BaseException | None = error
     while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
         inner = inner.__cause__ or inner.__context__

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and what becomes of them."""
+"""Arguments that several verbs share, and their parsers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIPELINE_PANEL = "Pipeline"
 
 
 def finite(value: str | float) -> float:
-    """Parser of options that take a number; infinity and NaN are none.
+    """Parser of options that take a number. Refuses infinity and NaN.
 
     Raises:
         typer.BadParameter: the text is no number, or not a finite one.

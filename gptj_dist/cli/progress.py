@@ -1,4 +1,4 @@
-"""How far a long verb has got, on standard error: a bar at a terminal, a line for each tenth elsewhere."""
+"""Shows the progress of a long verb on standard error: a bar at a terminal, otherwise a line for each tenth."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.progress import Progress, ProgressColumn, TaskID
 
 
 class Display(Protocol):
-    """Shows how far something has got."""
+    """Shows progress."""
 
     def note(self, text: str) -> None:
-        """Says something besides."""
+        """Prints a line beside the progress."""
 
     def progress(self, num_done: int, num_all: int) -> None:
-        """Says how much of all is done."""
+        """Updates the progress."""
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""Standard input and output as a shell may leave them: closed, full, in another encoding, or with bytes of no text.
+"""Makes standard input and output safe to use when they are closed, full, in another encoding, or hold invalid bytes.
 
-No verb needs to know: a character that the terminal cannot show is written as an escape, and bytes that are not UTF-8
-are read as U+FFFD.
+A character that the terminal cannot show is written as an escape, and bytes that are not UTF-8 are read as U+FFFD.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def prepare_streams() -> None:
 
 
 def flush_output() -> str | None:
-    """Writes what standard output still holds. Returns why that failed; what could not be written is dropped then."""
+    """Flushes standard output. Returns the reason if that fails; the unwritten text is dropped."""
     try:
         sys.stdout.flush()
         return None
@@ -58,7 +57,7 @@ def complain(message: str) -> None:
 
 
 def os_error_text(error: OSError) -> str:
-    """What the operating system refused, in one line."""
+    """The operating system's error, in one line."""
     reason = error.strerror or str(error)
     if error.filename is not None:
         return f"{error.filename}: {reason}"

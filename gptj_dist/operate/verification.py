@@ -1,6 +1,6 @@
-"""Compares what a checkpoint computes here with what it computes in transformers, layer by layer. For CPUs.
+"""Compares the results of a checkpoint here with those of transformers, layer by layer. For CPUs.
 
-transformers' GPT-J shares no line with this one, so it is the oracle. It is optional: only `trace_theirs` imports it.
+transformers' GPT-J shares no code with this package, so it is the reference. Only `trace_theirs` imports it.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ def oracle_version() -> str:
 
 @torch.inference_mode()
 def trace_theirs(directory: Path, prompts: Sequence[Sequence[int]]) -> list[LayerTrace]:
-    """Reads each prompt at once with transformers.
+    """Computes each prompt in one pass with transformers.
 
     Args:
-        directory: a checkpoint whose weights are all there.
+        directory: a complete checkpoint.
         prompts: token ids.
 
     Raises:
@@ -146,11 +146,11 @@ def trace_ours(model: str, config: ModelConfig, prompts: Sequence[Sequence[int]]
     head. That one reads a token at a time, because a stage gives logits only where a chunk ends.
 
     Args:
-        model: a directory whose weights are all there, or `demo`.
+        model: the directory of a complete checkpoint, or `demo`.
         prompts: token ids.
 
     Raises:
-        CheckpointError: the weights are not all there.
+        CheckpointError: weights are missing.
     """
     num_layers = config.num_layers
     max_model_len = max(map(len, prompts))

@@ -58,10 +58,10 @@ def plan(
 
 
 def _refuse_beside(option: str, config: PipelineConfig, allowed: tuple[str, ...]) -> None:
-    """Refuses settings that would do nothing.
+    """Refuses settings that would have no effect.
 
     Raises:
-        ConfigurationError: names them.
+        ConfigurationError: there are such settings; the message names them.
     """
     given, default = asdict(config), asdict(PipelineConfig(config.model, revision=config.revision))
     changed = [name for name in given if name not in allowed and given[name] != default[name]]

@@ -1,4 +1,4 @@
-"""What a running server says of itself: ready or not, models, version, pipelines. For `status` and `top`."""
+"""Fetches the state of a running server: readiness, models, version, pipelines. For `status` and `top`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptj_dist.serving.debug import DebugDocument
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """A look at a server.
+    """The state of a server.
 
     Args:
         problem: why it is not ready; None if it is.
@@ -42,10 +42,10 @@ class ServerState:
 
 
 def look(server: Server) -> ServerState:
-    """Asks the server for all of it.
+    """Fetches the state of the server.
 
     Raises:
-        ServerError: nothing answers there, or it refuses to say.
+        ServerError: nothing answers at the address, or the server refuses the request.
         ConfigurationError: something else listens there.
     """
     problem: str | None = None

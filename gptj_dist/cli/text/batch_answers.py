@@ -26,11 +26,11 @@ _LINE_BEGIN = b'{"id": "batch_req_'
 
 @dataclass(frozen=True, slots=True)
 class BatchAnswer:
-    """What became of a request.
+    """The answer to a request.
 
     Args:
         response: `status_code`, `request_id` and `body`; None if there was none.
-        error: `code` and `message` of what kept it from being answered at all; None otherwise.
+        error: `code` and `message` if there is no response; None otherwise.
     """
 
     custom_id: str
@@ -126,7 +126,7 @@ class AnswerFile:
             raise ConfigurationError(f"another process writes to {self._path}") from None
 
     def _take_over(self, expected: Collection[str]) -> None:
-        """Counts the answers that are there, and cuts a torn one off."""
+        """Counts the existing answers, and removes an incomplete last line."""
         num_whole_bytes, torn = 0, b""
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):

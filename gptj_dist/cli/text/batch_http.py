@@ -1,4 +1,4 @@
-"""Has a batch's requests answered by a running server."""
+"""Sends a batch's requests to a running server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HttpAnswerer:
     """Posts requests to a server.
 
     Args:
-        concurrency: the most at a time.
+        concurrency: maximum number of requests at a time.
         transport: carries the requests; None is the network.
     """
 
@@ -76,10 +76,10 @@ class HttpAnswerer:
 
 
 def _outcome(request: BatchRequest, response: httpx.Response) -> BatchAnswer | TryAgain:
-    """What a response means for its request.
+    """Turns a response into the request's answer, or into a reason to try again.
 
     Raises:
-        ServerError: it means the same for all requests.
+        ServerError: the response would be the same for all requests, so the batch must end.
     """
     status = response.status_code
     message, param = told_error(response)

@@ -1,4 +1,4 @@
-"""Has a batch's requests answered by a model in this process, by the code that a server answers them with."""
+"""Answers a batch's requests with a model in this process, using the same code as a server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LocalAnswerer:
         self._texts = texts
 
     async def answer(self, request: BatchRequest) -> BatchAnswer:
-        """What a server would answer.
+        """The answer that a server would give.
 
         Raises:
             NotReadyError, StageFailedError: the model failed.

@@ -92,7 +92,7 @@ def chat(
 
 
 class Conversation:
-    """What was said so far, which goes to the server with each message.
+    """The messages so far, which are sent to the server with each new one.
 
     Args:
         options: fields of each request besides the messages.
@@ -132,7 +132,7 @@ class Conversation:
 
 
 def _piece(chunk: dict[str, Any]) -> tuple[str, str | None]:
-    """What a chunk adds to the answer, and why it is the last.
+    """The text that a chunk adds to the answer, and the finish reason if it is the last chunk.
 
     Raises:
         ServerError: it is no chunk of a chat.

@@ -74,7 +74,7 @@ class LocalRay:
         return next((name for name in ("gcs_server", "raylet") if name in ended), None)
 
     def stop(self) -> None:
-        """Ends Ray and everything that it has started."""
+        """Ends Ray and all processes that it has started."""
         import ray
         from ray._private import worker
 
@@ -124,7 +124,7 @@ class LocalRay:
 
 
 def lasting_cause(error: Exception, directory: Path) -> str | None:
-    """Why Ray will not start the next time either; None if it may."""
+    """Why Ray would not start at the next attempt either; None if it may."""
     match error:
         case OSError(filename=str() as name):
             return why_unwritable(Path(name), error)
