@@ -19,13 +19,13 @@ DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
 
-# Two workers: one has all that starts Ray, the other the rest.
+# Two workers take file by file; modules of one worker share a Ray.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 # All but what starts Ray and the long comparisons of numbers.
 quick: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit
 
 lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ Both read these variables when they are imported.
 import os
 import sys
 
-import pytest
 import torch
 
 from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
@@ -14,14 +13,6 @@ os.environ.update(LOCAL_RAY_ENVIRONMENT)
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps all that starts Ray on one of pytest-xdist's workers, where modules share a Ray; others go file by file."""
-    for item in items:
-        is_ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if is_ray else str(item.path)))
 
 
 def pytest_sessionfinish() -> None:
