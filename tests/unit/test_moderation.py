@@ -148,9 +148,9 @@ class TestThreads:
 
     def test_threads_are_used_again(self) -> None:
         async def main() -> None:
-            threads = Threads(10, "t")
+            threads = Threads(100, "t")
             idents = {await threads.run(threading.get_ident) for _ in range(100)}
-            assert len(idents) <= 2  # a thread is free a moment after its result is there
+            assert len(idents) < 20  # a thread is free a moment after its result is there
 
         asyncio.run(main())
 
