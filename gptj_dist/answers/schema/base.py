@@ -140,7 +140,7 @@ def is_neutral(value: object, default: object = None) -> bool:
     """Whether a value asks for nothing: null, false, empty, zero, an object of these, or the field's default."""
     if not value or (value == default and isinstance(value, bool) == isinstance(default, bool)):
         return True
-    return isinstance(value, dict) and all(map(is_neutral, value.values()))
+    return isinstance(value, dict) and not any(value.values())
 
 
 def refused_field(name: str, reason: str) -> PydanticCustomError:

@@ -103,8 +103,12 @@ def _schemas(bodies: Iterable[type[Body]]) -> JsonObject:
             fields[name] = {"description": HINT}
         for name in sorted(kind.unserved.keys() - fields):
             default = kind.unserved[name]
-            neutral = [*([] if default is None else [default]), None, False, 0, "", [], {}]
-            fields[name] = {"enum": neutral, "description": UNSERVED}
+            nothing: list[object] = [None, False, 0, "", [], {}]
+            forms = [
+                {"enum": [*([] if default is None else [default]), *nothing]},
+                {"type": "object", "additionalProperties": {"enum": nothing}},
+            ]
+            fields[name] = {"anyOf": forms, "description": UNSERVED}
         schema["properties"] = fields
         schema["description"] = (inspect.getdoc(kind) or "").partition("\n")[0]
     return schemas
