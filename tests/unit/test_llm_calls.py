@@ -218,7 +218,9 @@ def _run_script(code: str, tmp_path: Path, **options: Any) -> subprocess.Complet
 )
 def test_a_script_that_closes_nothing_ends_without_litter(code: str, tmp_path: Path) -> None:
     done = _run_script(code, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+    # On a busy machine asyncio's debug mode reports calls that took long.
+    litter = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]
+    assert (done.returncode, done.stdout, litter) == (0, "1\n", [])
     assert list(tmp_path.iterdir()) == []
 
 

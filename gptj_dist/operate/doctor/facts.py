@@ -26,7 +26,6 @@ from gptj_dist.stages.cores import available_cores
 PACKAGES = (
     "ray",
     "torch",
-    "safetensors",
     "tokenizers",
     "huggingface_hub",
     "pyzmq",
