@@ -106,7 +106,7 @@ def test_a_client_gets_the_tokens_of_its_pipeline_and_no_others(attack: str, kno
 def test_friends_who_come_and_go_are_not_counted() -> None:
     async def run() -> int:
         inbox = FeedInbox("127.0.0.1", lambda error: pytest.fail(f"the inbox ended: {error}"))
-        for _ in range(5):
+        for _ in range(40):
             outbox = FeedOutbox(lambda _: None)
             stream, [mailbox] = inbox.open(1)
             outbox.put(stream, 0, Delta((1,), FinishReason.STOP))

@@ -146,7 +146,8 @@ class GuardedSocket(Generic[S]):
     def __init__(self, context: zmq.Context[S], kind: int, host: str, lock: Lock) -> None:
         self._context = context
         self._lock = lock
-        self._num_unproven = 0
+        self._unproven: set[int] = set()
+        self._num_proofs = 0
         self.dropped = DropCount()
         self.socket: S = context.socket(kind)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_PART_BYTES)
@@ -181,7 +182,8 @@ class GuardedSocket(Generic[S]):
                         if socket is questions:
                             questions.send_multipart(self._answer(*questions.recv_multipart()))
                         else:
-                            self._note(parse_monitor_message(events.recv_multipart())["event"])
+                            event = parse_monitor_message(events.recv_multipart())
+                            self._note(event["event"], event["value"])
             except zmq.ContextTerminated:
                 pass
 
@@ -191,22 +193,30 @@ class GuardedSocket(Generic[S]):
         status = b"200" if self._lock.opens_for(credentials) else b"400"
         return [version, question_id, status, b"", b"", b""]
 
-    def _note(self, event: int) -> None:
-        """Counts a connection as a stranger's if it ends before its handshake has succeeded."""
+    def _note(self, event: int, connection: int) -> None:
+        """Counts a connection as a stranger's if it ends before its handshake has succeeded.
+
+        Args:
+            connection: its file descriptor. libzmq does not say whose handshake has succeeded, so while several are
+                under way, the one that ends is taken for the stranger.
+        """
         if event == zmq.EVENT_ACCEPTED:
-            self._num_unproven += 1
+            self._unproven.add(connection)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._num_unproven -= 1
-        elif event == zmq.EVENT_DISCONNECTED and self._num_unproven > 0:
-            self._num_unproven -= 1
-            self.dropped.num_strangers += 1
-            if (
-                self.dropped.num_strangers.bit_count() == 1
-            ):  # the 1st, 2nd, 4th, 8th ...: a flood must not fill the disk
-                logger.warning(
-                    "connection without the key refused",
-                    extra=values(port=self.endpoint, num_refused=self.dropped.num_strangers),
-                )
+            self._num_proofs += 1
+        elif connection in self._unproven:
+            self._unproven.remove(connection)
+            if self._num_proofs <= len(self._unproven):
+                self._count_stranger()
+        if self._num_proofs >= len(self._unproven):
+            self._unproven.clear()
+            self._num_proofs = 0
+
+    def _count_stranger(self) -> None:
+        self.dropped.num_strangers += 1
+        if self.dropped.num_strangers.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a flood must not fill the disk
+            known = values(port=self.endpoint, num_refused=self.dropped.num_strangers)
+            logger.warning("connection without the key refused", extra=known)
 
 
 def bind_free_port(socket: zmq.Socket[Any], host: str) -> str:
