@@ -141,9 +141,11 @@ class Duel:
                 _warm_up(contender, case)
         rounds: Fought = {case: [] for case in cases}
         print_row(["", "a", "b", "ratio"])
-        for _ in range(num_rounds):
+        for number in range(num_rounds):
             for case in cases:
-                rounds[case].append((self._turn("a", case), self._turn("b", case)))
+                order = ("a", "b") if number % 2 == 0 else ("b", "a")
+                figures = {side: self._turn(side, case) for side in order}
+                rounds[case].append((figures["a"], figures["b"]))
                 _tell(case, rounds[case][-1:])
         return rounds
 

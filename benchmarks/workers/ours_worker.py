@@ -13,7 +13,6 @@ import gptj_dist
 from benchmarks.workers.worker import GenerationWorker, Worker
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
-from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import start_local
@@ -74,6 +73,9 @@ async def _local(config: PipelineConfig) -> AsyncIterator[tuple[AsyncEngine, Loa
 
 @asynccontextmanager
 async def _actors(config: PipelineConfig) -> AsyncIterator[tuple[AsyncEngine, LoadedPipeline]]:
+    # Here, so that a checkout of another layout can be measured with one stage.
+    from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
+
     os.environ.update(LOCAL_RAY_ENVIRONMENT)  # before ray is imported
     from benchmarks.workers.actors import start_actors
 

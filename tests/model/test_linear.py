@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,24 @@ def test_a_weight_and_a_bias_with_gaps_are_right() -> None:
     expected = NativeLinear(library, weight, bias)(x)
     apart = torch.stack([bias, -bias], dim=1)[:, 0]
     assert torch.equal(NativeLinear(library, weight.T.contiguous().T, apart)(x), expected)
+
+
+def test_packed_weights_are_in_huge_pages() -> None:
+    library = load_product_library()
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if library is None or not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this machine has no huge pages, or another product")
+    before = _huge_bytes()
+    weight = NativeLinear(library, torch.zeros(4096, 4096, dtype=torch.bfloat16), None)
+    assert _huge_bytes() - before >= 0.9 * 2 * 4096 * 4096
+    del weight
+    assert _huge_bytes() == before
+
+
+def _huge_bytes() -> int:
+    """Memory of this process that lies in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
 
 
 def test_no_rows_are_a_product_of_no_rows() -> None:
