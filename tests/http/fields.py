@@ -117,6 +117,7 @@ def ids(face: Face, **fields: Any) -> list[int]:
     return list(choice(face, return_token_ids=True, **fields)["token_ids"])
 
 
+@cache
 def tokenizer() -> Tokenizer:
     from gptj_dist.checkpoint.hub import resolve_model
 
