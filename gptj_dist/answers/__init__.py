@@ -16,4 +16,5 @@ __all__ = [
     "schema",
     "served_model",
     "service",
+    "turns",
 ]

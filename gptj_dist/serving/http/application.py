@@ -18,7 +18,7 @@ from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.meter import HttpMeter
-from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, LimitHead, RequestIds, RequireKey, route_path
+from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, InTurns, LimitHead, RequestIds, RequireKey, route_path
 from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.metrics import IngressMetrics
 
@@ -46,6 +46,7 @@ def make_http_app(
     """
     routes = [_route(one, gate) for one in endpoints]
     middleware = [
+        Middleware(InTurns),
         Middleware(RequestIds, has_proxy=has_proxy),
         Middleware(HttpMeter, routes=routes, metrics=metrics),
         Middleware(LimitHead),

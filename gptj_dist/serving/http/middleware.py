@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj_dist.answers.error_responses import error_response, response_headers
 from gptj_dist.answers.request_limits import MAX_HEAD_BYTES, MAX_HEADERS
+from gptj_dist.answers.turns import Turns
 from gptj_dist.errors import AuthenticationError
 from gptj_dist.serving.keys import ApiKey, find_key
 
@@ -45,6 +46,18 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class InTurns:
+    """Begins one call in a turn of the event loop: a thousand that arrive together do not hold up running streams."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._turns = Turns()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._turns.next()
+        await self._app(scope, receive, send)
 
 
 class LimitHead:

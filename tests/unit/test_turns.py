@@ -1,0 +1,43 @@
+"""What is ready at the same time is spread over turns of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+
+from starlette.types import Message, Receive, Scope, Send
+
+from gptj_dist.serving.http.middleware import InTurns
+
+NUM_CALLS = 200
+
+
+async def receive() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def send(_: Message) -> None:
+    pass
+
+
+def test_of_calls_that_arrive_together_one_begins_in_a_turn_and_the_first_comes_first() -> None:
+    async def run() -> list[int | None]:
+        begun: list[int | None] = []
+
+        async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+            begun.append(scope["number"])
+
+        async def count_turns() -> None:
+            while True:
+                await asyncio.sleep(0)
+                begun.append(None)
+
+        in_turns = InTurns(app)
+        counting = asyncio.create_task(count_turns())
+        await asyncio.gather(*(in_turns({"number": number}, receive, send) for number in range(NUM_CALLS)))
+        counting.cancel()
+        return begun
+
+    begun = asyncio.run(run())
+    assert [number for number in begun if number is not None] == list(range(NUM_CALLS))
+    assert all(None in (one, next_) for one, next_ in pairwise(begun))
