@@ -185,7 +185,7 @@ def ancestors(pid: int) -> list[int]:
 
 def read_if_there(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:  # the process has just ended
         return ""
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from gptj_dist.checkpoint.hub import DEMO, resolve_model
-from tests.http.command import STOP_LIMIT_S, running
+from tests.http.command import running, wait_until_gone
 from tests.http.server import free_port
 from tests.hub_server import running_hub
 
@@ -26,7 +26,8 @@ def test_a_model_of_the_hub_is_fetched_once_before_ray_starts_and_then_served(tm
             body = {"prompt": "Call me", "max_tokens": 4, "temperature": 0}
             answer = httpx.post(f"{base}/v1/completions", json=body, timeout=60).json()
             command.interrupt()
-            assert command.process.wait(timeout=STOP_LIMIT_S) == 0
+            wait_until_gone(command)
+            assert command.process.returncode == 0
     assert answer["usage"]["completion_tokens"] == 4
     assert answer["model"] == "owner/name"
     assert output.index("Fetching model.safetensors") < output.index("Starting Ray")

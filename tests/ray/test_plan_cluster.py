@@ -11,7 +11,7 @@ import ray
 
 from tests.http.server import local_ray
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.alone]
 
 
 @pytest.mark.parametrize("name", ["cluster", "ray"])
