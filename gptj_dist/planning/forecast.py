@@ -12,15 +12,21 @@ from dataclasses import dataclass
 
 from gptj_dist.chunking import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, StepCost, best_chunk_tokens
 from gptj_dist.config import DeviceKind, DTypeName, LayerRange, ModelConfig
-from gptj_dist.planning.cost import Chunks, Step, hop_s, kv_bytes_per_token, step_s, step_work, weight_bytes
+from gptj_dist.planning.cost import (
+    Chunks,
+    Step,
+    hop_s,
+    kv_bytes_per_token,
+    step_s,
+    step_work,
+    weight_bytes,
+    working_bytes,
+)
 from gptj_dist.planning.devices import DeviceSpec
 from gptj_dist.planning.partition import PROMPT_TOKENS_PER_OUTPUT_TOKEN
 
 FREE_MEMORY_USED: dict[DeviceKind, float] = {"cpu": 0.5, "cuda": 0.9}
 """What the KV cache takes of the memory that is free once weights are loaded. A machine's memory has other users."""
-
-RESERVED_BYTES = 1_000_000_000
-"""Per device, for Python, torch, its kernels and the rows being computed."""
 
 CONTEXT_TOKENS = 512
 """Tokens that a request is assumed to have when its next one is computed."""
@@ -59,9 +65,10 @@ class PlannedStage:
 
     def num_kv_tokens(self, workload: Workload) -> int:
         """Tokens that fit beside its weights; 0 or less if not even those fit."""
-        free = self.device.memory_bytes - RESERVED_BYTES - weight_bytes(workload.model, self.layers, workload.dtype)
-        per_token = kv_bytes_per_token(workload.model, self.layers.num_layers, workload.dtype, self.device.kind)
-        return math.floor(free * FREE_MEMORY_USED[self.device.kind] / per_token)
+        model, dtype, kind = workload.model, workload.dtype, self.device.kind
+        free = self.device.memory_bytes - weight_bytes(model, self.layers, dtype) - working_bytes(model, dtype, kind)
+        per_token = kv_bytes_per_token(model, self.layers.num_layers, dtype, kind)
+        return math.floor(free * FREE_MEMORY_USED[kind] / per_token)
 
 
 PlannedPipeline = Sequence[PlannedStage]

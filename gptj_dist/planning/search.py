@@ -16,12 +16,11 @@ from itertools import product, takewhile
 
 from gptj_dist.config import DTYPE_BYTES, LayerRange
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes, working_bytes
 from gptj_dist.planning.devices import DeviceSpec
 from gptj_dist.planning.forecast import (
     CONTEXT_TOKENS,
     FREE_MEMORY_USED,
-    RESERVED_BYTES,
     PlannedStage,
     Workload,
     group_size,
@@ -176,11 +175,10 @@ def _room(costs: StageCosts, time: float) -> int:
 
 def _why_not(workload: Workload, devices: Sequence[DeviceSpec]) -> str:
     """The message for a model that does not fit: memory needed, memory there is, and what would help."""
-    needed, usable = _needed_bytes(workload, devices), _usable_bytes(devices)
+    needed, usable = _needed_bytes(workload, devices), _usable_bytes(workload, devices)
     amounts = (
         f"{needed / 1e9:.1f} GB are needed for {workload.dtype} weights and the KV cache of one request of "
-        f"{workload.max_model_len} tokens, and there are {usable / 1e9:.1f} GB, not counting "
-        f"{RESERVED_BYTES / 1e9:.0f} GB a device that is reserved"
+        f"{workload.max_model_len} tokens, and there are {usable / 1e9:.1f} GB, not counting what stages need to work"
     )
     if usable >= needed:
         amounts += "; that would do, but not in the pieces that it is in, as a layer is not cut"
@@ -198,8 +196,9 @@ def _needed_bytes(workload: Workload, devices: Sequence[DeviceSpec]) -> float:
     return weight_bytes(workload.model, whole, workload.dtype) + workload.max_model_len * kv_bytes
 
 
-def _usable_bytes(devices: Sequence[DeviceSpec]) -> float:
-    return sum(max(0.0, device.memory_bytes - RESERVED_BYTES) for device in devices)
+def _usable_bytes(workload: Workload, devices: Sequence[DeviceSpec]) -> float:
+    model, dtype = workload.model, workload.dtype
+    return sum(max(0.0, device.memory_bytes - working_bytes(model, dtype, device.kind)) for device in devices)
 
 
 def _remedies(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[tuple[str, bool]]:

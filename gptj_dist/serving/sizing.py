@@ -28,6 +28,11 @@ class PipelineSize:
         stage = {"CPU": self.cpus_per_stage} | ({"GPU": self.gpus_per_stage} if self.gpus_per_stage else {})
         return [{"CPU": COORDINATOR_CPUS}, *[stage] * self.num_stages]
 
+    @property
+    def total(self) -> dict[str, float]:
+        """The resources of all bundles together."""
+        return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in self.bundles[-1]}
+
 
 def size_stages(config: PipelineConfig, num_stages: int, num_in_cluster: Callable[[str], float]) -> PipelineSize:
     """The Ray resources of a pipeline of `num_stages` stages.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gptj_dist.checkpoint.hub import DEMO, local_directory, resolve_model
@@ -25,7 +25,7 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.generation import NO_GENERATION_CONFIG
-from gptj_dist.planning.cost import weight_bytes
+from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes, working_bytes
 from gptj_dist.planning.forecast import FREE_MEMORY_USED
 from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
 from gptj_dist.sizes import bytes_text, ceil_div
@@ -241,6 +241,8 @@ def is_lossless(model: ModelConfig, dtype: DTypeName) -> bool:
 def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
     """Refuses weights that are larger than a device's total memory, before a stage runs out of memory.
 
+    Only weights count: what else a stage needs is an estimate.
+
     Args:
         devices: of each stage, first to last.
 
@@ -293,6 +295,34 @@ def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequen
         logger.warning("bits of the results depend on which machine computes a layer: %s", difference)
 
 
+def foresee_reports(
+    blueprint: Blueprint, kind: DeviceKind, devices: Sequence[DeviceReport], free_bytes: Mapping[str, int]
+) -> tuple[StageReport, ...]:
+    """The reports that stages would give after loading.
+
+    Args:
+        devices: of each stage, first to last.
+        free_bytes: of each memory pool, before loading. In the reports it is negative where stages do not fit.
+    """
+    model, dtype = blueprint.model, choose_dtype(blueprint.config, blueprint.model, devices)
+    left = dict(free_bytes)
+    for layers, device in zip(blueprint.layers, devices, strict=True):
+        left[device.memory_pool] -= weight_bytes(model, layers, dtype) + working_bytes(model, dtype, kind)
+    return tuple(
+        StageReport(
+            layers=layers,
+            device=device,
+            kind=kind,
+            dtype=dtype,
+            weight_bytes=weight_bytes(model, layers, dtype),
+            free_bytes=left[device.memory_pool],
+            kv_bytes_per_token=kv_bytes_per_token(model, layers.num_layers, dtype, kind),
+            pid=0,
+        )
+        for layers, device in zip(blueprint.layers, devices, strict=True)
+    )
+
+
 def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int:
     """Number of KV blocks of every stage. It is the same for all, because each token needs room on every stage.
 
@@ -324,7 +354,7 @@ def _free_tokens_by_pool(reports: Sequence[StageReport], has_margin: bool) -> li
     for report in reports:
         pools[report.device.memory_pool].append(report)
     return [
-        int(min(r.free_bytes for r in pool) * (FREE_MEMORY_USED[pool[0].kind] if has_margin else 1))
+        int(max(0, min(r.free_bytes for r in pool)) * (FREE_MEMORY_USED[pool[0].kind] if has_margin else 1))
         // sum(r.kv_bytes_per_token for r in pool)
         for pool in pools.values()
     ]

@@ -25,6 +25,7 @@ from gptj_dist.stages.blueprint import (
     choose_dtype,
     count_kv_blocks,
     draw_blueprint,
+    foresee_reports,
     require_equal_bits,
     require_memory,
 )
@@ -200,6 +201,19 @@ def test_a_full_machine_is_refused_in_words() -> None:
 def test_what_a_token_of_gptj_costs(kind: DeviceKind, dtype: DTypeName, expected: int) -> None:
     model = replace(MODEL, d_model=4096, num_heads=16)
     assert kv_bytes_per_token(model, 28, dtype, kind) == expected
+
+
+def test_reports_are_foreseen_with_what_all_stages_of_a_memory_leave_of_it() -> None:
+    config = PipelineConfig(DEMO, dtype="float32")
+    blueprint = Blueprint(config, GPTJ_6B, layer_ranges((14, 14)), 1000, rules=TokenRules(50400))
+    gpus = [replace(OLD_GPU, memory_pool=f"here/gpu-{i}") for i in range(2)]
+
+    shared = foresee_reports(blueprint, "cpu", [CPU, CPU], {"here/cpu": 50 * GIGABYTE})
+    # 24.2 GB of weights; for each stage a process of 0.5 GB, and a layer of 0.81 GB that is being packed.
+    assert [report.free_bytes / GIGABYTE for report in shared] == pytest.approx([23.19, 23.19], abs=0.01)
+    apart = foresee_reports(blueprint, "cuda", gpus, {"here/gpu-0": 14 * GIGABYTE, "here/gpu-1": 12 * GIGABYTE})
+    assert [report.free_bytes / GIGABYTE for report in apart] == pytest.approx([0.9, -1.1], abs=0.01)
+    assert [report.weight_bytes / GIGABYTE for report in apart] == pytest.approx([12.1, 12.1], abs=0.01)
 
 
 # Weights

@@ -12,8 +12,9 @@ from gptj_dist.config import LayerRange, ModelConfig, PipelineConfig
 from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node, SilentNode, this_machine
 from gptj_dist.operate.doctor.facts import PACKAGES, DeviceFacts, ModelFacts, NodeFacts
 from gptj_dist.operate.doctor.findings import find_in_nodes
-from gptj_dist.operate.doctor.fit import STAGE_WORKING_BYTES, find_in_plan
+from gptj_dist.operate.doctor.fit import find_in_plan
 from gptj_dist.operate.launch.settings import APP_NAME
+from gptj_dist.planning.cost import PROCESS_BYTES
 from gptj_dist.stages.blueprint import Blueprint, DeviceReport
 from gptj_dist.token_rules import TokenRules
 
@@ -32,13 +33,13 @@ CONFIG = PipelineConfig("gptj", dtype="bfloat16", device="cpu", stages=2)
 
 
 def cpu(host: str, free_gb: float) -> DeviceFacts:
-    report = DeviceReport("cpu", f"{host}/cpu", 8, 100 * GB, ("float32", "bfloat16"))
-    return DeviceFacts("cpu", report, int(free_gb * GB), 64 * GB)
+    report = DeviceReport("cpu", f"{host}/cpu", 8, 64 * GB, ("float32", "bfloat16"))
+    return DeviceFacts("cpu", report, int(free_gb * GB))
 
 
 def gpu(host: str, index: int, free_gb: float = 16) -> DeviceFacts:
-    report = DeviceReport("NVIDIA T4", f"{host}/GPU-{index}", 8, 100 * GB, ("float32", "float16"))
-    return DeviceFacts("cuda", report, int(free_gb * GB), 16 * GB)
+    report = DeviceReport("NVIDIA T4", f"{host}/GPU-{index}", 8, 16 * GB, ("float32", "float16"))
+    return DeviceFacts("cuda", report, int(free_gb * GB))
 
 
 def facts(host: str = "alpha", *, free_gb: float = 50, num_gpus: int = 0, **changes: Any) -> NodeFacts:
@@ -342,7 +343,7 @@ def test_stages_fill_one_gpu_after_the_other() -> None:
 
 
 def test_memory_for_less_than_the_full_context_is_a_warning_and_for_no_token_a_failure() -> None:
-    tight = 12.1 + 2 * 0.403 + 2 * STAGE_WORKING_BYTES["cpu"] / GB + 0.05 * 64
+    tight = 12.1 + 2 * 0.403 + 2 * PROCESS_BYTES["cpu"] / GB + 0.05 * 64
     # A token takes 0.46 MB of a CPU's cache in all layers; `auto` takes half of what is left.
     enough = find_in_plan(cluster(facts(free_gb=tight + 2.05)), plan(14, 14))
     assert troubles(enough) == []

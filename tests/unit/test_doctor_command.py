@@ -41,7 +41,7 @@ def test_facts_of_this_machine_are_gathered_without_ray() -> None:
     gathered = gather_facts(None, None)
     assert gathered.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert gathered.cpu is not None
-    assert 0 < gathered.cpu.free_bytes <= gathered.cpu.total_bytes
+    assert 0 < gathered.cpu.free_bytes <= gathered.cpu.report.total_bytes
     assert gathered.max_open_files <= gathered.max_open_files_hard
 
 

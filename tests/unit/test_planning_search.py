@@ -12,9 +12,9 @@ import pytest
 
 from gptj_dist.config import ModelConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.planning.cost import weight_bytes
+from gptj_dist.planning.cost import PROCESS_BYTES, weight_bytes
 from gptj_dist.planning.devices import DeviceSpec, known_device
-from gptj_dist.planning.forecast import RESERVED_BYTES, PlannedStage, Workload, mixed_tokens_per_s
+from gptj_dist.planning.forecast import PlannedStage, Workload, mixed_tokens_per_s
 from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.planning.search import NUM_REQUESTS, best_pipeline, gains_of_one_more
 
@@ -128,13 +128,13 @@ def test_a_model_that_does_not_fit_says_how_much_is_needed_and_what_would_help()
 
 
 def test_enough_memory_in_pieces_too_small_is_said_to_be_that() -> None:
-    crumbs = replace(known_device("t4"), name="crumb", memory_bytes=RESERVED_BYTES + 0.4e9)
+    crumbs = replace(known_device("t4"), name="crumb", memory_bytes=PROCESS_BYTES["cuda"] + 0.4e9)
     with pytest.raises(ConfigurationError, match=r"but not in the pieces.*16 more of the largest"):
         best_pipeline(SIX_B, [crumbs] * 60)
 
 
 def test_a_shorter_context_is_advised_where_it_is_enough() -> None:
     whole = weight_bytes(SIX_B.model, layer_ranges((28,))[0], "float16")
-    tight = replace(known_device("t4"), memory_bytes=RESERVED_BYTES + whole + 0.5e9)
+    tight = replace(known_device("t4"), memory_bytes=PROCESS_BYTES["cuda"] + whole + 0.5e9)
     with pytest.raises(ConfigurationError, match="--max-model-len 512 or 1 more t4"):
         best_pipeline(SIX_B, [tight])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,30 +97,15 @@ def _print_cut(config: PipelineConfig) -> None:
     console.print("Speed is predicted by --devices (for devices you name) and --check (on this machine, and measured).")
 
 
-def _foresee(blueprint: Blueprint) -> list[StageReport]:
-    """The reports that stages would give after loading, all of them on this machine's first device."""
-    from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
-    from gptj_dist.stages.blueprint import StageReport, choose_dtype
+def _foresee(blueprint: Blueprint) -> tuple[StageReport, ...]:
+    """The reports of stages that are all on this machine's first device."""
+    from gptj_dist.stages.blueprint import foresee_reports
     from gptj_dist.stages.device import describe_device, free_bytes, local_device
 
     kind, device = local_device(blueprint.config.device)
-    description = describe_device(device)
-    dtype = choose_dtype(blueprint.config, blueprint.model, [description])
-    reports = [
-        StageReport(
-            layers=layers,
-            device=description,
-            kind=kind,
-            dtype=dtype,
-            weight_bytes=weight_bytes(blueprint.model, layers, dtype),
-            free_bytes=0,
-            kv_bytes_per_token=kv_bytes_per_token(blueprint.model, layers.num_layers, dtype, kind),
-            pid=0,
-        )
-        for layers in blueprint.layers
-    ]
-    left = max(0, free_bytes(device) - sum(report.weight_bytes for report in reports))
-    return [replace(report, free_bytes=left) for report in reports]
+    report = describe_device(device)
+    free = {report.memory_pool: free_bytes(device)}
+    return foresee_reports(blueprint, kind, [report] * len(blueprint.layers), free)
 
 
 def _reasons(model: ModelConfig, layers: tuple[int, ...], is_explicit: bool) -> list[str]:

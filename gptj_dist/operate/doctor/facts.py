@@ -70,7 +70,6 @@ class DeviceFacts:
     kind: DeviceKind
     report: DeviceReport
     free_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +183,14 @@ def _look_at_devices() -> tuple[tuple[DeviceFacts, ...], str | None, str | None]
     try:
         import torch
 
-        from gptj_dist.stages.device import describe_device, free_bytes, total_bytes
+        from gptj_dist.stages.device import describe_device, free_bytes
     except (ImportError, OSError) as error:  # OSError: a library that torch is linked with is not there
         return (), None, f"torch cannot be imported: {_first_line(error)}"
     cpu = torch.device("cpu")
-    found = [DeviceFacts("cpu", describe_device(cpu), free_bytes(cpu), total_bytes(cpu))]
+    found = [DeviceFacts("cpu", describe_device(cpu), free_bytes(cpu))]
     try:
         for gpu in [torch.device("cuda", i) for i in range(torch.cuda.device_count())]:
-            found.append(DeviceFacts("cuda", describe_device(gpu), free_bytes(gpu), total_bytes(gpu)))
+            found.append(DeviceFacts("cuda", describe_device(gpu), free_bytes(gpu)))
     except RuntimeError as error:
         return tuple(found), torch.version.cuda, _first_line(error)
     return tuple(found), torch.version.cuda, None

@@ -54,13 +54,12 @@ def _describe(node: Node) -> Finding:
     parts += [f"NVIDIA driver {facts.driver}"] if facts.driver else []
     num_cpus = node.resources.get("CPU", 0)
     parts += ["1 CPU" if num_cpus == 1 else f"{num_cpus:g} CPUs"]
-    parts += [_memory_text("memory", facts.cpu.free_bytes, facts.cpu.total_bytes)] if facts.cpu else []
-    parts += [_memory_text(gpu.report.name, gpu.free_bytes, gpu.total_bytes) for gpu in facts.gpus]
+    parts += [
+        f"{'memory' if device.kind == 'cpu' else device.report.name} {bytes_text(device.free_bytes)} free of "
+        f"{bytes_text(device.report.total_bytes)}"
+        for device in facts.devices
+    ]
     return Finding("ok", node.name, f"{facts.host} ({node.ip}): {', '.join(parts)}")
-
-
-def _memory_text(name: str, free_bytes: int, total_bytes: int) -> str:
-    return f"{name} {bytes_text(free_bytes)} free of {bytes_text(total_bytes)}"
 
 
 def _silent_nodes(cluster: Cluster) -> Iterable[Finding]:

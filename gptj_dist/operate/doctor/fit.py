@@ -1,32 +1,24 @@
 """Whether a plan fits the nodes: Ray's resources, memory, disk, and the model being where its stages will look for it.
 
-Which node gets which stage is Ray's choice. This is an estimate of it: PACK fills one node after the other, the one
-with the most room first, and looks at nothing but the resources that a bundle names, so memory is no reason to move on.
+Which node gets which stage is Ray's choice, and Ray has no function that tells it without placing them. This is an
+estimate of it: PACK fills one node after the other, the one with the most room first, and looks at nothing but the
+resources that a bundle names, so memory is no reason to move on.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, DTypeName, LayerRange
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node
 from gptj_dist.operate.doctor.facts import DeviceFacts
-from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes
+from gptj_dist.planning.cost import weight_bytes, working_bytes
 from gptj_dist.serving.sizing import PipelineSize, size_stages
 from gptj_dist.sizes import bytes_text
-from gptj_dist.stages.blueprint import (
-    Blueprint,
-    StageReport,
-    choose_dtype,
-    count_kv_blocks,
-)
-
-STAGE_WORKING_BYTES: dict[DeviceKind, int] = {"cpu": 500_000_000, "cuda": 1_000_000_000}
-"""A stage's process without its weights: torch, activations, CUDA's context. One more layer comes on top, as a layer is
-there twice while it is packed. Measured on a CPU: 0.2 GB before the first request."""
+from gptj_dist.stages.blueprint import Blueprint, StageReport, count_kv_blocks, foresee_reports
 
 LOCAL_RAY_BYTES = 1_000_000_000
 """What a Ray and a Serve that are started here take, ingress and coordinator included: measured 0.9 GB."""
@@ -34,10 +26,25 @@ LOCAL_RAY_BYTES = 1_000_000_000
 RAY_LEAVES_FREE = 0.05
 """Ray kills processes when less than this part of a machine's memory is free."""
 
+ROUNDING = 1e-9
+"""Of sums of Ray's resources."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A stage's place.
+
+    Args:
+        gpu: number of its GPU on the node. Ray fills one before the next and splits none that is asked for as a whole.
+    """
+
+    node: Node
+    gpu: int
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where a stage would be."""
+    """A stage's device on its node."""
 
     layers: LayerRange
     node: Node
@@ -47,48 +54,41 @@ class Seat:
 def find_in_plan(cluster: Cluster, blueprint: Blueprint) -> list[Finding]:
     """What there is to say of a plan on these nodes."""
     size = size_stages(blueprint.config, len(blueprint.layers), lambda name: cluster.resources.get(name, 0.0))
-    nodes = _place(size, cluster.nodes)
-    findings = [*_model(cluster.nodes, blueprint), *_resources(cluster, size, nodes)]
-    if nodes is None:
+    places = _place(size, cluster.nodes)
+    findings = [*_model(cluster.nodes, blueprint), _resources(cluster, size, places)]
+    if places is None:
         return [*findings, Finding("warning", "memory", "not checked: there is no place for the stages", "see above")]
-    seats = _seat(size, nodes[1:], blueprint.layers)
-    if seats is None:
+    seats = list(_seats(size.device, places, blueprint.layers))
+    if len(seats) < len(places):
         return [*findings, Finding("warning", "memory", "not checked: torch does not see the devices", "see above")]
     return [*findings, *_memory(cluster, blueprint, seats), *_disk(blueprint, seats)]
 
 
-def _place(size: PipelineSize, nodes: Sequence[Node]) -> list[Node] | None:
-    """The node of each bundle, or None if they do not all find one."""
-    order = sorted(nodes, key=lambda n: (n.resources.get("GPU", 0) * (size.device == "cuda"), _cpus(n)), reverse=True)
+def _place(size: PipelineSize, nodes: Sequence[Node]) -> list[Place] | None:
+    """The place of each stage, or None if they do not all find one."""
+    order = sorted(nodes, key=lambda n: (_has(n, "GPU") * (size.device == "cuda"), _has(n, "CPU")), reverse=True)
     room = {node.name: dict(node.resources) for node in order}
-    placed = []
+    places = []
     for bundle in size.bundles:
-        node = next((n for n in order if all(room[n.name].get(r, 0) >= bundle[r] - 1e-9 for r in bundle)), None)
-        if node is None:
+        fits = (n for n in order if all(room[n.name].get(name, 0) >= bundle[name] - ROUNDING for name in bundle))
+        if (node := next(fits, None)) is None:
             return None
-        for resource, amount in bundle.items():
-            room[node.name][resource] -= amount
-        placed.append(node)
-    return placed
+        left = room[node.name]
+        places.append(Place(node, int(_has(node, "GPU") - left.get("GPU", 0) + ROUNDING)))
+        for name, amount in bundle.items():
+            left[name] -= amount
+    return places[1:]
 
 
-def _cpus(node: Node) -> float:
-    return node.resources.get("CPU", 0)
+def _has(node: Node, resource: str) -> float:
+    return node.resources.get(resource, 0)
 
 
-def _seat(size: PipelineSize, nodes: Sequence[Node], layers: Sequence[LayerRange]) -> list[Seat] | None:
-    """The device of each stage on its node; None if torch sees too few there."""
-    taken: dict[str, float] = defaultdict(float)
-    seats = []
-    for node, stage_layers in zip(nodes, layers, strict=True):
-        devices = [node.facts.cpu] if size.device == "cpu" else node.facts.gpus
-        # Ray numbers GPUs, fills one before the next and splits none that is asked for as a whole.
-        index = int(taken[node.name] + 1e-9) if size.device == "cuda" else 0
-        taken[node.name] += size.gpus_per_stage
-        if index >= len(devices) or (device := devices[index]) is None:
-            return None
-        seats.append(Seat(stage_layers, node, device))
-    return seats
+def _seats(kind: DeviceKind, places: Sequence[Place], layers: Sequence[LayerRange]) -> Iterator[Seat]:
+    """The seats of stages whose device torch sees."""
+    for place, stage_layers in zip(places, layers, strict=True):
+        devices = [device for device in place.node.facts.devices if device.kind == kind]
+        yield from (Seat(stage_layers, place.node, device) for device in devices[place.gpu : place.gpu + 1])
 
 
 def _model(nodes: Iterable[Node], blueprint: Blueprint) -> Iterable[Finding]:
@@ -121,87 +121,69 @@ def _model_text(blueprint: Blueprint) -> str:
     )
 
 
-def _resources(cluster: Cluster, size: PipelineSize, nodes: Sequence[Node] | None) -> Iterable[Finding]:
-    wanted = _total(size)
-    if nodes is None:
-        yield Finding(
+def _resources(cluster: Cluster, size: PipelineSize, places: Sequence[Place] | None) -> Finding:
+    wanted = size.total
+    asked = f"the stages ask Ray for {_resources_text(wanted)}"
+    if places is None:
+        return Finding(
             "failure",
             "placement",
-            f"the stages ask Ray for {_resources_text(wanted)}, each for {_resources_text(size.bundles[1])}; "
+            f"{asked}, each for {_resources_text(size.bundles[1])}; "
             f"the nodes have {_resources_text({name: cluster.resources.get(name, 0) for name in wanted})}",
             "try --cpus-per-stage"
             + (" and --gpus-per-stage" if "GPU" in wanted else "")
             + ", fewer --stages, or more nodes (an autoscaler adds them by itself)",
         )
-        return
-    if busy := [name for name in wanted if wanted[name] > cluster.free.get(name, 0) + 1e-9]:
-        yield Finding(
+    free = {name: cluster.free.get(name, 0) for name in wanted}
+    if busy := [name for name in wanted if wanted[name] > free[name] + ROUNDING]:
+        return Finding(
             "warning",
             "placement",
-            f"the stages ask Ray for {_resources_text(wanted)}; free are "
-            f"{_resources_text({name: cluster.free.get(name, 0) for name in busy})}",
+            f"{asked}; free are {_resources_text({name: free[name] for name in busy})}",
             "serving will wait until others give back what they have: `ray status` shows who",
         )
-        return
-    names = dict.fromkeys(node.name for node in nodes[1:])
-    yield Finding(
-        "ok", "placement", f"Ray has the {_resources_text(wanted)}; the stages go to {', '.join(names)} (estimate)"
-    )
-
-
-def _total(size: PipelineSize) -> dict[str, float]:
-    names = {name: None for bundle in size.bundles for name in bundle}
-    return {name: sum(bundle.get(name, 0.0) for bundle in size.bundles) for name in names}
+    names = ", ".join(dict.fromkeys(place.node.name for place in places))
+    return Finding("ok", "placement", f"Ray has the {_resources_text(wanted)}; the stages go to {names} (estimate)")
 
 
 def _resources_text(resources: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in resources.items())
 
 
-def _memory(cluster: Cluster, blueprint: Blueprint, seats: Sequence[Seat]) -> Iterable[Finding]:
+def _memory(cluster: Cluster, blueprint: Blueprint, seats: Sequence[Seat]) -> list[Finding]:
     """Weights and working memory by memory pool; then the KV cache in what is left, as serving sizes it."""
-    dtype = choose_dtype(blueprint.config, blueprint.model, [seat.device.report for seat in seats])
     pools: dict[str, list[Seat]] = defaultdict(list)
     for seat in seats:
         pools[seat.device.report.memory_pool].append(seat)
-    left = {pool: _left_bytes(cluster, blueprint, dtype, inside) for pool, inside in pools.items()}
-    cure = _room_cure(dtype, seats[0].device.kind, len(cluster.nodes))
+    usable = {pool: _usable_bytes(cluster, inside[0].device) for pool, inside in pools.items()}
+    kind = seats[0].device.kind
+    reports = foresee_reports(blueprint, kind, [seat.device.report for seat in seats], usable)
+    dtype, left = reports[0].dtype, {report.device.memory_pool: report.free_bytes for report in reports}
+    cure = _room_cure(dtype, kind, len(cluster.nodes))
     findings = [_too_small(blueprint, dtype, pools[pool], -left[pool], cure) for pool in pools if left[pool] < 0]
-    if findings:
-        return findings
-    reports = [_foresee(blueprint, dtype, seat, left[seat.device.report.memory_pool]) for seat in seats]
-    return [_weights_fit(reports), _kv_cache(blueprint, reports)]
+    return findings or [_weights_fit(reports), _kv_cache(blueprint, reports)]
 
 
-def _left_bytes(cluster: Cluster, blueprint: Blueprint, dtype: DTypeName, seats: Sequence[Seat]) -> int:
-    """What is left of a memory pool when its stages are loaded; negative if they do not fit."""
-    device = seats[0].device
-    usable = device.free_bytes
-    if device.kind == "cpu":
-        usable -= int(RAY_LEAVES_FREE * device.total_bytes) + LOCAL_RAY_BYTES * (not cluster.is_running)
-    return usable - sum(_stage_bytes(blueprint, dtype, seat) for seat in seats)
-
-
-def _stage_bytes(blueprint: Blueprint, dtype: DTypeName, seat: Seat) -> int:
-    """Most of what a stage needs before it has a KV cache."""
-    one_layer = LayerRange(1, 3, seat.layers.start, seat.layers.start + 1)
-    return (
-        weight_bytes(blueprint.model, seat.layers, dtype)
-        + weight_bytes(blueprint.model, one_layer, dtype)
-        + STAGE_WORKING_BYTES[seat.device.kind]
-    )
+def _usable_bytes(cluster: Cluster, device: DeviceFacts) -> int:
+    """What stages may take of a device's memory."""
+    if device.kind == "cuda":
+        return device.free_bytes
+    kept = int(RAY_LEAVES_FREE * device.report.total_bytes) + LOCAL_RAY_BYTES * (not cluster.is_running)
+    return device.free_bytes - kept
 
 
 def _too_small(blueprint: Blueprint, dtype: DTypeName, seats: Sequence[Seat], lacking_bytes: int, cure: str) -> Finding:
     device = seats[0].device
     weights = sum(weight_bytes(blueprint.model, seat.layers, dtype) for seat in seats)
-    working = sum(_stage_bytes(blueprint, dtype, seat) for seat in seats) - weights
+    working = len(seats) * working_bytes(blueprint.model, dtype, device.kind)
+    names = " and ".join(dict.fromkeys(seat.node.name for seat in seats))
+    needs = f"stage {seats[0].layers.stage} needs" if len(seats) == 1 else f"{len(seats)} stages need"
     return Finding(
         "failure",
         "memory",
-        f"{_pool_name(seats)}: {_stages_text(seats)} {bytes_text(weights)} of weights in {dtype} and "
-        f"{bytes_text(working)} to work with; of {bytes_text(device.free_bytes)} free that is "
-        f"{bytes_text(lacking_bytes)} too much",
+        f"{names if device.kind == 'cpu' else f'{names}, {device.report.name}'} (estimate): {needs} "
+        f"{bytes_text(weights)} of weights in {dtype} and {bytes_text(working)} to work with; of "
+        f"{bytes_text(device.free_bytes)} free that is {bytes_text(lacking_bytes)} too much",
         cure,
     )
 
@@ -214,31 +196,6 @@ def _room_cure(dtype: DTypeName, kind: DeviceKind, num_nodes: int) -> str:
     else:
         cure = "end other programs, or spread more --stages over a cluster (--address)"
     return f"--dtype bfloat16 halves the weights; or {cure}" if dtype == "float32" else cure
-
-
-def _pool_name(seats: Sequence[Seat]) -> str:
-    device = seats[0].device
-    names = " and ".join(dict.fromkeys(seat.node.name for seat in seats))
-    return f"{names} (estimate)" if device.kind == "cpu" else f"{names}, {device.report.name} (estimate)"
-
-
-def _stages_text(seats: Sequence[Seat]) -> str:
-    return f"stage {seats[0].layers.stage} needs" if len(seats) == 1 else f"{len(seats)} stages need"
-
-
-def _foresee(blueprint: Blueprint, dtype: DTypeName, seat: Seat, left_bytes: int) -> StageReport:
-    """What the stage would report after loading."""
-    kind = seat.device.kind
-    return StageReport(
-        layers=seat.layers,
-        device=seat.device.report,
-        kind=kind,
-        dtype=dtype,
-        weight_bytes=weight_bytes(blueprint.model, seat.layers, dtype),
-        free_bytes=left_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(blueprint.model, seat.layers.num_layers, dtype, kind),
-        pid=0,
-    )
 
 
 def _weights_fit(reports: Sequence[StageReport]) -> Finding:

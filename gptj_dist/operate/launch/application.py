@@ -206,8 +206,8 @@ def _require_room(launch: Launch) -> None:
 
     scale = launch.scaling.get("autoscaling_config", {}).get("min_replicas", launch.scaling.get("num_replicas", 1))
     size, available = size_pipeline(launch.app.pipeline), ray.cluster_resources()
-    for resource in ("CPU", "GPU"):
-        wanted = scale * sum(bundle.get(resource, 0.0) for bundle in size.bundles)
+    for resource, amount in size.total.items():
+        wanted = scale * amount
         if wanted > available.get(resource, 0.0):
             raise ConfigurationError(
                 f"{scale} pipeline(s) of {size.num_stages} stages ask Ray for {wanted:g} {resource}s, this machine has "
