@@ -53,7 +53,7 @@ class PlanRecord:
 
 @dataclass(frozen=True, slots=True)
 class StageSnapshot:
-    """A stage in the last seconds.
+    """A stage in the last seconds. All are None before the first plan has come back.
 
     Args:
         busy_share: share of the time in which it computed, from 0 to 1.
@@ -63,11 +63,11 @@ class StageSnapshot:
         wait_ms: mean time that a plan waited for it; None if there was none.
     """
 
-    busy_share: float
-    bubble_share: float
-    step_ms: float | None
-    queue: float
-    wait_ms: float | None
+    busy_share: float | None = None
+    bubble_share: float | None = None
+    step_ms: float | None = None
+    queue: float | None = None
+    wait_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.errors import GPTJDistError
-from gptj_dist.serving.broadcast import trace_parts
-from gptj_dist.stages.trace import TraceFile
+from gptj_dist.serving.broadcast import ask_all
+from gptj_dist.stages.trace import TraceFile, TracePart
 
 PERIOD_S = 1.0
 """Between two visits a pipeline remembers some thousand plans."""
@@ -31,7 +31,7 @@ class TraceCollector:
     async def collect(self) -> None:
         """Appends new plans. If a pipeline does not answer, its plans are collected the next time."""
         with suppress(GPTJDistError, RayError, RayServeException):
-            parts = (await trace_parts(self._pipelines, self._since)).given
+            parts = (await ask_all(self._pipelines, TracePart, "trace_part", self._since)).given
             self._file.append(parts)
             self._since |= {part.pipeline: part.records[-1].number + 1 for part in parts if part.records}
 

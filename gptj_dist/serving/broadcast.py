@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -12,9 +11,6 @@ from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.errors import NotReadyError
 from gptj_dist.logs import values
-from gptj_dist.serving.metrics import IngressMetrics
-from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
-from gptj_dist.stages.trace import TracePart
 
 logger = logging.getLogger(__name__)
 
@@ -35,43 +31,15 @@ class Replies(Generic[T]):
     num_silent: int
 
 
-async def statuses(pipelines: DeploymentHandle) -> Replies[PipelineStatus]:
-    """`Pipeline.status` of every pipeline.
+async def ask_all(replicas: DeploymentHandle, kind: type[T], method: str, *arguments: object) -> Replies[T]:
+    """Calls a method of every replica.
+
+    Args:
+        kind: class of the replies.
 
     Raises:
         NotReadyError: one of them neither answers nor fails.
     """
-    return await _ask(pipelines, PipelineStatus, "status")
-
-
-async def pipeline_metrics(pipelines: DeploymentHandle) -> Replies[PipelineMetrics]:
-    """`Pipeline.metrics` of every pipeline.
-
-    Raises:
-        NotReadyError: as `statuses`.
-    """
-    return await _ask(pipelines, PipelineMetrics, "metrics")
-
-
-async def ingress_metrics(ingresses: DeploymentHandle) -> Replies[IngressMetrics]:
-    """`Ingress.metrics` of every ingress.
-
-    Raises:
-        NotReadyError: as `statuses`.
-    """
-    return await _ask(ingresses, IngressMetrics, "metrics")
-
-
-async def trace_parts(pipelines: DeploymentHandle, since: Mapping[str, int]) -> Replies[TracePart]:
-    """`Pipeline.trace_part` of every pipeline.
-
-    Raises:
-        NotReadyError: as `statuses`.
-    """
-    return await _ask(pipelines, TracePart, "trace_part", since)
-
-
-async def _ask(replicas: DeploymentHandle, kind: type[T], method: str, *arguments: object) -> Replies[T]:
     try:
         response = replicas.broadcast(method, *arguments)
         results = await response.results_async(timeout_s=TIMEOUT_S, return_exceptions=True)

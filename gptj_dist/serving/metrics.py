@@ -21,11 +21,12 @@ from gptj_dist.stages.transport.guard import DropCount
 
 if TYPE_CHECKING:
     from gptj_dist.engine.stats import StageWork
-    from gptj_dist.serving.pipeline import PipelineMetrics
+    from gptj_dist.serving.pipeline import PipelineStatus
 
 FINISH_REASONS = (*FinishReason, "abort", "error")
 _BOUNDS = (*(f"{bound / 1e9:g}" for bound in BOUNDS_NS), "+Inf")
 
+_Kind = type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]
 _Rows = Iterable[tuple[tuple[str, ...], Any]]
 """Values of the labels, and what they label: a `Histogram` for a histogram, else a number."""
 
@@ -61,11 +62,11 @@ class Exposition(Collector):
 
     Args:
         model: the name that clients see.
-        pipelines, ingresses: metrics of the replicas that answered.
+        pipelines, ingresses: of the replicas that answered.
     """
 
     model: str
-    pipelines: Sequence[PipelineMetrics]
+    pipelines: Sequence[PipelineStatus]
     ingresses: Sequence[IngressMetrics]
 
     def encoded(self, accept: str) -> tuple[bytes, str]:
@@ -87,7 +88,7 @@ class Family:
         labels: in addition to `model_name`, which all families have.
     """
 
-    kind: type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]
+    kind: _Kind
     name: str
     labels: tuple[str, ...]
     meaning: str
@@ -105,16 +106,22 @@ class Family:
         return metric
 
 
-def _of_pipelines(value: Callable[[PipelineMetrics], Any]) -> Callable[[Exposition], _Rows]:
-    return lambda exposition: (((pipeline.name,), value(pipeline)) for pipeline in exposition.pipelines)
-
-
-def _of_stages(value: Callable[[StageWork], Any]) -> Callable[[Exposition], _Rows]:
-    return lambda exposition: (
-        ((pipeline.name, str(number)), value(stage))
-        for pipeline in exposition.pipelines
-        for number, stage in enumerate(pipeline.stages)
+def _pipeline(kind: _Kind, name: str, meaning: str, value: Callable[[PipelineStatus], Any]) -> Family:
+    """A family with a value for each pipeline."""
+    return Family(
+        kind, name, ("pipeline",), meaning, lambda exposition: (((p.name,), value(p)) for p in exposition.pipelines)
     )
+
+
+def _stage(kind: _Kind, name: str, meaning: str, value: Callable[[StageWork], Any]) -> Family:
+    """A family with a value for each stage."""
+
+    def rows(exposition: Exposition) -> _Rows:
+        for pipeline in exposition.pipelines:
+            for number, work in enumerate(pipeline.work):
+                yield (pipeline.name, str(number)), value(work)
+
+    return Family(kind, name, ("pipeline", "stage"), meaning, rows)
 
 
 def _responses(exposition: Exposition) -> _Rows:
@@ -144,8 +151,8 @@ def _edges(exposition: Exposition) -> _Rows:
 def _dropped(exposition: Exposition) -> _Rows:
     """By port: `stage-0`, `stage-1`, ..., `coordinator` and `feed`."""
     for pipeline in exposition.pipelines:
-        ports = [*(f"stage-{index}" for index in range(len(pipeline.num_dropped) - 2)), "coordinator", "feed"]
-        for port, number in zip(ports, pipeline.num_dropped, strict=True):
+        ports = [*(f"stage-{index}" for index in range(len(pipeline.port_dropped) - 2)), "coordinator", "feed"]
+        for port, number in zip(ports, pipeline.port_dropped, strict=True):
             yield (pipeline.name, port), number
 
 
@@ -171,125 +178,71 @@ FAMILIES: Sequence[Family] = (
         "Completions, by how they ended: stop, length, content_filter, abort (not wanted any more) or error.",
         _finished,
     ),
-    Family(
-        _GAUGE,
-        "num_requests_running",
-        ("pipeline",),
-        "Requests that are being computed.",
-        _of_pipelines(lambda pipeline: pipeline.num_running),
-    ),
-    Family(
-        _GAUGE,
-        "num_requests_waiting",
-        ("pipeline",),
-        "Requests that wait to be computed.",
-        _of_pipelines(lambda pipeline: pipeline.num_waiting),
-    ),
-    Family(
+    _pipeline(_GAUGE, "num_requests_running", "Requests that are being computed.", lambda p: p.num_running),
+    _pipeline(_GAUGE, "num_requests_waiting", "Requests that wait to be computed.", lambda p: p.num_waiting),
+    _pipeline(
         _GAUGE,
         "kv_cache_usage_perc",
-        ("pipeline",),
         "Share of the KV cache that is in use, from 0 to 1.",
-        _of_pipelines(lambda pipeline: pipeline.num_used_blocks / pipeline.num_blocks),
+        lambda p: p.num_used_blocks / p.num_blocks,
     ),
-    Family(
-        _COUNTER,
-        "prompt_tokens",
-        ("pipeline",),
-        "Tokens of prompts that were computed.",
-        _of_pipelines(lambda pipeline: pipeline.requests.num_prompt_tokens),
+    _pipeline(
+        _COUNTER, "prompt_tokens", "Tokens of prompts that were computed.", lambda p: p.requests.num_prompt_tokens
     ),
-    Family(
-        _COUNTER,
-        "generation_tokens",
-        ("pipeline",),
-        "Tokens that were sampled.",
-        _of_pipelines(lambda pipeline: pipeline.requests.num_generation_tokens),
-    ),
-    Family(
+    _pipeline(_COUNTER, "generation_tokens", "Tokens that were sampled.", lambda p: p.requests.num_generation_tokens),
+    _pipeline(
         _COUNTER,
         "num_preemptions",
-        ("pipeline",),
         "How often a request lost its KV blocks to an older one.",
-        _of_pipelines(lambda pipeline: pipeline.num_preemptions),
+        lambda p: p.num_preemptions,
     ),
-    Family(
+    _pipeline(
         _HISTOGRAM,
         "request_queue_time_seconds",
-        ("pipeline",),
         "From a request's arrival at the coordinator until the first plan with it left.",
-        _of_pipelines(lambda pipeline: pipeline.requests.queue_time),
+        lambda p: p.requests.queue_time,
     ),
-    Family(
+    _pipeline(
         _HISTOGRAM,
         "time_to_first_token_seconds",
-        ("pipeline",),
         "From a request's arrival at the coordinator to its first token.",
-        _of_pipelines(lambda pipeline: pipeline.requests.time_to_first_token),
+        lambda p: p.requests.time_to_first_token,
     ),
-    Family(
+    _pipeline(
         _HISTOGRAM,
         "inter_token_latency_seconds",
-        ("pipeline",),
         "Between two tokens of a request.",
-        _of_pipelines(lambda pipeline: pipeline.requests.inter_token_latency),
+        lambda p: p.requests.inter_token_latency,
     ),
-    Family(
+    _pipeline(
         _HISTOGRAM,
         "e2e_request_latency_seconds",
-        ("pipeline",),
         "From a request's arrival at the coordinator until its last token or until it was closed.",
-        _of_pipelines(lambda pipeline: pipeline.requests.e2e_latency),
+        lambda p: p.requests.e2e_latency,
     ),
-    Family(
-        _GAUGE,
-        "num_plans_in_flight",
-        ("pipeline",),
-        "Micro-batches on their way through the stages.",
-        _of_pipelines(lambda pipeline: pipeline.num_in_flight),
+    _pipeline(
+        _GAUGE, "num_plans_in_flight", "Micro-batches on their way through the stages.", lambda p: p.num_in_flight
     ),
-    Family(
-        _GAUGE,
-        "pipeline_up",
-        ("pipeline",),
-        "1 if the pipeline takes requests, 0 while its stages are replaced.",
-        _of_pipelines(lambda pipeline: pipeline.is_up),
+    _pipeline(
+        _GAUGE, "pipeline_up", "1 if the pipeline takes requests, 0 while its stages are replaced.", lambda p: p.is_up
     ),
-    Family(
-        _COUNTER,
-        "pipeline_restarts",
-        ("pipeline",),
-        "How often the pipeline's stages were replaced.",
-        _of_pipelines(lambda pipeline: pipeline.num_restarts),
+    _pipeline(
+        _COUNTER, "pipeline_restarts", "How often the pipeline's stages were replaced.", lambda p: p.num_restarts
     ),
-    Family(
+    _pipeline(
         _COUNTER,
         "coordinator_busy_seconds",
-        ("pipeline",),
         "Time in which the coordinator made plans or handed out tokens.",
-        _of_pipelines(lambda pipeline: pipeline.coordinator_ns / 1e9),
+        lambda p: p.coordinator_ns / 1e9,
     ),
-    Family(
-        _COUNTER,
-        "stage_busy_seconds",
-        ("pipeline", "stage"),
-        "Time in which the stage computed.",
-        _of_stages(lambda stage: stage.step_time.sum_ns / 1e9),
-    ),
-    Family(
+    _stage(_COUNTER, "stage_busy_seconds", "Time in which the stage computed.", lambda s: s.step_time.sum_ns / 1e9),
+    _stage(
         _COUNTER,
         "stage_bubble_seconds",
-        ("pipeline", "stage"),
         "Time in which the stage did not compute, though plans were in flight.",
-        _of_stages(lambda stage: stage.bubble_ns / 1e9),
+        lambda s: s.bubble_ns / 1e9,
     ),
-    Family(
-        _HISTOGRAM,
-        "stage_step_seconds",
-        ("pipeline", "stage"),
-        "What a step, one plan, took the stage.",
-        _of_stages(lambda stage: stage.step_time),
-    ),
+    _stage(_HISTOGRAM, "stage_step_seconds", "What a step, one plan, took the stage.", lambda s: s.step_time),
     Family(
         _COUNTER,
         "edge_bytes",

@@ -21,10 +21,11 @@ from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.engine.stats import Snapshot, StageWork
+from gptj_dist.engine.stats import StageWork
 from gptj_dist.errors import GPTJDistError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
+from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
 from gptj_dist.serving.feed import FeedOutbox, ReplyTo
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.stages.actor import log_directory
@@ -47,63 +48,23 @@ MAX_RESTARTS_IN_A_ROW = 3
 RESTART_DELAY_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineStatus:
-    """The status of a pipeline.
+@dataclass(frozen=True, kw_only=True)
+class PipelineStatus(PipelineFacts):
+    """A pipeline now, and its counters since its coordinator started.
 
     Args:
-        name: the replica's.
-        is_up: whether it takes requests; not while its stages are being replaced.
-        snapshot: statistics of the last seconds.
-        num_used_blocks: KV blocks in use now, of `num_blocks`.
-        num_restarts: how often its stages were replaced.
-        pid: the coordinator's process.
-        losses: the last stages that died, oldest first.
-        num_dropped: connections without the key and malformed messages that all ports of the pipeline have dropped.
+        work, coordinator_ns: see `PipelineStats`.
+        edge_bytes: see `StageGroup`; since the stages were started last.
+        port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
     """
 
-    name: str
     limits: EngineLimits
     stages: tuple[StageReport, ...]
-    num_blocks: int
-    num_used_blocks: int
-    num_running: int
-    num_waiting: int
-    num_in_flight: int
-    num_preemptions: int
-    num_restarts: int
-    pid: int
-    is_up: bool
-    snapshot: Snapshot
-    losses: tuple[StageLoss, ...] = ()
-    num_dropped: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineMetrics:
-    """Counters since the coordinator started, and current values. Cheaper to compute than a status.
-
-    Args:
-        num_preemptions: since the stages were started last.
-        stages, coordinator_ns: see `PipelineStats`.
-        edge_bytes: see `StageGroup`; since the stages were started last.
-        num_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
-    """
-
-    name: str
-    is_up: bool
-    num_running: int
-    num_waiting: int
-    num_in_flight: int
-    num_used_blocks: int
-    num_blocks: int
-    num_preemptions: int
-    num_restarts: int
     requests: RequestTotals
-    stages: tuple[StageWork, ...]
+    work: tuple[StageWork, ...]
     coordinator_ns: int
     edge_bytes: tuple[int, ...]
-    num_dropped: tuple[int, ...]
+    port_dropped: tuple[int, ...]
 
 
 class Pipeline:
@@ -214,47 +175,40 @@ class Pipeline:
                 pass
 
     async def status(self) -> PipelineStatus:
-        """The pipeline's status."""
-        scheduler = self._engine.scheduler
+        """The pipeline's status. Cheap, as `/metrics` and the launcher ask for it again and again."""
         return PipelineStatus(
-            name=self._name,
+            **vars(self._facts()),
             limits=self._loaded.limits(),
             stages=self._loaded.reports,
-            num_blocks=self._loaded.num_blocks,
-            num_used_blocks=scheduler.num_used_blocks,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_in_flight=scheduler.num_in_flight,
-            num_preemptions=scheduler.num_preemptions,
-            num_restarts=self._epoch,
-            pid=os.getpid(),
-            is_up=self._engine.is_up,
-            snapshot=self._engine.stats.snapshot(),
-            losses=tuple(self._losses),
-            num_dropped=sum(self._num_dropped()),
-        )
-
-    async def metrics(self) -> PipelineMetrics:
-        """The pipeline's counters."""
-        scheduler = self._engine.scheduler
-        return PipelineMetrics(
-            name=self._name,
-            is_up=self._engine.is_up,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_in_flight=scheduler.num_in_flight,
-            num_used_blocks=scheduler.num_used_blocks,
-            num_blocks=self._loaded.num_blocks,
-            num_preemptions=scheduler.num_preemptions,
-            num_restarts=self._epoch,
             requests=self._engine.journal.totals,
-            stages=self._engine.stats.stages,
+            work=self._engine.stats.stages,
             coordinator_ns=self._engine.stats.coordinator_ns,
             edge_bytes=tuple(self._group.edge_bytes),
-            num_dropped=self._num_dropped(),
+            port_dropped=self._port_dropped(),
         )
 
-    def _num_dropped(self) -> tuple[int, ...]:
+    async def document(self) -> PipelineDocument:
+        """The pipeline's part of the response of `GET /debug/pipeline`."""
+        return pipeline_document(self._facts(), self._engine.stats.snapshot(), self._loaded.reports)
+
+    def _facts(self) -> PipelineFacts:
+        scheduler = self._engine.scheduler
+        return PipelineFacts(
+            name=self._name,
+            state="lost" if self._end is not None else "up" if self._engine.is_up else "restarting",
+            pid=os.getpid(),
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_in_flight=scheduler.num_in_flight,
+            num_used_blocks=scheduler.num_used_blocks,
+            num_blocks=self._loaded.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_restarts=self._epoch,
+            losses=tuple(self._losses),
+            num_dropped=sum(self._port_dropped()),
+        )
+
+    def _port_dropped(self) -> tuple[int, ...]:
         return *self._group.num_dropped, self._outbox.num_malformed
 
     async def trace_part(self, since: Mapping[str, int]) -> TracePart:

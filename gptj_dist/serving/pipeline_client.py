@@ -14,9 +14,10 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
-from gptj_dist.serving.broadcast import Replies, pipeline_metrics, statuses, trace_parts
+from gptj_dist.serving.broadcast import Replies, ask_all
+from gptj_dist.serving.debug import PipelineDocument
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
-from gptj_dist.serving.pipeline import PipelineMetrics, PipelineStatus
+from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.trace import TracePart
 from gptj_dist.stages.transport.guard import DropCount
 
@@ -92,16 +93,17 @@ class PipelineClient:
     async def statuses(self) -> Replies[PipelineStatus]:
         """The status of every pipeline. Raises NotReadyError."""
         self.limits()
-        return await statuses(self._handle)
+        return await ask_all(self._handle, PipelineStatus, "status")
 
-    async def metrics(self) -> Replies[PipelineMetrics]:
-        """The counters of every pipeline; none while the model loads. Raises NotReadyError."""
-        return await pipeline_metrics(self._handle)
+    async def documents(self) -> Replies[PipelineDocument]:
+        """Every pipeline's part of the response of `GET /debug/pipeline`. Raises NotReadyError."""
+        self.limits()
+        return await ask_all(self._handle, PipelineDocument, "document")
 
     async def trace_parts(self) -> Replies[TracePart]:
         """The plans that every pipeline has kept. Raises NotReadyError."""
         self.limits()
-        return await trace_parts(self._handle, {})
+        return await ask_all(self._handle, TracePart, "trace_part", {})
 
     def _note_failure(self, error: Exception) -> None:
         self._failure = error

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.errors import NotReadyError
-from gptj_dist.serving.broadcast import ingress_metrics
+from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.metrics import Exposition, IngressMetrics
-from gptj_dist.serving.pipeline import PipelineMetrics
 from gptj_dist.serving.pipeline_client import PipelineClient
+
+T = TypeVar("T")
 
 
 class Scrape:
@@ -29,18 +32,17 @@ class Scrape:
         self._own = own
 
     async def take(self) -> Exposition:
-        """Collects all counters. Omits replicas that do not answer, because a scrape must not fail."""
-        return Exposition(self._model, *await asyncio.gather(self._of_pipelines(), self._of_ingresses()))
+        """Collects all counters."""
+        pipelines, ingresses = await asyncio.gather(
+            _given(self._pipelines.statuses()), _given(ask_all(self._ingresses, IngressMetrics, "metrics"))
+        )
+        others = (ingress for ingress in ingresses if ingress.name != self._own.name)
+        return Exposition(self._model, pipelines, [self._own, *others])
 
-    async def _of_pipelines(self) -> tuple[PipelineMetrics, ...]:
-        try:
-            return (await self._pipelines.metrics()).given
-        except NotReadyError:
-            return ()
 
-    async def _of_ingresses(self) -> list[IngressMetrics]:
-        try:
-            answered = (await ingress_metrics(self._ingresses)).given
-        except NotReadyError:
-            answered = ()
-        return [self._own, *(one for one in answered if one.name != self._own.name)]
+async def _given(replies: Awaitable[Replies[T]]) -> tuple[T, ...]:
+    """The replies; none where a replica does not answer, because a scrape must not fail."""
+    try:
+        return (await replies).given
+    except NotReadyError:
+        return ()

@@ -66,7 +66,7 @@ def test_a_stage_that_dies_is_in_the_log_and_nothing_of_ray_is_at_the_terminal()
         base = command.wait_for(r"Ready after [\d.]+ s: demo at (http://127\.0\.0\.1:\d+)")
         command.wait_for(r"(Ctrl-C stops)")
         before, logs = command.output(), Path(command.wait_for(r"Logs: (\S+)"))
-        document = DebugDocument.model_validate_json(httpx.get(f"{base}/debug/pipeline").content)
+        document = DebugDocument.from_json(httpx.get(f"{base}/debug/pipeline").content)
         pid = document.pipelines[0].stages[1].pid
         os.kill(pid, signal.SIGKILL)
         (log,) = logs.glob("coordinator-*")

@@ -54,7 +54,7 @@ def load(server: Server) -> Iterator[None]:
 def look(server: Server) -> PipelineDocument:
     response = server.client.get("/debug/pipeline")
     assert response.status_code == 200, response.text
-    document = DebugDocument.model_validate_json(response.content)
+    document = DebugDocument.from_json(response.content)
     assert (document.model, document.num_silent) == ("demo", 0)
     (pipeline,) = document.pipelines
     return pipeline
@@ -69,7 +69,7 @@ def test_under_load_every_stage_says_how_busy_it_is_and_what_it_holds(server: Se
     with load(server):
         pipeline = look(server)
         table = top(server, "--once")
-        by_top = DebugDocument.model_validate_json(top(server, "--json"))
+        by_top = DebugDocument.from_json(top(server, "--json"))
     assert (pipeline.state, pipeline.num_running, pipeline.num_waiting) == ("up", 8, 0)
     assert pipeline.num_in_flight >= 1
     assert pipeline.plans_per_s > 0

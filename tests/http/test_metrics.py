@@ -174,7 +174,7 @@ def lines_of(request_id: str) -> list[dict[str, Any]] | None:
 
 
 def test_a_stage_that_dies_is_an_error_a_restart_and_a_line_in_the_log(server: Server) -> None:
-    document = DebugDocument.model_validate_json(server.client.get("/debug/pipeline").content)
+    document = DebugDocument.from_json(server.client.get("/debug/pipeline").content)
     before = sums(server)
     body = {"prompt": "Call me", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 6}
     with httpx.stream("POST", f"{server.base}/v1/completions", json=body, timeout=60) as response:
@@ -194,7 +194,7 @@ def test_a_stage_that_dies_is_an_error_a_restart_and_a_line_in_the_log(server: S
     died = [json.loads(line) for line in lines if '"stage died"' in line]
     assert {line["pid"] for line in died} == {pipeline.stages[1].pid for pipeline in document.pipelines}
     assert all("SIGKILL" in line["cause"] and line["node"] and line["last_log_line"] for line in died)
-    after = DebugDocument.model_validate_json(server.client.get("/debug/pipeline").content)
+    after = DebugDocument.from_json(server.client.get("/debug/pipeline").content)
     for pipeline in after.pipelines:
         (loss,) = pipeline.losses
         assert (loss.stage, "SIGKILL" in loss.cause) == (1, True)

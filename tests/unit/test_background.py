@@ -7,6 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,8 @@ class FakeGroup:
         error: what `kill` raises.
     """
 
+    num_dropped = (0, 0)
+
     def __init__(self, error: Exception | None = None) -> None:
         self.executor = make_executor(is_paused=True)
         self._error = error
@@ -75,6 +78,7 @@ class FakeGroup:
 class FakeLoaded:
     """Stages that have loaded."""
 
+    num_blocks = 10
     num_kv_tokens = 160
 
     @property
@@ -97,10 +101,13 @@ class Replica(Pipeline):
 
     def __init__(self, group: FakeGroup, starts: Iterator[Exception | FakeGroup]) -> None:
         self._starts = starts
+        self._name = "replica"
         self._epoch = 0
         self._end = None
         self._losses = deque()
         self._group: Any = group
+        self._loaded: Any = FakeLoaded()
+        self._outbox: Any = SimpleNamespace(num_malformed=0)
         self._engine = make_engine(group.executor)
         self._driver = run_in_background("driver", self._drive(), self._note_end)
 
@@ -141,13 +148,23 @@ def test_after_any_error_while_stages_start_the_next_attempt_serves_requests(
 
 
 @pytest.mark.parametrize("error", [TOO_MANY_FILES, StageFailedError("no"), RuntimeError("no")])
-def test_a_pipeline_whose_stages_never_start_again_fails_its_health_check(error: Exception) -> None:
+def test_a_pipeline_whose_stages_never_start_again_is_lost_and_fails_its_health_check(error: Exception) -> None:
     async def scenario() -> None:
         group = FakeGroup()
-        replica = Replica(group, iter([error] * MAX_RESTARTS_IN_A_ROW))
+        states: list[str] = []
+
+        def starts() -> Iterator[Exception]:
+            for _ in range(MAX_RESTARTS_IN_A_ROW):
+                states.append(replica._facts().state)
+                yield error
+
+        replica = Replica(group, starts())
+        states.append(replica._facts().state)
         replica.check_health()
         group.executor.fail()
         await until(replica._driver.done)
+        states.append(replica._facts().state)
+        assert states == ["up", *["restarting"] * MAX_RESTARTS_IN_A_ROW, "lost"]
         with pytest.raises(StageFailedError, match="could not be restarted in 3 attempts"):
             replica.check_health()
         with pytest.raises(NotReadyError):

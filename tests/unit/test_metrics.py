@@ -16,9 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
+from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.stats import StageWork
 from gptj_dist.serving.metrics import FAMILIES, Exposition, IngressMetrics
-from gptj_dist.serving.pipeline import PipelineMetrics
+from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.token_rules import TokenRules
 
 ROOT = Path(__file__).parents[2]
 MS = 1_000_000
@@ -31,12 +33,13 @@ def histogram(*durations_ms: float) -> Histogram:
     return made
 
 
-def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineMetrics:
+def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
     """A pipeline of two stages that has worked."""
     requests = RequestTotals(num_prompt_tokens, 11, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60))
-    return PipelineMetrics(
+    return PipelineStatus(
         name=name,
-        is_up=True,
+        state="up",
+        pid=7,
         num_running=3,
         num_waiting=2,
         num_in_flight=1,
@@ -44,11 +47,13 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineMetrics:
         num_blocks=40,
         num_preemptions=4,
         num_restarts=5,
+        limits=EngineLimits(TokenRules(50), 100, 640, 4),
+        stages=(),
         requests=requests,
-        stages=(StageWork(histogram(4), 250 * MS), StageWork(histogram(6, 8), 125 * MS)),
+        work=(StageWork(histogram(4), 250 * MS), StageWork(histogram(6, 8), 125 * MS)),
         coordinator_ns=2000 * MS,
         edge_bytes=(100, 2000, 30),
-        num_dropped=(0, 4, 2, 1),
+        port_dropped=(0, 4, 2, 1),
     )
 
 
@@ -145,7 +150,7 @@ def test_without_replicas_every_family_is_there_and_has_no_samples() -> None:
 
 
 def test_a_pipeline_that_has_not_worked_yet_has_no_stages() -> None:
-    fresh = replace(pipeline("p"), stages=())
+    fresh = replace(pipeline("p"), work=())
     names = {family.name for family in Exposition("demo", [fresh], []).collect() if family.samples}
     assert "gptj_dist_stage_step_seconds" not in names
     assert "gptj_dist_prompt_tokens" in names

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
 
 from gptj_dist.cli.server.server_state import ServerState
 from gptj_dist.cli.server.status_view import render
-from gptj_dist.serving.debug import DebugDocument, LossDocument
+from gptj_dist.serving.debug import DebugDocument
+from gptj_dist.stages.loss import StageLoss
 from tests.fake_server import Call, Reply, fake_server, refused
 from tests.unit.test_top import DOCUMENT, PIPELINE
 from tests.verbs import run_verb
@@ -19,7 +21,7 @@ READY: dict[str, Reply] = {
     "/ready": Reply(body={"status": "ready"}),
     "/version": Reply(body={"version": "1.2.3"}),
     "/v1/models": Reply(body={"object": "list", "data": [{"id": "demo"}, {"id": "alias"}]}),
-    "/debug/pipeline": Reply(body=DOCUMENT.model_dump(mode="json")),
+    "/debug/pipeline": Reply(body=asdict(DOCUMENT)),
 }
 LOADING = READY | {
     path: refused(503, "the model is still loading; try again shortly") for path in ("/ready", "/debug/pipeline")
@@ -60,7 +62,7 @@ def test_as_json_it_is_one_document() -> None:
     assert code == 0
     assert (document["is_ready"], document["problem"], document["version"]) == (True, None, "1.2.3")
     assert document["models"] == ["demo", "alias"]
-    assert document["pipelines"] == DOCUMENT.model_dump(mode="json")["pipelines"]
+    assert document["pipelines"] == json.loads(json.dumps(asdict(DOCUMENT)))["pipelines"]
 
 
 def test_a_server_that_loads_says_so_and_the_exit_code_too() -> None:
@@ -100,20 +102,13 @@ def drawn(debug: DebugDocument, width: int) -> list[str]:
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def loss(stage: int, pid: int, back_after_s: float | None) -> LossDocument:
-    return LossDocument(
-        stage=stage,
-        cause="exited with code 3",
-        node="head",
-        pid=pid,
-        last_log_line="step 12 begins",
-        back_after_s=back_after_s,
-    )
+def loss(stage: int, pid: int, back_after_s: float | None) -> StageLoss:
+    return StageLoss(stage, "exited with code 3", "head", pid, "step 12 begins", back_after_s)
 
 
 def test_the_last_loss_of_each_stage_is_shown_with_cause_place_and_return() -> None:
     losses = (loss(1, 101, 2.5), loss(0, 102, 4.25), loss(1, 103, None))
-    debug = DOCUMENT.model_copy(update={"pipelines": (PIPELINE.model_copy(update={"losses": losses}),)})
+    debug = replace(DOCUMENT, pipelines=(replace(PIPELINE, losses=losses),))
     *_, first, second = drawn(debug, 200)
     words = "exited with code 3; its last log line: step 12 begins"
     assert first == f"lost: ab12cd34, back after 4.2 s: stage 0 (pid 102 on head) {words}"
@@ -123,8 +118,8 @@ def test_the_last_loss_of_each_stage_is_shown_with_cause_place_and_return() -> N
 
 @pytest.mark.parametrize("width", [50, 60, 79, 80, 110])
 def test_no_line_is_wider_than_the_terminal_and_no_row_is_broken(width: int) -> None:
-    restarting = PIPELINE.model_copy(update={"state": "restarting", "losses": (loss(1, 101, 2.5),)})
-    lines = drawn(DOCUMENT.model_copy(update={"pipelines": (restarting,)}), width)
+    restarting = replace(PIPELINE, state="restarting", losses=(loss(1, 101, 2.5),))
+    lines = drawn(replace(DOCUMENT, pipelines=(restarting,)), width)
     assert max(map(len, lines)) <= width
     header = next(line for line in lines if "stage" in line)
     assert ("device" in header, "dtype" in header, "node" in header) == (width >= 60, width >= 80, width >= 110)
@@ -134,8 +129,8 @@ def test_no_line_is_wider_than_the_terminal_and_no_row_is_broken(width: int) -> 
 
 
 def test_pipelines_are_added_up_and_those_that_are_silent_counted() -> None:
-    restarting = PIPELINE.model_copy(update={"name": "ef56", "state": "restarting"})
-    debug = DOCUMENT.model_copy(update={"pipelines": (PIPELINE, restarting), "num_silent": 1})
+    restarting = replace(PIPELINE, name="ef56", state="restarting")
+    debug = replace(DOCUMENT, pipelines=(PIPELINE, restarting), num_silent=1)
     text = " ".join(" ".join(drawn(debug, 120)).split())
     assert "64 running, 800 waiting, 2,468 tokens/s out, 22,000 in, KV 25.0% in use" in text
     assert "1 more pipeline gave no answer" in text

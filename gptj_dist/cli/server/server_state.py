@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
-from pydantic import ValidationError
+import msgspec
 
 from gptj_dist.cli.client import Server, json_object, refusal, told_error
 from gptj_dist.errors import ConfigurationError, NotReadyError
@@ -37,7 +37,7 @@ class ServerState:
             "problem": self.problem,
             "version": self.version,
             "models": list(self.models),
-            "pipelines": [] if self.debug is None else self.debug.model_dump(mode="json")["pipelines"],
+            "pipelines": [] if self.debug is None else list(map(asdict, self.debug.pipelines)),
         }
 
 
@@ -81,8 +81,8 @@ def fetch_pipelines(server: Server) -> DebugDocument:
     if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
         raise NotReadyError(f"the model at {server.base} is still loading; try again shortly")
     try:
-        return DebugDocument.model_validate_json(_require_known(response, server).content)
-    except ValidationError:
+        return DebugDocument.from_json(_require_known(response, server).content)
+    except msgspec.DecodeError:
         raise ConfigurationError(f"the server at {server.base} is not gptj-dist, or of another version") from None
 
 

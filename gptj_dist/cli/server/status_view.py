@@ -16,7 +16,6 @@ from gptj_dist.cli.server.server_state import ServerState
 from gptj_dist.cli.server.top_view import NORMAL_COLUMNS, SMALL_COLUMNS, WIDE_COLUMNS
 from gptj_dist.serving.debug import PipelineDocument, StageDocument
 from gptj_dist.sizes import bytes_text
-from gptj_dist.stages.loss import StageLoss
 
 _OPTIONAL_COLUMNS = {"device": SMALL_COLUMNS, "dtype": NORMAL_COLUMNS, "node": WIDE_COLUMNS}
 """Columns of the table of stages, and the width of the terminal from which it has each."""
@@ -86,7 +85,7 @@ def _cells(stage: StageDocument, width: int) -> Iterator[Text]:
 
 def _losses(pipeline: PipelineDocument) -> Iterator[Text]:
     """The last loss of each stage that has died."""
-    last = {loss.stage: StageLoss(**loss.model_dump()) for loss in pipeline.losses}
+    last = {loss.stage: loss for loss in pipeline.losses}
     for _, loss in sorted(last.items()):
         back = "not back yet" if loss.back_after_s is None else f"back after {loss.back_after_s:.1f} s"
         yield Text(f"lost: {pipeline.name}, {back}: {loss}", "yellow")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json as json_
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,7 +33,7 @@ def top(
 
     with Server(ServerAddress.of(url, api_key, timeout)) as server:
         if json:
-            print(fetch_pipelines(server).model_dump_json(indent=2))
+            print(json_.dumps(asdict(fetch_pipelines(server)), indent=2))
         elif once or not sys.stdout.isatty():
             from rich.console import Console
 

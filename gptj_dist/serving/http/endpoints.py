@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from functools import partial, wraps
 from typing import TypeAlias
 
@@ -25,7 +26,7 @@ from gptj_dist.answers.service import AnswerService
 from gptj_dist.errors import GPTJDistError
 from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Allowances
-from gptj_dist.serving.debug import debug_document
+from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.body import read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
@@ -160,9 +161,9 @@ class Endpoints:
 
     async def debug_pipeline(self, _: Request) -> Response:
         """The state of every pipeline and its stages."""
-        answers = await self._pipelines.statuses()
-        document = debug_document(self._names[0], answers.given, answers.num_silent)
-        return JSONResponse(document.model_dump(mode="json"))
+        answers = await self._pipelines.documents()
+        pipelines = tuple(sorted(answers.given, key=lambda pipeline: pipeline.name))
+        return JSONResponse(asdict(DebugDocument(self._names[0], answers.num_silent, pipelines)))
 
     async def debug_trace(self, _: Request) -> Response:
         """The last plans of every pipeline, as a Chrome trace."""
