@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from gptj_dist.errors import GPTJDistError
 
-_STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}
+_STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 """What the interpreter reports of changes to files; `os.write` and `os.fsync` are counted beside them."""
 
 

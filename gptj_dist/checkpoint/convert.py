@@ -9,7 +9,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, SAFETENSORS
 from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
 from gptj_dist.checkpoint.index import WTE, CheckpointIndex, expected_tensors, read_model_config, stage_headers
 from gptj_dist.checkpoint.loader import TORCH_DTYPES, StageTensors
-from gptj_dist.checkpoint.partial import PartialDirectory
+from gptj_dist.checkpoint.partial import PartialDirectory, settle, siblings
 from gptj_dist.checkpoint.writer import (
     CODE_OF,
     Layout,
@@ -43,6 +43,7 @@ CHECKSUMS_FILE = "SHA256SUMS"
 """What `sha256sum -c` reads."""
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAME_IS_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 class Observer(Protocol):
@@ -93,7 +94,7 @@ def convert_checkpoint(
     """Writes the checkpoint in `source` to `destination`, which appears when it is complete.
 
     An error, an interrupt or a kill before that changes neither the source nor an existing destination. The finished
-    files stay beside the destination, and the same call resumes.
+    files stay beside the destination, and the same call resumes. A call with another source or dtype deletes them.
 
     Args:
         dtype: of the result; None takes that of the weights, or `config.json`'s where they differ.
@@ -102,45 +103,41 @@ def convert_checkpoint(
     Raises:
         ConfigurationError: `destination` must not be written, see `check_destination`.
         CheckpointError: the source is broken, or not a GPT-J, or has numbers that the dtype cannot hold.
-        ConversionError: the disk is full or broken, or another process is writing the same.
+        ConversionError: the disk is full or broken, or another process has written the same.
     """
     with _readable_errors(destination):
         check_destination(source, destination, overwrite)
         source, destination = source.resolve(), destination.resolve()
         plan = _draw_plan(source, dtype)
-        with PartialDirectory(destination) as partial:
-            if not partial.was_published(plan.identity):
-                if destination.exists() and not overwrite:
-                    raise _exists_already(destination)
-                _Converter(plan, destination, partial, observer).run()
+        _Converter(plan, destination, overwrite, observer).run()
     return Conversion(destination, plan.dtype, len(plan.files) + 1, plan.num_bytes)
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     """Refuses a destination where writing would lose data. Opens no files, so it can run before a download.
 
+    A destination that was being replaced when a process was killed is restored first.
+
     Raises:
         ConfigurationError: `destination` exists, unless it is a checkpoint to be overwritten; or it and the source lie
             within each other.
+        ConversionError: the disk is broken.
     """
-    partial = PartialDirectory(destination.resolve()).path
     destination = destination.resolve()
     for path in (source.resolve(), *(file.resolve() for file in source.iterdir())):
-        for written in (destination, partial):
+        for written in (destination, *siblings(destination)):
             if path == written or path in written.parents or written in path.parents:
                 raise ConfigurationError(
                     f"{written} would be written, but the source {path} is there: name another directory"
                 )
-    if destination.exists() and not overwrite and not partial.exists():
-        raise _exists_already(destination)
+    with _readable_errors(destination):
+        settle(destination)
+    if destination.exists() and not overwrite:
+        raise ConfigurationError(f"{destination} exists already: --overwrite replaces it")
     if destination.exists() and not (destination / CONFIG_FILE).is_file():
         raise ConfigurationError(
             f"{destination} exists and is no checkpoint, so it is not replaced: name another directory"
         )
-
-
-def _exists_already(destination: Path) -> ConfigurationError:
-    return ConfigurationError(f"{destination} exists already: --overwrite replaces it")
 
 
 def _draw_plan(source: Path, dtype: DTypeName | None) -> _Plan:
@@ -194,12 +191,13 @@ def _identity(source: Path, dtype: DTypeName) -> dict[str, Any]:
 
 
 class _Converter:
-    """One run of a conversion, in a partial directory that was entered."""
+    """One run of a conversion."""
 
-    def __init__(self, plan: _Plan, destination: Path, partial: PartialDirectory, observer: Observer) -> None:
+    def __init__(self, plan: _Plan, destination: Path, overwrite: bool, observer: Observer) -> None:
         self._plan = plan
         self._destination = destination
-        self._partial = partial
+        self._overwrite = overwrite
+        self._partial = PartialDirectory(destination, plan.identity)
         self._observer = observer
         self._done_bytes = 0
 
@@ -208,47 +206,51 @@ class _Converter:
 
         Raises:
             CheckpointError: the source cannot be converted; no files are kept.
-            ConversionError: the disk is full; finished files are kept.
+            ConversionError: the disk is full, and finished files are kept; or another process has taken them.
         """
         try:
             self._write_files()
+            self._partial.publish(self._overwrite)
         except CheckpointError:
             self._partial.discard()
             raise
         except OSError as error:
+            is_gone = error.errno == errno.ENOENT and not self._partial.path.exists()
+            if is_gone or error.errno in _NAME_IS_TAKEN:
+                raise ConversionError(
+                    f"another process has written {self._destination}, or is at it: this one has stopped"
+                ) from error
             if error.errno in _DISK_IS_FULL:
                 raise self._too_little_space(f" ({error.strerror})") from error
             raise
-        self._partial.publish()
+        finally:
+            with suppress(OSError):
+                self._partial.path.rmdir()  # if no file is finished
 
     def _write_files(self) -> None:
         self._resume()
-        if self._missing_bytes() > self._free_bytes():
-            raise self._too_little_space()
-        finished = self._partial.checksums()
         with StageTensors(self._plan.source, self._plan.config, _whole(self._plan.config)) as tensors:
             buffer = torch.empty(self._largest_tensor_bytes(), dtype=torch.uint8)
-            for name in self._plan.files:
-                if name not in finished:
-                    self._write_file(name, tensors, buffer)
-                    self._report(self._plan.num_bytes - self._missing_bytes())
+            while missing := self._missing():
+                self._write_file(next(iter(missing)), tensors, buffer)
+                self._report(self._plan.num_bytes - sum(self._missing().values()))
         if _identity(self._plan.source, self._plan.dtype) != self._plan.identity:
             raise CheckpointError(f"{self._plan.source} changed while it was being converted: run it again")
-        self._write_checksums()
+        while CHECKSUMS_FILE not in self._partial.finished():
+            with self._partial.create(CHECKSUMS_FILE) as file:
+                file.write("".join(f"{self._partial.sha256(n)}  {n}\n" for n in sorted(self._plan.files)).encode())
 
     def _resume(self) -> None:
-        if not self._partial.resume(self._plan.identity):
-            self._observer.note(f"{self._partial.path} held a part of another conversion: starting over")
-        if num_finished := len(self._partial.checksums().keys() & self._plan.files):
-            finished = bytes_text(self._plan.num_bytes - self._missing_bytes())
-            self._observer.note(f"resuming: {num_finished} of {len(self._plan.files)} files are finished, {finished}")
-        self._report(self._plan.num_bytes - self._missing_bytes())
-
-    def _write_checksums(self) -> None:
-        checksums = self._partial.checksums()
-        checksums.pop(CHECKSUMS_FILE, None)
-        with self._partial.create(CHECKSUMS_FILE) as file:
-            file.write("".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)).encode())
+        for path in self._partial.begin():
+            self._observer.note(f"{path} held a part of another conversion: deleted")
+        missing = self._missing()
+        finished_bytes = self._plan.num_bytes - sum(missing.values())
+        if num_finished := len(self._plan.files) - len(missing):
+            finished = f"{num_finished} of {len(self._plan.files)} files are finished, {bytes_text(finished_bytes)}"
+            self._observer.note(f"resuming: {finished}")
+        self._report(finished_bytes)
+        if sum(missing.values()) > self._free_bytes():
+            raise self._too_little_space()
 
     def _write_file(self, name: str, tensors: StageTensors, buffer: torch.Tensor) -> None:
         content = self._plan.files[name]
@@ -276,15 +278,17 @@ class _Converter:
         return max(tensor_bytes(code, shape) for layout in layouts for code, shape in layout.values())
 
     def _too_little_space(self, detail: str = "") -> ConversionError:
-        missing, free = bytes_text(self._missing_bytes()), bytes_text(self._free_bytes())
+        missing, free = bytes_text(sum(self._missing().values())), bytes_text(self._free_bytes())
         return ConversionError(
             f"{self._destination} needs {missing} more, and its disk has {free} free{detail}: "
             "make room and run it again, what is finished is kept"
         )
 
-    def _missing_bytes(self) -> int:
-        finished = self._partial.checksums()
-        return sum(_file_bytes(content) for name, content in self._plan.files.items() if name not in finished)
+    def _missing(self) -> dict[str, int]:
+        """Name -> size in bytes of each file that is not finished."""
+        finished = self._partial.finished()
+        sizes = {name: _file_bytes(content) for name, content in self._plan.files.items()}
+        return {name: size for name, size in sizes.items() if finished.get(name) != size}
 
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self._partial.path).free

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -59,6 +60,20 @@ class Notes:
         self.bytes.append((done_bytes, total_bytes))
 
 
+class Meanwhile(Notes):
+    """Does something once, in the middle of the first file."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        super().__init__()
+        self._action: Callable[[], object] | None = action
+
+    def progress(self, done_bytes: int, total_bytes: int) -> None:
+        super().progress(done_bytes, total_bytes)
+        if done_bytes and self._action:
+            action, self._action = self._action, None
+            action()
+
+
 def _convert(
     source: Path, destination: Path, dtype: DTypeName | None = None, overwrite: bool = False, notes: Notes | None = None
 ) -> Conversion:
@@ -67,6 +82,10 @@ def _convert(
 
 def _contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def _beside(destination: Path) -> list[Path]:
+    return list(destination.parent.glob(f"{destination.name}.partial*"))
 
 
 def _tensors(directory: Path) -> State:
@@ -319,11 +338,14 @@ def test_destination_that_the_sources_files_are_linked_to_is_refused(source: Pat
         _convert(tmp_path / "links", source, overwrite=True)
 
 
-def test_source_that_lies_where_the_unfinished_files_would_is_refused(source: Path, tmp_path: Path) -> None:
-    source.rename(tmp_path / "x.partial")
+@pytest.mark.parametrize("name", ["x.partial-0123abcd", "x.partial-replaced"])
+def test_source_that_lies_where_unfinished_or_replaced_files_would_is_refused(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    source.rename(tmp_path / name)
 
     with pytest.raises(ConfigurationError, match=r"the source .* is there"):
-        _convert(tmp_path / "x.partial", tmp_path / "x")
+        _convert(tmp_path / name, tmp_path / "x")
 
 
 def test_destination_that_exists_is_replaced_only_if_asked(source: Path, tmp_path: Path) -> None:
@@ -347,7 +369,7 @@ def test_destination_comes_back_if_the_new_one_cannot_take_its_name(
     really_rename = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
-        if self.name == "new":
+        if target.name == "result" and not self.name.endswith("replaced"):
             raise KeyboardInterrupt
         return really_rename(self, target)
 
@@ -376,12 +398,6 @@ def test_broken_source_leaves_nothing_behind(source: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="truncated"):
         _convert(source, tmp_path / "result")
     assert list(tmp_path.iterdir()) == [source]
-
-
-def test_second_conversion_to_the_same_place_is_refused_while_the_first_is_at_it(source: Path, tmp_path: Path) -> None:
-    with PartialDirectory(tmp_path / "result"), pytest.raises(ConversionError, match="another process is at work"):
-        _convert(source, tmp_path / "result")
-    _convert(source, tmp_path / "result")
 
 
 def test_source_that_changes_meanwhile_is_refused(
@@ -414,8 +430,8 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(
     monkeypatch.setattr(Path, "rename", recorded(Path.rename))
     _convert(source, tmp_path / "result")
 
-    assert {target for _, target in renamed[:-1]} == {*_contents(tmp_path / "result"), "state.json"}
-    assert renamed[-1] == ("new", "result")
+    assert {target for _, target in renamed[:-1]} == _contents(tmp_path / "result").keys()
+    assert renamed[-1][1] == "result"
     assert synced[-1] == str(tmp_path)
 
 
@@ -427,7 +443,8 @@ def test_finished_files_are_kept_and_the_others_written(
 ) -> None:
     _convert(source, tmp_path / "undisturbed")
     _begin(monkeypatch, source, tmp_path / "result")
-    kept = tmp_path / "result.partial/new/model-00002-of-00006.safetensors"
+    [partial] = _beside(tmp_path / "result")
+    kept = partial / "model-00002-of-00006.safetensors"
     before = kept.stat().st_ino
     notes = Notes()
 
@@ -447,29 +464,32 @@ def test_finished_file_that_was_damaged_is_written_again(
 ) -> None:
     _convert(source, tmp_path / "undisturbed")
     _begin(monkeypatch, source, tmp_path / "result")
-    damage(tmp_path / "result.partial/new/model-00002-of-00006.safetensors")
+    [partial] = _beside(tmp_path / "result")
+    damage(partial / "model-00002-of-00006.safetensors")
 
     _convert(source, tmp_path / "result")
 
     assert _contents(tmp_path / "result") == _contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("what", ["the dtype", "the source's weights", "the state file is garbage"])
-def test_part_of_another_conversion_is_not_kept(
+@pytest.mark.parametrize("what", ["the dtype", "the source's weights"])
+def test_part_of_another_conversion_is_deleted_and_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     _begin(monkeypatch, source, tmp_path / "result", "bfloat16")
     if what == "the source's weights":
         write_checkpoint(source, CONFIG, seed=1)
-    if what == "the state file is garbage":
-        (tmp_path / "result.partial/state.json").write_text("{")
+    (tmp_path / "result.partial-backup").mkdir()
+    unfinished = tmp_path / "result.partial-0123abcd"
+    unfinished.write_text("of a process that was killed")
     dtype: DTypeName = "float16" if what == "the dtype" else "bfloat16"
     notes = Notes()
 
     _convert(source, tmp_path / "result", dtype, notes=notes)
 
-    assert any("starting over" in note for note in notes.notes) == ("garbage" not in what)
-    assert not any("resuming" in note for note in notes.notes)
+    [note] = notes.notes
+    assert note.endswith("held a part of another conversion: deleted")
+    assert _beside(tmp_path / "result") == [tmp_path / "result.partial-backup"]
     _convert(source, tmp_path / "fresh", dtype)
     assert _contents(tmp_path / "result") == _contents(tmp_path / "fresh")
 
@@ -491,6 +511,7 @@ def test_conversion_killed_at_random_moments_gives_the_same_bytes(tmp_path: Path
         assert not destination.exists() or _contents(destination) == _contents(tmp_path / "undisturbed")
         conversions.run(tmp_path / "source", destination)
         assert _contents(destination) == _contents(tmp_path / "undisturbed")
+        assert not _beside(destination)
         shutil.rmtree(destination)
         if num_kills == 10:
             return
@@ -518,10 +539,9 @@ def test_conversion_killed_at_any_step_leaves_old_or_new_and_resumes(
         if code == 0:
             break
         assert code == -9, error
-        aside = tmp_path / "result.partial" / "old"
         assert not destination.exists() or _contents(destination) in whole
         if overwrite and not destination.exists():
-            assert _contents(aside) == whole[1]
+            assert _contents(tmp_path / "result.partial-replaced") == whole[1]
             assert "exists already" in conversions.run(source, destination)[1]
             assert _contents(destination) == whole[1]
 
@@ -530,8 +550,78 @@ def test_conversion_killed_at_any_step_leaves_old_or_new_and_resumes(
         # Killed after it was done: there is nothing left to do but to say so.
         assert code == 0 or "exists already" in error
         assert _contents(destination) == wanted
-        assert not (tmp_path / "result.partial").exists()
+        assert not _beside(destination)
     assert step > 60
+
+
+# Two processes
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_process_that_finishes_first_publishes_and_the_other_stops_in_one_line(
+    source: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    _convert(source, tmp_path / "undisturbed")
+    if overwrite:
+        _convert(source, tmp_path / "result", "float16")
+    second = Meanwhile(lambda: _convert(source, tmp_path / "result", overwrite=overwrite))
+
+    with pytest.raises(ConversionError, match="another process has written") as error:
+        _convert(source, tmp_path / "result", overwrite=overwrite, notes=second)
+
+    assert "\n" not in str(error.value)
+    assert _contents(tmp_path / "result") == _contents(tmp_path / "undisturbed")
+    assert not _beside(tmp_path / "result")
+
+
+def test_process_uses_what_another_has_finished_before_it_ended(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _convert(source, tmp_path / "undisturbed")
+    second = Meanwhile(lambda: _begin(monkeypatch, source, tmp_path / "result"))
+
+    _convert(source, tmp_path / "result", notes=second)
+
+    assert _contents(tmp_path / "result") == _contents(tmp_path / "undisturbed")
+    assert not _beside(tmp_path / "result")
+
+
+def test_conversion_to_another_dtype_stops_the_earlier_one(source: Path, tmp_path: Path) -> None:
+    second = Meanwhile(lambda: _convert(source, tmp_path / "result", "float16"))
+
+    with pytest.raises(ConversionError, match="another process has written"):
+        _convert(source, tmp_path / "result", "bfloat16", notes=second)
+
+    assert read_model_config(tmp_path / "result").dtype == "float16"
+    check_checkpoint(tmp_path / "result", read_model_config(tmp_path / "result"))
+    assert not _beside(tmp_path / "result")
+
+
+def test_destination_that_appears_meanwhile_is_left_alone_and_the_files_are_kept(source: Path, tmp_path: Path) -> None:
+    notes = Notes()
+
+    with pytest.raises(ConversionError, match="another process has written"):
+        _convert(source, tmp_path / "result", notes=Meanwhile(lambda: shutil.copytree(source, tmp_path / "result")))
+    assert _contents(tmp_path / "result") == _contents(source)
+
+    _convert(source, tmp_path / "result", overwrite=True, notes=notes)
+    assert notes.notes[0].startswith("resuming: 9 of 9 files are finished")
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_give_one_whole_result(tmp_path: Path, conversions: Conversions) -> None:
+    source = tmp_path / "source"
+    write_checkpoint(source, CONFIG)
+    assert conversions.run(source, tmp_path / "undisturbed", kill_at_step=1_000_000)[0] == 0
+
+    with Conversions() as others, ThreadPoolExecutor(2) as pool:
+        for attempt in range(10):
+            destination = tmp_path / f"{attempt}"
+            both = [pool.submit(c.run, source, destination, kill_at_step=1_000_000) for c in (conversions, others)]
+            ends = [run.result()[:2] for run in both]
+            assert (0, "") in ends
+            assert all(code == 0 or "another process" in error or "exists already" in error for code, error in ends)
+            assert _contents(destination) == _contents(tmp_path / "undisturbed")
 
 
 # Full disks
@@ -573,7 +663,7 @@ def test_disk_that_fills_up_on_the_way_leaves_source_and_destination_and_resumes
     assert "\n" not in str(error.value)
     assert _contents(source) == before
     assert _contents(small_disk / "result") == {"config.json": b"earlier"}
-    assert not (small_disk / "result.partial/unfinished").exists()
+    assert all(path.is_dir() for path in _beside(small_disk / "result"))
     with pytest.raises(ConversionError, match=r"needs .* more"):
         _convert(source, small_disk / "result", overwrite=True)
 

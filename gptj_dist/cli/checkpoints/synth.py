@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -87,24 +87,25 @@ def write(
 
     from gptj_dist.checkpoint.files import PICKLED, SAFETENSORS
     from gptj_dist.checkpoint.index import expected_tensors
+    from gptj_dist.checkpoint.partial import PartialDirectory, settle
     from gptj_dist.checkpoint.synthetic import hf_config, write_checkpoint
     from gptj_dist.text.vocabulary import write_tokenizer
 
     ModelConfig.from_hf(hf_config(config))
+    settle(dst)
     if dst.exists():
         raise ConfigurationError(f"{dst} exists already; choose another name or remove it")
-    partial = dst.with_name(f"{dst.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = PartialDirectory(dst, secrets.token_hex())
     whole_model = LayerRange.whole(config.num_layers)
     num_parameters = sum(map(math.prod, expected_tensors(config, whole_model).values()))
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        write_tokenizer(partial, config.vocab_size)
+        partial.begin()
+        write_tokenizer(partial.path, config.vocab_size)
         with Progress("Writing", *columns, transient=True) as progress:
             task = progress.add_task("", total=num_parameters * DTYPE_BYTES[config.dtype])
             write_checkpoint(
-                partial,
+                partial.path,
                 config,
                 seed=seed,
                 form=PICKLED if form == "bin" else SAFETENSORS,
@@ -112,10 +113,10 @@ def write(
                 legacy_buffers=form == "bin",
                 on_written=lambda num_bytes: progress.advance(task, num_bytes),
             )
-        partial.rename(dst)
+        partial.publish(overwrite=False)
     except OSError as error:
         raise ConfigurationError(f"cannot write {dst}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.discard()
     print(f"{dst}: a random GPT-J of {num_parameters:,} parameters in {config.dtype}.")
     print(f"Serve it with: gptj-dist serve {dst}")
