@@ -4,4 +4,4 @@ Knows where a model lies, what its files hold, and which bytes belong to one sta
 but not what layers compute.
 """
 
-__all__ = ["convert", "files", "hub", "index", "inspection", "loader", "synthetic"]
+__all__ = ["convert", "files", "hub", "index", "inspection", "loader", "partial", "synthetic"]
