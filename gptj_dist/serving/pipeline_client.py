@@ -18,6 +18,7 @@ from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import PipelineDocument
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
 from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.trace import TracePart
 from gptj_dist.stages.transport.guard import DropCount
 
@@ -38,10 +39,10 @@ class PipelineClient:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._failure: Exception | None = None
+        self._problem: str | None = None
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
         self._limits: EngineLimits | None = None
-        self._meeting = asyncio.get_running_loop().create_task(self._meet())
+        self._meeting = run_in_background("wait for the first pipeline", self._meet(), self._note_end_of_meeting)
 
     @property
     def dropped(self) -> DropCount:
@@ -49,9 +50,9 @@ class PipelineClient:
         return self._feed.dropped
 
     def check_health(self) -> None:
-        """Raises StageFailedError if no more tokens can be received."""
-        if self._failure is not None:
-            raise StageFailedError(f"the ingress can no longer receive tokens: {self._failure}")
+        """Raises StageFailedError if no tokens can be received: no more, or none ever."""
+        if self._problem is not None:
+            raise StageFailedError(self._problem)
 
     def close(self) -> None:
         """Stops receiving tokens."""
@@ -106,7 +107,11 @@ class PipelineClient:
         return await ask_all(self._handle, TracePart, "trace_part", {})
 
     def _note_failure(self, error: Exception) -> None:
-        self._failure = error
+        self._problem = f"the ingress can no longer receive tokens: {error}"
+
+    def _note_end_of_meeting(self, error: Exception) -> None:
+        if self._limits is None:
+            self._problem = f"the ingress does not find the pipelines: {error}"
 
     async def _meet(self) -> None:
         """Waits for the first pipeline. Before that Serve would hold calls back, but clients must get a 503."""

@@ -10,21 +10,23 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.errors import InvalidRequestError, StageFailedError, TooManyRequestsError
+from gptj_dist.errors import InvalidRequestError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import Pooling, SamplingParams
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
 from gptj_dist.serving.pipeline import Pipeline
-from gptj_dist.serving.pipeline_client import _Call
-from tests.unit.test_async_engine import PROMPT, Rig, collect, expected_tokens, running
+from gptj_dist.serving.pipeline_client import PipelineClient, _Call
+from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, until
 
 PARAMS = SamplingParams(max_tokens=9, seed=6)
 NUM_CHOICES = 3
 MOST_WAITING = 2
+TIMEOUT_S = 20
 
 Streams = list[AsyncGenerator[Delta, None]]
 
@@ -198,5 +200,57 @@ def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again() -
                 task.cancel()
             await asyncio.gather(*first, return_exceptions=True)
             await polled(lambda: all(call.done() for call in handle.calls), rig)
+
+    run(scenario())
+
+
+class FirstPipeline:
+    """A handle to pipelines of which the first one answers, or fails, as told."""
+
+    def __init__(self, answer: SimpleNamespace | BaseException) -> None:
+        self._answer = answer
+
+    @property
+    def status(self) -> FirstPipeline:
+        return self
+
+    async def remote(self) -> SimpleNamespace:
+        if isinstance(self._answer, BaseException):
+            raise self._answer
+        return self._answer
+
+
+@pytest.fixture
+def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+
+
+@pytest.mark.usefixtures("on_loopback")
+def test_when_the_first_pipeline_answers_its_limits_are_known_and_the_ingress_is_healthy() -> None:
+    async def scenario() -> None:
+        handle: Any = FirstPipeline(SimpleNamespace(limits=LIMITS))
+        client = PipelineClient(handle)
+        with pytest.raises(NotReadyError, match="still loading"):
+            client.limits()
+        async with asyncio.timeout(TIMEOUT_S):
+            await until(client._meeting.done)
+        assert client.limits() == LIMITS
+        client.check_health()
+        client.close()
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("on_loopback")
+def test_if_the_wait_for_the_first_pipeline_ends_the_health_check_fails() -> None:
+    async def scenario() -> None:
+        handle: Any = FirstPipeline(asyncio.CancelledError("by Ray"))
+        client = PipelineClient(handle)
+        client.check_health()
+        async with asyncio.timeout(TIMEOUT_S):
+            await until(client._meeting.done)
+        with pytest.raises(StageFailedError, match="does not find the pipelines"):
+            client.check_health()
+        client.close()
 
     run(scenario())
