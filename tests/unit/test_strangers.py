@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -17,6 +17,7 @@ from gptj_dist.engine.request import FinishReason
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import PlanFrame, ResultFrame, encode
+from gptj_dist.stages.transport.guard import CurveLock
 from tests.strangers import ATTACKS, stranger
 
 TIME_LIMIT_S = 30.0
@@ -101,6 +102,39 @@ def test_a_client_gets_the_tokens_of_its_pipeline_and_no_others(attack: str, kno
 
     token_ids = asyncio.run(run())
     assert token_ids == list(range(len(token_ids)))
+
+
+def test_after_an_error_while_a_key_is_checked_strangers_are_still_refused_and_friends_get_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors: list[Exception] = [OSError(24, "Too many open files")]
+    check = CurveLock.opens_for
+
+    def fail_once(lock: CurveLock, credentials: Sequence[bytes]) -> bool:
+        if errors:
+            raise errors.pop()
+        return check(lock, credentials)
+
+    monkeypatch.setattr(CurveLock, "opens_for", fail_once)
+
+    async def run() -> Delta:
+        inbox = FeedInbox("127.0.0.1", lambda error: pytest.fail(f"the inbox ended: {error}"))
+        outbox = FeedOutbox(lambda _: None)
+        stream, [mailbox] = inbox.open(1)
+        forged = [msgspec.msgpack.encode([[stream.stream_id, 0, [[666], None, [], [], None]]])]
+        attack = "forged messages from a peer with keys of its own to a feed"
+        async with asyncio.timeout(TIME_LIMIT_S):
+            with stranger(attack, stream.inbox.endpoint, forged, stream.inbox.keys.server):
+                while inbox.dropped.num_strangers < 2:  # noqa: ASYNC110  # a thread counts them
+                    await asyncio.sleep(0.01)
+                outbox.put(stream, 0, Delta((1,), FinishReason.STOP))
+                delta = await mailbox.take()
+        outbox.stop()
+        inbox.stop()
+        return delta
+
+    assert asyncio.run(run()).token_ids == (1,)
+    assert not errors
 
 
 def test_friends_who_come_and_go_are_not_counted() -> None:

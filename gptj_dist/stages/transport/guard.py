@@ -153,6 +153,7 @@ class GuardedSocket(Generic[S]):
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_PART_BYTES)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+        self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without the thread's answer every peer is refused
         lock.install(self.socket)
         self._start_thread()
         self.endpoint = bind_free_port(self.socket, host)
@@ -190,8 +191,12 @@ class GuardedSocket(Generic[S]):
     def _answer(self, version: bytes, question_id: bytes, *question: bytes) -> list[bytes]:
         """The reply to a question: domain, address, identity and mechanism, then the peer's credentials."""
         _, _, _, _, *credentials = question
-        status = b"200" if self._lock.opens_for(credentials) else b"400"
-        return [version, question_id, status, b"", b"", b""]
+        try:
+            opens = self._lock.opens_for(credentials)
+        except Exception:  # a refusal, and not the end of the thread: no other peer could connect after that
+            logger.exception("credentials could not be checked", extra=values(port=self.endpoint))
+            opens = False
+        return [version, question_id, b"200" if opens else b"400", b"", b"", b""]
 
     def _note(self, event: int, connection: int) -> None:
         """Counts a connection as a stranger's if it ends before its handshake has succeeded.
