@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from gptj_dist.errors import CheckpointError, ConfigurationError, StageFailedError
-from gptj_dist.operate.launch import local_ray
+from gptj_dist.operate.launch import local_ray, watch
 from gptj_dist.operate.launch.announcement import example_command, needs_noproxy
 from gptj_dist.operate.launch.application import RayGoneError, failure_in, within
 from gptj_dist.operate.launch.cluster import split_address
@@ -23,7 +24,7 @@ from gptj_dist.operate.launch.environment import LAUNCHER_VARIABLE, bypass_proxi
 from gptj_dist.operate.launch.local_ray import LocalRay
 from gptj_dist.operate.launch.processes import descendants, environments, is_running, kill
 from gptj_dist.operate.launch.session_room import SessionRoom
-from gptj_dist.operate.launch.watch import LossReporter
+from gptj_dist.operate.launch.watch import LossReporter, Watcher
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.loss import StageLoss
 from tests.waiting import wait_until
@@ -33,7 +34,12 @@ LIMIT_S = 20.0
 LAUNCHER = """
 import os, subprocess, sys, time
 from gptj_dist.operate.launch.signals import StopSignals
-signals = StopSignals(os._exit)
+
+def clean_up():
+    if sys.argv[1] == "starting badly":
+        raise OSError("Too many open files")
+
+signals = StopSignals(clean_up)
 signals.start()
 child = subprocess.Popen(["sleep", "60"])
 if sys.argv[1] == "serving":
@@ -101,6 +107,12 @@ def test_while_it_starts_the_first_signal_stops_at_once(number: int) -> None:
     with launcher("starting") as (process, _):
         os.killpg(process.pid, number)
         assert process.wait(LIMIT_S) == 128 + number
+
+
+def test_a_clean_up_that_fails_does_not_keep_the_process() -> None:
+    with launcher("starting badly") as (process, _):
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 128 + signal.SIGTERM
 
 
 def test_under_nohup_a_closed_terminal_is_no_reason_to_stop() -> None:
@@ -171,6 +183,44 @@ def test_what_ray_does_not_answer_is_given_up() -> None:
         within(0.0, lambda: wait_until(lambda: None, "never", LIMIT_S))
     with pytest.raises(RayGoneError, match="broken"):
         within(LIMIT_S, lambda: int("broken"))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RayGoneError("Ray does not answer: no"), "Ray does not answer: no"),
+        (AttributeError("no such part"), "it cannot be watched: AttributeError('no such part')"),
+    ],
+)
+def test_a_server_that_can_no_longer_be_watched_has_ended(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    monkeypatch.setattr(watch, "PERIOD_S", 0.0)
+
+    def fail() -> str | None:
+        raise error
+
+    stop = threading.Event()
+    watcher = Watcher(cast(Any, None), stop, fail, lambda _: None)
+    watcher.start([])
+    assert stop.wait(LIMIT_S)
+    assert watcher.failure == reason
+
+
+def test_one_failed_look_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PERIOD_S", 0.0)
+    errors = [RuntimeError("once")]
+
+    def lost_process() -> str:
+        if errors:
+            raise errors.pop()
+        return "raylet"
+
+    stop = threading.Event()
+    watcher = Watcher(cast(Any, None), stop, lost_process, lambda _: None)
+    watcher.start([])
+    assert stop.wait(LIMIT_S)
+    assert watcher.failure == "Ray's process raylet has ended"
 
 
 def status(name: str, num_restarts: int, is_up: bool, *losses: StageLoss) -> PipelineStatus:

@@ -70,12 +70,11 @@ def _serve_here(start: _Start) -> None:
         raise ConfigurationError(f"{reason}; choose another --port")
     local = LocalRay(find_room())
 
-    def abort(exit_code: int) -> None:
+    def clean_up() -> None:
         say_last("Stopped.")
         local.abandon(is_session_kept=signals.can_finish)
-        os._exit(exit_code)
 
-    signals = StopSignals(abort)
+    signals = StopSignals(clean_up)
     signals.start()
     _fetch_all_weights(launch.app.pipeline, console)
     console.print("Starting Ray on this machine ...")
@@ -93,12 +92,11 @@ def _serve_here(start: _Start) -> None:
 def _serve_on_cluster(start: _Start, address: str) -> None:
     """Serves on a Ray that runs already, and removes the application from it at the end."""
 
-    def abort(exit_code: int) -> None:
+    def say_stopped() -> None:
         hint = f"; `gptj-dist stop --address {address}` removes what is left of the application"
         say_last(f"Stopped{hint if signals.can_finish else ''}.")
-        os._exit(exit_code)
 
-    signals = StopSignals(abort)
+    signals = StopSignals(say_stopped)
     signals.start()
     with diverted(Path(os.devnull)), connected(address):
         signals.let_finish()

@@ -6,6 +6,7 @@ processes would die while the launcher still lets answers finish.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -18,18 +19,18 @@ SAME_SIGNAL_S = 0.2
 class StopSignals:
     """SIGINT, SIGTERM and SIGHUP, received by a separate thread and blocked in all threads that start later.
 
-    Until `let_finish`, the first signal aborts. After that, the first one sets `requested`, and a second one aborts.
-    SIGHUP stays ignored where it is (`nohup`), and never counts as a second signal: a terminal that closes may send
-    several.
+    Until `let_finish`, the first signal ends the process at once. After that, the first one sets `requested`, and a
+    second one ends the process. SIGHUP stays ignored where it is (`nohup`), and never counts as a second signal: a
+    terminal that closes may send several.
 
     Args:
-        abort: ends the process at once, with this exit code; called on the thread of the signals.
+        clean_up: called before a signal ends the process, on the thread of the signals.
     """
 
-    def __init__(self, abort: Callable[[int], None]) -> None:
+    def __init__(self, clean_up: Callable[[], None]) -> None:
         self.requested = threading.Event()
         self.can_finish = False
-        self._abort = abort
+        self._clean_up = clean_up
         self._first_s = 0.0
         is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         self._awaited = {signal.SIGINT, signal.SIGTERM} | (set() if is_hangup_ignored else {signal.SIGHUP})
@@ -50,9 +51,15 @@ class StopSignals:
     def _handle(self, number: int) -> None:
         now_s = time.monotonic()
         if not self.can_finish:
-            self._abort(128 + number)
+            self._end(number)
         elif not self.requested.is_set():
             self._first_s = now_s
             self.requested.set()
         elif number != signal.SIGHUP and now_s - self._first_s > SAME_SIGNAL_S:
-            self._abort(128 + number)
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        try:
+            self._clean_up()
+        finally:  # an error must not leave a process that no signal ends
+            os._exit(128 + number)

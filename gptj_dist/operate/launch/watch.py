@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PERIOD_S = 2.0
 MAX_SILENCES = 2
-"""Looks without an answer, after which Ray counts as gone."""
+"""Failed looks in a row, after which the server counts as gone."""
 
 
 class Watcher:
@@ -50,9 +50,10 @@ class Watcher:
             try:
                 failure = self._look()
                 num_silences = 0
-            except RayGoneError as error:
+            except Exception as error:  # of any kind: a server that cannot be watched must not look healthy
                 num_silences += 1
-                failure = str(error) if num_silences == MAX_SILENCES else ""
+                reason = str(error) if isinstance(error, RayGoneError) else f"it cannot be watched: {error!r}"
+                failure = reason if num_silences == MAX_SILENCES else ""
             if failure and not self._stop.is_set():
                 self.failure = failure
                 self._stop.set()
