@@ -7,7 +7,9 @@ names processes and lanes. `bind_id` draws arrows from a plan's slice on one lan
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -89,30 +91,37 @@ class TraceEvents:
 
 
 class TraceFile:
-    """A trace file that is complete JSON after every write: killing the process loses only unwritten events.
+    """A trace file that is complete JSON after every write, even one that fails: a kill loses only unwritten events.
 
     Raises:
         ConfigurationError: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            self._file = path.open("wb")
+            self._file = path.open("wb", buffering=0)
+            try:
+                self._file.write(b"[" + _END)
+                self._file.seek(-len(_END), os.SEEK_END)  # which a pipe cannot do
+            except OSError:
+                self._file.close()
+                raise
         except OSError as error:
-            raise ConfigurationError(f"cannot write the trace {path}: {error.strerror}") from None
+            raise self._explained(error) from None
         self._events = TraceEvents()
-        self._file.write(b"[" + _END)
-        self._file.flush()
         self._is_empty = True
 
     def append(self, parts: Sequence[TracePart]) -> None:
-        """Appends the plans that have completed since the last call."""
+        """Appends the plans that have completed since the last call.
+
+        Raises:
+            ConfigurationError: they cannot be written. The file holds what it held before.
+        """
         lines = [json.dumps(event, separators=(",", ":")) for event in self._events.of(parts)]
         if lines:
             text = ("\n" if self._is_empty else ",\n") + ",\n".join(lines)
-            self._file.seek(-len(_END), 2)
-            self._file.write(text.encode() + _END)
-            self._file.flush()
+            self._replace_end(text.encode() + _END)
             self._is_empty = False
 
     def close(self) -> None:
@@ -125,6 +134,21 @@ class TraceFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _replace_end(self, data: bytes) -> None:
+        begin = self._file.seek(-len(_END), os.SEEK_END)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            with suppress(OSError):  # there is room: these bytes were there before
+                self._file.seek(begin)
+                self._file.write(_END)
+                self._file.truncate()
+            raise self._explained(error) from None
+
+    def _explained(self, error: OSError) -> ConfigurationError:
+        return ConfigurationError(f"cannot write the trace {self._path}: {error.strerror or error}")
 
 
 def check_trace_path(path: Path | None) -> None:

@@ -123,7 +123,7 @@ def _serve(start: _Start, base: str, signals: StopSignals, lost_process: Callabl
     signals.let_finish()
     served = Served(launch.name)
     watcher = Watcher(served, signals.requested, lost_process, start.say)
-    with _trace(launch, served):
+    with _trace(launch, served, start.say):
         statuses = served.statuses()
         announce(launch, base, statuses, time.monotonic() - start.begin_s, start.has_proxy, console)
         watcher.start(statuses)
@@ -143,13 +143,13 @@ def _drain(served: Served, drain_s: float, console: Console) -> None:
         console.print(f"{num_late} requests took longer than {drain_s:g} s and were cut (--drain-s).")
 
 
-def _trace(launch: Launch, served: Served) -> AbstractContextManager[None]:
+def _trace(launch: Launch, served: Served, say: Callable[[str], None]) -> AbstractContextManager[None]:
     """Writes the trace while the context lasts, if the launch asks for one."""
     from gptj_dist.operate.tracing import tracing
 
     if launch.trace is None:
         return nullcontext()
-    return tracing(served.pipelines, launch.trace)
+    return tracing(served.pipelines, launch.trace, say)
 
 
 def _fetch_all_weights(pipeline: PipelineConfig, console: Console) -> None:
