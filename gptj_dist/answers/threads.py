@@ -31,12 +31,20 @@ class Threads:
         """Returns or raises what the function does. A call that is cancelled before it has begun does not begin."""
         loop = asyncio.get_running_loop()
         call = _Call(function, loop, loop.create_future())
-        self._calls.put(call)
         if not self._idle.acquire(blocking=False) and self._num_threads < self._max_threads:
-            self._num_threads += 1
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            self._add_thread()
+        self._calls.put(call)
         result: T = await call.future
         return result
+
+    def _add_thread(self) -> None:
+        try:
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        except RuntimeError:  # the system gives none now: the call waits for one of those there are
+            if not self._num_threads:
+                raise
+        else:
+            self._num_threads += 1
 
     def _work(self) -> None:
         while True:
