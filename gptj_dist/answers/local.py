@@ -13,8 +13,9 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.errors import NotReadyError
+from gptj_dist.errors import NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
+from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import LocalExecutor, start_local
 
@@ -45,7 +46,12 @@ async def running_engine(pipeline: LoadedPipeline, executor: LocalExecutor) -> A
         pipeline: what the executor has loaded.
     """
     engine = AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits())
-    driver = asyncio.create_task(engine.run())
+
+    def note_end(error: Exception) -> None:
+        reason = f"the model can no longer be used: {error}"
+        engine.fail(StageFailedError(reason), refusal=reason)
+
+    driver = run_in_background("driver of the engine", engine.run(), note_end)
     try:
         yield engine
     finally:

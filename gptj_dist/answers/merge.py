@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from gptj_dist.answers.turns import Turns
+from gptj_dist.errors import StageFailedError
 
 T = TypeVar("T")
 
@@ -52,3 +53,5 @@ async def _pour(
         items.put_nowait(None)
     except Exception as error:
         items.put_nowait(error)
+    except asyncio.CancelledError:  # by `merge`, which no longer reads, or from within the stream
+        items.put_nowait(StageFailedError("the stream was cancelled"))

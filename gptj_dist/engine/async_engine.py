@@ -23,6 +23,9 @@ from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 
+RESTARTING = "the pipeline is restarting after the loss of a stage; try again shortly"
+"""Why requests are refused between `fail` and `resume`."""
+
 
 class AsyncEngine:
     """Makes token streams with a scheduler and an executor.
@@ -51,6 +54,7 @@ class AsyncEngine:
         self._executor: Executor | None = executor
         self._limits = limits
         self._clock = clock
+        self._refusal = RESTARTING
         self._mailboxes: dict[int, Mailbox] = {}
         self._next_request_id = 0
         self._is_pump_due = False
@@ -131,8 +135,13 @@ class AsyncEngine:
             self.fail(failure)
             raise failure from error
 
-    def fail(self, error: GPTJDistError) -> None:
-        """Ends every stream with `error`, and refuses new ones until `resume`."""
+    def fail(self, error: GPTJDistError, refusal: str = RESTARTING) -> None:
+        """Ends every stream with `error`, and refuses new ones until `resume`.
+
+        Args:
+            refusal: the reason that new ones are given.
+        """
+        self._refusal = refusal
         self._executor = None
         self.last_token_s = None
         self.stats.note_lost()
@@ -157,7 +166,7 @@ class AsyncEngine:
         self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
     ) -> tuple[Request, Mailbox]:
         if self._executor is None:
-            raise NotReadyError("the pipeline is restarting after the loss of a stage; try again shortly")
+            raise NotReadyError(self._refusal)
         request = Request(self._next_request_id, prompt, params, noise_key(params.seed, choice), log_id)
         self._scheduler.add(request)
         self.journal.note_arrival(request, self.stats.now_ns())

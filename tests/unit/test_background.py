@@ -15,8 +15,10 @@ import uvicorn
 from ray.exceptions import ActorDiedError, RayTaskError
 from starlette.applications import Starlette
 
+from gptj_dist.answers.local import running_engine
 from gptj_dist.config import LayerRange
 from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.errors import NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
@@ -249,6 +251,44 @@ def test_a_coordinator_that_can_no_longer_receive_fails_its_requests(error: Exce
         with pytest.raises(StageFailedError, match="can no longer receive results"):
             await group.receive()
         group.kill()
+
+    run(scenario)
+
+
+class EndingExecutor:
+    """Fails when the first plan comes.
+
+    Args:
+        end: how.
+    """
+
+    def __init__(self, end: BaseException) -> None:
+        self._end = end
+        self._has_plan = asyncio.Event()
+        self.is_closed = False
+
+    def submit(self, _: Plan) -> None:
+        self._has_plan.set()
+
+    async def receive(self) -> Result:
+        await self._has_plan.wait()
+        raise self._end
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("end", [RuntimeError("no"), asyncio.CancelledError("no")])
+def test_when_the_engine_of_this_process_ends_present_and_later_requests_fail(end: BaseException) -> None:
+    async def scenario() -> None:
+        executor: Any = EndingExecutor(end)
+        loaded: Any = FakeLoaded()
+        async with running_engine(loaded, executor) as engine:
+            with pytest.raises(StageFailedError):
+                await collect(engine.generate(PROMPT, PARAMS))
+            with pytest.raises(NotReadyError, match="the model can no longer be used"):
+                await collect(engine.generate(PROMPT, PARAMS))
+        assert executor.is_closed
 
     run(scenario)
 

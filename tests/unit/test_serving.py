@@ -14,10 +14,12 @@ import pytest
 from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.merge import merge
 from gptj_dist.config import LayerRange
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.operate.tables import layers_text
 from gptj_dist.serving.settings import parse_settings
 from gptj_dist.sizes import bytes_text
+
+TIMEOUT_S = 20
 
 
 def test_settings_are_those_of_the_pipeline_and_the_models_name() -> None:
@@ -120,6 +122,23 @@ def test_the_first_error_of_merged_streams_ends_all() -> None:
     with pytest.raises(ValueError, match="broken"):
         asyncio.run(run())
     assert sorted(closed) == [0, 100]
+
+
+def test_a_merged_stream_that_is_cancelled_from_within_ends_all_with_an_error() -> None:
+    closed: list[int] = []
+
+    async def cancelled() -> AsyncGenerator[int, None]:
+        yield 1
+        raise asyncio.CancelledError
+
+    async def run() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            async for _ in merge([cancelled(), count(100, 110, closed)]):
+                pass
+
+    with pytest.raises(StageFailedError, match="was cancelled"):
+        asyncio.run(run())
+    assert closed == [100]
 
 
 def test_tables_are_in_words_for_people() -> None:
