@@ -35,6 +35,21 @@ def odd_text_settings(directory: Path, config: ModelConfig) -> Iterator[str]:
     for token_id in config.eos_token_ids:
         if not tokenizer.token_text(token_id):
             yield f"token {token_id} ends texts, but the tokenizer has no entry for it"
+    yield from _odd_answer_end(directory, config, tokenizer)
+
+
+def _odd_answer_end(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """The token by which the chat template ends an answer, if no text ends with it."""
+    try:
+        template = load_chat_template(directory)
+    except CheckpointError:  # a row says so
+        return
+    ids = [] if template is None else tokenizer.encode(template.answer_end().lstrip())
+    if ids and tokenizer.is_added(ids[0]) and ids[0] not in config.eos_token_ids:
+        yield (
+            f"the chat template ends an answer with token {ids[0]} {tokenizer.token_text(ids[0])!r:.40}, which is not "
+            "an eos_token_id: answers go on to a stop string or to max_tokens"
+        )
 
 
 def _template_text(directory: Path) -> str:

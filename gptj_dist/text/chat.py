@@ -76,17 +76,24 @@ class ChatTemplate:
         A special token that a line break follows is left out: a base model may go on without it. Empty if there is only
         white space, or the template refuses such a conversation.
         """
-        messages = [{"role": role, "content": f"[{i}]"} for i, role in enumerate(("user", "assistant", "user"))]
-        try:
-            text = self.render(messages, {}, begins_answer=False)
-        except InvalidRequestError:
-            return ""
-        _, _, rest = text.partition("[1]")
-        mark, is_found, _ = rest.partition("[2]")
+        mark, is_found, _ = self._after_answer("user").partition("[2]")
         for token in self._special_tokens.values():
             if mark.startswith(f"{token}\n"):
                 mark = mark.removeprefix(token)
         return mark.rstrip() if is_found else ""
+
+    def answer_end(self) -> str:
+        """The text after an answer that is the last message; empty if the template refuses such a conversation."""
+        return self._after_answer()
+
+    def _after_answer(self, *next_roles: str) -> str:
+        """What follows the answer to a user's message; the content of the next message would be `[2]`."""
+        roles = ("user", "assistant", *next_roles)
+        messages = [{"role": role, "content": f"[{i}]"} for i, role in enumerate(roles)]
+        try:
+            return self.render(messages, {}, begins_answer=False).partition("[1]")[2]
+        except InvalidRequestError:
+            return ""
 
 
 def load_chat_template(directory: Path, source: str | None = None) -> ChatTemplate | None:

@@ -92,6 +92,10 @@ class Tokenizer:
         """A token on its own, for people: a special one by its name, bytes of no whole character as U+FFFD."""
         return self.token_or_special_bytes(id).decode("utf-8", "replace")
 
+    def is_added(self, id: int) -> bool:
+        """Whether the token was added to the vocabulary by its name, as special ones are."""
+        return id in self._bpe.get_added_tokens_decoder()
+
     def spare_ids(self, vocab_size: int) -> list[int]:
         """Ids below `vocab_size` (rows of the embedding) that stand for no text: nameless, or named as padding."""
         return [id for id in range(vocab_size) if self._names.get(id, PADDING_PREFIX).startswith(PADDING_PREFIX)]

@@ -68,3 +68,40 @@ def test_a_template_that_is_no_jinja_is_a_failure_and_a_good_one_is_reported(che
     finding = only(found(checkpoint), "template")
     assert (finding.severity, "not valid Jinja" in finding.what) == ("failure", True)
     assert "--chat-template" in (finding.cure or "")
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+INSTRUCTIONS = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+MARKS_ONLY = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+WITH_EOS = "{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize(
+    ("template", "end", "is_odd"),
+    [
+        (CHATML, [299], True),
+        (CHATML, [299, 301], False),
+        (CHATML, [301], False),
+        (INSTRUCTIONS, [299], False),
+        (MARKS_ONLY, [299], False),
+        (WITH_EOS, [299], False),
+        (WITH_EOS, [301], True),
+        ("{{ raise_exception('no') }}", [299], False),
+    ],
+)
+def test_a_template_that_ends_answers_with_a_token_that_ends_no_text_is_odd(
+    checkpoint: Path, template: str, end: list[int], is_special: bool, is_odd: bool
+) -> None:
+    tokens = {id: {"content": name, "special": is_special} for id, name in ((300, "<|im_start|>"), (301, "<|im_end|>"))}
+    for file, fields in (
+        ("tokenizer_config.json", {"added_tokens_decoder": tokens, "chat_template": template}),
+        ("config.json", {"eos_token_id": end}),
+    ):
+        path = checkpoint / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    findings = found(checkpoint)
+    assert troubles(findings) == ["warning texts"] * is_odd
+    if is_odd:
+        name = "299 '<|endoftext|>'" if template == WITH_EOS else "301 '<|im_end|>'"
+        assert f"the chat template ends an answer with token {name}" in only(findings, "texts").what
