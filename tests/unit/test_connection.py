@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from gptj_dist.answers.request_limits import KEEP_ALIVE_S
 from gptj_dist.serving.http.connection import ConnectionLimits
 from gptj_dist.serving.http.listener import Address, Listener
 from tests.http.server import free_port
@@ -19,6 +20,8 @@ from tests.http.server import free_port
 LIMITS = ConnectionLimits(head_bytes=2000, headers=10, pipelined_requests=3, linger_s=0.05)
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 WAIT_S = 30
+MARGIN_S = 20
+"""Before the end of the shortest time that is tried; uvicorn by itself would close after 5 s."""
 
 
 @dataclass
@@ -277,3 +280,48 @@ def test_bytes_that_are_not_http_are_refused_in_words() -> None:
         assert (status, "not a valid HTTP request" in message) == (400, True)
 
     run(scenario)
+
+
+class ClockLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock can be put forward.
+
+    Attributes:
+        ahead_s: of the machine's clock.
+    """
+
+    ahead_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead_s
+
+
+@pytest.mark.parametrize("keep_alive_s", [30, KEEP_ALIVE_S])
+@pytest.mark.parametrize("has_asked", [False, True], ids=["new", "answered before"])
+def test_an_idle_connection_is_kept_for_the_time_of_the_address_and_no_longer(
+    keep_alive_s: int, has_asked: bool
+) -> None:
+    request = HEAD + b"Content-Length: 0\r\n\r\n"
+
+    async def main(loop: ClockLoop) -> None:
+        application = Application()
+        application.may_answer.set()
+        address = Address("127.0.0.1", free_port(), keep_alive_s=keep_alive_s)
+        listener = Listener(application, address, drain_s=1)
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        while not listener._server.server_state.connections:  # noqa: ASYNC110  # sets no event
+            await asyncio.sleep(0)
+        for _ in range(1 + has_asked):
+            loop.ahead_s += keep_alive_s - MARGIN_S
+            for _ in range(3):  # turns, in which the server closes what is due
+                await asyncio.sleep(0)
+            writer.write(request)
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        loop.ahead_s += keep_alive_s
+        async with asyncio.timeout(WAIT_S):
+            assert await reader.read() == b""
+        writer.close()
+        await listener.close()
+
+    loop = ClockLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(main(loop))

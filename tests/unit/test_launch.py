@@ -12,6 +12,7 @@ import pytest
 import trustme
 from typer.testing import CliRunner
 
+from gptj_dist.answers.request_limits import KEEP_ALIVE_S
 from gptj_dist.cli import app
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.operate.launch.settings import Launch
@@ -80,6 +81,11 @@ def test_the_launcher_has_a_key_of_its_own(serve: Serve) -> None:
 def test_a_key_that_no_header_can_hold_is_refused(serve: Serve, key: str) -> None:
     with pytest.raises(ConfigurationError, match="without spaces"):
         serve("--api-key", key)
+
+
+def test_idle_connections_are_kept_for_as_long_as_the_option_says(serve: Serve) -> None:
+    assert serve().listen.keep_alive_s == KEEP_ALIVE_S
+    assert serve("--keep-alive-s", "9").listen.keep_alive_s == 9
 
 
 def test_a_certificate_and_its_key_belong_together(serve: Serve, tmp_path: Path) -> None:
