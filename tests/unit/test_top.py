@@ -193,6 +193,14 @@ def test_json_is_the_document() -> None:
     assert DebugDocument.from_json(done.stdout) == DOCUMENT
 
 
+def test_json_at_a_terminal_that_knows_only_ascii_is_still_the_document() -> None:
+    document = replace(DOCUMENT, model="café 中 \N{GRINNING FACE}")
+    with answering(200, json.dumps(asdict(document)).encode()) as server:
+        done = run_verb("top", "--json", GPTJ_URL=server.base, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr, done.stdout.isascii()) == (0, "", True)
+    assert DebugDocument.from_json(done.stdout) == document
+
+
 @pytest.mark.parametrize(
     ("status", "body", "exit_code", "message"),
     [
