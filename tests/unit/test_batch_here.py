@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.cli.text.batch_answers import BatchAnswer
 from gptj_dist.cli.text.batch_local import answering_here
 from gptj_dist.cli.text.batch_requests import BatchRequest, Url
-from gptj_dist.config import PipelineConfig
+from gptj_dist.config import ModelConfig, PipelineConfig
 from gptj_dist.llm import LLM
 from gptj_dist.params import SamplingParams
+from gptj_dist.text.vocabulary import write_tokenizer
 from tests.verbs import run_verb
 
 COMPLETIONS: Url = "/v1/completions"
@@ -93,6 +97,25 @@ def test_the_command_answers_without_a_server(tmp_path: Path) -> None:
     assert "1 requests answered" in done.stdout
     (answer,) = map(json.loads, (tmp_path / "out").read_text().splitlines())
     assert answer["response"]["body"]["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(("setting", "num_tokens"), [("auto", 3), ("none", 16)])
+def test_the_checkpoints_sampling_defaults_apply_unless_they_are_left_out(
+    tmp_path: Path, setting: str, num_tokens: int
+) -> None:
+    write_checkpoint(tmp_path, ModelConfig(300, 2, 16, 2, 4, 64, 32, (299,)))
+    write_tokenizer(tmp_path, 300)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3}))
+    body = {"prompt": "Call me", "seed": 1, "ignore_eos": True}
+    line = {"custom_id": "a", "method": "POST", "url": COMPLETIONS, "body": body}
+    (tmp_path / "in").write_text(json.dumps(line) + "\n")
+    done = run_verb(
+        "batch", tmp_path / "in", tmp_path / "out", "--model", tmp_path, "--generation-config", setting,
+        "--kv-cache-gb", "0.01",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "out").read_text())
+    assert answer["response"]["body"]["usage"]["completion_tokens"] == num_tokens
 
 
 def test_no_ray_is_loaded_for_it() -> None:
