@@ -234,7 +234,7 @@ def _shown(value: object) -> str:
     return reprlib.repr(value)[:50]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PipelineConfig:
     """How one model is cut, placed and run: the settings shared by the command line, `LLM` and Serve configs.
 

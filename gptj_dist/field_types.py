@@ -20,13 +20,12 @@ def type_problems(instance: object) -> Iterator[tuple[str, str]]:
     A whole number is a float, too; true and false are no numbers.
 
     Args:
-        instance: of a dataclass whose fields are classes, literals, tuples of them, or unions of those.
+        instance: of a dataclass without slots, whose fields are classes, literals, tuples of them, or unions of those.
     """
-    kind: Any = type(instance)
-    for name, (words, fits) in _field_types(kind).items():
-        value = getattr(instance, name)
-        if not fits(value):
-            yield name, f"must be {words}, got {excerpt(value)}"
+    values = vars(instance)
+    for name, (words, fits) in _field_types(type(instance)).items():
+        if not fits(values[name]):
+            yield name, f"must be {words}, got {excerpt(values[name])}"
 
 
 @cache

@@ -7,7 +7,7 @@ on the model, which `engine/limits.py` checks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gptj_dist.errors import InvalidRequestError, excerpt
@@ -39,7 +39,7 @@ NO_TOKEN = -1
 PoolingKind = Literal["mean", "last"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pooling:
     """What vector a request for an embedding gets of its prompt's hidden states.
 
@@ -56,7 +56,7 @@ class Pooling:
         _check_types(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SamplingParams:
     """Sampling settings of a request; the names and meanings are those of OpenAI's and vLLM's APIs.
 
@@ -118,15 +118,14 @@ class SamplingParams:
     pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "stop" and isinstance(value, str):
+        for name, value in tuple(vars(self).items()):
+            if name == "stop" and isinstance(value, str):
                 object.__setattr__(self, "stop", (value,))
             elif isinstance(value, list | tuple | dict):
-                object.__setattr__(self, field.name, _as_tuples(value))
+                object.__setattr__(self, name, _as_tuples(value))
         _check_types(self)
         for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is not None and not least <= value <= most:
                 raise InvalidRequestError(f"{name} must be from {least} to {most}, got {excerpt(value)}", name)
         _check(self.repetition_penalty > 0, "repetition_penalty", "must be above 0", self.repetition_penalty)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import inspect
+import pkgutil
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Literal, TypeAlias
@@ -92,7 +92,7 @@ def load_moderation(path: str, timeout_s: float = MODERATION_TIMEOUT_S) -> Moder
     """
     module, _, name = path.partition(":")
     try:
-        moderate = getattr(importlib.import_module(module), name)
+        moderate = pkgutil.resolve_name(f"{module}:{name}")
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigurationError(f"moderation {path!r} is not a module:callable: {error}") from error
     if not callable(moderate):

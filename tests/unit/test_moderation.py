@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.answers.moderation import MAX_THREADS, Moderate, Moderation, Role
+from gptj_dist.answers.moderation import (
+    MAX_THREADS,
+    ContentRefusedError,
+    Moderate,
+    Moderation,
+    Role,
+    load_moderation,
+)
 from gptj_dist.answers.threads import Threads
+from gptj_dist.errors import ConfigurationError
 from tests.front_app import WAIT_S, FrontApp, eventually, front_app
 
 
@@ -136,6 +144,28 @@ def test_a_client_that_leaves_before_the_first_token_is_no_longer_in_flight(stre
     run(Moderation(moderate, timeout_s=WAIT_S), scenario)
 
 
+@pytest.mark.parametrize("path", ["", "json", "json:", "json:no_such_name", "json:__name__", ".json:loads", "no_such_module:f"])
+def test_a_moderator_that_is_not_there_is_refused_by_its_path(path: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"moderation '{path}'"):
+        load_moderation(path)
+
+
+def test_a_moderator_is_found_by_its_path() -> None:
+    async def main() -> None:
+        with pytest.raises(ContentRefusedError, match="the prompt was refused: UNWANTED"):
+            await load_moderation("tests.unit.test_moderation:shout").check_prompt("unwanted")
+
+    asyncio.run(main())
+
+
+def shout(text: str, _: Role) -> str:
+    return text.upper()
+
+
+def no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 class TestThreads:
     def test_a_function_runs_in_another_thread_and_its_result_or_error_is_the_callers(self) -> None:
         async def main() -> None:
@@ -165,6 +195,33 @@ class TestThreads:
             end.set()
             await asyncio.gather(first, last)
             assert begun == ["last"]
+
+        asyncio.run(main())
+
+    def test_calls_that_got_no_thread_leave_room_for_those_that_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def main() -> None:
+            threads = Threads(2, "t")
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", no_thread)
+                for _ in range(3):
+                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                        await threads.run(int)
+            async with asyncio.timeout(WAIT_S):
+                assert await threads.run(lambda: 5) == 5
+
+        asyncio.run(main())
+
+    def test_without_another_thread_a_call_waits_for_one_that_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def main() -> None:
+            threads, end = Threads(2, "t"), threading.Event()
+            first = asyncio.create_task(threads.run(end.wait))
+            await asyncio.sleep(0)
+            monkeypatch.setattr(threading.Thread, "start", no_thread)
+            second = asyncio.create_task(threads.run(lambda: 5))
+            await asyncio.sleep(0)
+            end.set()
+            async with asyncio.timeout(WAIT_S):
+                assert (await first, await second) == (True, 5)
 
         asyncio.run(main())
 
