@@ -315,6 +315,7 @@ def test_an_http_server_that_is_closed_passes_the_health_check() -> None:
         await until(lambda: listener._server.started)
         await listener.close()
         listener.check_health()
+        assert listener._task.done()
 
     run(scenario)
 

@@ -349,8 +349,9 @@ def test_unlike_cpus_serve_with_a_warning_where_float32_was_chosen_for_speed(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_unlike_stages_are_accepted_in_16_bits(dtype: Any) -> None:
+def test_unlike_stages_are_accepted_in_16_bits(dtype: Any, caplog: pytest.LogCaptureFixture) -> None:
     require_equal_bits(PipelineConfig(DEMO, dtype=dtype), dtype, [COMPILED, WITHOUT_COMPILER, OLDER])
+    assert not caplog.text
 
 
 def test_like_stages_are_accepted_in_float32(caplog: pytest.LogCaptureFixture) -> None:

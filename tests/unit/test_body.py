@@ -157,17 +157,20 @@ def test_json_of_too_many_parts_is_refused_where_no_field_is_in_sight(body: byte
 
 @pytest.mark.parametrize("text", ["[{," * 300_000, '"' * 900_000, "\\" * 900_000, '\\"' * 500_000, ',"\\' * 300_000])
 def test_what_is_written_within_strings_does_not_count(text: str) -> None:
-    check_json(json.dumps({"prompt": text}).encode())
+    assert parse_body(json.dumps({"prompt": text}).encode(), CompletionRequest).prompt == text
 
 
-def test_the_limits_of_json_themselves_pass() -> None:
-    check_json(json.dumps([1] * MAX_JSON_VALUES).encode())
-    check_json(json.dumps(["a"] * MAX_JSON_STRINGS).encode())
-    check_json(json.dumps([[]] * (MAX_JSON_CONTAINERS - 1)).encode())
+@pytest.mark.parametrize(
+    ("part", "most"), [(1, MAX_JSON_VALUES + 1), ("a", MAX_JSON_STRINGS), ([], MAX_JSON_CONTAINERS - 1)]
+)
+def test_the_limits_of_json_themselves_pass_and_one_part_more_does_not(part: object, most: int) -> None:
+    check_json(json.dumps([part] * most).encode())
+    assert "is too long" in str(refused(json.dumps([part] * (most + 1)).encode()))
 
 
 def test_short_json_is_not_counted() -> None:
     check_json(b"[" * UNCHECKED_BYTES)
+    assert "is too long" in str(refused(b"[" * (UNCHECKED_BYTES + 1)))
 
 
 def test_bodies_are_counted_before_they_are_parsed() -> None:

@@ -146,6 +146,15 @@ def test_fields_that_are_not_applied_are_named_unless_they_ask_for_nothing() -> 
 RULES = TokenRules(10, eos_token_ids=(0, 1), spare_ids=(8, 9), suppressed_ids=(7,), first_suppressed_ids=(6,))
 
 
+def refusal(settings: dict[str, Any]) -> InvalidRequestError | None:
+    """Of a request with these settings."""
+    try:
+        RULES.check(SamplingParams(**settings))
+    except InvalidRequestError as error:
+        return error
+    return None
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -160,9 +169,10 @@ RULES = TokenRules(10, eos_token_ids=(0, 1), spare_ids=(8, 9), suppressed_ids=(7
     ids=str,
 )
 def test_a_request_that_leaves_no_token_is_refused_by_the_fields_that_do(settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(InvalidRequestError, match=named) as error:
-        RULES.check(SamplingParams(**settings))
-    assert error.value.param == named.split(" ", maxsplit=1)[0]
+    error = refusal(settings)
+    assert error is not None
+    assert error.param == named.split(" ", maxsplit=1)[0]
+    assert named in str(error)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,7 @@ def test_a_request_that_leaves_no_token_is_refused_by_the_fields_that_do(setting
     ids=str,
 )
 def test_a_request_that_leaves_a_token_is_not_refused(settings: dict[str, Any]) -> None:
-    RULES.check(SamplingParams(**settings))
+    assert refusal(settings) is None
 
 
 def test_a_checkpoint_that_suppresses_everything_is_said_to() -> None:

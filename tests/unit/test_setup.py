@@ -106,7 +106,7 @@ def test_another_python_is_named_as_the_reason(version: tuple[int, ...]) -> None
 
 
 def test_an_old_python_can_read_why_it_is_refused() -> None:
-    ast.parse((CLUSTER / "require_python.py").read_text(), feature_version=(3, 7))
+    assert ast.parse((CLUSTER / "require_python.py").read_text(), feature_version=(3, 7)).body
 
 
 def test_the_wheel_has_all_files_of_the_package(tmp_path: Path) -> None:
