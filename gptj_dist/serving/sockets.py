@@ -19,6 +19,8 @@ def why_not_listen(host: str, port: int) -> str | None:
         return f"cannot listen at {host}:{port}: {error.strerror}"
     except OverflowError:
         return f"cannot listen at {host}:{port}: ports go up to 65535"
+    except UnicodeError:
+        return f"cannot listen at {host}:{port}: not a valid host name"
     return None
 
 
@@ -30,6 +32,8 @@ def why_not_reach(host: str, port: int, timeout_s: float) -> str | None:
         return str(error.strerror or error)
     except OverflowError:
         return "ports go up to 65535"
+    except UnicodeError:
+        return "not a valid host name"
     return None
 
 
