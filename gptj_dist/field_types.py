@@ -22,8 +22,9 @@ def type_problems(instance: object) -> Iterator[tuple[str, str]]:
     Args:
         instance: of a dataclass without slots, whose fields are classes, literals, tuples of them, or unions of those.
     """
+    kind: Any = type(instance)
     values = vars(instance)
-    for name, (words, fits) in _field_types(type(instance)).items():
+    for name, (words, fits) in _field_types(kind).items():
         if not fits(values[name]):
             yield name, f"must be {words}, got {excerpt(values[name])}"
 

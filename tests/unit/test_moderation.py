@@ -144,7 +144,9 @@ def test_a_client_that_leaves_before_the_first_token_is_no_longer_in_flight(stre
     run(Moderation(moderate, timeout_s=WAIT_S), scenario)
 
 
-@pytest.mark.parametrize("path", ["", "json", "json:", "json:no_such_name", "json:__name__", ".json:loads", "no_such_module:f"])
+@pytest.mark.parametrize(
+    "path", ["", "json", "json:", "json:no_such_name", "json:__name__", ".json:loads", "no_such_module:f"]
+)
 def test_a_moderator_that_is_not_there_is_refused_by_its_path(path: str) -> None:
     with pytest.raises(ConfigurationError, match=f"moderation '{path}'"):
         load_moderation(path)
