@@ -69,7 +69,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         before = path.read_bytes()
         with (
             room_for(len(before) + 100),
-            pytest.raises(ConfigurationError, match="cannot write .* too large"),
+            pytest.raises(ConfigurationError, match=r"cannot write .* too large"),
         ):
             file.append([part(2, 50)])
         assert path.read_bytes() == before
