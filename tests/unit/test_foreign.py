@@ -151,7 +151,9 @@ def test_an_adapter_beside_whole_weights_is_no_hindrance(tmp_path: Path) -> None
     write_checkpoint(tmp_path, CONFIG)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
 
-    assert draw_blueprint(PipelineConfig(str(tmp_path))).model == CONFIG
+    model = read_model_config(tmp_path)
+    check_checkpoint(tmp_path, model)
+    assert model == CONFIG
 
 
 def _truncated(path: Path) -> None:
