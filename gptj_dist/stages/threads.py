@@ -9,6 +9,7 @@ threads are several times slower than one thread alone. The number of threads ch
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 LOST_SHARE = 0.25
@@ -129,10 +130,10 @@ class ThreadChooser:
 
 
 class Trial:
-    """Compares two numbers of threads over the layers of the same steps, so that both do the same work.
+    """Compares two numbers of threads over pairs of layers of the same step, so that both do the same work.
 
-    Each computes one half of a step's layers, and the other half of the next step's. The last one of an odd number of
-    layers does not count.
+    Each computes one half of a step's layers, and the other half of the next step's. The layers of the two halves are
+    paired in order, and the last one of an odd number of layers does not count. A stage of one layer pairs its steps.
 
     Args:
         present, other: the numbers of threads.
@@ -142,46 +143,43 @@ class Trial:
     def __init__(self, present: int, other: int, num_layers: int) -> None:
         self.present, self.other = present, other
         self._half = max(1, num_layers // 2)
-        self._num_steps = 0
+        self._num_compared = 0
         self._last_s = 0.0
+        self._unpaired: deque[tuple[int, float]] = deque()
         self._seconds = {present: 0.0, other: 0.0}
-        self._layers = {present: 0, other: 0}
 
     def num_threads_of(self, layer: int) -> int:
-        """The number of threads that a layer is computed with."""
-        is_others = (layer // self._half + self._num_steps) % 2 == 0
+        """The number of threads for the next layer. The halves go to present, other, other, present and so on."""
+        is_others = (self._num_compared // self._half + 1) // 2 % 2 == 1
         return self.other if is_others and self._is_compared(layer) else self.present
 
     def begin_step(self, now_s: float) -> None:
         """Call before the first layer of each step."""
-        self._num_steps += 1
         self._last_s = now_s
 
     def end_layer(self, layer: int, now_s: float) -> None:
         """Call after each layer."""
-        if self._is_compared(layer):
-            num_threads = self.num_threads_of(layer)
-            self._seconds[num_threads] += now_s - self._last_s
-            self._layers[num_threads] += 1
-        self._last_s = now_s
+        timed, self._last_s = (self.num_threads_of(layer), now_s - self._last_s), now_s
+        if not self._is_compared(layer):
+            return
+        if self._num_compared // self._half % 2 == 0:
+            self._unpaired.append(timed)
+        else:
+            for num_threads, seconds in (self._unpaired.popleft(), timed):
+                self._seconds[num_threads] += seconds
+        self._num_compared += 1
 
     @property
     def is_decided(self) -> bool:
-        least_s = min(self._seconds.values())
-        if least_s < CLEAR_SIDE_S:
-            return False
-        faster, slower = sorted(map(self._seconds_per_layer, self._seconds))
-        return least_s >= SIDE_S or slower >= CLEAR_RATIO * faster
+        faster_s, slower_s = sorted(self._seconds.values())
+        return faster_s >= SIDE_S or (faster_s >= CLEAR_SIDE_S and slower_s >= CLEAR_RATIO * faster_s)
 
     @property
     def is_other_better(self) -> bool:
-        return self._seconds_per_layer(self.other) < (1 - LEAST_GAIN) * self._seconds_per_layer(self.present)
+        return self._seconds[self.other] < (1 - LEAST_GAIN) * self._seconds[self.present]
 
     def _is_compared(self, layer: int) -> bool:
         return layer < 2 * self._half
-
-    def _seconds_per_layer(self, num_threads: int) -> float:
-        return self._seconds[num_threads] / self._layers[num_threads]
 
 
 def thread_counts(most: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gptj_dist.stages.threads import ThreadChooser, thread_counts
+from gptj_dist.stages.threads import ThreadChooser, Trial, thread_counts
 
 NUM_LAYERS = 28
 LAYER_S = 0.001
@@ -161,6 +161,17 @@ def test_steps_of_unlike_size_do_not_mislead_a_trial() -> None:
     for number in range(400):
         stage.step(work=20.0 if number % 3 == 0 else 1.0)
     assert stage.chooser.num_threads == 1
+
+
+def test_the_first_half_of_a_long_step_decides_no_trial() -> None:
+    trial, now_s = Trial(2, 1, NUM_LAYERS), 0.0
+    for layer_s in (0.0005, 0.0005, 0.02):  # with either number of threads
+        trial.begin_step(now_s)
+        for layer in range(NUM_LAYERS):
+            now_s += layer_s
+            trial.end_layer(layer, now_s)
+            assert not (trial.is_decided and trial.is_other_better)
+    assert trial.is_decided
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
