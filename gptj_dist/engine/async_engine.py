@@ -229,11 +229,12 @@ class AsyncEngine:
 def _delta(output: TokenOutput) -> Delta:
     """A token, or an embedding, as its stream gets it."""
     request = output.request
+    token_ids = () if output.token_id is None else (output.token_id,)
     return Delta(
-        token_ids=() if output.token_id is None else (output.token_id,),
+        token_ids=token_ids,
         finish_reason=output.finish_reason,
         logprobs=() if output.logprobs is None else (output.logprobs,),
-        prompt_logprobs=tuple(request.prompt.logprobs) if request.num_output_tokens <= 1 else (),
+        prompt_logprobs=tuple(request.prompt.logprobs) if request.num_output_tokens == len(token_ids) else (),
         embedding=output.embedding,
     )
 

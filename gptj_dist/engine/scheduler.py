@@ -371,7 +371,7 @@ class Scheduler:
         if reason is not None:
             self._remove(request)
         is_kept = request.params.max_tokens > 0 and token_id != NO_TOKEN
-        return TokenOutput(request, token_id if is_kept else None, reason, logprobs)
+        return TokenOutput(request, token_id, reason, logprobs) if is_kept else TokenOutput(request, None, reason)
 
     def _take_embedding(self, request: Request, data: bytes) -> TokenOutput:
         request.is_awaiting_token = False

@@ -13,11 +13,11 @@ import pytest
 from gptj_dist.engine.async_engine import AsyncEngine, noise_key
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.engine.plan import Result
+from gptj_dist.engine.plan import PromptLogprobs, Result
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
-from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.params import NO_TOKEN, Pooling, SamplingParams, TokenLogprobs
 from gptj_dist.token_rules import TokenRules
 from tests.fakes import FAKE_EOS_TOKEN_ID, FAKE_VOCAB_SIZE, FakeExecutor, FakeStages, fake_token
 
@@ -460,6 +460,22 @@ def test_every_plan_that_comes_back_is_recorded_and_numbers_go_on_after_a_failur
             assert [(record.number, record.plan_id) for record in records] == [(0, 0), (1, 0), (2, 1)]
             assert [record.num_prefill_tokens for record in records] == [len(PROMPT), len(PROMPT), 0]
             assert [record.num_decodes for record in records] == [0, 0, 1]
+
+    run(scenario())
+
+
+def test_log_probabilities_of_the_prompt_come_with_the_first_tokens_alone() -> None:
+    async def scenario() -> None:
+        async with running(is_paused=True) as rig:
+            of_prompt = tuple(TokenLogprobs(token_id, -1.0, 1, ()) for token_id in PROMPT[1:])
+            stream = rig.engine.generate(PROMPT, SamplingParams(prompt_logprobs=0))
+            reader = asyncio.create_task(anext(stream))
+            await rig.submitted(1)
+            rig.executor.inject(Result(0, (5,), prompt_logprobs=(PromptLogprobs(0, 1, of_prompt),)))
+            assert await reader == Delta((5,), None, prompt_logprobs=of_prompt)
+            await rig.submitted(2)
+            rig.executor.inject(Result(1, (NO_TOKEN,)))
+            assert [delta async for delta in stream] == [Delta((), FinishReason.CONTENT_FILTER)]
 
     run(scenario())
 

@@ -13,7 +13,7 @@ from gptj_dist.engine.plan import Embedding, NewRequest, Plan, Result, StageTimi
 from gptj_dist.engine.request import FinishReason, Prompt, Request, run_order
 from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler, SchedulerConfig, TokenOutput, _Draft
 from gptj_dist.errors import RequestTooLongError
-from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.params import Pooling, SamplingParams, TokenLogprobs
 from tests.fakes import FakeStages
 
 EOS = 0
@@ -597,6 +597,14 @@ def test_an_introduction_carries_the_sampling_params_unchanged() -> None:
     [plan] = fill(scheduler)
     assert plan.new_requests == (NewRequest(3, params, noise_key=99, num_prompt_tokens=4),)
     assert plan.new_requests[0].params is params
+
+
+def test_a_request_that_generates_no_token_gets_no_log_probabilities_of_one() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request(0, 4, SamplingParams(max_tokens=0, logprobs=0)))
+    [plan] = fill(scheduler)
+    [output] = scheduler.update(Result(plan.plan_id, (7,), logprobs=(TokenLogprobs(7, -1.0, 1, ()),)))
+    assert (output.token_id, output.logprobs, output.finish_reason) == (None, None, FinishReason.LENGTH)
 
 
 def test_drained_requests_go_on_in_a_fresh_scheduler_with_their_tokens() -> None:
