@@ -101,14 +101,11 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A plan in flight: the requests of its chunks, of its sampled tokens and of its embeddings, in order."""
+    """A plan in flight, and the requests of its chunks by id."""
 
-    plan_id: int
+    plan: Plan
     num_decodes: int
-    num_rows: int
     requests: dict[int, Request]
-    sampled_ids: tuple[int, ...]
-    pooled_ids: tuple[int, ...]
 
 
 class Scheduler:
@@ -180,16 +177,17 @@ class Scheduler:
         Raises:
             ValueError: results came out of order.
         """
-        if not self._in_flight or self._in_flight[0].plan_id != result.plan_id:
-            expected = self._in_flight[0].plan_id if self._in_flight else None
+        expected = self._in_flight[0].plan.plan_id if self._in_flight else None
+        if result.plan_id != expected:
             raise ValueError(f"result of plan {result.plan_id} arrived, expected {expected}")
         landed = self._in_flight.popleft()
         if result.timings:
-            self._step_cost.observe(landed.num_rows, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
+            self._step_cost.observe(landed.plan.num_tokens, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
         for of_prompt in result.prompt_logprobs:  # even if the request has ended: others of its prompt need them
             landed.requests[of_prompt.request_id].prompt.add_logprobs(of_prompt)
+        sampled_ids = [chunk.request_id for chunk in landed.plan.chunks if chunk.samples]
         logprobs = result.logprobs or (None,) * len(result.token_ids)
-        sampled = zip(landed.sampled_ids, result.token_ids, logprobs, strict=True)
+        sampled = zip(sampled_ids, result.token_ids, logprobs, strict=True)
         return [
             *(self._take_token(self._by_id[id_], token, top) for id_, token, top in sampled if id_ in self._by_id),
             *(self._take_embedding(self._by_id[id_], data) for id_, data in result.embeddings if id_ in self._by_id),
@@ -216,7 +214,8 @@ class Scheduler:
         invariant(len(self._running) <= self._config.max_batch_size, "too many requests run")
         invariant(len(self._in_flight) <= self._config.max_in_flight, "too many plans in flight")
         check_blocks(self._running, self._pool)
-        awaited_ids = [id_ for plan in self._in_flight for id_ in (*plan.sampled_ids, *plan.pooled_ids)]
+        chunks = [chunk for flight in self._in_flight for chunk in flight.plan.chunks]
+        awaited_ids = [chunk.request_id for chunk in chunks if chunk.samples or chunk.ends_embedding]
         check_requests(self._running, self._waiting, [id_ for id_ in awaited_ids if id_ in self._by_id])
 
     def _draft_decodes(self, draft: _Draft) -> None:
@@ -224,7 +223,7 @@ class Scheduler:
         decoding = [request for request in self._running if request.num_uncomputed <= 1]
         ready = [request for request in decoding if not request.is_awaiting_token]
         num_groups = num_decode_groups(len(decoding), self._config.num_stages, self._config.shares_memory)
-        groups = [plan.num_decodes for plan in self._in_flight if plan.num_decodes]
+        groups = [flight.num_decodes for flight in self._in_flight if flight.num_decodes]
         num_groups_free = num_groups - len(groups)
         if not ready or num_groups_free <= 0:
             return
@@ -355,12 +354,8 @@ class Scheduler:
         plan = Plan(self._next_plan_id, tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
         self._released.clear()
         self._next_plan_id += 1
-        sampled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.samples)
-        pooled_ids = tuple(chunk.request_id for chunk in plan.chunks if chunk.ends_embedding)
         requests = {request.request_id: request for request in draft.starts}
-        self._in_flight.append(
-            _InFlight(plan.plan_id, draft.num_decodes, plan.num_tokens, requests, sampled_ids, pooled_ids)
-        )
+        self._in_flight.append(_InFlight(plan, draft.num_decodes, requests))
         return plan
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
