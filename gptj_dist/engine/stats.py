@@ -102,17 +102,6 @@ class StageWork:
     bubble_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A plan whose result has not come back."""
-
-    plan_id: int
-    num_decodes: int
-    num_prefill_tokens: int
-    num_context_tokens: int
-    scheduling: StageTiming
-
-
 class PipelineStats:
     """Statistics of one pipeline. The coordinator notes every plan, in order.
 
@@ -130,7 +119,7 @@ class PipelineStats:
         self.now_ns = clock
         self._window_ns = round(window_s * 1e9)
         self._records: deque[PlanRecord] = deque(maxlen=max_records)
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[tuple[Plan, StageTiming]] = deque()
         self._num_plans = 0
         self._complete_since_ns = clock()
         self._before: PlanRecord | None = None
@@ -139,32 +128,25 @@ class PipelineStats:
 
     def note_submitted(self, plan: Plan, begin_ns: int) -> int:
         """The plan was submitted; its scheduling began at `begin_ns`. Returns the time now."""
-        num_decodes = num_prefill_tokens = num_context_tokens = 0
-        for chunk in plan.chunks:
-            num_tokens = len(chunk.token_ids)
-            num_context_tokens += chunk.start + num_tokens
-            if num_tokens == 1:
-                num_decodes += 1
-            else:
-                num_prefill_tokens += num_tokens
         scheduling = StageTiming(begin_ns, self.now_ns())
-        flight = _Flight(plan.plan_id, num_decodes, num_prefill_tokens, num_context_tokens, scheduling)
-        self._flights.append(flight)
+        self._flights.append((plan, scheduling))
         return scheduling.end_ns
 
     def note_landed(self, result: Result, begin_ns: int) -> None:
         """The oldest plan in flight came back at `begin_ns`, and its tokens are in their streams."""
-        flight = self._flights.popleft()
+        plan, scheduling = self._flights.popleft()
         if len(self._records) == self._records.maxlen:
             self._complete_since_ns = self._records[0].landing.begin_ns
+        lengths = [len(chunk.token_ids) for chunk in plan.chunks]
+        num_decodes, num_tokens = lengths.count(1), sum(lengths)
         record = PlanRecord(
             number=self._num_plans,
-            plan_id=flight.plan_id,
-            num_decodes=flight.num_decodes,
-            num_prefill_tokens=flight.num_prefill_tokens,
-            num_context_tokens=flight.num_context_tokens,
+            plan_id=plan.plan_id,
+            num_decodes=num_decodes,
+            num_prefill_tokens=num_tokens - num_decodes,
+            num_context_tokens=num_tokens + sum(chunk.start for chunk in plan.chunks),
             num_sampled_tokens=len(result.token_ids),
-            scheduling=flight.scheduling,
+            scheduling=scheduling,
             landing=StageTiming(begin_ns, self.now_ns()),
             timings=result.timings,
         )
@@ -217,7 +199,7 @@ class PipelineStats:
         horizon_ns = min(known_until, default=now_ns) - self._window_ns
         records = [record for record in self._records if record.landing.begin_ns > horizon_ns]
         flown = [(record.scheduling.end_ns, record.landing.begin_ns) for record in records]
-        in_flight = _union([*flown, *((flight.scheduling.end_ns, now_ns) for flight in self._flights)])
+        in_flight = _union([*flown, *((scheduling.end_ns, now_ns) for _, scheduling in self._flights)])
         return tuple(self._stage(index, end_ns, records, in_flight) for index, end_ns in enumerate(known_until))
 
     def _known_until_ns(self, index: int, now_ns: int) -> int:
@@ -225,7 +207,7 @@ class PipelineStats:
         if not self._flights:
             return now_ns
         ended_ns = self._records[-1].timings[index].end_ns
-        return min(now_ns, max(ended_ns, self._flights[0].scheduling.end_ns))
+        return min(now_ns, max(ended_ns, self._flights[0][1].end_ns))
 
     def _stage(
         self, index: int, end_ns: int, records: Sequence[PlanRecord], in_flight: Sequence[_Interval]
