@@ -40,6 +40,7 @@ class AsyncEngine:
     Attributes:
         last_token_s: when the present executor's last token arrived; None before the first.
         journal: counts and logs requests.
+        scheduler: the present one; for its counts.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class AsyncEngine:
         clock: Callable[[], float] = time.monotonic,
         stats: PipelineStats | None = None,
     ) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._executor: Executor | None = executor
         self._limits = limits
         self._clock = clock
@@ -62,10 +63,6 @@ class AsyncEngine:
         self.last_token_s: float | None = None
         self.stats = stats or PipelineStats(SteadyClock())
         self.journal = Journal()
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self._scheduler
 
     @property
     def is_up(self) -> bool:
@@ -142,16 +139,16 @@ class AsyncEngine:
             refusal: the reason that new ones are given.
         """
         self._refusal = refusal
-        self._executor = None
+        self._executor = self._broken = None
         self.last_token_s = None
         self.stats.note_lost()
-        for request in self._scheduler.drain():
+        for request in self.scheduler.drain():
             self._mailboxes[request.request_id].fail(error)
             self.journal.note_failed(request, error)
 
     def resume(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
         """Continues with a new executor, and a scheduler and limits that fit it, after `run` has raised."""
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._executor = executor
         self._limits = limits
 
@@ -160,7 +157,7 @@ class AsyncEngine:
         totals = self.journal.totals
         run_ns = totals.e2e_latency.sum_ns - totals.queue_time.sum_ns
         mean_s = run_ns / 1e9 / max(1, sum(totals.e2e_latency.counts))
-        return self._scheduler.num_waiting * mean_s / max(1, self._scheduler.num_running)
+        return self.scheduler.num_waiting * mean_s / max(1, self.scheduler.num_running)
 
     def _admit(
         self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
@@ -168,7 +165,7 @@ class AsyncEngine:
         if self._executor is None:
             raise NotReadyError(self._refusal)
         request = Request(self._next_request_id, prompt, params, noise_key(params.seed, choice), log_id)
-        self._scheduler.add(request)
+        self.scheduler.add(request)
         self.journal.note_arrival(request, self.stats.now_ns())
         self._next_request_id += 1
         mailbox = self._mailboxes[request.request_id] = Mailbox()
@@ -176,7 +173,7 @@ class AsyncEngine:
         return request, mailbox
 
     def _forget(self, request: Request) -> None:
-        self._scheduler.abort(request.request_id)
+        self.scheduler.abort(request.request_id)
         self.journal.note_closed(request, self.stats.now_ns())
         del self._mailboxes[request.request_id]
         self._pump_soon()
@@ -189,7 +186,7 @@ class AsyncEngine:
             if broken.done():
                 broken.result()
             result, landed_ns = receiving.result(), self.stats.now_ns()
-            for output in self._scheduler.update(result):
+            for output in self.scheduler.update(result):
                 self.last_token_s = self._clock()
                 self._mailboxes[output.request.request_id].put(_delta(output))
                 self.journal.note_output(output, landed_ns)
@@ -205,25 +202,26 @@ class AsyncEngine:
             asyncio.get_running_loop().call_soon(self._pump_or_break)
 
     def _pump_or_break(self) -> None:
-        """Passes an error to `run`: this function is called by the loop, which would only log it."""
+        """Passes an error to `run`. While that does not run, the loop, which calls this function, logs the error."""
         self._is_pump_due = False
         try:
             self._pump()
         except Exception as error:
-            if self._broken is not None and not self._broken.done():
-                self._broken.set_exception(error)
+            if self._broken is None or self._broken.done():
+                raise
+            self._broken.set_exception(error)
 
     def _pump(self) -> None:
         """Submits plans until enough are in flight or there is nothing to do."""
         if self._executor is None:
             return
         begin_ns = self.stats.now_ns()
-        while (plan := self._scheduler.schedule()) is not None:
+        while (plan := self.scheduler.schedule()) is not None:
             self._executor.submit(plan)
             begin_ns = self.stats.note_submitted(plan, begin_ns)
             self.journal.note_plan(plan, begin_ns)
-        if not self._scheduler.has_requests:
-            self._scheduler.check_integrity()
+        if not self.scheduler.has_requests:
+            self.scheduler.check_integrity()
 
 
 def _delta(output: TokenOutput) -> Delta:

@@ -480,6 +480,20 @@ def test_log_probabilities_of_the_prompt_come_with_the_first_tokens_alone() -> N
     run(scenario())
 
 
+def test_an_error_in_scheduling_is_logged_by_the_loop_while_the_engine_does_not_run() -> None:
+    async def scenario() -> None:
+        engine, logged = make_engine(make_executor()), list[dict[str, Any]]()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+        engine.scheduler._released.append(99)
+        reader = asyncio.create_task(collect(engine.generate(PROMPT, SamplingParams())))
+        await turns()
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert "request 99 is released" in str(logged[0]["exception"])
+
+    run(scenario())
+
+
 def test_the_time_of_the_last_token_is_read_from_the_clock() -> None:
     async def scenario() -> None:
         now = 100.0
