@@ -45,8 +45,9 @@ class EngineLimits:
                 raise InvalidRequestError(f"{name} holds {len(token_ids)} tokens, at most {MAX_LISTED_TOKENS}", name)
             self.check_vocabulary(name, token_ids)
         self.rules.check(params)
-        if params.pooling is not None:
-            self._check_layer(params.pooling.layer)
+        layer = None if params.pooling is None else params.pooling.layer
+        if layer is not None and not 0 <= layer <= self.num_layers:
+            raise InvalidRequestError(f"layer must be from 0 to {self.num_layers}, got {excerpt(layer)}", "layer")
         check_fits_cache(len(prompt_ids), params.max_tokens, self.kv_tokens)
 
     def check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
@@ -56,10 +57,6 @@ class EngineLimits:
             raise InvalidRequestError(
                 f"{name} holds token id {excerpt(wrong)}, the vocabulary ends at {self.rules.vocab_size - 1}", name
             )
-
-    def _check_layer(self, layer: int | None) -> None:
-        if layer is not None and not 0 <= layer <= self.num_layers:
-            raise InvalidRequestError(f"layer must be from 0 to {self.num_layers}, got {excerpt(layer)}", "layer")
 
 
 def check_fits_cache(num_prompt_tokens: int, max_tokens: int, kv_tokens: int) -> None:
