@@ -41,7 +41,5 @@ class Codec(Generic[T]):
         """
         try:
             return self._decoder.decode(data)
-        except (
-            Exception
-        ) as error:  # foreign bytes: msgspec's errors, RecursionError, or whatever a field's class raises
+        except Exception as error:  # msgspec's errors, RecursionError, or whatever a field's class raises
             raise CodecError(f"not a {self._name}: {error}") from error

@@ -10,8 +10,8 @@ from typing import Protocol
 from gptj_dist.stages.transport.frames import EdgeTraffic, Frame
 
 
-class Inbound(Protocol):
-    """The receiving end of an edge, for a thread."""
+class ReceivingEnd(Protocol):
+    """What the receiving ends of an edge have in common."""
 
     address: str
     """What `Transport.outbound` needs. It may contain a secret: do not log it."""
@@ -19,29 +19,23 @@ class Inbound(Protocol):
     @property
     def traffic(self) -> EdgeTraffic:
         """What this end has received and dropped."""
+
+    def close(self) -> None:
+        """Frees the address; frames that were not received are lost."""
+
+
+class Inbound(ReceivingEnd, Protocol):
+    """The receiving end of an edge, for a thread."""
 
     def receive(self) -> Frame:
         """Waits for the next frame. What is no frame of this epoch is dropped."""
 
-    def close(self) -> None:
-        """Frees the address; frames that were not received are lost."""
 
-
-class AsyncInbound(Protocol):
+class AsyncInbound(ReceivingEnd, Protocol):
     """The receiving end of an edge, for an event loop."""
-
-    address: str
-    """What `Transport.outbound` needs. It may contain a secret: do not log it."""
-
-    @property
-    def traffic(self) -> EdgeTraffic:
-        """What this end has received and dropped."""
 
     async def receive(self) -> Frame:
         """Waits for the next frame. What is no frame of this epoch is dropped."""
-
-    def close(self) -> None:
-        """Frees the address; frames that were not received are lost."""
 
 
 class Outbound(Protocol):

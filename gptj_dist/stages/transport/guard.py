@@ -10,9 +10,9 @@ import logging
 import secrets
 import threading
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import zmq
 from zmq.utils import z85
@@ -53,16 +53,6 @@ class DropCount:
         return self.num_strangers + self.num_malformed
 
 
-class Lock(Protocol):
-    """How a receiving socket checks its peers."""
-
-    def install(self, socket: zmq.Socket[Any]) -> None:
-        """Makes the socket ask its peers for credentials."""
-
-    def opens_for(self, credentials: Sequence[bytes]) -> bool:
-        """Whether a peer with these credentials may send."""
-
-
 class PasswordLock:
     """Admits peers that know a random password: ZMTP's PLAIN mechanism, without encryption or cost per message.
 
@@ -74,9 +64,11 @@ class PasswordLock:
         self.password = secrets.token_urlsafe(32)
 
     def install(self, socket: zmq.Socket[Any]) -> None:
+        """Makes the socket ask its peers for credentials."""
         socket.plain_server = True
 
     def opens_for(self, credentials: Sequence[bytes]) -> bool:
+        """Whether a peer with these credentials may send."""
         return secrets.compare_digest(credentials[-1], self.password.encode())
 
 
@@ -116,10 +108,12 @@ class CurveLock:
         self.keys = CurveKeys(server_public, client_secret)
 
     def install(self, socket: zmq.Socket[Any]) -> None:
+        """Makes the socket ask its peers for credentials."""
         socket.curve_server = True
         socket.curve_secretkey = self._server_secret
 
     def opens_for(self, credentials: Sequence[bytes]) -> bool:
+        """Whether a peer with these credentials may send."""
         return credentials[-1] == self._client_public
 
 
@@ -143,7 +137,7 @@ class GuardedSocket(Generic[S]):
         dropped: what the socket has dropped. The thread counts strangers, the socket's reader malformed messages.
     """
 
-    def __init__(self, context: zmq.Context[S], kind: int, host: str, lock: Lock) -> None:
+    def __init__(self, context: zmq.Context[S], kind: int, host: str, lock: PasswordLock | CurveLock) -> None:
         self._context = context
         self._lock = lock
         self._unproven: set[int] = set()
@@ -176,17 +170,14 @@ class GuardedSocket(Generic[S]):
         poller = zmq.Poller()
         poller.register(questions, zmq.POLLIN)
         poller.register(events, zmq.POLLIN)
-        with closing(questions), closing(events):
-            try:
-                while True:
-                    for socket, _ in poller.poll():
-                        if socket is questions:
-                            questions.send_multipart(self._answer(*questions.recv_multipart()))
-                        else:
-                            event = parse_monitor_message(events.recv_multipart())
-                            self._note(event["event"], event["value"])
-            except zmq.ContextTerminated:
-                pass
+        with suppress(zmq.ContextTerminated), closing(questions), closing(events):
+            while True:
+                for socket, _ in poller.poll():
+                    if socket is questions:
+                        questions.send_multipart(self._answer(*questions.recv_multipart()))
+                    else:
+                        event = parse_monitor_message(events.recv_multipart())
+                        self._note(event["event"], event["value"])
 
     def _answer(self, version: bytes, question_id: bytes, *question: bytes) -> list[bytes]:
         """The reply to a question: domain, address, identity and mechanism, then the peer's credentials."""
