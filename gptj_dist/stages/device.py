@@ -42,24 +42,24 @@ def local_device(choice: Literal["auto", "cpu", "cuda"]) -> tuple[DeviceKind, to
 
 def describe_device(device: torch.device) -> DeviceReport:
     """Describe the device. bfloat16 is fast from compute capability 8.0 on, and on CPUs with AVX-512 BF16 or AMX."""
-    host, num_cores = socket.gethostname(), available_cores()
+    fast: list[DTypeName] = ["float32"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        fast: tuple[DTypeName, ...] = ("float32", "float16")
-        return DeviceReport(
-            name=properties.name,
-            memory_pool=f"{host}/{properties.uuid}",
-            num_cores=num_cores,
-            total_bytes=total_bytes(device),
-            fast_dtypes=(*fast, "bfloat16") if properties.major >= 8 else fast,
-            kernels=kernels(device),
-            vectors=vectors(device),
-        )
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    is_bf16_fast = any(flag in flags for flag in _CPU_BF16_FLAGS)
-    fast = ("float32", "bfloat16") if is_bf16_fast else ("float32",)
-    pool, num_bytes = f"{host}/cpu", total_bytes(device)
-    return DeviceReport("cpu", pool, num_cores, num_bytes, fast, kernels(device), vectors(device))
+        name, pool = properties.name, str(properties.uuid)
+        fast += ["float16", "bfloat16"] if properties.major >= 8 else ["float16"]
+    else:
+        name = pool = "cpu"
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        fast += ["bfloat16"] if any(flag in flags for flag in _CPU_BF16_FLAGS) else []
+    return DeviceReport(
+        name=name,
+        memory_pool=f"{socket.gethostname()}/{pool}",
+        num_cores=available_cores(),
+        total_bytes=total_bytes(device),
+        fast_dtypes=tuple(fast),
+        kernels=kernels(device),
+        vectors=vectors(device),
+    )
 
 
 def free_bytes(device: torch.device) -> int:
