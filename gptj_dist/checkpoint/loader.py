@@ -10,9 +10,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 _MAX_LISTED = 4
 
 
-class StageTensors:
+class StageTensors(AbstractContextManager["StageTensors"]):
     """The tensors of one stage. Use it in a `with` statement.
 
     Args:
@@ -56,13 +55,9 @@ class StageTensors:
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            os.close(file)
 
     def read(self, name: str, out: Tensor) -> None:
         """Fills `out` with a tensor, cast to its type and moved to its device. Holds `STAGING_BYTES` beside it at most.
@@ -92,10 +87,6 @@ class StageTensors:
                 _refuse_non_finite(name, values, out.dtype)
                 part.copy_(values)
 
-    def close(self) -> None:
-        """Closes the files."""
-        for file in self._files.values():
-            os.close(file)
 
     def _pieces(self, header: TensorHeader, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of `out`, some rows each, and the numbers that belong there, which last until the next part."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from gptj_dist.config import LayerRange
 from gptj_dist.engine.plan import StageTiming
@@ -90,7 +89,7 @@ class TraceEvents:
         return {"name": name, "ph": "X", "pid": pid, "tid": lane, "ts": begin_us, "dur": duration_us}
 
 
-class TraceFile:
+class TraceFile(AbstractContextManager["TraceFile"]):
     """A trace file that is complete JSON after every write, even one that fails: a kill loses only unwritten events.
 
     Raises:
@@ -127,12 +126,7 @@ class TraceFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _replace_end(self, data: bytes) -> None:
