@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -137,6 +137,13 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 def printable(text: str) -> str:
     """A name from a file, shortened, and without characters that a terminal would interpret."""
     return repr(text[:_MAX_NAME_LENGTH])[1:-1][:_MAX_NAME_LENGTH]
+
+
+def listing(names: Iterable[str], most: int = 8) -> str:
+    """The first names from a file, `printable`, and how many more there are."""
+    shown = [*map(printable, names)]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
 
 
 def one_line(error: Exception) -> str:

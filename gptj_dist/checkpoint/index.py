@@ -12,7 +12,7 @@ from gptj_dist.checkpoint.headers import (
     DTYPE_CODES,
     STORED_DTYPES,
     TensorHeader,
-    printable,
+    listing,
     read_json,
     read_safetensors,
 )
@@ -42,7 +42,6 @@ Lightning, TRL. No name of GPT-J has such a part."""
 _ADAPTER = re.compile(r"\.(?:lora_[A-Za-z]+|base_layer|ia3_\w+|oft_\w+|hada_\w+|original_module)(?:\.|$)")
 """A part of the names of tensors that PEFT keeps beside the weights which they change."""
 
-_MAX_LISTED = 8
 _BUFFER_BYTES = 512
 """Headers are read in whole or in a few bytes here and there: reading ahead would be reading what is not needed."""
 
@@ -66,7 +65,7 @@ class CheckpointIndex:
         self.file_of = _file_of_each_tensor(directory)
         if adapters := [name for name in self.file_of if _ADAPTER.search(name)]:
             raise CheckpointError(
-                f"{directory} holds an adapter that is not merged into the weights ({_listing(adapters[:2])}): "
+                f"{directory} holds an adapter that is not merged into the weights ({listing(adapters[:2])}): "
                 "merge it with peft's merge_and_unload() and save the result"
             )
 
@@ -83,7 +82,7 @@ class CheckpointIndex:
         wanted = set(names)
         files = self.files(wanted)
         if missing := [file for file in files if not _is_file(self.directory / file)]:
-            raise CheckpointError(f"{self.directory} lacks {_listing(missing)}, which its index names")
+            raise CheckpointError(f"{self.directory} lacks {listing(missing)}, which its index names")
         return {
             name: header
             for file in files
@@ -156,7 +155,7 @@ def stage_headers(index: CheckpointIndex, config: ModelConfig, layers: LayerRang
         ],
         "unreadable": [f"{name} is {header.dtype}" for name, header, _ in present if header.dtype not in STORED_DTYPES],
     }
-    if text := "; ".join(f"{problem}: {_listing(names)}" for problem, names in problems.items() if names):
+    if text := "; ".join(f"{problem}: {listing(names)}" for problem, names in problems.items() if names):
         raise CheckpointError(f"{index.directory} does not hold the model of its {CONFIG_FILE}: {text}")
     return found
 
@@ -258,8 +257,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # such as a name that is too long
         return False
-
-
-def _listing(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(map(printable, names[:_MAX_LISTED])) + more

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
-from gptj_dist.checkpoint.headers import STORED_DTYPES, TensorHeader, printable, read_json
+from gptj_dist.checkpoint.headers import STORED_DTYPES, TensorHeader, listing, printable, read_json
 from gptj_dist.checkpoint.index import (
     LEGACY_BUFFERS,
     CheckpointIndex,
@@ -71,7 +71,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     """
     config = read_model_config(directory)
     index = CheckpointIndex(directory)
-    weights = stage_headers(index, config, _whole(config))
+    weights = stage_headers(index, config, LayerRange.whole(config.num_layers))
     stored = {file: read_stored_header(directory / file) for file in index.files(index.file_of)}
     layers = [_weight_bytes(weights, [f"transformer.h.{layer}."]) for layer in range(config.num_layers)]
     return Inspection(
@@ -105,15 +105,15 @@ def _odd_names(stored: Mapping[str, Mapping[str, TensorHeader]]) -> Iterator[str
     buffers = {name: header for name, header in headers.items() if name.endswith(LEGACY_BUFFERS)}
     if buffers:
         size = bytes_text(sum(header.num_bytes for header in buffers.values()))
-        yield f"masks of old versions of transformers, {size}, which are passed over: {_listing(list(buffers))}"
+        yield f"masks of old versions of transformers, {size}, which are passed over: {listing(buffers, _MAX_LISTED)}"
     if renamed := [name for name in headers if canonical_name(name) != name]:
-        shown = [f"{printable(name)} as {printable(canonical_name(name))}" for name in renamed]
-        yield f"names that are not GPT-J's own are read as if they were: {_listing(shown)}"
+        shown = [f"{name} as {canonical_name(name)}" for name in renamed]
+        yield f"names that are not GPT-J's own are read as if they were: {listing(shown, _MAX_LISTED)}"
 
 
 def _extras(index: CheckpointIndex, config: ModelConfig) -> Iterator[str]:
     if extras := extra_tensors(index, config):
-        yield f"tensors that GPT-J does not have, which are skipped: {_listing(list(map(printable, extras)))}"
+        yield f"tensors that GPT-J does not have, which are skipped: {listing(extras, _MAX_LISTED)}"
 
 
 def odd_generation(directory: Path, config: ModelConfig) -> Iterator[str]:
@@ -121,7 +121,7 @@ def odd_generation(directory: Path, config: ModelConfig) -> Iterator[str]:
     path = directory / GENERATION_FILE
     file = GENERATION_FILE if path.exists() else CONFIG_FILE
     if unapplied := unapplied_fields(read_json(directory / file)):
-        yield f"{file} asks for what is not applied: {_listing(unapplied)}"
+        yield f"{file} asks for what is not applied: {listing(unapplied, _MAX_LISTED)}"
     if not config.eos_token_ids:
         yield "no eos_token_id: texts end at max_tokens, stop strings and stop tokens alone"
 
@@ -132,23 +132,23 @@ def _odd_dtypes(directory: Path, weights: Mapping[str, TensorHeader]) -> Iterato
         names_of.setdefault(STORED_DTYPES[header.dtype], []).append(name)
     usual = max(names_of, key=lambda dtype: len(names_of[dtype]))
     for dtype in sorted(names_of.keys() - {usual}):
-        yield f"{dtype}, where most are {usual}: {_listing(names_of[dtype])}"
+        yield f"{dtype}, where most are {usual}: {listing(names_of[dtype], _MAX_LISTED)}"
     fields = read_json(directory / CONFIG_FILE)
     said = str(fields.get("dtype") or fields.get("torch_dtype") or "").removeprefix("torch.")
     if not said:
         yield f"{CONFIG_FILE} does not name the dtype: that of the embedding is used"
     elif said not in names_of:
-        yield f"{CONFIG_FILE} says {said}, the weights are {' and '.join(sorted(names_of))}"
+        yield f"{CONFIG_FILE} says {printable(said)}, the weights are {' and '.join(sorted(names_of))}"
 
 
 def _odd_places(stored: Mapping[str, Mapping[str, TensorHeader]]) -> Iterator[str]:
     """Of tensors in their files."""
     strided = [name for tensors in stored.values() for name, header in tensors.items() if header.strides is not None]
     if strided:
-        yield f"not contiguous, so that loading takes longer and more memory: {_listing(strided)}"
+        yield f"not contiguous, so that loading takes longer and more memory: {listing(strided, _MAX_LISTED)}"
     shared = [f"{first} with {second}" for tensors in stored.values() for first, second in _sharing(tensors)]
     if shared:
-        yield f"sharing their bytes: {_listing(shared)}"
+        yield f"sharing their bytes: {listing(shared, _MAX_LISTED)}"
 
 
 def _sharing(tensors: Mapping[str, TensorHeader]) -> list[tuple[str, str]]:
@@ -166,7 +166,7 @@ def _odd_files(directory: Path, read: Iterable[str]) -> Iterator[str]:
         if path.suffix in _WEIGHT_SUFFIXES and path.is_file() and path.name not in {*read, *indexes}
     }
     if unused:
-        yield f"not read, {bytes_text(sum(unused.values()))} in all: {_listing(list(unused))}"
+        yield f"not read, {bytes_text(sum(unused.values()))} in all: {listing(unused, _MAX_LISTED)}"
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         yield "no tokenizer: it can be converted, but not served"
 
@@ -180,12 +180,3 @@ def _bytes_of_dtype(weights: Iterable[TensorHeader]) -> dict[str, int]:
 
 def _weight_bytes(weights: Mapping[str, TensorHeader], beginnings: Sequence[str]) -> int:
     return sum(header.num_bytes for name, header in weights.items() if name.startswith(tuple(beginnings)))
-
-
-def _whole(config: ModelConfig) -> LayerRange:
-    return LayerRange.whole(config.num_layers)
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, printable, row_major
+from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, listing, row_major
 from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors, extra_tensors, stage_headers
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
@@ -29,8 +29,6 @@ STAGING_BYTES = 32 << 20
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
 }  # fmt: skip
-
-_MAX_LISTED = 4
 
 
 class StageTensors(AbstractContextManager["StageTensors"]):
@@ -49,8 +47,8 @@ class StageTensors(AbstractContextManager["StageTensors"]):
         self._shapes = expected_tensors(config, layers)
         index = CheckpointIndex(directory)
         self._headers = stage_headers(index, config, layers)
-        if layers.is_first:  # one stage speaks for all
-            _report_extras(directory, extra_tensors(index, config))
+        if layers.is_first and (extras := extra_tensors(index, config)):  # one stage speaks for all
+            logger.warning("%s: tensors skipped that GPT-J does not have: %s", directory, listing(extras, most=4))
         paths = {header.path for header in self._headers.values()}
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
@@ -129,10 +127,3 @@ def _refuse_non_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
         raise CheckpointError(
             f"{name} holds numbers beyond {torch.finfo(dtype).max:.5g}, which {type_} cannot hold: choose {wider}"
         )
-
-
-def _report_extras(directory: Path, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-        shown = ", ".join(map(printable, names[:_MAX_LISTED])) + more
-        logger.warning("%s: tensors skipped that GPT-J does not have: %s", directory, shown)

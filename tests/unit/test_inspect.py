@@ -112,6 +112,16 @@ def test_tensors_that_gptj_does_not_have_are_named(tmp_path: Path) -> None:
     assert _oddities(tmp_path) == ["tensors that GPT-J does not have, which are skipped: v_head.summary.weight"]
 
 
+def test_remarks_are_safe_to_print_whatever_the_names_in_the_files(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    save_file(_state(tmp_path) | {"\x1b[2J.attn.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "a\x1b[2J.bin").touch()
+
+    remarks = _oddities(tmp_path)
+    assert len(remarks) == 2
+    assert all(remark.isprintable() for remark in remarks)
+
+
 def test_weights_of_64_bits_are_called_so(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, CONFIG)
     save_file({name: tensor.double() for name, tensor in _state(tmp_path).items()}, tmp_path / "model.safetensors")
