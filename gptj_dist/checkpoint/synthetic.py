@@ -8,7 +8,7 @@ Every bias and LayerNorm differs from what it starts as in training, so that a t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.serialization import skip_data
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, PICKLED, SAFETENSORS, WeightForm
 from gptj_dist.checkpoint.index import expected_tensors
+from gptj_dist.checkpoint.loader import TORCH_DTYPES
 from gptj_dist.checkpoint.torch_file import read_torch_file
 from gptj_dist.checkpoint.writer import (
     CODE_OF,
@@ -29,12 +30,7 @@ from gptj_dist.checkpoint.writer import (
 )
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 
-_TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "BOOL": torch.bool,
-}
+_TORCH_DTYPES = {**TORCH_DTYPES, "BOOL": torch.bool}
 
 
 def write_checkpoint(
