@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, WEIGHT_FORMS
 from gptj_dist.checkpoint.foreign import kind_of_directory
@@ -20,6 +21,8 @@ from gptj_dist.checkpoint.torch_file import is_torch_file, read_torch_file
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.file_kinds import kind_of_file
+
+T = TypeVar("T")
 
 WTE = "transformer.wte.weight"
 LM_HEAD_WEIGHT = "lm_head.weight"
@@ -191,11 +194,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: as `read_stored_header`, or it holds a tensor under both its names.
     """
-    headers = read_stored_header(path)
-    canonical = {canonical_name(name): header for name, header in headers.items()}
-    if len(canonical) < len(headers):
-        raise CheckpointError(f"{path} holds tensors twice, under names that differ in a prefix such as {_PREFIX!r}")
-    return canonical
+    return _by_canonical_name(path, read_stored_header(path))
 
 
 def read_stored_header(path: Path) -> dict[str, TensorHeader]:
@@ -214,6 +213,13 @@ def read_stored_header(path: Path) -> dict[str, TensorHeader]:
         if kind := kind_of_file(path):
             raise CheckpointError(f"{path} is {kind}") from error
         raise
+
+
+def _by_canonical_name(path: Path, stored: Mapping[str, T]) -> dict[str, T]:
+    canonical = {canonical_name(name): value for name, value in stored.items()}
+    if len(canonical) < len(stored):
+        raise CheckpointError(f"{path} holds tensors twice, under names that differ in a prefix such as {_PREFIX!r}")
+    return canonical
 
 
 def canonical_name(name: str) -> str:
@@ -249,7 +255,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         not isinstance(file, str) or Path(file).name != file for file in weight_map.values()
     ):
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
-    return {canonical_name(name): file for name, file in weight_map.items()}
+    return _by_canonical_name(path, weight_map)
 
 
 def _is_file(path: Path) -> bool:

@@ -441,7 +441,15 @@ def test_corrupt_header_is_refused(tmp_path: Path, header: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", ["{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../../secret.safetensors"}}']
+    "index",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../../secret.safetensors"}}',
+        '{"weight_map": {"wte.weight": "a", "transformer.wte.weight": "b"}}',
+    ],
 )
 def test_broken_index_is_refused_by_its_name(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
