@@ -34,8 +34,7 @@ from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 if TYPE_CHECKING:
     from gptj_dist.model.graphs import RecordedSteps
 
-
-TOLD_ROWS_AT_ONCE = 64
+PROMPT_ROWS_AT_ONCE = 64
 """Prompt rows whose logits are computed at a time, which limits the memory they take."""
 
 
@@ -73,10 +72,6 @@ class StageRunner:
         self._steps: RecordedSteps | None = None
         self._threads: ThreadChooser | None = None
         self._sampler = Sampler(spec.rules, self._device)
-
-    @property
-    def spec(self) -> StageSpec:
-        return self._spec
 
     def describe_device(self) -> DeviceReport:
         """Describes the stage's device."""
@@ -235,8 +230,8 @@ class StageRunner:
             : self._num_wanted(chunk)
         ]
         wanted: list[TokenLogprobs] = []
-        for first in range(0, len(targets), TOLD_ROWS_AT_ONCE):
-            some = targets[first : first + TOLD_ROWS_AT_ONCE]
+        for first in range(0, len(targets), PROMPT_ROWS_AT_ONCE):
+            some = targets[first : first + PROMPT_ROWS_AT_ONCE]
             logits = self._model.logits(hidden[first : first + len(some)])
             wanted += token_logprobs(logits, some, [num_top] * len(some))
         return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(wanted))

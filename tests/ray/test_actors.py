@@ -284,7 +284,7 @@ class StageWithoutCompiler(Stage):
 
     def describe(self) -> PlacedStage:
         placed = super().describe()
-        if not self._runner.spec.layers.is_last:
+        if not self._runner._spec.layers.is_last:
             return placed
         return replace(placed, device=replace(placed.device, kernels="torch's attention"))
 
