@@ -171,23 +171,25 @@ class StageRunner:
         self._register(plan, self._cache)
         batch = _micro_batch(plan.chunks)
         inputs = _token_ids(plan) if hidden is None else hidden
-        wanted = [chunk for chunk in plan.chunks if self._spec.layers.is_last and self._num_wanted(chunk)]
-        wants_all_rows = not self._spec.layers.is_last or all(chunk.samples for chunk in plan.chunks)
+        is_last = self._spec.layers.is_last
+        targets = [self._prompt_targets(chunk) if is_last else () for chunk in plan.chunks]
+        wants_all_rows = not is_last or all(chunk.samples for chunk in plan.chunks)
         pooled = self._pools.spans_by_depth(batch.spans)
-        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not wanted and not pooled:
+        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not any(targets) and not pooled:
             return self._steps(batch, inputs), ()
         hidden = self._model.embed(inputs) if hidden is None else to_device(hidden, self._device)
         hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled))
-        if not self._spec.layers.is_last:
+        if not is_last:
             return hidden, ()
-        rows_of = {chunk.request_id: span for chunk, span in zip(plan.chunks, batch.spans, strict=True)}
         prompt_logprobs = tuple(
-            self._prompt_logprobs(chunk, hidden[rows_of[chunk.request_id].rows]) for chunk in wanted
+            self._prompt_logprobs(chunk, token_ids, hidden[span.rows])
+            for chunk, token_ids, span in zip(plan.chunks, targets, batch.spans, strict=True)
+            if token_ids
         )
-        spans = [rows_of[chunk.request_id] for chunk in plan.chunks if chunk.samples]
-        if not spans:
+        sampled = [span for chunk, span in zip(plan.chunks, batch.spans, strict=True) if chunk.samples]
+        if not sampled:
             return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
-        last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in spans])
+        last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in sampled])
         return self._model.logits(hidden[to_device(last_rows, self._device)]), prompt_logprobs
 
     def _pass(self, pooled: Mapping[int, Sequence[Span]], depth: int, hidden: Tensor) -> None:
@@ -213,28 +215,25 @@ class StageRunner:
             raise RuntimeError("load() comes before the first plan")
         return self._model.embed(_token_ids(plan))
 
-    def _num_wanted(self, chunk: Chunk) -> int:
-        """Number of a chunk's rows that predict a prompt token whose log probability the request asks for."""
+    def _prompt_targets(self, chunk: Chunk) -> tuple[int, ...]:
+        """The prompt's tokens that the chunk's rows predict, if the request asks for their log probabilities."""
         request = self._requests[chunk.request_id]
         if request.params.prompt_logprobs is None:
-            return 0
-        num_known = len(chunk.token_ids) - 1 + (chunk.next_id is not None)
-        return max(0, min(num_known, request.num_prompt_tokens - chunk.start - 1))
+            return ()
+        next_ids = chunk.token_ids[1:] if chunk.next_id is None else (*chunk.token_ids[1:], chunk.next_id)
+        return next_ids[: max(0, request.num_prompt_tokens - chunk.start - 1)]
 
-    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> PromptLogprobs:
-        """Log probabilities of the prompt tokens that a chunk's rows [rows, d_model] predict."""
+    def _prompt_logprobs(self, chunk: Chunk, targets: Sequence[int], hidden: Tensor) -> PromptLogprobs:
+        """Log probabilities of the prompt tokens `targets`, which a chunk's rows [rows, d_model] predict."""
         assert self._model is not None
         num_top = self._requests[chunk.request_id].params.prompt_logprobs
         assert num_top is not None
-        targets = (*chunk.token_ids[1:], *(() if chunk.next_id is None else (chunk.next_id,)))[
-            : self._num_wanted(chunk)
-        ]
-        wanted: list[TokenLogprobs] = []
+        logprobs: list[TokenLogprobs] = []
         for first in range(0, len(targets), PROMPT_ROWS_AT_ONCE):
             some = targets[first : first + PROMPT_ROWS_AT_ONCE]
             logits = self._model.logits(hidden[first : first + len(some)])
-            wanted += token_logprobs(logits, some, [num_top] * len(some))
-        return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(wanted))
+            logprobs += token_logprobs(logits, some, [num_top] * len(some))
+        return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(logprobs))
 
     def _register(self, plan: Plan, cache: KVCache) -> None:
         """Updates the stage's requests, histories and KV blocks from the plan."""
