@@ -28,6 +28,9 @@ class StageModel:
     Args:
         read: reads a tensor of the checkpoint; called once for each tensor, layer by layer, so that none is held twice.
         on_layer: called after each layer is loaded, with the number of loaded layers.
+
+    Attributes:
+        rotary: cosines and sines, which attention needs.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class StageModel:
         self._first_layer = layers.start
         self._dtype = dtype
         self._device = device
-        self._rotary = RotaryTable(config.context_length, config.rotary_dim, device)
+        self.rotary = RotaryTable(config.context_length, config.rotary_dim, device)
         load = PartLoader(read, config, dtype, device)
         self._embedding = load.embedding() if layers.is_first else None
         self._layers = []
@@ -51,11 +54,6 @@ class StageModel:
             self._layers.append(load.layer(f"transformer.h.{index}"))
             on_layer(len(self._layers))
         self._head = load.head() if layers.is_last else None
-
-    @property
-    def rotary(self) -> RotaryTable:
-        """Cosines and sines, which attention needs."""
-        return self._rotary
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The first stage's input: int64 [rows] -> [rows, d_model]."""
@@ -69,7 +67,7 @@ class StageModel:
         Args:
             on_hidden: called with the input of the stage's first layer and with the output of every layer.
         """
-        return self.run_layers(hidden, cache.attention(batch, self._rotary), on_hidden)
+        return self.run_layers(hidden, cache.attention(batch, self.rotary), on_hidden)
 
     def run_layers(self, hidden: Tensor, attend: Attention, on_hidden: OnHidden = _ignore) -> Tensor:
         """As `forward`, with the attention of the micro-batch."""
