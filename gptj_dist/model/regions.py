@@ -44,7 +44,9 @@ class RegionCache:
     def __init__(self, num_layers: int, num_regions: int, max_tokens: int, num_heads: int, head_dim: int) -> None:
         whole_tiles = ceil_div(max_tokens, EXACT_TILE_ROWS) * EXACT_TILE_ROWS
         shape = (num_regions, num_layers, 2, num_heads, whole_tiles, head_dim)
-        self._memory = _lazy_memory(4 * math.prod(shape))
+        # Zeros that take no memory until they are written. There may be more of them than the machine has memory.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._memory = mmap.mmap(-1, 4 * math.prod(shape), flags=flags)
         self._regions = torch.frombuffer(self._memory, dtype=torch.float32).view(shape)
         self._region_bytes = self._regions[0].nbytes
         self._layers = [(layer[:, 0], layer[:, 1]) for layer in self._regions.unbind(1)]
@@ -107,29 +109,13 @@ class RegionCache:
         flat[(last_page - start) // 4 :].zero_()
 
 
-class _Intake:
-    """The part before attention: rotates queries and keys, and stores keys and values in the cache."""
-
-    def __init__(self, cache: RegionCache, batch: MicroBatch, rotary: RotaryTable) -> None:
-        self._cache = cache
-        self._places = cache.locate(batch)
-        self._cos, self._sin = rotary.at(batch.positions)
-
-    def __call__(self, layer: int, heads: Tensor) -> Tensor:
-        """The queries, float32 [rows, num_heads, head_dim], scaled by 1 / sqrt(head_dim)."""
-        num_heads, head_dim = heads.shape[2:]
-        rotated = heads[:, :2].to(torch.float32, copy=True).flatten(1, 2)
-        rotate_(rotated, self._cos, self._sin)
-        self._cache.write(layer, self._places, rotated[:, num_heads:], heads[:, 2])
-        return rotated[:, :num_heads].mul_(1.0 / math.sqrt(head_dim))
-
-
 class TiledAttention:
     """Two float32 matrix products for each tile, which read the cache in place."""
 
     def __init__(self, cache: RegionCache, batch: MicroBatch, rotary: RotaryTable) -> None:
         self._cache = cache
-        self._take_in = _Intake(cache, batch, rotary)
+        self._places = cache.locate(batch)
+        self._cos, self._sin = rotary.at(batch.positions)
         self._tiles: list[tuple[int, int]] = []
         tile_of_row: list[int] = []
         for span in batch.spans:
@@ -139,26 +125,20 @@ class TiledAttention:
                 self._tiles.append((span.request_id, stop))
         self._tile_of_row = torch.tensor(tile_of_row)
         self._row_in_tile = batch.positions % EXACT_TILE_ROWS
-        self._hidden = _above_diagonal(EXACT_TILE_ROWS)
+        self._is_later = torch.ones(EXACT_TILE_ROWS, EXACT_TILE_ROWS, dtype=torch.bool).triu(1)
 
     def __call__(self, layer: int, heads: Tensor) -> None:
-        queries = self._take_in(layer, heads)
-        _, num_heads, head_dim = queries.shape
+        num_heads, head_dim = heads.shape[2:]
+        rotated = heads[:, :2].to(torch.float32, copy=True).flatten(1, 2)
+        rotate_(rotated, self._cos, self._sin)
+        self._cache.write(layer, self._places, rotated[:, num_heads:], heads[:, 2])
+        queries = rotated[:, :num_heads].mul_(1.0 / math.sqrt(head_dim))
         tiles = queries.new_zeros(len(self._tiles), num_heads, EXACT_TILE_ROWS, head_dim)
         tiles[self._tile_of_row, :, self._row_in_tile] = queries
         attended = torch.empty_like(tiles)
         for (request_id, stop), tile, result in zip(self._tiles, tiles.unbind(), attended.unbind(), strict=True):
             keys, values = self._cache.read(layer, request_id, stop)
             scores = torch.bmm(tile, keys)
-            scores.narrow(2, stop - EXACT_TILE_ROWS, EXACT_TILE_ROWS).masked_fill_(self._hidden, -math.inf)
+            scores.narrow(2, stop - EXACT_TILE_ROWS, EXACT_TILE_ROWS).masked_fill_(self._is_later, -math.inf)
             torch.bmm(torch.softmax(scores, dim=-1), values, out=result)
         heads[:, 2] = attended[self._tile_of_row, :, self._row_in_tile]
-
-
-def _above_diagonal(size: int) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool).triu(1)
-
-
-def _lazy_memory(num_bytes: int) -> mmap.mmap:
-    """Zeros that take no memory until they are written. There may be more of them than the machine has memory."""
-    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
