@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,13 +32,6 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-class Layer(Protocol):
-    """One of GPT-J's layers."""
-
-    def __call__(self, hidden: Tensor, attend: Attend) -> Tensor:
-        """[rows, d_model] -> the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +102,7 @@ class PartLoader:
         """[vocab_size, d_model]."""
         return self._tensor("transformer.wte.weight", self._config.vocab_size, self._config.d_model)
 
-    def layer(self, name: str) -> Layer:
+    def layer(self, name: str) -> FusedLayer | JoinedLayer:
         """The layer with that name in the checkpoint."""
         return self._fused_layer(name) if self._packs else self._joined_layer(name)
 
