@@ -32,6 +32,11 @@ class Span:
     def stop(self) -> int:
         return self.start + self.num_tokens
 
+    def tiles(self, most_rows: int) -> list[tuple[int, int]]:
+        """First row and number of rows of each piece, of at most `most_rows` rows."""
+        stop = self.row + self.num_tokens
+        return [(first, min(most_rows, stop - first)) for first in range(self.row, stop, most_rows)]
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:

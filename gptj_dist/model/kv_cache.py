@@ -47,4 +47,4 @@ def make_cache(
     library = load_library()
     if library is None:
         return RegionCache(num_layers, max_requests, max_tokens, heads, head_dim)
-    return NativeCache(library, num_layers, num_blocks, max_requests, max_tokens, heads, head_dim, kept)
+    return NativeCache(library, num_layers, num_blocks, max_tokens, heads, head_dim, kept)

@@ -33,8 +33,8 @@ class Blocks(Protocol):
     num_heads: int
     head_dim: int
 
-    def tables(self, request_ids: Sequence[int]) -> Tensor:
-        """The requests' block tables, int32 [requests, blocks]."""
+    def tables(self, spans: Sequence[Span]) -> Tensor:
+        """The block tables of the spans' requests, int32 [spans, blocks]."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, [blocks, num_heads, block_size, head_dim] each."""
@@ -115,11 +115,11 @@ class RowIndex:
         """The index of a micro-batch, on the host; tiles have up to `tile_rows` rows."""
         lengths = torch.tensor([span.num_tokens for span in batch.spans])
         lone_rows = [span.row for span in batch.spans if span.num_tokens == 1]
-        tiles = [tile for span in batch.spans if span.num_tokens > 1 for tile in _tiles(span, tile_rows)]
+        tiles = [tile for span in batch.spans if span.num_tokens > 1 for tile in span.tiles(tile_rows)]
         parts = (
             batch.positions,
             torch.arange(len(batch.spans)).repeat_interleave(lengths),
-            cache.tables([span.request_id for span in batch.spans]),
+            cache.tables(batch.spans),
             torch.tensor(lone_rows),
             torch.tensor(tiles).view(-1, 2),
         )
@@ -232,12 +232,6 @@ def attend_in_blocks(cache: Blocks, batch: MicroBatch, rotary: RotaryTable) -> P
     """The attention of a micro-batch, which is on the host."""
     grain = Grain.of(cache)
     return PagedAttention(cache, RowIndex.draw(batch, cache, grain.tile_rows).to(cache.device), rotary, grain)
-
-
-def _tiles(span: Span, tile_rows: int) -> list[tuple[int, int]]:
-    """First row and number of rows of each tile."""
-    row, stop = span.row, span.row + span.num_tokens
-    return [(first, min(tile_rows, stop - first)) for first in range(row, stop, tile_rows)]
 
 
 def _aligned_size(num_elements: int) -> int:

@@ -104,7 +104,7 @@ def _make_cache(memory: Memory, config: ModelConfig, num_sequences: int, dtype: 
     library = load_library()
     assert library is not None
     kept = cache_dtype(dtype, CPU)
-    return NativeCache(library, num_layers, num_blocks, num_sequences, num_tokens, heads, dim, kept)
+    return NativeCache(library, num_layers, num_blocks, num_tokens, heads, dim, kept)
 
 
 class Case:

@@ -7,6 +7,7 @@ import random
 import torch
 
 from gptj_dist.model.block_cache import SCRATCH_REQUEST, BlockCache
+from gptj_dist.model.inputs import Span
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_TOKENS = 30, 4, 41
 
@@ -33,7 +34,7 @@ def test_a_random_walk_lists_what_each_request_was_given() -> None:
             new = [free.pop() for _ in range(num_new)]
             cache.extend(id_, tuple(new))
             held[id_] += new
-        tables = cache.tables(list(held))
+        tables = cache.tables([Span(id_, 0, 0, len(blocks) * BLOCK_SIZE) for id_, blocks in held.items()])
         assert tables.shape == (len(held), -(-MAX_TOKENS // BLOCK_SIZE))
         assert [row[: len(blocks)] for row, blocks in zip(tables.tolist(), held.values(), strict=True)] == list(
             held.values()
@@ -42,7 +43,7 @@ def test_a_random_walk_lists_what_each_request_was_given() -> None:
 
 def test_nobodys_request_is_always_there_and_its_block_is_nobodys() -> None:
     cache = _cache()
-    assert cache.tables([SCRATCH_REQUEST]).tolist()[0][0] == NUM_BLOCKS
+    assert cache.tables([Span(SCRATCH_REQUEST, 0, 0, 1)]).tolist()[0][0] == NUM_BLOCKS
     assert cache.layer(1)[0].shape == (NUM_BLOCKS + 1, 3, BLOCK_SIZE, 5)
 
 

@@ -94,7 +94,7 @@ class Stage:
         kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         num_blocks = MAX_REQUESTS * -(-shape.max_tokens // LANES)
         self.cache = NativeCache(
-            LIBRARY, NUM_LAYERS, num_blocks, MAX_REQUESTS, shape.max_tokens, shape.num_heads, shape.head_dim, kept
+            LIBRARY, NUM_LAYERS, num_blocks, shape.max_tokens, shape.num_heads, shape.head_dim, kept
         )
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
@@ -321,7 +321,7 @@ def test_memory_that_cannot_be_had_is_an_error() -> None:
 
 def test_a_copy_fills_the_blocks_that_are_not_held_in_common_and_no_others() -> None:
     assert LIBRARY is not None
-    cache = NativeCache(LIBRARY, NUM_LAYERS, 12, MAX_REQUESTS, 75, 3, 5, torch.float32)
+    cache = NativeCache(LIBRARY, NUM_LAYERS, 12, 75, 3, 5, torch.float32)
     parts = [part for layer in range(NUM_LAYERS) for part in (cache.keys[layer], cache.values[layer])]
     for seed, part in enumerate(parts):
         part.normal_(generator=torch.Generator().manual_seed(seed))

@@ -22,8 +22,8 @@ struct batch {
     int64_t table_stride;     /* blocks a table has room for */
     int64_t max_tokens;       /* keys of the row that has most */
     const int32_t *positions; /* [num_rows] */
-    const int32_t *slots;     /* [num_rows]: which block table is the row's */
-    const int32_t *tables;    /* [slots, table_stride] */
+    const int32_t *spans;     /* [num_rows]: which block table is the row's */
+    const int32_t *tables;    /* [spans, table_stride] */
     const int32_t *tiles;     /* [num_tiles, 2]: first row, and rows: consecutive tokens of one request */
     const float *cos, *sin;   /* [positions, rotary_dim / 2] */
 };
@@ -62,7 +62,7 @@ INLINE int64_t part(const struct batch *b, int64_t row, int64_t which, int64_t h
 INLINE void store_row(const struct batch *b, int64_t row, int64_t head, const void *heads, void *keys, void *values,
                       enum element e, float *rotated) {
     int64_t lane = b->positions[row] % LANES, place = b->positions[row] / LANES;
-    int64_t block = b->tables[b->slots[row] * b->table_stride + place] * b->num_heads + head;
+    int64_t block = b->tables[b->spans[row] * b->table_stride + place] * b->num_heads + head;
     int64_t key = block * b->head_dim * LANES + lane, value = (block * LANES + lane) * b->padded_dim;
     rotate(b, row, heads, part(b, row, 1, head), 1.0f, e, rotated);
     for (int64_t d = 0; d < b->head_dim; d++) store_one(keys, key + d * LANES, rotated[d], e);
@@ -249,7 +249,7 @@ INLINE int attend_all(const struct batch *b, void *heads, void *keys, void *valu
             int64_t first = b->tiles[2 * tile], own = b->tiles[2 * tile + 1];
             int64_t group = heads_per_item(b, own, num_threads * 4);
             if (failed || head % group) continue;
-            struct item it = {b, b->tables + b->slots[first] * b->table_stride, first, head,
+            struct item it = {b, b->tables + b->spans[first] * b->table_stride, first, head,
                               b->num_heads - head < group ? b->num_heads - head : group,
                               b->positions[first + own - 1] / LANES + 1};
             if (own == 1)

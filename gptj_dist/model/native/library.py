@@ -34,7 +34,7 @@ class NativeBatch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_rows", "num_tiles", "num_heads", "head_dim", "padded_dim")),
         *((name, ctypes.c_int64) for name in ("rotary_dim", "row_stride", "table_stride", "max_tokens")),
-        *((name, ctypes.c_void_p) for name in ("positions", "slots", "tables", "tiles", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("positions", "spans", "tables", "tiles", "cos", "sin")),
     )
 
 
