@@ -50,6 +50,11 @@ class MicroBatch:
     spans: tuple[Span, ...]
     positions: Tensor
 
+    @property
+    def span_of_row(self) -> Tensor:
+        """Index of each row's span: int64 [rows]."""
+        return torch.repeat_interleave(torch.tensor([span.num_tokens for span in self.spans]))
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device. The host does not wait for a copy to a GPU, which reads from pinned memory."""

@@ -113,12 +113,11 @@ class RowIndex:
     @classmethod
     def draw(cls, batch: MicroBatch, cache: Blocks, tile_rows: int) -> RowIndex:
         """The index of a micro-batch, on the host; tiles have up to `tile_rows` rows."""
-        lengths = torch.tensor([span.num_tokens for span in batch.spans])
         lone_rows = [span.row for span in batch.spans if span.num_tokens == 1]
         tiles = [tile for span in batch.spans if span.num_tokens > 1 for tile in span.tiles(tile_rows)]
         parts = (
             batch.positions,
-            torch.arange(len(batch.spans)).repeat_interleave(lengths),
+            batch.span_of_row,
             cache.tables(batch.spans),
             torch.tensor(lone_rows),
             torch.tensor(tiles).view(-1, 2),

@@ -78,8 +78,8 @@ class RegionCache:
 
     def locate(self, batch: MicroBatch) -> Places:
         """The places of the rows' keys and values, the same in every layer."""
-        regions = [self._region_of[span.request_id] for span in batch.spans for _ in range(span.num_tokens)]
-        return torch.tensor(regions), batch.positions
+        regions = torch.tensor([self._region_of[span.request_id] for span in batch.spans])
+        return regions[batch.span_of_row], batch.positions
 
     def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
         """Stores the rows' keys and values, [rows, num_heads, head_dim] each."""

@@ -65,8 +65,7 @@ class NativeAttention:
         self._attend = library.attend_float32 if cache.dtype == torch.float32 else library.attend_bfloat16
         self._cache = cache
         cos, sin = rotary.tables
-        lengths = torch.tensor([span.num_tokens for span in batch.spans])
-        spans = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        spans = batch.span_of_row.to(torch.int32)
         positions, tables = batch.positions.to(torch.int32), cache.tables(batch.spans)
         tiles = torch.tensor([tile for span in batch.spans for tile in span.tiles(TILE_ROWS)], dtype=torch.int32)
         # Kept alive, because the library reads them by their addresses.
