@@ -187,7 +187,6 @@ def _invert(probabilities: Tensor, noise: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:].contiguous()
     drawn = torch.searchsorted(cumulative, noise * total, right=True)
-    last = torch.searchsorted(
-        cumulative, total
-    )  # rounding must not move the draw past the last token with a probability
+    # Rounding must not move the draw past the last token with a probability.
+    last = torch.searchsorted(cumulative, total)
     return torch.minimum(drawn, last).clamp_(max=probabilities.shape[1] - 1)

@@ -153,14 +153,13 @@ INLINE void score_item(const struct item *it, int rows, const void *keys, enum e
     int64_t num_blocks = it->num_blocks, stride = num_blocks * LANES, elements = b->head_dim * LANES;
     int together = rows == 1 ? AHEAD : 1;
     for (int64_t place = 0; place < num_blocks; place += together) {
-        int count = num_blocks - place < together ? 1 : together;
         for (int64_t h = 0; h < it->num_heads; h++) {
             int64_t head = it->first_head + h;
             const float *queries = s->queries + h * rows * b->padded_dim;
             float *scores = s->scores + h * rows * stride;
             for (int64_t next = place + together; next < place + 2 * together && next < num_blocks; next++)
                 fetch_ahead(block_of(it, next, head, keys, elements, e), elements, e);
-            if (count == together)
+            if (place + together <= num_blocks)
                 score_blocks(it, place, together, head, keys, rows, e, queries, scores, stride);
             else
                 for (int64_t rest = place; rest < num_blocks; rest++)
