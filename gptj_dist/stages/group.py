@@ -85,6 +85,7 @@ class StageGroup:
         self._inbound = inbound
         self._outbound = outbound
         self._deaths: dict[int, Exception] = {}
+        self._is_killed = False
         self.edge_bytes = [0] * (len(stages) + 1)
         self.num_dropped = [0] * (len(stages) + 1)
         self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
@@ -147,7 +148,12 @@ class StageGroup:
         return result
 
     async def stop(self) -> None:
-        """Ends the stages: with an end frame if they still receive frames, otherwise by killing them."""
+        """Ends the stages: with an end frame if they still receive frames, otherwise by killing them.
+
+        Does nothing after `kill`.
+        """
+        if self._is_killed:
+            return
         self._outbound.send(EndFrame())
         with suppress(TimeoutError):
             async with asyncio.timeout(END_TIMEOUT_S):
@@ -156,6 +162,7 @@ class StageGroup:
 
     def kill(self) -> None:
         """Kills the stages at once. Stages that are already dead are ignored."""
+        self._is_killed = True
         for task in (self._collector, *self._watchers):
             task.cancel()
         for stage in self._stages:

@@ -29,6 +29,7 @@ from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
 from gptj_dist.stages.group import StageGroup
 from gptj_dist.stages.loss import StageLoss
+from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame
 from tests.unit.test_async_engine import (
     LIMITS,
@@ -289,6 +290,19 @@ def test_when_the_engine_of_this_process_ends_present_and_later_requests_fail(en
             with pytest.raises(NotReadyError, match="the model can no longer be used"):
                 await collect(engine.generate(PROMPT, PARAMS))
         assert executor.is_closed
+
+    run(scenario)
+
+
+def test_stages_that_were_killed_can_be_stopped() -> None:
+    """As when a replica is drained while its stages restart."""
+
+    async def scenario() -> None:
+        transport = open_transport(epoch=0)
+        inbound = transport.async_inbound("127.0.0.1")
+        group = StageGroup([], [], inbound, transport.outbound(inbound.address), [])
+        group.kill()
+        await group.stop()
 
     run(scenario)
 
