@@ -65,28 +65,18 @@ class TraceEvents:
         pid = self._pids[part.pipeline]
         for record in part.records:
             flow, plan = pid * _MAX_PLANS + record.number, {"plan": record.number}
-            yield self._slice(pid, COORDINATOR_LANE, "schedule", record.scheduling) | {
-                "args": plan,
-                "bind_id": flow,
-                "flow_out": True,
-            }
-            for index, timing in enumerate(record.timings):
-                yield self._slice(pid, index + 1, work_text(record), timing) | {
-                    "args": plan | _work(record),
-                    "bind_id": flow,
-                    "flow_in": True,
-                    "flow_out": True,
-                }
-            yield self._slice(pid, COORDINATOR_LANE, "hand out", record.landing) | {
-                "args": plan,
-                "bind_id": flow,
-                "flow_in": True,
-            }
+            work = plan | _work(record)
+            yield self._slice(pid, COORDINATOR_LANE, "schedule", record.scheduling, flow, args=plan, flow_out=True)
+            for lane, timing in enumerate(record.timings, start=1):
+                name = work_text(record)
+                yield self._slice(pid, lane, name, timing, flow, args=work, flow_in=True, flow_out=True)
+            yield self._slice(pid, COORDINATOR_LANE, "hand out", record.landing, flow, args=plan, flow_in=True)
 
-    def _slice(self, pid: int, lane: int, name: str, timing: StageTiming) -> Event:
+    def _slice(self, pid: int, lane: int, name: str, timing: StageTiming, flow: int, **others: object) -> Event:
         assert self._zero_ns is not None, "a part with records sets it"
         begin_us, duration_us = (timing.begin_ns - self._zero_ns) / 1000, (timing.end_ns - timing.begin_ns) / 1000
-        return {"name": name, "ph": "X", "pid": pid, "tid": lane, "ts": begin_us, "dur": duration_us}
+        event = {"name": name, "ph": "X", "pid": pid, "tid": lane, "ts": begin_us, "dur": duration_us}
+        return event | {"bind_id": flow, **others}
 
 
 class TraceFile(AbstractContextManager["TraceFile"]):
