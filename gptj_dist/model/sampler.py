@@ -66,29 +66,25 @@ class Sampler:
         self._device = device
         self._rows_at_once = CPU_ROWS_AT_ONCE if device.type == "cpu" else sys.maxsize
 
-    def __call__(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-        """One token for each row of float32 [rows, vocab_size]; the logits are overwritten.
-
-        The token is `NO_TOKEN` for rows in which every token is banned.
-        """
-        tokens: list[int] = self.draw(logits, specs).tolist()
-        return tokens
-
     def sample_with_logprobs(
         self, logits: Tensor, specs: Sequence[SampleSpec]
     ) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
-        """As a call, and the log probabilities that specs request: one for each row, or empty if none requests any."""
+        """As `draw`, and the log probabilities that specs request: one for each row, or empty if none requests any."""
         num_top = {row: num for row, spec in enumerate(specs) if (num := spec.params.logprobs) is not None}
         if not num_top:
-            return self(logits, specs), ()
+            return self.draw(logits, specs).tolist(), ()
         untouched = logits[to_device(torch.tensor(list(num_top)), self._device)]
-        tokens = self(logits, specs)
+        tokens: list[int] = self.draw(logits, specs).tolist()
         logprobs = token_logprobs(untouched, [max(tokens[row], 0) for row in num_top], list(num_top.values()))
         by_row = {row: token for row, token in zip(num_top, logprobs, strict=True) if tokens[row] != NO_TOKEN}
         return tokens, tuple(by_row.get(row) for row in range(len(specs)))
 
     def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-        """As a call, but the tokens stay on the device, int64 [rows], and the host does not wait for them."""
+        """One token for each row of float32 [rows, vocab_size]: int64 [rows]. The logits are overwritten.
+
+        The token is `NO_TOKEN` for rows in which every token is banned. The tokens stay on the device, and the host
+        does not wait for them.
+        """
         spares = [self._named_spares(row, spec.params) for row, spec in zip(logits.unbind(), specs, strict=True)]
         logits.index_fill_(1, self._masked_ids, -math.inf)
         for row, spec, spare in zip(logits.unbind(), specs, spares, strict=True):

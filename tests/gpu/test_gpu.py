@@ -158,8 +158,7 @@ def test_the_sampler_draws_what_it_draws_on_the_cpu() -> None:
         for i in range(24)
     ]
     specs = [SampleSpec(params, noise_key=i, position=i) for i, params in enumerate(settings)]
-    drawn = [
-        Sampler(TokenRules(50400, (50256,), spare_ids=tuple(range(50257, 50400))), device)(logits.to(device), specs)
-        for device in (torch.device("cpu"), torch.device("cuda", 0))
-    ]
+    rules = TokenRules(50400, (50256,), spare_ids=tuple(range(50257, 50400)))
+    devices = (torch.device("cpu"), torch.device("cuda", 0))
+    drawn = [Sampler(rules, device).draw(logits.to(device), specs).tolist() for device in devices]
     assert drawn[0] == drawn[1]

@@ -113,7 +113,7 @@ def test_a_repeated_token_comes_as_often_as_its_penalties_leave_it(presence: flo
     params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
     num_draws = 20_000
     specs = [SampleSpec(params, noise_key=1, position=position, history=(1, 1)) for position in range(num_draws)]
-    drawn = sum(Sampler(TokenRules(2), torch.device("cpu"))(torch.zeros(num_draws, 2), specs))
+    drawn = int(Sampler(TokenRules(2), torch.device("cpu")).draw(torch.zeros(num_draws, 2), specs).sum())
     deviation = math.sqrt(num_draws * chance * (1 - chance))
     assert abs(drawn - num_draws * chance) < 3.3 * deviation  # a right sampler fails this once in 1,000 times
 
@@ -124,7 +124,7 @@ def test_tokens_that_end_a_request_do_not_come_early() -> None:
     for position, expected in ((9, [EOS, 4, 6]), (10, [])):
         logits = logits_of()[None]
         spec = replace(SPEC, params=params, position=position)
-        Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu"))(logits, [spec])
+        Sampler(TokenRules(VOCAB_SIZE, (EOS,)), torch.device("cpu")).draw(logits, [spec])
         assert (logits[0] == -math.inf).nonzero().flatten().tolist() == expected
 
 

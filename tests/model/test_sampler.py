@@ -43,7 +43,8 @@ def _random_logits(num_rows: int, vocab_size: int, seed: int = 0, std: float = 2
 
 def _sample(logits: Tensor, *specs: SampleSpec, unsampled_ids: tuple[int, ...] = ()) -> list[int]:
     rules = TokenRules(logits.shape[1], (EOS,), spare_ids=unsampled_ids)
-    return Sampler(rules, CPU)(logits.clone(), specs)
+    tokens: list[int] = Sampler(rules, CPU).draw(logits.clone(), specs).tolist()
+    return tokens
 
 
 def _draw(
