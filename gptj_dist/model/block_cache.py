@@ -15,7 +15,9 @@ SCRATCH_REQUEST = -1
 
 
 class BlockCache(BlockTables):
-    """Blocks in the model's type on the device. The tables are on the host and are sent with each micro-batch.
+    """Implements `KVCache` with blocks in the model's type on the device.
+
+    The tables are on the host and are sent with each micro-batch.
 
     Args:
         num_blocks, block_size: blocks in all, and tokens in each. `SCRATCH_REQUEST` has one more block.
@@ -45,7 +47,6 @@ class BlockCache(BlockTables):
         self.extend(SCRATCH_REQUEST, [num_blocks])
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
-        """Implements `KVCache`."""
         from gptj_dist.model.paged_attention import attend_in_blocks  # needs Triton, which only a GPU's torch has
 
         return attend_in_blocks(self, batch, rotary)

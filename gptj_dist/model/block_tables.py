@@ -13,7 +13,7 @@ from gptj_dist.sizes import ceil_div
 
 
 class BlockTables(ABC):
-    """A table for each request: its blocks, in order of position. The part of `KVCache` that caches in blocks share.
+    """Implements what caches in blocks share of `KVCache`: a table for each request, of its blocks in order.
 
     A request holds only the blocks that its tokens need. The scheduler decides which request gets which block.
 
@@ -30,16 +30,11 @@ class BlockTables(ABC):
         self._num_blocks_of: dict[int, int] = {}
 
     def add(self, request_id: int) -> None:
-        """Implements `KVCache`."""
         self._tables[request_id] = torch.zeros(self._table_width, dtype=torch.int32)
         self._num_blocks_of[request_id] = 0
 
     def extend(self, request_id: int, blocks: Iterable[int]) -> None:
-        """Implements `KVCache`.
-
-        Raises:
-            IndexError: there is no such block.
-        """
+        """Raises IndexError if there is no such block."""
         numbers = tuple(blocks)
         if not all(0 <= number < self._num_blocks for number in numbers):
             raise IndexError(f"request {request_id} is given blocks {numbers} of a cache of {self._num_blocks}")
@@ -48,7 +43,6 @@ class BlockTables(ABC):
         self._tables[request_id][first:stop] = torch.tensor(numbers, dtype=torch.int32)
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
-        """Implements `KVCache`."""
         num_blocks = ceil_div(num_tokens, self.block_size)
         sources, targets = (self._tables[id_][:num_blocks].tolist() for id_ in (source_id, request_id))
         for block_from, block_to in zip(sources, targets, strict=True):
@@ -56,7 +50,6 @@ class BlockTables(ABC):
                 self._copy_block(block_from, block_to)
 
     def release(self, request_id: int) -> None:
-        """Implements `KVCache`."""
         del self._tables[request_id], self._num_blocks_of[request_id]
 
     def tables(self, spans: Sequence[Span]) -> Tensor:

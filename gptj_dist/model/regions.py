@@ -31,7 +31,7 @@ Places = tuple[Tensor, Tensor]
 
 
 class RegionCache:
-    """A contiguous region for each request, in float32, touched only as far as tokens are written.
+    """Implements `KVCache` with a region for each request, in float32, touched only as far as tokens are written.
 
     float32 whatever the model's type: a CPU multiplies float32 straight out of the cache, and bfloat16 only after a
     copy (one query row, 512 tokens of 16 heads x 256: 0.39 ms against 3.9 ms).
@@ -62,7 +62,6 @@ class RegionCache:
         """Does nothing: a region has room for the longest request."""
 
     def copy(self, source_id: int, request_id: int, num_tokens: int) -> None:
-        """Implements `KVCache`."""
         source, target = (self._regions[self._region_of[id_]] for id_ in (source_id, request_id))
         target[..., :num_tokens, :] = source[..., :num_tokens, :]
 
@@ -73,7 +72,6 @@ class RegionCache:
         self._give_back(region)
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
-        """Implements `KVCache`."""
         return TiledAttention(self, batch, rotary)
 
     def locate(self, batch: MicroBatch) -> Places:

@@ -21,7 +21,7 @@ TILE_ROWS = 8
 
 
 class NativeCache(BlockTables):
-    """Blocks of `LANES` tokens. The system provides memory when a block is first written.
+    """Implements `KVCache` with blocks of `LANES` tokens. The system provides memory when a block is first written.
 
     Args:
         num_blocks: blocks in all.
@@ -47,7 +47,6 @@ class NativeCache(BlockTables):
         self.values = torch.empty(num_layers, num_blocks, num_heads, LANES, self.padded_dim, dtype=dtype)
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> NativeAttention:
-        """Implements `KVCache`."""
         return NativeAttention(self._library, self, batch, rotary)
 
     def _copy_block(self, block_from: int, block_to: int) -> None:
@@ -56,7 +55,7 @@ class NativeCache(BlockTables):
 
 
 class NativeAttention:
-    """An `Attention` that calls the library once for each layer.
+    """Implements `Attention`: calls the library once for each layer.
 
     In float32 a row has the same bits whatever rows are beside it.
     """
@@ -88,7 +87,7 @@ class NativeAttention:
         )
 
     def __call__(self, layer: int, heads: Tensor) -> None:
-        """Implements `Attention`.
+        """Attends in place.
 
         Raises:
             TypeError: the heads are on a GPU.
@@ -99,10 +98,8 @@ class NativeAttention:
         shape = (self._batch.num_rows, 3, self._batch.num_heads, self._batch.head_dim)
         address = address_of("heads", cast, self._cache.dtype, shape)
         self._batch.row_stride = cast.stride(0)
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        pointers = address, keys.data_ptr(), values.data_ptr()
-        has_failed = self._attend(self._batch, *pointers, torch.get_num_threads())
-        if has_failed:
+        keys, values = self._cache.keys[layer].data_ptr(), self._cache.values[layer].data_ptr()
+        if self._attend(self._batch, address, keys, values, torch.get_num_threads()):
             raise MemoryError(f"no memory for the attention of {len(heads)} rows")
         if cast is not heads:
             heads[:, 2] = cast[:, 2]
