@@ -30,6 +30,7 @@ class StageModel:
         on_layer: called after each layer is loaded, with the number of loaded layers.
 
     Attributes:
+        dtype: the type of weights and hidden states.
         rotary: cosines and sines, which attention needs.
     """
 
@@ -44,7 +45,7 @@ class StageModel:
     ) -> None:
         self._config = config
         self._first_layer = layers.start
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self.rotary = RotaryTable(config.context_length, config.rotary_dim, device)
         load = PartLoader(read, config, dtype, device)
@@ -87,7 +88,7 @@ class StageModel:
         """Inputs for `compute` whose values do not matter, in memory that real ones can be copied to."""
         if self._embedding is not None:
             return torch.zeros(num_rows, dtype=torch.int64, device=self._device)
-        return torch.zeros(num_rows, self._config.d_model, dtype=self._dtype, device=self._device)
+        return torch.zeros(num_rows, self._config.d_model, dtype=self.dtype, device=self._device)
 
     def compute(self, inputs: Tensor, attend: Attention) -> Tensor:
         """Computes the whole step of the stage.

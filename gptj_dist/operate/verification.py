@@ -193,7 +193,7 @@ def _load_stage(model: str, config: ModelConfig, layers: LayerRange, max_model_l
     spec = StageSpec(model, None, config, layers, "cpu", max_model_len, max_batch_size=1, rules=rules)
     runner = StageRunner(spec)
     runner.load("float32", num_threads=None)
-    runner.allocate(_num_blocks(max_model_len), "float32")
+    runner.allocate(_num_blocks(max_model_len))
     return runner
 
 

@@ -99,9 +99,9 @@ class Stage:
         return self._progress
 
     @ray.method(concurrency_group="run")
-    def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
+    def allocate(self, num_blocks: int) -> None:
         """Calls `StageRunner.allocate`."""
-        self._runner.allocate(num_blocks, dtype)
+        self._runner.allocate(num_blocks)
         logger.info("stage ready", extra=values(kv_blocks=num_blocks))
 
     @ray.method(concurrency_group="run")
@@ -146,7 +146,7 @@ def _before(frame: PlanFrame) -> StageOutput | None:
 def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:
     import torch
 
-    from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
+    from gptj_dist.stages.runner import TORCH_DTYPES
 
     if hidden is None:
         return None
@@ -156,7 +156,7 @@ def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:
 def _to_wire(hidden: Tensor) -> HiddenStates:
     import torch
 
-    from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
+    from gptj_dist.stages.runner import TORCH_DTYPES
 
     rows, d_model = hidden.shape
     name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == hidden.dtype)

@@ -130,7 +130,7 @@ class StageGroup:
         loading = [stage.load.remote(dtype, n) for stage, n in zip(stages, num_threads, strict=True)]
         reports = await _answers(placed, loading)
         pipeline = LoadedPipeline(blueprint, tuple(reports), count_kv_blocks(blueprint, reports))
-        await _answers(placed, [stage.allocate.remote(pipeline.num_blocks, dtype) for stage in stages])
+        await _answers(placed, [stage.allocate.remote(pipeline.num_blocks) for stage in stages])
         transport = open_transport(epoch)
         inbound = transport.async_inbound(ray.util.get_node_ip_address())
         outbound = transport.outbound(placed[0].address)

@@ -69,7 +69,7 @@ def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunne
     reports = tuple(runner.load(dtype, config.threads_per_stage) for runner in runners)
     num_blocks = count_kv_blocks(blueprint, reports)
     for runner in runners:
-        runner.allocate(num_blocks, dtype)
+        runner.allocate(num_blocks)
     return LoadedPipeline(blueprint, reports, num_blocks), runners
 
 

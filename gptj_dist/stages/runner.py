@@ -29,10 +29,16 @@ from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.embeddings import EmbeddingPools
 from gptj_dist.stages.threads import ThreadChooser
-from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from gptj_dist.model.graphs import RecordedSteps
+
+TORCH_DTYPES: Mapping[DTypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""The types that stages compute in, by their names in the settings and on the wire."""
 
 PROMPT_ROWS_AT_ONCE = 64
 """Prompt rows whose logits are computed at a time, which limits the memory they take."""
@@ -105,6 +111,7 @@ class StageRunner:
                 self._device,
                 lambda num_layers: on_progress(f"{num_layers}/{spec.layers.num_layers} layers"),
             )
+        kept_as = cache_dtype(TORCH_DTYPES[dtype], self._device)
         return StageReport(
             layers=spec.layers,
             device=self.describe_device(),
@@ -112,16 +119,13 @@ class StageRunner:
             dtype=dtype,
             weight_bytes=weight_bytes(spec.config, spec.layers, dtype),
             free_bytes=free_bytes(self._device),
-            kv_bytes_per_token=2
-            * spec.layers.num_layers
-            * spec.config.d_model
-            * cache_dtype(TORCH_DTYPES[dtype], self._device).itemsize,
+            kv_bytes_per_token=2 * spec.layers.num_layers * spec.config.d_model * kept_as.itemsize,
             pid=os.getpid(),
             has_blocks=has_blocks(self._device),
         )
 
     @torch.inference_mode()
-    def allocate(self, num_blocks: int, dtype: DTypeName) -> None:
+    def allocate(self, num_blocks: int) -> None:
         """Allocates a KV cache of `num_blocks` blocks. On a GPU, also sets up CUDA graphs for decode steps."""
         if self._model is None:
             raise RuntimeError("load() comes before allocate()")
@@ -132,7 +136,7 @@ class StageRunner:
             num_blocks,
             spec.max_batch_size,
             spec.max_model_len,
-            TORCH_DTYPES[dtype],
+            self._model.dtype,
             self._device,
         )
         if isinstance(self._cache, BlockCache):

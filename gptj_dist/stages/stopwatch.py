@@ -24,8 +24,7 @@ from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.planning.cost import Chunks
 from gptj_dist.stages.blueprint import StageSpec
-from gptj_dist.stages.runner import StageOutput, StageRunner
-from gptj_dist.stages.torch_dtypes import TORCH_DTYPES
+from gptj_dist.stages.runner import TORCH_DTYPES, StageOutput, StageRunner
 
 CASE_S = 0.2
 """Seconds for which a case is repeated."""
@@ -52,7 +51,7 @@ class StageStopwatch:
         report = self._runner.load(dtype, num_threads)
         free_blocks = report.free_bytes // 2 // (report.kv_bytes_per_token * BLOCK_SIZE_TOKENS)
         self._pool = BlockPool(min(free_blocks, MAX_BLOCKS), BLOCK_SIZE_TOKENS)
-        self._runner.allocate(self._pool.num_blocks, dtype)
+        self._runner.allocate(self._pool.num_blocks)
         self._dtype = TORCH_DTYPES[dtype]
         self._released: tuple[int, ...] = ()
         self._num_plans = 0

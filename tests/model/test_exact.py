@@ -114,7 +114,7 @@ class Model:
         """
         runners = self._load(tuple(layers) or (self.config.num_layers,))
         for runner in runners:
-            runner.allocate(num_blocks, "float32")
+            runner.allocate(num_blocks)
             runner.logits.clear()
         scheduler = Scheduler(
             SchedulerConfig(

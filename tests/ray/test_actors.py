@@ -96,7 +96,7 @@ def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
     stages = [actor_class.options(num_cpus=0.5).remote(spec, 3) for spec in blueprint.stage_specs("cpu")]
     addresses = [placed.address for placed in ray.get([stage.describe.remote() for stage in stages])]
     ray.get([stage.load.remote("float32", 1) for stage in stages])
-    ray.get([stage.allocate.remote(NUM_BLOCKS, "float32") for stage in stages])
+    ray.get([stage.allocate.remote(NUM_BLOCKS) for stage in stages])
     transport = open_transport(epoch=3)
     inbound, outbound = transport.inbound("127.0.0.1"), transport.outbound(addresses[0])
     runs = [stage.run.remote(address) for stage, address in zip(stages, [*addresses[1:], inbound.address], strict=True)]
