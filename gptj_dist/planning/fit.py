@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from gptj_dist.planning.cost import Work
 from gptj_dist.planning.devices import DeviceSpec
@@ -28,12 +28,13 @@ def fit_device(device: DeviceSpec, measured: Sequence[tuple[Work, float]]) -> De
         device: provides the figures that are not fitted, such as name, memory and link; its kind must be `cpu`.
         measured: the work of each step, all of one type, and the seconds that it took.
     """
-    rows = [[term / seconds for term in _terms(work)] for work, seconds in measured]
+    rows = [[term / seconds for term in (1.0, *astuple(work))] for work, seconds in measured]
     weights = [1.0] * len(rows)
     for _ in range(_NUM_REWEIGHTINGS):
         costs = _least_squares(rows, weights)
         errors = [abs(sum(c * x for c, x in zip(costs, row, strict=True)) - 1) for row in rows]
         weights = [1 / (error + _USUAL_ERROR) for error in errors]
+    # The cost of a step, and of a unit of each of the work's terms, in the order of its fields.
     step, layer, weight_byte, kv_byte, matrix_flop, attention_flop, row_element = costs
     return replace(
         device,
@@ -45,19 +46,6 @@ def fit_device(device: DeviceSpec, measured: Sequence[tuple[Work, float]]) -> De
         float32_flops=_rate(matrix_flop),
         attention_flops=_rate(attention_flop),
         row_elements_s=_rate(row_element),
-    )
-
-
-def _terms(work: Work) -> tuple[float, ...]:
-    """What the fitted figures are multiplied with."""
-    return (
-        1.0,
-        work.num_layers,
-        work.weight_bytes,
-        work.kv_bytes,
-        work.matrix_flop,
-        work.attention_flop,
-        work.row_elements,
     )
 
 
