@@ -77,7 +77,7 @@ class CheckpointIndex:
         return sorted({self.file_of[name] for name in names if name in self.file_of})
 
     def headers(self, names: Iterable[str]) -> dict[str, TensorHeader]:
-        """What those of these tensors are that the files really hold, by name. Opens only their files.
+        """The headers of those tensors that the files really hold, by name. Opens only their files.
 
         Raises:
             CheckpointError: a file is missing, truncated or corrupt.

@@ -140,7 +140,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
-    """Less, or nothing, where the file ends before; `seek` itself fails at some offsets, by system and kind of file."""
+    """The bytes there, or fewer if the file ends before. Some files refuse to seek to an impossible offset."""
     if not 0 <= offset < file.seek(0, io.SEEK_END):
         return b""
     file.seek(offset)

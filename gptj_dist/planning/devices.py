@@ -213,7 +213,7 @@ def _parse_entry(entry: object, links: Mapping[str, Any], where: str) -> list[De
 
 
 def _base(entry: Mapping[str, Any], where: str) -> DeviceSpec:
-    """The known device of that name; or one without figures, which the entry has all of."""
+    """The known device of that name; else a device without figures, all of which the entry gives."""
     kind = entry.get("kind")
     if isinstance(kind, str):
         kind = kind.lower()

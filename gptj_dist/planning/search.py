@@ -77,7 +77,7 @@ def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[Pl
 def share_layers(num_layers: int, stages: Sequence[StageCosts]) -> tuple[int, ...]:
     """The layers of each stage, one or more, that make the costliest stage cheapest.
 
-    Gives out one layer after the other where it makes the cheapest stage, which no exchange can better, as costs only
+    Each further layer goes to the stage that is cheapest with it. No exchange improves the result, because costs only
     grow. Between equals the last stage goes first, then the others from the first.
 
     Raises:

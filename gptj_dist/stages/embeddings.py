@@ -55,7 +55,7 @@ class EmbeddingPools:
         self._num_layers = num_layers
         self._pools: dict[int, _Pool] = {}
 
-    def meet(self, request: NewRequest) -> None:
+    def register(self, request: NewRequest) -> None:
         """Registers a new request. Makes a pool if the request asks for an embedding of a layer on this stage."""
         pooling = request.params.pooling
         if pooling is None:

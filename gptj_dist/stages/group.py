@@ -89,7 +89,7 @@ class StageGroup:
         self.edge_bytes = [0] * (len(stages) + 1)
         self.num_dropped = [0] * (len(stages) + 1)
         self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
-        self._collector = run_in_background("collector of results", self._collect(), self._note_deafness)
+        self._collector = run_in_background("collector of results", self._collect(), self._note_receive_error)
         self._watchers = [
             run_in_background(f"run() of stage {index}", _finished(sentinel), partial(self._note_death, index))
             for index, sentinel in enumerate(sentinels)
@@ -177,7 +177,7 @@ class StageGroup:
                 self.num_dropped[edge] = traffic.num_dropped
             self._results.put_nowait(frame.result)
 
-    def _note_deafness(self, error: Exception) -> None:
+    def _note_receive_error(self, error: Exception) -> None:
         self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
 
     def _note_death(self, index: int, error: Exception) -> None:

@@ -249,7 +249,7 @@ class StageRunner:
         for request in plan.new_requests:
             self._requests[request.request_id] = request
             cache.add(request.request_id)
-            self._pools.meet(request)
+            self._pools.register(request)
             if request.begins_with is not None:
                 cache.extend(request.request_id, request.begins_with.blocks)
             if self._spec.layers.is_last:

@@ -60,7 +60,7 @@ class StageStopwatch:
         self._blocks_of: dict[int, list[int]] = {}
 
     def prepare(self, case: Chunks) -> None:
-        """Makes the requests that a case goes on with, and does it once, as the first time is never like the others."""
+        """Makes the requests that a case continues, and runs the case once, because the first run is slower."""
         start = case.context_tokens - case.num_tokens
         filled = self._filled.setdefault(start, [])
         while start and len(filled) < case.num_requests:
@@ -71,7 +71,7 @@ class StageStopwatch:
         self._step_case(case)
 
     def time(self, case: Chunks) -> float:
-        """Seconds of a case's step, repeated at the same positions: the first quartile, as others only ever slow it."""
+        """Seconds of a case's step, repeated at the same positions: the first quartile: disturbances only slow it."""
         seconds: list[float] = []
         end = time.perf_counter() + CASE_S
         while len(seconds) < MIN_REPEATS or time.perf_counter() < end:
