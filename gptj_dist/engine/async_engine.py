@@ -11,6 +11,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from itertools import count
 
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.executor import Executor
@@ -57,7 +58,7 @@ class AsyncEngine:
         self._clock = clock
         self._refusal = RESTARTING
         self._mailboxes: dict[int, Mailbox] = {}
-        self._next_request_id = 0
+        self._request_ids = count()
         self._is_pump_due = False
         self._broken: asyncio.Future[None] | None = None
         self.last_token_s: float | None = None
@@ -164,10 +165,9 @@ class AsyncEngine:
     ) -> tuple[Request, Mailbox]:
         if self._executor is None:
             raise NotReadyError(self._refusal)
-        request = Request(self._next_request_id, prompt, params, noise_key(params.seed, choice), log_id)
+        request = Request(next(self._request_ids), prompt, params, noise_key(params.seed, choice), log_id)
         self.scheduler.add(request)
         self.journal.note_arrival(request, self.stats.now_ns())
-        self._next_request_id += 1
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         self._pump_soon()
         return request, mailbox

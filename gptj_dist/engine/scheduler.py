@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import count
 
 from gptj_dist.chunking import (
     USUAL_OVERHEAD_ROWS,
@@ -119,7 +120,7 @@ class Scheduler:
         self._by_id: dict[int, Request] = {}
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
-        self._next_plan_id = 0
+        self._plan_ids = count()
         self._chunk_tokens = 0
         self._step_cost = StepCostEstimate()
         self.num_preemptions = 0
@@ -351,9 +352,8 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _commit(self, draft: _Draft) -> Plan:
-        plan = Plan(self._next_plan_id, tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
+        plan = Plan(next(self._plan_ids), tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
         self._released.clear()
-        self._next_plan_id += 1
         requests = {request.request_id: request for request in draft.starts}
         self._in_flight.append(_InFlight(plan, draft.num_decodes, requests))
         return plan

@@ -5,6 +5,7 @@ This module makes the plans itself, without a scheduler, so that every step has 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -54,8 +55,7 @@ class StageStopwatch:
         self._runner.allocate(self._pool.num_blocks)
         self._dtype = TORCH_DTYPES[dtype]
         self._released: tuple[int, ...] = ()
-        self._num_plans = 0
-        self._num_requests = 0
+        self._plan_ids, self._request_ids = itertools.count(), itertools.count()
         self._filled: dict[int, list[int]] = {}
         self._blocks_of: dict[int, list[int]] = {}
 
@@ -64,14 +64,14 @@ class StageStopwatch:
         start = case.context_tokens - case.num_tokens
         filled = self._filled.setdefault(start, [])
         while start and len(filled) < case.num_requests:
-            request_id = self._new_id()
+            request_id = next(self._request_ids)
             for first in range(0, start, FILL_TOKENS):
                 self._step([request_id], first, min(FILL_TOKENS, start - first))
             filled.append(request_id)
         self._step_case(case)
 
     def time(self, case: Chunks) -> float:
-        """Seconds of a case's step, repeated at the same positions: the first quartile: disturbances only slow it."""
+        """Seconds of a case's step: the first quartile of repetitions at the same positions, as others only slow it."""
         seconds: list[float] = []
         end = time.perf_counter() + CASE_S
         while len(seconds) < MIN_REPEATS or time.perf_counter() < end:
@@ -82,7 +82,7 @@ class StageStopwatch:
         start = case.context_tokens - case.num_tokens
         if start:
             return self._step(self._filled[start][: case.num_requests], start, case.num_tokens)
-        request_ids = [self._new_id() for _ in range(case.num_requests)]
+        request_ids = [next(self._request_ids) for _ in range(case.num_requests)]
         seconds = self._step(request_ids, 0, case.num_tokens)
         self._released = tuple(request_ids)
         for request_id in request_ids:
@@ -93,12 +93,11 @@ class StageStopwatch:
         """Computes one plan, in which each request has the same number of tokens; returns the seconds it took."""
         token_ids = tuple((start + i) % self._spec.config.vocab_size for i in range(num_tokens))
         plan = Plan(
-            self._num_plans,
+            next(self._plan_ids),
             self._released,
             tuple(NewRequest(id_, GREEDY, id_, num_tokens) for id_ in request_ids) if start == 0 else (),
             tuple(Chunk(id_, start, token_ids, self._new_blocks(id_, start + num_tokens), True) for id_ in request_ids),
         )
-        self._num_plans += 1
         self._released = ()
         before = None
         if not self._spec.layers.is_first:
@@ -113,10 +112,6 @@ class StageStopwatch:
         new = self._pool.take(max(0, self._pool.blocks_for(num_tokens) - len(held)))
         held += new
         return tuple(new)
-
-    def _new_id(self) -> int:
-        self._num_requests += 1
-        return self._num_requests
 
 
 @dataclass(frozen=True, slots=True)
