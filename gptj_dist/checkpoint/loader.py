@@ -85,7 +85,6 @@ class StageTensors(AbstractContextManager["StageTensors"]):
                 _refuse_non_finite(name, values, out.dtype)
                 part.copy_(values)
 
-
     def _pieces(self, header: TensorHeader, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of `out`, some rows each, and the numbers that belong there, which last until the next part."""
         strides = header.strides or row_major(header.shape)

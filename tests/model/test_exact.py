@@ -66,7 +66,7 @@ class RecordingRunner(StageRunner):
 
     def _compute(self, plan: Plan, hidden: Tensor | None) -> tuple[Tensor, tuple[PromptLogprobs, ...]]:
         output, told = super()._compute(plan, hidden)
-        if self.spec.layers.is_last:
+        if self._spec.layers.is_last:
             sampled = [chunk for chunk in plan.chunks if chunk.samples]
             for chunk, row in zip(sampled, output, strict=True):
                 self.logits[chunk.request_id, chunk.start + len(chunk.token_ids)] = row.clone()
