@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -104,20 +105,21 @@ class Answer:
         Raises:
             GPTJDistError: the request failed before its first frame.
         """
-        has_begun = False
+        has_begun, total_cost = False, 0
         try:
             async with aclosing(self._deltas(self._open_streams())) as deltas:
                 async for index, delta in deltas:
-                    has_begun = True
-                    writing = partial(self._form.event, index, delta)
-                    if frames := await self._work.run(_writing_cost(delta), writing):
+                    cost = _writing_cost(delta)
+                    total_cost += cost
+                    if frames := await self._work.run(cost, partial(self._form.event, index, delta)):
+                        has_begun = True
                         yield frames
         except Exception as error:
             if not has_begun:
                 raise
             yield self._form.failure(error)
             return
-        yield self._form.end(self.num_tokens)
+        yield await self._work.run(total_cost, partial(self._form.end, self.num_tokens))  # it may repeat all of it
 
     async def _deltas(
         self, streams: Sequence[AsyncGenerator[TextDelta, None]]
@@ -150,9 +152,13 @@ def _writing_cost(delta: TextDelta) -> int:
 
 
 def best(completions: Sequence[TextDelta], number: int) -> list[TextDelta]:
-    """The `number` completions with the highest mean log probability of their tokens, the highest first."""
+    """The `number` completions with the highest mean log probability of their tokens, the highest first.
+
+    One without tokens, of which the moderator has let nothing pass, comes last.
+    """
 
     def mean(completion: TextDelta) -> float:
-        return sum(token.logprob for token in completion.logprobs) / max(1, len(completion.logprobs))
+        logprobs = [token.logprob for token in completion.logprobs]
+        return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
     return sorted(completions, key=mean, reverse=True)[:number]

@@ -61,7 +61,7 @@ class Moderation:
             async for delta in stream:
                 text += delta.text
                 if delta.text and await self._ask(text, "output"):
-                    yield TextDelta("", (), FinishReason.CONTENT_FILTER)
+                    yield TextDelta("", (), FinishReason.CONTENT_FILTER, prompt_logprobs=delta.prompt_logprobs)
                     return
                 yield delta
 

@@ -15,8 +15,9 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from gptj_dist.answers.answer import Answer
+from gptj_dist.answers.answer import Answer, best
 from gptj_dist.answers.chat_defaults import ChatDefaults
+from gptj_dist.answers.completion import TextDelta
 from gptj_dist.answers.error_responses import UnknownModelError
 from gptj_dist.answers.moderation import ContentRefusedError, Moderation, Role
 from gptj_dist.answers.schema.base import Body, parse_body
@@ -288,6 +289,16 @@ class TestCompletions:
         with pytest.raises(NotReadyError):
             events(Script(NotReadyError("not yet")))
 
+    def test_an_error_before_the_first_event_is_raised_though_tokens_have_come(self) -> None:
+        held_back = TEXT[:6] + "!"
+        with pytest.raises(StageFailedError):
+            events(Script(StageFailedError("stage 1 died"), num_before_error=1), stop=held_back)
+
+    def test_of_several_completions_one_that_the_moderator_refused_is_never_the_best(self) -> None:
+        refused = TextDelta("", (), FinishReason.CONTENT_FILTER)
+        unlikely = TextDelta("x", (1,), FinishReason.LENGTH, (TokenLogprobs(1, -9.0, 9, ()),))
+        assert best([refused, unlikely], 1) == [unlikely]
+
 
 class TestTimeouts:
     def test_a_request_that_is_not_done_in_time_is_given_up_and_frees_what_it_has(self) -> None:
@@ -522,6 +533,14 @@ class TestModeration:
         assert "world" not in "".join(chunk["choices"][0]["text"] for chunk in chunks)
         assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
         assert script.num_open == 0
+
+    def test_a_refused_answer_has_the_log_probabilities_of_its_prompt(self) -> None:
+        [choice] = complete(Script(), self.moderation("a")[0], prompt="Once", echo=True, logprobs=1)["choices"]
+        assert choice["finish_reason"] == "content_filter"
+        num_tokens = len(TOKENIZER.encode("Once"))
+        assert {name: len(values) for name, values in choice["logprobs"].items()} == dict.fromkeys(
+            ("tokens", "token_logprobs", "top_logprobs", "text_offset"), num_tokens
+        )
 
     def test_a_moderator_need_not_be_async(self) -> None:
         assert complete(Script(), Moderation(lambda _text, _role: None))["choices"][0]["text"] == TEXT

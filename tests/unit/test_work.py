@@ -141,6 +141,16 @@ HEAVY: dict[str, tuple[str, dict[str, Any]]] = {
     "log probabilities": completion(n=40, logprobs=20, max_tokens=100),
     "log probabilities of the prompt": completion(prompt=[1] * 2000, n=4, logprobs=20, echo=True, max_tokens=1),
     "the same in a stream": completion(prompt=[1] * 2000, logprobs=20, echo=True, max_tokens=1, stream=True),
+    "the last events of a response": (
+        "/v1/responses",
+        {
+            "input": "a",
+            "stream": True,
+            "include": ["message.output_text.logprobs"],
+            "top_logprobs": 20,
+            "max_output_tokens": 100,
+        },
+    ),
 }
 
 
