@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import httpx
+from starlette.types import ASGIApp
 
 from gptj_dist.answers.moderation import Moderation
 from gptj_dist.answers.served_model import ServedModel
@@ -113,6 +114,7 @@ class FrontApp:
     metrics: IngressMetrics
     work: Work
     admission: Admission
+    call: ASGIApp
     port: int
 
 
@@ -133,8 +135,7 @@ async def front_app(
     source, metrics = Source(), IngressMetrics("i")
     source.may_go_on.set()
     model = ServedModel(names, TOKENIZER, (50256,), TEMPLATE)
-    work = Work()
-    texts = AnswerService(model, source, moderation, metrics.note_end, work=work)
+    texts = AnswerService(model, source, moderation, metrics.note_end)
     admission = Admission(max_requests)
     pipelines = cast("PipelineClient", Pipelines(unready))
     endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None), admission)
@@ -143,6 +144,6 @@ async def front_app(
     listener = Listener(app, address, drain_s=1)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", timeout=WAIT_S) as client:
-            yield FrontApp(client, source, metrics, work, admission, address.port)
+            yield FrontApp(client, source, metrics, texts.work, admission, app, address.port)
     finally:
         await listener.close()

@@ -20,6 +20,10 @@ from gptj_dist.errors import (
 )
 
 
+class HeadTooLargeError(InvalidRequestError):
+    """The request has more headers, or more bytes of them, than the server takes."""
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The request's body has more bytes than the server takes."""
 
@@ -51,6 +55,7 @@ HTTP_ERRORS: Mapping[type[BaseException], HttpError] = {
     ContentRefusedError: HttpError(400, "invalid_request_error", "content_filter"),
     UnsupportedEncodingError: HttpError(415, "invalid_request_error"),
     BodyTooLargeError: HttpError(413, "invalid_request_error"),
+    HeadTooLargeError: HttpError(431, "invalid_request_error"),
     TimeoutReachedError: HttpError(408, "timeout", "timeout"),
     AuthenticationError: HttpError(401, "authentication_error", "invalid_api_key"),
     TooManyRequestsError: HttpError(429, "rate_limit_error", "rate_limit_exceeded"),
@@ -69,8 +74,18 @@ def http_error(error: BaseException) -> HttpError:
 def error_response(error: BaseException) -> tuple[int, dict[str, Any]]:
     """HTTP status and body for `error`. An error not raised on purpose stays unexplained: it is for the log."""
     kind = http_error(error)
-    body = {"message": _message(error, kind), "type": kind.type, "param": _param(error), "code": kind.code}
-    return kind.status, {"error": body}
+    # Not str(error): an error out of an actor is also a RayTaskError, whose text is the remote traceback, paths and
+    # all, and whose first argument is the error that was raised.
+    message = "".join(map(str, error.args[:1]))
+    if kind.status == 500:
+        message = "internal error; the server's log says more"
+    param = error.param if isinstance(error, InvalidRequestError) else None
+    return kind.status, error_body(message, kind.type, param, kind.code)
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def retry_after_s(error: BaseException) -> int | None:
@@ -88,15 +103,3 @@ def response_headers(error: BaseException) -> dict[str, str]:
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
     return headers
-
-
-def _message(error: BaseException, kind: HttpError) -> str:
-    if kind.status == 500:
-        return "internal error; the server's log says more"
-    # Not str(error): an error out of an actor is also a RayTaskError, whose text is the remote traceback, paths and
-    # all, and whose first argument is the error that was raised.
-    return "".join(map(str, error.args[:1]))
-
-
-def _param(error: BaseException) -> str | None:
-    return error.param if isinstance(error, InvalidRequestError) else None

@@ -55,6 +55,8 @@ class AnswerService:
         moderation: checks prompts and answers, if there is one.
         on_end: as of `Answer`.
         logs_prompts: whether the log shows prompts.
+
+    Attributes:
         work: runs what takes CPU time.
     """
 
@@ -65,20 +67,19 @@ class AnswerService:
         moderation: Moderation | None = None,
         on_end: Callable[[str], None] = lambda _: None,
         logs_prompts: bool = False,
-        work: Work | None = None,
     ) -> None:
         self._model = model
         self._source = source
         self._moderation = moderation
         self._on_end = on_end
         self._logs_prompts = logs_prompts
-        self._work = work or Work()
+        self.work = Work()
         self._reader = PromptReader(model)
         self._created = int(time.time())
 
     async def parse(self, body: bytes, kind: type[B]) -> B:
         """Reads a body. Raises InvalidRequestError."""
-        return await self._work.run(len(body) // BYTES_PER_US, partial(parse_body, body, kind))
+        return await self.work.run(len(body) // BYTES_PER_US, partial(parse_body, body, kind))
 
     async def complete(self, request: CompletionRequest, request_id: str) -> Answer:
         """The answer to a request for completions.
@@ -139,7 +140,7 @@ class AnswerService:
                 for _, prompt_ids in prepared.prompts
             ]
 
-        return EmbeddingAnswer(request, self._model.names[0], open_streams, prepared.num_prompt_tokens, self._work)
+        return EmbeddingAnswer(request, self._model.names[0], open_streams, prepared.num_prompt_tokens, self.work)
 
     async def tokenize(self, request: TokenizeRequest) -> JsonObject:
         """The tokens of a text or a conversation. Raises InvalidRequestError."""
@@ -151,7 +152,7 @@ class AnswerService:
 
     async def write(self, document: JsonObject) -> bytes:
         """A document as JSON."""
-        return await self._work.run(writing_cost(document), partial(json_bytes, document))
+        return await self.work.run(writing_cost(document), partial(json_bytes, document))
 
     def tokenizer_info(self) -> JsonObject:
         """The tokenizer's settings."""
@@ -176,11 +177,11 @@ class AnswerService:
 
     async def _read(self, request: R, read: Callable[[R, EngineLimits], T]) -> T:
         """Renders, tokenises and checks, a request at a time."""
-        await self._work.turns.next()
+        await self.work.turns.next()
         self.check_model(request.model)
         limits = self._source.limits()
         with naming(request):
-            return await self._work.run(reading_cost(request), partial(read, request, limits))
+            return await self.work.run(reading_cost(request), partial(read, request, limits))
 
     async def _answer(
         self, request: SamplingFields, request_id: str, form: Form, prepared: Prepared, deadline: Deadline
@@ -197,7 +198,7 @@ class AnswerService:
 
         most_tokens = len(prepared.prompts) * request.num_sampled * params.max_tokens
         num_prompt_tokens = prepared.num_prompt_tokens
-        return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, deadline, self._work, self._on_end)
+        return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, deadline, self.work, self._on_end)
 
     async def _accept(self, request: SamplingFields | EmbeddingRequest, request_id: str, prepared: Prepared) -> None:
         """Has prompts moderated, and logs them.

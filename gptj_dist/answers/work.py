@@ -22,17 +22,14 @@ NUM_THREADS = 2
 
 
 class Work:
-    """Runs functions on the event loop or off it.
-
-    Args:
-        threads: for functions of a high cost.
+    """Runs functions on the event loop, or in a thread if their cost is high.
 
     Attributes:
         turns: in which requests begin.
     """
 
-    def __init__(self, threads: Threads | None = None) -> None:
-        self._threads = threads or Threads(NUM_THREADS, "work")
+    def __init__(self) -> None:
+        self._threads = Threads(NUM_THREADS, "work")
         self.turns = Turns()
 
     async def run(self, cost: int, function: Callable[[], T]) -> T:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any
@@ -73,6 +75,42 @@ def test_a_client_that_leaves_in_mid_stream_no_longer_counts() -> None:
             await anext(response.aiter_lines())
         await eventually(lambda: not app.metrics.num_in_flight and not app.source.num_open)
         assert app.admission.num_admitted == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_call_that_is_cancelled_at_any_moment_no_longer_counts(stream: bool) -> None:
+    """Serve's proxies cancel the calls of clients that have left."""
+    body = json.dumps({"prompt": "a", "max_tokens": 2, "stream": stream}).encode()
+
+    async def call(app: FrontApp) -> None:
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if not messages:
+                await asyncio.Event().wait()
+            return messages.pop()
+
+        async def send(_: Message) -> None:
+            await asyncio.sleep(0)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        await app.call(scope | {"asgi": {"spec_version": "2.3"}}, receive, send)
+
+    async def scenario(app: FrontApp) -> None:
+        for num_turns in itertools.count():
+            calling = asyncio.create_task(call(app))
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            is_answered = calling.done()
+            calling.cancel()
+            await asyncio.gather(calling, return_exceptions=True)
+            assert (app.admission.num_admitted, app.source.num_open) == (0, 0), f"cancelled in turn {num_turns}"
+            if is_answered:
+                await calling
+                assert num_turns > 10
+                return
 
     run(scenario)
 

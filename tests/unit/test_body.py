@@ -20,6 +20,7 @@ from gptj_dist.answers.json_limits import UNCHECKED_BYTES, check_json
 from gptj_dist.answers.request_limits import MAX_JSON_CONTAINERS, MAX_JSON_STRINGS, MAX_JSON_VALUES
 from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.work import Work
 from gptj_dist.errors import InvalidRequestError, TimeoutReachedError
 from gptj_dist.serving.http.body import BodyLimits, read_body
 from gptj_dist.serving.http.endpoints import answering
@@ -44,26 +45,26 @@ def request_of(parts: list[bytes], headers: dict[str, str] | None = None, is_who
 
 
 def test_a_body_is_read_to_its_end() -> None:
-    assert asyncio.run(read_body(request_of([b"abc", b"", b"def"]))) == b"abcdef"
+    assert asyncio.run(read_body(request_of([b"abc", b"", b"def"]), Work())) == b"abcdef"
 
 
 def test_a_body_that_says_that_it_is_too_large_is_refused_unread() -> None:
     request = request_of([], {"content-length": "4000001"}, is_whole=False)
     with pytest.raises(BodyTooLargeError, match="4000000 bytes"):
-        asyncio.run(read_body(request))
+        asyncio.run(read_body(request, Work()))
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-length": "5"}, {"content-length": "many"}])
 def test_a_body_that_turns_out_too_large_is_refused_before_its_end(headers: dict[str, str]) -> None:
     request = request_of([b"abc"] * 4, headers, is_whole=False)
     with pytest.raises(BodyTooLargeError, match="10 bytes"):
-        asyncio.run(read_body(request, BodyLimits(most_bytes=10)))
+        asyncio.run(read_body(request, Work(), BodyLimits(most_bytes=10)))
 
 
 def test_a_body_that_stops_coming_is_refused() -> None:
     request = request_of([b"abc"], is_whole=False)
     with pytest.raises(TimeoutReachedError, match="3 bytes"):
-        asyncio.run(read_body(request, BodyLimits(timeout_s=0.01)))
+        asyncio.run(read_body(request, Work(), BodyLimits(timeout_s=0.01)))
 
 
 def test_a_body_that_comes_fast_enough_may_take_longer() -> None:
@@ -76,7 +77,7 @@ def test_a_body_that_comes_fast_enough_may_take_longer() -> None:
 
     left = [None] * 8
     request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
-    assert len(asyncio.run(read_body(request, limits))) == 80
+    assert len(asyncio.run(read_body(request, Work(), limits))) == 80
 
 
 def test_a_client_that_leaves_during_its_upload_is_a_499_and_no_error_in_the_log(
@@ -86,7 +87,7 @@ def test_a_client_that_leaves_during_its_upload_is_a_499_and_no_error_in_the_log
     metrics = IngressMetrics("i")
 
     async def upload(request: Request) -> Response:
-        return Response(await read_body(request))
+        return Response(await read_body(request, Work()))
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.disconnect"}

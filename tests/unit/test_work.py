@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import random
 import threading
@@ -13,7 +14,7 @@ import httpx
 import pytest
 import tokenizers
 
-from gptj_dist.answers.json_writing import PIECE_ELEMENTS, json_bytes
+from gptj_dist.answers.json_writing import PIECE_CHARS, PIECE_ELEMENTS, json_bytes
 from gptj_dist.answers.work import INLINE_COST, Work
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.front_app import LIMITS, TOKENIZER, FrontApp, front_app
@@ -154,27 +155,47 @@ HEAVY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def recorded_costs(app: FrontApp) -> list[int]:
+    """The costs of all work from now on, which has to run in a thread if its cost is high."""
+    costs: list[int] = []
+    run_work = app.work.run
+
+    async def recording(cost: int, function: Callable[[], Any]) -> Any:
+        costs.append(cost)
+        in_thread = cost > INLINE_COST
+        ident = threading.get_ident()
+
+        def checked() -> Any:
+            assert (threading.get_ident() != ident) == in_thread
+            return function()
+
+        return await run_work(cost, checked)
+
+    app.work.run = recording  # type: ignore[method-assign]
+    return costs
+
+
 @pytest.mark.parametrize("call", HEAVY.values(), ids=HEAVY)
 def test_what_takes_long_runs_in_a_thread(call: tuple[str, dict[str, Any]]) -> None:
     async def scenario(app: FrontApp) -> None:
-        costs: list[int] = []
-        run_work = app.work.run
-
-        async def recording(cost: int, function: Callable[[], Any]) -> Any:
-            costs.append(cost)
-            in_thread = cost > INLINE_COST
-            ident = threading.get_ident()
-
-            def checked() -> Any:
-                assert (threading.get_ident() != ident) == in_thread
-                return function()
-
-            return await run_work(cost, checked)
-
-        app.work.run = recording  # type: ignore[method-assign]
+        costs = recorded_costs(app)
         response = await post(app, *call)
         assert response.status_code == 200, response.text[:500]
         assert max(costs) > INLINE_COST
+
+    run(scenario)
+
+
+def test_bodies_are_unpacked_and_long_texts_written_in_a_thread() -> None:
+    async def scenario(app: FrontApp) -> None:
+        costs = recorded_costs(app)
+        packed, headers = gzip.compress(b'{"prompt": "a", "max_tokens": 1}'), {"content-encoding": "gzip"}
+        assert (await app.client.post("/v1/completions", content=packed, headers=headers)).status_code == 200
+        assert costs[0] > INLINE_COST
+        longest = max(range(4096), key=lambda token_id: len(TOKENIZER.token_bytes(token_id)))
+        response = await post(app, "/detokenize", {"tokens": [longest] * 300_000})
+        assert response.json()["prompt"] == TOKENIZER.token_bytes(longest).decode() * 300_000
+        assert costs[-1] > INLINE_COST
 
     run(scenario)
 
@@ -204,6 +225,7 @@ def test_requests_begin_one_in_a_turn_in_the_order_that_they_came() -> None:
         {},
         {"choices": [], "usage": None},
         {"id": 'a\u2028é"', "choices": [{"text": "\n", "logprobs": {"a": [-0.5, 1e-300]}}] * 3, "n": 1},
+        {"prompt": "a\U0001f600\n" * PIECE_CHARS},
         {"tokens": list(range(3 * PIECE_ELEMENTS + 1)), "token_strs": ["\ufffd", "\x00"] * PIECE_ELEMENTS},
     ],
 )

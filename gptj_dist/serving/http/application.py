@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from gptj_dist.answers.error_responses import error_body
 from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.gate import Gate
@@ -75,13 +76,12 @@ def _route(endpoint: Endpoint, gate: Gate) -> Route:
 
 
 async def _no_such_route(paths: Collection[str], request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
+    assert isinstance(error, HTTPException), "the handler is for no other"
     path = route_path(request.scope)[:MAX_PATH_CHARS]
     message = f"{request.method[:MAX_METHOD_CHARS]} {path} is not served here{_hint(path, paths)}"
-    code = "method_not_allowed" if status == 405 else "not_found"
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    headers = error.headers if isinstance(error, HTTPException) else None
-    return JSONResponse({"error": body}, status, headers)
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    body = error_body(message, "invalid_request_error", code=code)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def _hint(path: str, paths: Collection[str]) -> str:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request
 
 from gptj_dist.answers.error_responses import BodyTooLargeError, UnsupportedEncodingError
 from gptj_dist.answers.request_limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MIN_BODY_BYTES_PER_S
+from gptj_dist.answers.work import Work
 from gptj_dist.errors import InvalidRequestError, TimeoutReachedError, excerpt
 
 ENCODINGS = ("identity", "gzip", "x-gzip", "deflate")
+
+UNPACKED_BYTES_PER_US = 200
+"""Bytes that are unpacked in a microsecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +29,11 @@ class BodyLimits:
     min_bytes_per_s: int = MIN_BODY_BYTES_PER_S
 
 
-async def read_body(request: Request, limits: BodyLimits = BodyLimits()) -> bytes:  # frozen
+async def read_body(request: Request, work: Work, limits: BodyLimits = BodyLimits()) -> bytes:  # frozen
     """The whole body.
+
+    Args:
+        work: unpacks a compressed body.
 
     Raises:
         BodyTooLargeError: it is larger than the limit, by its header or by count.
@@ -53,7 +61,10 @@ async def read_body(request: Request, limits: BodyLimits = BodyLimits()) -> byte
     except TimeoutError:
         message = f"the request's body did not arrive in time: {len(body)} bytes in {limits.timeout_s:g} seconds"
         raise TimeoutReachedError(message) from None
-    return bytes(body) if encoding == "identity" else _unpacked(bytes(body), encoding, limits)
+    if encoding == "identity":
+        return bytes(body)
+    cost = limits.most_bytes // UNPACKED_BYTES_PER_US
+    return await work.run(cost, partial(_unpacked, bytes(body), encoding, limits))
 
 
 def _unpacked(body: bytes, encoding: str, limits: BodyLimits) -> bytes:

@@ -18,6 +18,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from gptj_dist.answers.error_responses import error_body
 from gptj_dist.answers.request_limits import (
     HEAD_TIMEOUT_S,
     KEEP_ALIVE_S,
@@ -202,7 +203,7 @@ def _without_chunks(cycle: RequestResponseCycle) -> Callable[[Any], Coroutine[An
 
 def _response(status: int, message: str) -> bytes:
     kind = "service_unavailable" if status == 503 else "invalid_request_error"
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
+    body = json.dumps(error_body(message, kind)).encode()
     head = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
         "content-type: application/json",

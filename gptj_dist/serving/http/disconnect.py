@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable
+from typing import TypeVar
 
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.requests import ClientDisconnect, Request
+
+T = TypeVar("T")
 
 CLIENT_CLOSED_REQUEST = 499
 """Status of such a request in logs and metrics, the same as nginx uses. No client receives it."""
 
 
-async def unless_gone(request: Request, work: Coroutine[None, None, Response]) -> Response:
-    """Returns the response of `work`. If the client disconnects first, cancels `work` and waits for its end.
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Returns the result of `work`. If the client disconnects first, cancels `work` and waits for its end.
 
     Args:
         request: its body has been read.
+
+    Raises:
+        ClientDisconnect: the client has disconnected.
     """
     working, going = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((working, going), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
     finally:
         for task in (working, going):
             task.cancel()

@@ -1,4 +1,4 @@
-"""An endpoint: a method, a path, a handler, and their documentation."""
+"""An endpoint: a method, a path, a handler, and their documentation; and the response that reports an error."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
+from gptj_dist.answers.error_responses import error_response, response_headers
 from gptj_dist.answers.schema.base import Body
 
 JSON, EVENTS, HTML = "application/json", "text/event-stream", "text/html"
@@ -34,3 +35,9 @@ class Endpoint:
     body: type[Body] | None = None
     media: tuple[str, ...] = (JSON,)
     is_open: bool = False
+
+
+def refusal(error: BaseException) -> Response:
+    """The response that reports an error to a client."""
+    status, body = error_response(error)
+    return JSONResponse(body, status, response_headers(error))

@@ -6,8 +6,8 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
-from functools import partial, wraps
-from typing import TypeAlias
+from functools import wraps
+from typing import TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 import gptj_dist
 from gptj_dist.answers.answer import Answer
 from gptj_dist.answers.embedding import EmbeddingAnswer
-from gptj_dist.answers.error_responses import error_response, response_headers
+from gptj_dist.answers.json_writing import json_bytes
+from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
@@ -30,22 +31,26 @@ from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.body import read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
-from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handler
+from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handler, refusal
 from gptj_dist.serving.http.middleware import is_stranger
 from gptj_dist.serving.http.openapi import openapi_document
 from gptj_dist.serving.http.pages import docs_page, front_page
-from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.stages.trace import TraceEvents
 
 logger = logging.getLogger(__name__)
 
-Understand: TypeAlias = Callable[[], Awaitable[Answer | EmbeddingAnswer]]
+TRACED_PLAN_US = 50
+"""Microseconds that it takes to write a plan's events."""
+
+B = TypeVar("B", bound=Body)
+Understand: TypeAlias = Callable[[B, str], Awaitable[Answer | EmbeddingAnswer]]
+"""Makes an answer of a body and the request's id."""
 
 
 class Endpoints:
-    """The handlers of all endpoints.
+    """The handlers of all endpoints; `table` says what each is for.
 
     Args:
         names: of the model.
@@ -100,75 +105,58 @@ class Endpoints:
         ]
 
     async def completions(self, request: Request) -> Response:
-        """OpenAI's completions."""
-        body = await self._texts.parse(await read_body(request), CompletionRequest)
-        return await self._respond(request, partial(self._texts.complete, body, request.state.request_id))
+        return await self._answer(request, CompletionRequest, self._texts.complete)
 
     async def chat(self, request: Request) -> Response:
-        """OpenAI's chat."""
-        body = await self._texts.parse(await read_body(request), ChatRequest)
-        return await self._respond(request, partial(self._texts.chat, body, request.state.request_id))
+        return await self._answer(request, ChatRequest, self._texts.chat)
 
     async def respond(self, request: Request) -> Response:
-        """OpenAI's responses, for plain text."""
-        body = await self._texts.parse(await read_body(request), ResponsesRequest)
-        return await self._respond(request, partial(self._texts.respond, body, request.state.request_id))
+        return await self._answer(request, ResponsesRequest, self._texts.respond)
 
     async def embeddings(self, request: Request) -> Response:
-        """OpenAI's embeddings."""
-        body = await self._texts.parse(await read_body(request), EmbeddingRequest)
-        return await self._respond(request, partial(self._texts.embed, body, request.state.request_id))
+        return await self._answer(request, EmbeddingRequest, self._texts.embed)
 
     async def tokenize(self, request: Request) -> Response:
-        """Tokens of a text."""
-        body = await self._texts.parse(await read_body(request), TokenizeRequest)
-        return Response(await self._texts.write(await self._texts.tokenize(body)), media_type=JSON)
+        document = await self._texts.tokenize(await self._body(request, TokenizeRequest))
+        return Response(await self._texts.write(document), media_type=JSON)
 
     async def detokenize(self, request: Request) -> Response:
-        """Text of tokens."""
-        body = await self._texts.parse(await read_body(request), DetokenizeRequest)
-        return JSONResponse(await self._texts.detokenize(body))
+        document = await self._texts.detokenize(await self._body(request, DetokenizeRequest))
+        return Response(await self._texts.write(document), media_type=JSON)
 
     async def tokenizer_info(self, _: Request) -> Response:
-        """The tokenizer's settings, as vLLM returns them."""
         return JSONResponse(self._texts.tokenizer_info())
 
     async def models(self, _: Request) -> Response:
-        """The model, once for each of its names."""
         return JSONResponse({"object": "list", "data": list(map(self._texts.model_card, self._names))})
 
     async def model(self, request: Request) -> Response:
-        """The model, by name."""
         return JSONResponse(self._texts.model_card(request.path_params["model"]))
 
     async def health(self, _: Request) -> Response:
-        """Whether this process lives."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Whether a token can be made."""
         await self._pipelines.prove_ready()
         return JSONResponse({"status": "ready"})
 
     async def version(self, _: Request) -> Response:
-        """The version."""
         return JSONResponse({"version": gptj_dist.__version__})
 
     async def metrics(self, request: Request) -> Response:
-        """The counters and gauges of pipelines and ingresses."""
         text, content_type = (await self._scrape.take()).encoded(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
 
     async def debug_pipeline(self, _: Request) -> Response:
-        """The state of every pipeline and its stages."""
         answers = await self._pipelines.documents()
         pipelines = tuple(sorted(answers.given, key=lambda pipeline: pipeline.name))
         return JSONResponse(asdict(DebugDocument(self._names[0], answers.num_silent, pipelines)))
 
     async def debug_trace(self, _: Request) -> Response:
-        """The last plans of every pipeline, as a Chrome trace."""
-        answers = await self._pipelines.trace_parts()
-        return JSONResponse(TraceEvents().of(answers.given))
+        parts = (await self._pipelines.trace_parts()).given
+        cost = TRACED_PLAN_US * sum(len(part.records) for part in parts)
+        trace = await self._texts.work.run(cost, lambda: json_bytes(TraceEvents().of(parts)))
+        return Response(trace, media_type=JSON)
 
     async def front(self, request: Request) -> Response:
         """A page with links. A caller who has not shown a key sees neither the model's names nor its state."""
@@ -184,28 +172,28 @@ class Endpoints:
         return HTMLResponse(front_page(self._names, state, base, root_path, needs_key))
 
     async def openapi(self, request: Request) -> Response:
-        """The endpoints as an OpenAPI document."""
         return JSONResponse(openapi_document(self.table(), request.scope.get("root_path", "")))
 
     async def docs(self, request: Request) -> Response:
-        """The endpoints as a page."""
         return HTMLResponse(docs_page(openapi_document(self.table(), request.scope.get("root_path", ""))))
 
-    async def _respond(self, request: Request, understand: Understand) -> Response:
-        """Computes the answer, unless the client leaves first, and sends it whole or as it is made."""
-        key = request.scope["state"].get("api_key")
-        return await unless_gone(request, self._response(understand, key))
+    async def _body(self, request: Request, kind: type[B]) -> B:
+        return await self._texts.parse(await read_body(request, self._texts.work), kind)
 
-    async def _response(self, understand: Understand, key: ApiKey | None) -> Response:
-        async with AsyncExitStack() as stack:
+    async def _answer(self, request: Request, kind: type[B], understand: Understand[B]) -> Response:
+        """Computes the answer, unless the client leaves first, and sends it whole or as it is made."""
+        body = await self._body(request, kind)
+        async with AsyncExitStack() as stack:  # or its response closes what is open, whenever the task is cancelled
             stack.enter_context(self._admission.admitted())
-            answer = await understand()
+            answer = await unless_gone(request, understand(body, request.state.request_id))
+            key = request.scope["state"].get("api_key")
             await stack.enter_async_context(self._allowances.charged(key, answer))
             if isinstance(answer, EmbeddingAnswer) or not answer.is_streamed:
-                return Response(await answer.body(), media_type=JSON)
+                return Response(await unless_gone(request, answer.body()), media_type=JSON)
             events = answer.events()
             stack.push_async_callback(events.aclose)
-            first = await anext(events)  # an error before the first token still gets its own HTTP status
+            # An error before the first token still gets its own HTTP status.
+            first = await unless_gone(request, anext(events))
             return EventResponse(_chain(first, events), stack.pop_all())
 
 
@@ -242,9 +230,3 @@ def answering(handler: Handler) -> Handler:
             return refusal(error)
 
     return respond
-
-
-def refusal(error: BaseException) -> Response:
-    """The response that reports an error to a client."""
-    status, body = error_response(error)
-    return JSONResponse(body, status, response_headers(error))

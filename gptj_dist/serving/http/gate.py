@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gptj_dist.answers.error_responses import error_response, response_headers
 from gptj_dist.errors import NotReadyError
+from gptj_dist.serving.http.endpoint import refusal
 
 STOPPING = NotReadyError("this server is stopping; try again later, or ask another one")
 
@@ -27,8 +26,7 @@ class Gate:
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if self._is_closed:
-                status, body = error_response(STOPPING)
-                await JSONResponse(body, status, response_headers(STOPPING))(scope, receive, send)
+                await refusal(STOPPING)(scope, receive, send)
                 return
             self._num_under_way += 1
             self._is_idle.clear()

@@ -7,13 +7,13 @@ import uuid
 from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptj_dist.answers.error_responses import error_response, response_headers
+from gptj_dist.answers.error_responses import HeadTooLargeError
 from gptj_dist.answers.request_limits import MAX_HEAD_BYTES, MAX_HEADERS
 from gptj_dist.answers.turns import Turns
 from gptj_dist.errors import AuthenticationError
+from gptj_dist.serving.http.endpoint import refusal
 from gptj_dist.serving.keys import ApiKey, find_key
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -71,8 +71,7 @@ class LimitHead:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (problem := _head_problem(scope)) is not None:
-            body = {"message": problem, "type": "invalid_request_error", "param": None, "code": None}
-            await JSONResponse({"error": body}, 431)(scope, receive, send)
+            await refusal(HeadTooLargeError(problem))(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -108,8 +107,7 @@ class RequireKey:
                 scope.setdefault("state", {})[STRANGER] = True
             elif key is None:
                 error = AuthenticationError("this server needs an API key: Authorization: Bearer <key>")
-                status, body = error_response(error)
-                await JSONResponse(body, status, response_headers(error))(scope, receive, send)
+                await refusal(error)(scope, receive, send)
                 return
             else:
                 scope.setdefault("state", {})["api_key"] = key
