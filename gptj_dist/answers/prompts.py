@@ -25,7 +25,7 @@ from gptj_dist.answers.schema.chat import ChatRequest, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
-from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.schema.sampling import Defaults, SamplingFields
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.engine.limits import EngineLimits
@@ -83,13 +83,11 @@ class PromptReader:
         max_tokens = request.most_tokens
         if max_tokens is None and (default := self._model.defaults.get("max_tokens")) is not None:
             max_tokens = min(int(default), _room(prompts, limits))
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._model.defaults)
-        return self._prepared(request, prompts, params, limits)
+        return self._prepared(request, prompts, max_tokens, self._model.defaults, limits)
 
     def chat(self, request: ChatRequest, limits: EngineLimits) -> Prepared:
         """The prompt of a conversation. Raises InvalidRequestError."""
         _check_sizes(request)
-        _check_choices(1, request)
         text = self._render(
             request.messages,
             request.chat_template_kwargs,
@@ -99,8 +97,7 @@ class PromptReader:
         room = request.most_tokens or min(self._model.max_answer_tokens, limits.max_model_len // 2)
         prompts = self._encoded([text], limits, request.add_special_tokens, request.truncate_prompt_tokens, room)
         max_tokens = request.most_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_defaults)
-        return self._prepared(request, prompts, params, limits)
+        return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits)
 
     def respond(self, request: ResponsesRequest, limits: EngineLimits) -> Prepared:
         """The prompt of a request for a response. Raises InvalidRequestError."""
@@ -111,27 +108,25 @@ class PromptReader:
             text, is_template = self._render(request.messages(), {}, begins_answer=True), True
         prompts = self._encoded([text], limits, add_special_tokens=not is_template)
         max_tokens = request.max_output_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
-        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), self._chat_defaults)
-        return self._prepared(request, prompts, params, limits)
+        return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits)
 
     def embed(self, request: EmbeddingRequest, limits: EngineLimits) -> Prepared:
         """The inputs of a request for embeddings. Raises InvalidRequestError."""
         given = request.prompts()
         _check_number("prompt", "texts", len(given), MAX_CHOICES)
         prompts = self._encoded(given, limits, request.add_special_tokens)
-        return self._prepared(request, prompts, request.sampling_params(), limits)
+        return _checked(prompts, request.sampling_params(), limits)
 
     def tokenize(self, request: TokenizeRequest, limits: EngineLimits) -> JsonObject:
         """The tokens of a text or a conversation. Raises InvalidRequestError."""
-        if request.messages is not None:
-            text = self._render(
-                request.messages, request.chat_template_kwargs, begins_answer=request.add_generation_prompt
-            )
+        if request.messages is None:
+            field, text = "prompt", request.prompt or ""
         else:
-            text = request.prompt or ""
-        _check_number("prompt" if request.messages is None else "messages", "bytes", _num_bytes(text), MAX_TEXT_BYTES)
-        is_prompt = request.messages is None
-        adds = is_prompt if request.add_special_tokens is None else request.add_special_tokens
+            begins_answer = request.add_generation_prompt
+            text = self._render(request.messages, request.chat_template_kwargs, begins_answer=begins_answer)
+            field = "messages"
+        _check_number(field, "bytes", _num_bytes(text), MAX_TEXT_BYTES)
+        adds = field == "prompt" if request.add_special_tokens is None else request.add_special_tokens
         token_ids = self._model.tokenizer.encode(text, adds)
         body: JsonObject = {"count": len(token_ids), "max_model_len": limits.max_model_len, "tokens": token_ids}
         if request.return_token_strs:
@@ -145,16 +140,15 @@ class PromptReader:
 
     def _prepared(
         self,
-        request: SamplingFields | EmbeddingRequest,
+        request: SamplingFields,
         prompts: list[EncodedPrompt],
-        params: SamplingParams,
+        max_tokens: int | None,
+        defaults: Defaults,
         limits: EngineLimits,
     ) -> Prepared:
-        for _, prompt_ids in prompts:
-            limits.check(prompt_ids, params)
-        prepared = Prepared(prompts, params, prepare_stops(params.stop))
-        if isinstance(request, SamplingFields):
-            _check_logprobs(prepared, request.num_sampled)
+        params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), defaults)
+        prepared = _checked(prompts, params, limits)
+        _check_logprobs(prepared, request.num_sampled)
         return prepared
 
     def _render(
@@ -225,6 +219,12 @@ class PromptReader:
         return tuple(tuple(self._model.tokenizer.encode(text)) for text in texts)
 
 
+def _checked(prompts: list[EncodedPrompt], params: SamplingParams, limits: EngineLimits) -> Prepared:
+    for _, prompt_ids in prompts:
+        limits.check(prompt_ids, params)
+    return Prepared(prompts, params, prepare_stops(params.stop))
+
+
 def reading_cost(request: SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest) -> int:
     """An estimate of the microseconds that reading the request takes, for `Work`."""
     return sum(len(part) + PART_COST for part in _parts(request))
@@ -263,7 +263,7 @@ def _check_sizes(request: SamplingFields) -> None:
         _check_number(field, "characters in one string", max(map(len, texts), default=0), most)
 
 
-def _check_choices(num_prompts: int, request: CompletionRequest | ChatRequest) -> None:
+def _check_choices(num_prompts: int, request: CompletionRequest) -> None:
     _check_number("prompt", "prompts", num_prompts, MAX_CHOICES)
     if (number := num_prompts * request.num_sampled) > MAX_CHOICES:
         raise InvalidRequestError(f"{number} completions in one request, at most {MAX_CHOICES} are made", "n")

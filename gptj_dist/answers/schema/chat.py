@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 from pydantic import ConfigDict, model_validator
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, refused_field, text_or_list
-from gptj_dist.answers.schema.sampling import NO_DEFAULTS, BadWords, ChoiceFields, Defaults
+from gptj_dist.answers.schema.sampling import ChoiceFields
 from gptj_dist.errors import InvalidRequestError, excerpt
-from gptj_dist.params import MAX_LOGPROBS, SamplingParams
 
 
 class TextPart(Body):
@@ -87,13 +86,6 @@ def check_tools(tools: Sequence[Any], choice: ToolChoice) -> None:
         raise InvalidRequestError("tools are not supported: leave them out, or let tool_choice be 'none'", "tools")
 
 
-def check_top_logprobs(number: int) -> None:
-    """Raises InvalidRequestError if that number of log probabilities of a token cannot be returned."""
-    if not 0 <= number <= MAX_LOGPROBS:
-        message = f"top_logprobs must be from 0 to {MAX_LOGPROBS}, got {excerpt(number)}"
-        raise InvalidRequestError(message, "top_logprobs")
-
-
 class ChatRequest(ChoiceFields):
     """A conversation to be continued.
 
@@ -132,29 +124,14 @@ class ChatRequest(ChoiceFields):
         """The most tokens to generate, under either name; None leaves it to the server."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling_params(
-        self, max_tokens: int, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
-    ) -> SamplingParams:
-        """How the answer is to be sampled.
-
-        Args:
-            max_tokens: `most_tokens`, or the server's default.
-            bad_words: their tokens.
-            defaults: of fields that the request leaves out.
-
-        Raises:
-            InvalidRequestError: a value is out of its range.
-        """
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(bad_words, defaults, max_tokens=max_tokens, logprobs=logprobs)
+    def own_params(self) -> dict[str, Any]:
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
     def own_names(self) -> Mapping[str, str]:
-        """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"prompt": "messages", "max_tokens": limit}
+        return {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
 
     def check(self) -> None:
-        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
         super().check()
         check_tools(self.tools, self.tool_choice)
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -165,7 +142,6 @@ class ChatRequest(ChoiceFields):
             raise InvalidRequestError(f"max_tokens must be at least 1, got {excerpt(self.most_tokens)}", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs may be given only when logprobs is true", "top_logprobs")
-        check_top_logprobs(self.top_logprobs or 0)
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt contradict each other", "continue_final_message"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from gptj_dist.answers.schema.base import NON_EMPTY, PROMPT_FORMS, Integer, TokenIds, one_of
-from gptj_dist.answers.schema.sampling import NO_DEFAULTS, BadWords, ChoiceFields, Defaults
+from gptj_dist.answers.schema.sampling import ChoiceFields
 from gptj_dist.errors import InvalidRequestError
-from gptj_dist.params import SamplingParams
 
 PromptField: TypeAlias = Annotated[
     str | Annotated[list[str], NON_EMPTY] | TokenIds | Annotated[list[TokenIds], NON_EMPTY], one_of(PROMPT_FORMS)
@@ -36,7 +35,6 @@ class CompletionRequest(ChoiceFields):
 
     @property
     def num_sampled(self) -> int:
-        """Completions of each prompt that are computed."""
         return self.n if self.best_of is None else self.best_of
 
     @property
@@ -48,33 +46,16 @@ class CompletionRequest(ChoiceFields):
         """The prompts one by one, each text or token ids."""
         return list_prompts(self.prompt)
 
-    def sampling_params(
-        self, max_tokens: int | None = None, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
-    ) -> SamplingParams:
-        """How each prompt is to be sampled.
-
-        Args:
-            max_tokens: in place of the request's.
-            bad_words: their tokens.
-            defaults: of fields that the request leaves out.
-
-        Raises:
-            InvalidRequestError: a value is out of its range.
-        """
-        asked = [
-            number for number in (self.prompt_logprobs, self.logprobs if self.echo else None) if number is not None
-        ]
-        picks = self.num_sampled > self.n and self.logprobs is None
-        return self._sampling_params(
-            bad_words,
-            defaults,
-            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
-            logprobs=0 if picks else self.logprobs,
-            prompt_logprobs=max(asked, default=None),
-        )
+    def own_params(self) -> dict[str, Any]:
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        picks_best = self.num_sampled > self.n
+        return {
+            "max_tokens": self.max_tokens,
+            "logprobs": 0 if picks_best and self.logprobs is None else self.logprobs,
+            "prompt_logprobs": max((number for number in asked if number is not None), default=None),
+        }
 
     def check(self) -> None:
-        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
         super().check()
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise InvalidRequestError(

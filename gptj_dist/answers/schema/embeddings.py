@@ -56,9 +56,7 @@ class EmbeddingRequest(Body):
         return SamplingParams(max_tokens=0, pooling=Pooling(self.pooling, self.layer), priority=self.priority)
 
     def own_names(self) -> Mapping[str, str]:
-        """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
         return {"prompt": "input"}
 
     def check(self) -> None:
-        """Raises InvalidRequestError if a value is out of its range."""
         self.sampling_params()

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, text_or_list
-from gptj_dist.answers.schema.chat import Message, ToolChoice, check_tools, check_top_logprobs
-from gptj_dist.answers.schema.sampling import NO_DEFAULTS, BadWords, Defaults, SamplingFields
+from gptj_dist.answers.schema.chat import Message, ToolChoice, check_tools
+from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.errors import InvalidRequestError, excerpt
-from gptj_dist.params import SamplingParams
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -122,37 +121,20 @@ class ResponsesRequest(SamplingFields):
 
     def messages(self) -> list[Message]:
         """The whole conversation."""
-        items = [Message(role="user", content=self.input)] if isinstance(self.input, str) else []
-        if not isinstance(self.input, str):
-            items = [item.as_message() for item in self.input]
-        system = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
-        return system + items
+        messages = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
+        if isinstance(self.input, str):
+            return [*messages, Message(role="user", content=self.input)]
+        return [*messages, *(item.as_message() for item in self.input)]
 
-    def sampling_params(
-        self, max_tokens: int, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
-    ) -> SamplingParams:
-        """How the answer is to be sampled.
-
-        Args:
-            max_tokens: `max_output_tokens`, or the server's default.
-            bad_words: their tokens.
-            defaults: of fields that the request leaves out.
-
-        Raises:
-            InvalidRequestError: a value is out of its range.
-        """
-        logprobs = self.top_logprobs if self.has_logprobs else None
-        return self._sampling_params(bad_words, defaults, max_tokens=max_tokens, logprobs=logprobs)
+    def own_params(self) -> dict[str, Any]:
+        return {"logprobs": self.top_logprobs if self.has_logprobs else None}
 
     def own_names(self) -> Mapping[str, str]:
-        """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
-        return {"prompt": "input", "max_tokens": "max_output_tokens"}
+        return {"prompt": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
 
     def check(self) -> None:
-        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
         super().check()
         check_tools(self.tools, self.tool_choice)
-        check_top_logprobs(self.top_logprobs)
         if self.top_logprobs and not self.has_logprobs:
             raise InvalidRequestError(f"top_logprobs may be given only when include has {LOGPROBS!r}", "top_logprobs")
         if self.max_output_tokens is not None and self.max_output_tokens < 1:

@@ -151,26 +151,34 @@ class SamplingFields(Body):
         return self.num_choices
 
     def check(self) -> None:
-        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
         if not all(word.strip() for word in self.bad_words):
             raise InvalidRequestError("bad_words must not hold an empty word", "bad_words")
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequestError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:.0f}", "timeout_s")
 
-    def _sampling_params(self, bad_words: BadWords, defaults: Defaults, **others: Any) -> SamplingParams:
-        """The parameters that the request sets.
+    def own_params(self) -> dict[str, Any]:
+        """Parameters that the body calls by another name, or makes of several fields."""
+        return {}
+
+    def sampling_params(
+        self, max_tokens: int | None = None, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
+    ) -> SamplingParams:
+        """How each prompt is to be sampled.
 
         Args:
+            max_tokens: in place of the request's.
             bad_words: their tokens.
-            defaults: of fields that it leaves out; others have the default of `SamplingParams`.
-            others: parameters that the body calls by another name.
+            defaults: of fields that the request leaves out; others have the default of `SamplingParams`.
 
         Raises:
             InvalidRequestError: a value is out of its range.
         """
-        logit_bias = tuple((_token_id(text), bias) for text, bias in self.logit_bias.items())
-        given = self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True)
-        return SamplingParams(**{**defaults, **given, "logit_bias": logit_bias, "bad_words": bad_words, **others})
+        params = {**defaults, **self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True), **self.own_params()}
+        params["logit_bias"] = tuple((_token_id(text), bias) for text, bias in self.logit_bias.items())
+        params["bad_words"] = bad_words
+        if max_tokens is not None:
+            params["max_tokens"] = max_tokens
+        return SamplingParams(**params)
 
 
 class ChoiceFields(SamplingFields):
@@ -191,11 +199,9 @@ class ChoiceFields(SamplingFields):
 
     @property
     def num_choices(self) -> int:
-        """Completions of each prompt that are returned."""
         return self.n
 
     def check(self) -> None:
-        """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
         super().check()
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options may be given only when stream is true", "stream_options")

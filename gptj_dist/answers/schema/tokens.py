@@ -34,7 +34,6 @@ class TokenizeRequest(Body):
     chat_template_kwargs: dict[str, Any] = {}
 
     def check(self) -> None:
-        """Raises InvalidRequestError unless there is either a prompt or a conversation."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequestError("give either prompt or messages", "prompt")
 
