@@ -8,11 +8,13 @@ from collections.abc import AsyncGenerator, Sequence
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.logs import values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import PipelineDocument
@@ -86,7 +88,7 @@ class PipelineClient:
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self._handle.prove_ready.remote()
-        except (RayError, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError) as error:
             if isinstance(error, GPTJDistError):  # Ray raises an actor's error as a subclass of both
                 raise
             raise NotReadyError("no pipeline makes a token right now") from error
@@ -194,6 +196,9 @@ async def _failure(call: DeploymentResponse) -> Exception:
         return error.cause if isinstance(error.cause, GPTJDistError) else error
     except RayActorError:
         return StageFailedError("the pipeline's coordinator died")
+    except RayServeException as error:  # the deployment has failed
+        logger.error("no pipeline takes a request", extra=values(error=repr(error)))
+        return NotReadyError("no pipeline takes requests right now")
     except asyncio.CancelledError:
         if (task := asyncio.current_task()) is not None and task.cancelling():
             raise  # the streams' readers have left

@@ -11,6 +11,8 @@ import pytest
 import zmq
 import zmq.asyncio
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
@@ -87,6 +89,10 @@ def _task_error(cause: Exception) -> RayTaskError:
     [
         (lambda: _task_error(NotReadyError("restarting")), NotReadyError("restarting")),
         (RayActorError, StageFailedError("the pipeline's coordinator died")),
+        (
+            lambda: DeploymentUnavailableError(DeploymentID("Pipeline")),
+            NotReadyError("no pipeline takes requests right now"),
+        ),
         (lambda: None, StageFailedError("the pipeline's tokens were lost on their way")),
     ],
 )
