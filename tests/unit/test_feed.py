@@ -17,6 +17,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.params import TokenLogprobs
+from gptj_dist.serving import feed
 from gptj_dist.serving import pipeline_client as pipelines
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox, InboxAddress, ReplyTo, StreamPart, _connect
 from gptj_dist.stages.transport.guard import CurveLock, GuardedSocket
@@ -78,6 +80,36 @@ def test_what_comes_for_a_stream_that_was_closed_is_dropped_and_its_sender_is_to
         return delta
 
     assert asyncio.run(run()) == Delta((2, 3), FinishReason.STOP, embedding=bytes(range(256)))
+
+
+def test_many_log_probabilities_are_spread_over_turns_and_each_stream_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_streams, logprob = 5, TokenLogprobs(1, -0.5, 1, ((1, -0.5),))
+    of_prompt = (logprob,) * (feed.MAX_TURN_LOGPROBS * 3 // 5)
+    sent: list[int] = []
+    send = FeedOutbox._send
+
+    def recording(self: FeedOutbox, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
+        sent.append(len(parts))
+        send(self, inbox, parts)
+
+    async def run() -> None:
+        inbox, outbox = inbox_of_test(), FeedOutbox(unexpected)
+        first, mailboxes = inbox.open(num_streams)
+        for number, reason in enumerate((None, FinishReason.LENGTH)):
+            for choice in range(num_streams):
+                outbox.put(first.plus(choice), number, Delta((number,), reason, (logprob,), () if number else of_prompt))
+        for mailbox in mailboxes:
+            deltas = [await mailbox.take()]
+            while deltas[-1].finish_reason is None:
+                deltas.append(await mailbox.take())
+            assert [token_id for delta in deltas for token_id in delta.token_ids] == [0, 1]
+            assert deltas[0].prompt_logprobs == of_prompt
+        inbox.stop()
+        outbox.stop()
+
+    monkeypatch.setattr(FeedOutbox, "_send", recording)
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
+    assert sent == [2, 2, 1 + num_streams]
 
 
 def _task_error(cause: Exception) -> RayTaskError:
