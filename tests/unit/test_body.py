@@ -95,9 +95,9 @@ def test_a_client_that_leaves_during_its_upload_is_a_499_and_no_error_in_the_log
     async def send(_: object) -> None:
         """What is sent to a client that has gone is lost."""
 
-    app = Starlette(routes=[Route("/", answering(upload), methods=["POST"])])
+    routes = [Route("/", answering(upload), methods=["POST"])]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b"", "root_path": ""}
-    asyncio.run(HttpMeter(app, app.routes, metrics)(scope, receive, send))
+    asyncio.run(HttpMeter(Starlette(routes=routes), routes, metrics)(scope, receive, send))
     assert dict(metrics.num_responses) == {("POST", "/", 499): 1}
     assert metrics.num_in_flight == 0
     assert [record.levelname for record in caplog.records if record.name.startswith("gptj_dist")] == ["INFO"]

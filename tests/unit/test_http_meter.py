@@ -27,15 +27,14 @@ async def fail(_: Request) -> Response:
 
 def call(*requests: tuple[str, str]) -> IngressMetrics:
     """What is counted of requests by method and URL."""
-    app = Starlette(
-        routes=[
-            Route("/health", answer),
-            Route("/things/{name}", answer, methods=["GET", "POST"]),
-            Route("/fail", fail),
-        ]
-    )
+    routes = [
+        Route("/health", answer),
+        Route("/things/{name}", answer, methods=["GET", "POST"]),
+        Route("/fail", fail),
+    ]
     metrics = IngressMetrics("i")
-    transport = httpx.ASGITransport(HttpMeter(app, app.routes, metrics, lambda: 0.0), raise_app_exceptions=False)
+    meter = HttpMeter(Starlette(routes=routes), routes, metrics, lambda: 0.0)
+    transport = httpx.ASGITransport(meter, raise_app_exceptions=False)
 
     async def scenario() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

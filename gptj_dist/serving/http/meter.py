@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
-from starlette.routing import BaseRoute, Match, Mount, Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj_dist.logs import values
@@ -35,7 +35,7 @@ class HttpMeter:
     def __init__(
         self,
         app: ASGIApp,
-        routes: Sequence[BaseRoute],
+        routes: Iterable[Route],
         metrics: IngressMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,14 +67,11 @@ class HttpMeter:
             self._metrics.num_in_flight -= 1
             self._metrics.num_responses[method, path, status] += 1
             if path not in UNLOGGED_PATHS:
-                self._log(scope, method=method, path=path, status=status, took_s=round(self._clock() - begin_s, 6))
-
-    def _log(self, scope: Scope, **of_event: object) -> None:
-        logger.info("http request", extra=values(request_id=scope.get("state", {}).get("request_id"), **of_event))
+                took_s = round(self._clock() - begin_s, 6)
+                request_id = scope.get("state", {}).get("request_id")
+                told = values(request_id=request_id, method=method, path=path, status=status, took_s=took_s)
+                logger.info("http request", extra=told)
 
     def _path(self, scope: Scope) -> str:
         """The path of the route that takes the request, with the names of its parameters in place of their values."""
-        for route in self._routes:
-            if isinstance(route, Route | Mount) and route.matches(scope)[0] is not Match.NONE:
-                return route.path
-        return OTHER
+        return next((route.path for route in self._routes if route.matches(scope)[0] is not Match.NONE), OTHER)
