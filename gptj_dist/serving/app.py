@@ -26,7 +26,6 @@ MAX_ONGOING_REQUESTS = 10_000
 STOP_MARGIN_S = 5.0
 """What a replica may take to stop beyond the time of its last requests."""
 
-
 STOP_POLL_S = 0.2
 """How often a replica that stops looks whether its last requests are answered."""
 

@@ -112,6 +112,7 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         if isinstance(others.get(name), str):
             others[name] = [others[name]]
     own = _validated(TypeAdapter(_Arguments), others)
+    converted = {"served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "api_keys", "cors_origins"}
     return AppConfig(
         _validated(TypeAdapter(PipelineConfig), settings),
         served_model_names=tuple(own.served_model_name),
@@ -119,13 +120,7 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         chat=ChatDefaults(own.chat_max_tokens, None if own.chat_stop is None else tuple(own.chat_stop)),
         api_keys=() if own.api_keys is None else read_keys(Path(own.api_keys)),
         cors_origins=tuple(own.cors_origins),
-        moderation=own.moderation,
-        moderation_timeout_s=own.moderation_timeout_s,
-        ingress_replicas=own.ingress_replicas,
-        log_format=own.log_format,
-        log_level=own.log_level,
-        log_prompts=own.log_prompts,
-        drain_s=own.drain_s,
+        **own.model_dump(exclude=converted),
     )
 
 
