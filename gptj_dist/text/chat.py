@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError
@@ -64,7 +64,7 @@ class ChatTemplate:
             text = self._template.render(
                 {**self._special_tokens, **variables, "messages": messages, "add_generation_prompt": begins_answer}
             )
-        except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequestError(
                 f"the chat template refuses the messages: {str(error)[:200]}", "messages"
             ) from error

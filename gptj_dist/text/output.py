@@ -60,7 +60,7 @@ class TextOutput:
         if not is_last:
             return "".join(released), False
         text, is_stopped = self._watch(self._detokenizer.finish())
-        released += [text, "" if is_stopped else self._stops.finish()]
+        released += [text, self._stops.finish()]
         return "".join(released), is_stopped
 
     def _take(self, token_id: int) -> tuple[str, bool]:

@@ -86,7 +86,7 @@ class StopStrings:
         return "" if self._is_stopped else self._release(self._num_released + len(self._held))
 
     def _begin_to_hide(self) -> None:
-        self._shown_matchers = [matcher.copy() for matcher in self._matchers]
+        self._shown_matchers = list(map(copy.copy, self._matchers))
         self._places = list(range(self._num_released, self._num_released + len(self._held)))
 
     def _completed(self, char: str, end: int, is_shown: bool) -> Iterator[tuple[int, bool]]:
@@ -134,10 +134,6 @@ class _Matcher:
         self._after_mismatch = stop.after_mismatch
         self.length = len(stop.text)
         self.num_matched = 0
-
-    def copy(self) -> _Matcher:
-        """One that has seen the same characters."""
-        return copy.copy(self)
 
     def feed(self, char: str) -> bool:
         """Takes one character; True when it completes the stop string, after which there are no more."""

@@ -79,7 +79,8 @@ def read_bpe(directory: Path) -> tokenizers.Tokenizer:
     whole = directory / "tokenizer.json"
     if whole.exists():
         bpe = _from_tokenizer_json(whole)
-        if isinstance(settings.config.get("add_prefix_space"), bool) and _is_byte_level(bpe):
+        is_byte_level = isinstance(bpe.pre_tokenizer, pre_tokenizers.ByteLevel)
+        if is_byte_level and isinstance(settings.config.get("add_prefix_space"), bool):
             bpe.pre_tokenizer = _pre_tokenizer(settings)
         added = settings.added if ADDED_FIELD in settings.config else {}
     else:
@@ -174,10 +175,6 @@ def _with_added(ids: dict[str, int], added: Mapping[int, AddedToken], directory:
 
 def _pre_tokenizer(settings: TokenizerSettings) -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=settings.config.get("add_prefix_space") is True)
-
-
-def _is_byte_level(bpe: tokenizers.Tokenizer) -> bool:
-    return isinstance(bpe.pre_tokenizer, pre_tokenizers.ByteLevel)
 
 
 def _post_processor(settings: TokenizerSettings, bpe: tokenizers.Tokenizer) -> processors.TemplateProcessing:
