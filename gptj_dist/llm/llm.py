@@ -10,7 +10,6 @@ from contextlib import AsyncExitStack
 from dataclasses import fields
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, Self
 
 from gptj_dist.answers.chat_defaults import ChatDefaults
@@ -27,7 +26,6 @@ from gptj_dist.llm.outputs import Output
 from gptj_dist.llm.progress import metered
 from gptj_dist.llm.prompts import Prompt, PromptInput, params_of_prompts, read_prompt, read_prompts
 from gptj_dist.params import Pooling, PoolingKind, SamplingParams
-from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
 from gptj_dist.text.chat import ChatTemplate, load_chat_template
@@ -60,7 +58,6 @@ class LLM:
         if isinstance(settings.get("layers"), list):
             settings["layers"] = tuple(settings["layers"])
         config = PipelineConfig(os.fspath(model) if isinstance(model, os.PathLike) else model, **settings)
-        self.pipeline: LoadedPipeline
         self.pipeline, executor = start_local(config)
         self._directory = resolve_model(config.model, self.pipeline.blueprint.config.revision)
         self.tokenizer = Tokenizer.load(self._directory)
@@ -89,7 +86,7 @@ class LLM:
             NotReadyError: the LLM has been closed, or belongs to another process.
         """
         token_ids = self._encode_all(prompts)
-        return self._complete(token_ids, self._params_of(params, token_ids), use_tqdm)
+        return self._complete(token_ids, self._params_of(params, token_ids, self.defaults), use_tqdm)
 
     def chat(
         self,
@@ -132,7 +129,9 @@ class LLM:
             for conversation in _conversations(messages)
         ]
         token_ids = [self._encode(prompt) for prompt in prompts]
-        return self._complete(token_ids, self._chat_params(params, token_ids, template), use_tqdm)
+        return self._complete(
+            token_ids, self._params_of(params, token_ids, self._chat_defaults(template)), use_tqdm
+        )
 
     def embed(
         self, prompts: PromptInput | Sequence[PromptInput], pooling: PoolingKind = "mean", layer: int | None = None
@@ -163,13 +162,15 @@ class LLM:
             NotReadyError: as for `generate`.
         """
         token_ids = self._encode(read_prompt(prompt))
-        [params] = self._params_of(params, [token_ids])
+        [params] = self._params_of(params, [token_ids], self.defaults)
         if params.n != 1 or params.logprobs is not None or params.prompt_logprobs is not None:
             raise InvalidRequestError(
                 "stream yields the text of one completion: n must be 1, logprobs and prompt_logprobs must be None"
             )
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-        return self._read(pieces, self._loop.submit(self._completer.pour(token_ids, params, pieces)))
+        reading = self._read(pieces, self._loop.submit(self._completer.pour(token_ids, params, pieces)))
+        next(reading)  # into its `try`: to close or drop the iterator cancels from now on
+        return reading
 
     def write_trace(self, path: str | Path) -> None:
         """Writes when each stage computed, for the last few thousand steps, in the format of https://ui.perfetto.dev.
@@ -188,9 +189,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _complete(
@@ -207,33 +206,25 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode_prompt(prompt, self.pipeline.blueprint.model.empty_prompt_ids)
 
-    def _params_of(self, params: object, prompts: Sequence[list[int]]) -> list[SamplingParams]:
-        """The parameters of each prompt; the checkpoint's, with no more tokens than fit, where there are none."""
-        if params is not None:
-            return self._params(params, len(prompts))
-        if "max_tokens" not in self.defaults:
-            return [SamplingParams(**self.defaults)] * len(prompts)
-        window, most = self.pipeline.limits().max_model_len, self.defaults["max_tokens"]
-        rooms = [max(1, min(most, window - len(token_ids))) for token_ids in prompts]
-        return [SamplingParams(**{**self.defaults, "max_tokens": room}) for room in rooms]
-
-    def _params(self, params: object, num_prompts: int) -> list[SamplingParams]:
-        each = params_of_prompts(params, num_prompts)
-        if any(settings.pooling is not None for settings in each):
-            raise InvalidRequestError("pooling makes embeddings: call embed", "pooling")
-        return each
-
-    def _chat_params(
-        self, params: object, prompts: Sequence[list[int]], template: ChatTemplate
+    def _params_of(
+        self, params: object, prompts: Sequence[list[int]], defaults: Mapping[str, Any]
     ) -> list[SamplingParams]:
+        """The parameters of each prompt; the defaults, with no more tokens than fit, where there are none."""
         if params is not None:
-            return self._params(params, len(prompts))
-        defaults, limits = ChatDefaults(), self.pipeline.limits()
+            each = params_of_prompts(params, len(prompts))
+            if any(settings.pooling is not None for settings in each):
+                raise InvalidRequestError("pooling makes embeddings: call embed", "pooling")
+            return each
+        if "max_tokens" not in defaults:
+            return [SamplingParams(**defaults)] * len(prompts)
+        limits = self.pipeline.limits()
         window = min(limits.max_model_len, limits.kv_tokens)
-        stop = defaults.stop_strings(template)
-        most = self.defaults.get("max_tokens", defaults.max_tokens)
-        rooms = [max(1, min(most, window - len(token_ids))) for token_ids in prompts]
-        return [SamplingParams(**{**self.defaults, "max_tokens": room, "stop": stop}) for room in rooms]
+        rooms = [max(1, min(defaults["max_tokens"], window - len(token_ids))) for token_ids in prompts]
+        return [SamplingParams(**{**defaults, "max_tokens": room}) for room in rooms]
+
+    def _chat_defaults(self, template: ChatTemplate) -> dict[str, Any]:
+        chat = ChatDefaults()
+        return {"max_tokens": chat.max_tokens, **self.defaults, "stop": chat.stop_strings(template)}
 
     def _chat_template(self, source: object) -> ChatTemplate:
         if source is not None and not isinstance(source, str):
@@ -246,8 +237,9 @@ class LLM:
         return template
 
     def _read(self, pieces: SimpleQueue[str | BaseException | None], pouring: Future[None]) -> Iterator[str]:
-        """Yields the text in a queue until None; a method, so that the LLM lives as long as the iterator."""
+        """Yields "", then the text in a queue until None; a method, so that the LLM lives as long as the iterator."""
         try:
+            yield ""
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece

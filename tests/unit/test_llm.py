@@ -180,6 +180,15 @@ def test_a_closed_stream_frees_its_blocks(llm: LLM) -> None:
     assert list(stream) == []
 
 
+def test_a_stream_that_is_closed_or_dropped_unread_frees_its_blocks(llm: LLM) -> None:
+    closed, dropped = (llm.stream(PROMPTS[0], SamplingParams(max_tokens=900, ignore_eos=True)) for _ in range(2))
+    wait_until(lambda: llm._engine.scheduler.num_running == 2, "both run")
+    closed.close()  # type: ignore[attr-defined]
+    del dropped
+    llm.generate("a", SamplingParams(max_tokens=1))
+    assert _num_used_blocks(llm) == 0
+
+
 def test_a_loop_that_is_left_frees_its_blocks(llm: LLM) -> None:
     for _ in llm.stream(PROMPTS[0], SamplingParams(max_tokens=900, ignore_eos=True)):
         break

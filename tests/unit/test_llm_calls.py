@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError, NotReadyError
 from gptj_dist.llm.prompts import read_prompts
+from gptj_dist.stages.blueprint import LoadedPipeline
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 TEMPLATE = (
@@ -156,9 +158,18 @@ def test_a_chat_can_continue_its_last_message(llm: LLM) -> None:
 
 
 def test_a_chat_without_parameters_ends_before_the_users_next_message(llm: LLM) -> None:
-    [params] = llm._chat_params(None, [[1] * 1000], llm._chat_template(TEMPLATE))
+    [params] = llm._params_of(None, [[1] * 1000], llm._chat_defaults(llm._chat_template(TEMPLATE)))
     assert params.stop == ("\nuser:",)
     assert params.max_tokens == 24  # the context's rest
+
+
+def test_a_default_of_more_tokens_than_fit_is_cut_to_what_the_context_and_the_kv_cache_hold(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = llm.pipeline.limits()
+    monkeypatch.setattr(LoadedPipeline, "limits", lambda _: replace(limits, kv_tokens=40))
+    params = llm._params_of(None, [[1] * 10, [1] * 30, [1] * 50], {"max_tokens": 20})
+    assert [each.max_tokens for each in params] == [20, 10, 1]
 
 
 @pytest.mark.parametrize(
