@@ -69,16 +69,14 @@ class Moderation:
         timeout = asyncio.timeout(self._timeout_s)
         try:
             async with timeout:
-                return await self._verdict(functools.partial(self._moderate, text, role))
+                call = functools.partial(self._moderate, text, role)
+                verdict = call() if self._is_async else await self._threads.run(call)
+                return await verdict if inspect.isawaitable(verdict) else verdict
         except TimeoutError:
             if not timeout.expired():
                 raise
             message = f"the moderator has not answered within {self._timeout_s:g} seconds; try again later"
             raise ModerationTimeoutError(message) from None
-
-    async def _verdict(self, moderate: Callable[[], str | Awaitable[str | None] | None]) -> str | None:
-        verdict = moderate() if self._is_async else await self._threads.run(moderate)
-        return await verdict if inspect.isawaitable(verdict) else verdict
 
 
 def load_moderation(path: str, timeout_s: float = MODERATION_TIMEOUT_S) -> Moderation:

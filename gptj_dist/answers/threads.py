@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,17 +25,15 @@ class Threads:
         self._name = name
         self._num_threads = 0
         self._idle = threading.Semaphore(0)
-        self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
 
     async def run(self, function: Callable[[], T]) -> T:
         """Returns or raises what the function does. A call that is cancelled before it has begun does not begin."""
-        loop = asyncio.get_running_loop()
-        call = _Call(function, loop, loop.create_future())
+        future: Future[T] = Future()
         if not self._idle.acquire(blocking=False) and self._num_threads < self._max_threads:
             self._add_thread()
-        self._calls.put(call)
-        result: T = await call.future
-        return result
+        self._calls.put((function, future))
+        return await asyncio.wrap_future(future)
 
     def _add_thread(self) -> None:
         try:
@@ -48,31 +46,14 @@ class Threads:
 
     def _work(self) -> None:
         while True:
-            self._calls.get().carry_out()
+            _carry_out(*self._calls.get())
             self._idle.release()
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    function: Callable[[], Any]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-
-    def carry_out(self) -> None:
-        if self.future.cancelled():
-            return
-        result, error = None, None
-        try:
-            result = self.function()
-        except BaseException as raised:  # the caller gets it, whatever it is
-            error = raised
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._settle, result, error)
-
-    def _settle(self, result: Any, error: BaseException | None) -> None:
-        if self.future.done():
-            return
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
+def _carry_out(function: Callable[[], T], future: Future[T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:  # the caller gets it, whatever it is
+        future.set_exception(error)

@@ -194,6 +194,7 @@ class TestThreads:
             last = asyncio.create_task(threads.run(lambda: begun.append("last")))
             await asyncio.sleep(0)
             given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
             end.set()
             await asyncio.gather(first, last)
             assert begun == ["last"]
