@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import base64
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from gptj_dist.answers.json_writing import json_bytes
@@ -52,19 +52,16 @@ class EmbeddingAnswer:
         vectors = await self._vectors()
         return await self._work.run(_writing_cost(vectors), lambda: json_bytes(self._document(vectors)))
 
-    async def _vectors(self) -> dict[int, bytes]:
+    async def _vectors(self) -> list[bytes]:
         """Of each input, float32 numbers."""
-        vectors: dict[int, bytes] = {}
         async with aclosing(merge(self._open_streams())) as deltas:
-            async for index, delta in deltas:
-                if delta.embedding is not None:
-                    vectors[index] = delta.embedding
-        return vectors
+            vectors = {index: delta.embedding async for index, delta in deltas if delta.embedding is not None}
+        return [vectors[index] for index in sorted(vectors)]
 
-    def _document(self, vectors: dict[int, bytes]) -> JsonObject:
+    def _document(self, vectors: Sequence[bytes]) -> JsonObject:
         data = [
-            {"object": "embedding", "index": index, "embedding": self._written(vectors[index])}
-            for index in sorted(vectors)
+            {"object": "embedding", "index": index, "embedding": self._written(vector)}
+            for index, vector in enumerate(vectors)
         ]
         totals = {"prompt_tokens": self.num_prompt_tokens, "total_tokens": self.num_prompt_tokens}
         return {"object": "list", "data": data, "model": self._model, "usage": totals}
@@ -76,6 +73,6 @@ class EmbeddingAnswer:
         return array.array("f", vector).tolist()
 
 
-def _writing_cost(vectors: Mapping[int, bytes]) -> int:
+def _writing_cost(vectors: Sequence[bytes]) -> int:
     """An estimate of the microseconds that writing takes: one for four numbers."""
-    return sum(len(vector) // 16 for vector in vectors.values())
+    return sum(len(vector) // 16 for vector in vectors)

@@ -75,7 +75,7 @@ class Offsets:
 
 
 class CompletionWriter:
-    """Writes one choice; the first piece begins with the prompt where `echo` asks for it.
+    """A `Writer` of completions; the first piece begins with the prompt where `echo` asks for it.
 
     Args:
         index: the k-th of the n completions of prompt i has i * n + k.
@@ -97,22 +97,18 @@ class CompletionWriter:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of the prompt that the choice continues."""
         return len(self._prompt_ids)
 
     def has_news(self, delta: TextDelta) -> bool:
-        """Whether a piece would say anything."""
         request = self._request
         has_tokens = request.logprobs is not None or request.return_token_ids
         is_due = not self._is_begun and (request.echo or request.prompt_logprobs is not None)
         return bool(delta.text or delta.finish_reason or is_due or (has_tokens and delta.token_ids))
 
     def whole(self, delta: TextDelta) -> JsonObject:
-        """The choice, all at once."""
         return self.piece(delta)
 
     def piece(self, delta: TextDelta) -> JsonObject:
-        """The choice's next piece."""
         request, is_first = self._request, not self._is_begun
         has_prompt = request.echo and is_first
         self._is_begun = True
@@ -170,7 +166,7 @@ class CompletionWriter:
 
 
 class ChatWriter:
-    """Writes one choice of a chat; the first piece names the role.
+    """A `Writer` of chat; the first piece names the role.
 
     Args:
         prompt_ids: the conversation, as the chat template renders it.
@@ -186,20 +182,16 @@ class ChatWriter:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of the conversation that the choice continues."""
         return len(self._prompt_ids)
 
     def has_news(self, delta: TextDelta) -> bool:
-        """Whether a piece would say anything."""
         has_tokens = self._request.logprobs or self._request.return_token_ids
         return bool(delta.text or delta.finish_reason or not self._is_begun or (has_tokens and delta.token_ids))
 
     def whole(self, delta: TextDelta) -> JsonObject:
-        """The choice, all at once."""
         return self._choice("message", {"role": "assistant", "content": delta.text}, delta)
 
     def piece(self, delta: TextDelta) -> JsonObject:
-        """The choice's next piece."""
         role = {} if self._is_begun else {"role": "assistant"}
         return self._choice("delta", {**role, "content": delta.text}, delta)
 

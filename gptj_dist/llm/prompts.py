@@ -35,9 +35,7 @@ def read_prompts(prompts: object) -> list[Prompt]:
     Raises:
         InvalidRequestError: a prompt has none of the forms; names its place in the list.
     """
-    if not isinstance(prompts, list | tuple):
-        return [read_prompt(prompts)]
-    if any(_is_id(item) for item in prompts):
+    if not isinstance(prompts, list | tuple) or any(map(_is_id, prompts)):
         return [read_prompt(prompts)]
     return [read_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
 
