@@ -24,19 +24,10 @@ class EmbeddingRequest(Body):
         user: goes to the log and changes nothing, as at OpenAI.
     """
 
-    unserved: ClassVar = dict.fromkeys(
-        (
-            "additional_data",
-            "cache_salt",
-            "dimensions",
-            "embed_dtype",
-            "messages",
-            "mm_processor_kwargs",
-            "normalize",
-            "request_id",
-            "truncate_prompt_tokens",
-        )
-    ) | {"endianness": "native"}
+    unserved: ClassVar = dict.fromkeys((
+        "additional_data", "cache_salt", "dimensions", "embed_dtype", "messages", "mm_processor_kwargs",
+        "normalize", "request_id", "truncate_prompt_tokens",
+    )) | {"endianness": "native"}  # fmt: skip
 
     model: str | None = None
     input: PromptField

@@ -86,23 +86,10 @@ class ResponsesRequest(SamplingFields):
     """
 
     hints: ClassVar = SamplingFields.hints - {"metadata"} | {"stream_options"}
-    unserved: ClassVar = dict.fromkeys(
-        (
-            "access_programs",
-            "background",
-            "background_options",
-            "cache_salt",
-            "context_management",
-            "conversation",
-            "image",
-            "max_tool_calls",
-            "moderation",
-            "previous_response_id",
-            "prompt",
-            "reasoning",
-            "request_id",
-        )
-    ) | {"truncation": "disabled"}
+    unserved: ClassVar = dict.fromkeys((
+        "access_programs", "background", "background_options", "cache_salt", "context_management", "conversation",
+        "image", "max_tool_calls", "moderation", "previous_response_id", "prompt", "reasoning", "request_id",
+    )) | {"truncation": "disabled"}  # fmt: skip
 
     input: Input
     instructions: str | None = None

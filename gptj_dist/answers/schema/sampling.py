@@ -19,64 +19,22 @@ NO_DEFAULTS: Defaults = {}
 Stop: TypeAlias = Annotated[str | Strings, one_of("a string or a list of strings")]
 MAX_TIMEOUT_S = 86_400.0
 
-HINTS = frozenset(
-    (
-        # GPT-J's tokenizer puts no spaces between tokens.
-        "spaces_between_special_tokens",
-        "cache_control",
-        "include_reasoning",
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-    )
-)
+HINTS = frozenset((
+    # GPT-J's tokenizer puts no spaces between tokens.
+    "spaces_between_special_tokens",
+    "cache_control", "include_reasoning", "metadata", "parallel_tool_calls", "prompt_cache_key",
+    "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
+))  # fmt: skip
 UNSERVED: Unserved = {
-    **dict.fromkeys(
-        (
-            "audio",
-            "cache_salt",
-            "chat_template",
-            "documents",
-            "echo",
-            "ec_transfer_params",
-            "functions",
-            "guided_choice",
-            "guided_decoding_backend",
-            "guided_grammar",
-            "guided_json",
-            "guided_regex",
-            "guided_whitespace_pattern",
-            "kv_transfer_params",
-            "logits_processors",
-            "logprob_token_ids",
-            "media_io_kwargs",
-            "mm_processor_kwargs",
-            "moderation",
-            "prediction",
-            "prompt_embeds",
-            "reasoning_effort",
-            "repetition_detection",
-            "request_id",
-            "return_token_offsets",
-            "session_id",
-            "stream_interval",
-            "structured_outputs",
-            "suffix",
-            "thinking_token_budget",
-            "tools",
-            "top_logprobs",
-            "use_beam_search",
-            "verbosity",
-            "vllm_xargs",
-            "watermarking",
-            "web_search_options",
-        )
-    ),
+    **dict.fromkeys((
+        "audio", "cache_salt", "chat_template", "documents", "echo", "ec_transfer_params", "functions",
+        "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex",
+        "guided_whitespace_pattern", "kv_transfer_params", "logits_processors", "logprob_token_ids",
+        "media_io_kwargs", "mm_processor_kwargs", "moderation", "prediction", "prompt_embeds", "reasoning_effort",
+        "repetition_detection", "request_id", "return_token_offsets", "session_id", "stream_interval",
+        "structured_outputs", "suffix", "thinking_token_budget", "tools", "top_logprobs", "use_beam_search",
+        "verbosity", "vllm_xargs", "watermarking", "web_search_options",
+    )),
     "best_of": 1,
     "function_call": "none",
     "length_penalty": 1,
@@ -84,7 +42,7 @@ UNSERVED: Unserved = {
     "response_format": {"type": "text"},
     "tool_choice": "none",
     "truncation_side": "left",
-}
+}  # fmt: skip
 """Of completions and of chat; a body that has such a field itself serves it."""
 
 
