@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
-from gptj_dist.answers.turns import Turns
+from gptj_dist.answers.work import Turns
 from gptj_dist.errors import StageFailedError
 
 T = TypeVar("T")

@@ -7,11 +7,11 @@ few milliseconds: Python code does, a call of a C function only if it says so.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
 from gptj_dist.answers.threads import Threads
-from gptj_dist.answers.turns import Turns
 
 T = TypeVar("T")
 
@@ -19,6 +19,18 @@ INLINE_COST = 4096
 """Work of a higher cost runs in a thread. A cost is about the microseconds that the work takes."""
 
 NUM_THREADS = 2
+
+
+class Turns:
+    """Lets one caller go on in a turn of the event loop, first come, first served."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def next(self) -> None:
+        """Returns in a later turn of the loop."""
+        async with self._lock:
+            await asyncio.sleep(0)
 
 
 class Work:
