@@ -34,7 +34,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self.source = source
         self._special_tokens = special_tokens
         try:
@@ -130,6 +130,10 @@ def _cut_behind(text: str, content: str) -> str:
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _to_json(value: object, indent: int | None = None, **options: Any) -> str:

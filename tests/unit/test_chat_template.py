@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 
+from gptj_dist.text import chat
 from gptj_dist.text.chat import ChatTemplate
 
 LOOP = "{% for m in messages %}%s{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -30,3 +33,20 @@ LOOP = "{% for m in messages %}%s{% endfor %}{% if add_generation_prompt %}assis
 def test_the_text_before_a_users_next_message_is_found(turn: str, mark: str) -> None:
     template = ChatTemplate(LOOP.replace("%s", turn), {"eos_token": "<|endoftext|>"})
     assert template.next_message_mark() == mark
+
+
+def test_the_date_is_that_of_the_request_and_not_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        """In place of `datetime`."""
+
+        day = 1
+
+        @classmethod
+        def now(cls) -> datetime:
+            return datetime(2026, 5, cls.day)
+
+    monkeypatch.setattr(chat, "datetime", Clock)
+    template = ChatTemplate("{{ strftime_now('%d %B') }}", {})
+    assert template.render([], {}, begins_answer=True) == "01 May"
+    Clock.day = 2
+    assert template.render([], {}, begins_answer=True) == "02 May"
