@@ -41,6 +41,9 @@ from gptj_dist.stages.trace import TraceEvents
 
 logger = logging.getLogger(__name__)
 
+MEDIA = (JSON, EVENTS)
+"""Types of the answers to requests for text."""
+
 TRACED_PLAN_US = 50
 """Microseconds that it takes to write a plan's events."""
 
@@ -75,18 +78,9 @@ class Endpoints:
     def table(self) -> list[Endpoint]:
         """All endpoints."""
         return [
-            Endpoint("POST", "/v1/completions", self.completions, "Continue texts.", CompletionRequest, (JSON, EVENTS)),
-            Endpoint(
-                "POST", "/v1/chat/completions", self.chat, "Continue a conversation.", ChatRequest, (JSON, EVENTS)
-            ),
-            Endpoint(
-                "POST",
-                "/v1/responses",
-                self.respond,
-                "Answer a text or a conversation.",
-                ResponsesRequest,
-                (JSON, EVENTS),
-            ),
+            Endpoint("POST", "/v1/completions", self.completions, "Continue texts.", CompletionRequest, MEDIA),
+            Endpoint("POST", "/v1/chat/completions", self.chat, "Continue a conversation.", ChatRequest, MEDIA),
+            Endpoint("POST", "/v1/responses", self.respond, "Answer a text or conversation.", ResponsesRequest, MEDIA),
             Endpoint("POST", "/v1/embeddings", self.embeddings, "Compute vectors of texts.", EmbeddingRequest),
             Endpoint("POST", "/tokenize", self.tokenize, "Turn a text into tokens.", TokenizeRequest),
             Endpoint("POST", "/detokenize", self.detokenize, "Turn tokens into a text.", DetokenizeRequest),
