@@ -52,15 +52,15 @@ class ResponseForm:
         frames = b"" if self._num_events else self._opening()
         logprobs = self._take(delta)
         if delta.text or logprobs:
-            frames += self._frame("output_text.delta", **_TEXT, **self._item, delta=delta.text, logprobs=logprobs)
+            frames += self._frame("output_text.delta", **self._place, delta=delta.text, logprobs=logprobs)
         return frames
 
     def end(self, num_tokens: int) -> bytes:
         """The events that close the message and the response."""
         response = self._finished(num_tokens)
         return (
-            self._frame("output_text.done", **_TEXT, **self._item, text=self._text, logprobs=self._logprobs)
-            + self._frame("content_part.done", **_TEXT, **self._item, part=self._part())
+            self._frame("output_text.done", **self._place, text=self._text, logprobs=self._logprobs)
+            + self._frame("content_part.done", **self._place, part=self._part())
             + self._frame("output_item.done", output_index=0, item=self._message(response["status"]))
             + self._frame(response["status"], response=response)
         )
@@ -72,8 +72,9 @@ class ResponseForm:
         return self._frame("failed", response=self._response("failed") | {"error": failed})
 
     @property
-    def _item(self) -> JsonObject:
-        return {"item_id": f"msg_{self._request_id}", "output_index": 0}
+    def _place(self) -> JsonObject:
+        """Where the text is in the response."""
+        return {"item_id": f"msg_{self._request_id}", "output_index": 0, "content_index": 0}
 
     def _opening(self) -> bytes:
         response = self._response("in_progress")
@@ -81,7 +82,7 @@ class ResponseForm:
             self._frame("created", response=response)
             + self._frame("in_progress", response=response)
             + self._frame("output_item.added", output_index=0, item=self._message("in_progress") | {"content": []})
-            + self._frame("content_part.added", **_TEXT, **self._item, part=self._part())
+            + self._frame("content_part.added", **self._place, part=self._part())
         )
 
     def _frame(self, kind: str, **fields: object) -> bytes:
@@ -106,14 +107,19 @@ class ResponseForm:
         return self._response(status) | {
             "output": [self._message(status)],
             "incomplete_details": None if reason is None else {"reason": reason},
-            "usage": self._usage(num_tokens),
+            "usage": {
+                "input_tokens": self._num_prompt_tokens,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": num_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": self._num_prompt_tokens + num_tokens,
+            },
         }
 
     def _message(self, status: str) -> JsonObject:
-        message_id = self._item["item_id"]
         return {
             "type": "message",
-            "id": message_id,
+            "id": self._place["item_id"],
             "status": status,
             "role": "assistant",
             "content": [self._part()],
@@ -150,15 +156,3 @@ class ResponseForm:
             "usage": None,
             "user": request.user,
         }
-
-    def _usage(self, num_tokens: int) -> JsonObject:
-        return {
-            "input_tokens": self._num_prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": num_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self._num_prompt_tokens + num_tokens,
-        }
-
-
-_TEXT = {"content_index": 0}
