@@ -6,7 +6,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gptj_dist.answers.completion import TextDelta, whole
 from gptj_dist.answers.deadline import Deadline
@@ -15,6 +15,8 @@ from gptj_dist.answers.merge import merge
 from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.answers.work import Work
 from gptj_dist.json_types import JsonObject
+
+T = TypeVar("T")
 
 LOGPROB_US = 3
 """Microseconds that it takes to write a log probability."""
@@ -78,22 +80,25 @@ class Answer:
 
     async def whole(self) -> JsonObject:
         """The response that is not streamed. Raises the error that the request failed with."""
-        kept = await self._completions()
-        return await self._work.run(_cost_of_all(kept), lambda: self._form.whole(kept, self.num_tokens))
+        return await self._written(lambda document: document)
 
     async def body(self) -> bytes:
         """The response that is not streamed, as JSON. Raises as `whole`."""
-        kept = await self._completions()
-        return await self._work.run(_cost_of_all(kept), lambda: json_bytes(self._form.whole(kept, self.num_tokens)))
+        return await self._written(json_bytes)
 
-    async def _completions(self) -> list[TextDelta]:
-        """The completions that are returned, each as one piece."""
-        request, streams = self._request, self._open_streams()
+    async def _written(self, write: Callable[[JsonObject], T]) -> T:
+        streams = self._open_streams()
         deltas_of: list[list[TextDelta]] = [[] for _ in streams]
+        cost = 0
         async with aclosing(self._deltas(streams)) as deltas:
             async for index, delta in deltas:
                 deltas_of[index].append(delta)
-        sampled = [whole(deltas) for deltas in deltas_of]
+                cost += _writing_cost(delta)
+        return await self._work.run(cost, lambda: write(self._form.whole(self._kept(deltas_of), self.num_tokens)))
+
+    def _kept(self, deltas_of: Sequence[Sequence[TextDelta]]) -> list[TextDelta]:
+        """The completions that are returned, each as one piece."""
+        request, sampled = self._request, list(map(whole, deltas_of))
         of_prompts = [sampled[i : i + request.num_sampled] for i in range(0, len(sampled), request.num_sampled)]
         if request.num_sampled > request.num_choices:
             of_prompts = [best(completions, request.num_choices) for completions in of_prompts]
@@ -119,7 +124,7 @@ class Answer:
                 raise
             yield self._form.failure(error)
             return
-        yield await self._work.run(total_cost, partial(self._form.end, self.num_tokens))  # it may repeat all of it
+        yield await self._work.run(total_cost, partial(self._form.end, self.num_tokens))  # a response repeats all
 
     async def _deltas(
         self, streams: Sequence[AsyncGenerator[TextDelta, None]]
@@ -139,10 +144,6 @@ class Answer:
         finally:
             for _ in range(num_open):
                 self._on_end(end)
-
-
-def _cost_of_all(completions: Sequence[TextDelta]) -> int:
-    return sum(map(_writing_cost, completions))
 
 
 def _writing_cost(delta: TextDelta) -> int:

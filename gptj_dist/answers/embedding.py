@@ -6,6 +6,7 @@ import array
 import base64
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 from gptj_dist.answers.json_writing import json_bytes
 from gptj_dist.answers.merge import merge
@@ -13,6 +14,11 @@ from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.work import Work
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.json_types import JsonObject
+
+T = TypeVar("T")
+
+BYTES_PER_US = 16
+"""Bytes of float32 numbers that are written in a microsecond."""
 
 
 class EmbeddingAnswer:
@@ -44,35 +50,29 @@ class EmbeddingAnswer:
 
     async def whole(self) -> JsonObject:
         """The response. Raises the error that the request failed with; the other inputs are then cancelled."""
-        vectors = await self._vectors()
-        return await self._work.run(_writing_cost(vectors), lambda: self._document(vectors))
+        return await self._written(lambda document: document)
 
     async def body(self) -> bytes:
         """The response as JSON. Raises as `whole`."""
-        vectors = await self._vectors()
-        return await self._work.run(_writing_cost(vectors), lambda: json_bytes(self._document(vectors)))
+        return await self._written(json_bytes)
 
-    async def _vectors(self) -> list[bytes]:
-        """Of each input, float32 numbers."""
+    async def _written(self, write: Callable[[JsonObject], T]) -> T:
         async with aclosing(merge(self._open_streams())) as deltas:
-            vectors = {index: delta.embedding async for index, delta in deltas if delta.embedding is not None}
-        return [vectors[index] for index in sorted(vectors)]
+            vector_of = {index: delta.embedding async for index, delta in deltas if delta.embedding is not None}
+        vectors = [vector_of[index] for index in sorted(vector_of)]
+        cost = sum(map(len, vectors)) // BYTES_PER_US
+        return await self._work.run(cost, lambda: write(self._document(vectors)))
 
     def _document(self, vectors: Sequence[bytes]) -> JsonObject:
         data = [
-            {"object": "embedding", "index": index, "embedding": self._written(vector)}
+            {"object": "embedding", "index": index, "embedding": self._encoded(vector)}
             for index, vector in enumerate(vectors)
         ]
         totals = {"prompt_tokens": self.num_prompt_tokens, "total_tokens": self.num_prompt_tokens}
         return {"object": "list", "data": data, "model": self._model, "usage": totals}
 
-    def _written(self, vector: bytes) -> str | list[float]:
+    def _encoded(self, vector: bytes) -> str | list[float]:
         """A vector of float32 numbers in the encoding of the request."""
         if self._request.encoding_format == "base64":
             return base64.b64encode(vector).decode()
         return array.array("f", vector).tolist()
-
-
-def _writing_cost(vectors: Sequence[bytes]) -> int:
-    """An estimate of the microseconds that writing takes: one for four numbers."""
-    return sum(len(vector) // 16 for vector in vectors)
