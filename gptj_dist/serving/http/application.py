@@ -50,8 +50,9 @@ def make_http_app(
         Middleware(InTurns),
         Middleware(RequestIds, has_proxy=has_proxy),
         Middleware(HttpMeter, routes=routes, metrics=metrics),
-        Middleware(LimitHead),
     ]
+    if has_proxy:
+        middleware.append(Middleware(LimitHead))
     if cors_origins:
         cors = Middleware(
             CORSMiddleware,
