@@ -129,9 +129,7 @@ class LLM:
             for conversation in _conversations(messages)
         ]
         token_ids = [self._encode(prompt) for prompt in prompts]
-        return self._complete(
-            token_ids, self._params_of(params, token_ids, self._chat_defaults(template)), use_tqdm
-        )
+        return self._complete(token_ids, self._params_of(params, token_ids, self._chat_defaults(template)), use_tqdm)
 
     def embed(
         self, prompts: PromptInput | Sequence[PromptInput], pooling: PoolingKind = "mean", layer: int | None = None

@@ -97,7 +97,9 @@ def test_many_log_probabilities_are_spread_over_turns_and_each_stream_is_whole(m
         first, mailboxes = inbox.open(num_streams)
         for number, reason in enumerate((None, FinishReason.LENGTH)):
             for choice in range(num_streams):
-                outbox.put(first.plus(choice), number, Delta((number,), reason, (logprob,), () if number else of_prompt))
+                outbox.put(
+                    first.plus(choice), number, Delta((number,), reason, (logprob,), () if number else of_prompt)
+                )
         for mailbox in mailboxes:
             deltas = [await mailbox.take()]
             while deltas[-1].finish_reason is None:
