@@ -10,11 +10,12 @@ __all__ = [
     "completion",
     "embedding",
     "error_responses",
+    "json_writing",
     "local",
     "moderation",
     "request_limits",
     "schema",
     "served_model",
     "service",
-    "turns",
+    "work",
 ]

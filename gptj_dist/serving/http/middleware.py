@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj_dist.answers.error_responses import HeadTooLargeError
 from gptj_dist.answers.request_limits import MAX_HEAD_BYTES, MAX_HEADERS
-from gptj_dist.answers.turns import Turns
+from gptj_dist.answers.work import Turns
 from gptj_dist.errors import AuthenticationError
 from gptj_dist.serving.http.endpoint import refusal
 from gptj_dist.serving.keys import ApiKey, find_key
