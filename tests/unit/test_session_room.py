@@ -16,7 +16,6 @@ from gptj_dist.operate.launch.local_ray import lasting_cause
 from gptj_dist.operate.launch.session_room import (
     LONGEST_SOCKET,
     MOST_SOCKET_PATH_BYTES,
-    ended_sessions,
     find_room,
     why_unusable,
 )
@@ -88,11 +87,3 @@ def test_failures_that_will_come_again_are_named_and_others_are_not(tmp_path: Pa
     too_long = OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /x")
     assert "too long for its sockets" in str(lasting_cause(too_long, tmp_path))
     assert lasting_cause(Exception("The current node timed out during startup."), tmp_path) is None
-
-
-def test_sessions_whose_process_has_ended_are_found(tmp_path: Path) -> None:
-    gone, running = (tmp_path / f"session_2026-01-01_00-00-00_000000_{pid}" for pid in (2**22 + 1, os.getpid()))
-    for directory in (gone, running):
-        directory.mkdir()
-    (tmp_path / "session_latest").symlink_to(gone)
-    assert ended_sessions(tmp_path) == [gone]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.operate.launch.processes import is_running
 from gptj_dist.sizes import bytes_text
 
 MOST_SOCKET_PATH_BYTES = 107
@@ -22,9 +21,6 @@ LONGEST_SOCKET = "session_2026-11-29_04-02-01_719005_4194304/sockets/plasma_stor
 
 LEAST_FREE_BYTES = 100_000_000
 """Logs of a start take a few MB. Below this a server would soon fail for lack of room."""
-
-RAY_FULL_SHARE = 0.95
-"""Ray writes no objects to a disk that is fuller than this."""
 
 DEFAULT_DIRECTORY = Path("/tmp")
 
@@ -92,16 +88,6 @@ def why_unwritable(directory: Path, error: OSError) -> str:
     return f"{directory} cannot be written: {error.strerror or error}"
 
 
-def ended_sessions(directory: Path) -> list[Path]:
-    """Sessions in the directory whose process has ended: Ray leaves them there for their logs."""
-    return [path for path in directory.glob("session_*_*") if not path.is_symlink() and not is_running(_pid(path))]
-
-
 def sessions_of(directory: Path, pid: int) -> list[Path]:
     """Sessions that a process has started."""
     return sorted(directory.glob(f"session_*_{pid}"))
-
-
-def _pid(session: Path) -> int:
-    digits = session.name.rpartition("_")[2]
-    return int(digits) if digits.isdigit() else 0
