@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import ssl
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,6 +15,7 @@ import httpx
 from gptj_dist.cli.events import read_events
 from gptj_dist.errors import ConfigurationError, ServerError
 from gptj_dist.json_types import JsonObject
+from gptj_dist.serving.sockets import is_loopback
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_SHOWN_CHARACTERS = 200
@@ -36,6 +35,8 @@ OPTION_FIELDS = frozenset(
 """Fields of a request that the verbs have an option for."""
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
+
+C = TypeVar("C", httpx.Client, httpx.AsyncClient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,6 @@ class ServerAddress:
             raise ConfigurationError("the API key holds characters that no HTTP header can hold")
         return cls(base_url(url), api_key, timeout_s)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-
-    @property
-    def timeout(self) -> httpx.Timeout:
-        return httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, CONNECT_TIMEOUT_S))
-
 
 class Server:
     """Sends requests to a server. Closing a running stream cancels it on the server.
@@ -80,17 +73,10 @@ class Server:
         transport: carries the requests; None is the network.
     """
 
-    def __init__(self, endpoint: ServerAddress, transport: httpx.BaseTransport | None = None) -> None:
-        self.base = endpoint.base
-        self._timeout_s = endpoint.timeout_s
-        with usable_proxies():
-            self._http = httpx.Client(
-                base_url=endpoint.base,
-                headers=endpoint.headers,
-                timeout=endpoint.timeout,
-                transport=transport,
-                **way_to(endpoint.base),
-            )
+    def __init__(self, address: ServerAddress, transport: httpx.BaseTransport | None = None) -> None:
+        self.base = address.base
+        self._timeout_s = address.timeout_s
+        self._http = open_client(httpx.Client, address, transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -167,25 +153,25 @@ def base_url(url: str) -> str:
 def is_this_machine(base: str) -> bool:
     """Whether the URL's host is a name or an address of the loopback interface."""
     host = urlsplit(base).hostname or ""
+    return is_loopback(host) or host.endswith(".localhost") or host in ("0.0.0.0", "::")
+
+
+def open_client(kind: type[C], address: ServerAddress, **settings: Any) -> C:
+    """A client of the server. It reaches this machine directly, others through the proxies of the environment.
+
+    Args:
+        kind: `httpx.Client` or `httpx.AsyncClient`.
+        settings: more of its arguments.
+
+    Raises:
+        ConfigurationError: httpx refuses the proxies of the environment.
+    """
+    if is_this_machine(address.base):
+        settings |= {"trust_env": False, "verify": httpx.create_ssl_context()}
+    headers = {} if address.api_key is None else {"Authorization": f"Bearer {address.api_key}"}
+    timeout = httpx.Timeout(address.timeout_s, connect=min(address.timeout_s, CONNECT_TIMEOUT_S))
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified
-
-
-def way_to(base: str) -> dict[str, Any]:
-    """Settings of an httpx client: to this machine without proxies, to others by those of the environment."""
-    if not is_this_machine(base):
-        return {}
-    return {"trust_env": False, "verify": httpx.create_ssl_context()}
-
-
-@contextmanager
-def usable_proxies() -> Iterator[None]:
-    """Raises ConfigurationError where httpx refuses the proxies of the environment."""
-    try:
-        yield
+        return kind(base_url=address.base, headers=headers, timeout=timeout, **settings)
     except (ValueError, ImportError, httpx.InvalidURL) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"a proxy of the environment ({_proxies_text()}) cannot be used: {reason}") from None

@@ -11,11 +11,10 @@ from gptj_dist.cli.client import (
     ServerAddress,
     failure_text,
     json_object,
+    open_client,
     refusal,
     retry_after_s,
     told_error,
-    usable_proxies,
-    way_to,
 )
 from gptj_dist.cli.text.batch_answers import BatchAnswer, respond
 from gptj_dist.cli.text.batch_requests import BatchRequest
@@ -23,6 +22,8 @@ from gptj_dist.cli.text.batch_run import TryAgain
 
 PASSING_STATUSES = (429, 502, 503, 504)
 """The server, or a proxy before it, is busy, loads or restarts."""
+
+_JSON = {"Content-Type": "application/json"}
 
 
 class HttpAnswerer:
@@ -34,18 +35,11 @@ class HttpAnswerer:
     """
 
     def __init__(
-        self, endpoint: ServerAddress, concurrency: int, transport: httpx.AsyncBaseTransport | None = None
+        self, address: ServerAddress, concurrency: int, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
-        self._endpoint = endpoint
-        with usable_proxies():
-            self._http = httpx.AsyncClient(
-                base_url=endpoint.base,
-                headers={**endpoint.headers, "Content-Type": "application/json"},
-                timeout=endpoint.timeout,
-                limits=httpx.Limits(max_connections=concurrency),
-                transport=transport,
-                **way_to(endpoint.base),
-            )
+        self._address = address
+        limits = httpx.Limits(max_connections=concurrency)
+        self._http = open_client(httpx.AsyncClient, address, limits=limits, transport=transport)
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,7 +54,7 @@ class HttpAnswerer:
             ServerError: the key is wrong, or another program listens there.
         """
         try:
-            response = await self._http.post(request.url, content=json.dumps(request.body))
+            response = await self._http.post(request.url, content=json.dumps(request.body), headers=_JSON)
         except httpx.ReadTimeout as error:
             failure = {"code": "timeout", "message": self._failure(error)}
             return BatchAnswer(request.custom_id, response=None, error=failure)
@@ -69,7 +63,7 @@ class HttpAnswerer:
         return _outcome(request, response)
 
     def _failure(self, error: httpx.HTTPError) -> str:
-        return failure_text(error, self._endpoint.base, self._endpoint.timeout_s)
+        return failure_text(error, self._address.base, self._address.timeout_s)
 
 
 def _outcome(request: BatchRequest, response: httpx.Response) -> BatchAnswer | TryAgain:
