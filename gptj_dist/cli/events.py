@@ -9,7 +9,7 @@ def read_events(parts: Iterable[bytes]) -> Iterator[str]:
     """The data of each event that is complete; comments and other fields are skipped.
 
     Lines end in LF or CRLF. They are split before they are decoded, so that a character may arrive in two parts, and so
-    that the line separators of Unicode count as text.
+    that the line separators of Unicode count as text. Bytes that are not UTF-8 become U+FFFD.
     """
     buffer = b""
     data: list[bytes] = []
@@ -20,5 +20,5 @@ def read_events(parts: Iterable[bytes]) -> Iterator[str]:
             if field == b"data":
                 data.append(value.removeprefix(b" "))
             elif not field and not value and data:
-                yield b"\n".join(data).decode()
+                yield b"\n".join(data).decode(errors="replace")
                 data = []

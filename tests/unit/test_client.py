@@ -27,6 +27,10 @@ def test_events_are_the_same_however_their_bytes_arrive(size: int) -> None:
     assert list(read_events(parts)) == ['{"a": "é\u2028"}', "1\n2"]
 
 
+def test_a_byte_that_is_not_utf8_costs_a_character_and_no_traceback() -> None:
+    assert list(read_events([b"data: caf\xe9\n\n"])) == ["caf\N{REPLACEMENT CHARACTER}"]
+
+
 @pytest.mark.parametrize(
     ("given", "base"),
     [
