@@ -15,7 +15,7 @@ from gptj_dist.cli.checkpoints.download import download
 from gptj_dist.cli.checkpoints.inspect import inspect
 from gptj_dist.cli.checkpoints.synth import synth
 from gptj_dist.cli.checkpoints.verify import verify
-from gptj_dist.cli.examples import examples_of
+from gptj_dist.cli.examples import EXAMPLES
 from gptj_dist.cli.server.doctor import doctor
 from gptj_dist.cli.server.key import key
 from gptj_dist.cli.server.plan import plan
@@ -56,7 +56,8 @@ app = typer.Typer(
 )
 for panel, verbs in VERBS.items():
     for verb in verbs:
-        app.command(help=_help_of(verb), epilog=examples_of(verb.__name__), rich_help_panel=panel)(verb)
+        epilog = "\n".join(["Examples:", *EXAMPLES[verb.__name__]])
+        app.command(help=_help_of(verb), epilog=epilog, rich_help_panel=panel)(verb)
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""What `gptj-dist VERB --help` ends with: command lines to copy."""
+"""Command lines to copy, with which `gptj-dist VERB --help` ends."""
 
 from __future__ import annotations
 
@@ -46,8 +46,3 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "synth": ("gptj-dist synth tiny random-gptj", "gptj-dist synth 6b /tmp/gptj-6b --shard-gb 2"),
 }
 """By the verb's name."""
-
-
-def examples_of(verb: str) -> str | None:
-    """The end of a verb's help."""
-    return "\n".join(["Examples:", *EXAMPLES[verb]]) if verb in EXAMPLES else None
