@@ -18,6 +18,8 @@ from gptj_dist.generation import NO_GENERATION_CONFIG, GenerationConfig, eos_tok
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+DeviceChoice = Literal["auto", DeviceKind]
+DTypeChoice = Literal["auto", DTypeName]
 DTYPE_BYTES: Mapping[DTypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 BLOCK_SIZE_TOKENS = 16
@@ -263,8 +265,8 @@ class PipelineConfig:
     revision: str | None = None
     stages: int | None = None
     layers: tuple[int, ...] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: DeviceChoice = "auto"
+    dtype: DTypeChoice = "auto"
     threads_per_stage: int | None = None
     cpus_per_stage: float | None = None
     gpus_per_stage: float | None = None

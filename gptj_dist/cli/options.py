@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
 from gptj_dist.cli.streams import as_text
-from gptj_dist.errors import ConfigurationError
 
 PIPELINE_PANEL = "Pipeline"
 
@@ -31,11 +29,6 @@ def finite(value: str | float) -> float:
     return number
 
 
-def _setting(help: str, metavar: str | None = None, parser: Callable[[str], Any] | None = None) -> Any:
-    """An option of a pipeline; `--help` groups them."""
-    return typer.Option(help=help, metavar=metavar, rich_help_panel=PIPELINE_PANEL, case_sensitive=False, parser=parser)
-
-
 def complete_model(incomplete: str) -> list[str]:
     """What a shell offers for a model: `demo`, and directories that hold one."""
     directories = [str(path.parent) for path in Path().glob(f"{glob.escape(incomplete)}*/config.json")]
@@ -50,28 +43,6 @@ Model: TypeAlias = Annotated[
         autocompletion=complete_model,
     ),
 ]
-Stages: TypeAlias = Annotated[int | None, _setting("Number of stages; layers are cut by cost.")]
-Layers: TypeAlias = Annotated[str | None, _setting("Layers of each stage, such as 8,7,7,6.", "NUMBERS")]
-Device: TypeAlias = Annotated[Literal["auto", "cpu", "cuda"], _setting("'auto' takes GPUs where there are any.")]
-DType: TypeAlias = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    _setting("float32, bfloat16, float16, or 'auto': the checkpoint's, or float32 if the device is bad at it.", "TYPE"),
-]
-ThreadsPerStage: TypeAlias = Annotated[
-    int | None, _setting("Most threads of a CPU stage; by default stages share the cores.")
-]
-CPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray CPUs of a stage.", "NUMBER", finite)]
-GPUsPerStage: TypeAlias = Annotated[float | None, _setting("Ray GPUs of a stage, such as 0.5.", "NUMBER", finite)]
-MaxModelLen: TypeAlias = Annotated[int | None, _setting("Most tokens of prompt and output together.")]
-KVCacheGB: TypeAlias = Annotated[
-    str, _setting("KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.", "GB")
-]
-GenerationConfig: TypeAlias = Annotated[
-    Literal["auto", "none"],
-    _setting("'none' leaves out what generation_config.json says of sampling; its end tokens stay."),
-]
-MaxBatchSize: TypeAlias = Annotated[int, _setting("Most requests that run at once; more wait.")]
-MaxQueuedRequests: TypeAlias = Annotated[int, _setting("Most requests that wait in a pipeline; more are refused.")]
 Revision: TypeAlias = Annotated[
     str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="NAME", parser=as_text)
 ]
@@ -113,33 +84,3 @@ DEFAULT_START_TIMEOUT_S = 120.0
 def parse_chat_stop(given: list[str] | None) -> tuple[str, ...] | None:
     """The strings of `--chat-stop`; None takes the chat template's."""
     return None if given is None else tuple(text for text in given if text)
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """`8,7,7,6` as numbers.
-
-    Raises:
-        ConfigurationError: something else.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigurationError(
-            f"--layers takes numbers with commas between them, such as 8,7,7,6, not {text!r}"
-        ) from None
-
-
-def parse_kv_cache_gb(text: str) -> float | None:
-    """A number of GB, or None for `auto`.
-
-    Raises:
-        ConfigurationError: something else.
-    """
-    if text == "auto":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigurationError(f"--kv-cache-gb takes a number or 'auto', not {text!r}") from None

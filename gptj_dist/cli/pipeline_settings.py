@@ -10,36 +10,50 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from gptj_dist.cli import options
-from gptj_dist.config import PipelineConfig
+import typer
+
+from gptj_dist.cli.options import PIPELINE_PANEL, Revision, finite
+from gptj_dist.config import DeviceChoice, DTypeChoice, PipelineConfig
+from gptj_dist.errors import ConfigurationError
 
 Settings: TypeAlias = dict[str, Any]
 """Fields of `PipelineConfig`."""
 
-OPTIONS: dict[str, Any] = {
-    "stages": options.Stages,
-    "layers": options.Layers,
-    "device": options.Device,
-    "dtype": options.DType,
-    "threads_per_stage": options.ThreadsPerStage,
-    "cpus_per_stage": options.CPUsPerStage,
-    "gpus_per_stage": options.GPUsPerStage,
-    "max_model_len": options.MaxModelLen,
-    "kv_cache_gb": options.KVCacheGB,
-    "max_batch_size": options.MaxBatchSize,
-    "max_queued_requests": options.MaxQueuedRequests,
-    "generation_config": options.GenerationConfig,
-    "revision": options.Revision,
-}
-"""What the command line calls the fields, by their names."""
 
-PARSERS: dict[str, Callable[[Any], Any]] = {
-    "layers": options.parse_layers,
-    "kv_cache_gb": options.parse_kv_cache_gb,
+def _option(help: str, metavar: str | None = None, parser: Callable[[str], Any] | None = None) -> Any:
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=PIPELINE_PANEL, case_sensitive=False, parser=parser)
+
+
+OPTIONS: dict[str, Any] = {
+    "stages": Annotated[int | None, _option("Number of stages; layers are cut by cost.")],
+    "layers": Annotated[str | None, _option("Layers of each stage, such as 8,7,7,6.", "NUMBERS")],
+    "device": Annotated[DeviceChoice, _option("'auto' takes GPUs where there are any.")],
+    "dtype": Annotated[
+        DTypeChoice,
+        _option(
+            "float32, bfloat16, float16, or 'auto': the checkpoint's, or float32 if the device is bad at it.", "TYPE"
+        ),
+    ],
+    "threads_per_stage": Annotated[
+        int | None, _option("Most threads of a CPU stage; by default stages share the cores.")
+    ],
+    "cpus_per_stage": Annotated[float | None, _option("Ray CPUs of a stage.", "NUMBER", finite)],
+    "gpus_per_stage": Annotated[float | None, _option("Ray GPUs of a stage, such as 0.5.", "NUMBER", finite)],
+    "max_model_len": Annotated[int | None, _option("Most tokens of prompt and output together.")],
+    "kv_cache_gb": Annotated[
+        str, _option("KV cache of a pipeline in GB; 'auto' takes what is free, less a margin.", "GB")
+    ],
+    "max_batch_size": Annotated[int, _option("Most requests that run at once; more wait.")],
+    "max_queued_requests": Annotated[int, _option("Most requests that wait in a pipeline; more are refused.")],
+    "generation_config": Annotated[
+        Literal["auto", "none"],
+        _option("'none' leaves out what generation_config.json says of sampling; its end tokens stay."),
+    ],
+    "revision": Revision,
 }
-"""For fields whose option is a text."""
+"""By the names of the fields."""
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PipelineConfig)} | {"kv_cache_gb": "auto"}
 
@@ -50,7 +64,8 @@ def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[...,
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
         def called(**given: Any) -> None:
-            settings = {name: PARSERS.get(name, _as_given)(given.pop(name)) for name in names}
+            settings = {name: given.pop(name) for name in names}
+            settings |= {name: parse(settings[name]) for name, parse in _PARSERS.items() if name in names}
             verb(**given, settings=settings)
 
         called.__signature__ = _with_options(verb, names)  # type: ignore[attr-defined]
@@ -73,5 +88,31 @@ def _with_options(verb: Callable[..., None], names: tuple[str, ...]) -> inspect.
     return inspect.Signature(parameters)
 
 
-def _as_given(value: Any) -> Any:
-    return value
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """`8,7,7,6` as numbers.
+
+    Raises:
+        ConfigurationError: something else.
+    """
+    try:
+        return None if text is None else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ConfigurationError(
+            f"--layers takes numbers with commas between them, such as 8,7,7,6, not {text!r}"
+        ) from None
+
+
+def _parse_kv_cache_gb(text: str) -> float | None:
+    """A number of GB, or None for `auto`.
+
+    Raises:
+        ConfigurationError: something else.
+    """
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise ConfigurationError(f"--kv-cache-gb takes a number or 'auto', not {text!r}") from None
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {"layers": _parse_layers, "kv_cache_gb": _parse_kv_cache_gb}
+"""For fields whose option is a text."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from gptj_dist.config import DeviceKind, DTypeName
+from gptj_dist.config import DeviceChoice, DeviceKind, DTypeName
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.model.arithmetic import kernels, vectors
 from gptj_dist.stages.blueprint import DeviceReport
@@ -30,7 +29,7 @@ def open_device(kind: DeviceKind) -> torch.device:
     return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
 
 
-def local_device(choice: Literal["auto", "cpu", "cuda"]) -> tuple[DeviceKind, torch.device]:
+def local_device(choice: DeviceChoice) -> tuple[DeviceKind, torch.device]:
     """Return this machine's device for stages that share one process; `auto` takes a GPU if torch finds one.
 
     Raises:

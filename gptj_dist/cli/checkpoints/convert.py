@@ -5,24 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptj_dist.cli.options import Model, Revision
+from gptj_dist.config import DTypeChoice, DTypeName, LayerRange
 from gptj_dist.sizes import bytes_text
 
 if TYPE_CHECKING:
     from gptj_dist.checkpoint.convert import Conversion
-    from gptj_dist.config import DTypeName
 
 
 def convert(
     source: Model,
     destination: Annotated[Path, typer.Argument(help="The directory to write.", show_default=False)],
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="float32, bfloat16, float16, or 'auto': the checkpoint's.", metavar="TYPE"),
+        DTypeChoice, typer.Option(help="float32, bfloat16, float16, or 'auto': the checkpoint's.", metavar="TYPE")
     ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint there, once the new one is whole.")
@@ -55,7 +54,6 @@ def _convert(
     from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
     from gptj_dist.checkpoint.index import read_model_config
     from gptj_dist.cli.progress import displayed
-    from gptj_dist.config import LayerRange
 
     directory = resolve_model(source, revision)
     check_destination(directory, destination, overwrite)  # before a download, which may take an hour

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from gptj_dist.cli.options import finite
-from gptj_dist.config import DTYPE_BYTES, LayerRange, ModelConfig
+from gptj_dist.config import DTYPE_BYTES, DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.text.vocabulary import eos_token_id
 
@@ -33,8 +33,7 @@ def synth(
     shape: Annotated[Literal["6b", "wide", "deep", "tiny"], typer.Argument(help="The shape to start from.")],
     dst: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="Of the weights: float32, bfloat16 or float16.", metavar="TYPE"),
+        DTypeName, typer.Option(help="Of the weights: float32, bfloat16 or float16.", metavar="TYPE")
     ] = "bfloat16",
     form: Annotated[
         Literal["safetensors", "bin"], typer.Option(help="'bin' is PyTorch's pickle, causal masks and all.")
