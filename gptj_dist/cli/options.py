@@ -29,6 +29,18 @@ def finite(value: str | float) -> float:
     return number
 
 
+def seconds(value: str | float) -> float:
+    """Parser of options that take a time. Refuses what `finite` does, and negative numbers.
+
+    Raises:
+        typer.BadParameter: the text is no such number.
+    """
+    number = finite(value)
+    if number < 0:
+        raise typer.BadParameter(f"{number:g} is negative.")
+    return number
+
+
 def complete_model(incomplete: str) -> list[str]:
     """What a shell offers for a model: `demo`, and directories that hold one."""
     directories = [str(path.parent) for path in Path().glob(f"{glob.escape(incomplete)}*/config.json")]
@@ -67,6 +79,9 @@ ChatStop: TypeAlias = Annotated[
 ]
 Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen at.")]
 Port: TypeAlias = Annotated[int, typer.Option(help="Port to listen at.")]
+DrainS: TypeAlias = Annotated[
+    float, typer.Option(metavar="SECONDS", parser=seconds, help="How long requests under way may take to end.")
+]
 TraceFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(

@@ -87,6 +87,10 @@ def test_the_parser_takes_every_example(line: str) -> None:
         (["synth", "tiny", "x", "--shard-gb", "0"], "--shard-gb must be positive, got 0"),
         (["synth", "tiny", "x", "--seed", "99999999999999999999"], "--seed"),
         (["serve", "demo", "--cpus-per-stage", "nan"], "'nan' is not a finite number"),
+        (["serve", "demo", "--start-timeout-s", "nan"], "'nan' is not a finite number"),
+        (["serve", "demo", "--drain-s=-1"], "-1 is negative"),
+        (["stop", "--drain-s", "inf"], "'inf' is not a finite number"),
+        (["batch", "in", "out", "--wait=-1"], "-1 is negative"),
     ],
 )
 def test_what_is_mistyped_is_refused_with_what_is_nearest(arguments: list[str], told: str) -> None:

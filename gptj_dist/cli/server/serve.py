@@ -19,6 +19,7 @@ from gptj_dist.cli.options import (
     DEFAULT_START_TIMEOUT_S,
     ChatMaxTokens,
     ChatStop,
+    DrainS,
     Host,
     Model,
     Port,
@@ -26,6 +27,7 @@ from gptj_dist.cli.options import (
     TemplateFile,
     TraceFile,
     parse_chat_stop,
+    seconds,
 )
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig
@@ -79,11 +81,9 @@ def serve(
     log_format: Annotated[LogFormat, typer.Option(help="How a line of a log is written.")] = "text",
     log_level: Annotated[LogLevel, typer.Option(help="The least severe events that are logged.")] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in logs.")] = False,
-    drain_s: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long requests under way may take after Ctrl-C.")
-    ] = DEFAULT_DRAIN_S,
+    drain_s: DrainS = DEFAULT_DRAIN_S,
     start_timeout_s: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long Ray may take to start on this machine.")
+        float, typer.Option(metavar="SECONDS", parser=seconds, help="How long Ray may take to start on this machine.")
     ] = DEFAULT_START_TIMEOUT_S,
 ) -> None:
     """Serve a model over HTTP as a pipeline of stages, until Ctrl-C.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gptj_dist.cli.options import DEFAULT_APP_NAME, DEFAULT_DRAIN_S
+from gptj_dist.cli.options import DEFAULT_APP_NAME, DEFAULT_DRAIN_S, DrainS
 
 
 def stop(
@@ -14,9 +14,7 @@ def stop(
         str | None, typer.Option(help="Ray cluster that serves the application.", envvar="RAY_ADDRESS")
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the Serve application on the cluster.")] = DEFAULT_APP_NAME,
-    drain_s: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long requests under way may take on the cluster.")
-    ] = DEFAULT_DRAIN_S,
+    drain_s: DrainS = DEFAULT_DRAIN_S,
 ) -> None:
     """Remove a server whose launcher is gone: an application from a cluster, or processes from this machine.
 

@@ -17,8 +17,8 @@ from gptj_dist.cli.options import (
     ChatStop,
     ServedModelName,
     TemplateFile,
-    finite,
     parse_chat_stop,
+    seconds,
 )
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.cli.request_options import DEFAULT_TIMEOUT_S, DEFAULT_URL, KeyOption, ServerUrl, Timeout
@@ -63,7 +63,7 @@ def batch(
         float,
         typer.Option(
             metavar="SECONDS",
-            parser=finite,
+            parser=seconds,
             help="Longest time without any answer, from a server that is busy, loading or away.",
             rich_help_panel="Server",
         ),
@@ -93,8 +93,6 @@ def batch(
     from gptj_dist.cli.text.batch_requests import RequestFile
     from gptj_dist.cli.text.batch_run import Patience
 
-    if wait < 0:
-        raise ConfigurationError(f"--wait must not be negative, got {wait:g}")
     if model is None:
         _refuse_options(context, LOCAL_OPTIONS, "needs --model, which answers the requests in this process")
         answerer = _by_server(url, api_key, timeout, concurrency)
