@@ -24,6 +24,7 @@ from gptj_dist.operate.launch.environment import LAUNCHER_VARIABLE, bypass_proxi
 from gptj_dist.operate.launch.local_ray import LocalRay
 from gptj_dist.operate.launch.processes import descendants, environments, is_running, kill
 from gptj_dist.operate.launch.session_room import SessionRoom
+from gptj_dist.operate.launch.terminal import open_console
 from gptj_dist.operate.launch.watch import LossReporter, Watcher
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.loss import StageLoss
@@ -154,6 +155,12 @@ def test_the_request_to_copy_works_where_the_environment_has_a_proxy(
     assert "--noproxy '*'" in example_command("http://127.0.0.1:8000", needs_key=False, has_proxy=True)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert not needs_noproxy("127.0.0.1")
+
+
+def test_names_and_addresses_with_brackets_are_printed_as_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+    line = "Ready: gpt-j[fp16] or [/x] at http://[fd00:bee:1::2]:8000"
+    open_console().print(line, soft_wrap=True)
+    assert capfd.readouterr().out == f"{line}\n"
 
 
 @pytest.mark.parametrize(

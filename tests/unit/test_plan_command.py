@@ -55,6 +55,14 @@ def test_the_example_prints_stages_speed_and_the_command_to_serve(six_b: str) ->
     assert max(len(line) for line in result.output.splitlines() if "gptj-dist serve" not in line) <= 100
 
 
+def test_brackets_in_the_name_of_a_model_are_no_markup(tmp_path: Path) -> None:
+    model = tmp_path / "gpt[j]"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SIX_B))
+    result = plan(str(model), "--devices", EXAMPLE)
+    assert f"gptj-dist serve {model} --layers" in result.output
+
+
 def test_one_device_needs_no_order(six_b: str, tmp_path: Path) -> None:
     devices = tmp_path / "devices.yaml"
     devices.write_text("devices: [h200]")

@@ -79,7 +79,7 @@ def _print_cut(config: PipelineConfig) -> None:
 
     blueprint = draw_blueprint(config)
     reports = _foresee(blueprint)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     num_kv_tokens: int | None = None
     try:
         num_kv_tokens = count_kv_blocks(blueprint, reports) * BLOCK_SIZE_TOKENS

@@ -30,7 +30,7 @@ def print_check(config: PipelineConfig) -> bool:
     model = read_model_config(resolve_model(config.model, config.revision))
     dtype = choose_dtype(config, model, [describe_device(open_device("cpu"))])
     checked = CheckedModel(config.model, config.revision, model, dtype)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(
         f"{config.model} in {dtype} on this machine's CPU. Step times are predicted from those of models of other "
         "shapes, and then measured; each round does both."

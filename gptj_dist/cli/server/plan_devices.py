@@ -62,7 +62,7 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
     model = read_model_config(resolve_model(config.model, config.revision))
     workload = _workload(config, model, specs)
     pipeline = best_pipeline(workload, specs)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(_stage_table(workload, pipeline))
     console.print(_speed_table(workload, pipeline))
     for line in _remarks(workload, pipeline, specs, config):

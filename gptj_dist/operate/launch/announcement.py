@@ -45,11 +45,9 @@ def announce(
         if launch.app.pipeline.dtype == "auto" and not is_lossless(model, dtype):
             console.print(f"The {model.dtype} weights are rounded to {dtype}, because the memory is small.")
     names = " or ".join(launch.app.model_names)
-    console.print(f"Ready after {elapsed_s:.1f} s: {names} at {base}", highlight=False)
-    console.print(
-        f"\n  {example_command(base, launch.api_key is not None, has_proxy)}\n", highlight=False, soft_wrap=True
-    )
-    console.print(f"Logs: {log_directory()}", highlight=False, soft_wrap=True)
+    console.print(f"Ready after {elapsed_s:.1f} s: {names} at {base}", soft_wrap=True)
+    console.print(f"\n  {example_command(base, launch.api_key is not None, has_proxy)}\n", soft_wrap=True)
+    console.print(f"Logs: {log_directory()}", soft_wrap=True)
     console.print("Ctrl-C stops.")
 
 

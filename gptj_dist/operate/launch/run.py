@@ -44,7 +44,7 @@ class _Start:
 
     def say(self, line: str) -> None:
         """Prints a line for the user, however long, as one."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
 
 def run_until_stopped(launch: Launch) -> None:
@@ -163,6 +163,6 @@ def _fetch_all_weights(pipeline: PipelineConfig, console: Console) -> None:
 
     def note(file: str) -> None:
         if not console.is_terminal:  # else the bar names it
-            console.print(f"Fetching {file} ...", highlight=False)
+            console.print(f"Fetching {file} ...")
 
     fetch_weights(pipeline.model, directory, LayerRange.whole(config.num_layers), config, note)

@@ -39,10 +39,11 @@ class LastingOutput(io.RawIOBase):
 
 
 def open_console() -> Console:
-    """A console on standard output; characters that its encoding lacks become question marks."""
+    """A console on standard output that prints text as it is, with question marks for what its encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     buffer = io.BufferedWriter(LastingOutput())
-    return Console(file=io.TextIOWrapper(buffer, encoding=encoding, errors="replace", write_through=True))
+    file = io.TextIOWrapper(buffer, encoding=encoding, errors="replace", write_through=True)
+    return Console(file=file, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
