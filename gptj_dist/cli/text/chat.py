@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -191,12 +192,7 @@ def _take_line(line: str, conversation: Conversation) -> bool:
 
 def _answer(text: str, conversation: Conversation) -> None:
     """Prints the answer to a message as it comes."""
-    reason = conversation.say(text, _print_piece)
+    reason = conversation.say(text, functools.partial(print, end="", flush=True))
     print()
     if reason == "length":
         print("gptj-dist: cut at the most tokens of an answer; --max-tokens sets them", file=sys.stderr)
-
-
-def _print_piece(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,31 +101,28 @@ def _print_stream(server: Server, body: dict[str, Any]) -> None:
         with closing(server.stream(PATH, body)) as chunks:
             for text in (text for chunk in chunks for text in _texts(chunk)):
                 has_begun = True
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                print(text, end="", flush=True)
     finally:
         if has_begun:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            print(flush=True)
 
 
-def _print_choices(texts: Iterator[str]) -> None:
+def _print_choices(texts: Sequence[str]) -> None:
     """One as it is; several under a number each."""
-    first, *others = texts
-    if not others:
-        print(first)
+    if len(texts) == 1:
+        print(texts[0])
         return
-    for number, text in enumerate((first, *others), start=1):
+    for number, text in enumerate(texts, start=1):
         print(f"--- {number}\n{text}")
 
 
-def _texts(response: dict[str, Any]) -> Iterator[str]:
+def _texts(response: dict[str, Any]) -> list[str]:
     """What a response or a chunk of one adds to its choices.
 
     Raises:
         ServerError: it is no completion.
     """
     try:
-        yield from [str(choice["text"]) for choice in response["choices"]]
+        return [str(choice["text"]) for choice in response["choices"]]
     except (KeyError, TypeError):
         raise ServerError("the server's answer is no completion: is it a gptj-dist server?") from None

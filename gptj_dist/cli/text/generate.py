@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -53,10 +52,9 @@ def generate(
 
     check_trace_path(trace)
     with LLM(model, **settings, max_batch_size=1) as llm:
-        sys.stdout.write(prompt)
+        print(prompt, end="")
         for text in llm.stream(prompt, SamplingParams(**{**DEFAULTS, **llm.defaults, **asked})):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)
         if trace is not None:
             llm.write_trace(trace)
-    sys.stdout.write("\n")
+    print()
