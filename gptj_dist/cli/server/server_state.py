@@ -48,14 +48,13 @@ def look(server: Server) -> ServerState:
         ServerError: nothing answers at the address, or the server refuses the request.
         ConfigurationError: something else listens there.
     """
-    problem: str | None = None
-    debug: DebugDocument | None = None
-    try:
-        _require_ready(server)
-    except NotReadyError as error:
-        problem = str(error)
+    ready = server.get("/ready")
+    problem = told_error(ready)[0] if ready.status_code == httpx.codes.SERVICE_UNAVAILABLE else None
+    if problem is None:
+        _require_known(ready, server)
     version = server.get("/version")
-    models = server.get("/v1/models")
+    models = _require_known(server.get("/v1/models"), server)
+    debug: DebugDocument | None = None
     try:
         debug = fetch_pipelines(server)
     except NotReadyError as error:
@@ -64,7 +63,7 @@ def look(server: Server) -> ServerState:
         server.base,
         problem,
         str(json_object(version).get("version")) if version.status_code == httpx.codes.OK else None,
-        tuple(str(model["id"]) for model in _require_ok(models).get("data", [])),
+        tuple(str(model["id"]) for model in json_object(models).get("data", [])),
         debug,
     )
 
@@ -86,14 +85,6 @@ def fetch_pipelines(server: Server) -> DebugDocument:
         raise ConfigurationError(f"the server at {server.base} is not gptj-dist, or of another version") from None
 
 
-def _require_ready(server: Server) -> None:
-    """Raises NotReadyError, in the server's words, if no token can be made."""
-    response = server.get("/ready")
-    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-        raise NotReadyError(told_error(response)[0])
-    _require_known(response, server)
-
-
 def _require_known(response: httpx.Response, server: Server) -> httpx.Response:
     """The answer, if it is one of ours.
 
@@ -106,9 +97,3 @@ def _require_known(response: httpx.Response, server: Server) -> httpx.Response:
     if response.status_code != httpx.codes.OK:
         raise refusal(response)
     return response
-
-
-def _require_ok(response: httpx.Response) -> dict[str, Any]:
-    if response.status_code != httpx.codes.OK:
-        raise refusal(response)
-    return json_object(response)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_
 from typing import Annotated
 
 import typer
 
 from gptj_dist.cli.request_options import DEFAULT_URL, KeyOption, ServerUrl, Timeout
+from gptj_dist.cli.streams import print_json
 
 NOT_READY = 1
 STATUS_TIMEOUT_S = 10.0
@@ -29,7 +29,7 @@ def status(
     with Server(ServerAddress.of(url, api_key, timeout)) as server:
         state = look(server)
     if json:
-        print(json_.dumps(state.as_json(), indent=2))
+        print_json(state.as_json())
     else:
         from rich.console import Console
 
