@@ -100,26 +100,18 @@ class StepCheck:
 
 @dataclass(frozen=True, slots=True)
 class PipelineCheck:
-    """The result of `check_pipeline`.
+    """The result of one round, or of `check_pipeline`.
 
     Args:
-        devices: the figures of each stage's share of the machine, of the quietest round.
-        steps: each from the round in which its ratio was the middle one of the quiet rounds.
-        others_cores: CPU cores that other processes used in the quiet rounds, at the most.
+        devices: the figures of each stage's share of the machine; of several rounds, those of the quietest.
+        steps: always in the same order; of several rounds, each from the one in which its ratio was the middle one of
+            the quiet rounds.
+        others_cores: CPU cores that other processes used; of several rounds, at most in the quiet ones.
     """
 
     devices: tuple[DeviceSpec, ...]
     steps: tuple[StepCheck, ...]
     others_cores: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Round:
-    """Devices by stage, the cores that other processes used, and all checks, always in the same order."""
-
-    devices: tuple[DeviceSpec, ...]
-    others_cores: float
-    steps: tuple[StepCheck, ...]
 
 
 def check_pipeline(
@@ -165,7 +157,7 @@ def _round(
     others: Sequence[ModelConfig],
     ranges: Sequence[LayerRange],
     cases: Sequence[Chunks],
-) -> _Round:
+) -> PipelineCheck:
     """Calibrates, predicts, and only then measures."""
     begin, begin_cpu_s = time.perf_counter(), busy_cpu_s() - team.cpu_s
     works: list[Work] = []
@@ -190,10 +182,10 @@ def _round(
         for layers, measured in zip(ranges, team.time(len(others), case), strict=True)
     ]
     others_cpu_s = busy_cpu_s() - team.cpu_s - begin_cpu_s
-    return _Round(devices, others_cpu_s / (time.perf_counter() - begin), tuple(steps))
+    return PipelineCheck(devices, tuple(steps), others_cpu_s / (time.perf_counter() - begin))
 
 
-def _summary(rounds: Sequence[_Round]) -> PipelineCheck:
+def _summary(rounds: Sequence[PipelineCheck]) -> PipelineCheck:
     quiet = sorted(rounds, key=lambda round_: round_.others_cores)[:NUM_QUIET_ROUNDS]
     steps = [
         sorted(checks, key=lambda check: check.ratio)[len(checks) // 2]
