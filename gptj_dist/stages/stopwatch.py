@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -146,7 +146,8 @@ class Team:
             StageFailedError: a process died.
         """
         for connection in self._connections:
-            connection.send((index, case))
+            with suppress(ConnectionError):  # its process has died, as receiving from it will show
+                connection.send((index, case))
         timings = [_receive(connection) for connection in self._connections]
         self._cpu_s = [timing.cpu_s for timing in timings]
         return [timing.seconds for timing in timings]

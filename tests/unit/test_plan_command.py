@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from gptj_dist.cli import app
 from gptj_dist.cli.server import plan_check
 from gptj_dist.cli.server.plan_devices import devices_of_nodes
 from gptj_dist.config import ModelConfig
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.operate.calibration import check_pipeline
+from gptj_dist.planning.cost import Chunks
 from gptj_dist.planning.devices import known_device
+from gptj_dist.stages.stopwatch import Team, Timing
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "devices.yaml")
 SIX_B = {
@@ -185,3 +188,13 @@ def test_check_prints_prediction_against_reality(monkeypatch: pytest.MonkeyPatch
     is_off = any(abs(float(ratio) - 1) > 0.25 for *_, ratio in ratios)
     assert result.exit_code == is_off
     assert "of 18 predictions are within 25%" in result.output
+
+
+def test_a_process_that_has_died_between_two_steps_ends_the_check_with_a_reason() -> None:
+    """A broken pipe alone would end the command in silence, as if its output had no reader."""
+    ours, theirs = Pipe()
+    theirs.send(Timing(0.0, 0.0))
+    team = Team([ours])
+    theirs.close()
+    with pytest.raises(StageFailedError, match="was there enough memory"):
+        team.time(0, Chunks(1, 1, 1))
