@@ -5,7 +5,7 @@ Reads tokenizer, chat template, end tokens and generation config; no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import TOKENIZER_FILES
@@ -17,10 +17,15 @@ from gptj_dist.text.tokenizer import Tokenizer
 
 
 def text_rows(directory: Path, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """How texts are read, how they end and how they are sampled: a name and a description each."""
-    yield from _tokenizer_rows(directory, config)
+    """How texts are read, how they end and how they are sampled: a name and a description each.
+
+    A tokenizer or a template that cannot be loaded is a row and no error: its checkpoint can be converted.
+    """
+    tokenizer, text = _load_tokenizer(directory, config)
+    yield "tokenizer", text
     yield "template", _template_text(directory)
-    yield "end", ", ".join(_named(directory, config.eos_token_ids)) or "no token ends a text"
+    ends = [_token_text(tokenizer, token_id) for token_id in config.eos_token_ids]
+    yield "end", ", ".join(ends) or "no token ends a text"
     if generation := list(_generation_texts(config)):
         yield "generation", "; ".join(generation)
 
@@ -28,9 +33,8 @@ def text_rows(directory: Path, config: ModelConfig) -> Iterator[tuple[str, str]]
 def odd_text_settings(directory: Path, config: ModelConfig) -> Iterator[str]:
     """What is unusual about them, a line each."""
     yield from odd_generation(directory, config)
-    try:
-        tokenizer = Tokenizer.load(directory)
-    except CheckpointError:  # a row says so
+    tokenizer, _ = _load_tokenizer(directory, config)
+    if tokenizer is None:  # a row says so
         return
     for token_id in config.eos_token_ids:
         if not tokenizer.token_text(token_id):
@@ -52,20 +56,33 @@ def _odd_answer_end(directory: Path, config: ModelConfig, tokenizer: Tokenizer) 
         )
 
 
+def _load_tokenizer(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, if it can be loaded, and its description."""
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None, "none"
+    try:
+        tokenizer = Tokenizer.load(directory)
+    except CheckpointError as error:
+        return None, f"cannot be loaded, {error}"
+    text = f"{tokenizer.num_entries} entries for {config.vocab_size} rows"
+    if num_spare := len(tokenizer.spare_ids(config.vocab_size)):
+        text += f"; {num_spare} rows stand for no text and are generated only where they are named"
+    if tokenizer.num_entries > config.vocab_size:
+        text += f"; {tokenizer.num_entries - config.vocab_size} entries have no row: text with them cannot be served"
+    return tokenizer, text
+
+
+def _token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """The id and, where the tokenizer has one, its name."""
+    name = "" if tokenizer is None else tokenizer.token_text(token_id)
+    return f"{token_id} {name!r:.40}" if name else str(token_id)
+
+
 def _template_text(directory: Path) -> str:
     try:
         return "none: chat needs --chat-template" if load_chat_template(directory) is None else "for chat"
     except CheckpointError as error:
         return f"cannot be loaded, {error}"
-
-
-def _named(directory: Path, token_ids: Sequence[int]) -> list[str]:
-    """Tokens by their ids and, where the tokenizer has them, their names."""
-    try:
-        names = {token_id: Tokenizer.load(directory).token_text(token_id) for token_id in token_ids}
-    except CheckpointError:
-        names = {}
-    return [f"{token_id} {names[token_id]!r:.40}" if names.get(token_id) else str(token_id) for token_id in token_ids]
 
 
 def _generation_texts(config: ModelConfig) -> Iterator[str]:
@@ -75,22 +92,3 @@ def _generation_texts(config: ModelConfig) -> Iterator[str]:
     num_banned = len(generation.suppressed_ids) + len(generation.bad_words) + len(generation.first_suppressed_ids)
     if num_banned:
         yield f"{num_banned} tokens or runs of tokens are ruled out"
-
-
-def _tokenizer_rows(directory: Path, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """A tokenizer that cannot be loaded is a row and no error: its checkpoint can be converted."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        yield "tokenizer", "none"
-        return
-    try:
-        tokenizer = Tokenizer.load(directory)
-    except CheckpointError as error:
-        yield "tokenizer", f"cannot be loaded, {error}"
-        return
-    num_spare = len(tokenizer.spare_ids(config.vocab_size))
-    text = f"{tokenizer.num_entries} entries for {config.vocab_size} rows"
-    if num_spare:
-        text += f"; {num_spare} rows stand for no text and are generated only where they are named"
-    if tokenizer.num_entries > config.vocab_size:
-        text += f"; {tokenizer.num_entries - config.vocab_size} entries have no row: text with them cannot be served"
-    yield "tokenizer", text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from gptj_dist.config import ModelConfig
@@ -24,17 +23,11 @@ def find_in_text_settings(directory: Path, model: ModelConfig) -> list[Finding]:
         directory: of the checkpoint on this machine.
         model: as it would be served.
     """
-    template = list(_broken_template(directory))
-    rows = [row for row in text_rows(directory, model) if not (template and row[0] == "template")]
-    return [
-        *(Finding("ok", subject, text) for subject, text in rows),
-        *template,
-        *(Finding("warning", "texts", oddity, _ODDITY_CURE) for oddity in odd_text_settings(directory, model)),
-    ]
-
-
-def _broken_template(directory: Path) -> Iterator[Finding]:
+    findings = {subject: Finding("ok", subject, text) for subject, text in text_rows(directory, model)}
     try:
         load_chat_template(directory)
     except CheckpointError as error:
-        yield Finding("failure", "template", str(error), "correct it, or serve with another one by --chat-template")
+        cure = "correct it, or serve with another one by --chat-template"
+        findings["template"] = Finding("failure", "template", str(error), cure)
+    oddities = odd_text_settings(directory, model)
+    return [*findings.values(), *(Finding("warning", "texts", oddity, _ODDITY_CURE) for oddity in oddities)]
