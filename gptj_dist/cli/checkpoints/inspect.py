@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gptj_dist.cli.options import Model, Revision
@@ -25,33 +25,29 @@ def inspect(model: Model, revision: Revision = None) -> None:
     from gptj_dist.operate.text_settings import odd_text_settings, text_rows
 
     directory = resolve_model(model, revision)
-    is_remote = local_directory(model) is None
-    if is_remote and (missing := missing_files(directory)):
-        config = read_model_config(directory)
-        rows = [*_shape_rows(config), ("weights", _undownloaded(config, len(missing)))]
-        _show(directory, [*rows, *text_rows(directory, config)], [*odd_text_settings(directory, config)])
-        return
-    inspection = inspect_checkpoint(directory)
-    rows = [*_shape_rows(inspection.config), *_weight_rows(inspection)]
-    rows += text_rows(directory, inspection.config)
-    remarks = [*inspection.oddities, *odd_text_settings(directory, inspection.config), *_advice(model, inspection)]
-    _show(directory, rows, remarks)
-
-
-def _show(directory: Path, rows: Sequence[tuple[str, str]], remarks: Sequence[str]) -> None:
-    """Prints lines that are not wrapped, so that what is piped or copied stays whole."""
+    config = read_model_config(directory)
+    rows = [("model", _shape_text(config))]
+    oddities: Sequence[str] = ()
+    advice: Iterable[str] = ()
+    if local_directory(model) is None and (missing := missing_files(directory)):
+        rows.append(("weights", _undownloaded(config, len(missing))))
+    else:
+        inspection = inspect_checkpoint(directory)
+        rows += _weight_rows(inspection)
+        oddities, advice = inspection.oddities, _advice(model, inspection)
+    rows += text_rows(directory, config)
+    remarks = [*oddities, *odd_text_settings(directory, config), *advice]
     print(directory)
-    for name, text in rows:
+    for name, text in rows:  # not wrapped, so that what is piped or copied stays whole
         print(f"{name:<10}  {text}")
     for remark in remarks:
         print(f"- {remark}")
 
 
-def _shape_rows(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    yield (
-        "model",
+def _shape_text(config: ModelConfig) -> str:
+    return (
         f"{config.num_layers} layers of width {config.d_model}, {config.num_heads} heads, "
-        f"context of {config.context_length} tokens, vocabulary of {config.vocab_size}",
+        f"context of {config.context_length} tokens, vocabulary of {config.vocab_size}"
     )
 
 
@@ -61,11 +57,8 @@ def _weight_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     files = "1 file" if num_files == 1 else f"{num_files} files"
     yield "weights", f"{form}, {files}, {bytes_text(inspection.num_bytes)}"
     yield "parameters", f"{inspection.num_parameters:,}"
-    dtypes = inspection.bytes_of_dtype
-    yield (
-        "dtype",
-        next(iter(dtypes)) if len(dtypes) == 1 else _listing([f"{d}: {bytes_text(n)}" for d, n in dtypes.items()]),
-    )
+    texts = [f"{dtype}: {bytes_text(num_bytes)}" for dtype, num_bytes in inspection.bytes_of_dtype.items()]
+    yield "dtype", next(iter(inspection.bytes_of_dtype)) if len(texts) == 1 else _listing(texts)
     yield "embedding", bytes_text(inspection.embedding_bytes)
     yield "layers", _layers_text(inspection.layer_bytes)
     tied = ", tied to the embedding" if inspection.config.has_tied_embeddings else ""
@@ -79,12 +72,10 @@ def _layers_text(layer_bytes: Sequence[int]) -> str:
 
 
 def _undownloaded(config: ModelConfig, num_missing: int) -> str:
-    from math import prod
-
     from gptj_dist.checkpoint.index import expected_tensors
 
     shapes = expected_tensors(config, LayerRange.whole(config.num_layers))
-    num_parameters = sum(map(prod, shapes.values()))
+    num_parameters = sum(map(math.prod, shapes.values()))
     size = bytes_text(num_parameters * DTYPE_BYTES[config.dtype])
     files = "1 file is" if num_missing == 1 else f"{num_missing} files are"
     return f"{files} not downloaded; by config.json {num_parameters:,} parameters, {config.dtype}, {size}"
