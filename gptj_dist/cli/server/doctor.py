@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,6 @@ from gptj_dist.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from gptj_dist.operate.doctor.cluster import Cluster, Finding
-    from gptj_dist.operate.doctor.facts import ModelQuestion
     from gptj_dist.stages.blueprint import Blueprint
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -56,58 +56,45 @@ def _examine(config: PipelineConfig | None, listen_at: tuple[str, int], address:
     from gptj_dist.operate.doctor.fit import find_in_plan
     from gptj_dist.operate.doctor.start import find_in_start
     from gptj_dist.operate.doctor.text import find_in_text_settings
+    from gptj_dist.stages.blueprint import draw_blueprint
 
-    blueprint, problem = _draw(config)
-    cluster = _survey(_question(blueprint), listen_at, address)
+    blueprint: Blueprint | None = None
+    why_no_plan = Finding("ok", "memory", "not checked: no MODEL was named")
+    if config is not None:
+        try:
+            blueprint = draw_blueprint(config)
+        except ConfigurationError as error:
+            cure = "correct the model's files, its name or the settings"
+            why_no_plan = Finding("failure", "model", str(error), cure)
+    cluster = _survey(blueprint, listen_at, address)
     findings = [*find_in_nodes(cluster, config), *(find_in_start() if address is None else [])]
-    if problem is not None:
-        return [*findings, problem]
     if blueprint is None:
-        return [*findings, Finding("ok", "memory", "not checked: no MODEL was named")]
+        return [*findings, why_no_plan]
     directory = resolve_model(blueprint.config.model, blueprint.config.revision)
     return [*findings, *find_in_plan(cluster, blueprint), *find_in_text_settings(directory, blueprint.model)]
 
 
-def _draw(config: PipelineConfig | None) -> tuple[Blueprint | None, Finding | None]:
-    """The plan, or what is wrong with it."""
-    from gptj_dist.operate.doctor.cluster import Finding
-    from gptj_dist.stages.blueprint import draw_blueprint
-
-    if config is None:
-        return None, None
-    try:
-        return draw_blueprint(config), None
-    except ConfigurationError as error:
-        return None, Finding("failure", "model", str(error), "correct the model's files, its name or the settings")
-
-
-def _question(blueprint: Blueprint | None) -> ModelQuestion | None:
-    from gptj_dist.checkpoint.hub import local_directory, resolve_model
-    from gptj_dist.operate.doctor.facts import ModelQuestion
-
-    if blueprint is None:
-        return None
-    model, revision = blueprint.config.model, blueprint.config.revision
-    is_local = local_directory(model) is not None
-    return ModelQuestion(model, None if is_local else resolve_model(model, revision).name)
-
-
-def _survey(question: ModelQuestion | None, listen_at: tuple[str, int], address: str | None) -> Cluster:
+def _survey(blueprint: Blueprint | None, listen_at: tuple[str, int], address: str | None) -> Cluster:
     """The cluster at the address, or this machine.
 
     Raises:
         ConfigurationError: no Ray answers at the address.
     """
+    from gptj_dist.checkpoint.hub import local_directory
     from gptj_dist.operate.doctor.cluster import this_machine
-    from gptj_dist.operate.doctor.facts import gather_facts
+    from gptj_dist.operate.doctor.facts import ModelQuestion, gather_facts
     from gptj_dist.operate.launch.cluster import connected
 
+    question: ModelQuestion | None = None
+    if blueprint is not None:
+        model = blueprint.config.model
+        question = ModelQuestion(model, blueprint.config.revision if local_directory(model) is None else None)
     if address is None:
         return this_machine(gather_facts(question, listen_at))
     with connected(address):
-        from gptj_dist.operate.doctor.survey import NODE_TIMEOUT_S, survey_cluster
+        from gptj_dist.operate.doctor.survey import survey_cluster
 
-        return survey_cluster(question, listen_at, NODE_TIMEOUT_S)
+        return survey_cluster(question, listen_at)
 
 
 def _print(findings: Sequence[Finding]) -> None:
@@ -127,11 +114,7 @@ def _print(findings: Sequence[Finding]) -> None:
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    numbers = {severity: sum(finding.severity == severity for finding in findings) for severity in _COLOURS}
-    counted = [
-        f"{numbers[severity]} {severity}{'' if numbers[severity] == 1 else 's'}"
-        for severity in ("failure", "warning")
-        if numbers[severity]
-    ]
+    numbers = Counter(finding.severity for finding in findings)
+    counted = [f"{numbers[s]} {s}{'' if numbers[s] == 1 else 's'}" for s in ("failure", "warning") if numbers[s]]
     verdict = "Serving would fail" if numbers["failure"] else "Serving would work"
     return f"{verdict}{': ' if counted else ''}{', '.join(counted)}."

@@ -52,7 +52,9 @@ class Post:
     scout: Any
 
 
-def survey_cluster(question: ModelQuestion | None, listen_at: tuple[str, int], timeout_s: float) -> Cluster:
+def survey_cluster(
+    question: ModelQuestion | None, listen_at: tuple[str, int], timeout_s: float = NODE_TIMEOUT_S
+) -> Cluster:
     """Asks all nodes of the connected cluster at once.
 
     Args:
@@ -77,7 +79,7 @@ def survey_cluster(question: ModelQuestion | None, listen_at: tuple[str, int], t
             silent=tuple(SilentNode(p.name, p.ip, answer) for p, answer in answers if isinstance(answer, str)),
             broken_links=tuple(_broken_links([post for post, _ in heard], timeout_s)),
             applications=applications,
-            serve_address=None if applications is None else _serve_address(),
+            serve_address=None if applications is None else ":".join(map(str, http_address())),
         )
     finally:
         for post in posts:
@@ -124,8 +126,3 @@ def _broken_links(posts: Sequence[Post], timeout_s: float) -> Iterator[str]:
     for post, target, reason in zip(posts, next_posts, _collect(calls, timeout_s), strict=True):
         if reason is not None:
             yield f"{post.name} cannot reach {target.name} at {target.ip}: {reason}"
-
-
-def _serve_address() -> str:
-    host, port = http_address()
-    return f"{host}:{port}"
