@@ -266,7 +266,7 @@ def test_an_application_of_our_name_is_a_failure() -> None:
     served = cluster(facts(), applications=(APP_NAME,), serve_address="127.0.0.1:8000")
     finding = only(find_in_nodes(served, CONFIG), "Serve")
     assert finding.severity == "failure"
-    assert "serve shutdown" in (finding.cure or "")
+    assert "gptj-dist stop --address" in (finding.cure or "")
 
 
 # Plans

@@ -250,8 +250,8 @@ def _address(cluster: Cluster) -> Iterable[Finding]:
                 "failure",
                 "Serve",
                 f"the cluster serves an application {APP_NAME!r} already",
-                f"stop it first: Ctrl-C at its terminal, or `serve shutdown` if nothing else is served, or "
-                f"serve.delete({APP_NAME!r})",
+                "stop it first: Ctrl-C at its terminal, or `gptj-dist stop --address` if that is gone; or serve beside "
+                "it, with another --name and --route-prefix",
             )
         yield Finding(
             "ok", "address", f"Serve runs already: its address, {cluster.serve_address}, counts, not --host and --port"
