@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from gptj_dist.config import PipelineConfig
 from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node
@@ -102,17 +102,15 @@ def _disagreement(cluster: Cluster, package: str, num_parts: int | None = None) 
         num_parts: how much of `3.11.9` counts; None is all. A build's name, as in `2.13.0+cpu`, never counts.
     """
     places: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name, versions in _all_versions(cluster):
+    all_versions = [(node.name, node.facts.versions) for node in cluster.nodes]
+    if cluster.is_running:
+        all_versions.append(("this process", cluster.versions_here))
+    for name, versions in all_versions:
         if version := versions.get(package):
             places[tuple(version.partition("+")[0].split(".")[:num_parts])].append(f"{version} in {name}")
     if len(places) < 2:
         return None
     return "versions differ: " + ", ".join(text for texts in places.values() for text in texts)
-
-
-def _all_versions(cluster: Cluster) -> list[tuple[str, Mapping[str, str | None]]]:
-    nodes = [(node.name, node.facts.versions) for node in cluster.nodes]
-    return [*nodes, ("this process", cluster.versions_here)] if cluster.is_running else nodes
 
 
 def _packages(cluster: Cluster) -> Iterable[Finding]:
