@@ -173,6 +173,7 @@ def test_wherever_a_kill_tore_the_last_line_it_is_cut_off_and_nothing_else(tmp_p
     [
         (request_line("a") + "\n", "line 1 is no answer of a batch"),
         ('{"custom_id": "x", "response": {}, "error": null}\n', "line 1 answers 'x', which is not asked"),
+        ('{"custom_id": ["a"], "response": {}, "error": null}\n', r"line 1 answers \['a'\], which is not asked"),
         ('{"custom_id": "a", "response": 7, "error": null}\n', "a response that is no object"),
         ("my notes", "its last line is none of a batch"),
         ("my notes\n", "line 1 is no answer of a batch"),

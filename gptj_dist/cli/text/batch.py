@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +26,6 @@ from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig
 from gptj_dist.errors import ConfigurationError, GPTJDistError
 
 if TYPE_CHECKING:
-    from gptj_dist.answers.chat_defaults import ChatDefaults
     from gptj_dist.cli.progress import Display
     from gptj_dist.cli.text.batch_answers import AnswerFile, BatchAnswer
     from gptj_dist.cli.text.batch_requests import RequestFile
@@ -93,25 +91,30 @@ def batch(
     from gptj_dist.cli.text.batch_requests import RequestFile
     from gptj_dist.cli.text.batch_run import Patience
 
+    answerer: AbstractAsyncContextManager[Answerer]
     if model is None:
         _refuse_options(context, LOCAL_OPTIONS, "needs --model, which answers the requests in this process")
-        answerer = _by_server(url, api_key, timeout, concurrency)
+        from gptj_dist.cli.client import ServerAddress
+        from gptj_dist.cli.text.batch_http import HttpAnswerer
+
+        answerer = HttpAnswerer(ServerAddress.of(url, api_key, timeout), concurrency)
     else:
         _refuse_options(context, SERVER_OPTIONS, "is for a server, but --model answers the requests in this process")
         from gptj_dist.answers.chat_defaults import ChatDefaults
+        from gptj_dist.cli.text.batch_local import answering_here
 
         chat = ChatDefaults(chat_max_tokens, parse_chat_stop(chat_stop))
-        answerer = _by_model(PipelineConfig(model, **settings), served_model_name, chat_template, chat)
-    with RequestFile(requests) as asked:
-        expected = asked.check()
-        with AnswerFile(answers, expected) as file:
-            if len(file.answered) < len(expected):
-                _run(BatchJob(asked, file, len(expected)), answerer, concurrency, Patience(wait))
-            else:
-                print(f"{answers}: all {len(expected)} requests have been answered")
-            num_failed = file.num_failed
+        config = PipelineConfig(model, **settings)
+        answerer = answering_here(config, tuple(served_model_name or ()), chat_template, chat)
+    with RequestFile(requests) as asked, AnswerFile(answers, asked.check()) as file:
+        num_requests = len(file.expected)
+        if len(file.answered) < num_requests:
+            _run(asked, file, answerer, concurrency, Patience(wait))
+        else:
+            print(f"{answers}: all {num_requests} requests have been answered")
+        num_failed = file.num_failed
     if num_failed:
-        complain(f"{num_failed} of {len(expected)} requests failed; {answers} says why")
+        complain(f"{num_failed} of {num_requests} requests failed; {answers} says why")
         raise typer.Exit(HAS_FAILURES)
 
 
@@ -123,79 +126,42 @@ def _refuse_options(context: typer.Context, names: tuple[str, ...], reason: str)
             raise ConfigurationError(f"--{name.replace('_', '-')} {reason}")
 
 
-def _by_server(
-    url: str, api_key: str | None, timeout_s: float, concurrency: int
-) -> AbstractAsyncContextManager[Answerer]:
-    from gptj_dist.cli.client import ServerAddress
-    from gptj_dist.cli.text.batch_http import HttpAnswerer
-
-    return HttpAnswerer(ServerAddress.of(url, api_key, timeout_s), concurrency)
-
-
-def _by_model(
-    config: PipelineConfig, names: list[str] | None, chat_template: Path | None, chat: ChatDefaults
-) -> AbstractAsyncContextManager[Answerer]:
-    from gptj_dist.cli.text.batch_local import answering_here
-
-    return answering_here(config, tuple(names or ()), chat_template, chat)
-
-
-@dataclass(slots=True)
-class BatchJob:
-    """What a batch reads and writes.
-
-    Args:
-        num_requests: all of them, those that are answered already included.
-    """
-
-    requests: RequestFile
-    file: AnswerFile
-    num_requests: int
-
-
 def _run(
-    batch: BatchJob, answerer: AbstractAsyncContextManager[Answerer], concurrency: int, patience: Patience
+    asked: RequestFile,
+    file: AnswerFile,
+    answerer: AbstractAsyncContextManager[Answerer],
+    concurrency: int,
+    patience: Patience,
 ) -> None:
-    """Answers the remaining requests, and prints how many they were."""
+    """Answers the requests that have no answer yet, and prints how many they were."""
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from gptj_dist.cli.progress import displayed
+    from gptj_dist.cli.text.batch_run import BatchRun
+
+    begin_s, num_before, num_tokens = time.monotonic(), len(file.answered), 0
+
+    async def answer_all(display: Display) -> None:
+        def take(answer: BatchAnswer) -> None:
+            nonlocal num_tokens
+            file.append(answer)
+            num_tokens += answer.num_output_tokens
+            display.progress(len(file.answered), len(file.expected))
+
+        async with answerer as entered:
+            display.progress(len(file.answered), len(file.expected))
+            run = BatchRun(entered, take, display.note, patience)
+            await run.run(asked.requests(without=set(file.answered)), concurrency)
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    begin_s, num_before, num_tokens = time.monotonic(), len(batch.file.answered), 0
     try:
         with displayed(*columns, as_text=lambda done, all_: f"{done} of {all_} requests") as display:
-            num_tokens = asyncio.run(_answer(batch, answerer, display, concurrency, patience))
+            asyncio.run(answer_all(display))
     except (KeyboardInterrupt, GPTJDistError):
-        complain(f"{len(batch.file.answered)} of {batch.num_requests} requests are answered; run it again to resume")
+        complain(f"{len(file.answered)} of {len(file.expected)} requests are answered; run it again to resume")
         raise
     elapsed_s = time.monotonic() - begin_s
     print(
-        f"{len(batch.file.answered) - num_before} requests answered in {elapsed_s:.1f} s, "
+        f"{len(file.answered) - num_before} requests answered in {elapsed_s:.1f} s, "
         f"{num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} a second"
     )
-
-
-async def _answer(
-    batch: BatchJob,
-    answerer: AbstractAsyncContextManager[Answerer],
-    display: Display,
-    concurrency: int,
-    patience: Patience,
-) -> int:
-    """Answers the requests that have no answer yet. Returns the number of generated tokens."""
-    from gptj_dist.cli.text.batch_run import BatchRun
-
-    num_tokens = 0
-
-    def take(answer: BatchAnswer) -> None:
-        nonlocal num_tokens
-        batch.file.append(answer)
-        num_tokens += answer.num_output_tokens
-        display.progress(len(batch.file.answered), batch.num_requests)
-
-    async with answerer as entered:
-        display.progress(len(batch.file.answered), batch.num_requests)
-        run = BatchRun(entered, take, display.note, patience)
-        await run.run(batch.requests.requests(without=set(batch.file.answered)), concurrency)
-    return num_tokens

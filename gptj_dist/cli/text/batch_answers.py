@@ -56,12 +56,12 @@ def respond(request: BatchRequest, status: int, body: JsonObject, request_id: st
 class AnswerFile:
     """The file that answers are appended to; this process is the only one that does.
 
+    Args:
+        expected: ids of all requests of the batch.
+
     Attributes:
         answered: ids of requests that have an answer.
         num_failed: how many of the answers say that a request failed.
-
-    Args:
-        expected: ids of all requests of the batch.
 
     Raises:
         ConfigurationError: it cannot be written, another process writes to it, or it holds something else than answers
@@ -70,6 +70,7 @@ class AnswerFile:
 
     def __init__(self, path: Path, expected: Collection[str]) -> None:
         self._path = path
+        self.expected = expected
         self.answered: set[str] = set()
         self.num_failed = 0
         if str(path) == "-":
@@ -82,7 +83,7 @@ class AnswerFile:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise self._not_regular()
             self._lock()
-            self._take_over(expected)
+            self._take_over()
         except BaseException:
             os.close(self._file)
             raise
@@ -122,7 +123,7 @@ class AnswerFile:
         except OSError:
             raise ConfigurationError(f"another process writes to {self._path}") from None
 
-    def _take_over(self, expected: Collection[str]) -> None:
+    def _take_over(self) -> None:
         """Counts the existing answers, and removes an incomplete last line."""
         num_whole_bytes, torn = 0, b""
         with self._path.open("rb") as file:
@@ -131,13 +132,13 @@ class AnswerFile:
                     torn = line
                     break
                 num_whole_bytes += len(line)
-                self._count(self._parse_answer(line, number, expected))
+                self._count(self._parse_answer(line, number))
         if not _LINE_BEGIN.startswith(torn[: len(_LINE_BEGIN)]):
             raise self._foreign("its last line is none of a batch")
         if torn:
             os.ftruncate(self._file, num_whole_bytes)
 
-    def _parse_answer(self, line: bytes, number: int, expected: Collection[str]) -> BatchAnswer:
+    def _parse_answer(self, line: bytes, number: int) -> BatchAnswer:
         try:
             fields = parse_json_object(line)
         except ConfigurationError:
@@ -146,9 +147,10 @@ class AnswerFile:
             raise self._foreign(f"line {number} is no answer of a batch")
         if not isinstance(fields["response"], dict | None):
             raise self._foreign(f"line {number} has a response that is no object")
-        if fields["custom_id"] not in expected:
-            raise self._foreign(f"line {number} answers {fields['custom_id']!r}, which is not asked")
-        return BatchAnswer(fields["custom_id"], fields["response"], fields["error"])
+        custom_id = fields["custom_id"]
+        if not isinstance(custom_id, str) or custom_id not in self.expected:
+            raise self._foreign(f"line {number} answers {custom_id!r}, which is not asked")
+        return BatchAnswer(custom_id, fields["response"], fields["error"])
 
     def _foreign(self, reason: str) -> ConfigurationError:
         return ConfigurationError(f"{self._path} holds something else than answers to this batch: {reason}")
