@@ -7,12 +7,11 @@ stages.
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
-from gptj_dist.errors import CheckpointError, ConfigurationError
+from gptj_dist.errors import CheckpointError, ConfigurationError, excerpt
 from gptj_dist.field_types import type_problems
 from gptj_dist.generation import NO_GENERATION_CONFIG, GenerationConfig, eos_token_ids
 
@@ -115,10 +114,10 @@ class ModelConfig:
             CheckpointError: not a GPT-J, a field is missing, or the numbers contradict each other.
         """
         if config.get("model_type") != "gptj":
-            shown = _shown(config.get("model_type"))
-            raise CheckpointError(f"config.json: model_type is {shown}, only 'gptj' is served")
+            kind = excerpt(config.get("model_type"))
+            raise CheckpointError(f"config.json: model_type is {kind}, only 'gptj' is served")
         if config.get("activation_function", "gelu_new") != "gelu_new":
-            raise CheckpointError(f"config.json: unknown activation_function {_shown(config['activation_function'])}")
+            raise CheckpointError(f"config.json: unknown activation_function {excerpt(config['activation_function'])}")
         config = {name: config[alias] for name, alias in _ALIASES.items() if alias in config} | dict(config)
         missing = [k for k in ("vocab_size", "n_layer", "n_embd", "n_head", "n_positions") if k not in config]
         if missing:
@@ -135,9 +134,8 @@ class ModelConfig:
         eos_ids = _eos_token_ids(config, generation or {}, vocab_size)
         layer_norm_eps = config.get("layer_norm_epsilon", 1e-5)
         if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
-            raise CheckpointError(
-                f"config.json: layer_norm_epsilon {_shown(layer_norm_eps)} must be a small positive number"
-            )
+            shown = excerpt(layer_norm_eps)
+            raise CheckpointError(f"config.json: layer_norm_epsilon {shown} must be a small positive number")
         return cls(
             vocab_size=vocab_size,
             num_layers=num_layers,
@@ -190,7 +188,7 @@ class LayerRange:
 def _positive_int(config: Mapping[str, Any], key: str) -> int:
     value = config[key]
     if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-        raise CheckpointError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}, got {_shown(value)}")
+        raise CheckpointError(f"config.json: {key} must be a whole number from 1 to {_MAX_SIZE}, got {excerpt(value)}")
     return value
 
 
@@ -217,7 +215,7 @@ def _rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
     rule = f"must be even, from 2 to the {head_dim} dimensions of a head"
     if "rotary_dim" not in config:
         raise CheckpointError(f"config.json lacks rotary_dim, which then is {GPTJ_ROTARY_DIM}, but it {rule}")
-    raise CheckpointError(f"config.json: rotary_dim {rule}, got {_shown(value)}")
+    raise CheckpointError(f"config.json: rotary_dim {rule}, got {excerpt(value)}")
 
 
 def _dtype(config: Mapping[str, Any]) -> DTypeName:
@@ -227,13 +225,8 @@ def _dtype(config: Mapping[str, Any]) -> DTypeName:
     if name == "float64":
         return "float32"
     if name not in DTYPE_BYTES:
-        raise CheckpointError(f"config.json: unknown dtype {_shown(value)}")
+        raise CheckpointError(f"config.json: unknown dtype {excerpt(value)}")
     return cast(DTypeName, name)
-
-
-def _shown(value: object) -> str:
-    """The beginning of a value out of a file, for a message. It may be nested too deep for `repr`."""
-    return reprlib.repr(value)[:50]
 
 
 @dataclass(frozen=True)

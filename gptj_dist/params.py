@@ -130,13 +130,8 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be from {least} to {most}, got {excerpt(value)}", name)
         _check(self.repetition_penalty > 0, "repetition_penalty", "must be above 0", self.repetition_penalty)
         self._check_lists()
-        most = self.max_tokens
-        _check(
-            0 <= self.min_tokens <= most,
-            "min_tokens",
-            f"must be from 0 to the {most} tokens to generate",
-            self.min_tokens,
-        )
+        rule = f"must be from 0 to the {self.max_tokens} tokens to generate"
+        _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", rule, self.min_tokens)
         if self.pooling is not None:
             _check(self.max_tokens == 0, "max_tokens", "must be 0 with pooling", self.max_tokens)
             _check(self.prompt_logprobs is None, "prompt_logprobs", "must be None with pooling", self.prompt_logprobs)
