@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 def serve(
     model: Model,
     settings: Settings,
-    replicas: Annotated[int | None, typer.Option(help="Number of pipelines.")] = None,
-    min_replicas: Annotated[int | None, typer.Option(help="Fewest pipelines, when scaling by load.")] = None,
-    max_replicas: Annotated[int | None, typer.Option(help="Most pipelines, when scaling by load.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Number of pipelines.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(min=0, help="Fewest pipelines, when scaling by load.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Most pipelines, when scaling by load.")] = None,
     served_model_name: ServedModelName = None,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
@@ -178,13 +178,11 @@ def _scaling(replicas: int | None, min_replicas: int | None, max_replicas: int |
         ConfigurationError: numbers that contradict each other.
     """
     if min_replicas is None and max_replicas is None:
-        if replicas is not None and replicas < 1:
-            raise ConfigurationError(f"--replicas must be at least 1, got {replicas}")
         return {"num_replicas": replicas or 1}
     if replicas is not None:
         raise ConfigurationError("--replicas fixes the number of pipelines, --min-replicas and --max-replicas scale it")
     least = 1 if min_replicas is None else min_replicas
     most = max(least, 1) if max_replicas is None else max_replicas
-    if not 0 <= least <= most or most < 1:
+    if least > most:
         raise ConfigurationError(f"--min-replicas {least} and --max-replicas {most} contradict each other")
     return {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": 16}}
