@@ -25,6 +25,8 @@ BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
 DEFAULT_CHAT_MAX_TOKENS = 512
+DEFAULT_APP_NAME = "gptj-dist"
+DEFAULT_DRAIN_S = 30.0
 GPTJ_END_OF_TEXT_ID = 50256
 """`bos_token_id` and `eos_token_id` of a `config.json` without the fields, as in transformers."""
 

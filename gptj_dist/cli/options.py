@@ -91,8 +91,6 @@ TraceFile: TypeAlias = Annotated[
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
-DEFAULT_APP_NAME = "gptj-dist"
-DEFAULT_DRAIN_S = 30.0
 DEFAULT_START_TIMEOUT_S = 120.0
 
 

@@ -13,13 +13,11 @@ from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.moderation import load_moderation
 from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
 from gptj_dist.checkpoint.hub import model_name
-from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig, refuse_unknown_keys
+from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.logs import LogFormat, LogLevel
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
-
-DRAIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class AppConfig:
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
     log_prompts: bool = False
-    drain_s: float = DRAIN_S
+    drain_s: float = DEFAULT_DRAIN_S
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:
@@ -88,7 +86,7 @@ class _Arguments(BaseModel):
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
     log_prompts: bool = False
-    drain_s: float = Field(DRAIN_S, ge=0)
+    drain_s: float = Field(DEFAULT_DRAIN_S, ge=0)
 
 
 T = TypeVar("T")

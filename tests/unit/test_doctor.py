@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.config import LayerRange, ModelConfig, PipelineConfig
+from gptj_dist.config import DEFAULT_APP_NAME, LayerRange, ModelConfig, PipelineConfig
 from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node, SilentNode, this_machine
 from gptj_dist.operate.doctor.facts import PACKAGES, DeviceFacts, ModelFacts, NodeFacts
 from gptj_dist.operate.doctor.findings import find_in_nodes
 from gptj_dist.operate.doctor.fit import find_in_plan
-from gptj_dist.operate.launch.settings import APP_NAME
 from gptj_dist.planning.cost import PROCESS_BYTES
 from gptj_dist.stages.blueprint import Blueprint, DeviceReport
 from gptj_dist.token_rules import TokenRules
@@ -263,7 +262,7 @@ def test_a_port_in_use_is_a_failure_unless_serve_runs_already_and_has_its_own() 
 
 
 def test_an_application_of_our_name_is_a_failure() -> None:
-    served = cluster(facts(), applications=(APP_NAME,), serve_address="127.0.0.1:8000")
+    served = cluster(facts(), applications=(DEFAULT_APP_NAME,), serve_address="127.0.0.1:8000")
     finding = only(find_in_nodes(served, CONFIG), "Serve")
     assert finding.severity == "failure"
     assert "gptj-dist stop --address" in (finding.cure or "")

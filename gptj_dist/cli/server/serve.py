@@ -12,8 +12,6 @@ import typer
 
 from gptj_dist.answers.request_limits import KEEP_ALIVE_S, MODERATION_TIMEOUT_S
 from gptj_dist.cli.options import (
-    DEFAULT_APP_NAME,
-    DEFAULT_DRAIN_S,
     DEFAULT_HOST,
     DEFAULT_PORT,
     DEFAULT_START_TIMEOUT_S,
@@ -30,7 +28,7 @@ from gptj_dist.cli.options import (
     seconds,
 )
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
-from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig
+from gptj_dist.config import DEFAULT_APP_NAME, DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.logs import LogFormat, LogLevel
 

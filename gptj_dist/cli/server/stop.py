@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from gptj_dist.cli.options import DEFAULT_APP_NAME, DEFAULT_DRAIN_S, DrainS
+from gptj_dist.cli.options import DrainS
+from gptj_dist.config import DEFAULT_APP_NAME, DEFAULT_DRAIN_S
 
 
 def stop(

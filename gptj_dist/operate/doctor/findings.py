@@ -6,10 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from gptj_dist.config import PipelineConfig
+from gptj_dist.config import DEFAULT_APP_NAME, PipelineConfig
 from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node
 from gptj_dist.operate.doctor.facts import PACKAGES
-from gptj_dist.operate.launch.settings import APP_NAME
 from gptj_dist.sizes import bytes_text
 
 FEWEST_OPEN_FILES = 1024
@@ -243,11 +242,11 @@ def _links(cluster: Cluster) -> Iterable[Finding]:
 def _address(cluster: Cluster) -> Iterable[Finding]:
     """Where HTTP would be served."""
     if cluster.applications is not None:
-        if APP_NAME in cluster.applications:
+        if DEFAULT_APP_NAME in cluster.applications:
             yield Finding(
                 "failure",
                 "Serve",
-                f"the cluster serves an application {APP_NAME!r} already",
+                f"the cluster serves an application {DEFAULT_APP_NAME!r} already",
                 "stop it first: Ctrl-C at its terminal, or `gptj-dist stop --address` if that is gone; or serve beside "
                 "it, with another --name and --route-prefix",
             )

@@ -12,9 +12,6 @@ from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.settings import AppConfig
 from gptj_dist.serving.sockets import is_loopback
 
-APP_NAME = "gptj-dist"
-START_TIMEOUT_S = 120.0
-
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -39,12 +36,12 @@ class Launch:
     scaling: Mapping[str, Any]
     listen: Address
     address: str | None
-    trace: Path | None = None
-    name: str = APP_NAME
-    route_prefix: str = "/"
-    api_key: str | None = None
-    is_open: bool = False
-    start_timeout_s: float = START_TIMEOUT_S
+    trace: Path | None
+    name: str
+    route_prefix: str
+    api_key: str | None
+    is_open: bool
+    start_timeout_s: float
 
     def __post_init__(self) -> None:
         if not self.route_prefix.startswith("/"):
