@@ -78,28 +78,21 @@ class LossReporter:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._known: dict[str, set[tuple[int, str, int]]] = {}
-        self._num_restarts: dict[str, int] = {}
+        self._last: dict[str, PipelineStatus] = {}
         self._down: set[str] = set()
 
     def note(self, statuses: Sequence[PipelineStatus]) -> None:
         """Compares the pipelines' statuses with the last ones, and reports changes."""
         for status in statuses:
-            known = self._num_restarts.setdefault(status.name, status.num_restarts)
-            self._num_restarts[status.name] = status.num_restarts
-            if status.name not in self._down and (status.num_restarts > known or not status.is_up):
+            last = self._last.get(status.name, status)  # losses before the first look are in the log
+            self._last[status.name] = status
+            if status.name not in self._down and (status.num_restarts > last.num_restarts or not status.is_up):
                 self._say(f"Pipeline {status.name} has lost a stage, and restarts its stages.")
                 self._down.add(status.name)
-            self._note_causes(status)
+            known = {(loss.stage, loss.node, loss.pid) for loss in last.losses}
+            for loss in status.losses:  # a cause may be known only after the stage has been replaced
+                if (loss.stage, loss.node, loss.pid) not in known:
+                    self._say(f"Pipeline {status.name}: {loss}")
             if status.is_up and status.name in self._down:
                 self._say(f"Pipeline {status.name} is back.")
                 self._down.remove(status.name)
-
-    def _note_causes(self, status: PipelineStatus) -> None:
-        """Reports why stages have died. The cause may be known only after they have been replaced."""
-        now = {(loss.stage, loss.node, loss.pid): loss for loss in status.losses}
-        known = self._known.setdefault(status.name, set(now))  # losses before the first look are in the log
-        for place, loss in now.items():
-            if place not in known:
-                self._say(f"Pipeline {status.name}: {loss}")
-        self._known[status.name] = set(now)
