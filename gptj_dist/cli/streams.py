@@ -17,14 +17,12 @@ from typing import Any
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.file_kinds import known_form
 
-STANDARD_FILES = (0, 1, 2)
-
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def prepare_streams() -> None:
     """Opens closed standard streams on the null device, and lets no character end the program with an error."""
-    for number in STANDARD_FILES:
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
@@ -99,11 +97,8 @@ def read_standard_input() -> str:
     decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
     text = decoder.decode(data)
     if num_cut := len(decoder.getstate()[0]):
-        complain(f"standard input ends within a character: its last {_bytes(num_cut)} dropped")
+        cut = "byte is" if num_cut == 1 else f"{num_cut} bytes are"
+        complain(f"standard input ends within a character: its last {cut} dropped")
     if (num_bad := text.count("\N{REPLACEMENT CHARACTER}") - data.count(b"\xef\xbf\xbd")) > 0:
         complain(f"standard input is not all UTF-8: U+FFFD replaces it in {num_bad} places")
     return text
-
-
-def _bytes(count: int) -> str:
-    return "byte is" if count == 1 else f"{count} bytes are"
