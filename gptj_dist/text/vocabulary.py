@@ -33,10 +33,10 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     ids: dict[str, int] = json.loads((_GPT2 / "vocab.json").read_bytes())
     vocab = {name: id for name, id in ids.items() if id < _NUM_BYTES + num_merges}
     vocab[END_OF_TEXT] = eos_token_id(vocab_size)
-    version, *merges = (_GPT2 / "merges.txt").read_text().splitlines()
+    version, *merges = (_GPT2 / "merges.txt").read_text("utf-8").splitlines()
     added = {f"<|extratoken_{id - GPT2_VOCAB_SIZE + 1}|>": id for id in range(GPT2_VOCAB_SIZE, vocab_size)}
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    (directory / "merges.txt").write_text("\n".join([version, *merges[:num_merges]]) + "\n")
+    (directory / "merges.txt").write_text("\n".join([version, *merges[:num_merges]]) + "\n", "utf-8")
     for file, content in (("vocab.json", vocab), ("added_tokens.json", added), ("tokenizer_config.json", config)):
-        (directory / file).write_text(json.dumps(content, ensure_ascii=False) + "\n")
+        (directory / file).write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")

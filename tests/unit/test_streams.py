@@ -171,6 +171,13 @@ def test_a_directory_whose_name_is_no_utf8_is_read_and_written(tmp_path: Path) -
     assert os.path.isfile(copy + b"/config.json")  # noqa: PTH113
 
 
+def test_a_tokenizer_is_written_as_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = _run("", "synth", "tiny", str(tmp_path / "gptj"), env=locale)
+    assert done.returncode == 0, done.stderr
+    assert "\u0120" in (tmp_path / "gptj" / "merges.txt").read_text("utf-8")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[b"\xff"], ["complete", "x", "--seed", b"\xff"], ["plan", b"\xff"], ["plan", "demo", "--devices", b"\xe9"]],

@@ -71,7 +71,7 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
 
 def _read(path: Path) -> object:
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         hint = "" if path.suffix or "/" in str(path) else "; it takes a YAML file or 'cluster'"
         raise ConfigurationError(f"--devices: {path} cannot be read: {error.strerror}{hint}") from error
