@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as inspect_
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated
@@ -87,6 +88,8 @@ def main() -> None:
     """
     prepare_streams()
     exit_code = _call()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # no traceback while a slow reader takes the rest
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     problem = flush_output()
     if problem is not None and exit_code == 0:
         exit_code = FAILED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -194,3 +195,12 @@ def test_standard_streams_are_those_of_the_process_after_a_closed_one_was_replac
         ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", code], capture_output=True, timeout=60, check=False
     )
     assert (done.stdout, done.stderr) == (b"True\n", b"")
+
+
+def test_ctrl_c_while_the_last_of_the_output_waits_for_its_reader_is_no_traceback() -> None:
+    code = (
+        "import os, signal; from gptj_dist import cli; cli._call = lambda: 0; "
+        "cli.flush_output = lambda: os.kill(os.getpid(), signal.SIGINT); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
