@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def descendants(root: int) -> list[int]:
     children: defaultdict[int, list[int]] = defaultdict(list)
     for pid in _pids():
         with suppress(OSError, ValueError):
-            children[_parent(pid)].append(pid)
+            children[int(_stat(pid)[1])].append(pid)
     found, waiting = list[int](), [root]
     while waiting:
         below = children[waiting.pop()]
@@ -51,31 +51,29 @@ def start_tick(pid: int) -> int:
 
 def environments(variable: str) -> Mapping[int, str]:
     """The value of an environment variable in each of this user's processes that sets it, by process id."""
-    prefix = f"{variable}=".encode()
-    found = {}
-    for pid in _pids():
-        with suppress(OSError):  # another user's, or one that has just ended
-            for entry in (_PROC / str(pid) / "environ").read_bytes().split(b"\0"):
-                if entry.startswith(prefix):
-                    found[pid] = entry.removeprefix(prefix).decode(errors="replace")
-    return found
+    prefix = f"{variable}="
+    return {
+        pid: entry.removeprefix(prefix)
+        for pid, entries in _strings("environ")
+        for entry in entries
+        if entry.startswith(prefix)
+    }
 
 
 def command_lines() -> Mapping[int, list[str]]:
     """The arguments of every process, by process id."""
-    found = {}
+    return dict(_strings("cmdline"))
+
+
+def _strings(file: str) -> Iterator[tuple[int, list[str]]]:
+    """A file of strings from /proc/PID, of each process that lets this user read it."""
     for pid in _pids():
-        with suppress(OSError):
-            found[pid] = (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    return found
+        with suppress(OSError):  # another user's, or one that has just ended
+            yield pid, (_PROC / str(pid) / file).read_bytes().decode(errors="replace").split("\0")
 
 
 def _pids() -> list[int]:
     return [int(path.name) for path in _PROC.glob("[0-9]*")]
-
-
-def _parent(pid: int) -> int:
-    return int(_stat(pid)[1])
 
 
 def _stat(pid: int) -> list[str]:
