@@ -43,16 +43,13 @@ def find_room(environment: Mapping[str, str] = os.environ) -> SessionRoom:
     Raises:
         ConfigurationError: none can be used; the message says why.
     """
-    if chosen := environment.get("RAY_TMPDIR"):
-        directory = Path(chosen) / "ray"
-        if reason := why_unusable(directory):
-            raise ConfigurationError(f"Ray cannot start: {reason}; set RAY_TMPDIR to another directory")
+    chosen = environment.get("RAY_TMPDIR")
+    directory = Path(chosen or environment.get("TMPDIR") or DEFAULT_DIRECTORY) / "ray"
+    if (reason := why_unusable(directory)) is None:
         return SessionRoom(directory)
-    first = Path(environment.get("TMPDIR") or DEFAULT_DIRECTORY) / "ray"
-    if (reason := why_unusable(first)) is None:
-        return SessionRoom(first)
-    for other in (DEFAULT_DIRECTORY / "ray", DEFAULT_DIRECTORY / f"ray-{os.getuid()}"):
-        if other != first and why_unusable(other) is None:
+    others = () if chosen else (DEFAULT_DIRECTORY / "ray", DEFAULT_DIRECTORY / f"ray-{os.getuid()}")
+    for other in others:
+        if why_unusable(other) is None:
             return SessionRoom(other, reason)
     raise ConfigurationError(f"Ray cannot start: {reason}; set RAY_TMPDIR to another directory")
 
