@@ -158,13 +158,9 @@ def remove(name: str) -> None:
     Raises:
         RayGoneError: Ray does not answer.
     """
+    from ray import serve
 
-    def delete() -> None:
-        from ray import serve
-
-        serve.delete(name)
-
-    within(3 * ANSWER_MARGIN_S, delete)
+    within(3 * ANSWER_MARGIN_S, lambda: serve.delete(name))
 
 
 def within(limit_s: float, work: Callable[[], T]) -> T:
