@@ -10,7 +10,7 @@ from gptj_dist.operate.launch.environment import prepare_joining
 from gptj_dist.operate.launch.local_ray import QUIET
 from gptj_dist.operate.launch.processes import command_lines
 from gptj_dist.operate.launch.tokens import take_token
-from gptj_dist.serving.sockets import is_loopback, why_not_reach
+from gptj_dist.serving.sockets import why_not_reach
 
 AUTO = "auto"
 DIAL_TIMEOUT_S = 5.0
@@ -28,12 +28,13 @@ def connected(address: str) -> Iterator[None]:
         ConfigurationError: no Ray answers there, or this process cannot join it.
     """
     address = find_ray() if address == AUTO else address
-    place = split_address(address)
-    host = "" if place is None else place[0]
-    if place is not None:
-        _require_listener(address, *place)
+    host = ""
+    if (place := split_address(address)) is not None:
+        host, port = place
+        if reason := why_not_reach(host, port, DIAL_TIMEOUT_S):  # Ray itself would try for minutes
+            raise ConfigurationError(f"no Ray answers at {address}: {reason}")
         take_token(address)
-    prepare_joining(host, is_loopback(host))
+    prepare_joining(host)
     import ray
 
     try:
@@ -90,9 +91,3 @@ def split_address(address: str) -> tuple[str, int] | None:
     if not host or "/" in address or not (port.isascii() and port.isdigit()):
         return None
     return host.strip("[]"), int(port)
-
-
-def _require_listener(address: str, host: str, port: int) -> None:
-    """Raises ConfigurationError if nothing listens there, for which Ray itself would try for minutes."""
-    if reason := why_not_reach(host, port, DIAL_TIMEOUT_S):
-        raise ConfigurationError(f"no Ray answers at {address}: {reason}")

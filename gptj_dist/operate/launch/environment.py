@@ -10,6 +10,7 @@ from collections.abc import Iterable, MutableMapping
 
 from gptj_dist.operate.launch.processes import start_tick
 from gptj_dist.operate.launch.tokens import give_token
+from gptj_dist.serving.sockets import is_loopback
 
 LOCAL_RAY_ENVIRONMENT = {
     # Ray listens on all interfaces unless it takes the machine for a desktop (`docs/decisions/0004-loopback.md`).
@@ -49,14 +50,13 @@ def prepare_local(start_timeout_s: float) -> None:
     give_token()
 
 
-def prepare_joining(host: str, is_local: bool) -> None:
+def prepare_joining(host: str) -> None:
     """For a Ray that runs already.
 
     Args:
-        host: of its address.
-        is_local: it listens on loopback only.
+        host: of its address; empty if that is not known.
     """
-    if is_local:
+    if is_loopback(host):
         os.environ.update(LOCAL_RAY_ENVIRONMENT)
     bypass_proxies((*LOOPBACK_HOSTS, *([host] if host else [])))
 
