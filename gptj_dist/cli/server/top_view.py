@@ -46,21 +46,19 @@ def render(document: DebugDocument, width: int) -> RenderableType:
     Args:
         width: of the terminal, in columns.
     """
-    parts = [part for pipeline in document.pipelines for part in _pipeline(pipeline, width)]
     number = len(document.pipelines)
     title = Text.assemble((document.model, "bold"), f"  {number} {'pipeline' if number == 1 else 'pipelines'}")
     if document.num_silent:
         title.append(f"  {document.num_silent} gave no answer", "yellow")
-    return Group(title, *parts, Text(), _legend())
+    parts: list[RenderableType] = [title]
+    for pipeline in document.pipelines:
+        parts += [Text(), *_head(pipeline), Text(), _stages(pipeline, width)]
+    return Group(*parts, Text(), _legend())
 
 
 def render_waiting(last: RenderableType, message: str) -> RenderableType:
     """The last view, with a word on why it is not a newer one."""
     return Group(Text(f"{message}; what was seen last:", "yellow"), Text(), last)
-
-
-def _pipeline(pipeline: PipelineDocument, width: int) -> list[RenderableType]:
-    return [Text(), *_head(pipeline), Text(), _stages(pipeline, width)]
 
 
 def _head(pipeline: PipelineDocument) -> list[Text]:
