@@ -4,7 +4,7 @@ import signal
 
 
 def main() -> None:
-    """Loads the verbs and runs one. Ctrl-C while they load ends the process without a traceback."""
+    """Loads the commands and runs one. Ctrl-C while they load ends the process without a traceback."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     if on_interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

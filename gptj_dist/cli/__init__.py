@@ -1,4 +1,4 @@
-"""The command line: one module a verb. A verb imports what it needs when it is called, so that `--help` is quick."""
+"""The command line, a module per command. Each imports what it needs when it is called, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestEr
 FAILED = 1
 CANNOT_WORK = 2
 
-VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
+COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Serving": (serve, stop, status, top, plan, doctor, key),
     "Text": (complete, chat, batch, generate),
     "Checkpoints": (download, inspect, convert, verify, synth),
 }
-"""The groups of verbs in `--help`."""
+"""The groups of commands in `--help`."""
 
 
-def _help_of(verb: Callable[..., None]) -> str:
+def _help_of(command: Callable[..., None]) -> str:
     """Its docstring, with the lines of a paragraph joined: typer would keep the breaks of all but the first."""
-    paragraphs = inspect_.cleandoc(verb.__doc__ or "").split("\n\n")
+    paragraphs = inspect_.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
 app = typer.Typer(
     help="Serves GPT-J, and every checkpoint of its architecture, as a pipeline of stages.",
-    epilog="gptj-dist VERB --help has examples. gptj-dist --install-completion lets the Tab key complete verbs, "
+    epilog="gptj-dist COMMAND --help has examples. gptj-dist --install-completion lets the Tab key complete commands, "
     "options and values.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for panel, verbs in VERBS.items():
-    for verb in verbs:
-        epilog = "\n".join(["Examples:", *EXAMPLES[verb.__name__]])
-        app.command(help=_help_of(verb), epilog=epilog, rich_help_panel=panel)(verb)
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        epilog = "\n".join(["Examples:", *EXAMPLES[command.__name__]])
+        app.command(help=_help_of(command), epilog=epilog, rich_help_panel=panel)(command)
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     """Entry point of `gptj-dist`. Exit codes:
 
     0    done
-    1    the verb failed, or its check found something wrong
+    1    the command failed, or its check found something wrong
     2    it cannot work as it was called: arguments, settings, the model's files
     130  Ctrl-C
 
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def _call() -> int:
-    """Runs the verb that the arguments name. Returns its exit code."""
+    """Runs the command that the arguments name. Returns its exit code."""
     try:
         app()
     except SystemExit as end:

@@ -32,7 +32,7 @@ HINTS = {
 OPTION_FIELDS = frozenset(
     ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs")
 )
-"""Fields of a request that the verbs have an option for."""
+"""Fields of a request that the commands have an option for."""
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
 

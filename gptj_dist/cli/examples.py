@@ -1,4 +1,4 @@
-"""Command lines to copy, with which `gptj-dist VERB --help` ends."""
+"""Command lines to copy, with which `gptj-dist COMMAND --help` ends."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "verify": ("gptj-dist verify gptj-layers", 'gptj-dist verify demo --prompt "Call me Ishmael." --tolerance 1e-5'),
     "synth": ("gptj-dist synth tiny random-gptj", "gptj-dist synth 6b /tmp/gptj-6b --shard-gb 2"),
 }
-"""By the verb's name."""
+"""By the command's name."""

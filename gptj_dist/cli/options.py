@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and their parsers."""
+"""Arguments that several commands share, and their parsers."""
 
 from __future__ import annotations
 

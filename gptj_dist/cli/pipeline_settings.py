@@ -1,6 +1,6 @@
-"""Gives verbs the options that set a pipeline, so that each option is declared once.
+"""Gives commands the options that set a pipeline, so that each option is declared once.
 
-A verb with a parameter `settings` takes the options that its decorator names in its place, and gets their values as
+A command with a parameter `settings` takes the options that its decorator names in its place, and gets their values as
 `PipelineConfig` and `LLM` want them.
 """
 
@@ -59,25 +59,25 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PipelineC
 
 
 def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replaces the parameter `settings` of a verb by the options of these names."""
+    """Replaces the parameter `settings` of a command by the options of these names."""
 
-    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(verb)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
         def called(**given: Any) -> None:
             settings = {name: given.pop(name) for name in names}
             settings |= {name: parse(settings[name]) for name, parse in _PARSERS.items() if name in names}
-            verb(**given, settings=settings)
+            command(**given, settings=settings)
 
-        called.__signature__ = _with_options(verb, names)  # type: ignore[attr-defined]
+        called.__signature__ = _with_options(command, names)  # type: ignore[attr-defined]
         return called
 
     return decorate
 
 
-def _with_options(verb: Callable[..., None], names: tuple[str, ...]) -> inspect.Signature:
+def _with_options(command: Callable[..., None], names: tuple[str, ...]) -> inspect.Signature:
     """The signature that typer reads the options from."""
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
         if parameter.name == "settings":
             parameters += [
                 inspect.Parameter(name, parameter.kind, default=_DEFAULTS[name], annotation=OPTIONS[name])

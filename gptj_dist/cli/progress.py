@@ -1,4 +1,4 @@
-"""Shows the progress of a long verb on standard error: a bar at a terminal, otherwise a line for each tenth."""
+"""Shows the progress of a long command on standard error: a bar at a terminal, otherwise a line for each tenth."""
 
 from __future__ import annotations
 

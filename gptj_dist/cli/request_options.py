@@ -1,4 +1,4 @@
-"""Options of the verbs that ask a running server, and the fields of a request that they become."""
+"""Options of the commands that ask a running server, and the fields of a request that they become."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ModelName: TypeAlias = Annotated[
     typer.Option(help="The model to ask; by default the one that is served.", metavar="NAME", parser=as_text),
 ]
 
-# Shared by `generate` and by the verbs that leave the default values to the server.
+# Shared by `generate` and by the commands that leave the default values to the server.
 MAX_TOKENS = typer.Option(help="Most tokens to generate.")
 TEMPERATURE = typer.Option(help="0 is greedy; larger is more random.", metavar="NUMBER", parser=finite)
 TOP_P = typer.Option(help="Keep the likeliest tokens up to this probability.", metavar="NUMBER", parser=finite)

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from gptj_dist.cli import VERBS, app
+from gptj_dist.cli import COMMANDS, app
 from gptj_dist.cli.examples import EXAMPLES
 from gptj_dist.cli.pipeline_settings import OPTIONS, takes_settings
 from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from tests.verbs import environment, run_verb
 
-NAMES = [verb.__name__ for verbs in VERBS.values() for verb in verbs]
+NAMES = [verb.__name__ for verbs in COMMANDS.values() for verb in verbs]
 
 
 def help_of(*verb: str, columns: int) -> str:
@@ -45,7 +45,7 @@ def test_help_fits_80_columns_and_ends_with_examples_on_lines_of_their_own(name:
 def test_the_verbs_are_listed_in_groups_with_a_word_on_completion() -> None:
     text = help_of(columns=80)
     assert max(map(len, text.splitlines())) <= 80
-    for group in VERBS:
+    for group in COMMANDS:
         assert f"─ {group} ─" in text
     for name in NAMES:
         assert f"│ {name} " in text

@@ -1,3 +1,3 @@
-"""Verbs that read and write checkpoints."""
+"""Commands that read and write checkpoints."""
 
 __all__ = ["convert", "download", "inspect", "synth", "verify"]

@@ -1,3 +1,3 @@
-"""Verbs that make text."""
+"""Commands that make text."""
 
 __all__ = ["batch", "chat", "complete", "generate"]
