@@ -46,7 +46,7 @@ _NEUTRAL: Mapping[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """How a checkpoint wants its texts to be made.
+    """A checkpoint's settings for generating text.
 
     Args:
         defaults: names and values of `SamplingParams` where a request gives none.

@@ -41,7 +41,7 @@ PoolingKind = Literal["mean", "last"]
 
 @dataclass(frozen=True)
 class Pooling:
-    """What vector a request for an embedding gets of its prompt's hidden states.
+    """How an embedding is made of the prompt's hidden states.
 
     Args:
         kind: their mean over the prompt's tokens, or those of the last token.
@@ -161,7 +161,7 @@ class SamplingParams:
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's natural log probability, before anything but the model had a say.
+    """A token's natural log probability by the model alone, before temperature, penalties and bans.
 
     Args:
         rank: 1 if it is the likeliest.

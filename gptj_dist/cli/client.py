@@ -54,7 +54,7 @@ class ServerAddress:
 
     @classmethod
     def of(cls, url: str, api_key: str | None, timeout_s: float) -> ServerAddress:
-        """What a person gave.
+        """The server that the options name.
 
         Raises:
             ConfigurationError: not the URL of an HTTP server, or no time at all.

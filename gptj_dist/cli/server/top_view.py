@@ -57,7 +57,7 @@ def render(document: DebugDocument, width: int) -> RenderableType:
 
 
 def render_waiting(last: RenderableType, message: str) -> RenderableType:
-    """The last view, with a word on why it is not a newer one."""
+    """The last view, with the reason why there is no newer one."""
     return Group(Text(f"{message}; what was seen last:", "yellow"), Text(), last)
 
 

@@ -1,4 +1,4 @@
-"""What was found on all nodes, and what a finding is. Imports no Ray."""
+"""The facts of all nodes, and the form of a finding. Imports no Ray."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ RAY_RAISES_OPEN_FILES_TO = 65536
 
 
 def find_in_nodes(cluster: Cluster, config: PipelineConfig | None) -> list[Finding]:
-    """What there is to say of the nodes.
+    """All findings about the nodes.
 
     Args:
         config: what shall be served; None if that is not known.
@@ -45,7 +45,7 @@ def find_in_nodes(cluster: Cluster, config: PipelineConfig | None) -> list[Findi
 
 
 def _describe(node: Node) -> Finding:
-    """The line that shows who was asked; it judges nothing."""
+    """A line for each node that answered; it judges nothing."""
     facts = node.facts
     parts = [f"Python {facts.versions['python']}"]
     parts += [f"{package} {facts.versions[package]}" for package in ("ray", "torch") if facts.versions[package]]

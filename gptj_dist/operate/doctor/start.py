@@ -28,7 +28,7 @@ _ROOM_CURE = (
 
 
 def find_in_start(environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """What there is to say of a Ray that `serve` would start here.
+    """Findings about a Ray that `serve` would start here.
 
     Args:
         environment: of `serve`.

@@ -17,7 +17,7 @@ _ODDITY_CURE = (
 
 
 def find_in_text_settings(directory: Path, model: ModelConfig) -> list[Finding]:
-    """What there is to say of tokenizer, chat template, end tokens and generation config.
+    """Findings about tokenizer, chat template, end tokens and generation config.
 
     Args:
         directory: of the checkpoint on this machine.
