@@ -5,20 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TaskID
-
-
-class Display(Protocol):
-    """Shows progress."""
-
-    def note(self, text: str) -> None:
-        """Prints a line beside the progress."""
-
-    def progress(self, num_done: int, num_all: int) -> None:
-        """Updates the progress."""
 
 
 @contextmanager
@@ -64,3 +54,7 @@ class _Lines:
         if num_tenths > self._num_tenths:
             self._num_tenths = num_tenths
             self.note(self._as_text(num_done, num_all))
+
+
+Display: TypeAlias = _Bar | _Lines
+"""Shows progress: `note` prints a line beside it, `progress` updates it."""
