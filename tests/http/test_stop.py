@@ -128,6 +128,19 @@ def test_when_ray_dies_the_launcher_says_so_in_one_line_and_ends() -> None:
         assert line == "gptj-dist: the server has ended: Ray's process gcs_server has ended"
 
 
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_when_ray_dies_while_stages_load_the_launcher_ends_with_one_line(victim: str) -> None:
+    with running([*SERVE, "--port", str(free_port())]) as command:
+        command.wait_for(r"(Placing the stages)")
+        (pid,) = [pid for pid in command.family() if _program(pid) == victim]
+        os.kill(pid, signal.SIGKILL)
+        command.process.wait(DRAIN_LIMIT_S)
+        wait_until_gone(command)
+        assert command.process.returncode == 1
+        assert command.output().splitlines()[-1] == f"gptj-dist: Ray's process {victim} has ended"
+        assert "Traceback" not in command.output()
+
+
 def _program(pid: int) -> str:
     try:
         return Path(os.fsdecode((Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[0])).name

@@ -7,35 +7,45 @@ import ssl
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 
 from rich.console import Console
 
-from gptj_dist.operate.launch.application import failure_of
+from gptj_dist.errors import StageFailedError
+from gptj_dist.operate.launch.application import failure_of, within
 from gptj_dist.operate.launch.settings import Launch
 
 POLL_S = 0.05
 PROGRESS_S = 0.5
 PROBE_TIMEOUT_S = 10.0
+RAY_TIMEOUT_S = 60.0
+"""A machine that loads a large model may keep Ray waiting."""
 
 
-def await_ready(launch: Launch, base: str, stop: threading.Event, console: Console) -> bool:
+def await_ready(
+    launch: Launch, base: str, stop: threading.Event, lost_process: Callable[[], str | None], console: Console
+) -> bool:
     """Waits until the server is ready. Returns whether it is: false if `stop` came first.
 
     Args:
         base: URL of the server.
+        lost_process: gives the name of a process of Ray's own that has ended.
 
     Raises:
-        ConfigurationError, StageFailedError: the application cannot start.
+        ConfigurationError, StageFailedError: the application cannot start, or Ray has died.
+        RayGoneError: Ray does not answer.
     """
     shown, next_progress_s = "", 0.0
     with console.status("Starting Serve ...") as status:
         while not is_ready(base, launch.api_key):
             if time.monotonic() >= next_progress_s:
                 next_progress_s = time.monotonic() + PROGRESS_S
-                if (failure := failure_of(launch.name)) is not None:
+                if (process := lost_process()) is not None:
+                    raise StageFailedError(f"Ray's process {process} has ended")
+                failure, progress = within(RAY_TIMEOUT_S, lambda: (failure_of(launch.name), _progress(launch.name)))
+                if failure is not None:
                     raise failure
-                progress = _progress(launch.name)
                 status.update(progress)
                 if progress != shown and not console.is_terminal:
                     console.print(progress)

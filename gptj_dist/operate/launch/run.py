@@ -118,7 +118,7 @@ def _serve(start: _Start, base: str, signals: StopSignals, lost_process: Callabl
         ConfigurationError, StageFailedError: as `run_until_stopped`.
     """
     launch, console = start.launch, start.console
-    if not await_ready(launch, base, signals.requested, console):
+    if not await_ready(launch, base, signals.requested, lost_process, console):
         return
     signals.let_finish()
     served = Served(launch.name)
