@@ -1,4 +1,4 @@
-"""Formats tables of stages."""
+"""Formats tables, most of all of stages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.blueprint import StageReport
 
 
+def open_table(*texts: str, numbers: Sequence[str]) -> Table:
+    """A table without rows: columns of texts, then of numbers, which are aligned to the right."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
 def stage_table(reports: Sequence[StageReport], num_kv_tokens: int | None) -> Table:
     """One line a stage: layers, device, memory, KV cache.
 
     Args:
         num_kv_tokens: of the whole pipeline; None leaves the columns of the KV cache empty.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "layers", "device"):
-        table.add_column(column)
-    for column in ("weights", "KV cache", "KV tokens"):
-        table.add_column(column, justify="right")
+    table = open_table("stage", "layers", "device", numbers=("weights", "KV cache", "KV tokens"))
     for report in reports:
         table.add_row(
             str(report.layers.stage),

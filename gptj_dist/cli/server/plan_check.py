@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -10,6 +9,7 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.config import PipelineConfig
 from gptj_dist.operate.calibration import CheckedModel, PipelineCheck, check_pipeline
+from gptj_dist.operate.tables import open_table
 from gptj_dist.planning.cost import Chunks
 from gptj_dist.stages.blueprint import choose_dtype
 from gptj_dist.stages.device import describe_device, open_device
@@ -62,11 +62,7 @@ def _conclude(console: Console, checks: list[PipelineCheck]) -> bool:
 
 
 def _table(check: PipelineCheck, num_stages: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"stage of {num_stages}")
-    table.add_column("step")
-    for column in ("predicted ms", "measured ms", "ratio"):
-        table.add_column(column, justify="right")
+    table = open_table(f"stage of {num_stages}", "step", numbers=("predicted ms", "measured ms", "ratio"))
     for step in sorted(check.steps, key=lambda step: step.layers.stage):
         table.add_row(
             str(step.layers.stage),

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.config import ModelConfig, PipelineConfig
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.operate.tables import layers_text
+from gptj_dist.operate.tables import layers_text, open_table
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.planning.devices import (
     GPU_BANDWIDTH_EFFICIENCY,
@@ -131,11 +130,7 @@ def _workload(config: PipelineConfig, model: ModelConfig, specs: Sequence[Device
 def _stage_table(workload: Workload, pipeline: Sequence[PlannedStage]) -> Table:
     running = num_running(workload, pipeline, NUM_REQUESTS)
     step = mixed_step(workload, group_size(running, len(pipeline)))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "layers", "device"):
-        table.add_column(column)
-    for column in ("weights", "KV tokens", "ms a step"):
-        table.add_column(column, justify="right")
+    table = open_table("stage", "layers", "device", numbers=("weights", "KV tokens", "ms a step"))
     for stage in pipeline:
         table.add_row(
             str(stage.layers.stage),
@@ -149,9 +144,7 @@ def _stage_table(workload: Workload, pipeline: Sequence[PlannedStage]) -> Table:
 
 
 def _speed_table(workload: Workload, pipeline: Sequence[PlannedStage]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("predicted tokens/s at", "run at once", "decode alone", "with prompts"):
-        table.add_column(column, justify="right")
+    table = open_table(numbers=("predicted tokens/s at", "run at once", "decode alone", "with prompts"))
     for count in REQUEST_COUNTS:
         table.add_row(
             f"{count} request{'s' * (count > 1)}",
