@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -178,9 +179,11 @@ def open_team(specs: Sequence[Sequence[StageSpec]], dtype: DTypeName, num_thread
         for (_, theirs), own in zip(pipes, specs, strict=True)
     ]
     try:
+        taken = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
         for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()
             theirs.close()  # the pipe then closes when the process ends
+        signal.pthread_sigmask(signal.SIG_SETMASK, taken)
         yield Team([ours for ours, _ in pipes])
     finally:
         for process in processes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
 from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
@@ -17,9 +20,12 @@ from gptj_dist.cli.server.plan_devices import devices_of_nodes
 from gptj_dist.config import ModelConfig
 from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.operate.calibration import check_pipeline
+from gptj_dist.operate.launch.processes import descendants
 from gptj_dist.planning.cost import Chunks
 from gptj_dist.planning.devices import known_device
 from gptj_dist.stages.stopwatch import Team, Timing
+from tests.verbs import command_line, environment
+from tests.waiting import wait_until
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "devices.yaml")
 SIX_B = {
@@ -198,3 +204,18 @@ def test_a_process_that_has_died_between_two_steps_ends_the_check_with_a_reason(
     theirs.close()
     with pytest.raises(StageFailedError, match="was there enough memory"):
         team.time(0, Chunks(1, 1, 1))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_check_without_a_traceback_of_its_processes() -> None:
+    command = subprocess.Popen(
+        command_line("plan", "demo", "--check"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    )
+    wait_until(lambda: len(descendants(command.pid)) > 1, "a stage's process runs beside the resource tracker")
+    os.killpg(command.pid, signal.SIGINT)
+    _, errors = command.communicate(timeout=60)
+    assert (command.returncode, errors) == (130, b"")
