@@ -6,14 +6,14 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from gptj_dist.errors import GPTJDistError
+from gptj_dist.errors import NotReadyError
 from gptj_dist.serving.broadcast import ask_all
 from gptj_dist.stages.trace import TraceFile, TracePart
 
@@ -21,28 +21,6 @@ logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 """Between two visits a pipeline remembers some thousand plans."""
-
-
-class TraceCollector:
-    """Copies completed plans from pipelines to a file, and remembers the last plan of each pipeline."""
-
-    def __init__(self, pipelines: DeploymentHandle, file: TraceFile) -> None:
-        self._pipelines = pipelines
-        self._file = file
-        self._since: dict[str, int] = {}
-
-    async def collect(self) -> None:
-        """Appends new plans. If a pipeline does not answer, its plans are collected the next time.
-
-        Raises:
-            ConfigurationError: the file cannot be written.
-        """
-        try:
-            parts = (await ask_all(self._pipelines, TracePart, "trace_part", self._since)).given
-        except (GPTJDistError, RayError, RayServeException):
-            return
-        self._file.append(parts)
-        self._since |= {part.pipeline: part.records[-1].number + 1 for part in parts if part.records}
 
 
 @contextmanager
@@ -56,13 +34,11 @@ def tracing(pipelines: DeploymentHandle, path: Path, say: Callable[[str], None])
         ConfigurationError: the file cannot be written.
     """
     with TraceFile(path) as file:
-        collector, is_over = TraceCollector(pipelines, file), threading.Event()
+        is_over = threading.Event()
 
         def collect() -> None:
             try:
-                while not is_over.wait(PERIOD_S):
-                    asyncio.run(collector.collect())
-                asyncio.run(collector.collect())
+                _collect(pipelines, file, is_over)
             except Exception as error:
                 logger.exception("trace ended")
                 say(f"Tracing has ended: {error}")
@@ -74,3 +50,19 @@ def tracing(pipelines: DeploymentHandle, path: Path, say: Callable[[str], None])
         finally:
             is_over.set()
             thread.join()
+
+
+def _collect(pipelines: DeploymentHandle, file: TraceFile, is_over: threading.Event) -> None:
+    """Appends completed plans. If a pipeline does not answer, its plans are collected the next time.
+
+    Raises:
+        ConfigurationError: the file cannot be written.
+    """
+    next_plans: dict[str, int] = {}
+    is_last = False
+    while not is_last:
+        is_last = is_over.wait(PERIOD_S)
+        with suppress(NotReadyError, RayError, RayServeException):
+            parts = asyncio.run(ask_all(pipelines, TracePart, "trace_part", next_plans)).given
+            file.append(parts)
+            next_plans |= {part.pipeline: part.records[-1].number + 1 for part in parts if part.records}
