@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import sys
 import time
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptj_dist.cli.request_options import DEFAULT_URL, KeyOption, ServerUrl, Timeout
+from gptj_dist.cli.streams import print_json
 from gptj_dist.errors import NotReadyError, ServerError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def top(
 
     with Server(ServerAddress.of(url, api_key, timeout)) as server:
         if json:
-            print(json_.dumps(asdict(fetch_pipelines(server)), indent=2))
+            print_json(asdict(fetch_pipelines(server)))
         elif once or not sys.stdout.isatty():
             from rich.console import Console
 
