@@ -87,7 +87,7 @@ class ServerError(GPTJDistError):
 
 
 def excerpt(value: object) -> str:
-    """The beginning of a value that somebody sent, for a message: at most `MAX_EXCERPT_CHARS` characters."""
+    """The beginning of a value that a user gave, for an error message: at most `MAX_EXCERPT_CHARS` characters."""
     try:
         text = reprlib.repr(value)
     except ValueError:  # Python writes no integer of more than 4,300 digits

@@ -185,13 +185,13 @@ def _proxies_text() -> str:
 
 def refusal(response: httpx.Response) -> ServerError:
     """Explains a status other than 200, in one line."""
-    message, param = told_error(response)
+    message, param = parse_error(response)
     place = f"{response.status_code}, param {param}" if param else str(response.status_code)
     hint = _hint(response, param)
     return ServerError(f"{message} ({place}){f'; {hint}' if hint else ''}")
 
 
-def told_error(response: httpx.Response) -> tuple[str, str | None]:
+def parse_error(response: httpx.Response) -> tuple[str, str | None]:
     """The message of OpenAI's error shape and the field that it is about, or the status's own words."""
     try:
         error = response.json()["error"]

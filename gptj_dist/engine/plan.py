@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
 class Plan:
     """One micro-batch.
 
-    A stage forgets the `released` requests, adds the `new_requests`, gives them and the `chunks` their blocks, copies
+    A stage drops the `released` requests, adds the `new_requests`, gives them and the `chunks` their blocks, copies
     the KV that new requests begin with, and then computes all chunks.
     """
 

@@ -157,7 +157,7 @@ class Scheduler:
         self._waiting.add(request)
 
     def abort(self, request_id: int) -> None:
-        """Forgets a request and frees its blocks at once; plans in flight may still compute it. Ignores unknown ids."""
+        """Drops a request and frees its blocks at once; plans in flight may still compute it. Ignores unknown ids."""
         request = self._by_id.get(request_id)
         if request is not None:
             self._remove(request)
@@ -195,7 +195,7 @@ class Scheduler:
         ]
 
     def drain(self) -> list[Request]:
-        """Forgets all requests and plans, because the pipeline has died; returns the requests in their order.
+        """Drops all requests and plans, because the pipeline has died; returns the requests in their order.
 
         Each request keeps its tokens. Added to another scheduler, it is recomputed and continues where it was.
         """
@@ -381,7 +381,7 @@ class Scheduler:
             self._waiting.remove(request)
 
     def _stop_running(self, request: Request) -> None:
-        """Frees its blocks. The next plan tells the stages to forget it."""
+        """Frees its blocks. The next plan lists it as released, so that the stages drop it."""
         self._running.remove(request)
         request.is_running = False
         if request.prompt.num_shareable:

@@ -43,7 +43,7 @@ class KVCache(Protocol):
         """
 
     def release(self, request_id: int) -> None:
-        """Forgets the request; other requests may use its memory at once."""
+        """Frees the request's memory for other requests at once."""
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> Attention:
         """The attention of one micro-batch. Everything that does not depend on the layer is computed here."""

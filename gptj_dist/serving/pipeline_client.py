@@ -58,7 +58,7 @@ class PipelineClient:
 
     def close(self) -> None:
         """Stops receiving tokens."""
-        self._meeting.cancel()
+        self._limits_task.cancel()
         self._feed.stop()
 
     def fail_streams(self, error: Exception) -> None:
@@ -115,7 +115,7 @@ class PipelineClient:
         if self._limits is None:
             self._problem = f"the ingress does not find the pipelines: {error}"
 
-    async def _meet(self) -> None:
+    async def _fetch_limits(self) -> None:
         """Waits for the first pipeline. Before that Serve would hold calls back, but clients must get a 503."""
         while self._limits is None:
             try:

@@ -64,7 +64,7 @@ class EmbeddingPools:
         if self._layers.start < depth <= self._layers.stop or (depth == 0 and self._layers.is_first):
             self._pools[request.request_id] = _Pool(pooling.kind, depth)
 
-    def forget(self, request_id: int) -> None:
+    def release(self, request_id: int) -> None:
         """Drops the request's pool, if it has one."""
         self._pools.pop(request_id, None)
 

@@ -244,7 +244,7 @@ class StageRunner:
         for request_id in plan.released:
             del self._requests[request_id]
             self._histories.pop(request_id, None)
-            self._pools.forget(request_id)
+            self._pools.release(request_id)
             cache.release(request_id)
         for request in plan.new_requests:
             self._requests[request.request_id] = request

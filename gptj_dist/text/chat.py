@@ -68,7 +68,7 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the chat template refuses the messages: {str(error)[:200]}", "messages"
             ) from error
-        return _cut_behind(text, messages[-1]["content"].strip()) if continues_last else text
+        return _cut_after(text, messages[-1]["content"].strip()) if continues_last else text
 
     def next_message_mark(self) -> str:
         """The text between an answer and a user's next message, without white space at its end.
@@ -121,7 +121,7 @@ def _default(template: object) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _cut_behind(text: str, content: str) -> str:
+def _cut_after(text: str, content: str) -> str:
     end = text.rfind(content)
     if not content or end < 0:
         raise InvalidRequestError("the chat template changes the last message, so it cannot be continued", "messages")

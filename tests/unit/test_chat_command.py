@@ -125,7 +125,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session() -> N
         terminal = Terminal("chat", "--url", server.base)
         try:
             terminal.read_until("> ")
-            assert "/reset forgets" in terminal.seen
+            assert "/reset begins" in terminal.seen
             terminal.type("go on\n")
             terminal.read_until("word word")
             terminal.type("\x03")

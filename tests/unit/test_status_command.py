@@ -76,7 +76,7 @@ def test_a_server_that_loads_says_so_and_the_exit_code_too() -> None:
 
 def test_a_server_that_does_not_tell_its_version_is_shown_all_the_same() -> None:
     code, text, _ = status({path: reply for path, reply in READY.items() if path != "/version"})
-    assert (code, "version  not told" in text, "ab12cd34" in text) == (0, True, True)
+    assert (code, "version  not reported" in text, "ab12cd34" in text) == (0, True, True)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_client_gets_the_tokens_of_its_pipeline_and_no_others(attack: str, kno
                 stranger(f"{attack} to a feed", stream.inbox.endpoint, forged[:1], key),
                 stranger(f"{attack} to a feed", stream.inbox.endpoint, forged[1:], key),
             ):
-                while not inbox.dropped.num_strangers or len(token_ids) < NUM_FRAMES:
+                while not inbox.dropped.num_refused or len(token_ids) < NUM_FRAMES:
                     outbox.put(stream, len(token_ids), Delta((len(token_ids),), None))
                     token_ids += (await mailbox.take()).token_ids
                 outbox.put(stream, len(token_ids), Delta((), FinishReason.STOP))

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from gptj_dist.cli.client import Server, json_object, refusal, told_error
+from gptj_dist.cli.client import Server, json_object, parse_error, refusal
 from gptj_dist.errors import ConfigurationError, NotReadyError
 from gptj_dist.serving.debug import DebugDocument
 

@@ -30,7 +30,7 @@ def render(state: ServerState, width: int) -> RenderableType:
     ready = Text("ready", "green") if state.problem is None else Text(f"not ready: {state.problem}", "bold yellow")
     rows = Table.grid(padding=(0, 2, 0, 0))
     rows.add_row("server", Text.assemble((state.base, "bold"), "  ", ready))
-    rows.add_row("version", Text(state.version or "not told"))
+    rows.add_row("version", Text(state.version or "not reported"))
     rows.add_row("models", Text(", ".join(state.models) or "none"))
     if state.debug is None or not state.debug.pipelines:
         return rows

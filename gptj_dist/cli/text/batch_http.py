@@ -73,7 +73,7 @@ def _outcome(request: BatchRequest, response: httpx.Response) -> BatchAnswer | T
         ServerError: the response would be the same for all requests, so the batch must end.
     """
     status = response.status_code
-    message, param = told_error(response)
+    message, param = parse_error(response)
     if status in PASSING_STATUSES and response.headers.get("x-should-retry") != "false":
         return TryAgain(f"{message} ({status})", retry_after_s(response))
     if status in (401, 403) or (status == httpx.codes.NOT_FOUND and param != "model"):

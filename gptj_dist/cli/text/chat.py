@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PATH = "/v1/chat/completions"
 COMMANDS = ("/reset", "/exit")
-HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
+HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
 def chat(
@@ -64,10 +64,10 @@ def chat(
     api_key: KeyOption = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """Talk with a running server, which remembers the conversation until /reset.
+    """Talk with a running server, which gets the whole conversation with each message.
 
-    /exit or Ctrl-D ends, Ctrl-C stops an answer. Without a terminal each line of standard input is a message. Options
-    without a default are left to the server.
+    /reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer. Without a terminal each line of
+    standard input is a message. Options without a default are left to the server.
     """
     options = given(
         model=model,

@@ -65,7 +65,7 @@ class Cluster:
         nodes: those that answered: at least this machine, where there is no cluster.
         versions_here: of this process, which must agree with the nodes'.
         is_running: Ray runs already; if not, `nodes` is this machine, on which serving would start one.
-        free: resources of the whole cluster that nobody has taken.
+        free: unused resources of the whole cluster.
         broken_links: between nodes, for people.
         applications: what its Serve serves; None if it runs none.
         serve_address: where Serve listens, if it runs.

@@ -1,4 +1,4 @@
-"""What the nodes themselves tell: versions, GPUs, limits, ports, links. What a plan needs of them: `fit`."""
+"""Findings about the nodes: versions, GPUs, limits, ports, links. Module `fit` checks whether the plan fits them."""
 
 from __future__ import annotations
 

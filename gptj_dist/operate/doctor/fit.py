@@ -221,7 +221,7 @@ def _kv_cache(blueprint: Blueprint, reports: Sequence[StageReport]) -> Finding:
             "KV cache",
             f"{text}, less than one request of the full context of {blueprint.max_model_len:,}",
             "a larger --kv-cache-gb if that was given, else more --stages over more devices; or a smaller "
-            "--max-model-len, so that clients are told",
+            "--max-model-len, so that longer requests are refused at once",
         )
     num_requests = num_tokens // blueprint.max_model_len
     requests = "request" if num_requests == 1 else "requests"

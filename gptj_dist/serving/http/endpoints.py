@@ -155,7 +155,7 @@ class Endpoints:
     async def front(self, request: Request) -> Response:
         """A page with links. A caller who has not shown a key sees neither the model's names nor its state."""
         root_path, base = request.scope.get("root_path", ""), str(request.base_url).rstrip("/")
-        if is_stranger(request.scope):
+        if is_anonymous(request.scope):
             return HTMLResponse(front_page((), "Calls to this server need an API key", base, root_path, needs_key=True))
         try:
             await self._pipelines.prove_ready()

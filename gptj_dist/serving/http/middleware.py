@@ -17,7 +17,7 @@ from gptj_dist.serving.http.endpoint import refusal
 from gptj_dist.serving.keys import ApiKey, find_key
 
 REQUEST_ID_HEADER = "x-request-id"
-STRANGER = "is_stranger"
+ANONYMOUS = "is_anonymous"
 _ACCEPTABLE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -104,7 +104,7 @@ class RequireKey:
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             key = find_key(self._keys, given.strip()) if scheme.lower() == "bearer" else None
             if key is None and self._is_open(scope):
-                scope.setdefault("state", {})[STRANGER] = True
+                scope.setdefault("state", {})[ANONYMOUS] = True
             elif key is None:
                 error = AuthenticationError("this server needs an API key: Authorization: Bearer <key>")
                 await refusal(error)(scope, receive, send)
@@ -123,6 +123,6 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
-def is_stranger(scope: Scope) -> bool:
+def is_anonymous(scope: Scope) -> bool:
     """Whether the call came to an open path without a key, at a server that has keys."""
-    return STRANGER in scope["state"]
+    return ANONYMOUS in scope["state"]

@@ -45,7 +45,7 @@ class EdgeTraffic(NamedTuple):
 
     Args:
         frame_bytes: size of the frame that was received last.
-        num_dropped: connections of strangers and malformed messages, since the end was opened.
+        num_dropped: refused connections and malformed messages since the end was opened.
     """
 
     frame_bytes: int

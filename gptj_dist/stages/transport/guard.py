@@ -1,4 +1,4 @@
-"""Sockets that only our own processes can send to. libzmq refuses strangers before it reads a message from them.
+"""Sockets that only our own processes can send to. libzmq refuses a peer without the key before it reads a message.
 
 A receiving socket has a lock. Its key is part of the socket's address, which Ray calls carry to the sending processes.
 `docs/decisions/0018-keys-of-sockets.md` says why there are two kinds of lock.
@@ -41,16 +41,16 @@ class DropCount:
     """What a receiving socket has dropped since it was opened.
 
     Attributes:
-        num_strangers: connections of peers without the key.
+        num_refused: connections of peers without the key.
         num_malformed: messages from other peers that could not be decoded.
     """
 
-    num_strangers: int = 0
+    num_refused: int = 0
     num_malformed: int = 0
 
     @property
     def total(self) -> int:
-        return self.num_strangers + self.num_malformed
+        return self.num_refused + self.num_malformed
 
 
 class PasswordLock:
@@ -134,7 +134,7 @@ class GuardedSocket(Generic[S]):
 
     Attributes:
         endpoint: the address to connect to.
-        dropped: what the socket has dropped. The thread counts strangers, the socket's reader malformed messages.
+        dropped: what the socket has dropped. The thread counts refused connections, the reader malformed messages.
     """
 
     def __init__(self, context: zmq.Context[S], kind: int, host: str, lock: PasswordLock | CurveLock) -> None:
@@ -190,11 +190,11 @@ class GuardedSocket(Generic[S]):
         return [version, question_id, b"200" if opens else b"400", b"", b"", b""]
 
     def _note(self, event: int, connection: int) -> None:
-        """Counts a connection as a stranger's if it ends before its handshake has succeeded.
+        """Counts a connection as refused if it ends before its handshake has succeeded.
 
         Args:
-            connection: its file descriptor. libzmq does not say whose handshake has succeeded, so while several are
-                under way, the one that ends is taken for the stranger.
+            connection: its file descriptor. libzmq does not say which handshake has succeeded. While several are
+                under way, the connection that ends counts as the refused one.
         """
         if event == zmq.EVENT_ACCEPTED:
             self._unproven.add(connection)
@@ -203,15 +203,15 @@ class GuardedSocket(Generic[S]):
         elif connection in self._unproven:
             self._unproven.remove(connection)
             if self._num_proofs <= len(self._unproven):
-                self._count_stranger()
+                self._count_refused()
         if self._num_proofs >= len(self._unproven):
             self._unproven.clear()
             self._num_proofs = 0
 
-    def _count_stranger(self) -> None:
-        self.dropped.num_strangers += 1
-        if self.dropped.num_strangers.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a flood must not fill the disk
-            known = values(port=self.endpoint, num_refused=self.dropped.num_strangers)
+    def _count_refused(self) -> None:
+        self.dropped.num_refused += 1
+        if self.dropped.num_refused.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a flood must not fill the disk
+            known = values(port=self.endpoint, num_refused=self.dropped.num_refused)
             logger.warning("connection without the key refused", extra=known)
 
 
