@@ -1,4 +1,4 @@
-"""What engines keep of their speed while other programs compute on the same cores.
+"""Measures how much of their speed engines keep while other programs compute on the same cores.
 
     python -m benchmarks.beside_load demo
     python -m benchmarks.beside_load deep --dtype bfloat16 --loads 1 2 4 twin
@@ -6,12 +6,12 @@
         "ct2 python=ct2/bin/python model=/path/to/deep-ct2"
 
 A load is a number of processes that compute all the time, or `twin`: a second process of the contender that generates
-without a pause. Contenders, written as for `benchmarks.compare`, take turns under each load, and the others are frozen
-meanwhile. They start before the load, so how they adapt to it is part of what is measured.
+without a pause. Contenders, written as for `benchmarks.compare`, take turns under each load; the others are stopped
+(SIGSTOP) meanwhile. They start before the load, so the figures include how they adapt to it.
 
 `share_of_quiet` is the decode rate beside a load divided by the contender's own quiet rate. `fair_share` is the share
-of the cores that a load leaves if each of its processes has as much as each thread of an engine with one thread a core.
-The last line on standard output is one JSON document. Linux only.
+of the cores that is left to an engine with one thread a core if the scheduler gives every thread and every process of
+the load the same time. The last line on standard output is one JSON document. Linux only.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ BUSY = "print(flush=True)\nwhile True: pass"
 RATE = "decode_tokens_per_s"
 
 Rounds = Mapping[tuple[str, str], Sequence[Figures]]
-"""By contender and load."""
+"""Figures of each round, by contender and load."""
 
 
 def main() -> None:
-    """Measures, prints a table for people and the JSON document."""
     args = _parser().parse_args()
     loads = [QUIET, *(load for load in args.loads if load != QUIET)]
     about = machine()
@@ -65,7 +64,7 @@ def main() -> None:
 
 
 def fair_share(load: str, num_cores: int) -> float:
-    """What a load leaves of the cores to an engine with one thread a core."""
+    """Share of the cores that a load leaves to an engine with one thread a core."""
     if load == QUIET:
         return 1.0
     num_others = num_cores if load == TWIN else int(load)
@@ -73,7 +72,7 @@ def fair_share(load: str, num_cores: int) -> float:
 
 
 def _compared(rounds: Rounds, name: str, loads: Sequence[str], num_cores: int) -> dict[str, dict[str, float]]:
-    """Of one contender: by load, medians of its figures, and what they are of the quiet rate."""
+    """One contender's medians by load, with their share of its quiet rate."""
     by_load = {load: medians(rounds[name, load]) for load in loads}
     return {
         load: {
@@ -97,7 +96,7 @@ def _turn(contender: Contender, case: Case, turn_s: float, seed: int) -> Figures
 
 @contextmanager
 def _alone(contenders: Mapping[str, Contender], name: str) -> Iterator[None]:
-    """Freezes all contenders but one."""
+    """Stops all contenders but one until the context ends."""
     with ExitStack() as stack:
         for other, contender in contenders.items():
             if other != name:
@@ -107,7 +106,7 @@ def _alone(contenders: Mapping[str, Contender], name: str) -> Iterator[None]:
 
 @contextmanager
 def _load(load: str, spec: Spec, shared: Shared, case: Case) -> Iterator[None]:
-    """A load, from before the context begins until it ends."""
+    """Runs a load until the context ends."""
     if load == TWIN:
         with opened(spec, shared) as twin, _generating(twin, case):
             yield
@@ -120,7 +119,7 @@ def _load(load: str, spec: Spec, shared: Shared, case: Case) -> Iterator[None]:
 
 @contextmanager
 def _busy_process() -> Iterator[None]:
-    """A process that computes until the context ends."""
+    """Runs a process that computes until the context ends."""
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -132,7 +131,7 @@ def _busy_process() -> Iterator[None]:
 
 @contextmanager
 def _generating(twin: Contender, case: Case) -> Iterator[None]:
-    """A contender that generates until the context ends."""
+    """Lets a contender generate until the context ends."""
     has_begun, shall_end = threading.Event(), threading.Event()
 
     def generate() -> None:
@@ -165,9 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loads", nargs="+", type=_load_name, default=list(DEFAULT_LOADS))
     parser.add_argument("--case", type=parse_case, default=Case(1, 16, 33))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--turn-s", type=float, default=3.0, help="a turn is repeated until it took this long, in s")
+    parser.add_argument("--turn-s", type=float, default=3.0, help="a turn repeats its case for this many seconds")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter of peers without python=")
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter of peers that have no python=")
     return parser
 
 

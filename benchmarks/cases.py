@@ -1,4 +1,4 @@
-"""What is measured: how many prompts of which length at once, and how many tokens of each. Stdlib only.
+"""The cases of benchmarks: how many prompts of which length at once, and how many tokens out. Stdlib only.
 
 Written `8x128/64`: 8 requests at once, 128 tokens in, 64 out. `1x1024/1` is one long prompt and its first token.
 """
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 NUM_TOKEN_IDS = 4000
-"""Prompts are random ids below this, which every vocabulary has, the demo model's too."""
+"""Prompts are random ids below this. Every vocabulary has these ids, the demo model's too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Case:
         return self.batch * self.input_len
 
     def prompts(self, seed: int) -> list[list[int]]:
-        """Token ids; the same for the same seed."""
+        """Random token ids [batch][input_len]; the same for the same seed."""
         rng = random.Random(seed)
         return [rng.choices(range(NUM_TOKEN_IDS), k=self.input_len) for _ in range(self.batch)]
 
@@ -45,7 +45,7 @@ class Case:
 
 
 def parse_case(text: str) -> Case:
-    """`8x128/64`. Raises ValueError if it is something else."""
+    """Parses `8x128/64`. Raises ValueError on anything else."""
     match = re.fullmatch(r"(\d+)x(\d+)/(\d+)", text)
     if match is None or "0" in match.groups():
         raise ValueError(f"{text!r} is not BATCHxINPUT/OUTPUT, such as 8x128/64")
@@ -53,5 +53,5 @@ def parse_case(text: str) -> Case:
 
 
 def case_of(fields: Mapping[str, Any]) -> Case:
-    """The inverse of `as_json`; other fields are left alone."""
+    """The inverse of `as_json`; ignores other fields."""
     return Case(fields["batch"], fields["input_len"], fields["output_len"])

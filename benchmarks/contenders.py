@@ -1,15 +1,15 @@
-"""What can be measured side by side: engines in worker processes, and servers. All take the same cases.
+"""The contenders of comparisons: engines in worker processes, and servers. All run the same cases.
 
 A contender is written as a kind and its settings:
 
     ours stages=2 kv_cache_gb=2        our engine; settings of PipelineConfig, and package=/path/to/another/checkout
     vllm stages=2                      vLLM's engine; stages, bind=0|1, kv_cache_gb, and arguments of vLLM's LLM
-    ct2 model=DIR compute_type=int8    CTranslate2's engine; DIR is what its converter made
+    ct2 model=DIR compute_type=int8    CTranslate2's engine; DIR is the output of its converter
     serve stages=2                     `gptj-dist serve`; its options, and package=
-    vllm-serve                         vLLM's server; as vllm
+    vllm-serve                         vLLM's server; settings as for vllm
     http base=http://127.0.0.1:8000 model=demo     a server that runs already
 
-`python=` of vllm and ct2 names the interpreter that has the engine.
+`python=` of vllm and ct2 names the interpreter in whose environment the engine is installed.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all contenders of a run have in common.
+    """Settings that all contenders of a run share.
 
     Args:
-        peer_python: the interpreter that has vLLM.
-        most_requests: the most that any case has at once.
+        peer_python: the interpreter of vLLM's environment.
+        most_requests: the largest batch of any case.
     """
 
     model: str
@@ -64,10 +64,11 @@ class Shared:
 
 
 class Contender(Protocol):
-    """Something loaded that can be measured again and again.
+    """A loaded engine or server that can be measured repeatedly.
 
     Attributes:
-        family: its processes, which can be frozen between measurements.
+        about: its description, for the document.
+        family: its processes, which can be stopped between measurements.
     """
 
     about: dict[str, Any]
@@ -78,7 +79,7 @@ class Contender(Protocol):
 
 
 def parse_spec(text: str) -> Spec:
-    """Raises ValueError if it is no contender."""
+    """Parses a contender as the module describes. Raises ValueError on anything else."""
     kind, *pairs = text.split()
     if kind not in KINDS or not all("=" in pair for pair in pairs):
         raise ValueError(f"{text!r} is not one of {', '.join(KINDS)} with settings such as stages=2")
@@ -94,7 +95,7 @@ class EngineContender:
         self.family = worker.family
 
     def measure(self, case: Case, seed: int) -> Figures:
-        """Rates of prefill and decode apart: the same load with one token each is run first."""
+        """Runs the case with one token each and then whole, which gives separate rates of prefill and decode."""
         first = self._worker.ask({**case.as_json(), "output_len": 1, "seed": seed})
         figures = {"prefill_tokens_per_s": case.num_input_tokens / first["seconds"]}
         if case.batch == 1:
@@ -109,9 +110,9 @@ class EngineContender:
 
 
 class ServerContender:
-    """A server, under as many clients as the case has requests; few clients send several each.
+    """A server under as many clients as the case has requests. Sends `LEAST_REQUESTS` or more.
 
-    A request that is not measured comes first: a server that was frozen has catching up to do.
+    Begins with a request that is not measured, because a server that was stopped has to catch up.
     """
 
     def __init__(self, target: Target, family: Family, about: dict[str, Any]) -> None:
@@ -130,7 +131,7 @@ class ServerContender:
 
 @contextmanager
 def opened(spec: Spec, shared: Shared) -> Iterator[Contender]:
-    """Starts a contender, and ends it with the context."""
+    """Runs a contender until the context ends."""
     settings = dict(spec.settings)
     package = Path(settings.pop("package", ROOT))
     opening = _open_engine if spec.kind in ENGINES else _open_server
@@ -172,5 +173,5 @@ def _open_server(kind: str, settings: dict[str, Any], package: Path, shared: Sha
 
 
 def _occupancy(answer: Mapping[str, Any]) -> dict[str, float]:
-    """The share of the time for which each stage's process used a core."""
+    """Cores that each stage's process used on average."""
     return {f"stage_{i}_cores": cpu_s / answer["seconds"] for i, cpu_s in enumerate(answer["stage_cpu_s"])}

@@ -1,4 +1,4 @@
-"""Arithmetic of measurements, and the document that a benchmark ends with. Imports neither torch nor Ray."""
+"""Arithmetic of measurements, tables, and the JSON document that a benchmark prints. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from gptj_dist.stages.cores import available_cores
 
 Figures = Mapping[str, float]
-"""By name; times end in a unit such as `_ms`, everything else is the better the more."""
+"""Figures by name. Names of times end in their unit, such as `_ms`; of all other figures, larger is better."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Between the two nearest values in proportion, as numpy's default does."""
+    """Interpolates linearly between the two nearest values, like numpy's default."""
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     below = math.floor(position)
@@ -26,7 +26,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def summarise(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median and 99th percentile in ms, by the names that vLLM's serving benchmark prints; none of nothing."""
+    """Mean, median and 99th percentile in ms, named as in vLLM's serving benchmark; empty without values."""
     if not seconds:
         return {}
     return {
@@ -37,17 +37,17 @@ def summarise(name: str, seconds: Sequence[float]) -> dict[str, float]:
 
 
 def medians(runs: Sequence[Figures]) -> dict[str, float]:
-    """Figure by figure, of those that every run has."""
+    """The median of each figure that every run has."""
     return {name: statistics.median(run[name] for run in runs) for name in runs[0] if all(name in run for run in runs)}
 
 
 def times_as_good(name: str, one: float, other: float) -> float:
-    """Above 1 if `one` is the better figure: a rate divided by the other, a time the other way round."""
+    """The ratio of two figures, above 1 if `one` is better: `one / other` for rates, `other / one` for times."""
     return other / one if name.endswith(("_ms", "_us")) else one / other
 
 
 def rounded(value: Any) -> Any:
-    """Floats of a document to five digits."""
+    """Rounds all floats of a document to five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
@@ -56,7 +56,7 @@ def rounded(value: Any) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """Description of this machine for a document."""
     lines = _cpuinfo()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
@@ -68,12 +68,12 @@ def machine() -> dict[str, Any]:
 
 
 def print_document(benchmark: str, fields: Mapping[str, Any]) -> None:
-    """The last line on standard output."""
+    """Prints a benchmark's result as one JSON line, the last on standard output."""
     print(json.dumps(rounded({"benchmark": benchmark, **fields})), flush=True)
 
 
 def print_row(cells: Iterable[object]) -> None:
-    """A line of a table for people: a name, then columns of figures."""
+    """Prints a line of a table: a name, then columns of figures."""
     name, *columns = cells
     texts = (f"{cell:>20.4g}" if isinstance(cell, float) else f"{cell!s:>20}" for cell in columns)
     print(f"{name!s:<36}{''.join(texts)}", flush=True)

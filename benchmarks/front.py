@@ -1,16 +1,17 @@
-"""What HTTP, Serve and server-sent events cost: CPU time a token and a request, process by process, for each way in.
+"""Measures what HTTP, Serve and server-sent events cost: CPU time per token and per request, by kind of process.
 
-    python -m benchmarks.front                                    every way, the demo model in one stage
+    python -m benchmarks.front                                    every way in, the demo model in one stage
     python -m benchmarks.front --ways ingress proxy --streams 1 8 32 128 --rounds 3
 
-Ways: `ingress` is `gptj-dist serve` on a Ray of its own, where the ingress listens itself; `proxy` the same application
-on a Ray cluster, behind Serve's proxy; `proxy-throughput` with `RAY_SERVE_THROUGHPUT_OPTIMIZED=1`; `haproxy` behind
-HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1`); `engine` the same pipeline in one process, without Ray and HTTP.
+Ways in: `ingress` is `gptj-dist serve` with a local Ray, where the ingress itself listens; `proxy` is the same
+application on a Ray cluster, after Serve's proxy; `proxy-throughput` adds `RAY_SERVE_THROUGHPUT_OPTIMIZED=1`; `haproxy`
+uses HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1`); `engine` is the same pipeline in one process, without Ray and HTTP.
 
-A token's cost is CPU time of each kind of process over streams of `--output-len` tokens, less what the same streams
-cost with one token; a request's is that with one token. `limit_tokens_per_s` is where the ingress, one process on one
-core, would be busy all the time. Also: how long the server takes to be ready and to stop, and at which addresses it can
-be reached from other machines. The last line on standard output is one JSON document. Linux only.
+A request's cost is the CPU time of a stream of one token. A token's cost is the CPU time of streams of `--output-len`
+tokens, less that of the same streams with one token, divided by the tokens in between. `limit_tokens_per_s` is the rate
+at which the ingress, one process on one core, would be busy all the time. Also reported: how long the server takes to
+be ready and to stop, and which of its ports other machines can reach. The last line on standard output is one JSON
+document. Linux only.
 """
 
 from __future__ import annotations
@@ -49,11 +50,10 @@ ROLES = {
     "Stage": "stages",
 }
 LEAST_REQUESTS = 64
-"""CPU time is counted in hundredths of a second."""
+"""Enough for CPU times, which the kernel counts in hundredths of a second."""
 
 
 def main() -> None:
-    """Measures, prints a table for people and the JSON document."""
     args = _parser().parse_args()
     print_row(["", "tokens/s", "ttft ms", "us/token", "of ingress", "us/request", "of ingress"])
     ways = {way: _measure(way, args) for way in args.ways}
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=ALL_WAYS, default=ALL_WAYS)
-    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128], help="at once")
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128], help="streams at once")
     parser.add_argument("--input-len", type=int, default=16)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -136,7 +136,7 @@ def _load(way: str, front: Front, streams: int, args: argparse.Namespace) -> dic
 
 
 def _round(front: Front, streams: int, num_requests: int, args: argparse.Namespace, seed: int) -> Figures:
-    """The same prompts twice, with one token each and with many: the difference is what tokens cost."""
+    """Runs the same prompts with one token each and with many; the difference is the cost of tokens."""
     short, _ = _run(front, Case(streams, args.input_len, 1), num_requests, seed)
     whole, figures = _run(front, Case(streams, args.input_len, args.output_len), num_requests, seed)
     num_tokens = num_requests * (args.output_len - 1)
@@ -154,7 +154,7 @@ def _round(front: Front, streams: int, num_requests: int, args: argparse.Namespa
 
 
 def _run(front: Front, case: Case, num_requests: int, seed: int) -> tuple[dict[str, float], dict[str, float]]:
-    """CPU seconds by role, and what clients felt."""
+    """CPU seconds by role, and the clients' figures."""
     before = _cpu_s_by_role(front.family)
     measured = asyncio.run(closed_loop(front.target, case, num_requests, seed))
     used = {role: seconds - before.get(role, 0.0) for role, seconds in _cpu_s_by_role(front.family).items()}

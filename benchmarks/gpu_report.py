@@ -1,15 +1,15 @@
-"""Tests and measures a GPU in one command, on a machine that has torch, Triton and an NVIDIA GPU but not Ray.
+"""Tests and measures a GPU in one command, on a machine with torch, Triton and an NVIDIA GPU; Ray is not needed.
 
     python -m benchmarks.gpu_report
     python -m benchmarks.gpu_report --device cpu --shape tiny --batches 1 2 --context 16       to try the command itself
 
-It runs `tests/gpu`, which also needs pytest, transformers and tokenizers. Then it makes a model of GPT-J-6B's shape
-with random weights on the device, and times a prompt and decode steps. Each is compared with the limit of the device:
+First runs `tests/gpu`, which also needs pytest, transformers and tokenizers. Then makes a model of GPT-J-6B's shape
+with random weights on the device, and times a prompt and decode steps. Each time is compared with the device's limit:
 the larger of the time to read weights, keys and values at the rate of a large copy or sum, and the time to compute at
-the rate of a large matrix product. Both rates are measured first.
+the rate of a large matrix product. Both rates are measured beforehand.
 
-The report takes at most `--budget-s` seconds: what is not begun in time is named in `skipped`. It prints a Markdown
-table for `docs/performance.md`. The last line on standard output is one JSON document.
+The report takes at most `--budget-s` seconds; cases that did not start in time are listed in `skipped`. Prints a
+Markdown table for `docs/performance.md`. The last line on standard output is one JSON document.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TESTS_SHARE = 0.5
 """Share of the budget after which the tests are stopped."""
 
 CASE_RESERVE_S = 20.0
-"""A case is not begun with less time than this, or a tenth of the budget, left."""
+"""A case starts only if this much time, or a tenth of the budget, is left."""
 
 CASE_S = 1.0
 MIN_REPEATS = 3
@@ -62,11 +62,10 @@ WEIGHT_STD = 0.02
 
 
 class Budget:
-    """Time that the report may take.
+    """Time that the report may take, beginning now.
 
     Args:
-        seconds: from now on.
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -80,16 +79,15 @@ class Budget:
 
     @property
     def tests_s(self) -> float:
-        """What the tests may take."""
+        """Seconds that the tests may take."""
         return TESTS_SHARE * self._seconds
 
     def allows_a_case(self) -> bool:
-        """Whether enough time is left to begin one more measurement."""
+        """Whether enough time is left for one more measurement."""
         return self._seconds - self.used_s > min(CASE_RESERVE_S, self._seconds / 10)
 
 
 def main() -> None:
-    """Tests, measures, prints the table and the JSON document."""
     args = _parser().parse_args()
     budget = Budget(args.budget_s)
     kind: DeviceKind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -127,7 +125,7 @@ def run_tests(timeout_s: float) -> dict[str, Any]:
 
 
 def best_dtype(device: torch.device) -> DTypeName:
-    """The type of 16 bits that a GPU computes fast: bfloat16 from compute capability 8.0 on. float32 on a CPU."""
+    """float32 on a CPU; on a GPU bfloat16 from compute capability 8.0 on, float16 before."""
     if device.type == "cpu":
         return "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
@@ -145,7 +143,7 @@ def measure(
     context: int,
     budget: Budget,
 ) -> dict[str, Any]:
-    """Limits; by case the rate, its limit and their ratio; in `skipped` why a case is missing."""
+    """The device's limits; for each case its rate, limit and share; in `skipped` the reason for each missing case."""
     limits = measure_limits(device, DTYPES[dtype])
     report: dict[str, Any] = {"dtype": dtype, "context": context, **limits, "cases": {}, "skipped": {}}
     cases = {f"prefill {context} tokens": Chunks(1, context, context)}
@@ -175,7 +173,7 @@ def measure(
 def largest_model(
     config: ModelConfig, dtype: DTypeName, device: torch.device, batches: Sequence[int], context: int
 ) -> tuple[RandomModel | None, int]:
-    """A model with room for as many requests as one of `batches` has, and their number; None if not even one fits."""
+    """The model with room for the largest of `batches` that fits, and that batch; None and 0 if none fits."""
     for num_requests in sorted(batches, reverse=True):
         try:
             return RandomModel(config, dtype, device, num_requests, context), num_requests
@@ -190,7 +188,7 @@ class RandomModel:
 
     Args:
         max_requests: requests in the KV cache.
-        context: tokens of each.
+        context: tokens of each request.
     """
 
     def __init__(
@@ -213,7 +211,7 @@ class RandomModel:
 
     @torch.inference_mode()
     def step(self, chunks: Chunks) -> list[int]:
-        """Computes a step again at the same positions; returns the most likely next token of each request."""
+        """Computes a step at the same positions each time; returns the most likely next token of each request."""
         batch = _batch(range(chunks.num_requests), chunks.context_tokens - chunks.num_tokens, chunks.num_tokens)
         if self._steps is not None and self._steps.has(batch):
             logits = self._steps(batch, self._token_ids(batch))
@@ -223,7 +221,7 @@ class RandomModel:
         return token_ids
 
     def _recorded_steps(self, max_requests: int) -> Any:
-        """Steps of single rows as a stage on a GPU has them. Loaded here, as it needs Triton."""
+        """The CUDA graphs that a stage on a GPU uses for single rows. Imported here, as they need Triton."""
         from gptj_dist.model.graphs import GraphRecorder, RecordedSteps, batch_sizes
 
         assert isinstance(self._cache, BlockCache)
@@ -240,12 +238,12 @@ class RandomModel:
 
 
 def _fill(_name: str, tensor: Tensor) -> None:
-    """Takes the place of reading a tensor from a checkpoint."""
+    """Fills a tensor with random weights; used in place of reading a checkpoint."""
     tensor.normal_(0, WEIGHT_STD)
 
 
 def _batch(request_ids: Sequence[int], start: int, num_tokens: int) -> MicroBatch:
-    """The same positions of each request."""
+    """A micro-batch of the same `num_tokens` positions, from `start` on, of each request."""
     spans = tuple(Span(id_, i * num_tokens, start, num_tokens) for i, id_ in enumerate(request_ids))
     return MicroBatch(spans, torch.arange(start, start + num_tokens).repeat(len(spans)))
 
@@ -262,7 +260,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 
 def time_of(run: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a run, which is repeated for `CASE_S`; the first one, which may compile, does not count."""
+    """Median seconds of a run, repeated for `CASE_S`. The first run, which may compile, does not count."""
 
     def timed() -> float:
         begin = time.perf_counter()
@@ -279,7 +277,7 @@ def time_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table for `docs/performance.md`."""
+    """The Markdown table of a report."""
     gb_per_s, tflop_per_s = report["bytes_per_s"] / 1e9, report["flop_per_s"] / 1e12
     head = f"{report['dtype']}, context {report['context']}, {gb_per_s:.4g} GB/s, {tflop_per_s:.4g} TFLOP/s"
     rows = [f"| {head} | tokens/s | limit | share |", "|---|---|---|---|"]
@@ -295,9 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="6b")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="requests in a decode step")
-    parser.add_argument("--context", type=int, default=512, help="tokens of each request, and of the prompt")
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds in all")
-    parser.add_argument("--no-tests", action="store_true", help="leave tests/gpu out")
+    parser.add_argument("--context", type=int, default=512, help="tokens of each request and of the prompt")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="most seconds in total")
+    parser.add_argument("--no-tests", action="store_true", help="skip tests/gpu")
     return parser
 
 

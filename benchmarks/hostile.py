@@ -1,13 +1,13 @@
-"""Hostile requests beside a well-behaved stream: how long they silence it.
+"""Sends hostile requests to a server and measures for how long they silence a well-behaved stream.
 
     python -m benchmarks.hostile                                    every case against `gptj-dist serve demo`
     python -m benchmarks.hostile --cases "2,000 streams" --package /path/to/another/checkout
 
-For each case: the largest gap between two frames of the stream, the slowest answer of `/health`, the hostile requests'
-statuses and when the first and the last of them were answered, the largest answer, and the CPU time of the server's
-processes. The case `nothing` is the control: on a busy machine the stream has gaps of its own, and only what is above
-them is the case's. One server takes all cases, one after the other. The last line on standard output is one JSON
-document. Linux only.
+Reports for each case: the largest gap between two frames of the stream, the slowest response of `/health`, the statuses
+of the hostile requests and when the first and the last of them were answered, the largest response, and the CPU time of
+the server's processes. The case `nothing` is the control: on a busy machine the stream has gaps without an attack, too,
+and a case causes only what exceeds them. One server takes all cases, one after the other. The last line on standard
+output is one JSON document. Linux only.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ COLUMNS = ("gap_ms", "ttft_ms", "health_ms", "first_s", "last_s", "answer_bytes"
 STREAM_TOKENS = 400
 HEALTH_PERIOD_S = 0.2
 START_S = 60.0
-"""Seconds that an attacker may take to build its bytes."""
+"""Most seconds that an attacker may take to build its bytes."""
 
 MODERATOR = "benchmarks.hostile_moderator:moderate"
 
 
 @dataclass(slots=True)
 class Beside:
-    """What well-behaved clients saw.
+    """Measurements of well-behaved clients during a case.
 
     Attributes:
         streams: completions, one after the other.
-        health_s: how long answers of `/health` took.
-        is_over: no client begins another request.
+        health_s: seconds of each response of `/health`.
+        is_over: the clients begin no more requests.
     """
 
     streams: list[StreamRecord] = field(default_factory=list)
@@ -71,7 +71,6 @@ class Beside:
 
 
 def main() -> None:
-    """Measures, prints a table for people and the JSON document."""
     args = _parser().parse_args()
     print_row(["", *COLUMNS])
     cases: dict[str, Any] = {}
@@ -89,7 +88,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    parser.add_argument("--package", default=str(ROOT), help="directory that holds the gptj_dist to be measured")
+    parser.add_argument("--package", default=str(ROOT), help="directory of the gptj_dist to measure")
     return parser
 
 
@@ -146,7 +145,7 @@ async def _probe(base: str, beside: Beside) -> None:
 
 @asynccontextmanager
 async def _attacker(name: str, base: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that has built its bytes and waits for a line."""
+    """Runs an attacking process until the context ends; it has built its bytes and waits for a line."""
     url = urlsplit(base)
     command = [sys.executable, "-m", "benchmarks.workers.hostile_cases", name, str(url.hostname), str(url.port)]
     pipe = asyncio.subprocess.PIPE

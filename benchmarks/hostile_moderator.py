@@ -1,4 +1,4 @@
-"""A moderator that never answers about a text with `HANG`, and blocks its thread on one with `BLOCK`."""
+"""A moderator that never returns a verdict on a text with `HANG`, and blocks its thread on one with `BLOCK`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 
 
 def moderate(text: str, role: str) -> Awaitable[str | None] | None:
-    """The verdict on a prompt or an output."""
+    """Lets all other texts pass. `role` is `prompt` or `output`."""
     if "BLOCK" in text:
         threading.Event().wait()
     return _never() if "HANG" in text and role == "prompt" else None

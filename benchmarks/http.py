@@ -1,19 +1,19 @@
-"""What clients feel: throughput, time to first token and the tokens behind it, of any server with OpenAI's API.
+"""Measures a server with OpenAI's API from outside: throughput, time to first token and time of each later token.
 
     python -m benchmarks.http                                   starts `gptj-dist serve demo --stages 2`, measures it
     python -m benchmarks.http --model deep --serve-args "--stages 1" --concurrency 1 2 4 8 16 32 64
     python -m benchmarks.http --base http://127.0.0.1:9000 --model NAME              a server that runs already
     python -m benchmarks.http --model deep --request-rate 0.5 1 2 4 --goodput ttft:500 tpot:100
 
-`--concurrency` is a closed loop: so many clients, each of which sends its next request when the last has ended.
-`--request-rate` is an open loop: requests at random times (a Poisson process), so many a second on average, whether or
-not others have ended. Prompts are random token ids of `--input-len`; outputs are greedy and do not end early. Requests
-are streamed; several tokens can come in one frame, so their number is the server's own, from `usage`, and `itl` is the
-time between frames.
+`--concurrency N` is a closed loop: N clients, each of which sends its next request when its last one has ended.
+`--request-rate R` is an open loop: requests at random times (a Poisson process), R a second on average, whether or not
+others have ended. Prompts are `--input-len` random token ids; outputs are greedy and do not end early. Requests are
+streamed. One frame can carry several tokens, so tokens are counted by the server (`usage`), and `itl` is the time
+between frames.
 
-Figures have the names that vLLM's serving benchmark prints, times in ms. `ttft` counts from before connecting. Goodput
-counts requests within all limits given, in ms. The last line on standard output is one JSON document. To compare two
-servers in turn, see `benchmarks.compare`.
+Figures have the names that vLLM's serving benchmark prints, times in ms. `ttft` begins before the connection is made.
+Goodput counts requests within all given limits, in ms. The last line on standard output is one JSON document. To
+compare two servers in turn, see `benchmarks.compare`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 
 
 def main() -> None:
-    """Measures, prints a table for people and the JSON document."""
     args = _parser().parse_args()
     goodput_ms = dict(args.goodput)
     document: dict[str, Any] = {"machine": machine(), "model": args.model, "server": args.base or args.serve_args}
@@ -45,20 +44,20 @@ def main() -> None:
         asyncio.run(closed_loop(target, Case(NUM_WARM_UP, args.input_len, WARM_UP_TOKENS), NUM_WARM_UP, seed=0))
         print_row(["", *COLUMNS])
         closed = [
-            _tell("max_concurrency", number, _closed(args, target, number), goodput_ms) for number in args.concurrency
+            _report("max_concurrency", number, _closed(args, target, number), goodput_ms) for number in args.concurrency
         ]
-        open_ = [_tell("request_rate", rate, _open(args, target, rate), goodput_ms) for rate in args.request_rate]
+        open_ = [_report("request_rate", rate, _open(args, target, rate), goodput_ms) for rate in args.request_rate]
     print_document("http", document | ready | {"closed_loop": closed, "open_loop": open_})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a running server; without it one is started")
-    parser.add_argument("--model", default="demo", help="the model to serve, or the name that the server knows it by")
+    parser.add_argument("--model", default="demo", help="the model to serve, or its name on the running server")
     parser.add_argument("--serve-args", default="--stages 2", help="arguments of gptj-dist serve")
     parser.add_argument("--concurrency", nargs="*", type=int, default=[1, 8, 32], help="clients at once")
     parser.add_argument("--requests-per-client", type=int, default=4)
-    parser.add_argument("--request-rate", nargs="*", type=float, default=[], help="requests a second")
+    parser.add_argument("--request-rate", nargs="*", type=float, default=[], help="requests per second")
     parser.add_argument("--num-requests", type=int, default=64, help="at each request rate")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
@@ -68,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse_goodput(text: str) -> tuple[str, float]:
-    """`ttft:200`. Raises ValueError if it is something else."""
+    """Parses `ttft:200`. Raises ValueError on anything else."""
     name, _, most_ms = text.partition(":")
     if name not in GOODPUT_NAMES:
         raise ValueError(f"{name!r} is not one of {', '.join(GOODPUT_NAMES)}")
@@ -77,7 +76,7 @@ def parse_goodput(text: str) -> tuple[str, float]:
 
 @contextmanager
 def _server(args: argparse.Namespace) -> Iterator[tuple[Target, dict[str, float]]]:
-    """The server that is measured, and how long it took to start if it was started."""
+    """The server to measure; if it is started here, also the seconds until it was ready."""
     if args.base is not None:
         yield Target(args.base, args.model), {}
         return
@@ -96,8 +95,8 @@ def _open(args: argparse.Namespace, target: Target, rate: float) -> Measured:
     return asyncio.run(open_loop(target, case, args.num_requests, rate, args.seed))
 
 
-def _tell(name: str, value: float, measured: Measured, goodput_ms: dict[str, float]) -> dict[str, Any]:
-    """One load's figures, also as a line of the table."""
+def _report(name: str, value: float, measured: Measured, goodput_ms: dict[str, float]) -> dict[str, Any]:
+    """Computes a load's figures and prints them as a line of the table."""
     figures = serving_figures(measured, goodput_ms)
     print_row([f"{name} {value:g}", *(figures.get(column, "-") for column in COLUMNS)])
     errors = failures(measured)

@@ -1,4 +1,4 @@
-"""Loads on a server, closed and open, and their figures by the names that vLLM's serving benchmark prints."""
+"""Closed and open loads on a server, and their figures, named as vLLM's serving benchmark names them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.sse_client import StreamRecord, completion_body, stream_completi
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server and the name that it knows its model by."""
+    """A server's URL, and the name of its model."""
 
     base: str
     model: str
@@ -25,7 +25,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What came of a load.
+    """The requests of a load.
 
     Args:
         seconds: from the first request to the last token.
@@ -36,7 +36,7 @@ class Measured:
 
 
 async def closed_loop(target: Target, case: Case, num_requests: int, seed: int) -> Measured:
-    """`case.batch` clients, each of which sends its next request when its last one has ended."""
+    """Runs `case.batch` clients. Each sends its next request when its last one has ended."""
     bodies = _bodies(target, case, num_requests, seed)
     records: list[StreamRecord] = []
 
@@ -50,9 +50,9 @@ async def closed_loop(target: Target, case: Case, num_requests: int, seed: int) 
 
 
 async def open_loop(target: Target, case: Case, num_requests: int, rate: float, seed: int) -> Measured:
-    """Requests at random times, `rate` of them a second on average, whether or not others have ended.
+    """Sends requests at random times, `rate` per second on average, whether or not others have ended.
 
-    The case's batch is not looked at.
+    Ignores the batch of the case.
     """
     begin = time.perf_counter()
 
@@ -67,7 +67,7 @@ async def open_loop(target: Target, case: Case, num_requests: int, rate: float, 
 
 
 def poisson_arrivals(rate: float, num_requests: int, seed: int) -> list[float]:
-    """Seconds of each arrival; the first comes at once."""
+    """The time of each arrival in seconds, beginning with 0."""
     rng = random.Random(seed)
     arrivals, now_s = [], 0.0
     for _ in range(num_requests):
@@ -77,10 +77,10 @@ def poisson_arrivals(rate: float, num_requests: int, seed: int) -> list[float]:
 
 
 def serving_figures(measured: Measured, goodput_ms: Mapping[str, float]) -> dict[str, float]:
-    """Of the requests that were completed; of those, goodput counts the ones within all limits.
+    """Figures of the completed requests.
 
     Args:
-        goodput_ms: the most ms of `ttft`, `tpot` or `e2el`.
+        goodput_ms: limits of `ttft`, `tpot` or `e2el` in ms; goodput counts requests within all of them.
     """
     done = [record for record in measured.records if record.error is None]
     times = [request_times(record) for record in done]
@@ -106,18 +106,18 @@ def serving_figures(measured: Measured, goodput_ms: Mapping[str, float]) -> dict
 
 
 def request_times(record: StreamRecord) -> dict[str, float]:
-    """Seconds to the first token, of each later token on average, and in all."""
+    """Seconds to the first token, per later token, and of the whole request."""
     first_s, last_s = record.frame_s[0], record.frame_s[-1]
     tpot_s = (last_s - first_s) / max(1, record.num_tokens - 1)
     return {"ttft": first_s - record.begin_s, "tpot": tpot_s, "e2el": last_s - record.begin_s}
 
 
 def failures(measured: Measured) -> dict[str, int]:
-    """How often each error occurred."""
+    """The number of failed requests by error."""
     return dict(Counter(record.error for record in measured.records if record.error is not None))
 
 
 def _bodies(target: Target, case: Case, num_requests: int, seed: int) -> Iterator[bytes]:
-    """Made beforehand, so that making them is not measured."""
+    """The bodies of all requests, made before the measurement."""
     prompts = Case(num_requests, case.input_len, case.output_len).prompts(seed)
     return iter([completion_body(target.model, prompt, case.output_len) for prompt in prompts])

@@ -1,19 +1,20 @@
-"""Prefill and decode of our engine without HTTP, by batch, stages and dtype, and against the matrix library's limits.
+"""Measures prefill and decode of our engine without HTTP, by batch, stages and dtype, and against the products alone.
 
     python -m benchmarks.offline deep --stages 1 2 --cases {1,8,32}x128/64 1x1024/1
-    python -m benchmarks.offline deep --cases 8x{128/128,512/128,1919/128,128/64}      the workloads of the project
-    python -m benchmarks.offline wide --limits --cases 1x128/64 4x128/64               goal 4
-    python -m benchmarks.offline deep --growth                                         goal 7
+    python -m benchmarks.offline deep --cases 8x{128/128,512/128,1919/128,128/64}
+    python -m benchmarks.offline wide --limits --cases 1x128/64 4x128/64
+    python -m benchmarks.offline deep --growth
     python -m benchmarks.offline deep --growth --stages 2 --dtype bfloat16 float32
 
-`deep` and `wide` are directories that `gptj-dist synth deep deep` makes. A case is BATCHxINPUT/OUTPUT: so many requests
-at once of so many random tokens in and out, greedy, without an early stop. Prefill is the case with one token out, and
-decode the rest. Variants take turns, case by case; figures are medians of the rounds. Stages are processes if there is
-more than one; `stage_0_cores` says how many cores each used.
+`deep` and `wide` are directories that `gptj-dist synth deep deep` makes. A case is BATCHxINPUT/OUTPUT: BATCH requests
+at once, each with INPUT random tokens in and OUTPUT tokens out, greedy, without an early stop. Prefill is the same case
+with one token out; decode is the rest. Variants take turns, case by case; figures are medians of the rounds. With more
+than one stage each stage is a process; `stage_0_cores` is the number of cores that stage 0 used.
 
-`--limits` measures in the same turns what the packed matrix products alone would allow: of one row, which reads all
-weights once, and of 512. `decode_share_of_limit` is of the first and `prefill_share_of_limit` of the second, so they
-say something at a batch of one and at 512 tokens or more. The last line on standard output is one JSON document.
+`--limits` also measures, in the same turns, the packed matrix products alone: with one row, which reads all weights
+once, and with 512 rows. `decode_share_of_limit` compares with the first and `prefill_share_of_limit` with the second,
+so they are meaningful at a batch of one and at 512 tokens or more. The last line on standard output is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ WARM_UP_TOKENS = 2
 
 
 def main() -> None:
-    """Measures, prints a table for people and the JSON document."""
     args = _parser().parse_args()
     cases = growth_cases() if args.growth else args.cases
     document: dict[str, Any] = {"machine": machine(), "model": args.model, "rounds": args.rounds}
@@ -63,22 +63,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", type=int, default=[1])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--cases", nargs="+", type=parse_case, default=list(map(parse_case, DEFAULT_CASES)))
-    parser.add_argument("--growth", action="store_true", help="cases from 1 to 128 requests and 128 to 1,919 tokens")
-    parser.add_argument("--limits", action="store_true", help="measure the packed products alone, too")
+    parser.add_argument("--growth", action="store_true", help="cases of 1 to 128 requests and of 128 to 1,919 tokens")
+    parser.add_argument("--limits", action="store_true", help="also measure the packed products alone")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kv-cache-gb", type=float, help="as of gptj-dist serve")
+    parser.add_argument("--kv-cache-gb", type=float, help="as for gptj-dist serve")
     return parser
 
 
 def growth_cases() -> list[Case]:
-    """One load grown in two ways: in requests at once, and in tokens of context."""
+    """Cases that grow in requests at once, and cases that grow in tokens of context."""
     by_requests = [Case(batch, CONTEXT_LENGTHS[0], GROWTH_OUTPUT_LEN) for batch in IN_FLIGHT]
     by_context = [Case(CONTEXT_BATCH, length, GROWTH_OUTPUT_LEN) for length in CONTEXT_LENGTHS]
     return list(dict.fromkeys([*by_requests, *by_context]))
 
 
 class Variant:
-    """One way to run the model, and what was measured of it."""
+    """One way to run the model, and its measurements."""
 
     def __init__(self, settings: Mapping[str, Any], engine: EngineContender) -> None:
         self._settings = settings
@@ -88,12 +88,12 @@ class Variant:
         self._limit_rounds: dict[int, list[Figures]] = {rows: [] for rows in LIMIT_ROWS.values()}
 
     def open_limits(self, stack: ExitStack) -> None:
-        """From now on each turn measures the limits first."""
+        """Starts the worker of the limits; each turn then measures the limits first."""
         settings = {key: self._settings[key] for key in ("model", "dtype")}
         self._limits = stack.enter_context(closing(WorkerProcess("limits", settings)))
 
     def measure(self, case: Case, round_: int) -> None:
-        """One turn; that of round 0 warms up, and does not count."""
+        """Measures one turn. Round 0 is a warm-up; its figures are dropped."""
         if round_ == 0:
             self._engine.measure(Case(case.batch, case.input_len, min(case.output_len, WARM_UP_TOKENS)), seed=0)
             return
@@ -107,7 +107,7 @@ class Variant:
             print_row([f"{self._name:<20}{case!s:<14}", name, figure])
 
     def as_json(self) -> dict[str, Any]:
-        """Settings and medians, case by case."""
+        """Settings and medians of each case."""
         limits = {str(rows): medians(rounds) for rows, rounds in self._limit_rounds.items() if rounds}
         cases = [{**case.as_json(), "figures": medians(rounds)} for case, rounds in self._rounds.items()]
         about = {"about": self._engine.about, "settings": self._settings}
@@ -118,7 +118,7 @@ class Variant:
         return f"stages={self._settings['stages']} {self._settings['dtype']}"
 
     def _measure_limits(self) -> dict[str, float]:
-        """Tokens per second of the products alone, for decode and for prefill; empty if nobody asked for them."""
+        """Tokens per second of the products alone, for decode and for prefill; empty without `--limits`."""
         if self._limits is None:
             return {}
         limits = {phase: _limit(self._limits, rows) for phase, rows in LIMIT_ROWS.items()}
@@ -139,7 +139,7 @@ def _open_variant(
 
 
 def _limit(worker: WorkerProcess, rows: int) -> Figures:
-    """The fastest pass of half a second: it is a limit."""
+    """Rates of the fastest of the passes that fit in `LIMIT_TURN_S`."""
     end_s = time.perf_counter() + LIMIT_TURN_S
     passes = [worker.ask({"rows": rows})]
     while time.perf_counter() < end_s:

@@ -1,14 +1,14 @@
-"""Plots of what other benchmarks have measured, as SVG.
+"""Draws the results of other benchmarks as SVG.
 
     python -m benchmarks.http --model deep --concurrency 1 2 4 8 16 32 64 > http.log
     python -m benchmarks.http --model deep --concurrency --request-rate 0.5 1 2 4 > load.log
     python -m benchmarks.offline deep --stages 1 2 --growth > growth.log
     python -m benchmarks.plots http.log load.log growth.log --to docs/plots
 
-Takes the last line of each file, a document of `benchmarks.http` or `benchmarks.offline`, and draws what is in it:
-throughput against concurrency, time to first token against load, occupancy of stages, growth with requests and context.
-Documents of one kind share a plot, a line each; `NAME=FILE` names the line. The last line on standard output is one
-JSON document.
+Reads the last line of each file, a document of `benchmarks.http` or `benchmarks.offline`, and draws what it holds:
+throughput against concurrency, time to first token against load, occupancy of stages, growth with requests and with
+context. Documents of one kind share a plot, with a line each; `NAME=FILE` names the line. The last line on standard
+output is one JSON document.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one document has to say in a plot."""
+    """One document's line in a plot."""
 
     label: str
     x: Sequence[float]
@@ -51,7 +51,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A file, its axes with their units, and how to find its lines in a document."""
+    """A plot's file name, its axes with units, and the function that finds its lines in a document."""
 
     name: str
     x_label: str
@@ -61,7 +61,6 @@ class Plot:
 
 
 def main() -> None:
-    """Draws, and prints the JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=parse_source, metavar="[NAME=]FILE", help="outputs of benchmarks")
     parser.add_argument("--to", type=Path, default=Path("docs/plots"), help="a directory")
@@ -77,7 +76,7 @@ def main() -> None:
 
 
 def parse_source(text: str) -> tuple[str, Path]:
-    """`NAME=FILE`, or a file that is named by its stem."""
+    """Parses `[NAME=]FILE`. Without a name, takes the file's stem."""
     name, separator, path = text.rpartition("=")
     return (name if separator else Path(path).stem), Path(path)
 
@@ -89,7 +88,7 @@ def read_document(path: Path) -> Document:
 
 
 def draw(plot: Plot, lines: Sequence[Line], directory: Path) -> Path:
-    """Writes the plot; the file."""
+    """Writes the plot; returns its file."""
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     for line in lines:
@@ -126,7 +125,7 @@ def _of_loads(label: str, loads: Sequence[Document], x: str, y: str) -> Sequence
 
 
 def _occupancy(name: str, document: Document) -> Sequence[Line]:
-    """Of pipelines only: the threads of a stage in one process are not told apart."""
+    """Lines of pipelines only: a single stage shares its process with the rest of the engine."""
     pipelines = [variant for variant in _variants(document) if variant["settings"]["stages"] > 1]
     return [line for variant in pipelines for line in _stage_lines(name, variant)]
 
@@ -162,7 +161,7 @@ def _is_grown_in_context(case: Document, cases: Sequence[Document]) -> bool:
 
 
 def _grown_in_requests(cases: Sequence[Document]) -> Sequence[Document]:
-    """Those with the shortest prompts."""
+    """The cases with the shortest prompts, which differ in their number of requests."""
     shortest = min(case["input_len"] for case in cases)
     return [case for case in cases if case["input_len"] == shortest]
 

@@ -1,7 +1,8 @@
-"""Processes that belong together: their CPU time, their memory, their end. Linux only.
+"""A family of processes, with all descendants: its CPU time, memory and open ports; stops and kills it. Linux only.
 
-They have inherited a mark in their environment, or come from one that has. Neither is enough: Ray's processes leave
-their parents, and processes that change their title (vLLM's) write it over their environment.
+A process belongs to the family if it has inherited a mark in its environment, or descends from one that has. Neither
+test is enough alone: Ray's processes leave their parents, and processes that change their title (vLLM's) overwrite
+their environment.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Family:
-    """All processes that were started with `environment` and live, but for this one."""
+    """The live processes that were started with `environment`, without this one."""
 
     def __init__(self) -> None:
         self._mark = f"{MARK}={uuid.uuid4().hex}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's, and the mark."""
+        """This process's environment with the mark."""
         name, _, value = self._mark.partition("=")
         return {**os.environ, name: value}
 
     def members(self) -> list[Path]:
-        """Their directories in /proc."""
+        """The processes' directories in /proc."""
         mark = self._mark.encode()
         processes = [path for path in Path("/proc").glob("[0-9]*") if path.name != str(os.getpid())]
         family = {path.name for path in processes if mark in content(path / "environ").split(b"\0")}
@@ -43,20 +44,20 @@ class Family:
         return [path for path in processes if path.name in family]
 
     def cpu_s(self) -> float:
-        """CPU time that those alive have used since they began."""
+        """CPU time that the live processes have used since they began."""
         return sum(map(cpu_s, self.members()))
 
     def memory_bytes(self) -> int:
-        """Memory in use, pages that are shared in parts."""
+        """Memory in use as PSS: a shared page counts in parts."""
         return sum(map(pss_bytes, self.members()))
 
     def kill(self) -> None:
-        """Ends those that are still there, at once."""
+        """Kills all processes of the family."""
         self._signal(signal.SIGKILL)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """They do nothing until the context ends."""
+        """Stops all processes until the context ends."""
         self._signal(signal.SIGSTOP)
         try:
             yield
@@ -70,7 +71,7 @@ class Family:
 
 
 def parent(process: Path) -> str:
-    """The id of the process that started it, or adopted it; nothing if it has ended (proc(5): field 4 of `stat`)."""
+    """The id of the parent process; empty if the process has ended (proc(5): field 4 of `stat`)."""
     fields = content(process / "stat").rpartition(b")")[2].split()
     return fields[1].decode() if fields else ""
 
@@ -82,7 +83,7 @@ def cpu_s(process: Path) -> float:
 
 
 def pss_bytes(process: Path) -> int:
-    """A process's own pages, and its parts of those that it shares; 0 if it has ended."""
+    """PSS of a process: its own pages, and its parts of shared pages; 0 if it has ended."""
     for line in content(process / "smaps_rollup").splitlines():
         if line.startswith(b"Pss:"):
             return int(line.split()[1]) * 1024
@@ -90,7 +91,7 @@ def pss_bytes(process: Path) -> int:
 
 
 def content(path: Path) -> bytes:
-    """Of a file in /proc; nothing if its process has ended."""
+    """The content of a file in /proc; empty if its process has ended."""
     try:
         return path.read_bytes()
     except OSError:
@@ -98,7 +99,7 @@ def content(path: Path) -> bytes:
 
 
 def open_addresses(family: Family) -> set[str]:
-    """Where other machines reach the processes by TCP: `address:port` of sockets that listen beyond loopback."""
+    """`address:port` of the family's TCP sockets that listen on other addresses than loopback."""
     links = [link for process in family.members() for link in _links(process / "fd")]
     inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
     addresses = set()
@@ -112,7 +113,7 @@ def open_addresses(family: Family) -> set[str]:
 
 
 def _links(directory: Path) -> list[str]:
-    """What the file descriptors of a process are; nothing if it has ended."""
+    """The targets of a process's file descriptors; empty if it has ended."""
     links = []
     with suppress(OSError):
         for path in directory.iterdir():

@@ -1,9 +1,9 @@
-"""Whether two checkpoints give the same logits, bit by bit, such as one in a pickle and its copy in safetensors.
+"""Compares the logits of two checkpoints bit by bit, for example of a pickle and of its copy in safetensors.
 
     python -m benchmarks.same_logits /path/to/one /path/to/other --dtype bfloat16 --stages 2
 
-Loads one after the other, in this process. The last line on standard output is one JSON document; bytes are those that
-the process read while it loaded, from the disk or from the page cache. Linux only.
+Loads one after the other, in this process. The last line on standard output is one JSON document; `read_gb` counts the
+bytes that the process read while it loaded, from the disk or from the page cache. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ NUM_PROMPT_TOKENS = 64
 
 
 def main() -> None:
-    """Compares, and prints the JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs=2, help="directories")
     parser.add_argument("--dtype", default="bfloat16")
@@ -37,7 +36,7 @@ def main() -> None:
 
 
 def last_logits(model: str, dtype: Any, stages: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Logits behind a prompt, [1, vocab_size], and what loading took."""
+    """Logits [1, vocab_size] of a prompt's last row, and the cost of loading."""
     begin, bytes_before = time.perf_counter(), bytes_read()
     pipeline, runners = load_local(PipelineConfig(model, dtype=dtype, stages=stages, kv_cache_gb=0.5, max_batch_size=1))
     loading = {
@@ -58,7 +57,7 @@ def last_logits(model: str, dtype: Any, stages: int) -> tuple[torch.Tensor, dict
 
 
 def bytes_read() -> int:
-    """By this process, so far."""
+    """Bytes that this process has read so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 

@@ -1,10 +1,10 @@
-"""The scheduler alone: plans a second, without a model, a transport or an event loop.
+"""Measures the scheduler alone: plans per second, without a model, a transport or an event loop.
 
-    python -m benchmarks.scheduler                                              goal 6: 20,000 requests, 64 running
-    python -m benchmarks.scheduler --requests 20000 --running 64 --stages 4     plans of a pipeline of four
+    python -m benchmarks.scheduler                                              20,000 requests, 64 of them running
+    python -m benchmarks.scheduler --requests 20000 --running 64 --stages 4     plans of a pipeline of four stages
 
-All requests are there from the start. Only `Scheduler.schedule` and `Scheduler.update` are in `plans_per_s`; adding the
-requests is a figure of its own. Results come back at once, first in, first out. Prompts and outputs have random
+All requests are added at the start. `plans_per_s` counts the time in `Scheduler.schedule` and `Scheduler.update` only;
+adding the requests is a separate figure. Results return at once, first in, first out. Prompts and outputs have random
 lengths, so that requests end one by one. The last line on standard output is one JSON document.
 """
 
@@ -33,11 +33,12 @@ SEED = 0
 
 @dataclass(slots=True)
 class Timings:
-    """What was measured.
+    """Measurements of a run.
 
     Args:
-        seconds: of each step, that is, of one plan made and one result taken back.
-        requests_per_plan: of each plan.
+        add_s: time to add all requests.
+        seconds: of each step: one plan made and one result taken.
+        requests_per_plan: number of requests of each plan.
     """
 
     add_s: float = 0.0
@@ -46,7 +47,6 @@ class Timings:
 
 
 def main() -> None:
-    """Measures and prints the JSON document."""
     args = _parser().parse_args()
     requests = make_requests(args.requests)
     blocks_per_request = -(-(PROMPT_TOKENS[1] + OUTPUT_TOKENS[1]) // BLOCK_SIZE_TOKENS)
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def make_requests(num_requests: int) -> list[Request]:
-    """The same each time."""
+    """Requests of random lengths, the same in each run."""
     rng = random.Random(SEED)
     return [
         Request(
@@ -108,7 +108,7 @@ def run(scheduler: Scheduler, requests: Sequence[Request]) -> Timings:
 
 
 def figures(timings: Timings) -> dict[str, Any]:
-    """Rates, and how even the steps were."""
+    """Rates, and percentiles of the steps' times."""
     num_plans = len(timings.requests_per_plan)
     return {
         "num_plans": num_plans,

@@ -1,4 +1,4 @@
-"""Servers as processes of their own, started for a measurement and ended behind it: ours and vLLM's. Stdlib only."""
+"""Starts servers, ours and vLLM's, as processes for a measurement, and stops them after it. Stdlib only."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ POLL_S = 0.02
 def started(
     model: str, serve_args: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, float]]:
-    """`gptj-dist serve` as a process of its own; gives its URL and the seconds from the command to ready.
+    """Runs `gptj-dist serve` until the context ends. Yields its URL and the seconds until it was ready.
 
-    Clients call the model as it is called here, path or not.
+    Clients name the model by `model`, even if that is a path.
     """
     port = free_port()
     command = [*serve_command(model, {"served_model_name": model}, port), *serve_args]
@@ -40,7 +40,7 @@ def started(
 def running(
     command: Sequence[str], environment: Mapping[str, str], port: int, ready_path: str, directory: Path | None = None
 ) -> Iterator[tuple[str, float]]:
-    """A server's command, from when it is ready until the context ends; gives its URL and the seconds it took."""
+    """Runs a server's command until the context ends. Yields its URL and the seconds until it was ready."""
     base = f"http://127.0.0.1:{port}"
     begin = time.perf_counter()
     server = subprocess.Popen(command, env=environment, cwd=directory, stdout=subprocess.DEVNULL)
@@ -61,7 +61,7 @@ def running(
 
 @contextmanager
 def ray_cluster(environment: Mapping[str, str]) -> Iterator[str]:
-    """A Ray cluster of one node on loopback; gives its address."""
+    """Runs a Ray cluster of one node on loopback until the context ends. Yields its address."""
     command = [sys.executable, str(ROOT / "cluster" / "local_nodes.py"), "1", "--no-dashboard"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as nodes:
         assert nodes.stdout is not None
@@ -77,22 +77,22 @@ def ray_cluster(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def serve_command(model: str, settings: Mapping[str, Any], port: int) -> list[str]:
-    """`gptj-dist serve` with its options by name."""
+    """The command of `gptj-dist serve`; `settings` are its options by name."""
     return [sys.executable, "-m", "gptj_dist", "serve", model, "--port", str(port), *_options(settings)]
 
 
 def vllm_serve_command(
     python: str, model: str, settings: Mapping[str, Any], port: int
 ) -> tuple[list[str], dict[str, str]]:
-    """vLLM's server with settings as `split_settings` takes them; and what its environment needs."""
+    """The command of vLLM's server, and variables for its environment; `settings` are those of `split_settings`."""
     environment, arguments = split_settings(settings)
-    # `vllm serve` asks for its version by a name that its CPU build is not installed under; the module does not.
+    # The module, as `vllm serve` fails with the CPU build: it looks its version up under another package name.
     command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     return [*command, "--port", str(port), "--disable-uvicorn-access-log", *_options(arguments)], environment
 
 
 def is_ready(base: str, path: str = "/ready") -> bool:
-    """Whether a token can be made."""
+    """Whether the server answers the path with status 200."""
     try:
         with urllib.request.urlopen(base + path, timeout=10) as response:
             return bool(response.status == 200)
@@ -101,14 +101,14 @@ def is_ready(base: str, path: str = "/ready") -> bool:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens at."""
+    """A free port of 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
-    """`--max-model-len 2048`, or of a switch `--enable-prefix-caching` and `--no-enable-prefix-caching`."""
+    """Settings as options: `--max-model-len 2048`, a true one `--enable-x`, a false one `--no-enable-x`."""
     options = []
     for key, value in settings.items():
         name = key.replace("_", "-")

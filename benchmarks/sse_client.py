@@ -1,7 +1,7 @@
-"""One streamed completion over a bare socket: on a machine of two cores a client library would be measured too.
+"""One streamed completion over a bare socket. A client library would take CPU time from the server under measurement.
 
-Frames are counted and timed, but only the last with data is parsed: it says how many tokens came, as several can share
-a frame.
+All frames are counted and timed, but only the last one with data is parsed: it has the number of tokens, as a frame can
+carry several.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ READ_BYTES = 65536
 
 
 class StreamError(Exception):
-    """A completion was refused or broke off; says how."""
+    """A completion was refused or broke off."""
 
 
 @dataclass(slots=True)
 class StreamRecord:
-    """When the frames of one completion came.
+    """Arrival times of one completion's frames, on the clock of `time.perf_counter`.
 
     Args:
-        begin_s: when it was sent, connecting included, on the clock of `time.perf_counter`.
-        frame_s: when each frame with text came, first to last.
-        num_tokens: of the output, as the server counts them.
-        error: why it failed; None if it did not.
+        begin_s: time before the connection is made.
+        frame_s: arrival of each frame with text, in order.
+        num_tokens: output tokens, counted by the server.
+        error: reason of a failure; None without one.
     """
 
     begin_s: float
@@ -40,13 +40,13 @@ class StreamRecord:
 
 
 class ChunkedBody:
-    """Takes a body of HTTP's chunked encoding apart (RFC 9112, section 7.1), however its bytes arrive."""
+    """Decodes a body in HTTP's chunked encoding (RFC 9112, section 7.1), in pieces of any length."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, received: bytes) -> bytes:
-        """What the bytes add to the body."""
+        """Takes received bytes; returns the part of the body that they complete."""
         self._buffer += received
         return b"".join(self._whole_chunks())
 
@@ -61,19 +61,19 @@ class ChunkedBody:
 
 
 class FrameSplitter:
-    """Cuts a body into the data of its server-sent events."""
+    """Splits a body into the data of its server-sent events."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, received: bytes) -> list[bytes]:
-        """The events that are complete with these bytes."""
+        """Takes a part of the body; returns the data of the events that it completes."""
         *frames, self._buffer = (self._buffer + received).split(b"\n\n")
         return [frame.partition(b"data:")[2].strip() for frame in frames if b"data:" in frame]
 
 
 def completion_body(model: str, prompt_ids: list[int], max_tokens: int) -> bytes:
-    """A greedy streamed completion that does not end early."""
+    """The body of a greedy streamed completion that does not end early."""
     fields = {
         "model": model,
         "prompt": prompt_ids,
@@ -87,7 +87,7 @@ def completion_body(model: str, prompt_ids: list[int], max_tokens: int) -> bytes
 
 
 async def stream_completion(base: str, body: bytes, num_input_tokens: int) -> StreamRecord:
-    """Runs one completion to its end. A failure is in the record, as it is a figure of the load."""
+    """Runs one completion to its end. Reports a failure in the record."""
     record = StreamRecord(time.perf_counter(), num_input_tokens)
     try:
         await _stream(base, body, record)
@@ -128,8 +128,8 @@ async def _read_frames(reader: asyncio.StreamReader, record: StreamRecord) -> No
 
 
 def _take_usage(frame: dict[str, Any], record: StreamRecord) -> None:
-    """The frame before the last has the number of tokens and no text, so it is no arrival of any."""
+    """Takes the number of tokens from the last frame before [DONE], and drops its arrival, as it has no text."""
     if not frame.get("usage"):
-        raise StreamError("the server did not say how many tokens there were")
+        raise StreamError("the server reported no number of tokens")
     record.num_tokens = frame["usage"]["completion_tokens"]
     record.frame_s.pop()

@@ -1,10 +1,10 @@
-"""What it takes to start: seconds until ready, memory of all processes at its peak and at rest, bytes that stages read.
+"""Measures a server's start: seconds to ready, memory of all processes at the peak and at rest, bytes read by stages.
 
     python -m benchmarks.startup /path/to/gptj-6b --serve-args "--stages 2 --dtype bfloat16 --kv-cache-gb 2"
 
-The weights' files are dropped from the page cache before they are read once in a row, for comparison, and again before
-the server starts. The last line on standard output is one JSON document; memory is in GB of 10**9 bytes, summed over
-all processes of the server, Ray's among them, as PSS (shared pages count in parts). Linux only.
+For comparison the weight files are first read once, one after the other. Before that and again before the server starts
+they are dropped from the page cache. The last line on standard output is one JSON document. Memory is in GB of 10**9
+bytes, summed as PSS (a shared page counts in parts) over all processes of the server, Ray's included. Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ READ_BYTES = 32 << 20
 
 
 def main() -> None:
-    """Measures, and prints the JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory")
     parser.add_argument("--serve-args", default="--stages 2", help="arguments of gptj-dist serve")
@@ -53,7 +52,7 @@ def main() -> None:
 
 
 def measure(model: str, serve_args: Sequence[str], cases: Sequence[Case]) -> dict[str, Any]:
-    """Starts a server and puts it under one load after the other."""
+    """Starts a server and runs one load after the other."""
     family = Family()
     memory = MemoryWatch(family)
     with memory, started(model, serve_args, family.environment) as (base, ready_s):
@@ -69,7 +68,7 @@ def measure(model: str, serve_args: Sequence[str], cases: Sequence[Case]) -> dic
 
 
 def read_once(files: Sequence[Path]) -> float:
-    """Seconds to read the files from the disk, one after the other; their pages are given back on the way."""
+    """Seconds to read the files from the disk, one after the other. Drops their pages while reading."""
     drop_from_cache(files)
     buffer = bytearray(READ_BYTES)
     begin = time.perf_counter()
@@ -81,7 +80,7 @@ def read_once(files: Sequence[Path]) -> float:
 
 
 def drop_from_cache(files: Sequence[Path]) -> None:
-    """Makes the next reader go to the disk."""
+    """Drops the files from the page cache, so that the next reader reads from the disk."""
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -110,7 +109,7 @@ class MemoryWatch:
 
 
 def stage_read_gb(family: Family) -> list[float]:
-    """What each stage has read from files, sockets and pipes, in GB."""
+    """GB that each stage has read from files, sockets and pipes."""
     stages = [path for path in family.members() if b":stage-" in content(path / "cmdline")]
     return sorted(int(content(path / "io").split()[1]) / 1e9 for path in stages)
 

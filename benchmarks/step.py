@@ -1,10 +1,10 @@
-"""What a stage's step is made of: packed products, attention, other operators, and the stage's own time around them.
+"""Splits the time of one stage's step into packed products, attention, other operators and the stage's own overhead.
 
     python -m benchmarks.step /work/models/deep --dtype bfloat16 --cases 1x160/1 8x160/1 32x160/1 1x512/512
 
-A case is `REQUESTSxCONTEXT/ROWS`: so many requests with so many tokens each, of which the last rows are computed. All
-layers are one stage, on all cores, without engine or transport. `overhead` is the share of the step's wall time that
-was not inside an operator; torch's profiler, which times them, adds to it. The last line on standard output is one
+A case is `REQUESTSxCONTEXT/ROWS`: REQUESTS requests with CONTEXT tokens each, of which the last ROWS are computed. All
+layers are one stage, on all cores, without engine or transport. `overhead` is the share of the step's wall time outside
+of operators. Torch's profiler times the operators and adds to the overhead. The last line on standard output is one
 JSON document.
 """
 
@@ -33,11 +33,10 @@ PRODUCT_PREFIXES = ("mkldnn::_linear", "aten::linear", "aten::addmm")
 
 
 def main() -> None:
-    """Measures, prints a table for people and the JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as the machine has cores")
+    parser.add_argument("--threads", type=int, default=0, help="0: one per core")
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[Case(32, 160, 1)])
     args = parser.parse_args()
     _record(StageRunner, "step", STEP)
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def shares(stopwatch: StageStopwatch, case: Case) -> dict[str, float]:
-    """Of one case: milliseconds of its step, and by kind of work the share of them."""
+    """Milliseconds of one case's step, and each kind of work's share of them."""
     chunks = Chunks(case.batch, case.output_len, case.input_len)
     stopwatch.prepare(chunks)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -80,7 +79,7 @@ def _kind(name: str) -> str:
 
 
 def _record(owner: type, method: str, label: str) -> None:
-    """Has the profiler see a method that is no operator of torch's."""
+    """Makes the profiler record a method that is not an operator of torch."""
     inner: Callable[..., object] = getattr(owner, method)
 
     def recorded(*arguments: object, **options: object) -> object:

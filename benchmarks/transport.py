@@ -1,13 +1,13 @@
-"""What it costs to go round a ring of stages that compute nothing: the project's transport, and bare ZeroMQ beside it.
+"""Measures a round through a ring of stages that compute nothing, over our transport and over bare ZeroMQ.
 
-    python -m benchmarks.transport                                goal 6: four stages, frames of 64 KB
+    python -m benchmarks.transport                                four stages, frames of 64 KB
     python -m benchmarks.transport --stages 2 --frame-kb 8 --in-flight 3
 
-Each stage is a process. A plan of as many requests as the frame has rows goes from here through all of them and back,
-hidden states on every edge, so one edge more carries them than in a pipeline. `round_trip_us` is the median with one
-frame on its way; `step_us` the time for each frame with `--in-flight` of them. Bare ZeroMQ carries the same bytes over
-the same kind of sockets, but encodes and decodes nothing. Both rings take turns. The last line on standard output is
-one JSON document.
+Each stage is a process. A plan with one request per row of the frame goes from this process through all stages and
+back, with hidden states on every edge: one edge more than in a pipeline. `round_trip_us` is the median with one frame
+in flight; `step_us` is the time per frame with `--in-flight` frames in flight. Bare ZeroMQ carries the same bytes over
+the same kind of sockets, without encoding and decoding. The rings take turns. The last line on standard output is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -38,17 +38,16 @@ END_TIMEOUT_S = 10
 
 
 class Ring(Protocol):
-    """This end of a ring: what is sent comes back after it went through all stages."""
+    """The end of a ring in this process. A frame that is sent returns after it has passed all stages."""
 
     def send(self) -> None:
-        """Sends a frame on its way."""
+        """Sends a frame."""
 
     def receive(self) -> None:
-        """Waits for the oldest frame on its way."""
+        """Waits for the oldest frame in flight."""
 
 
 def main() -> None:
-    """Measures, prints a table for people and the JSON document."""
     args = _parser().parse_args()
     settings = {"stages": args.stages, "frame_kb": args.frame_kb, "in_flight": args.in_flight, "frames": args.frames}
     document = {"machine": machine(), **settings}
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def make_frame(size_kb: int) -> PlanFrame:
-    """A decode plan, one request a row."""
+    """A decode plan with one request per row of hidden states."""
     rows = max(1, 1024 * size_kb // ROW_BYTES)
     chunks = tuple(Chunk(i, 128, (i,), (), True) for i in range(rows))
     return PlanFrame(
@@ -85,7 +84,7 @@ def make_frame(size_kb: int) -> PlanFrame:
 
 
 def time_ring(ring: Ring, num_frames: int, in_flight: int) -> dict[str, float]:
-    """Microseconds of a frame that is alone, and of each frame among others."""
+    """Microseconds of a round trip alone, and per frame with `in_flight` frames in flight."""
     for _ in range(NUM_WARM_UP):
         _round_trip_s(ring)
     round_trips_s = [_round_trip_s(ring) for _ in range(num_frames)]
@@ -109,7 +108,7 @@ def _round_trip_s(ring: Ring) -> float:
 
 
 class OurRing:
-    """Over `gptj_dist.stages.transport`."""
+    """A ring over `gptj_dist.stages.transport`."""
 
     def __init__(self, inbound: Inbound, outbound: Outbound, frame: Frame) -> None:
         self._inbound = inbound
@@ -150,7 +149,7 @@ def _our_stage(connection: Connection) -> None:
 
 
 class BareRing:
-    """Over sockets, without a codec."""
+    """A ring over ZeroMQ's sockets, without a codec."""
 
     def __init__(self, inbound: zmq.Socket[bytes], outbound: zmq.Socket[bytes], data: bytes) -> None:
         self._inbound = inbound
@@ -166,7 +165,7 @@ class BareRing:
 
 @contextmanager
 def bare_ring(num_stages: int, data: bytes) -> Iterator[Ring]:
-    """A ring whose stages pass bytes on; an empty message ends them."""
+    """A ring whose stages forward bytes; an empty message ends them."""
     inbound = _bound()
     with _processes(_bare_stage, num_stages, _address(inbound)) as address:
         outbound = _connected(address)
@@ -207,7 +206,7 @@ def _connected(address: str) -> zmq.Socket[bytes]:
 
 @contextmanager
 def _processes(stage: Callable[[Connection], None], num_stages: int, end_address: str) -> Iterator[str]:
-    """Starts stages that send to one another, the last to `end_address`; gives the address of the first."""
+    """Starts stages that send to one another, the last to `end_address`. Yields the address of the first."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(num_stages)]
     processes = [context.Process(target=stage, args=(theirs,), daemon=True) for _, theirs in pipes]

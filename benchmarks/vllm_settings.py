@@ -1,4 +1,4 @@
-"""What vLLM is started with, offline and as a server, so that it has the same cores and work as we. Stdlib only."""
+"""Settings that give vLLM, offline and as a server, the same cores and work as our engine. Stdlib only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ KV_CACHE_GB = 4
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Settings as environment and as arguments of vLLM's `LLM`.
+    """Splits settings into environment variables and arguments of vLLM's `LLM`.
 
     Args:
-        settings: `stages`, of a pipeline, each with an even share of the cores; `bind`, the cores in vLLM's spelling if
-            it shall be another share; `kv_cache_gb`; all others are vLLM's own arguments.
+        settings: `stages`, the stages of a pipeline, which share the cores evenly; `bind`, another share of the cores
+            in vLLM's notation; `kv_cache_gb`; all others are vLLM's own arguments.
     """
     arguments = {"max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": False, **settings}
     stages = arguments.pop("stages", 1)
@@ -29,7 +29,7 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[st
 
 
 def share_cores(num_stages: int, cores: list[int]) -> str:
-    """`0,1|2,3`: cores of each stage."""
+    """The cores of each stage in vLLM's notation, such as `0,1|2,3`."""
     size = max(1, len(cores) // num_stages)
     shares = [cores[i * size : (i + 1) * size] for i in range(num_stages)]
     return "|".join(",".join(map(str, share)) for share in shares)

@@ -1,4 +1,4 @@
-"""A worker seen from the benchmark: a process that stays loaded, and is asked in JSON lines. Stdlib only."""
+"""The benchmark's side of a worker: a process that stays loaded and is sent requests as JSON lines. Stdlib only."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LOG_TAIL_BYTES = 4000
 
 
 class WorkerError(Exception):
-    """A worker died; says what it last wrote."""
+    """A worker died. The message has its last output."""
 
 
 class WorkerProcess:
-    """A worker of `benchmarks.workers`, ready.
+    """A worker of `benchmarks.workers`. The constructor returns when it is ready.
 
     Args:
-        settings: what its kind takes.
+        settings: settings of the worker's kind.
         python: the interpreter that runs it.
-        package: the checkout whose `gptj_dist` it runs.
+        package: the checkout whose `gptj_dist` it imports.
 
     Raises:
-        WorkerError: it did not become ready.
+        WorkerError: it died before it was ready.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class WorkerProcess:
         self.about: dict[str, Any] = self._receive()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One measurement.
+        """Sends a request and waits for the answer.
 
         Raises:
-            WorkerError: it died of it.
+            WorkerError: the worker died.
         """
         assert self._process.stdin is not None
         try:
@@ -64,7 +64,7 @@ class WorkerProcess:
         return self._receive()
 
     def close(self) -> None:
-        """Ends it and all its processes."""
+        """Ends the worker and all its processes."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

@@ -1,7 +1,7 @@
-"""Installs torch in the environment of the interpreter that runs it; on a machine without an NVIDIA GPU, a CPU build.
+"""Installs torch for the interpreter that runs this script. Without an NVIDIA GPU it installs a CPU build.
 
-The package index that pip is configured for is tried first. Where its torch would bring gigabytes of CUDA packages, or
-where it has none, the build comes from PyTorch's own index of CPU wheels.
+Tries pip's configured index first. If torch there needs gigabytes of CUDA packages, or is missing, installs it from
+PyTorch's own index of CPU wheels.
 """
 
 import json
@@ -13,10 +13,10 @@ CUDA_PREFIXES = ("nvidia-", "cuda-")
 
 
 def main(version, index_options):
-    """Installs torch of this version, and says from where.
+    """Installs torch of this version, and prints which index it comes from.
 
     Args:
-        index_options: options of pip that name an index; empty for the configured one with PyTorch's to fall back on.
+        index_options: pip's options for an index; empty for the configured one, then PyTorch's.
     """
     if has_nvidia_gpu():
         say("this machine has an NVIDIA GPU: pip chooses torch along with the other packages")
@@ -34,7 +34,7 @@ def main(version, index_options):
 
 
 def cuda_packages(version, index_options):
-    """The number of CUDA packages that torch from an index needs, and why that is unknown, if it is."""
+    """The number of CUDA packages that torch from an index needs, and None; or None, and why it is unknown."""
     options = ["--quiet", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-"]
     done = pip("install", *options, *index_options, f"torch=={version}", capture_output=True, text=True)
     if done.returncode:
@@ -46,7 +46,7 @@ def cuda_packages(version, index_options):
 
 
 def install(requirement, index_options):
-    """Installs a package, or ends the program with what can be done."""
+    """Installs a package, or exits with a message that says what to do."""
     if pip("install", "--quiet", *index_options, requirement).returncode:
         sys.exit(
             f"{requirement} could not be installed, see above. Where {CPU_INDEX} cannot be reached, name an index that "
@@ -69,7 +69,7 @@ def pip(*arguments, **options):
 
 
 def say(text):
-    """Prints a line at once."""
+    """Prints a line with a prefix, unbuffered."""
     print(f"torch: {text}", flush=True)
 
 

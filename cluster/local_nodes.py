@@ -1,11 +1,11 @@
-"""Starts several Ray nodes on this one machine, to try out what is meant for several machines. Loopback only.
+"""Starts several Ray nodes on this machine, to try what is meant for several machines. Loopback only.
 
     python cluster/local_nodes.py 2
 
-The nodes are real ones (a raylet, an object store and an agent each), so Serve, placement groups and stages behave as
-on N machines; only the resources are logical: N nodes share the cores, and `--gpus-per-node` counts GPUs that nobody
-looks for. Ctrl-C or SIGTERM ends these nodes and nothing else (`ray stop` would end every Ray of this machine); if this
-process is killed, the nodes end, too.
+Each node is a real one, with a raylet, an object store and an agent, so Serve, placement groups and stages behave as on
+N machines. Only the resources are logical: the nodes share the cores, and Ray does not check that the GPUs of
+`--gpus-per-node` exist. Ctrl-C or SIGTERM ends these nodes and nothing else (`ray stop` would end every Ray on this
+machine). The nodes end, too, when this process is killed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 from gptj_dist.stages.cores import available_cores
 
 LOOPBACK = "127.0.0.1"
-OBJECT_STORE_BYTES = 100_000_000  # a node's; the stages' tensors do not go through it
+OBJECT_STORE_BYTES = 100_000_000  # per node; the stages' tensors do not go through it
 
 
 def main() -> None:
-    """Starts the nodes, tells where, and waits to be interrupted."""
+    """Starts the nodes, prints their address, and waits for an interrupt."""
     args = parse_args()
-    # Before Ray is imported: it listens on all interfaces unless it takes the machine for a desktop.
+    # Must be set before Ray is imported: with the first variable Ray listens on loopback only.
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(prefix="ray-nodes-", dir="/tmp") as directory:  # short: Ray puts sockets there
-        # In Ray's usual place it would note these nodes as "the" cluster, which whoever names none then joins.
+        # In its default directory Ray would record these nodes as the cluster that a process without an address joins.
         os.environ["RAY_TMPDIR"] = directory
         try:
             with running_nodes(args) as cluster:
@@ -44,7 +44,7 @@ def main() -> None:
 
 @contextmanager
 def running_nodes(args: argparse.Namespace) -> Iterator[Any]:
-    """The nodes, as Ray's own tests start them; their processes end with the context."""
+    """Runs the nodes until the context ends, by the class that Ray's own tests use."""
     from ray.cluster_utils import Cluster
 
     catch_signals()
@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("nodes", type=int, metavar="N", help="number of nodes, the head included")
     parser.add_argument("--cpus-per-node", type=int, help="default: this machine's cores, shared; at least 1")
     parser.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
-    parser.add_argument("--no-dashboard", action="store_true", help="without it `serve deploy` has nobody to talk to")
+    parser.add_argument("--no-dashboard", action="store_true", help="`serve deploy` needs the dashboard")
     args = parser.parse_args()
     if args.nodes < 1:
         parser.error(f"N must be at least 1, got {args.nodes}")
@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def node_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What each node gets."""
+    """Ray's options for each node."""
     return {
         "node_ip_address": LOOPBACK,
         "num_cpus": args.cpus_per_node,
@@ -84,7 +84,7 @@ def node_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def head_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the head gets on top: a dashboard, at a free port, as another Ray's may have the usual one."""
+    """Ray's options for the head: a dashboard at a free port, as another Ray may use the default one."""
     with socket.create_server((LOOPBACK, 0)) as listener:
         port = listener.getsockname()[1]
     return node_options(args) | {
@@ -95,7 +95,7 @@ def head_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def announce(num_nodes: int, cluster: Any, directory: str) -> None:
-    """Prints what to give to whom."""
+    """Prints the address and the commands that use it."""
     print(f"{num_nodes} Ray nodes at {cluster.address}, logs in {directory} until they stop\n")
     # Without the first line Ray takes 127.0.0.1 for this machine's address on the network, where no node listens.
     print("  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0")
@@ -107,7 +107,7 @@ def announce(num_nodes: int, cluster: Any, directory: str) -> None:
 
 
 def catch_signals() -> None:
-    """Makes the first SIGINT or SIGTERM a `KeyboardInterrupt`; later ones must not keep the nodes from being ended."""
+    """Makes the first SIGINT or SIGTERM a `KeyboardInterrupt`, and ignores later ones while the nodes end."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

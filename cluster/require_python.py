@@ -1,7 +1,4 @@
-"""Run by the interpreter that is to make the environment: refuses a version of Python that is not supported.
-
-Every Python 3 from 3.6 on can read it.
-"""
+"""Exits with an error if the interpreter that runs it is not a supported version. Runs on Python 3.6 and newer."""
 
 import sys
 
@@ -9,7 +6,7 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 
 
 def refusal(version):
-    """Why Python of this version, such as (3, 10, 1), is not used; None if it is supported."""
+    """The error message for a version such as (3, 10, 1); None if it is supported."""
     if OLDEST <= tuple(version[:2]) <= NEWEST:
         return None
     found = ".".join(str(number) for number in version[:3])

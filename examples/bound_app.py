@@ -1,4 +1,4 @@
-"""A bound application for `serve build`, which turns it into a config file: `serve build examples.bound_app:app`."""
+"""An application for `serve build examples.bound_app:app`, which prints a config file for `serve deploy`."""
 
 from gptj_dist.serving.app import build
 

@@ -1,8 +1,8 @@
-"""An engine in a process of its own: `python -P -m benchmarks.workers KIND SETTINGS`, with settings as JSON.
+"""Runs an engine in a process of its own: `python -P -m benchmarks.workers KIND SETTINGS`, with settings as JSON.
 
-Says in a JSON line what it is as soon as it can work, then answers each JSON line on standard input with one, until
-there are no more. `gptj_dist` is that of the current directory. All other output, of whatever library, goes to standard
-error.
+When the engine is ready, writes a JSON line that describes it. Then answers each JSON line on standard input with one,
+until standard input ends. `gptj_dist` is imported from the current directory. All other output, of any library, goes to
+standard error.
 """
 
 from __future__ import annotations

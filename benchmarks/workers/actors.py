@@ -1,4 +1,4 @@
-"""A pipeline's stages as actors on a Ray that lives as long as they do, without Serve."""
+"""Starts the stages of a pipeline as actors on a local Ray, without Serve; Ray stops with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptj_dist.stages.group import Placement, StageGroup
 
 @asynccontextmanager
 async def start_actors(config: PipelineConfig) -> AsyncIterator[tuple[StageGroup, LoadedPipeline]]:
-    """Stages that are ready, on this machine."""
+    """Starts the stages on this machine, and stops them when the context ends."""
     ray.init(
         address="local",
         _node_ip_address="127.0.0.1",

@@ -1,4 +1,4 @@
-"""CTranslate2, run by the interpreter of its own environment. Knows nothing of `gptj_dist`."""
+"""CTranslate2's engine, run by the interpreter of its own environment. Does not import `gptj_dist`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.workers.worker import GenerationWorker, Worker
 
 
 def open_worker(settings: dict[str, Any]) -> Worker:
-    """Loads the model. `settings` are `model`, a directory that CTranslate2's converter made, and `compute_type`."""
+    """Loads the model. `settings` are `model`, a directory written by CTranslate2's converter, and `compute_type`."""
     return GenerationWorker(CT2Engine(settings["model"], settings.get("compute_type", "default")))
 
 
@@ -48,4 +48,4 @@ class CT2Engine:
         return sum(len(result.sequences_ids[0]) for result in results)
 
     def close(self) -> None:
-        """Its threads end with this process."""
+        """The generator's threads end with this process."""

@@ -1,9 +1,9 @@
-"""Requests that try to stop a server from answering others, one a case. Each runs in a process of its own.
+"""Hostile requests, which try to keep a server from answering others. Each case runs in a process of its own.
 
     python -m benchmarks.workers.hostile_cases CASE HOST PORT
 
-The process builds its bytes, prints `ready`, waits for a line on standard input, attacks, and prints what it saw as one
-JSON document. Stdlib only.
+The process builds its bytes, prints `ready`, waits for a line on standard input, attacks, and prints the server's
+responses as one JSON document. Stdlib only.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LARGE = 3_900_000
-"""Bytes: a body that is just below the server's limit."""
+"""Bytes of a body just below the server's limit."""
 
 TIMEOUT_S = 20.0
 """Seconds after which a case is given up."""
 
 MODERATED = ("moderator never returns", "sync moderator never returns")
-"""Cases for a server with `benchmarks.hostile_moderator`."""
+"""Cases that need a server with `benchmarks.hostile_moderator`."""
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a case saw.
+    """The server's responses to a case.
 
     Attributes:
-        statuses: HTTP statuses, and what came in place of one, with their numbers.
-        first_s, last_s: seconds until the first and the last answer.
-        num_bytes: of the largest answer.
+        statuses: the number of responses by HTTP status, or by failure where there was no status.
+        first_s, last_s: seconds until the first and the last response.
+        num_bytes: size of the largest response.
     """
 
     statuses: Counter[str] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class Seen:
 
 @dataclass(slots=True)
 class Attack:
-    """The server's address, and what is seen of it."""
+    """Sends a case's requests to a server and notes its responses."""
 
     host: str
     port: int
@@ -64,12 +64,12 @@ class Attack:
     begin_s: float = 0.0
 
     async def post(self, path: str, body: bytes, most_bytes: int = 1 << 26) -> None:
-        """Sends a request and reads its answer."""
+        """Sends a request and reads the response."""
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         await self.send([head.encode(), body], most_bytes)
 
     async def send(self, parts: list[bytes], most_bytes: int = 1 << 26) -> None:
-        """Sends bytes and reads the answer to them."""
+        """Sends bytes and reads the response."""
         await self._counted(self._send(parts, most_bytes))
 
     async def drip(self, head: bytes, byte: bytes) -> None:
@@ -120,7 +120,7 @@ async def _write(writer: asyncio.StreamWriter, parts: list[bytes]) -> None:
         for part in parts:
             writer.write(part)
             await writer.drain()
-    except OSError:  # the answer says why the server takes no more
+    except OSError:  # the response says why the server reads no more
         return
 
 
@@ -150,7 +150,7 @@ def _tokenizing(**fields: Any) -> Case:
 
 
 def _nothing() -> Case:
-    """The control: the largest gap that the machine makes by itself in the time of a case."""
+    """The control: shows the gaps that the machine itself causes."""
     return lambda _: asyncio.sleep(2)
 
 
@@ -234,7 +234,7 @@ async def _attack(case: Case, attack: Attack) -> None:
 def main() -> None:
     """Runs the case that the command line names."""
     name, host, port = sys.argv[1:]
-    os.nice(10)  # an attacker has a machine of its own
+    os.nice(10)  # a real attacker has its own machine
     asyncio.run(_attack(CASES[name](), Attack(host, int(port), Seen())))
 
 

@@ -1,6 +1,7 @@
-"""What the matrix library can do with a model's matrices alone: the limit of whatever is built on it.
+"""Times the matrix library alone on a model's matrices: an upper limit for any engine that uses it.
 
-As many layers as the model has, but no more than `MOST_BYTES` of them: enough to be read from memory, not from a cache.
+Makes as many layers as the model has, up to `MOST_BYTES` of weights: enough that they are read from memory, not from a
+cache.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ MOST_BYTES = 2_000_000_000
 
 
 def open_worker(settings: dict[str, Any]) -> Worker:
-    """Packs random matrices; `settings` are `model` and `dtype`."""
+    """Packs random matrices. `settings` are `model` and `dtype`."""
     config = read_model_config(resolve_model(settings["model"], None))
     name = config.dtype if settings["dtype"] == "auto" else settings["dtype"]
     return LimitsWorker(config, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name])
 
 
 class LimitsWorker:
-    """Times one pass over the matrices: `rows` in, seconds and rates out."""
+    """Times passes over the matrices. A request has the number of `rows`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self._config = config
@@ -43,7 +44,7 @@ class LimitsWorker:
 
     @torch.inference_mode()
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Rates of a step of `rows` rows, of which the head sees one; the layers' time is scaled to the model's."""
+        """Rates of one pass, in which `lm_head` gets one row. The time of the layers is scaled to the whole model."""
         rows: int = request["rows"]
         x = torch.randn(rows, self._config.d_model).to(self._dtype)
         joined = torch.randn(rows, self._config.d_model + self._config.d_ff).to(self._dtype)

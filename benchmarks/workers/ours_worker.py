@@ -1,4 +1,4 @@
-"""Our engine: in this process if it has one stage, as actors on a Ray of its own if it has more."""
+"""Our engine: with one stage in this process, with more as actors on a local Ray."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gptj_dist.stages.local import start_local
 
 
 def open_worker(settings: dict[str, Any]) -> Worker:
-    """Loads the model; `settings` are fields of `PipelineConfig`."""
+    """Loads the model. `settings` are fields of `PipelineConfig`."""
     if "layers" in settings:
         settings["layers"] = tuple(settings["layers"])
     return GenerationWorker(OurEngine(PipelineConfig(**settings)))
 
 
 class OurEngine:
-    """An `AsyncEngine` on an event loop that runs while it generates."""
+    """Our `AsyncEngine`, on an event loop that runs only while it generates."""
 
     def __init__(self, config: PipelineConfig) -> None:
         self._runner = asyncio.Runner()

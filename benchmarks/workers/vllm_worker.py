@@ -1,4 +1,4 @@
-"""vLLM, run by the interpreter of its own environment. Knows nothing of `gptj_dist`."""
+"""vLLM's engine, run by the interpreter of its own environment. Does not import `gptj_dist`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from benchmarks.workers.worker import GenerationWorker, Worker
 
 
 def open_worker(settings: dict[str, Any]) -> Worker:
-    """Loads the model; `settings` are those of `vllm_settings`, and arguments of vLLM's `LLM`."""
+    """Loads the model. `settings` are those of `vllm_settings`, and arguments of vLLM's `LLM`."""
     return GenerationWorker(VLLMEngine(settings))
 
 
 class VLLMEngine:
-    """vLLM's offline engine, without what the other side does not have on either: prefix cache, text, statistics."""
+    """vLLM's offline engine without prefix cache, text and statistics, which our engine does not compute either."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import os
@@ -41,4 +41,4 @@ class VLLMEngine:
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def close(self) -> None:
-        """Its processes end with this one."""
+        """vLLM's processes end with this one."""

@@ -1,4 +1,4 @@
-"""What every worker is, and how those that generate tokens are timed. Stdlib only."""
+"""The protocol of workers, and the timing of engines that generate tokens. Stdlib only."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from benchmarks.processes import cpu_s
 
 
 class Worker(Protocol):
-    """Something loaded that answers questions; both are JSON objects."""
+    """A loaded engine or library that answers requests. Requests and answers are JSON objects."""
 
     def about(self) -> dict[str, Any]:
-        """What it is."""
+        """Its description, for the document."""
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Measures once."""
 
     def close(self) -> None:
-        """Ends whatever it started."""
+        """Ends everything that it started."""
 
 
 class Engine(Protocol):
-    """Something that continues prompts."""
+    """An engine that continues prompts."""
 
     def about(self) -> dict[str, Any]:
-        """What it is."""
+        """Its description, for the document."""
 
     def stage_pids(self) -> list[int]:
-        """Processes of its stages, first to last, where they can be told apart."""
+        """The process of each stage, first to last; empty if they are unknown."""
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> int:
-        """Continues all prompts at once, greedily, by exactly so many tokens each; how many came in all."""
+        """Continues all prompts at once, greedily, by `num_tokens` each. Returns the number of tokens generated."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends everything that it started."""
 
 
 class GenerationWorker:
-    """Times an engine: a case and a `seed` in, seconds out."""
+    """Times an engine. A request is a case with a `seed`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -49,7 +49,7 @@ class GenerationWorker:
         return self._engine.about()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Seconds from the prompts to the last token, and what each stage used of the CPU meanwhile.
+        """Seconds from the prompts to the last token, and CPU seconds of each stage.
 
         Raises:
             RuntimeError: a request ended early.
@@ -60,7 +60,7 @@ class GenerationWorker:
         num_tokens = self._engine.generate(prompts, case.output_len)
         seconds = time.perf_counter() - begin
         if num_tokens != case.batch * case.output_len:
-            raise RuntimeError(f"{num_tokens} tokens came for {case}")
+            raise RuntimeError(f"the engine generated {num_tokens} tokens for {case}")
         cpu = [after - before for after, before in zip(self._stage_cpu_s(), cpu_before, strict=True)]
         return {"seconds": seconds, "stage_cpu_s": cpu}
 
