@@ -1,5 +1,5 @@
-"""What holds for all tests: a Ray that is started stays on loopback, and without a GPU Triton interprets its kernels.
-Both read these variables when they are imported.
+"""Settings of all tests: Ray stays on loopback, and Triton interprets its kernels if there is no GPU. Both libraries
+read these environment variables when they are imported.
 """
 
 import os
@@ -16,6 +16,6 @@ if not torch.cuda.is_available():
 
 
 def pytest_sessionfinish() -> None:
-    """Stops the Ray that test modules share, if one of them has started it."""
+    """Stops the Ray that test modules share, if it runs."""
     if (server := sys.modules.get("tests.http.server")) is not None:
         server.SHARED.stop()

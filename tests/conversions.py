@@ -1,4 +1,4 @@
-"""Conversions in processes of their own, to be killed. Each is forked from one process that has imported torch."""
+"""Runs conversions in separate processes that can be killed. Each is forked from a process that has imported torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any, Self
 from gptj_dist.errors import GPTJDistError
 
 _STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-"""What the interpreter reports of changes to files; `os.write` and `os.fsync` are counted beside them."""
+"""Audit events of the interpreter that change files. `os.write` and `os.fsync` are counted as well."""
 
 
 class Conversions:
-    """Starts conversions one after the other; to be used in a `with` statement."""
+    """Runs conversions one after the other. A context manager."""
 
     def __enter__(self) -> Self:
         self._server = subprocess.Popen(
@@ -36,11 +36,11 @@ class Conversions:
         """Converts to bfloat16.
 
         Args:
-            how: `overwrite`; `kill_at_step`, the number of the step before which (or in the middle of which, if it is
-                a write) the process is killed; `kill_after_s`; `max_file_bytes`, which the kernel enforces.
+            how: `overwrite`; `kill_at_step`, the number of the step before which the process is killed (or in the
+                middle of which, if the step is a write); `kill_after_s`; `max_file_bytes`, which the kernel enforces.
 
         Returns:
-            Exit code (-9 if it was killed), the error, and how long it took in seconds.
+            Exit code (-9 if it was killed), the error, and the seconds that it took.
         """
         assert self._server.stdin
         assert self._server.stdout
@@ -120,7 +120,7 @@ def _kill_at(step: int) -> None:
 
     sys.addaudithook(count)
     os.write = write  # type: ignore[assignment]
-    # The kernel keeps what a killed process wrote; waiting for the disk would only make the test slow.
+    # The kernel keeps the writes of a killed process; waiting for the disk would only slow the test.
     os.fsync = lambda fd: count("open", fd)
 
 

@@ -1,4 +1,4 @@
-"""An HTTP server that answers as a test tells it to, and remembers what it was asked."""
+"""An HTTP server with the responses that a test defines. It records the requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the server was asked."""
+    """A request that the server received."""
 
     method: str
     path: str
@@ -27,11 +27,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What it answers.
+    """A response.
 
     Args:
-        body: bytes as they are, anything else as JSON.
-        parts: in place of a body, sent one by one until the connection ends.
+        body: bytes, or a value to send as JSON.
+        parts: pieces of a body that are sent one by one, in place of `body`.
     """
 
     status: int = 200
@@ -42,12 +42,12 @@ class Reply:
 
 @dataclass(slots=True)
 class FakeServer:
-    """A server under way.
+    """A running server.
 
     Args:
         base: its URL.
-        calls: what it was asked, in order.
-        num_broken_off: answers whose reader went away.
+        calls: the requests that it received, in order.
+        num_broken_off: responses whose client disconnected.
     """
 
     base: str
@@ -56,20 +56,20 @@ class FakeServer:
 
 
 def refused(status: int, message: str, param: str | None = None, **headers: str) -> Reply:
-    """A refusal in OpenAI's shape."""
+    """An error response in OpenAI's format."""
     error = {"message": message, "type": "some_error", "param": param, "code": None}
     return Reply(status, {"error": error}, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 def events(*chunks: object, is_whole: bool = True) -> Reply:
-    """A stream of server-sent events."""
+    """A response that streams server-sent events; with `is_whole`, `[DONE]` ends it."""
     parts = [f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks]
     return Reply(200, parts=[*parts, *([b"data: [DONE]\n\n"] if is_whole else [])])
 
 
 @contextmanager
 def fake_server(answer: Callable[[Call], Reply]) -> Iterator[FakeServer]:
-    """A server on a free port while the context lasts."""
+    """Runs a server on a free port until the context ends."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Stand-ins for a pipeline of stages: they check plans as stages would, and compute tokens without a model."""
+"""Fake stages and a fake executor. They check plans and compute tokens without a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAKE_EOS_TOKEN_ID = 0
 
 @dataclass(slots=True)
 class HeldRequest:
-    """What stages hold of one request: the tokens whose KV they have for it, and the blocks those lie in."""
+    """The state of one request on the stages: the tokens whose KV they hold, and its blocks."""
 
     introduction: NewRequest
     token_ids: list[int] = field(default_factory=list)
@@ -23,11 +23,11 @@ class HeldRequest:
 
 
 class FakeStages:
-    """What every stage holds after the plans so far. Knows plans only, nothing of the scheduler that makes them.
+    """The state of every stage after the plans so far. Knows plans, but not the scheduler that makes them.
 
     Args:
-        num_blocks, block_size: the KV cache.
-        max_requests: the most requests that a stage has room for at once.
+        num_blocks, block_size: size of the KV cache, and tokens per block.
+        max_requests: the most requests that a stage holds at once.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_requests: int) -> None:
@@ -40,7 +40,7 @@ class FakeStages:
         self.requests: dict[int, HeldRequest] = {}
 
     def apply(self, plan: Plan) -> None:
-        """Carries out a plan. Raises AssertionError if stages could not."""
+        """Executes a plan. Raises AssertionError if real stages could not execute it."""
         assert plan.plan_id >= self._next_plan_id, "plans go backwards"
         self._next_plan_id = plan.plan_id + 1
         for request_id in plan.released:
@@ -103,30 +103,30 @@ class FakeStages:
         assert read == held.token_ids, "blocks hold another request's KV"
 
     def _cell(self, request_id: int, position: int) -> tuple[int, int]:
-        """Block, and place in it."""
+        """The block of a position, and the position's index in the block."""
         return self.requests[request_id].blocks[position // self._block_size], position % self._block_size
 
 
 def fake_token(noise_key: int, position: int) -> int:
-    """The token that fake stages sample; never end of text."""
+    """The token that fake stages sample at a position; never end of text."""
     return 1 + (noise_key * 7919 + position * 104729) % (FAKE_VOCAB_SIZE - 1)
 
 
 def fake_embedding(chunk: Chunk) -> Embedding:
-    """What fake stages make of a prompt that ends with the chunk."""
+    """The embedding that fake stages compute for a prompt that ends with the chunk."""
     return Embedding(chunk.request_id, f"{chunk.start + len(chunk.token_ids)} tokens".encode())
 
 
 class FakeExecutor:
-    """An `Executor` whose tokens are `fake_token`, so that each stream's are known beforehand.
+    """An `Executor` that samples `fake_token`, so that a test can predict each stream's tokens.
 
     Args:
         stages: checks the plans.
         is_paused: hold results back until `step` or `go_on`.
-        end_positions: where end of text is sampled instead, in any request.
+        end_positions: positions at which it samples end of text, in any request.
 
     Attributes:
-        plans: all that was submitted.
+        plans: all plans that were submitted.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class FakeExecutor:
             self.step()
 
     async def receive(self) -> Result:
-        await asyncio.sleep(0)  # a turn of the loop, as any transport takes
+        await asyncio.sleep(0)  # yields to the event loop, like a real transport
         while not self._arrived:
             if self._failure is not None:
                 raise self._failure
@@ -160,22 +160,22 @@ class FakeExecutor:
         return self._arrived.popleft()
 
     def step(self) -> None:
-        """Lets the oldest result arrive that is still on its way."""
+        """Delivers the oldest result that is held back."""
         self.inject(self._computed.popleft())
 
     def go_on(self) -> None:
-        """Lets all results arrive, from now on at once."""
+        """Delivers all results that are held back, and later ones at once."""
         self._is_paused = False
         while self._computed:
             self.step()
 
     def inject(self, result: Result) -> None:
-        """Lets a result arrive, whatever was submitted."""
+        """Delivers a result that need not belong to a submitted plan."""
         self._arrived.append(result)
         self._has_news.set()
 
     def fail(self, message: str = "stage 1 died") -> None:
-        """No result arrives any more, but for those that have arrived already."""
+        """Makes `receive` fail after the results that have been delivered."""
         self._failure = StageFailedError(message)
         self._has_news.set()
 

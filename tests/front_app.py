@@ -1,4 +1,4 @@
-"""The ingress's HTTP application over a source whose tokens are known, at a real socket. Without Ray."""
+"""The ingress's HTTP application on a real socket, with a source of known tokens. Without Ray."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ TOP = tuple((token_id, -0.5) for token_id in range(40, 60))
 
 @dataclass(slots=True)
 class Source:
-    """Continues every prompt with one token, again and again. A `TokenSource`.
+    """A `TokenSource` that continues every prompt by repeating one token.
 
     Attributes:
         asked: prompts and parameters of all requests.
         num_open: streams that are being read.
-        may_go_on: no token comes before it is set.
+        may_go_on: streams wait until it is set.
     """
 
     token_id: int = TOKENIZER.encode("a")[0]
@@ -83,7 +83,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """What the front page knows of the pipelines."""
+    """The part of `PipelineClient` that the front page uses."""
 
     unready: Exception | None
 
@@ -99,9 +99,9 @@ def _logprobs(token_ids: Sequence[int], number: int | None) -> tuple[TokenLogpro
 
 
 async def eventually(is_true: Callable[[], bool]) -> None:
-    """Returns when it is."""
+    """Returns when the condition is true."""
     async with asyncio.timeout(WAIT_S):
-        while not is_true():  # noqa: ASYNC110  # what is waited for sets no event
+        while not is_true():  # noqa: ASYNC110  # conditions set no event
             await asyncio.sleep(0.001)
 
 
@@ -126,11 +126,11 @@ async def front_app(
     unready: Exception | None = None,
     max_requests: int = 1000,
 ) -> AsyncIterator[FrontApp]:
-    """The application, listening at a free port of loopback until the context ends.
+    """Runs the application on a free port of loopback until the context ends.
 
     Args:
-        unready: why no token can be made.
-        max_requests: that are answered at a time.
+        unready: the error of the readiness check; None if ready.
+        max_requests: the most requests that are answered at a time.
     """
     source, metrics = Source(), IngressMetrics("i")
     source.may_go_on.set()

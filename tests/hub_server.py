@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on loopback: what `huggingface_hub` asks for, and a record of what it asked."""
+"""A fake Hugging Face hub on loopback. Serves the requests of `huggingface_hub` and records them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Asked:
     """One request.
 
     Args:
-        file: what was asked for of a repository; None of the API.
+        file: the requested file of a repository; None for a request to the API.
         range: the Range header.
-        token: what came after `Bearer`.
-        num_bytes: how much of the body was sent.
+        token: the token after `Bearer`.
+        num_bytes: number of bytes of the body that were sent.
     """
 
     method: str
@@ -46,7 +46,7 @@ class Repository:
         commits: commit -> directory of its files.
         branches: name -> commit.
         required_token: without it, the hub denies that the repository exists.
-        is_gated: its files are for accounts that were let in, and none was.
+        is_gated: its files need an approved account; no account is approved.
     """
 
     commits: dict[str, Path]
@@ -55,7 +55,7 @@ class Repository:
     is_gated: bool = False
 
     def move(self, branch: str, directory: Path) -> str:
-        """Points a branch at a new commit, made of the files of a directory; returns the commit."""
+        """Points a branch at a new commit with the files of a directory; returns the commit."""
         commit = hashlib.sha1(f"{directory} {len(self.commits)}".encode()).hexdigest()
         self.commits[commit] = directory
         self.branches[branch] = commit
@@ -64,12 +64,12 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server serves, and what it was asked.
+    """The server's repositories, and the requests that it received.
 
     Args:
-        cuts: file -> bytes after which each of its next answers breaks off; an answer takes the first of them.
-        gates: file -> event that an answer waits for before it sends its last chunk.
-        refused_tokens: tokens that the hub does not know.
+        cuts: file -> numbers of bytes after which its next responses break off, one for each response.
+        gates: file -> event that a response waits for before it sends its last chunk.
+        refused_tokens: invalid tokens.
     """
 
     base: str = ""
@@ -80,17 +80,17 @@ class Hub:
     refused_tokens: set[str] = field(default_factory=set)
 
     def add(self, name: str, directory: Path) -> Repository:
-        """A repository whose `main` is the files of a directory."""
+        """Adds a repository whose `main` has the files of a directory."""
         self.repositories[name] = repository = Repository({}, {})
         repository.move("main", directory)
         return repository
 
     def downloads(self) -> list[str]:
-        """The files whose content was asked for, in order."""
+        """The files whose content was requested, in order."""
         return [asked.file for asked in self.asked if asked.method == "GET" and asked.file]
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """The environment of a process that takes this server for the hub, and `home` for its cache."""
+        """The environment of a process that uses this server as the hub, and `home` as its cache."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         return (
             inherited
@@ -107,7 +107,7 @@ class Hub:
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A hub without repositories, on a free port."""
+    """Runs a hub without repositories on a free port until the context ends."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.base = f"http://127.0.0.1:{server.server_address[1]}"
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, None, "Invalid credentials in Authorization header")
         repository = self.hub.repositories.get(name)
         if repository is None or repository.required_token not in (None, token):
-            # The hub tells nobody without a token whether a repository exists.
+            # Like the hub, the server does not reveal without a token whether a repository exists.
             status = HTTPStatus.NOT_FOUND if token else HTTPStatus.UNAUTHORIZED
             raise _RefusedError(status, "RepoNotFound", "Repository not found")
         return repository
@@ -221,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
                 gate.wait(timeout=60)
             try:
                 self.wfile.write(body[begin : min(begin + CHUNK_BYTES, end)])
-            except OSError:  # whoever asked is gone
+            except OSError:  # the client has disconnected
                 self.close_connection = True
                 return
             if asked is not None:

@@ -1,7 +1,7 @@
-"""Where the tests of Triton's kernels run: on the GPU, or in Triton's interpreter, which `conftest` has chosen then.
+"""The device for tests of Triton's kernels: the GPU if there is one, else Triton's interpreter (set by `conftest`).
 
-The interpreter takes about a millisecond for a program, multiplies no matrices of bfloat16, and cuts bfloat16 off
-instead of rounding it.
+The interpreter takes about a millisecond per program, cannot multiply bfloat16 matrices, and truncates to bfloat16
+instead of rounding.
 """
 
 from __future__ import annotations
@@ -11,4 +11,4 @@ import torch
 IS_INTERPRETED = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 MATRIX_DTYPES = (torch.float32, torch.float16) if IS_INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-"""Types that chunks can be tested in."""
+"""Types in which chunks can be tested."""

@@ -1,4 +1,4 @@
-"""A value other than the default for every field of `SamplingParams`. A new field is covered without a change here."""
+"""A non-default value for every field of `SamplingParams`. A new field needs no change here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIELD_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
 def changed(name: str) -> dict[str, Any]:
-    """Settings with which the field has another value than its default."""
+    """Settings that give the field another value than its default."""
     for candidate in _CANDIDATES:
         settings: dict[str, Any] = {"max_tokens": 0} if isinstance(candidate, Pooling) else {}
         settings[name] = candidate

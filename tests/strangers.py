@@ -1,4 +1,4 @@
-"""What reaches a ZeroMQ port of ours without its key. Every attack makes at least one connection that is counted."""
+"""Attacks on a ZeroMQ port of ours without its key. Each makes at least one connection that is counted as refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NUM_HALF_OPEN = 200
 
 @contextmanager
 def stranger(attack: str, endpoint: str, forged: Sequence[bytes], server_key: bytes | None = None) -> Iterator[None]:
-    """The attack lasts while the context does.
+    """Attacks the endpoint until the context ends.
 
     Args:
         forged: the parts of a well-formed message.
-        server_key: the port's public key, for a stranger who has learnt it.
+        server_key: the port's public key, for an attacker who has learnt it.
     """
     if (name := attack.removesuffix(" to a feed")) in BYTES or name == "half-open connections":
         host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
@@ -74,7 +74,7 @@ ATTACKS = [*BYTES, "half-open connections", *PEERS]
 
 
 def zeromq_endpoints(pid: int) -> list[str]:
-    """The addresses at which a process of this machine listens and greets as ZeroMQ does."""
+    """The addresses at which a local process listens and sends ZeroMQ's greeting."""
     sockets = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
@@ -85,7 +85,7 @@ def zeromq_endpoints(pid: int) -> list[str]:
 
 
 def _endpoint(address: str) -> str:
-    """Of an IPv4 address as /proc/net/tcp shows it: hexadecimal, the host little-endian."""
+    """The endpoint of an IPv4 address in /proc/net/tcp: hexadecimal, the host little-endian."""
     host, port = address.split(":")
     return f"tcp://{socket.inet_ntoa(bytes.fromhex(host)[::-1])}:{int(port, 16)}"
 

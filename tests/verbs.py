@@ -1,4 +1,4 @@
-"""Runs verbs of the command line as processes of their own, as a shell does."""
+"""Runs verbs of the command line as separate processes, like a shell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OF_A_SERVER = ("GPTJ_URL", "GPTJ_API_KEY", "RAY_ADDRESS")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's, without a server that it may name."""
+    """This process's environment, without variables that name a server, and with `variables`."""
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_SERVER}
     return inherited | {"COLUMNS": "200"} | variables
 
@@ -23,7 +23,7 @@ def command_line(*arguments: str | Path) -> list[str]:
 def run_verb(
     *arguments: str | Path, typed: str = "", cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command to its end, with `typed` on standard input, and its output as text."""
+    """Runs a command to its end, with `typed` on standard input. Its output is text."""
     return subprocess.run(
         command_line(*arguments),
         input=typed,

@@ -1,4 +1,4 @@
-"""Waiting for something to become true, with a limit."""
+"""Waits for a condition, with a time limit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
-    """Polls until `condition` gives something true, and returns it.
+    """Polls until `condition` returns a true value, and returns that.
 
     Raises:
-        TimeoutError: it did not within `timeout_s`.
+        TimeoutError: the condition was not true within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := condition():
             return value
         time.sleep(0.05)
-    raise TimeoutError(f"gave up waiting until {what}, after {timeout_s:.0f} s")
+    raise TimeoutError(f"gave up after {timeout_s:.0f} s waiting until {what}")

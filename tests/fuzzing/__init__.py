@@ -1,1 +1,1 @@
-"""Breaks checkpoints in every way that one can think of, and watches what reading them does."""
+"""Damages checkpoints in many ways, and checks what the readers do with them."""

@@ -1,6 +1,7 @@
-"""Files as large as the readers' limits allow, or larger, made so that reading them costs as much as can be.
+"""Files of the largest size that the readers allow, or larger, made to be as expensive to read as possible.
 
-`python -m tests.fuzzing.bombs DIRECTORY NAME...` reads these, or all, and prints the largest resident memory in bytes.
+`python -m tests.fuzzing.bombs DIRECTORY NAME...` reads the named files, or all, and prints the peak resident memory in
+bytes.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _SPARSE_BYTES = 5 << 30
 _HUGE = 1 << 16_000_000
 
 Bomb = tuple[str, Callable[[], bytes], int]
-"""The file that it takes the place of; its content; how many zeros are behind that, or before it if negative."""
+"""The file to replace; its content; the number of zero bytes after the content, or before it if negative."""
 
 
 def _json(repeated: bytes, num_bytes: int = MAX_JSON_BYTES, key: bytes = b"a") -> bytes:
-    """`{"a":[...]}` of at most so many bytes."""
+    """`{"a":[...]}` of at most `num_bytes`."""
     return b'{"' + key + b'":[' + repeated * ((num_bytes - 40) // len(repeated)) + b"0]}"
 
 
@@ -46,13 +47,13 @@ def _header(text: bytes) -> bytes:
 
 
 def _names(pattern: str, num_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """A JSON object of about so many bytes, whose entries differ in the number that stands for `#`."""
+    """A JSON object of about `num_bytes`, whose entries are `pattern` with consecutive numbers for `#`."""
     count = num_bytes // (len(pattern) + 9 * pattern.count("#"))
     return ("{" + ",".join(pattern.replace("#", f"{number:08}") for number in range(count)) + "}").encode()
 
 
 def _program(repeated: bytes, before: bytes = b"N") -> bytes:
-    """A zip whose pickle is as long as can be."""
+    """A zip whose pickle has the largest allowed size."""
     return as_zip(b"\x80\x02" + before + repeated * ((MAX_PICKLE_BYTES - 100) // len(repeated)) + b".")
 
 
@@ -64,12 +65,12 @@ def _many_tensors() -> bytes:
 
 
 def _hashed(value: Any) -> bytes:
-    """A dict whose key is this, which `pickle` itself could not make."""
+    """A pickled dict with this key, which `pickle` itself could not write."""
     return as_zip(b"\x80\x02}" + pickle.dumps(value, 2)[2:-1] + b"Ns.")
 
 
 class _Far(io.BytesIO):
-    """What lies after `_SPARSE_BYTES` of a file."""
+    """The part of a file after `_SPARSE_BYTES`."""
 
     def tell(self) -> int:
         return super().tell() + _SPARSE_BYTES
@@ -79,7 +80,7 @@ class _Far(io.BytesIO):
 
 
 def _scattered() -> bytes:
-    """The end of a zip whose last tensor has 64 numbers all over 4 GiB, which begin at the start of the file."""
+    """The end of a zip whose last tensor has 64 numbers spread over 4 GiB from the start of the file."""
     shapes = expected_tensors(CONFIG, LayerRange.whole(CONFIG.num_layers))
     state = {
         name: Tensor(
@@ -103,7 +104,7 @@ def _scattered() -> bytes:
 
 
 def _large_directory() -> bytes:
-    """A zip's end that says that its directory has 4 GiB; it is put at the end of a file of zeros."""
+    """A zip's end record that claims a directory of 4 GiB; it is written after zeros."""
     return struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, (1 << 32) - 2, 0, 0)
 
 
@@ -112,14 +113,14 @@ def _many_entries() -> bytes:
 
 
 def _tokenizer(vocab: bytes) -> bytes:
-    """A whole `tokenizer.json` of these tokens."""
+    """A complete `tokenizer.json` with these tokens."""
     bpe = tokenizers.Tokenizer(models.BPE(vocab={}, merges=[]))
     bpe.decoder = decoders.ByteLevel()
     return bpe.to_str().encode().replace(b'"vocab":{}', b'"vocab":' + vocab)
 
 
 def _token_ids() -> bytes:
-    """Each token has an id of its own."""
+    """A `tokenizer.json` of many tokens with different ids."""
     count = (MAX_TOKENIZER_BYTES - 400) // 20
     return _tokenizer(json.dumps({f"{id:08}": id for id in range(count)}, separators=(",", ":")).encode())
 
@@ -165,7 +166,7 @@ BOMBS: Mapping[str, Bomb] = {
 
 
 def explode(root: Path, bomb: Bomb, watch: Watch) -> None:
-    """Writes a bomb and reads it.
+    """Writes a bomb, reads it, and restores the file.
 
     Raises:
         AssertionError: as `Watch.read`.
@@ -184,11 +185,10 @@ def explode(root: Path, bomb: Bomb, watch: Watch) -> None:
 
 
 def main() -> None:
-    """Entry point."""
     root, names = Path(sys.argv[1]), sys.argv[2:]
     _, watch = prepare(root)
     for name in names or BOMBS:
-        (root / "case").write_text(name)  # in case that the process dies of it
+        (root / "case").write_text(name)  # names the case if the process dies
         explode(root, BOMBS[name], watch)
     print(peak_bytes())
 

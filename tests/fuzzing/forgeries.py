@@ -1,4 +1,4 @@
-"""Files whose encoding is right and whose content is absurd: what random damage hardly ever hits."""
+"""Correctly encoded files with absurd content, which random damage hardly ever produces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPES = ("F32", "F16", "BF16", "F64", "BOOL", "U8", "F8_E4M3", "x", "", "\n", 
 
 @dataclass(frozen=True)
 class Storage:
-    """What stands for a storage in a pickle; its fields may be anything."""
+    """Pickles as a storage; its fields may be anything."""
 
     kind: Any
     key: Any
@@ -33,7 +33,7 @@ class Storage:
 
 
 class Tensor:
-    """What pickles as a tensor does, with whatever for arguments."""
+    """Pickles as a tensor; its arguments may be anything."""
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any) -> None:
         self._arguments: tuple[Any, ...] = (storage, offset, shape, strides, False, OrderedDict())
@@ -43,7 +43,7 @@ class Tensor:
 
 
 class Parameter:
-    """What pickles as a parameter does."""
+    """Pickles as a parameter."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
@@ -58,14 +58,14 @@ class _Pickler(pickle.Pickler):
 
 
 def pickled(content: Any, protocol: int = 2) -> bytes:
-    """As `torch.save` pickles."""
+    """The pickle that `torch.save` would write."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol).dump(content)
     return buffer.getvalue()
 
 
 def as_zip(pickle_bytes: bytes, storages: Iterable[tuple[str, bytes]] = ()) -> bytes:
-    """A zip as `torch.save` makes it."""
+    """A zip with the layout of `torch.save`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", pickle_bytes)
@@ -75,7 +75,7 @@ def as_zip(pickle_bytes: bytes, storages: Iterable[tuple[str, bytes]] = ()) -> b
 
 
 def forge_torch_file(config: ModelConfig, random: Random) -> bytes:
-    """A state dict of the right names, in which one tensor is absurd."""
+    """A state dict with the right names, in which one tensor is absurd."""
     shapes = expected_tensors(config, LayerRange.whole(config.num_layers))
     state: dict[str, Any] = {name: _honest(key, shape) for key, (name, shape) in enumerate(shapes.items())}
     name = random.choice(list(shapes))
@@ -87,7 +87,7 @@ def forge_torch_file(config: ModelConfig, random: Random) -> bytes:
 
 
 def forge_safetensors(config: ModelConfig, random: Random) -> bytes:
-    """A header of the right names, in which one entry is absurd."""
+    """A file whose header has the right names, and one absurd entry."""
     header: dict[str, Any] = {}
     end = 0
     for name, shape in expected_tensors(config, LayerRange.whole(config.num_layers)).items():
@@ -103,7 +103,7 @@ def forge_safetensors(config: ModelConfig, random: Random) -> bytes:
 
 
 def doubled(levels: int) -> Any:
-    """A tuple of 2**levels parts in a few bytes of pickle: hashing or printing it takes for ever."""
+    """A tuple of 2**levels parts in a few bytes of pickle. Hashing or printing it would take forever."""
     value: Any = ("x",)
     for _ in range(levels):
         value = (value, value)
@@ -132,16 +132,16 @@ def _absurd_tensor(random: Random, key: int, shape: tuple[int, ...]) -> Any:
 
 
 def _sizes(random: Random, length: int | None = None) -> list[Any]:
-    """Mostly as many as a weight has."""
+    """Dimensions, some of them absurd; without `length`, mostly as many as a weight has."""
     count = random.choice((1, 2, 2, 3, 9, 100)) if length is None else length
     return [random.choice((*_SIZES, True, None, "8", 0.5)) if random.random() < 0.5 else 8 for _ in range(count)]
 
 
 def _with_absurd_directory(whole: bytes, random: Random) -> bytes:
-    """Writes the zip's directory again with entries that point, or measure, anywhere; in 64 bits where need be."""
+    """Rewrites the zip's directory with absurd offsets, sizes, names or types, in 64 bits where needed."""
     buffer = io.BytesIO(whole)
     with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = b"x"  # it is only written again if something has changed
+        archive.comment = b"x"  # the directory is written again only after a change
         for entry in random.sample(archive.filelist, k=random.choice((1, 2, 5))):
             sizes = (0, 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63 + 5, 2**64 - 1, random.randrange(2 * len(whole)))
             match random.randrange(4):

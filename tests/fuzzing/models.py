@@ -1,4 +1,4 @@
-"""A tiny GPT-J in every form that is read, and where each of its files can be hurt."""
+"""A tiny GPT-J in every form that can be read, and the places to damage in each file."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ Spoil = Callable[[Random], bytes]
 
 @dataclass(frozen=True)
 class Victim:
-    """One file of a whole checkpoint, and what becomes of it.
+    """A file of a complete checkpoint, and how to damage it.
 
     Args:
-        weight: how often it is chosen, among others.
+        good: its content.
+        spoil: returns damaged content.
+        weight: relative frequency of the file in random choices.
     """
 
     path: Path
@@ -44,7 +46,7 @@ class Victim:
 
 
 def write_models(root: Path) -> list[Victim]:
-    """Writes the model in all forms below `root`, a directory each."""
+    """Writes the model in all forms below `root`, each into its own directory."""
     whole, sharded = root / "safetensors", root / "shards"
     write_checkpoint(whole, CONFIG)
     write_checkpoint(sharded, CONFIG, max_shard_bytes=_SHARD_BYTES)
@@ -140,7 +142,7 @@ def _zip_target(data: bytes) -> Target:
 
 
 def _instructions(data: bytes, start: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Where the instructions of a pickle begin, and where the numbers and lengths that follow some of them are."""
+    """Offsets of a pickle's instructions; offsets and widths of the numbers and lengths after some of them."""
     widths = {"BINUNICODE": 4, "BININT": 4, "BININT1": 1, "BININT2": 2, "BINPUT": 1, "BINGET": 1, "LONG1": 1}
     found = [(opcode.name, start + at) for opcode, _, at in pickletools.genops(data[start:]) if at is not None]
     return [at for _, at in found], [(at + 1, widths[name]) for name, at in found if name in widths]

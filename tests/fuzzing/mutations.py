@@ -1,4 +1,4 @@
-"""Damages a file at random: where it can hurt most, more often than elsewhere."""
+"""Damages a file at random, more often in the parts that describe the rest."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _ALL_OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 
 @dataclass(frozen=True)
 class Target:
-    """A file before any damage.
+    """An undamaged file.
 
     Args:
-        hot: parts that say how the rest is to be read, as offsets and lengths.
-        fields: numbers in them, as offsets and widths in bytes.
+        hot: parts that describe the rest of the file, as offsets and lengths.
+        fields: numbers in these parts, as offsets and widths in bytes.
         opcodes: offsets of pickle instructions.
-        is_text: whether it is JSON, or has some in its hot parts.
+        is_text: whether the last hot part is JSON.
     """
 
     data: bytes
@@ -55,13 +55,13 @@ class Target:
     is_text: bool = False
 
     def position(self, random: Random) -> int:
-        """Some byte, nine times of ten in a hot part."""
+        """The offset of a random byte, nine times out of ten in a hot part."""
         offset, length = random.choice(self.hot) if random.random() < 0.9 else (0, len(self.data))
         return offset + random.randrange(max(1, length))
 
 
 def damage(target: Target, random: Random) -> bytes:
-    """A damaged copy."""
+    """Returns a damaged copy."""
     ways: list[Callable[[Target, Random], bytes]] = [_truncate, _flip, _overwrite, _splice]
     ways += [_replace_value] * 3 if target.is_text else []
     ways += [_set_field] * 2 if target.fields else []
@@ -110,7 +110,7 @@ def _splice(target: Target, random: Random) -> bytes:
 
 
 def _replace_value(target: Target, random: Random) -> bytes:
-    """One JSON value becomes another; the length of a safetensors header follows."""
+    """Replaces one JSON value, and adapts the length of a safetensors header."""
     offset, length = target.hot[-1]
     text = target.data[offset : offset + length]
     value = random.choice(list(_JSON_VALUE.finditer(text)))
@@ -124,7 +124,7 @@ def _replace_opcode(target: Target, random: Random) -> bytes:
 
 
 def _insert_opcodes(target: Target, random: Random) -> bytes:
-    """The file keeps its length."""
+    """Inserts pickle instructions. The file keeps its length."""
     code = b"".join(random.choice(_ALL_OPCODES) for _ in range(random.choice((1, 3, 10))))
     offset = random.choice(target.opcodes)
     return target.data[:offset] + code + target.data[offset : -len(code)]

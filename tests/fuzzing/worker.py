@@ -1,7 +1,7 @@
-"""Reads damaged checkpoints in a process of its own, so that a crash, a hang or a full memory is the test's to see.
+"""Reads damaged checkpoints in a separate process, so that a test survives a crash, a hang or a full memory.
 
-`python -m tests.fuzzing.worker DIRECTORY SEED FIRST COUNT` runs these cases and prints the largest resident memory in
-bytes. A case depends on nothing but the seed and its number: run one with a COUNT of 1 to see what it does.
+`python -m tests.fuzzing.worker DIRECTORY SEED FIRST COUNT` runs these cases and prints the peak resident memory in
+bytes. A case depends only on the seed and its number: a COUNT of 1 runs a single case again.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from tests.memory import peak_bytes
 CASE_LIMIT_S = 60
 MAX_MESSAGE_LENGTH = 5000
 MAX_NUMBERS = 1 << 20
-"""Of a tensor in a case that can be read: far more than any file here holds."""
+"""Most numbers of a tensor that is read: far more than any file here holds."""
 
 _CODECS = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "cp437", "latin-1", "raw_unicode_escape")
 
 
 class Watch:
-    """Reads a directory, and notes whatever the reader does but to open files in it for reading.
+    """Reads directories, and records audit events of the reader other than opening files in them for reading.
 
     Args:
-        root: of all directories.
+        root: parent of all directories.
     """
 
     def __init__(self, root: Path) -> None:
@@ -48,10 +48,10 @@ class Watch:
         sys.addaudithook(self._note)
 
     def read(self, directory: Path) -> None:
-        """Reads a directory as `read_all` does, against the clock.
+        """Calls `read_all` with a time limit.
 
         Raises:
-            AssertionError: something but a CheckpointError of one line comes of it, or the reader did something else.
+            AssertionError: an error message is not one printable line, or the reader did something else than reading.
         """
         faulthandler.dump_traceback_later(CASE_LIMIT_S, exit=True)
         self._is_on = True
@@ -60,11 +60,11 @@ class Watch:
         finally:
             self._is_on = False
             faulthandler.cancel_dump_traceback_later()
-        assert not self._events, f"it did {self._events}"
+        assert not self._events, f"the reader did {self._events}"
 
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._is_on and not (event == "open" and self._is_harmless(*arguments)):
-            self._is_on = False  # making the note is no event
+            self._is_on = False  # recording an event causes events itself
             self._events.append(f"{event} {arguments!r:.200}")
 
     def _is_harmless(self, path: object, _mode: object, flags: int) -> bool:
@@ -72,7 +72,7 @@ class Watch:
 
 
 def read_all(directory: Path) -> None:
-    """Reads whatever is in a directory as serving it would: tokenizer files, or else a model."""
+    """Reads a directory like a server would: the model if there is a `config.json`, else the tokenizer."""
     if not (directory / "config.json").exists():
         return _expect_refusal(lambda: _use_tokenizer(directory))
     _expect_refusal(lambda: check_checkpoint(directory, read_model_config(directory)))
@@ -106,21 +106,21 @@ def _use_tokenizer(directory: Path) -> None:
 
 
 def run_case(victims: list[Victim], watch: Watch, seed: int, case: int) -> None:
-    """Damages a file, reads its checkpoint, mends the file."""
+    """Damages a file, reads its checkpoint, and restores the file."""
     random = Random(f"{seed}/{case}")
     victim = random.choices(victims, [victim.weight for victim in victims])[0]
     victim.path.write_bytes(victim.spoil(random))
     try:
         watch.read(victim.path.parent)
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         error.add_note(f"seed {seed}, case {case}, {victim.path.parent.name}/{victim.path.name}")
         raise
     victim.path.write_bytes(victim.good)
 
 
 def prepare(root: Path) -> tuple[list[Victim], Watch]:
-    """Writes the model in all forms, and reads it once, so that nothing is imported any more."""
-    logging.disable()  # a logger looks at its caller's frame, which the watch would note
+    """Writes the model in all forms, and reads it once, so that later reads import nothing."""
+    logging.disable()  # a logger inspects its caller's frame, which the watch would record
     victims = write_models(root)
     for codec in _CODECS:
         codecs.lookup(codec)
@@ -130,11 +130,10 @@ def prepare(root: Path) -> tuple[list[Victim], Watch]:
 
 
 def main() -> None:
-    """Entry point."""
     root, (seed, first, count) = Path(sys.argv[1]), map(int, sys.argv[2:])
     victims, watch = prepare(root)
     for case in range(first, first + count):
-        (root / "case").write_text(f"seed {seed}, case {case}")  # in case that the process dies of it
+        (root / "case").write_text(f"seed {seed}, case {case}")  # names the case if the process dies
         run_case(victims, watch, seed, case)
     print(peak_bytes())
 

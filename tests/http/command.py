@@ -1,4 +1,4 @@
-"""`gptj-dist serve` as a person runs it: a process of its own, and everything that it starts."""
+"""Runs `gptj-dist` as a separate process, like a user, and finds all processes that it starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Command:
     """A running command.
 
     Args:
-        mark: stands in the environment of the process and of all its descendants.
+        mark: a variable in the environment of the process and of all its descendants.
     """
 
     process: subprocess.Popen[bytes]
@@ -33,24 +33,24 @@ class Command:
     log: IO[bytes] = field(repr=False)
 
     def output(self) -> str:
-        """What it has printed so far."""
+        """The output so far."""
         return Path(self.log.name).read_text()
 
     def family(self) -> list[int]:
-        """Processes that are alive and descend from the command, however they were started."""
+        """Live processes that descend from the command."""
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._is_ours(path)]
 
     def wait_for(self, pattern: str, timeout_s: float = 120.0) -> str:
-        """Until the output matches; the group of the first match."""
+        """Waits until the output matches. Returns the group of the first match."""
 
         def find() -> list[str]:
-            assert self.process.poll() is None, f"it has ended:\n{self.output()}"
+            assert self.process.poll() is None, f"the command has ended:\n{self.output()}"
             return re.findall(pattern, self.output())
 
         return wait_until(find, f"{pattern!r} is printed", timeout_s)[0]
 
     def interrupt(self) -> None:
-        """As Ctrl-C at a terminal does: to the whole process group."""
+        """Sends SIGINT to the whole process group, like Ctrl-C at a terminal."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def _is_ours(self, path: Path) -> bool:
@@ -61,17 +61,17 @@ class Command:
 
 
 def wait_until_gone(command: Command) -> None:
-    """Until the command and all that it has started have ended."""
+    """Waits until the command and all its descendants have ended."""
     command.process.wait(timeout=STOP_LIMIT_S)
     wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
 
 
 @contextmanager
 def running(command: Sequence[str], inherited: Mapping[str, str] = os.environ) -> Iterator[Command]:
-    """Starts the command in a process group of its own; whatever is left of it in the end is killed.
+    """Runs the command in its own process group, and kills its remaining processes when the context ends.
 
     Args:
-        inherited: the environment, but for what this adds.
+        inherited: the environment, to which the mark and a width of 120 columns are added.
     """
     mark = f"GPTJ_DIST_TEST={uuid.uuid4().hex}"
     environment = {**inherited, "COLUMNS": "120", mark.partition("=")[0]: mark.partition("=")[2]}

@@ -1,4 +1,4 @@
-"""What every field does of chat, of messages, of tokens and of embeddings."""
+"""Checks of the fields of chat, responses, `/tokenize`, `/detokenize` and embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every field of a completion does, and those that chat shares with it."""
+"""Checks of the fields of completions, including those shared with chat."""
 
 from __future__ import annotations
 

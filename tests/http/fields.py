@@ -1,4 +1,5 @@
-"""What the checks of fields are made with: an endpoint seen as one that continues a text, and their register."""
+"""Tools for the checks of body fields: a uniform view of the endpoints that continue a text, and the checks' registry.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
 @dataclass(frozen=True)
 class Face:
-    """An endpoint that continues texts; with the template of this test, all of them give the same."""
+    """An endpoint that continues texts. With this test's chat template all of them give the same text."""
 
     server: Server
     body: type[Body]
@@ -52,11 +53,11 @@ class Face:
 Check = Callable[[Face], None]
 CHECKS: dict[tuple[type[Body], str], Check] = {}
 BATCH_SIZE = 8
-"""Requests that run at once: few, so that a queue is made with few."""
+"""Requests that run at once: few, so that few requests make a queue."""
 
 
 def check(body: type[Body]) -> Callable[[Check], Check]:
-    """Registers the check of the body's field that the function is named after."""
+    """Registers a function as the check of the body's field of the same name."""
 
     def register(function: Check) -> Check:
         CHECKS[body, function.__name__.removeprefix("of_").rstrip("_")] = function
@@ -66,12 +67,12 @@ def check(body: type[Body]) -> Callable[[Check], Check]:
 
 
 def checks_of(body: type[Body]) -> dict[str, Check]:
-    """The checks of a body's own fields and of those that it shares."""
+    """The checks of a body's own fields and of inherited ones."""
     return {field: check for base in reversed(body.__mro__) for (of, field), check in CHECKS.items() if of is base}
 
 
 def complete(face: Face, **fields: Any) -> dict[str, Any]:
-    """The body of a greedy completion."""
+    """The response to a greedy request, in the form of a completion."""
     response = face.post(**fields)
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
@@ -84,7 +85,7 @@ def complete(face: Face, **fields: Any) -> dict[str, Any]:
 
 
 def as_completion(response: dict[str, Any]) -> dict[str, Any]:
-    """A response as a completion would be."""
+    """A response of `/v1/responses` in the form of a completion."""
     [part] = response["output"][0]["content"]
     reason = "length" if response["incomplete_details"] else "stop"
     token_ids = [id_of_bytes()[bytes(token["bytes"])] for token in part["logprobs"]]
@@ -134,7 +135,7 @@ def events(face: Face, **fields: Any) -> list[dict[str, Any]]:
 
 
 def prompt_of(face: Face, message: dict[str, Any]) -> str:
-    """What the template makes of a message."""
+    """The prompt that the chat template renders from a message."""
     answer = face.server.client.post("/tokenize", json={"messages": [message]})
     assert answer.status_code == 200, answer.text
     return tokenizer().decode(answer.json()["tokens"])

@@ -1,4 +1,4 @@
-"""A server in front of another that begins with refusals."""
+"""A server that refuses its first requests and then forwards to another server."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gptj_dist.errors import NotReadyError
 
 @dataclass
 class Front:
-    """A server in front of another, that first says so many times what ours says while the model loads.
+    """Answers `num_refusals` requests like a server whose model loads, and forwards later ones.
 
     Attributes:
-        num_calls: that reached it.
+        num_calls: requests received.
     """
 
-    behind: str
+    backend: str
     num_refusals: int
     num_calls: int = 0
     base: str = ""
@@ -38,15 +38,15 @@ class Front:
             status, refusal = error_response(error)
             retry_soon = dict.fromkeys(response_headers(error), "0.01")
             return status, json.dumps(refusal).encode(), retry_soon
-        response = httpx.post(self.behind + path, content=body, headers=headers, timeout=60)
-        told = {name: value for name, value in response.headers.items() if name in ("x-should-retry", "retry-after")}
-        return response.status_code, response.content, told
+        response = httpx.post(self.backend + path, content=body, headers=headers, timeout=60)
+        kept = {name: value for name, value in response.headers.items() if name in ("x-should-retry", "retry-after")}
+        return response.status_code, response.content, kept
 
 
 @contextmanager
-def fronted(behind: str, num_refusals: int) -> Iterator[Front]:
-    """A running one."""
-    front = Front(behind, num_refusals)
+def fronted(backend: str, num_refusals: int) -> Iterator[Front]:
+    """Runs a `Front` on a free port until the context ends."""
+    front = Front(backend, num_refusals)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

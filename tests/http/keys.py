@@ -10,10 +10,10 @@ from gptj_dist.serving.keys import hash_key
 
 
 def write_keys(path: Path, **limits: dict[str, int]) -> str:
-    """Writes a file of keys, as `api_keys` takes it, and gives its path.
+    """Writes a file for `api_keys`; returns its path.
 
     Args:
-        limits: by name of a key; the key itself is `key_of` the name.
+        limits: limits of each key by its name; the key itself is `key_of` the name.
     """
     entries = [{"name": name, "sha256": hash_key(key_of(name)), **limit} for name, limit in limits.items()]
     path.write_text(yaml.safe_dump({"keys": entries}))
@@ -21,10 +21,10 @@ def write_keys(path: Path, **limits: dict[str, int]) -> str:
 
 
 def key_of(name: str) -> str:
-    """The key that a test gives this name."""
+    """The key with this name in tests."""
     return f"secret of {name}"
 
 
 def bearer(name: str) -> dict[str, str]:
-    """The header that shows the key."""
+    """The header with the key of this name."""
     return {"Authorization": f"Bearer {key_of(name)}"}

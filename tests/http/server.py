@@ -1,4 +1,4 @@
-"""A real Ray Serve for a test module: a local Ray that modules share, a free port, shut down at the session's end."""
+"""A real Ray Serve for test modules, on a free port of loopback. Modules share one Ray until the session ends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Server:
 
     Args:
         base: URL without a path.
-        client: a client of it, for short requests.
-        listen: where an ingress is to take HTTP itself; None if Serve's proxy does.
+        client: a client for short requests.
+        listen: address at which the ingress listens itself; None if Serve's proxy listens.
     """
 
     base: str
@@ -46,19 +46,19 @@ class Server:
             return False
 
     def status(self) -> PipelineStatus:
-        """What one of the pipelines says of itself."""
+        """The status of one of the pipelines."""
         from ray import serve
 
         status: PipelineStatus = serve.get_deployment_handle("Pipeline", APP_NAME).status.remote().result(timeout_s=30)
         return status
 
     def wait_until_idle(self) -> None:
-        """Until no pipeline request holds a block."""
+        """Waits until no request holds a KV block."""
         wait_until(lambda: self.status().num_used_blocks == 0, "no KV block is in use", timeout_s=20)
 
 
 def free_port() -> int:
-    """A port that nobody listens at right now."""
+    """A port of 127.0.0.1 that is free right now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
@@ -66,11 +66,11 @@ def free_port() -> int:
 
 @dataclass
 class SharedRay:
-    """The Ray and the Serve of this process. Modules that ask for the same one after the other share them.
+    """The Ray and the Serve of this process. Consecutive modules with the same settings share them.
 
     Attributes:
-        resources: CPUs and GPUs of the Ray that runs; None if none runs.
-        listen: where the Serve that runs takes HTTP by its proxy; None if it has no proxy.
+        resources: logical CPUs and GPUs of the running Ray; None if none runs.
+        listen: address of the proxy of the running Serve; None without a proxy.
         is_serving: whether a Serve runs.
         environment: the variables of a process that joins this Ray.
     """
@@ -122,7 +122,7 @@ class SharedRay:
         self.listen, self.is_serving = None, False
 
     def stop(self) -> None:
-        """Stops all that runs."""
+        """Stops Serve and Ray, if they run."""
         import ray
 
         if self.resources is not None:
@@ -136,9 +136,9 @@ SHARED = SharedRay()
 
 @contextmanager
 def local_ray(num_cpus: int = 8, num_gpus: int = 0) -> Iterator[None]:
-    """A Ray cluster of one node with logical resources. It may outlive the context, for the next module.
+    """Provides a Ray cluster of one node with logical resources. It may outlive the context, for the next module.
 
-    What it leaves in the environment, such as its token for processes that join it, is there within the context only.
+    Variables that Ray sets, such as its token for processes that join, are in the environment within the context only.
     """
     before = dict(os.environ)
     os.environ.update(SHARED.environment)
@@ -153,7 +153,7 @@ def local_ray(num_cpus: int = 8, num_gpus: int = 0) -> Iterator[None]:
 
 @contextmanager
 def serve_http(has_proxy: bool = True, api_key: str | None = None) -> Iterator[Server]:
-    """A Serve on the connected Ray, without an application yet; its client shows the key."""
+    """Provides a Serve on the connected Ray, without an application. The client sends the key."""
     from ray import serve
 
     SHARED.require_serve(has_proxy)
@@ -176,7 +176,7 @@ def serving(
     has_proxy: bool = False,
     api_key: str | None = None,
 ) -> Iterator[Server]:
-    """An application of these settings, ready; its client shows the key."""
+    """Provides a ready application with these settings. The client sends the key."""
     with local_ray(num_cpus), serve_http(has_proxy, api_key) as server:
         deploy(args, scaling, server.listen)
         wait_until(server.is_ready, "the server is ready")

@@ -1,8 +1,9 @@
-"""Compiles all kernels for heads of 256 on a GPU that need not be there, as `paged_attention` would launch them there.
+"""Compiles all kernels for heads of 256 as `paged_attention` launches them. The GPU need not be present.
 
     python -m tests.model.compile_kernels 90 bf16
 
-prints what came out as one JSON list. Needs Triton without its interpreter, so it is a process of its own.
+Arguments are the compute capability and the type. Prints one JSON list. Needs Triton without its interpreter, so it
+runs in a separate process.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ NUMBERS = {"row_stride": "i32", "table_width": "i32", "scale": "fp32"}
 FLOAT32 = {"queries", "cos", "sin", "split_sums", "split_weights"}
 HEADS = {"HEADS": 16, "DIM": 256, "WIDTH": 256}
 TRITONS_WARPS, TRITONS_STAGES = 4, 3
-"""Where a launch does not say."""
+"""Triton's defaults."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel, and all that is fixed when it is compiled."""
+    """A kernel with its compile-time constants and options."""
 
     kernel: Any
     constants: dict[str, int]
@@ -61,7 +62,7 @@ class Launch:
 
 
 def launches(grain: Grain) -> list[Launch]:
-    """All kernels, `attend_row` with and without splits."""
+    """The launches of all kernels, of `attend_row` with and without splits."""
     row = {**HEADS, "BLOCK": 16, "TILE": grain.lone_tile_keys}
     tile = {**HEADS, "BLOCK": 16, "ROWS": grain.tile_rows, "TILE": grain.tile_keys}
     return [
