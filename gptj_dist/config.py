@@ -250,7 +250,7 @@ class PipelineConfig:
         max_queued_requests: the most that wait in a server's pipeline; more are refused.
         max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
         generation_config: `none` leaves the checkpoint's sampling defaults and suppressed tokens alone; its end tokens
-            end texts all the same.
+            still end texts.
 
     Raises:
         ConfigurationError: a value is out of range, or two contradict each other.
