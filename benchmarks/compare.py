@@ -1,4 +1,4 @@
-"""Compares two contenders. They take turns (A B A B), so that a machine whose speed drifts slows both alike.
+"""Compares two contenders. They take turns (A B B A), so that a machine whose speed drifts slows both alike.
 
 Our engine against vLLM's, which runs in an environment of its own:
 
