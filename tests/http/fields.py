@@ -1,5 +1,4 @@
-"""Tools for the checks of body fields: a uniform view of the endpoints that continue a text, and the checks' registry.
-"""
+"""Tools for the checks of body fields: a uniform view of endpoints that continue a text, and a registry of checks."""
 
 from __future__ import annotations
 
