@@ -44,7 +44,7 @@ class PipelineClient:
         self._problem: str | None = None
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
         self._limits: EngineLimits | None = None
-        self._meeting = run_in_background("wait for the first pipeline", self._meet(), self._note_end_of_meeting)
+        self._limits_task = run_in_background("wait for the first pipeline", self._fetch_limits(), self._note_no_limits)
 
     @property
     def dropped(self) -> DropCount:
@@ -111,7 +111,7 @@ class PipelineClient:
     def _note_failure(self, error: Exception) -> None:
         self._problem = f"the ingress can no longer receive tokens: {error}"
 
-    def _note_end_of_meeting(self, error: Exception) -> None:
+    def _note_no_limits(self, error: Exception) -> None:
         if self._limits is None:
             self._problem = f"the ingress does not find the pipelines: {error}"
 

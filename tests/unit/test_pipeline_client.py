@@ -233,7 +233,7 @@ def test_when_the_first_pipeline_answers_its_limits_are_known_and_the_ingress_is
         with pytest.raises(NotReadyError, match="still loading"):
             client.limits()
         async with asyncio.timeout(TIMEOUT_S):
-            await until(client._meeting.done)
+            await until(client._limits_task.done)
         assert client.limits() == LIMITS
         client.check_health()
         client.close()
@@ -248,7 +248,7 @@ def test_if_the_wait_for_the_first_pipeline_ends_the_health_check_fails() -> Non
         client = PipelineClient(handle)
         client.check_health()
         async with asyncio.timeout(TIMEOUT_S):
-            await until(client._meeting.done)
+            await until(client._limits_task.done)
         with pytest.raises(StageFailedError, match="does not find the pipelines"):
             client.check_health()
         client.close()

@@ -126,7 +126,7 @@ def test_after_an_error_while_a_key_is_checked_strangers_are_still_refused_and_f
         async with asyncio.timeout(TIME_LIMIT_S):
             for number in (1, 2):
                 with stranger(attack, stream.inbox.endpoint, forged, stream.inbox.keys.server):
-                    while inbox.dropped.num_strangers < number:  # noqa: ASYNC110  # a thread counts them
+                    while inbox.dropped.num_refused < number:  # noqa: ASYNC110  # a thread counts them
                         await asyncio.sleep(0.01)
             outbox.put(stream, 0, Delta((1,), FinishReason.STOP))
             delta = await mailbox.take()

@@ -49,7 +49,7 @@ def look(server: Server) -> ServerState:
         ConfigurationError: something else listens there.
     """
     ready = server.get("/ready")
-    problem = told_error(ready)[0] if ready.status_code == httpx.codes.SERVICE_UNAVAILABLE else None
+    problem = parse_error(ready)[0] if ready.status_code == httpx.codes.SERVICE_UNAVAILABLE else None
     if problem is None:
         _require_known(ready, server)
     version = server.get("/version")

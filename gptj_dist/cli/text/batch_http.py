@@ -12,9 +12,9 @@ from gptj_dist.cli.client import (
     failure_text,
     json_object,
     open_client,
+    parse_error,
     refusal,
     retry_after_s,
-    told_error,
 )
 from gptj_dist.cli.text.batch_answers import BatchAnswer, respond
 from gptj_dist.cli.text.batch_requests import BatchRequest

@@ -32,7 +32,7 @@ from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.body import read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
 from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handler, refusal
-from gptj_dist.serving.http.middleware import is_stranger
+from gptj_dist.serving.http.middleware import is_anonymous
 from gptj_dist.serving.http.openapi import openapi_document
 from gptj_dist.serving.http.pages import docs_page, front_page
 from gptj_dist.serving.pipeline_client import PipelineClient
