@@ -9,25 +9,33 @@ from typing import Any
 import pytest
 
 from gptj_dist.answers.schema.base import Body, is_neutral
-from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.openapi import openapi_document
 from gptj_dist.serving.http.pages import docs_page
 
 
-def endpoints() -> list[Endpoint]:
+def make_endpoints() -> Endpoints:
     nothing: Any = None  # the table says what there is; it calls nobody
-    return Endpoints(("demo",), nothing, nothing, nothing, nothing, nothing).table()
+    return Endpoints(("demo",), nothing, nothing, nothing, nothing, nothing)
 
 
-DOCUMENT = openapi_document(endpoints(), "/a")
+ENDPOINTS = make_endpoints().table()
+
+
+DOCUMENT = openapi_document(ENDPOINTS, "/a")
 SCHEMAS = DOCUMENT["components"]["schemas"]
-BODIES = [endpoint.body for endpoint in endpoints() if endpoint.body is not None]
+BODIES = [endpoint.body for endpoint in ENDPOINTS if endpoint.body is not None]
+
+
+def test_document_and_page_are_made_once() -> None:
+    served = make_endpoints()
+    assert openapi_document(served.table(), "/b") is openapi_document(served.table(), "/b")
+    assert docs_page(served.table(), "/b") is docs_page(served.table(), "/b")
 
 
 def test_every_endpoint_is_there_and_takes_what_it_checks() -> None:
     assert DOCUMENT["servers"] == [{"url": "/a"}]
-    for endpoint in endpoints():
+    for endpoint in ENDPOINTS:
         operation = DOCUMENT["paths"][endpoint.path.replace(":path", "")][endpoint.method.lower()]
         content = operation.get("requestBody", {"content": {}})["content"]
         references = [schema["schema"]["$ref"].rpartition("/")[2] for schema in content.values()]
@@ -73,7 +81,7 @@ class Words(HTMLParser):
 
 def test_the_page_names_every_path_and_field_and_needs_nothing_from_elsewhere() -> None:
     page = Words()
-    page.feed(docs_page(DOCUMENT))
+    page.feed(docs_page(ENDPOINTS, "/a"))
     assert set(DOCUMENT["paths"]) <= set(page.words)
     assert {name for body in BODIES for name in body.model_fields} <= set(page.words)
     assert page.sources == []

@@ -75,9 +75,9 @@ class Endpoints:
         self._scrape = scrape
         self._admission = admission
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> tuple[Endpoint, ...]:
         """All endpoints."""
-        return [
+        return (
             Endpoint("POST", "/v1/completions", self.completions, "Continue texts.", CompletionRequest, MEDIA),
             Endpoint("POST", "/v1/chat/completions", self.chat, "Continue a conversation.", ChatRequest, MEDIA),
             Endpoint("POST", "/v1/responses", self.respond, "Answer a text or conversation.", ResponsesRequest, MEDIA),
@@ -96,7 +96,7 @@ class Endpoints:
             Endpoint("GET", "/", self.front, "A page with links.", media=(HTML,), is_open=True),
             Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs.", is_open=True),
             Endpoint("GET", "/docs", self.docs, "This list, as a page.", media=(HTML,), is_open=True),
-        ]
+        )
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, CompletionRequest, self._texts.complete)
@@ -169,7 +169,7 @@ class Endpoints:
         return JSONResponse(openapi_document(self.table(), request.scope.get("root_path", "")))
 
     async def docs(self, request: Request) -> Response:
-        return HTMLResponse(docs_page(openapi_document(self.table(), request.scope.get("root_path", ""))))
+        return HTMLResponse(docs_page(self.table(), request.scope.get("root_path", "")))
 
     async def _body(self, request: Request, kind: type[B]) -> B:
         return await self._texts.parse(await read_body(request, self._texts.work), kind)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment
 
 from gptj_dist.json_types import JsonObject
-from gptj_dist.serving.http.openapi import HINT, UNSERVED
+from gptj_dist.serving.http.endpoint import Endpoint
+from gptj_dist.serving.http.openapi import HINT, UNSERVED, openapi_document
 
 EXAMPLE = {"prompt": "The state of the Union is", "max_tokens": 40, "stream": True}
 MAX_BASE_CHARS = 200
@@ -31,9 +33,10 @@ def front_page(names: tuple[str, ...], state: str, base: str, root_path: str, ne
     return _render("front", names=names, state=state, root=root_path, command=command)
 
 
-def docs_page(document: JsonObject) -> str:
-    """The OpenAPI document as a page."""
-    return _render("docs", document=document, others=(HINT, UNSERVED))
+@cache
+def docs_page(endpoints: tuple[Endpoint, ...], root_path: str) -> str:
+    """The OpenAPI document as a page; made once, as the document."""
+    return _render("docs", document=openapi_document(endpoints, root_path), others=(HINT, UNSERVED))
 
 
 def _render(name: str, **variables: object) -> str:
