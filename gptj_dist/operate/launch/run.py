@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,13 +117,15 @@ def _serve(start: _Start, base: str, signals: StopSignals, lost_process: Callabl
     Raises:
         ConfigurationError, StageFailedError: as `run_until_stopped`.
     """
+    from gptj_dist.operate.tracing import tracing  # with Ray, which reads its environment when it is imported
+
     launch, console = start.launch, start.console
     if not await_ready(launch, base, signals.requested, lost_process, console):
         return
     signals.let_finish()
     served = Served(launch.name)
     watcher = Watcher(served, signals.requested, lost_process, start.say)
-    with _trace(launch, served, start.say):
+    with nullcontext() if launch.trace is None else tracing(served.pipelines, launch.trace, start.say):
         statuses = served.statuses()
         announce(launch, base, statuses, time.monotonic() - start.begin_s, start.has_proxy, console)
         watcher.start(statuses)
@@ -141,15 +143,6 @@ def _drain(served: Served, drain_s: float, console: Console) -> None:
         raise StageFailedError(f"requests under way may be lost: {error}") from error
     if num_late:
         console.print(f"{num_late} requests took longer than {drain_s:g} s and were cut (--drain-s).")
-
-
-def _trace(launch: Launch, served: Served, say: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Writes the trace while the context lasts, if the launch asks for one."""
-    from gptj_dist.operate.tracing import tracing
-
-    if launch.trace is None:
-        return nullcontext()
-    return tracing(served.pipelines, launch.trace, say)
 
 
 def _fetch_all_weights(pipeline: PipelineConfig, console: Console) -> None:
