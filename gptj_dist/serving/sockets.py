@@ -19,7 +19,7 @@ def why_not_listen(host: str, port: int) -> str | None:
         return f"cannot listen at {host}:{port}: {error.strerror}"
     except OverflowError:
         return f"cannot listen at {host}:{port}: ports go up to 65535"
-    except UnicodeError:
+    except (UnicodeError, TypeError):
         return f"cannot listen at {host}:{port}: not a valid host name"
     return None
 
@@ -32,7 +32,7 @@ def why_not_reach(host: str, port: int, timeout_s: float) -> str | None:
         return str(error.strerror or error)
     except OverflowError:
         return "ports go up to 65535"
-    except UnicodeError:
+    except (UnicodeError, TypeError):
         return "not a valid host name"
     return None
 
