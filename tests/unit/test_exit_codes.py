@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gptj_dist.cli import VERBS
+from gptj_dist.cli import COMMANDS
 from tests.fake_server import Call, FakeServer, Reply, events, fake_server, refused
 from tests.unit.test_status_command import READY
 from tests.verbs import command_line, environment
@@ -215,5 +215,5 @@ def test_without_a_home_verbs_work_or_say_what_they_lack(arguments: list[str], e
 
 
 def test_every_verb_that_is_quick_and_leaves_others_alone_is_tried() -> None:
-    verbs = {verb.__name__ for group in VERBS.values() for verb in group}
+    verbs = {verb.__name__ for group in COMMANDS.values() for verb in group}
     assert {arguments[0] for arguments in READ_BY_HEAD} == verbs - {"serve", "stop", "verify"}
