@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -78,6 +79,7 @@ def applications_served() -> tuple[str, ...] | None:
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Serve would print each of its steps
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
