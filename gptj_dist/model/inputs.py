@@ -52,8 +52,8 @@ class MicroBatch:
 
     @property
     def span_of_row(self) -> Tensor:
-        """Index of each row's span: int64 [rows]."""
-        return torch.repeat_interleave(torch.tensor([span.num_tokens for span in self.spans]))
+        """Index of each row's span: int32 [rows]."""
+        return torch.repeat_interleave(torch.tensor([span.num_tokens for span in self.spans], dtype=torch.int32))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

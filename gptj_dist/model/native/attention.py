@@ -64,8 +64,8 @@ class NativeAttention:
         self._attend = library.attend_float32 if cache.dtype == torch.float32 else library.attend_bfloat16
         self._cache = cache
         cos, sin = rotary.tables
-        spans = batch.span_of_row.to(torch.int32)
-        positions, tables = batch.positions.to(torch.int32), cache.tables(batch.spans)
+        spans, positions = batch.span_of_row, batch.positions.to(torch.int32)
+        tables = cache.tables(batch.spans)
         tiles = torch.tensor([tile for span in batch.spans for tile in span.tiles(TILE_ROWS)], dtype=torch.int32)
         # Kept alive, because the library reads them by their addresses.
         self._read_by_library = (positions, spans, tables, tiles, cos, sin)
