@@ -25,9 +25,9 @@ stopped (SIGSTOP), because idle servers use some CPU: ours a seventh of a core, 
 `idle_cores` is the CPU that a contender still used during the other's turns. If memory does not hold both,
 `--apart` loads each contender anew for its turn, in which it runs all cases.
 
+A ratio is A's rate over B's, or B's time over A's: above 1, A is better. It is the median of the ratios of the rounds.
 The contender that is loaded first can be some percent slower, even of equal code: for small differences run both
-orders. A ratio is A's rate over B's, or B's time over A's: above 1, A is better. It is the median of the ratios of the rounds.
-The last line on standard output is one JSON document.
+orders. The last line on standard output is one JSON document.
 """
 
 from __future__ import annotations
