@@ -1,4 +1,4 @@
-"""Runs verbs of the command line as separate processes, like a shell."""
+"""Runs commands of the command line as separate processes, like a shell."""
 
 from __future__ import annotations
 
