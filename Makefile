@@ -19,9 +19,10 @@ DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
 
-# Three processes on two cores, because tests that start Ray mostly wait. Threads wait asleep, as they are more than cores.
+# Tests without Ray compute, so their threads wait asleep for each other. Tests with Ray mostly wait.
 test: lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --durations=25 -m "not alone"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --durations=25 -m "not ray"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 -m "ray and not alone"
 	$(BIN)/python -m pytest --durations=25 -m alone
 
 # All but what starts Ray and the long comparisons of numbers.

@@ -24,7 +24,7 @@ class Answers:
     """Endpoints like those of the server: a stream that the test holds up, readiness, liveness."""
 
     def __init__(self) -> None:
-        self.has_begun = asyncio.Event()
+        self.begun = asyncio.Semaphore(0)
         self.may_end = asyncio.Event()
 
     def table(self) -> list[Endpoint]:
@@ -38,7 +38,7 @@ class Answers:
     async def stream(self, _: Request) -> Response:
         async def parts() -> Any:
             yield b"first "
-            self.has_begun.set()
+            self.begun.release()
             await self.may_end.wait()
             yield b"last"
 
@@ -66,7 +66,7 @@ def run(test: Any) -> None:
 def test_a_stream_under_way_ends_whole_while_new_requests_get_a_503_with_retry_after() -> None:
     async def test(answers: Answers, gate: Gate, client: httpx.AsyncClient) -> None:
         stream = asyncio.create_task(client.post("/v1/completions"))
-        await answers.has_begun.wait()
+        await answers.begun.acquire()
         closing = asyncio.create_task(gate.close(LIMIT_S))
         await asyncio.sleep(0)
         refused = await client.post("/v1/completions")
@@ -94,7 +94,8 @@ def test_while_it_stops_it_is_alive_but_not_ready() -> None:
 def test_what_does_not_end_in_time_is_counted() -> None:
     async def test(answers: Answers, gate: Gate, client: httpx.AsyncClient) -> None:
         streams = [asyncio.create_task(client.post("/v1/completions")) for _ in range(3)]
-        await answers.has_begun.wait()
+        for _ in range(3):
+            await answers.begun.acquire()
         assert await gate.close(0) == 3
         answers.may_end.set()
         assert await gate.close(LIMIT_S) == 0

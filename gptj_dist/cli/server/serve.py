@@ -90,13 +90,14 @@ def serve(
     ends it at once.
     """
     scaling = _scaling(replicas, min_replicas, max_replicas)
+    from gptj_dist.operate.launch.run import run_until_stopped, start_signals
     from gptj_dist.stages.blueprint import draw_blueprint
     from gptj_dist.stages.trace import check_trace_path
 
     check_trace_path(trace)
+    signals = start_signals()
     config = draw_blueprint(PipelineConfig(model, **settings)).config  # what is wrong with it is said before Ray starts
     from gptj_dist.answers.chat_defaults import ChatDefaults
-    from gptj_dist.operate.launch.run import run_until_stopped
     from gptj_dist.operate.launch.settings import Launch
     from gptj_dist.serving.http.listener import Address
     from gptj_dist.serving.settings import AppConfig
@@ -131,7 +132,7 @@ def serve(
         is_open=insecure,
         start_timeout_s=start_timeout_s,
     )
-    run_until_stopped(launch)
+    run_until_stopped(launch, signals)
 
 
 def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], str | None]:

@@ -47,8 +47,18 @@ class _Start:
         self.console.print(line, soft_wrap=True)
 
 
-def run_until_stopped(launch: Launch) -> None:
+def start_signals() -> StopSignals:
+    """Receives signals from now on. Call before anything that may start a thread."""
+    signals = StopSignals(lambda: say_last("Stopped."))
+    signals.start()
+    return signals
+
+
+def run_until_stopped(launch: Launch, signals: StopSignals) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP, then finishes running requests and cleans up.
+
+    Args:
+        signals: have been started.
 
     Raises:
         ConfigurationError: the port is taken, Ray does not start or is not there, there is no room, the model does not
@@ -57,13 +67,13 @@ def run_until_stopped(launch: Launch) -> None:
     """
     start = _Start(launch, open_console(), time.monotonic(), needs_noproxy(launch.listen.host))
     if launch.address is None:
-        _serve_here(start)
+        _serve_here(start, signals)
     else:
-        _serve_on_cluster(start, launch.address)
+        _serve_on_cluster(start, signals, launch.address)
     start.console.print("Stopped.")
 
 
-def _serve_here(start: _Start) -> None:
+def _serve_here(start: _Start, signals: StopSignals) -> None:
     """Serves on a local Ray that this process starts."""
     launch, console = start.launch, start.console
     if reason := why_not_listen(launch.listen.host, launch.listen.port):
@@ -74,8 +84,7 @@ def _serve_here(start: _Start) -> None:
         say_last("Stopped.")
         local.abandon(is_session_kept=signals.can_finish)
 
-    signals = StopSignals(clean_up)
-    signals.start()
+    signals.clean_up = clean_up
     _fetch_all_weights(launch.app.pipeline, console)
     console.print("Starting Ray on this machine ...")
     try:
@@ -89,15 +98,14 @@ def _serve_here(start: _Start) -> None:
         local.discard_empty_logs()
 
 
-def _serve_on_cluster(start: _Start, address: str) -> None:
+def _serve_on_cluster(start: _Start, signals: StopSignals, address: str) -> None:
     """Serves on a Ray that runs already, and removes the application from it at the end."""
 
     def say_stopped() -> None:
         hint = f"; `gptj-dist stop --address {address}` removes what is left of the application"
         say_last(f"Stopped{hint if signals.can_finish else ''}.")
 
-    signals = StopSignals(say_stopped)
-    signals.start()
+    signals.clean_up = say_stopped
     with diverted(Path(os.devnull)), connected(address):
         signals.let_finish()
         base = deploy(start.launch, start.console)

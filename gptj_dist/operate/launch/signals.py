@@ -24,19 +24,22 @@ class StopSignals:
     terminal that closes may send several.
 
     Args:
-        clean_up: called before a signal ends the process, on the thread of the signals.
+        clean_up: called before a signal ends the process, on the thread of the signals. May be replaced.
     """
 
     def __init__(self, clean_up: Callable[[], None]) -> None:
         self.requested = threading.Event()
         self.can_finish = False
-        self._clean_up = clean_up
+        self.clean_up = clean_up
         self._first_s = 0.0
         is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         self._awaited = {signal.SIGINT, signal.SIGTERM} | (set() if is_hangup_ignored else {signal.SIGHUP})
 
     def start(self) -> None:
-        """Call on the main thread, before any other thread or process is started."""
+        """Call on the main thread, before any other thread or process is started.
+
+        An earlier thread, such as one that downloads, would receive signals, and this class would not.
+        """
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         threading.Thread(target=self._receive, name="signals", daemon=True).start()
 
@@ -60,6 +63,6 @@ class StopSignals:
 
     def _end(self, number: int) -> None:
         try:
-            self._clean_up()
+            self.clean_up()
         finally:  # an error must not leave a process that no signal ends
             os._exit(128 + number)
