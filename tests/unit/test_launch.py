@@ -26,7 +26,8 @@ Serve = Callable[..., Launch]
 def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """What the command would launch."""
     launches: list[Launch] = []
-    monkeypatch.setattr("gptj_dist.operate.launch.run.run_until_stopped", launches.append)
+    monkeypatch.setattr("gptj_dist.operate.launch.run.start_signals", lambda: None)
+    monkeypatch.setattr("gptj_dist.operate.launch.run.run_until_stopped", lambda launch, _: launches.append(launch))
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("GPTJ_API_KEY", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
