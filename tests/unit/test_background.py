@@ -25,6 +25,7 @@ from gptj_dist.params import SamplingParams
 from gptj_dist.serving import pipeline
 from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.pipeline import MAX_RESTARTS_IN_A_ROW, Pipeline
+from gptj_dist.serving.sockets import why_not_listen
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
 from gptj_dist.stages.group import StageGroup
@@ -303,6 +304,8 @@ def test_stages_that_were_killed_can_be_stopped() -> None:
         group = StageGroup([], [], inbound, transport.outbound(inbound.address), [])
         group.kill()
         await group.stop()
+        port = inbound.address.partition("#")[0].rpartition(":")[2]
+        assert not why_not_listen("127.0.0.1", int(port))
 
     run(scenario)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.beside_load import fair_share
 from benchmarks.cases import NUM_TOKEN_IDS, Case, case_of, parse_case
 from benchmarks.compare import compared
 from benchmarks.contenders import parse_spec
@@ -33,7 +32,6 @@ from benchmarks.processes import Family
 from benchmarks.servers import serve_command, vllm_serve_command
 from benchmarks.sse_client import ChunkedBody, FrameSplitter, StreamRecord
 from benchmarks.vllm_settings import share_cores
-from gptj_dist.stages.cores import available_cores
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -360,21 +358,6 @@ def test_plots_of_a_server_and_of_stages(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(document))
     drawn = run("plots", str(tmp_path / "http"), str(tmp_path / "stages"), "--to", str(tmp_path))
     assert [Path(file).stem for file in drawn["files"]] == ["throughput", "first-token", "occupancy"]
-
-
-def test_the_benchmark_beside_load_compares_each_load_with_quiet() -> None:
-    options = ["--dtype", "float32", "--case", "1x8/4", "--loads", "1", "twin", "--rounds", "1", "--turn-s", "0"]
-    figures = run("beside_load", "demo", *options)["contenders"]["ours"]
-    assert list(figures) == ["quiet", "1", "twin"]
-    for load, of_load in figures.items():
-        assert of_load["share_of_quiet"] == pytest.approx(
-            of_load["decode_tokens_per_s"] / figures["quiet"]["decode_tokens_per_s"], rel=1e-3
-        )
-        assert of_load["fair_share"] == pytest.approx(fair_share(load, available_cores()), rel=1e-4)
-
-
-def test_a_load_leaves_each_thread_as_much_as_each_of_its_processes() -> None:
-    assert [fair_share(load, 2) for load in ("quiet", "1", "2", "twin")] == [1, 2 / 3, 1 / 2, 1 / 2]
 
 
 @pytest.mark.parametrize("loaded", ["--turn-s=0", "--apart"])
