@@ -148,6 +148,8 @@ class Answer:
 
 def _writing_cost(delta: TextDelta) -> int:
     """An estimate of the microseconds that it takes to write a piece of a completion."""
+    if not delta.logprobs and not delta.prompt_logprobs:
+        return len(delta.token_ids)
     logprobs = (*delta.logprobs, *delta.prompt_logprobs)
     return len(delta.token_ids) + LOGPROB_US * sum(1 + len(token.top) for token in logprobs)
 

@@ -25,6 +25,8 @@ class Deadline:
 
     async def bound(self, work: Awaitable[T]) -> T:
         """Returns what `work` does; cancels it at the deadline. Raises TimeoutReachedError then."""
+        if self._end_s is None:
+            return await work
         timeout = asyncio.timeout_at(self._end_s)
         try:
             async with timeout:

@@ -53,7 +53,8 @@ class MicroBatch:
     @property
     def span_of_row(self) -> Tensor:
         """Index of each row's span: int32 [rows]."""
-        return torch.repeat_interleave(torch.tensor([span.num_tokens for span in self.spans], dtype=torch.int32))
+        indices = [index for index, span in enumerate(self.spans) for _ in range(span.num_tokens)]
+        return torch.tensor(indices, dtype=torch.int32)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

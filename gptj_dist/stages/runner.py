@@ -293,5 +293,5 @@ def _micro_batch(chunks: Sequence[Chunk]) -> MicroBatch:
     for chunk in chunks:
         spans.append(Span(chunk.request_id, row, chunk.start, len(chunk.token_ids)))
         row += len(chunk.token_ids)
-    positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-    return MicroBatch(tuple(spans), positions)
+    positions = [position for span in spans for position in range(span.start, span.stop)]
+    return MicroBatch(tuple(spans), torch.tensor(positions))

@@ -216,6 +216,15 @@ def test_packed_weights_are_in_huge_pages() -> None:
     assert _huge_bytes() == before
 
 
+def test_small_packed_weights_share_pages() -> None:
+    library = load_product_library()
+    if library is None:
+        pytest.skip("this CPU has no compiled product")
+    before = _huge_bytes()
+    weights = [NativeLinear(library, torch.zeros(128, 128, dtype=torch.bfloat16), None) for _ in range(16)]
+    assert _huge_bytes() - before < 2 * len(weights) * 2**20
+
+
 def _huge_bytes() -> int:
     """Memory of this process that lies in huge pages."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

@@ -14,7 +14,6 @@ from gptj_dist.model.native.library import Product
 from gptj_dist.model.native.operands import address_of
 
 HUGE_PAGE_BYTES = 2 << 20
-"""Packed weights begin at a multiple of this; the library reads them 64 bytes at a time."""
 
 
 class NativeLinear:
@@ -40,7 +39,7 @@ class NativeLinear:
         num_columns, depth = weight.shape
         weight = weight.contiguous()
         source = address_of("weight", weight, torch.bfloat16, (num_columns, depth))
-        self._packed = _in_huge_pages(library.packed_size(num_columns, depth))
+        self._packed = _memory_of(library.packed_size(num_columns, depth))
         library.pack_bfloat16(source, self._packed.data_ptr(), num_columns, depth, torch.get_num_threads())
         self._bias = None if bias is None else bias.contiguous()
         self._bias_address = None
@@ -63,7 +62,7 @@ class NativeLinear:
         return self._product(x, residual)
 
     def _product(self, x: Tensor, residual: Tensor | None = None, has_gelu: bool = False) -> Tensor:
-        num_rows = len(x)
+        num_rows = x.shape[0]
         rows = address_of("x", x, torch.bfloat16, (num_rows, self._depth))
         added = None
         if residual is not None:
@@ -83,12 +82,14 @@ class NativeLinear:
         return out
 
 
-def _in_huge_pages(num_elements: int) -> Tensor:
-    """bfloat16 memory, [num_elements], in pages of 2 MB where the system has them.
+def _memory_of(num_elements: int) -> Tensor:
+    """bfloat16 memory, [num_elements], at a multiple of 64 bytes. In pages of 2 MB if it fills one and there are any.
 
     A decode step reads all weights once. In pages of 4 KB it waits for their addresses for a sixth of its time or more.
     """
     element_bytes = torch.bfloat16.itemsize
+    if num_elements * element_bytes < HUGE_PAGE_BYTES:
+        return torch.empty(num_elements, dtype=torch.bfloat16)
     memory = mmap.mmap(-1, num_elements * element_bytes + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         with suppress(OSError):  # a kernel without huge pages
