@@ -48,8 +48,7 @@ async def running_engine(pipeline: LoadedPipeline, executor: LocalExecutor) -> A
     engine = AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits())
 
     def note_end(error: Exception) -> None:
-        reason = f"the model can no longer be used: {error}"
-        engine.fail(StageFailedError(reason), refusal=reason)
+        engine.fail(StageFailedError(f"the model can no longer be used: {error}"))
 
     driver = run_in_background("driver of the engine", engine.run(), note_end)
     try:

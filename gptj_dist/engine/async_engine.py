@@ -21,11 +21,8 @@ from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
 from gptj_dist.engine.stats import PipelineStats
-from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.errors import GPTJDistError, NotReadyError, RequestTooLongError, StageFailedError
 from gptj_dist.params import SamplingParams
-
-RESTARTING = "the pipeline is restarting after the loss of a stage; try again shortly"
-"""Why requests are refused between `fail` and `resume`."""
 
 
 class AsyncEngine:
@@ -56,7 +53,7 @@ class AsyncEngine:
         self._executor: Executor | None = executor
         self._limits = limits
         self._clock = clock
-        self._refusal = RESTARTING
+        self._refusal: str | None = None
         self._mailboxes: dict[int, Mailbox] = {}
         self._request_ids = count()
         self._is_pump_due = False
@@ -67,7 +64,7 @@ class AsyncEngine:
 
     @property
     def is_up(self) -> bool:
-        """Whether requests are accepted. They are not between `fail` and `resume`."""
+        """Whether tokens are computed. Between a failure and `resume` requests wait, unless `fail` has ended them."""
         return self._executor is not None
 
     def generate(
@@ -81,8 +78,8 @@ class AsyncEngine:
 
         Raises:
             InvalidRequestError: the request can never be served. Raised at once; the stream raises the others:
-            NotReadyError: the pipeline is down; nothing was queued.
-            StageFailedError: a stage died before the stream ended.
+            NotReadyError: the engine has failed; nothing was queued.
+            StageFailedError: a stage died before the stream ended, and could not be replaced.
         """
         [stream] = self.generate_all(prompt_ids, params, [choice], log_id)
         return stream
@@ -116,8 +113,8 @@ class AsyncEngine:
         """Drives the pipeline until cancelled.
 
         Raises:
-            StageFailedError: the executor died, or the engine itself failed. Every stream has ended with this error.
-                Call `resume`, then `run` again.
+            StageFailedError: the executor died, or the engine itself failed. Streams wait: call `resume` and `run`
+                again, or `fail`.
         """
         if self._executor is None:
             raise NotReadyError("the pipeline has no executor: resume() comes before run()")
@@ -130,28 +127,32 @@ class AsyncEngine:
             failure = (
                 error if isinstance(error, GPTJDistError) else StageFailedError(f"the coordinator failed: {error!r}")
             )
-            self.fail(failure)
+            self._suspend()
             raise failure from error
 
-    def fail(self, error: GPTJDistError, refusal: str = RESTARTING) -> None:
-        """Ends every stream with `error`, and refuses new ones until `resume`.
-
-        Args:
-            refusal: the reason that new ones are given.
-        """
-        self._refusal = refusal
-        self._executor = self._broken = None
-        self.last_token_s = None
-        self.stats.note_lost()
+    def fail(self, error: GPTJDistError) -> None:
+        """Ends every stream with `error`, and refuses new ones, for the same reason, until `resume`."""
+        self._refusal = str(error)
+        self._suspend()
         for request in self.scheduler.drain():
-            self._mailboxes[request.request_id].fail(error)
-            self.journal.note_failed(request, error)
+            self._fail_request(request, error)
 
     def resume(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
-        """Continues with a new executor, and a scheduler and limits that fit it, after `run` has raised."""
+        """Continues with a new executor, and a scheduler and limits that fit it, after `run` has raised.
+
+        Requests that were running compute their prompts and their tokens so far again, and go on with the next token.
+        Those that do not fit a smaller cache fail.
+        """
+        requests = self.scheduler.drain()
+        self._refusal = None
         self.scheduler = scheduler
         self._executor = executor
         self._limits = limits
+        for request in requests:
+            try:
+                scheduler.add(request)
+            except RequestTooLongError as error:
+                self._fail_request(request, error)
 
     def backlog_s(self) -> float:
         """Estimate of the seconds until all waiting requests run, from the mean time that requests have run so far."""
@@ -163,7 +164,7 @@ class AsyncEngine:
     def _admit(
         self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
     ) -> tuple[Request, Mailbox]:
-        if self._executor is None:
+        if self._refusal is not None:
             raise NotReadyError(self._refusal)
         request = Request(next(self._request_ids), prompt, params, noise_key(params.seed, choice), log_id)
         self.scheduler.add(request)
@@ -171,6 +172,18 @@ class AsyncEngine:
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         self._pump_soon()
         return request, mailbox
+
+    def _suspend(self) -> None:
+        """Computes no more tokens. Requests wait in the scheduler, with the tokens that they have."""
+        self._executor = self._broken = None
+        self.last_token_s = None
+        self.stats.note_lost()
+        for request in self.scheduler.drain():
+            self.scheduler.add(request)
+
+    def _fail_request(self, request: Request, error: GPTJDistError) -> None:
+        self._mailboxes[request.request_id].fail(error)
+        self.journal.note_failed(request, error)
 
     def _forget(self, request: Request) -> None:
         self.scheduler.abort(request.request_id)

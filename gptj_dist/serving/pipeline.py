@@ -22,7 +22,7 @@ from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.stats import StageWork
-from gptj_dist.errors import GPTJDistError, StageFailedError, TooManyRequestsError
+from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
@@ -43,6 +43,9 @@ PROOF_LIFETIME_S = 10.0
 MAX_RETRY_AFTER_S = 600
 MAX_LOSSES = 16
 """Maximum number of lost stages in a pipeline's status."""
+
+MAX_LOSSES_IN_WINDOW, LOSS_WINDOW_S = 5, 120.0
+"""Requests survive the loss of a stage, but not this number of losses within this time."""
 
 MAX_RESTARTS_IN_A_ROW = 3
 RESTART_DELAY_S = 1.0
@@ -104,6 +107,7 @@ class Pipeline:
         self._epoch = 0
         self._end: Exception | None = None
         self._losses: deque[StageLoss] = deque(maxlen=MAX_LOSSES)
+        self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: StageGroup
         self._loaded: LoadedPipeline
         self._group, self._loaded = await self._start_stages()
@@ -166,6 +170,8 @@ class Pipeline:
         Raises:
             NotReadyError, StageFailedError: no token can be generated.
         """
+        if not self._engine.is_up:
+            raise NotReadyError("the pipeline has lost a stage and replaces it; requests wait until it is back")
         last = self._engine.last_token_s
         if last is not None and time.monotonic() - last < PROOF_LIFETIME_S:
             return
@@ -240,8 +246,17 @@ class Pipeline:
                 logger.error("stage lost, pipeline restarts", extra=values(error=str(error)))
                 began_s = time.monotonic()
                 self._group.kill()
+                self._give_up_on_requests(began_s)
                 await asyncio.gather(self._note_losses(self._group), self._restart())
                 self._note_return(time.monotonic() - began_s)
+
+    def _give_up_on_requests(self, now_s: float) -> None:
+        """Fails all requests if stages have died again and again: one of the requests may be the cause."""
+        self._loss_times_s.append(now_s)
+        if len(self._loss_times_s) == MAX_LOSSES_IN_WINDOW and now_s - self._loss_times_s[0] < LOSS_WINDOW_S:
+            self._loss_times_s.clear()
+            times = f"{MAX_LOSSES_IN_WINDOW} times within {LOSS_WINDOW_S:g} s"
+            self._engine.fail(StageFailedError(f"stages of the pipeline died {times}; try again shortly"))
 
     async def _note_losses(self, group: StageGroup) -> None:
         try:
@@ -278,6 +293,7 @@ class Pipeline:
         """Called when the driver ends. Requests fail from now on, and `check_health` has Serve replace the replica."""
         logger.error("pipeline lost", exc_info=error, extra=values(error=str(error)))
         self._end = error
+        self._engine.fail(StageFailedError(f"the pipeline has ended: {error}"))
 
     async def _start_stages(self) -> tuple[StageGroup, LoadedPipeline]:
         return await StageGroup.start(self._blueprint, self._placement, self._epoch, self._log)

@@ -260,36 +260,84 @@ def test_requests_that_arrive_in_one_turn_of_the_loop_share_a_micro_batch() -> N
     run(scenario())
 
 
-def test_a_failure_reaches_every_stream_after_its_tokens_and_the_engine_resumes() -> None:
+def test_streams_go_on_after_a_failure_as_if_nothing_had_happened() -> None:
     async def scenario() -> None:
         async with running(is_paused=True) as rig:
             params = SamplingParams(max_tokens=20, seed=1)
-            slow = rig.engine.generate(PROMPT, params, choice=9)
-            first = asyncio.create_task(anext(slow))
-            readers = [
-                asyncio.create_task(tokens_until_failure(rig.engine.generate(PROMPT, params, choice)))
-                for choice in range(6)
-            ]
-            await until(lambda: rig.scheduler.num_waiting == 3)
+            readers = [asyncio.create_task(collect(rig.engine.generate(PROMPT, params, choice))) for choice in range(6)]
+            await until(lambda: rig.scheduler.num_waiting == 2)
             rig.executor.step()
-            await first
             await turns()
             rig.executor.fail()
             with pytest.raises(StageFailedError, match="stage 1 died"):
                 await rig.driver
-            got = await asyncio.gather(*readers)
-            assert got == [expected_tokens(PROMPT, params, choice)[: len(got[choice])] for choice in range(6)]
-            assert [len(token_ids) for token_ids in got] == [1, 1, 1, 0, 0, 0]
-            assert await tokens_until_failure(slow) == []
+            assert not rig.engine.is_up
             assert rig.scheduler.num_used_blocks == 0
             with pytest.raises(NotReadyError):
-                await collect(rig.engine.generate(PROMPT, params))
-            with pytest.raises(NotReadyError):
                 await rig.engine.run()
-            assert not rig.scheduler.has_requests
+            readers.append(asyncio.create_task(collect(rig.engine.generate(PROMPT, params, 6))))
+            await turns()
+            assert (rig.scheduler.num_running, rig.scheduler.num_waiting) == (0, 7)
             rig.engine.resume(make_scheduler(), make_executor(), LIMITS)
             rig.driver = asyncio.create_task(rig.engine.run())
-            assert await collect(rig.engine.generate(PROMPT, params)) == expected_tokens(PROMPT, params)
+            assert await asyncio.gather(*readers) == [expected_tokens(PROMPT, params, choice) for choice in range(7)]
+
+    run(scenario())
+
+
+def test_after_failures_again_and_again_streams_have_the_same_tokens() -> None:
+    async def scenario() -> None:
+        async with running(is_paused=True) as rig:
+            wanted = [(PROMPT * n, SamplingParams(max_tokens=12, seed=n)) for n in range(1, 9)]
+            readers = [asyncio.create_task(collect(rig.engine.generate(*one))) for one in wanted]
+            for num_steps in (0, 1, 2, 5, 9):
+                for _ in range(num_steps):
+                    await turns()
+                    rig.executor.step()
+                await turns()
+                rig.executor.fail()
+                await asyncio.gather(rig.driver, return_exceptions=True)
+                rig.executor = make_executor(is_paused=True)
+                rig.engine.resume(make_scheduler(), rig.executor, LIMITS)
+                rig.driver = asyncio.create_task(rig.engine.run())
+            rig.executor.go_on()
+            assert await asyncio.gather(*readers) == [expected_tokens(*one) for one in wanted]
+
+    run(scenario())
+
+
+def test_a_stream_that_is_closed_while_the_engine_is_down_is_forgotten() -> None:
+    async def scenario() -> None:
+        async with running(is_paused=True) as rig:
+            stream = rig.engine.generate(PROMPT, SamplingParams(max_tokens=20, seed=1))
+            first = asyncio.create_task(anext(stream))
+            await rig.submitted(1)
+            rig.executor.step()
+            await first
+            rig.executor.fail()
+            await asyncio.gather(rig.driver, return_exceptions=True)
+            await stream.aclose()
+            assert not rig.scheduler.has_requests
+
+    run(scenario())
+
+
+def test_a_request_that_does_not_fit_the_cache_of_the_new_stages_fails_and_the_others_go_on() -> None:
+    async def scenario() -> None:
+        async with running(is_paused=True) as rig:
+            short, long = SamplingParams(max_tokens=2, seed=1), SamplingParams(max_tokens=20, seed=1)
+            fits = asyncio.create_task(collect(rig.engine.generate(PROMPT, short)))
+            fits_not = asyncio.create_task(collect(rig.engine.generate(PROMPT, long)))
+            await rig.submitted(1)
+            rig.executor.fail()
+            await asyncio.gather(rig.driver, return_exceptions=True)
+            num_blocks = (len(PROMPT) + 2) // BLOCK_SIZE + 1
+            config = SchedulerConfig(2, num_blocks, BLOCK_SIZE, MAX_BATCH_SIZE, (FAKE_EOS_TOKEN_ID,))
+            rig.engine.resume(Scheduler(config), make_executor(), LIMITS)
+            rig.driver = asyncio.create_task(rig.engine.run())
+            assert await fits == expected_tokens(PROMPT, short)
+            with pytest.raises(RequestTooLongError):
+                await fits_not
 
     run(scenario())
 
@@ -309,6 +357,7 @@ def test_tokens_not_yet_read_when_the_pipeline_dies_are_read_before_the_failure(
             await turns()
             rig.executor.fail()
             await asyncio.gather(rig.driver, return_exceptions=True)
+            rig.engine.fail(StageFailedError("the stages could not be restarted"))
             assert await tokens_until_failure(stream) == expected_tokens(PROMPT, params)[1:3]
 
     run(scenario())
@@ -323,22 +372,23 @@ def test_a_stream_that_has_all_its_tokens_is_not_told_of_a_later_failure() -> No
             await until(lambda: not rig.scheduler.has_requests)
             rig.executor.fail()
             await asyncio.gather(rig.driver, return_exceptions=True)
+            rig.engine.fail(StageFailedError("the stages could not be restarted"))
             assert got + await collect(stream) == expected_tokens(PROMPT, params)
 
     run(scenario())
 
 
-def test_a_result_that_answers_no_plan_fails_the_streams_instead_of_leaving_them_waiting() -> None:
+def test_a_result_that_answers_no_plan_ends_the_driver_and_streams_can_be_told() -> None:
     async def scenario() -> None:
         async with running(is_paused=True) as rig:
             reader = asyncio.create_task(tokens_until_failure(rig.engine.generate(PROMPT, SamplingParams())))
             await rig.submitted(1)
             rig.executor.inject(Result(plan_id=7, token_ids=()))
-            await asyncio.wait([rig.driver])
-            await turns()
-            assert reader.done(), "the driver is gone, and nobody has told the stream"
+            with pytest.raises(StageFailedError, match="the coordinator failed"):
+                await rig.driver
+            rig.engine.fail(StageFailedError("the coordinator failed"))
             assert await reader == []
-            with pytest.raises(NotReadyError):
+            with pytest.raises(NotReadyError, match="the coordinator failed"):
                 await collect(rig.engine.generate(PROMPT, SamplingParams()))
 
     run(scenario())
@@ -451,6 +501,7 @@ def test_every_plan_that_comes_back_is_recorded_and_numbers_go_on_after_a_failur
             was_up = rig.engine.is_up
             rig.executor.fail()
             await asyncio.gather(rig.driver, return_exceptions=True)
+            rig.engine.fail(StageFailedError("the stages could not be restarted"))
             await reader
             assert (was_up, rig.engine.is_up) == (True, False)
             rig.engine.resume(make_scheduler(), make_executor(), LIMITS)
