@@ -10,7 +10,7 @@
     ├── AuthenticationError     the call has no key, or one that opens nothing
     ├── TooManyRequestsError    more is asked for than there is room or allowance for; `retry_after_s` says when to come
     ├── NotReadyError           no pipeline can make a token right now; trying again may help
-    ├── StageFailedError        a stage died with the request in flight; trying again may help
+    ├── StageFailedError        its pipeline failed with the request in flight; trying again may help
     └── ServerError             a server that the command line asked refused, broke off or is not there
 
 All of them survive pickling, because they cross process borders.
@@ -79,7 +79,7 @@ class NotReadyError(GPTJDistError):
 
 
 class StageFailedError(GPTJDistError):
-    """A stage died while the request was in flight; its tokens so far are all there will be."""
+    """The pipeline, or a stage of it, failed while the request was in flight; no more tokens follow."""
 
 
 class ServerError(GPTJDistError):

@@ -147,7 +147,7 @@ class FakeExecutor:
         tokens = tuple(self._sample(chunk) for chunk in plan.chunks if chunk.samples)
         embeddings = tuple(fake_embedding(chunk) for chunk in plan.chunks if chunk.ends_embedding)
         self._computed.append(Result(plan.plan_id, tokens, embeddings=embeddings))
-        if not self._is_paused:
+        if not self._is_paused and self._failure is None:
             self.step()
 
     async def receive(self) -> Result:
@@ -175,7 +175,7 @@ class FakeExecutor:
         self._has_news.set()
 
     def fail(self, message: str = "stage 1 died") -> None:
-        """Makes `receive` fail after the results that have been delivered."""
+        """Makes `receive` fail after the results that have been delivered. Later plans have none."""
         self._failure = StageFailedError(message)
         self._has_news.set()
 

@@ -79,7 +79,7 @@ class AsyncEngine:
         Raises:
             InvalidRequestError: the request can never be served. Raised at once; the stream raises the others:
             NotReadyError: the engine has failed; nothing was queued.
-            StageFailedError: a stage died before the stream ended, and could not be replaced.
+            StageFailedError: the engine failed before the stream ended.
         """
         [stream] = self.generate_all(prompt_ids, params, [choice], log_id)
         return stream
@@ -113,8 +113,8 @@ class AsyncEngine:
         """Drives the pipeline until cancelled.
 
         Raises:
-            StageFailedError: the executor died, or the engine itself failed. Streams wait: call `resume` and `run`
-                again, or `fail`.
+            StageFailedError: the executor died: streams wait. Call `resume` and `run` again, or `fail`. Or the engine
+                itself failed: every stream has ended with this error.
         """
         if self._executor is None:
             raise NotReadyError("the pipeline has no executor: resume() comes before run()")
@@ -123,11 +123,12 @@ class AsyncEngine:
         try:
             while True:
                 await self._take_result(self._executor, self._broken)
-        except Exception as error:
-            failure = (
-                error if isinstance(error, GPTJDistError) else StageFailedError(f"the coordinator failed: {error!r}")
-            )
+        except GPTJDistError:
             self._suspend()
+            raise
+        except Exception as error:  # tokens may be lost between scheduler and streams
+            failure = StageFailedError(f"the coordinator failed: {error!r}")
+            self.fail(failure)
             raise failure from error
 
     def fail(self, error: GPTJDistError) -> None:

@@ -223,9 +223,7 @@ FAMILIES: Sequence[Family] = (
     _pipeline(
         _GAUGE, "num_plans_in_flight", "Micro-batches on their way through the stages.", lambda p: p.num_in_flight
     ),
-    _pipeline(
-        _GAUGE, "pipeline_up", "1 if the pipeline takes requests, 0 while its stages are replaced.", lambda p: p.is_up
-    ),
+    _pipeline(_GAUGE, "pipeline_up", "1 if the pipeline computes, 0 while its stages are replaced.", lambda p: p.is_up),
     _pipeline(
         _COUNTER, "pipeline_restarts", "How often the pipeline's stages were replaced.", lambda p: p.num_restarts
     ),

@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 from gptj_dist.engine.plan import Result
-from gptj_dist.serving.pipeline import MAX_LOSSES_IN_WINDOW
 from gptj_dist.stages.transport.frames import ResultFrame, encode
 from tests.http.server import APP_NAME, Server, serving
 from tests.strangers import ATTACKS, stranger, zeromq_endpoints
@@ -35,7 +34,7 @@ with httpx.stream("POST", sys.argv[1] + "/v1/completions", content=sys.argv[2], 
 @pytest.fixture(scope="module", params=["own listener", "Serve's proxy"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     has_proxy = request.param == "Serve's proxy"
-    with serving({"model": "demo", "stages": 2, "device": "cpu"}, has_proxy=has_proxy) as server:
+    with serving({"model": "demo", "stages": 2, "device": "cpu", "dtype": "float32"}, has_proxy=has_proxy) as server:
         yield server
 
 
@@ -84,10 +83,10 @@ def test_when_a_stage_dies_its_streams_go_on_to_the_same_texts(server: Server, v
     first_line = client.stdout.readline()
     pid = server.status().stages[victim].pid
     os.kill(pid, signal.SIGKILL)
-    lines = [first_line, *client.stdout.read().splitlines()]
+    events = [line for line in (first_line + client.stdout.read()).splitlines() if line]
     client.wait(timeout=30)
-    assert lines[-2:] == ["data: [DONE]", ""] or lines[-1] == "data: [DONE]"
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert events.pop() == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
     assert [completion(chunks, index) for index in range(3)] == undisturbed
     status = server.status()
     assert status.num_restarts == num_restarts + 1
@@ -114,27 +113,6 @@ def test_while_a_stage_is_replaced_the_pipeline_is_not_ready_and_new_requests_wa
     assert "lost a stage" in response.json()["error"]["message"]
     assert server.complete(prompt="Call me", max_tokens=3)["usage"]["completion_tokens"] == 3
     assert server.is_ready()
-
-
-def test_when_stages_die_again_and_again_requests_fail_and_the_pipeline_comes_back(server: Server) -> None:
-    if server.listen is None:
-        pytest.skip("the same with Serve's proxy")
-    client = start_client(server, stream=True, n=1)
-    before = server.status().num_restarts
-    for number in range(MAX_LOSSES_IN_WINDOW):
-        wait_until(lambda: server.status().num_running, "the request runs", timeout_s=60)
-        assert server.status().num_restarts <= before + number
-        os.kill(server.status().stages[0].pid, signal.SIGKILL)
-        wait_until(lambda: server.status().state != "up" or client.poll() is not None, "the loss is seen")
-        if client.poll() is not None:
-            break
-    output, _ = client.communicate(timeout=60)
-    events = [line.removeprefix("data: ") for line in output.splitlines() if line.startswith("data: ")]
-    error = json.loads(events[-1])["error"]
-    assert (error["type"], error["code"]) == ("service_unavailable", "stage_failed")
-    assert f"{MAX_LOSSES_IN_WINDOW} times" in error["message"]
-    wait_until(server.is_ready, "the pipeline is back")
-    server.wait_until_idle()
 
 
 def test_a_coordinator_that_dies_fails_its_requests_clearly_and_serve_brings_a_pipeline_back(server: Server) -> None:

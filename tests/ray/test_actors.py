@@ -132,8 +132,8 @@ def test_logits_of_actors_over_zeromq_have_the_bits_of_one_process() -> None:
 @asynccontextmanager
 async def running_group(
     config: PipelineConfig, epoch: int = 0, log: LogSettings | None = None
-) -> AsyncIterator[tuple[StageGroup, AsyncEngine]]:
-    """A started group in a placement group of its own, and an engine over it that is being driven."""
+) -> AsyncIterator[tuple[StageGroup, AsyncEngine, asyncio.Task[None]]]:
+    """A started group in a placement group of its own, an engine over it, and the task that drives the engine."""
     blueprint = draw_blueprint(config)
     bundles = placement_group([{"CPU": 0.1}, *[{"CPU": 0.5}] * len(blueprint.layers)])
     placement = Placement(bundles, "cpu", cpus=0.5, gpus=0, name=f"test-{epoch}-{len(blueprint.layers)}")
@@ -142,7 +142,7 @@ async def running_group(
         engine = AsyncEngine(pipeline.make_scheduler(), group, pipeline.limits())
         driver = asyncio.create_task(engine.run())
         try:
-            yield group, engine
+            yield group, engine, driver
         finally:
             driver.cancel()
             await asyncio.gather(driver, return_exceptions=True)
@@ -170,7 +170,7 @@ def test_greedy_and_seeded_tokens_of_actors_are_those_of_one_process(num_stages:
         ]
 
     async def run() -> list[tuple[int, ...]]:
-        async with running_group(PipelineConfig("demo", stages=num_stages, dtype="float32")) as (_, engine):
+        async with running_group(PipelineConfig("demo", stages=num_stages, dtype="float32")) as (_, engine, _):
             return await asyncio.gather(
                 *(complete(engine, prompt, params, 0) for params in all_params for prompt in prompts)
             )
@@ -193,18 +193,13 @@ def test_shared_prompts_and_embeddings_of_actors_are_those_of_one_process() -> N
         return tuple(array("f", delta.embedding))
 
     async def run() -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
-        async with running_group(PipelineConfig("demo", stages=3, dtype="float32"), epoch=2) as (_, engine):
+        async with running_group(PipelineConfig("demo", stages=3, dtype="float32"), epoch=2) as (_, engine, _):
             streams = engine.generate_all(prompt, sampling, range(4))
             completing = asyncio.gather(*map(_tokens, streams))
             embeddings = await asyncio.gather(*(embedding(engine, depth) for depth in depths))
             return await completing, embeddings
 
     assert asyncio.run(run()) == (expected, expected_embeddings)
-
-
-async def _exhaust(stream: AsyncIterator[Any]) -> None:
-    async for _ in stream:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -217,7 +212,7 @@ def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
     async def run() -> None:
         config = PipelineConfig("demo", stages=2)
         log = LogSettings("text", "demo", f"of-test-{signal_number}")
-        async with running_group(config, epoch=1, log=log) as (group, engine):
+        async with running_group(config, epoch=1, log=log) as (group, engine, driver):
             stream = engine.generate([1, 2, 3], SamplingParams(max_tokens=900, ignore_eos=True))
             await anext(stream)
             process = group._placed[1].process
@@ -226,7 +221,7 @@ def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
             else:
                 os.kill(process.pid, signal_number)
             with pytest.raises(StageFailedError, match="stage 1 died"):
-                await asyncio.wait_for(_exhaust(stream), timeout=20)
+                await asyncio.wait_for(driver, timeout=20)
             (loss,) = await group.losses()
         assert (loss.stage, loss.pid, loss.node) == (1, process.pid, socket.gethostname())
         assert loss.cause.startswith(cause)
@@ -238,7 +233,7 @@ def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
 
 def test_an_exception_in_a_stage_is_the_cause_of_its_death() -> None:
     async def run() -> None:
-        async with running_group(PipelineConfig("demo", stages=2), epoch=5) as (group, _):
+        async with running_group(PipelineConfig("demo", stages=2), epoch=5) as (group, _, _):
             group.submit(Plan(0, (), (), (Chunk(7, 0, (1,), (), True),)))  # a request that no stage knows
             while not group._deaths:  # noqa: ASYNC110  # a death sets no event; the timeout of the test limits it
                 await asyncio.sleep(0.01)
@@ -250,7 +245,7 @@ def test_an_exception_in_a_stage_is_the_cause_of_its_death() -> None:
 
 def test_processes_are_called_by_pipeline_and_stage() -> None:
     async def titles() -> list[str]:
-        async with running_group(PipelineConfig("demo", stages=2), epoch=6) as (group, _):
+        async with running_group(PipelineConfig("demo", stages=2), epoch=6) as (group, _, _):
             return [title_of(placed.process.pid) for placed in group._placed]
 
     expected = [f"ray::gptj-dist:test-6-2:stage-{index}" for index in range(2)]

@@ -378,7 +378,7 @@ def test_a_stream_that_has_all_its_tokens_is_not_told_of_a_later_failure() -> No
     run(scenario())
 
 
-def test_a_result_that_answers_no_plan_ends_the_driver_and_streams_can_be_told() -> None:
+def test_a_result_that_answers_no_plan_fails_the_streams_instead_of_leaving_them_waiting() -> None:
     async def scenario() -> None:
         async with running(is_paused=True) as rig:
             reader = asyncio.create_task(tokens_until_failure(rig.engine.generate(PROMPT, SamplingParams())))
@@ -386,7 +386,6 @@ def test_a_result_that_answers_no_plan_ends_the_driver_and_streams_can_be_told()
             rig.executor.inject(Result(plan_id=7, token_ids=()))
             with pytest.raises(StageFailedError, match="the coordinator failed"):
                 await rig.driver
-            rig.engine.fail(StageFailedError("the coordinator failed"))
             assert await reader == []
             with pytest.raises(NotReadyError, match="the coordinator failed"):
                 await collect(rig.engine.generate(PROMPT, SamplingParams()))

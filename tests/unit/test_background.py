@@ -24,7 +24,7 @@ from gptj_dist.errors import NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving import pipeline
 from gptj_dist.serving.http.listener import Address, Listener
-from gptj_dist.serving.pipeline import MAX_RESTARTS_IN_A_ROW, Pipeline
+from gptj_dist.serving.pipeline import MAX_LOSSES_IN_WINDOW, MAX_RESTARTS_IN_A_ROW, Pipeline
 from gptj_dist.serving.sockets import why_not_listen
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
@@ -109,6 +109,7 @@ class Replica(Pipeline):
         self._epoch = 0
         self._end = None
         self._losses = deque()
+        self._loss_times_s = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: Any = group
         self._loaded: Any = FakeLoaded()
         self._outbox: Any = SimpleNamespace(num_malformed=0)
@@ -173,6 +174,23 @@ def test_a_pipeline_whose_stages_never_start_again_is_lost_and_fails_its_health_
             replica.check_health()
         with pytest.raises(NotReadyError):
             await collect(replica._engine.generate(PROMPT, PARAMS))
+
+    run(scenario)
+
+
+def test_when_stages_die_again_and_again_requests_fail_and_the_pipeline_comes_back() -> None:
+    async def scenario() -> None:
+        groups = [FakeGroup() for _ in range(MAX_LOSSES_IN_WINDOW + 1)]
+        replica = Replica(groups[0], iter(groups[1:]))
+        request = asyncio.ensure_future(collect(replica._engine.generate(PROMPT, PARAMS)))
+        await until(lambda: replica._engine.scheduler.num_running == 1)
+        for group in groups[:-1]:
+            group.executor.fail()
+        with pytest.raises(StageFailedError, match=f"died {MAX_LOSSES_IN_WINDOW} times"):
+            await request
+        await until(lambda: replica._epoch == MAX_LOSSES_IN_WINDOW and replica._engine.is_up)
+        assert await collect(replica._engine.generate(PROMPT, PARAMS)) == expected_tokens(PROMPT, PARAMS)
+        replica._driver.cancel()
 
     run(scenario)
 

@@ -159,7 +159,9 @@ def test_the_engine_tells_its_journal_of_every_stream_however_it_ends() -> None:
         now_ns = 30 * MS
         await closed.aclose()
         executor.fail()
-        await asyncio.gather(driver, *others, return_exceptions=True)
+        await asyncio.gather(driver, return_exceptions=True)
+        engine.fail(StageFailedError("the stages could not be restarted"))
+        await asyncio.gather(*others)
         totals = engine.journal.totals
         assert totals.num_prompt_tokens == 3 * len(PROMPT)
         assert totals.num_generation_tokens == 4

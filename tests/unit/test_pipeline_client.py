@@ -152,7 +152,7 @@ def test_every_choice_is_told_of_a_failure() -> None:
         async with serving(is_paused=True) as (rig, _, ask):
             reading = [asyncio.ensure_future(collect(stream)) for stream in ask(PARAMS)]
             await polled(lambda: rig.scheduler.num_running == NUM_CHOICES, rig)
-            rig.executor.fail()
+            rig.engine.fail(StageFailedError("the stages could not be restarted"))
             ends = await asyncio.gather(*reading, return_exceptions=True)
             assert [type(end) for end in ends] == [StageFailedError] * NUM_CHOICES
 
