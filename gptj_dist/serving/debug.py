@@ -25,8 +25,8 @@ class PipelineFacts:
 
     Args:
         name: the replica's.
-        state: `up` if it computes, `restarting` while its stages are replaced and requests wait, `lost` if they could not
-            be; Serve replaces a lost pipeline.
+        state: `up` if it computes, `restarting` while requests wait for new stages, `lost` if there are none; Serve
+            replaces a lost pipeline.
         pid: the coordinator's process.
         num_used_blocks: KV blocks in use, of `num_blocks`.
         num_preemptions: since the last start of its stages.

@@ -69,6 +69,7 @@ class FakeGroup:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.executor = make_executor(is_paused=True)
+        self.submit, self.receive = self.executor.submit, self.executor.receive
         self._error = error
 
     def kill(self) -> None:
@@ -121,7 +122,7 @@ class Replica(Pipeline):
         if isinstance(start, Exception):
             raise start
         start.executor.go_on()
-        return start.executor, FakeLoaded()
+        return start, FakeLoaded()
 
     def __del__(self) -> None:  # type: ignore[override]
         """Nothing was started."""
