@@ -1,0 +1,90 @@
+"""Requests whose stages die tell, in float32, the bits that they would have told: each once, and none is missing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+
+from gptj_dist.config import PipelineConfig
+from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.errors import StageFailedError
+from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.stages.local import LocalExecutor, start_local
+
+CONFIG = PipelineConfig(
+    "demo", device="cpu", dtype="float32", stages=2, max_chunk_tokens=16, kv_cache_gb=0.006, max_batch_size=8
+)
+PROMPT = tuple(range(300, 361))
+SAMPLED = SamplingParams(max_tokens=40, seed=3, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+REQUESTS = (
+    ((7, 8, 9), replace(SAMPLED, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2), 2),
+    (PROMPT, SAMPLED, 3),
+    (PROMPT[:20], SamplingParams(max_tokens=0, prompt_logprobs=2), 1),
+    (PROMPT, SamplingParams(max_tokens=0, pooling=Pooling("mean", 5)), 1),
+    (PROMPT[:9], SamplingParams(max_tokens=1, temperature=0, logprobs=0), 1),
+    (PROMPT[5:], SamplingParams(max_tokens=25, temperature=0, stop_token_ids=(198,), min_tokens=3, logprobs=0), 1),
+)
+
+
+class MortalStages:
+    """An executor that dies after a number of results."""
+
+    def __init__(self, executor: LocalExecutor, num_results: int) -> None:
+        self._executor = executor
+        self._num_left = num_results
+
+    def submit(self, plan: Plan) -> None:
+        self._executor.submit(plan)
+
+    async def receive(self) -> Result:
+        if self._num_left == 0:
+            raise StageFailedError("a stage died")
+        self._num_left -= 1
+        return await self._executor.receive()
+
+
+async def collect(stream: AsyncGenerator[Delta, None]) -> list[object]:
+    """All that a stream tells, each list joined."""
+    deltas = [delta async for delta in stream]
+    lists = [(delta.token_ids, delta.logprobs, delta.prompt_logprobs) for delta in deltas]
+    return [*(sum(parts, ()) for parts in zip(*lists, strict=True)), deltas[-1].finish_reason, deltas[-1].embedding]
+
+
+async def told_with_deaths(lifetimes: Sequence[int]) -> tuple[list[list[object]], int]:
+    """What all requests tell, and the number of preemptions; stages die after these numbers of results."""
+    pipeline, executor = start_local(CONFIG)
+    engine = AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits())
+    streams = [
+        stream
+        for prompt_ids, params, num_choices in REQUESTS
+        for stream in engine.generate_all(prompt_ids, params, range(num_choices))
+    ]
+    telling = asyncio.gather(*map(collect, streams))
+    num_preemptions = 0
+    for num_results in lifetimes:
+        engine.resume(pipeline.make_scheduler(), MortalStages(executor, num_results), pipeline.limits())
+        with suppress(StageFailedError):
+            await engine.run()
+        num_preemptions += engine.scheduler.num_preemptions
+        executor.close()
+        pipeline, executor = start_local(CONFIG)
+    engine.resume(pipeline.make_scheduler(), executor, pipeline.limits())
+    driver = asyncio.create_task(engine.run())
+    told = await telling
+    driver.cancel()
+    executor.close()
+    return told, num_preemptions + engine.scheduler.num_preemptions
+
+
+@pytest.mark.parametrize("lifetimes", [(1, 2, 3, 5), (12, 25), (9, 40)])
+def test_nothing_is_told_twice_and_nothing_is_missing_after_deaths(lifetimes: Sequence[int]) -> None:
+    expected, _ = asyncio.run(told_with_deaths(()))
+    told, num_preemptions = asyncio.run(told_with_deaths(lifetimes))
+    assert told == expected
+    assert num_preemptions > 0
