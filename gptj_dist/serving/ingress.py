@@ -6,6 +6,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
+from gptj_dist import garbage
 from gptj_dist.answers.moderation import load_moderation
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.service import AnswerService
@@ -74,6 +75,7 @@ class Ingress:
             endpoints.table(), self._metrics, config.api_keys, config.cors_origins, listen is None, self._gate
         )
         self._listener = None if listen is None else Listener(self._app, listen, LAST_WORDS_S)
+        garbage.settle()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve after the constructor."""

@@ -16,6 +16,7 @@ import ray
 from ray import serve
 
 import gptj_dist
+from gptj_dist import garbage
 from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.journal import RequestTotals
@@ -116,6 +117,7 @@ class Pipeline:
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self.prove_ready()
+        garbage.settle()
         logger.info("pipeline up", extra=values(version=gptj_dist.__version__, pid=os.getpid(), **_shape(self._loaded)))
 
     async def generate(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from gptj_dist import garbage
 from gptj_dist.config import DTypeName
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
@@ -108,6 +109,7 @@ class Stage:
     def run(self, next_address: str) -> None:
         """Computes frames until the last one. The call's reference resolves or fails when the stage ends."""
         outbound = self._transport.outbound(next_address)
+        garbage.settle()
         try:
             while not isinstance(frame := self._inbound.receive(), EndFrame):
                 outbound.send(self._compute(frame))
