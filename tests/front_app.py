@@ -18,6 +18,7 @@ from gptj_dist.answers.work import Work
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.serving.allowances import Allowances
@@ -60,13 +61,11 @@ class Source:
     def limits(self) -> EngineLimits:
         return LIMITS
 
-    def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
-    ) -> list[AsyncGenerator[Delta, None]]:
-        self.asked.append((prompt_ids, params))
-        return [self._stream(prompt_ids, params, log_id) for _ in range(num_choices)]
+    def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
+        self.asked.append((records[0].prompt_ids, records[0].params))
+        return [self._stream(record.prompt_ids, record.params) for record in records]
 
-    async def _stream(self, prompt_ids: Sequence[int], params: SamplingParams, _: str) -> AsyncGenerator[Delta, None]:
+    async def _stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
         self.num_open += 1
         try:
             await self.may_go_on.wait()

@@ -13,8 +13,8 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import RequestRecord
 from gptj_dist.errors import NotReadyError, StageFailedError
-from gptj_dist.params import SamplingParams
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline
 from gptj_dist.stages.local import LocalExecutor, start_local
@@ -31,11 +31,9 @@ class EngineSource:
         """The limits of the engine."""
         return self._limits
 
-    def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
-    ) -> list[AsyncGenerator[Delta, None]]:
+    def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
         """Completions of one prompt, made by the engine."""
-        return self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
+        return self._engine.generate_all(records)
 
 
 @asynccontextmanager

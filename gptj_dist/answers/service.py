@@ -31,6 +31,7 @@ from gptj_dist.answers.work import Work
 from gptj_dist.answers.writers import ChatWriter, CompletionWriter
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import new_records
 from gptj_dist.json_types import JsonObject
 from gptj_dist.logs import values
 
@@ -136,7 +137,7 @@ class AnswerService:
 
         def open_streams() -> list[AsyncGenerator[Delta, None]]:
             return [
-                self._source.streams(prompt_ids, prepared.params, 1, request_id)[0]
+                self._source.streams(new_records(prompt_ids, prepared.params, 1, request_id))[0]
                 for _, prompt_ids in prepared.prompts
             ]
 
@@ -193,7 +194,7 @@ class AnswerService:
             return [
                 self._watched(stream_text(tokens, self._model.tokenizer, params, prepared.stops))
                 for _, prompt_ids in prepared.prompts
-                for tokens in self._source.streams(prompt_ids, params, request.num_sampled, request_id)
+                for tokens in self._source.streams(new_records(prompt_ids, params, request.num_sampled, request_id))
             ]
 
         most_tokens = len(prepared.prompts) * request.num_sampled * params.max_tokens

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
-from gptj_dist.params import SamplingParams
+from gptj_dist.engine.record import RequestRecord
 
 
 class TokenSource(Protocol):
@@ -16,13 +16,8 @@ class TokenSource(Protocol):
     def limits(self) -> EngineLimits:
         """The limits that requests are checked against. Raises NotReadyError while no pipeline can make a token."""
 
-    def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
-    ) -> list[AsyncGenerator[Delta, None]]:
-        """Streams of `num_choices` completions of one prompt, to be read at the same time.
+    def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
+        """Streams of the completions of one prompt, to be read at the same time.
 
         The computation starts when a stream is first read; closing a stream cancels its completion.
-
-        Args:
-            log_id: id of the request in logs.
         """

@@ -13,6 +13,7 @@ __all__ = [
     "limits",
     "mailbox",
     "plan",
+    "record",
     "request",
     "scheduler",
     "stats",

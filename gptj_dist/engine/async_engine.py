@@ -7,10 +7,8 @@ blocks are free before `aclose()` returns.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
 
 from gptj_dist.engine.clock import SteadyClock
@@ -18,6 +16,7 @@ from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.journal import Journal
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.engine.record import RequestRecord, noise_key
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
 from gptj_dist.engine.stats import PipelineStats
@@ -81,25 +80,25 @@ class AsyncEngine:
             NotReadyError: the engine has failed; nothing was queued.
             StageFailedError: the engine failed before the stream ended.
         """
-        [stream] = self.generate_all(prompt_ids, params, [choice], log_id)
+        [stream] = self.generate_all([RequestRecord(tuple(prompt_ids), params, noise_key(params.seed, choice), log_id)])
         return stream
 
-    def generate_all(
-        self, prompt_ids: Sequence[int], params: SamplingParams, choices: Iterable[int], log_id: str | None = None
-    ) -> list[AsyncGenerator[Delta, None]]:
-        """Streams one completion for each choice. Choices that start together compute the prompt once.
+    def generate_all(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
+        """Streams what is left of each completion. Those that start together compute the prompt once.
+
+        Args:
+            records: of one prompt, with the same parameters.
 
         Raises:
             InvalidRequestError: the request can never be served. Other errors come out of each stream.
         """
+        prompt_ids, params = records[0].prompt_ids, records[0].params
         self._limits.check(prompt_ids, params)
-        prompt = Prompt(tuple(prompt_ids), can_share=params.pooling is None)
-        return [self._generate(prompt, params, choice, log_id) for choice in choices]
+        prompt = Prompt(prompt_ids, can_share=params.pooling is None)
+        return [self._generate(prompt, record) for record in records]
 
-    async def _generate(
-        self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
-    ) -> AsyncGenerator[Delta, None]:
-        request, mailbox = self._admit(prompt, params, choice, log_id)
+    async def _generate(self, prompt: Prompt, record: RequestRecord) -> AsyncGenerator[Delta, None]:
+        request, mailbox = self._admit(prompt, record)
         try:
             while True:
                 delta = await mailbox.take()
@@ -162,12 +161,18 @@ class AsyncEngine:
         mean_s = run_ns / 1e9 / max(1, sum(totals.e2e_latency.counts))
         return self.scheduler.num_waiting * mean_s / max(1, self.scheduler.num_running)
 
-    def _admit(
-        self, prompt: Prompt, params: SamplingParams, choice: int, log_id: str | None
-    ) -> tuple[Request, Mailbox]:
+    def _admit(self, prompt: Prompt, record: RequestRecord) -> tuple[Request, Mailbox]:
         if self._refusal is not None:
             raise NotReadyError(self._refusal)
-        request = Request(next(self._request_ids), prompt, params, noise_key(params.seed, choice), log_id)
+        request = Request(
+            next(self._request_ids),
+            prompt,
+            record.params,
+            record.noise_key,
+            record.log_id,
+            generated=record.token_ids,
+            is_moved=record.num_moves > 0,
+        )
         self.scheduler.add(request)
         self.journal.note_arrival(request, self.stats.now_ns())
         mailbox = self._mailboxes[request.request_id] = Mailbox()
@@ -249,12 +254,3 @@ def _delta(output: TokenOutput) -> Delta:
         prompt_logprobs=tuple(request.prompt.logprobs) if request.num_output_tokens == len(token_ids) else (),
         embedding=output.embedding,
     )
-
-
-def noise_key(seed: int | None, choice: int) -> int:
-    """64 bits that determine a completion's sampling noise; random ones without a seed."""
-    if seed is None:
-        return secrets.randbits(64)
-    message = (seed % 2**64).to_bytes(8, "little") + choice.to_bytes(8, "little")
-    digest = hashlib.blake2b(message, digest_size=8)
-    return int.from_bytes(digest.digest(), "little")

@@ -84,7 +84,7 @@ class Journal:
             life.first_ns = now_ns
             if life.request.prompt.first is life.request:  # the other requests of the prompt took over its KV
                 totals.num_prompt_tokens += len(life.request.prompt_ids)
-            if output.token_id is not None:
+            if output.token_id is not None and not life.request.is_moved:
                 totals.time_to_first_token.observe(now_ns - life.arrived_ns)
         life.last_ns = now_ns
         if output.finish_reason is not None:

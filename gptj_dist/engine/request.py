@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 
 from gptj_dist.engine.plan import NewRequest, PromptCopy, PromptLogprobs
@@ -59,6 +59,8 @@ class Request:
         params: its parameters; a request is one completion, whatever `params.n` is.
         noise_key: 64 bits that determine all of the request's sampling noise.
         log_id: its name in logs; None for one that is neither logged nor counted.
+        is_moved: whether another pipeline was lost while it served the request.
+        generated: tokens that were generated before, by another scheduler.
 
     Attributes:
         token_ids: the prompt and the tokens generated so far.
@@ -73,14 +75,16 @@ class Request:
     params: SamplingParams
     noise_key: int
     log_id: str | None = None
+    is_moved: bool = False
+    generated: InitVar[tuple[int, ...]] = ()
     token_ids: list[int] = field(init=False)
     num_computed: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
     is_running: bool = field(init=False, default=False)
     is_awaiting_token: bool = field(init=False, default=False)
 
-    def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt.token_ids)
+    def __post_init__(self, generated: tuple[int, ...]) -> None:
+        self.token_ids = [*self.prompt.token_ids, *generated]
         if self.prompt.first is None:
             self.prompt.first = self
 
@@ -132,6 +136,9 @@ class Request:
         return NewRequest(self.request_id, self.params, self.noise_key, num_prompt_tokens, self.log_id, begins_with)
 
 
-def run_order(request: Request) -> tuple[int, int]:
-    """The order in which requests run: by priority, then by arrival. They are preempted in the opposite order."""
-    return request.params.priority, request.request_id
+def run_order(request: Request) -> tuple[int, bool, int]:
+    """The order in which requests run: by priority, then those that were moved, then by arrival.
+
+    They are preempted in the opposite order.
+    """
+    return request.params.priority, not request.is_moved, request.request_id

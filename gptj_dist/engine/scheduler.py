@@ -3,9 +3,9 @@
 There is no prefill phase and no decode phase: every request has a number of computed tokens that catches up with its
 number of tokens. Chunked prefill and recomputation after a preemption both fall out of that rule.
 
-Requests run by priority, and then by arrival. When KV blocks run out, the last running request gives up its blocks and
-returns to the queue. The first one always continues, so every request finishes unless requests of a better priority
-keep arriving.
+Requests run by priority, and then by arrival; those of a lost pipeline come before all that arrived here. When KV
+blocks run out, the last running request gives up its blocks and returns to the queue. The first one always continues,
+so every request finishes unless requests of a better priority keep arriving.
 
 One of the requests of a prompt computes it. The others wait for it and then begin with its KV: they share whole blocks,
 and the stages copy the rest. If no running request holds the prompt any more, the next one computes it again.

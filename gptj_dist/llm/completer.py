@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from gptj_dist.answers.completion import TextDelta, stream_text, whole
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import new_records
 from gptj_dist.llm.outputs import Completion, Output
 from gptj_dist.llm.progress import Meter
 from gptj_dist.params import SamplingParams
@@ -40,7 +41,7 @@ class Completer:
             InvalidRequestError: one of them cannot be served; none is completed.
         """
         streams = [
-            self._engine.generate_all(prompt, settings, range(settings.n))
+            self._engine.generate_all(new_records(prompt, settings, settings.n))
             for prompt, settings in zip(prompts, params, strict=True)
         ]
         return await asyncio.gather(

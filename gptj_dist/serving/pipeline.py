@@ -22,6 +22,7 @@ from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.stats import StageWork
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
@@ -120,21 +121,20 @@ class Pipeline:
         garbage.settle()
         logger.info("pipeline up", extra=values(version=gptj_dist.__version__, pid=os.getpid(), **_shape(self._loaded)))
 
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, reply_to: ReplyTo, log_id: str
-    ) -> None:
-        """Runs `AsyncEngine.generate_all` for choices 0, 1, ..., and sends their tokens to an ingress.
+    async def generate(self, records: Sequence[RequestRecord], reply_to: ReplyTo) -> None:
+        """Runs `AsyncEngine.generate_all`, and sends the tokens to an ingress.
 
-        Serve's cancellation closes all choices. A single choice is closed when the ingress no longer reads it.
+        Serve's cancellation closes all completions. A single one is closed when the ingress no longer reads it.
 
         Args:
-            reply_to: stream of choice 0; the following streams are those of the other choices.
+            reply_to: stream of the first record; the following streams are those of the others.
 
         Raises:
-            TooManyRequestsError: too many requests are waiting already.
+            TooManyRequestsError: too many requests are waiting already; not for one that was accepted elsewhere.
         """
-        self._require_room()
-        streams = self._engine.generate_all(prompt_ids, params, range(num_choices), log_id)
+        if not records[0].num_moves:
+            self._require_room()
+        streams = self._engine.generate_all(records)
         tasks = {
             (to := reply_to.plus(choice)): asyncio.create_task(self._send(to, stream))
             for choice, stream in enumerate(streams)

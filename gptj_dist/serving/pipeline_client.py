@@ -13,9 +13,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
+from gptj_dist.engine.record import RequestRecord
 from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
 from gptj_dist.logs import values
-from gptj_dist.params import SamplingParams
 from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import PipelineDocument
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
@@ -71,12 +71,10 @@ class PipelineClient:
             raise NotReadyError("the model is still loading; try again shortly")
         return self._limits
 
-    def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
-    ) -> list[AsyncGenerator[Delta, None]]:
+    def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
         """Implements `TokenSource`."""
-        call = _Call(self._handle, self._feed, prompt_ids, params, num_choices, log_id)
-        return [call.stream(choice) for choice in range(num_choices)]
+        call = _Call(self._handle, self._feed, records)
+        return [call.stream(choice) for choice in range(len(records))]
 
     async def prove_ready(self) -> None:
         """Returns when a pipeline has recently generated a token.
@@ -126,25 +124,15 @@ class PipelineClient:
 
 
 class _Call:
-    """A call of `Pipeline.generate` for all choices of a prompt.
+    """A call of `Pipeline.generate` for the completions of a prompt.
 
     It begins when the first choice is read and ends when the last reader has left.
     """
 
-    def __init__(
-        self,
-        handle: DeploymentHandle,
-        feed: FeedInbox,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        num_choices: int,
-        log_id: str,
-    ) -> None:
-        self._feed = feed
-        self._num_choices = num_choices
+    def __init__(self, handle: DeploymentHandle, feed: FeedInbox, records: Sequence[RequestRecord]) -> None:
         self._handle = handle
-        self._arguments = (prompt_ids, params, num_choices)
-        self._log_id = log_id
+        self._feed = feed
+        self._records = records
         self._num_read = 0
         self._reply_to: ReplyTo
         self._mailboxes: list[Mailbox]
@@ -169,12 +157,12 @@ class _Call:
                 self._end()
 
     def _begin(self) -> None:
-        self._reply_to, self._mailboxes = self._feed.open(self._num_choices)
-        self._response = self._handle.generate.remote(*self._arguments, self._reply_to, self._log_id)
+        self._reply_to, self._mailboxes = self._feed.open(len(self._records))
+        self._response = self._handle.generate.remote(self._records, self._reply_to)
         self._watcher = asyncio.create_task(_watch(self._response, self._mailboxes))
 
     def _end(self) -> None:
-        for choice in range(self._num_choices):
+        for choice in range(len(self._records)):
             self._feed.close(self._reply_to.plus(choice))
         self._watcher.cancel()
         self._response.cancel()

@@ -14,6 +14,7 @@ from transformers import GPTJForCausalLM
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import new_records
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.llm import Output
 from gptj_dist.llm.progress import Meter
@@ -131,7 +132,7 @@ def test_several_for_one_prompt_are_each_computed_whole(llm: LLM) -> None:
     params = SamplingParams(max_tokens=0, pooling=Pooling("mean", 3))
 
     async def run() -> list[list[Delta]]:
-        streams = llm._engine.generate_all(llm._encode("It was the best of times"), params, range(3))
+        streams = llm._engine.generate_all(new_records(llm._encode("It was the best of times"), params, 3))
         return [[delta async for delta in stream] for stream in streams]
 
     told = llm._loop.run(run())

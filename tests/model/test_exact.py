@@ -16,8 +16,8 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import BLOCK_SIZE_TOKENS, LayerRange, ModelConfig
-from gptj_dist.engine.async_engine import noise_key
 from gptj_dist.engine.plan import Plan, PromptLogprobs, Result
+from gptj_dist.engine.record import noise_key
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams

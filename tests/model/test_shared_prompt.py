@@ -11,6 +11,7 @@ import pytest
 
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import new_records
 from gptj_dist.model import kv_cache
 from gptj_dist.params import TokenLogprobs
 
@@ -45,7 +46,7 @@ def together(llm: LLM, params: SamplingParams) -> list[Told]:
         streams = [
             stream
             for prompt in PROMPTS
-            for stream in llm._engine.generate_all(llm._encode(prompt), params, range(params.n))
+            for stream in llm._engine.generate_all(new_records(llm._encode(prompt), params, params.n))
         ]
         return await asyncio.gather(*map(collect, streams))
 
@@ -110,7 +111,7 @@ def test_a_prompt_whose_first_request_is_left_in_the_middle_is_computed_by_the_n
     with start(stages=2, max_chunk_tokens=5) as llm:
 
         async def run() -> Sequence[Told]:
-            streams = llm._engine.generate_all(llm._encode(LONG), TELLING, range(TELLING.n))
+            streams = llm._engine.generate_all(new_records(llm._encode(LONG), TELLING, TELLING.n))
             collecting = [asyncio.ensure_future(collect(stream)) for stream in streams]
             while not llm._engine.scheduler.num_used_blocks:  # noqa: ASYNC110  # what is looked at sets no events
                 await asyncio.sleep(0)

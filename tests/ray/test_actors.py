@@ -24,6 +24,7 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Chunk, Plan, Result
+from gptj_dist.engine.record import new_records
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError, StageFailedError
@@ -194,7 +195,7 @@ def test_shared_prompts_and_embeddings_of_actors_are_those_of_one_process() -> N
 
     async def run() -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
         async with running_group(PipelineConfig("demo", stages=3, dtype="float32"), epoch=2) as (_, engine, _):
-            streams = engine.generate_all(prompt, sampling, range(4))
+            streams = engine.generate_all(new_records(prompt, sampling, 4))
             completing = asyncio.gather(*map(_tokens, streams))
             embeddings = await asyncio.gather(*(embedding(engine, depth) for depth in depths))
             return await completing, embeddings

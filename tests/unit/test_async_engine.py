@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.engine.async_engine import AsyncEngine, noise_key
+from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import PromptLogprobs, Result
+from gptj_dist.engine.record import new_records, noise_key
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
@@ -137,7 +138,7 @@ def test_the_choices_of_a_prompt_compute_it_once_and_have_tokens_of_their_own() 
     async def scenario() -> None:
         async with running() as rig:
             params = SamplingParams(max_tokens=5, seed=8)
-            streams = rig.engine.generate_all(PROMPT * 5, params, range(4))
+            streams = rig.engine.generate_all(new_records(PROMPT * 5, params, 4))
             token_ids = await asyncio.gather(*map(collect, streams))
             assert token_ids == [expected_tokens(PROMPT * 5, params, choice) for choice in range(4)]
             assert sum(plan.num_tokens for plan in rig.executor.plans) == 15 + 3 + 4 * 4

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import new_records
 from gptj_dist.errors import InvalidRequestError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import Pooling, SamplingParams
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
@@ -68,7 +69,7 @@ async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, C
         handle: Any = Handle(replica)
 
         def ask(params: SamplingParams) -> Streams:
-            call = _Call(handle, inbox, PROMPT, params, NUM_CHOICES, "a request")
+            call = _Call(handle, inbox, new_records(PROMPT, params, NUM_CHOICES, "a request"))
             return [call.stream(choice) for choice in range(NUM_CHOICES)]
 
         yield rig, handle, ask

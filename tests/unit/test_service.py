@@ -30,6 +30,7 @@ from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError, TimeoutReachedError
 from gptj_dist.params import SamplingParams, TokenLogprobs
@@ -77,12 +78,10 @@ class Script:
     def limits(self) -> EngineLimits:
         return LIMITS
 
-    def streams(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str
-    ) -> list[AsyncGenerator[Delta, None]]:
-        self.log_ids.append(log_id)
-        self.asked.append((tuple(prompt_ids), params))
-        return [self._stream(prompt_ids, params) for _ in range(num_choices)]
+    def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
+        self.log_ids.append(str(records[0].log_id))
+        self.asked.append((records[0].prompt_ids, records[0].params))
+        return [self._stream(record.prompt_ids, record.params) for record in records]
 
     async def _stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
         self.num_open += 1

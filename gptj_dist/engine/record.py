@@ -1,0 +1,62 @@
+"""The record of a request: all that is needed to go on with it, in any engine. Plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gptj_dist.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One completion of a prompt, or its embedding, as far as it has come.
+
+    Everything else follows from it. Noise depends on the key and the position alone. Log probabilities of the prompt
+    are returned with the first token, so a record with tokens does not return them again.
+
+    Args:
+        prompt_ids: one or more.
+        params: its parameters; a record is one completion, whatever `params.n` is.
+        noise_key: 64 bits that determine all of its sampling noise.
+        log_id: its name in logs; None for one that is neither logged nor counted.
+        token_ids: generated so far.
+        num_moves: pipelines that were lost while they served the request.
+
+    Raises:
+        ValueError: the completion has all its tokens.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    noise_key: int
+    log_id: str | None = None
+    token_ids: tuple[int, ...] = ()
+    num_moves: int = 0
+
+    def __post_init__(self) -> None:
+        if self.token_ids and len(self.token_ids) >= self.params.max_tokens:
+            raise ValueError(f"a record has {len(self.token_ids)} of {self.params.max_tokens} tokens: nothing is left")
+
+    def moved(self, new_token_ids: Sequence[int]) -> RequestRecord:
+        """The record after the loss of a pipeline, which had generated these tokens."""
+        return replace(self, token_ids=(*self.token_ids, *new_token_ids), num_moves=self.num_moves + 1)
+
+
+def new_records(
+    prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str | None = None
+) -> list[RequestRecord]:
+    """Records of completions of one prompt, which have not begun."""
+    prompt = tuple(prompt_ids)
+    return [RequestRecord(prompt, params, noise_key(params.seed, choice), log_id) for choice in range(num_choices)]
+
+
+def noise_key(seed: int | None, choice: int) -> int:
+    """64 bits that determine a completion's sampling noise; random ones without a seed."""
+    if seed is None:
+        return secrets.randbits(64)
+    message = (seed % 2**64).to_bytes(8, "little") + choice.to_bytes(8, "little")
+    digest = hashlib.blake2b(message, digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
