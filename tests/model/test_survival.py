@@ -13,6 +13,7 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.engine.record import new_records
 from gptj_dist.errors import StageFailedError
 from gptj_dist.params import Pooling, SamplingParams
 from gptj_dist.stages.local import LocalExecutor, start_local
@@ -63,7 +64,7 @@ async def told_with_deaths(lifetimes: Sequence[int]) -> tuple[list[list[object]]
     streams = [
         stream
         for prompt_ids, params, num_choices in REQUESTS
-        for stream in engine.generate_all(prompt_ids, params, range(num_choices))
+        for stream in engine.generate_all(new_records(prompt_ids, params, num_choices))
     ]
     telling = asyncio.gather(*map(collect, streams))
     num_preemptions = 0
