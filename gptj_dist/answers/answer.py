@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from gptj_dist.answers.completion import TextDelta, whole
 from gptj_dist.answers.deadline import Deadline
@@ -16,8 +18,6 @@ from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.answers.work import Work
 from gptj_dist.json_types import JsonObject
 
-T = TypeVar("T")
-
 LOGPROB_US = 3
 """Microseconds that it takes to write a log probability."""
 
@@ -25,8 +25,8 @@ LOGPROB_US = 3
 class Form(Protocol):
     """Writes one answer in an endpoint's shape. The numbers of tokens are those of all completions so far."""
 
-    def whole(self, completions: Sequence[TextDelta], num_tokens: int) -> JsonObject:
-        """The body of a response that is not streamed."""
+    def whole(self, completions: Iterator[TextDelta], num_tokens: int) -> JsonObject:
+        """The body of a response that is not streamed, as `json_bytes` writes it."""
 
     def event(self, index: int, delta: TextDelta) -> bytes:
         """The frames of a completion's next piece; empty if the piece says nothing."""
@@ -80,29 +80,35 @@ class Answer:
 
     async def whole(self) -> JsonObject:
         """The response that is not streamed. Raises the error that the request failed with."""
-        return await self._written(lambda document: document)
+        document: JsonObject = json.loads(await self.body())
+        return document
 
     async def body(self) -> bytes:
         """The response that is not streamed, as JSON. Raises as `whole`."""
-        return await self._written(json_bytes)
-
-    async def _written(self, write: Callable[[JsonObject], T]) -> T:
         streams = self._open_streams()
         deltas_of: list[list[TextDelta]] = [[] for _ in streams]
         cost = 0
-        async with aclosing(self._deltas(streams)) as deltas:
-            async for index, delta in deltas:
-                deltas_of[index].append(delta)
-                cost += _writing_cost(delta)
-        return await self._work.run(cost, lambda: write(self._form.whole(self._kept(deltas_of), self.num_tokens)))
+        try:
+            async with aclosing(self._deltas(streams)) as deltas:
+                async for index, delta in deltas:
+                    deltas_of[index].append(delta)
+                    cost += _writing_cost(delta)
+        except (Exception, asyncio.CancelledError):
+            await self._work.run(cost, partial(_free, deltas_of))
+            raise
+        return await self._work.run(cost, partial(self._write, deltas_of))
 
-    def _kept(self, deltas_of: Sequence[Sequence[TextDelta]]) -> list[TextDelta]:
+    def _write(self, deltas_of: list[list[TextDelta]]) -> bytes:
+        body = json_bytes(self._form.whole(self._kept(deltas_of), self.num_tokens))
+        _free(deltas_of)
+        return body
+
+    def _kept(self, deltas_of: Sequence[Sequence[TextDelta]]) -> Iterator[TextDelta]:
         """The completions that are returned, each as one piece."""
-        request, sampled = self._request, list(map(whole, deltas_of))
-        of_prompts = [sampled[i : i + request.num_sampled] for i in range(0, len(sampled), request.num_sampled)]
-        if request.num_sampled > request.num_choices:
-            of_prompts = [best(completions, request.num_choices) for completions in of_prompts]
-        return [one for completions in of_prompts for one in completions]
+        number, num_kept = self._request.num_sampled, self._request.num_choices
+        for first in range(0, len(deltas_of), number):
+            completions = map(whole, deltas_of[first : first + number])
+            yield from best(completions, num_kept) if number > num_kept else completions
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The streamed response, frame by frame. After its first frame a failure is a frame, too.
@@ -154,7 +160,13 @@ def _writing_cost(delta: TextDelta) -> int:
     return len(delta.token_ids) + LOGPROB_US * sum(1 + len(token.top) for token in logprobs)
 
 
-def best(completions: Sequence[TextDelta], number: int) -> list[TextDelta]:
+def _free(lists: list[list[TextDelta]]) -> None:
+    """Frees lists one by one: to free all at once would hold Python's interpreter lock for long."""
+    while lists:
+        lists.pop()
+
+
+def best(completions: Iterable[TextDelta], number: int) -> list[TextDelta]:
     """The `number` completions with the highest mean log probability of their tokens, the highest first.
 
     One without tokens, of which the moderator has let nothing pass, comes last.

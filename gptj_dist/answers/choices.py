@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,9 +66,9 @@ class ChoicesForm:
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = [0] * len(writers)
 
-    def whole(self, completions: Sequence[TextDelta], num_tokens: int) -> JsonObject:
-        """The response: all choices and their numbers of tokens."""
-        choices = [writer.whole(completion) for writer, completion in zip(self._writers, completions, strict=True)]
+    def whole(self, completions: Iterator[TextDelta], num_tokens: int) -> JsonObject:
+        """The response: all choices, each made when it is written, and their numbers of tokens."""
+        choices = (writer.whole(completion) for writer, completion in zip(self._writers, completions, strict=True))
         usage = _usage(self._num_prompt_tokens, num_tokens)
         return {**self._head.of(self._head.kind), "choices": choices, "usage": usage}
 

@@ -1,8 +1,12 @@
-"""Writes large JSON documents in pieces, because the encoder holds Python's interpreter lock for a whole piece."""
+"""Writes large JSON documents in pieces, because the encoder holds Python's interpreter lock for a whole piece.
+
+An iterator in a document is written as a list. Each of its elements is freed before the next one is made: to free a
+million objects at once holds the lock, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pydantic_core
@@ -21,24 +25,39 @@ CHARS_PER_US = 256
 
 def json_bytes(value: Any) -> bytes:
     """A JSON value as UTF-8, without spaces."""
-    if isinstance(value, dict):
-        fields = (pydantic_core.to_json(name) + b":" + json_bytes(field) for name, field in value.items())
-        return b"{" + b",".join(fields) + b"}"
-    if isinstance(value, list):
-        return b"[" + b",".join(_elements(value)) + b"]"
-    if isinstance(value, str):
-        pieces = (value[begin : begin + PIECE_CHARS] for begin in range(0, len(value), PIECE_CHARS))
-        return b'"' + b"".join(pydantic_core.to_json(piece)[1:-1] for piece in pieces) + b'"'
-    return pydantic_core.to_json(value)
+    return b"".join(_pieces(value))  # once, as only this call lets other threads run while it copies
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    match value:
+        case dict():
+            yield b"{"
+            for number, (name, field) in enumerate(value.items()):
+                yield (b"," if number else b"") + pydantic_core.to_json(name) + b":"
+                yield from _pieces(field)
+            yield b"}"
+        case list():
+            size = 1 if value and isinstance(value[0], dict) else PIECE_ELEMENTS
+            yield b"["
+            for begin in range(0, len(value), size):
+                yield (b"," if begin else b"") + pydantic_core.to_json(value[begin : begin + size])[1:-1]
+            yield b"]"
+        case str():
+            yield b'"'
+            for begin in range(0, len(value), PIECE_CHARS):
+                yield pydantic_core.to_json(value[begin : begin + PIECE_CHARS])[1:-1]
+            yield b'"'
+        case Iterator():
+            yield b"["
+            for number, element in enumerate(value):
+                yield b"," if number else b""
+                yield from _pieces(element)
+            yield b"]"
+        case _:
+            yield pydantic_core.to_json(value)
 
 
 def writing_cost(document: JsonObject) -> int:
     """An estimate of the microseconds that writing takes, for `Work`."""
     lists = sum(len(value) for value in document.values() if isinstance(value, list))
     return lists + sum(len(value) for value in document.values() if isinstance(value, str)) // CHARS_PER_US
-
-
-def _elements(elements: Sequence[Any]) -> Iterator[bytes]:
-    size = 1 if elements and isinstance(elements[0], dict) else PIECE_ELEMENTS
-    for begin in range(0, len(elements), size):
-        yield pydantic_core.to_json(elements[begin : begin + size])[1:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from gptj_dist.answers.completion import TextDelta
 from gptj_dist.answers.error_responses import error_response
@@ -42,9 +42,9 @@ class ResponseForm:
         self._logprobs: list[JsonObject] = []
         self._finish_reason: FinishReason | None = None
 
-    def whole(self, completions: Sequence[TextDelta], num_tokens: int) -> JsonObject:
+    def whole(self, completions: Iterator[TextDelta], num_tokens: int) -> JsonObject:
         """The response with its message."""
-        self._take(completions[0])
+        self._take(next(completions))
         return self._finished(num_tokens)
 
     def event(self, index: int, delta: TextDelta) -> bytes:  # noqa: ARG002  # there is one message

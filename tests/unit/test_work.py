@@ -7,17 +7,25 @@ import gzip
 import json
 import random
 import threading
-from collections.abc import Awaitable, Callable
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 import tokenizers
 
+from gptj_dist.answers.answer import Answer
+from gptj_dist.answers.choices import ChoicesForm, Head
+from gptj_dist.answers.completion import TextDelta
+from gptj_dist.answers.deadline import Deadline
 from gptj_dist.answers.json_writing import PIECE_CHARS, PIECE_ELEMENTS, json_bytes
+from gptj_dist.answers.schema.base import parse_body
+from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.work import INLINE_COST, Work
+from gptj_dist.params import TokenLogprobs
 from gptj_dist.text.tokenizer import Tokenizer
-from tests.front_app import LIMITS, TOKENIZER, FrontApp, front_app
+from tests.front_app import LIMITS, TOKENIZER, FrontApp, eventually, front_app
 
 LARGE = 3_900_000
 WINDOW_BYTES = (TOKENIZER.max_token_bytes or 0) * LIMITS.max_model_len
@@ -155,10 +163,10 @@ HEAVY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def recorded_costs(app: FrontApp) -> list[int]:
+def recorded_costs(work: Work) -> list[int]:
     """The costs of all work from now on, which has to run in a thread if its cost is high."""
     costs: list[int] = []
-    run_work = app.work.run
+    run_work = work.run
 
     async def recording(cost: int, function: Callable[[], Any]) -> Any:
         costs.append(cost)
@@ -171,14 +179,14 @@ def recorded_costs(app: FrontApp) -> list[int]:
 
         return await run_work(cost, checked)
 
-    app.work.run = recording  # type: ignore[method-assign]
+    work.run = recording  # type: ignore[method-assign]
     return costs
 
 
 @pytest.mark.parametrize("call", HEAVY.values(), ids=HEAVY)
 def test_what_takes_long_runs_in_a_thread(call: tuple[str, dict[str, Any]]) -> None:
     async def scenario(app: FrontApp) -> None:
-        costs = recorded_costs(app)
+        costs = recorded_costs(app.work)
         response = await post(app, *call)
         assert response.status_code == 200, response.text[:500]
         assert max(costs) > INLINE_COST
@@ -188,7 +196,7 @@ def test_what_takes_long_runs_in_a_thread(call: tuple[str, dict[str, Any]]) -> N
 
 def test_bodies_are_unpacked_and_long_texts_written_in_a_thread() -> None:
     async def scenario(app: FrontApp) -> None:
-        costs = recorded_costs(app)
+        costs = recorded_costs(app.work)
         packed, headers = gzip.compress(b'{"prompt": "a", "max_tokens": 1}'), {"content-encoding": "gzip"}
         assert (await app.client.post("/v1/completions", content=packed, headers=headers)).status_code == 200
         assert costs[0] > INLINE_COST
@@ -232,3 +240,44 @@ def test_requests_begin_one_in_a_turn_in_the_order_that_they_came() -> None:
 def test_documents_are_written_in_pieces_as_they_would_be_whole(document: dict[str, Any]) -> None:
     whole = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     assert json_bytes(document) == whole
+
+
+def test_an_iterators_elements_are_written_as_a_list_and_freed_one_by_one() -> None:
+    class Element(dict[str, int]):
+        pass
+
+    elements: list[weakref.ref[Element]] = []
+
+    def made() -> Iterator[Element]:
+        for number in range(50):
+            elements.append(weakref.ref(element := Element(n=number)))
+            yield element
+            del element
+            assert sum(element() is not None for element in elements) <= 1
+
+    assert json_bytes({"choices": made(), "usage": iter([])}) == json_bytes(
+        {"choices": [{"n": number} for number in range(50)], "usage": []}
+    )
+
+
+def test_what_a_client_left_behind_is_freed_in_a_thread_if_that_takes_long() -> None:
+    request = parse_body(b'{"prompt": "a"}', CompletionRequest)
+    token = TokenLogprobs(1, -0.5, 1, ((1, -0.5),) * 20)
+
+    async def main() -> None:
+        async def stream() -> AsyncGenerator[TextDelta, None]:
+            yield TextDelta("a", (1,) * INLINE_COST, None, (token,) * INLINE_COST)
+            await asyncio.Event().wait()
+
+        work = Work()
+        costs = recorded_costs(work)
+        form = ChoicesForm(request, Head("", 0, "", "", ""), [], 1)
+        answer = Answer(request, form, lambda: [stream()], 1, 1, Deadline(None), work, lambda _: None)
+        answering = asyncio.create_task(answer.body())
+        await eventually(lambda: answer.num_tokens > 0)
+        answering.cancel()
+        await asyncio.wait([answering])
+        assert answering.cancelled()
+        assert max(costs) > INLINE_COST
+
+    asyncio.run(main())
