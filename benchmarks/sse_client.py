@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 READ_BYTES = 65536
+COMPLETIONS = "/v1/completions"
 
 
 class StreamError(Exception):
@@ -86,28 +87,40 @@ def completion_body(model: str, prompt_ids: list[int], max_tokens: int) -> bytes
     return json.dumps(fields, separators=(",", ":")).encode()
 
 
-async def stream_completion(base: str, body: bytes, num_input_tokens: int) -> StreamRecord:
-    """Runs one completion to its end. Reports a failure in the record."""
+async def stream_completion(
+    base: str,
+    body: bytes,
+    num_input_tokens: int,
+    path: str = COMPLETIONS,
+    take: Callable[[bytes], None] | None = None,
+) -> StreamRecord:
+    """Runs one completion to its end. Reports a failure in the record.
+
+    Args:
+        take: receives the data of each frame.
+    """
     record = StreamRecord(time.perf_counter(), num_input_tokens)
     try:
-        await _stream(base, body, record)
+        await _stream(base + path, body, record, take)
     except (OSError, EOFError, ValueError, StreamError) as error:
         record.error = f"{type(error).__name__}: {error}"
     return record
 
 
-async def _stream(base: str, body: bytes, record: StreamRecord) -> None:
-    url = urlsplit(base)
+async def _stream(address: str, body: bytes, record: StreamRecord, take: Callable[[bytes], None] | None) -> None:
+    url = urlsplit(address)
     reader, writer = await asyncio.open_connection(url.hostname, url.port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
+    head = f"POST {url.path} HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
     try:
-        await _read_frames(reader, record)
+        await _read_frames(reader, record, take)
     finally:
         writer.close()
 
 
-async def _read_frames(reader: asyncio.StreamReader, record: StreamRecord) -> None:
+async def _read_frames(
+    reader: asyncio.StreamReader, record: StreamRecord, take: Callable[[bytes], None] | None
+) -> None:
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     status = head.partition(b"\r\n")[0].decode("latin-1")
     if " 200 " not in status:
@@ -124,6 +137,8 @@ async def _read_frames(reader: asyncio.StreamReader, record: StreamRecord) -> No
                 return
             record.frame_s.append(now_s)
             last = frame
+            if take is not None:
+                take(frame)
     raise StreamError("the stream ended without [DONE]")
 
 

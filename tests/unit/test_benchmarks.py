@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from benchmarks.cases import NUM_TOKEN_IDS, Case, case_of, parse_case
 from benchmarks.compare import compared
 from benchmarks.contenders import parse_spec
+from benchmarks.faults import differences, joined, num_tokens
 from benchmarks.figures import medians, percentile, rounded, summarise, times_as_good
 from benchmarks.load import (
     Measured,
@@ -38,8 +40,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
-    *("beside_load", "compare", "front", "gpu_report", "hostile", "http", "offline", "plots", "same_logits"),
-    *("scheduler", "startup", "step", "transport"),
+    *("beside_load", "compare", "faults", "front", "gpu_report", "hostile", "http", "offline", "plots"),
+    *("same_logits", "scheduler", "startup", "step", "transport"),
 )
 TIME_LIMIT_S = 60
 CASE = Case(2, 5, 3)
@@ -291,6 +293,30 @@ def test_a_server_that_is_not_there_is_a_failure() -> None:
 
 
 # Scripts
+
+
+def test_an_answer_is_joined_from_its_frames_and_differs_if_any_part_is_missing_or_comes_twice() -> None:
+    frames: list[dict[str, Any]] = [
+        {"0": {"index": 0, "text": "It", "token_ids": [1], "logprobs": {"tokens": ["It"]}, "finish_reason": None}},
+        {
+            "0": {
+                "index": 0,
+                "text": " was",
+                "token_ids": [2],
+                "logprobs": {"tokens": [" was"]},
+                "finish_reason": "stop",
+            }
+        },
+        {"usage": {"completion_tokens": 2}},
+    ]
+    whole = reduce(joined, frames)
+    choice = {"text": "It was", "token_ids": [1, 2], "logprobs": {"tokens": ["It", " was"]}, "finish_reason": "stop"}
+    assert whole == {"0": {"index": 0, **choice}, "usage": {"completion_tokens": 2}}
+    assert num_tokens(whole) == 2
+    assert differences(whole, whole) == []
+    assert differences(reduce(joined, [*frames, frames[0]]), whole) == ["0.text", "0.token_ids", "0.logprobs"]
+    assert differences(reduce(joined, frames[:2]), whole) == ["usage.completion_tokens"]
+    assert differences({**whole, "error": {"code": "stage_failed"}}, whole) == ["error.code"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

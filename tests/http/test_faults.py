@@ -1,0 +1,15 @@
+"""Streams of every kind are the same bytes when stages die, at several moments."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.faults import MIXED, NUM_STREAMS, Fault, measured
+
+pytestmark = pytest.mark.ray
+
+
+def test_streams_of_every_kind_have_the_same_bytes_whichever_stage_dies() -> None:
+    document = measured([Fault(0, "prefill"), Fault(1, "first"), Fault(2, "middle")], [MIXED], "float32")
+    assert (document["num_kills"], document["num_streams"]) == (3, 3 * NUM_STREAMS)
+    assert [(case["errors"], case["different"]) for case in document["cases"]] == [([], {})] * 3
