@@ -51,10 +51,10 @@ class PlacedStage:
 
 
 class Stage:
-    """One stage of one pipeline, for one epoch. Call `load`, then `allocate`, then `run`.
+    """One stage of one pipeline. Call `load`, then `allocate`, then `run`. To join the next ring, `leave` and `renew`.
 
     Args:
-        epoch: the pipeline's incarnation; frames of another one are dropped.
+        epoch: number of the ring; frames of another one are dropped.
         log: None logs nothing.
     """
 
@@ -66,8 +66,7 @@ class Stage:
             self._log_file = Path(open_log(log_directory(), log, f"stage-{spec.layers.stage}").baseFilename)
         self._runner = StageRunner(spec)
         self._clock = SteadyClock()
-        self._transport = open_transport(epoch)
-        self._inbound = self._transport.inbound(ray.util.get_node_ip_address())
+        self._open(epoch)
         self._requests = RequestLog()
         self._progress = "starting"
         self._cores: CoreClaim | None = None
@@ -112,11 +111,32 @@ class Stage:
         garbage.settle()
         try:
             while not isinstance(frame := self._inbound.receive(), EndFrame):
-                outbound.send(self._compute(frame))
+                if not self._is_leaving:
+                    outbound.send(self._compute(frame))
             outbound.send(frame)
         finally:
             outbound.close(END_LINGER_MS)
-            self._inbound.close()
+
+    @ray.method(concurrency_group="progress")
+    def leave(self) -> None:
+        """Has `run` end after the frame that it computes."""
+        self._is_leaving = True
+        outbound = self._transport.outbound(self._inbound.address)
+        outbound.send(EndFrame())
+        outbound.close(END_LINGER_MS)
+
+    @ray.method(concurrency_group="run")
+    def renew(self, epoch: int) -> str:
+        """Forgets all requests and opens a receiving end for the next ring; returns its address. Begins after `run`."""
+        self._inbound.close()
+        self._runner.reset()
+        self._open(epoch)
+        return self._inbound.address
+
+    def _open(self, epoch: int) -> None:
+        self._is_leaving = False
+        self._transport = open_transport(epoch)
+        self._inbound = self._transport.inbound(ray.util.get_node_ip_address())
 
     def _compute(self, frame: Frame) -> Frame:
         if not isinstance(frame, PlanFrame):

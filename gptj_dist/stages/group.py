@@ -1,4 +1,4 @@
-"""The coordinator's side of a pipeline's stages: places them as Ray actors, loads, feeds and watches them.
+"""A pipeline's stages as Ray actors: places and loads them, joins them to a ring, and replaces those that have died.
 
 Ray does placement, lifecycle and liveness. Plans and results travel over ZeroMQ edges, in a ring through the
 coordinator. Does not import torch.
@@ -7,12 +7,11 @@ coordinator. Does not import torch.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -20,30 +19,36 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from gptj_dist.config import DeviceKind
 from gptj_dist.engine.plan import Plan, Result
-from gptj_dist.errors import GPTJDistError, StageFailedError
-from gptj_dist.logs import LogSettings
+from gptj_dist.errors import StageFailedError
+from gptj_dist.logs import LogSettings, values
 from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage
-from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import (
     Blueprint,
     DeviceReport,
     LoadedPipeline,
+    StageReport,
     choose_dtype,
     count_kv_blocks,
     require_equal_bits,
     require_memory,
 )
-from gptj_dist.stages.loss import LastWords, StageLoss, death_cause, last_words
+from gptj_dist.stages.loss import LastWords, StageLoss, StageProcess, death_cause, end_process, last_words
+from gptj_dist.stages.ray_errors import own_error, summary
+from gptj_dist.stages.ring import Ring
 from gptj_dist.stages.transport import open_transport
-from gptj_dist.stages.transport.edge import AsyncInbound, Outbound
-from gptj_dist.stages.transport.frames import EndFrame, PlanFrame, ResultFrame
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ACTOR_NAME_PREFIX = "gptj-dist"
-END_TIMEOUT_S = 2.0
-LAST_WORDS_TIMEOUT_S = 10.0
+NODE_TIMEOUT_S = 10.0
 
 PLACEMENT_TIMEOUT_S = 600.0
 """How long the cluster may take to find room for all stages and to start their processes."""
+
+LEAVE_TIMEOUT_S = 30.0
+"""How long a stage may take to end its present step and to leave its ring. A slower one is replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,181 +68,224 @@ class Placement:
     name: str
 
 
-class StageGroup:
-    """Running stages: an `engine.Executor` over actors. Made by `start`.
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A loaded stage."""
 
-    Attributes:
-        edge_bytes: bytes received over the ring's edges: from the coordinator to stage 0, from stage 0 to stage 1, and
-            so on, and from the last stage to the coordinator.
-        num_dropped: connections and messages that the receiving ends had dropped when their last frame arrived.
+    actor: Any
+    placed: PlacedStage
+    report: StageReport
+
+
+class StageGroup:
+    """The stages of a pipeline, an `engine.Executor`. Made by `start`. After an error of `receive`, call `join`.
+
+    Args:
+        log: log settings of the stages; None logs nothing.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Any],
-        placed: Sequence[PlacedStage],
-        inbound: AsyncInbound,
-        outbound: Outbound,
-        sentinels: Sequence[Any],
-    ) -> None:
-        self._stages = stages
-        self._placed = placed
-        self._inbound = inbound
-        self._outbound = outbound
-        self._deaths: dict[int, Exception] = {}
-        self._is_killed = False
-        self.edge_bytes = [0] * (len(stages) + 1)
-        self.num_dropped = [0] * (len(stages) + 1)
-        self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
-        self._collector = run_in_background("collector of results", self._collect(), self._note_receive_error)
-        self._watchers = [
-            run_in_background(f"run() of stage {index}", _finished(sentinel), partial(self._note_death, index))
-            for index, sentinel in enumerate(sentinels)
-        ]
+    def __init__(self, blueprint: Blueprint, placement: Placement, log: LogSettings | None) -> None:
+        self._blueprint = blueprint
+        self._placement = placement
+        self._log = log
+        self._specs = blueprint.stage_specs(placement.device)
+        self._members: dict[int, _Member] = {}
+        self._loaded: LoadedPipeline | None = None
+        self._endings: list[asyncio.Task[None]] = []
+        self._ring: Ring | None = None
 
     @classmethod
     async def start(
         cls, blueprint: Blueprint, placement: Placement, epoch: int, log: LogSettings | None = None
     ) -> tuple[StageGroup, LoadedPipeline]:
-        """Creates the actors, loads their weights, sizes their caches and joins them to a ring.
+        """Creates a group and calls `join` for the first time.
+
+        Raises:
+            ConfigurationError, StageFailedError: see `join`.
+        """
+        group = cls(blueprint, placement, log)
+        return group, await group.join(epoch)
+
+    async def join(self, epoch: int) -> LoadedPipeline:
+        """Joins all stages to a new ring, without any requests.
+
+        Stages that live keep their processes and weights. The others are started, and load their weights.
 
         Args:
-            log: log settings of the stages; None logs nothing.
+            epoch: number of the ring; larger than that of the ring before.
 
         Raises:
             ConfigurationError: the devices or the checkpoint are not suitable.
-            StageFailedError: a stage died while starting, or was not placed in time.
+            StageFailedError: a stage died, or was not placed in time. Another call tries again.
         """
-        stages = [
-            _stage_actor(placement, index, epoch).remote(spec, epoch, log)
-            for index, spec in enumerate(blueprint.stage_specs(placement.device))
-        ]
+        if self._ring is not None and not self._ring.is_closed:
+            self._ring.close()
+            for index in self._ring.deaths:
+                self._drop(index)
+        actors = self._create(epoch)
         try:
-            return await cls._join(blueprint, stages, epoch)
+            await self._renew(epoch)
+            actors |= self._create(epoch, besides=actors)
+            loaded = await self._load(actors)
         except BaseException:
-            for stage in stages:
-                ray.kill(stage)
+            for index, actor in actors.items():
+                self._members.pop(index, None)
+                ray.kill(actor)
             raise
-
-    @classmethod
-    async def _join(cls, blueprint: Blueprint, stages: Sequence[Any], epoch: int) -> tuple[StageGroup, LoadedPipeline]:
-        placed = await _place(stages)
-        devices = [stage.device for stage in placed]
-        dtype = choose_dtype(blueprint.config, blueprint.model, devices)
-        require_memory(blueprint, dtype, devices)
-        require_equal_bits(blueprint.config, dtype, devices)
-        num_threads = [blueprint.config.threads_per_stage or n for n in _share_cores(devices)]
-        loading = [stage.load.remote(dtype, n) for stage, n in zip(stages, num_threads, strict=True)]
-        reports = await _answers(placed, loading)
-        pipeline = LoadedPipeline(blueprint, tuple(reports), count_kv_blocks(blueprint, reports))
-        await _answers(placed, [stage.allocate.remote(pipeline.num_blocks) for stage in stages])
         transport = open_transport(epoch)
         inbound = transport.async_inbound(ray.util.get_node_ip_address())
-        outbound = transport.outbound(placed[0].address)
-        next_addresses = [*(stage.address for stage in placed[1:]), inbound.address]
-        sentinels = [stage.run.remote(address) for stage, address in zip(stages, next_addresses, strict=True)]
-        return cls(stages, placed, inbound, outbound, sentinels), pipeline
+        members = [self._members[index] for index in range(len(self._specs))]
+        outbound = transport.outbound(members[0].placed.address)
+        next_addresses = [*(member.placed.address for member in members[1:]), inbound.address]
+        runs = [member.actor.run.remote(address) for member, address in zip(members, next_addresses, strict=True)]
+        self._ring = Ring(inbound, outbound, runs)
+        return loaded
+
+    @property
+    def edge_bytes(self) -> Sequence[int]:
+        """See `Ring`; those of the present ring."""
+        return self._present_ring.edge_bytes
+
+    @property
+    def num_dropped(self) -> Sequence[int]:
+        """See `Ring`; those of the present ring."""
+        return self._present_ring.num_dropped
 
     def submit(self, plan: Plan) -> None:
-        self._outbound.send(PlanFrame(plan, None))
+        self._present_ring.submit(plan)
 
     async def receive(self) -> Result:
-        result = await self._results.get()
-        if isinstance(result, GPTJDistError):
-            raise result
-        return result
+        return await self._present_ring.receive()
 
     async def stop(self) -> None:
-        """Ends the stages: with an end frame if they still receive frames, otherwise by killing them.
-
-        Does nothing after `kill`.
-        """
-        if self._is_killed:
-            return
-        self._outbound.send(EndFrame())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(END_TIMEOUT_S):
-                await asyncio.gather(*self._watchers)
+        """Ends the stages: after the frames that are under way if all still receive frames, otherwise at once."""
+        if self._ring is not None:
+            await self._ring.end()
         self.kill()
 
     def kill(self) -> None:
-        """Kills the stages at once. Stages that are already dead are ignored."""
-        self._is_killed = True
-        for task in (self._collector, *self._watchers):
-            task.cancel()
-        for stage in self._stages:
-            ray.kill(stage)
-        self._outbound.close()
-        self._inbound.close()
+        """Kills all stages at once. A second call does nothing."""
+        if self._ring is not None:
+            self._ring.close()
+        for member in self._members.values():
+            ray.kill(member.actor)
+        self._members.clear()
 
-    async def _collect(self) -> None:
-        while isinstance(frame := await self._inbound.receive(), ResultFrame):
-            for edge, traffic in enumerate((*frame.edges, self._inbound.traffic)):
-                self.edge_bytes[edge] += traffic.frame_bytes
-                self.num_dropped[edge] = traffic.num_dropped
-            self._results.put_nowait(frame.result)
+    def losses(self) -> Awaitable[list[StageLoss]]:
+        """The causes of death of the stages that have died in the present ring. Call it before `join`."""
+        deaths = self._present_ring.deaths
+        return asyncio.gather(*(_loss(index, self._members[index].placed, error) for index, error in deaths.items()))
 
-    def _note_receive_error(self, error: Exception) -> None:
-        self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
+    @property
+    def _present_ring(self) -> Ring:
+        assert self._ring is not None, "join() comes first"
+        return self._ring
 
-    def _note_death(self, index: int, error: Exception) -> None:
-        """Called when a stage's `run` ends, which means that the stage died unless `stop` was called."""
-        self._deaths[index] = error
-        self._results.put_nowait(StageFailedError(f"stage {index} {_summary(error)}"))
+    def _create(self, epoch: int, besides: Mapping[int, Any] | None = None) -> dict[int, Any]:
+        """Creates an actor for each stage that has none."""
+        taken = {*self._members, *(besides or ())}
+        return {
+            index: _stage_actor(self._placement, index, epoch).remote(spec, epoch, self._log)
+            for index, spec in enumerate(self._specs)
+            if index not in taken
+        }
 
-    async def losses(self) -> list[StageLoss]:
-        """The causes of death of the stages that have died."""
-        return await asyncio.gather(
-            *(_loss(index, self._placed[index], error) for index, error in self._deaths.items())
-        )
+    async def _renew(self, epoch: int) -> None:
+        """Has the living stages leave their ring. Drops those that cannot."""
+
+        async def renew(index: int, member: _Member) -> None:
+            try:
+                async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                    await member.actor.leave.remote()
+                    address = await member.actor.renew.remote(epoch)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                logger.error("stage could not leave its ring", extra=values(stage=index, error=summary(error)))
+                self._drop(index)
+            else:
+                self._members[index] = replace(member, placed=replace(member.placed, address=address))
+
+        await asyncio.gather(*(renew(index, member) for index, member in list(self._members.items())))
+
+    def _drop(self, index: int) -> None:
+        """Makes sure that a stage is dead, which frees its memory and its place."""
+        member = self._members.pop(index)
+        ray.kill(member.actor)
+        # A process that hangs does not read Ray's message.
+        self._endings.append(asyncio.create_task(_on_node(member.placed, end_process)))
+
+    async def _load(self, actors: Mapping[int, Any]) -> LoadedPipeline:
+        """Loads new stages, makes them members, and sizes the caches."""
+        blueprint, config = self._blueprint, self._blueprint.config
+        placed = {index: member.placed for index, member in self._members.items()} | await _place(actors)
+        devices = [placed[index].device for index in range(len(self._specs))]
+        kept = next(iter(self._members.values()), None)
+        dtype = choose_dtype(config, blueprint.model, devices) if kept is None else kept.report.dtype
+        require_memory(blueprint, dtype, devices)
+        require_equal_bits(config, dtype, devices)
+        shares = _share_cores(devices)
+        loading = {i: actor.load.remote(dtype, config.threads_per_stage or shares[i]) for i, actor in actors.items()}
+        for index, report in (await _answers(placed, loading)).items():
+            self._members[index] = _Member(actors[index], placed[index], self._as_before(index, report))
+        reports = tuple(self._members[index].report for index in range(len(self._specs)))
+        loaded = LoadedPipeline(blueprint, reports, count_kv_blocks(blueprint, reports))
+        is_resized = self._loaded is None or loaded.num_blocks != self._loaded.num_blocks
+        resized = {index: self._members[index].actor for index in (self._members if is_resized else actors)}
+        await _answers(placed, {i: actor.allocate.remote(loaded.num_blocks) for i, actor in resized.items()})
+        self._loaded = loaded
+        return loaded
+
+    def _as_before(self, index: int, report: StageReport) -> StageReport:
+        """The report of a stage that replaces another one in the same memory, in which caches have their room."""
+        before = None if self._loaded is None else self._loaded.reports[index]
+        if before is None or before.device.memory_pool != report.device.memory_pool:
+            return report
+        return replace(report, free_bytes=before.free_bytes)
 
 
-async def _finished(sentinel: Any) -> None:
-    await sentinel
-
-
-async def _place(stages: Sequence[Any]) -> list[PlacedStage]:
+async def _place(actors: Mapping[int, Any]) -> dict[int, PlacedStage]:
+    """Waits until new actors are placed and their processes run."""
     try:
         async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
-            placed: list[PlacedStage] = await asyncio.gather(*(stage.describe.remote() for stage in stages))
-            return placed
+            placed = await asyncio.gather(*(actor.describe.remote() for actor in actors.values()))
+            return dict(zip(actors, placed, strict=True))
     except TimeoutError:
         raise StageFailedError(f"the stages were not placed within {PLACEMENT_TIMEOUT_S:.0f} s") from None
     except ray.exceptions.RayError as error:
-        raise _own_error(error) or StageFailedError(f"a stage {_summary(error)}") from error
+        raise own_error(error) or StageFailedError(f"a stage {summary(error)}") from error
 
 
-async def _answers(placed: Sequence[PlacedStage], calls: Sequence[Any]) -> list[Any]:
-    """What the calls to all stages return."""
-    return await asyncio.gather(*(_answer(index, *pair) for index, pair in enumerate(zip(placed, calls, strict=True))))
+async def _answers(placed: Mapping[int, PlacedStage], calls: Mapping[int, Any]) -> dict[int, Any]:
+    """What calls to stages return, by stage."""
+    answers = await asyncio.gather(*(_answer(index, placed[index], call) for index, call in calls.items()))
+    return dict(zip(calls, answers, strict=True))
 
 
 async def _answer(index: int, placed: PlacedStage, call: Any) -> Any:
     try:
         return await call
     except ray.exceptions.RayError as error:
-        raise _own_error(error) or StageFailedError(str(await _loss(index, placed, error))) from error
+        raise own_error(error) or StageFailedError(str(await _loss(index, placed, error))) from error
 
 
 async def _loss(index: int, placed: PlacedStage, error: Exception) -> StageLoss:
-    words = await _last_words(placed)
+    words = await _on_node(placed, last_words) or LastWords()
     has_raised = isinstance(error, ray.exceptions.RayTaskError)
-    cause = _summary(error) if has_raised else death_cause(words, str(error))
+    cause = summary(error) if has_raised else death_cause(words, str(error))
     return StageLoss(index, cause, placed.process.host, placed.process.pid, words.log_line)
 
 
-async def _last_words(placed: PlacedStage) -> LastWords:
+async def _on_node(placed: PlacedStage, function: Callable[[StageProcess], T]) -> T | None:
+    """Calls a function of a stage's process on its node; returns None if the node is gone."""
     if placed.node_id == ray.get_runtime_context().get_node_id():
-        return last_words(placed.process)
+        return function(placed.process)
     there = NodeAffinitySchedulingStrategy(placed.node_id, soft=False)
+    task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
     try:
-        async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
-            words: LastWords = (
-                await ray.remote(last_words).options(num_cpus=0, scheduling_strategy=there).remote(placed.process)
-            )
-            return words
-    except (TimeoutError, ray.exceptions.RayError):  # the node is gone, too
-        return LastWords()
+        async with asyncio.timeout(NODE_TIMEOUT_S):
+            answer: T = await task.remote(placed.process)
+            return answer
+    except (TimeoutError, ray.exceptions.RayError):
+        return None
 
 
 def _stage_actor(placement: Placement, index: int, epoch: int) -> Any:
@@ -256,25 +304,3 @@ def _share_cores(devices: Sequence[DeviceReport]) -> list[int]:
     """Threads for each stage: its machine's cores, shared evenly by the stages on that machine."""
     stages_on = Counter(device.host for device in devices)
     return [max(1, device.num_cores // stages_on[device.host]) for device in devices]
-
-
-def _own_error(error: Exception) -> GPTJDistError | None:
-    """The package's own error inside the error of an actor call; None if it is another kind of error."""
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
-    return cause if isinstance(cause, GPTJDistError) else None
-
-
-def _summary(error: Exception) -> str:
-    """A short description of how a stage ended."""
-    if isinstance(error, ray.exceptions.RayTaskError):
-        return f"failed: {_first_line(error.cause)}"
-    if isinstance(error, ray.exceptions.ActorDiedError):
-        lines = str(error).strip().splitlines()
-        has_not_started = "creation task" in lines[0]
-        return f"failed: {lines[-1]}" if has_not_started else "died"  # the constructor's traceback ends with its error
-    return f"failed: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

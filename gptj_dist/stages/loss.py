@@ -1,10 +1,12 @@
-"""What can be learnt about a stage that has died: the cause, and the last line that it logged. Knows no Ray."""
+"""What can be learnt about a stage that has died: the cause, and the last line that it logged. Ends one that hangs."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,12 +25,14 @@ class StageProcess:
 
     Args:
         host: name of its machine.
+        begin: when it began, in the kernel's ticks since the machine started; None if that is unknown.
         log: file of its log lines; None if it logs nothing.
         errors: file of its standard error; None if that is no file.
     """
 
     host: str
     pid: int
+    begin: int | None
     log: Path | None
     errors: Path | None
 
@@ -39,7 +43,7 @@ class StageProcess:
             errors = Path("/proc/self/fd/2").readlink()
         except OSError:  # not Linux
             errors = None
-        return cls(socket.gethostname(), os.getpid(), log, errors)
+        return cls(socket.gethostname(), os.getpid(), _begin_of(os.getpid()), log, errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,13 @@ class StageLoss:
         return f"stage {self.stage} (pid {self.pid} on {self.node}) {self.cause}{last}"
 
 
+def end_process(process: StageProcess) -> None:
+    """Kills a process if it still lives; called on its machine. Does nothing if another one has its pid by now."""
+    if process.begin is not None and process.begin == _begin_of(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
 def last_words(process: StageProcess) -> LastWords:
     """Reads the files of a process that has died; called on its machine."""
     lines = _tail(process.log).strip().splitlines()
@@ -100,6 +111,13 @@ def death_cause(words: LastWords, report: str) -> str:
         return _KILLED
     lines = [line for line in report.splitlines() if not line.startswith("\t")]
     return f"died: {' '.join(lines)}"[:MAX_LINE_CHARACTERS]
+
+
+def _begin_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:  # it has ended, or this is not Linux
+        return None
 
 
 def _tail(path: Path | None) -> str:

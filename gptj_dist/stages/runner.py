@@ -145,6 +145,12 @@ class StageRunner:
             sizes = batch_sizes(spec.max_batch_size)
             self._steps = RecordedSteps(self._model, self._cache, sizes, GraphRecorder())
 
+    def reset(self) -> None:
+        """Releases all requests. Weights and the cache's memory stay."""
+        if self._cache is not None:
+            for request_id in list(self._requests):
+                self._release(request_id, self._cache)
+
     @torch.inference_mode()
     def step(self, plan: Plan, before: StageOutput | None) -> StageOutput | Result:
         """Computes one plan.
@@ -242,10 +248,7 @@ class StageRunner:
     def _register(self, plan: Plan, cache: KVCache) -> None:
         """Updates the stage's requests, histories and KV blocks from the plan."""
         for request_id in plan.released:
-            del self._requests[request_id]
-            self._histories.pop(request_id, None)
-            self._pools.release(request_id)
-            cache.release(request_id)
+            self._release(request_id, cache)
         for request in plan.new_requests:
             self._requests[request.request_id] = request
             cache.add(request.request_id)
@@ -262,6 +265,12 @@ class StageRunner:
         for request in plan.new_requests:
             if request.begins_with is not None:
                 cache.copy(request.begins_with.request_id, request.request_id, request.begins_with.num_tokens)
+
+    def _release(self, request_id: int, cache: KVCache) -> None:
+        del self._requests[request_id]
+        self._histories.pop(request_id, None)
+        self._pools.release(request_id)
+        cache.release(request_id)
 
     def _first_history(self, begins_with: PromptCopy | None) -> list[int]:
         """The tokens that a request shares with the one it copies KV from. Both requests have the same sampling."""

@@ -1,0 +1,96 @@
+"""The coordinator's part of a ring: sends plans to stage 0, receives results from the last stage, watches all stages.
+
+A ring lasts for one epoch. It ends with the first loss. Then `StageGroup` joins its stages to the next ring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from functools import partial
+
+from gptj_dist.engine.plan import Plan, Result
+from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.stages.background import run_in_background
+from gptj_dist.stages.ray_errors import summary
+from gptj_dist.stages.transport.edge import AsyncInbound, Outbound
+from gptj_dist.stages.transport.frames import EndFrame, PlanFrame, ResultFrame
+
+END_TIMEOUT_S = 2.0
+
+
+class Ring:
+    """An `engine.Executor` over running stages.
+
+    Args:
+        inbound, outbound: the coordinator's ends of the edges from the last stage and to stage 0.
+        runs: for each stage, what resolves or fails when the stage no longer computes frames.
+
+    Attributes:
+        is_closed: whether `close` was called.
+        deaths: for each stage that has died, the error of its run.
+        edge_bytes: bytes received over the ring's edges: from the coordinator to stage 0, from stage 0 to stage 1, and
+            so on, and from the last stage to the coordinator.
+        num_dropped: connections and messages that the receiving ends had dropped when their last frame arrived.
+    """
+
+    def __init__(self, inbound: AsyncInbound, outbound: Outbound, runs: Sequence[Awaitable[None]]) -> None:
+        self._inbound = inbound
+        self._outbound = outbound
+        self.is_closed = False
+        self.deaths: dict[int, Exception] = {}
+        self.edge_bytes = [0] * (len(runs) + 1)
+        self.num_dropped = [0] * (len(runs) + 1)
+        self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
+        self._collector = run_in_background("collector of results", self._collect(), self._note_receive_error)
+        self._watchers = [
+            run_in_background(f"run() of stage {index}", _finished(running), partial(self._note_death, index))
+            for index, running in enumerate(runs)
+        ]
+
+    def submit(self, plan: Plan) -> None:
+        self._outbound.send(PlanFrame(plan, None))
+
+    async def receive(self) -> Result:
+        result = await self._results.get()
+        if isinstance(result, GPTJDistError):
+            raise result
+        return result
+
+    async def end(self) -> None:
+        """Lets the stages end their runs, if frames still pass all of them; then closes the ring."""
+        if self.is_closed:
+            return
+        self._outbound.send(EndFrame())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await asyncio.gather(*self._watchers)
+        self.close()
+
+    def close(self) -> None:
+        """Sends, receives and watches no more. A second call does nothing."""
+        self.is_closed = True
+        for task in (self._collector, *self._watchers):
+            task.cancel()
+        self._outbound.close()
+        self._inbound.close()
+
+    async def _collect(self) -> None:
+        while isinstance(frame := await self._inbound.receive(), ResultFrame):
+            for edge, traffic in enumerate((*frame.edges, self._inbound.traffic)):
+                self.edge_bytes[edge] += traffic.frame_bytes
+                self.num_dropped[edge] = traffic.num_dropped
+            self._results.put_nowait(frame.result)
+
+    def _note_receive_error(self, error: Exception) -> None:
+        self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
+
+    def _note_death(self, index: int, error: Exception) -> None:
+        """Called when a stage's run ends, which means that the stage died unless `end` was called."""
+        self.deaths[index] = error
+        self._results.put_nowait(StageFailedError(f"stage {index} {summary(error)}"))
+
+
+async def _finished(running: Awaitable[None]) -> None:
+    await running
