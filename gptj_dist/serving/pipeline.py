@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -59,7 +59,7 @@ class PipelineStatus(PipelineFacts):
 
     Args:
         work, coordinator_ns: see `PipelineStats`.
-        edge_bytes: see `StageGroup`; since the stages were started last.
+        edge_bytes: see `Ring`; since the stages were joined last.
         port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
     """
 
@@ -98,7 +98,7 @@ class Pipeline:
         self._log = LogSettings(log_format, model_name, self._name, log_level)
         open_log(log_directory(), self._log, "coordinator")
         self._blueprint = draw_blueprint(config)
-        self._placement = Placement(
+        placement = Placement(
             group=ray.util.get_current_placement_group(),
             device=device,
             cpus=cpus_per_stage,
@@ -112,7 +112,7 @@ class Pipeline:
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: StageGroup
         self._loaded: LoadedPipeline
-        self._group, self._loaded = await self._start_stages()
+        self._group, self._loaded = await StageGroup.start(self._blueprint, placement, self._epoch, self._log)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
@@ -240,16 +240,15 @@ class Pipeline:
         await self._group.stop()
 
     async def _drive(self) -> None:
-        """Runs the engine, and replaces the stages each time that one dies. Raises if they cannot be replaced."""
+        """Runs the engine, and replaces each stage that dies. Raises if that cannot be done."""
         while True:
             try:
                 await self._engine.run()
             except GPTJDistError as error:
-                logger.error("stage lost, pipeline restarts", extra=values(error=str(error)))
+                logger.error("stage lost, pipeline replaces it", extra=values(error=str(error)))
                 began_s = time.monotonic()
-                self._group.kill()
                 self._give_up_on_requests(began_s)
-                await asyncio.gather(self._note_losses(self._group), self._restart())
+                await asyncio.gather(self._note_losses(self._group.losses()), self._restart())
                 self._note_return(time.monotonic() - began_s)
 
     def _give_up_on_requests(self, now_s: float) -> None:
@@ -260,9 +259,9 @@ class Pipeline:
             times = f"{MAX_LOSSES_IN_WINDOW} times within {LOSS_WINDOW_S:g} s"
             self._engine.fail(StageFailedError(f"stages of the pipeline died {times}; try again shortly"))
 
-    async def _note_losses(self, group: StageGroup) -> None:
+    async def _note_losses(self, reading: Awaitable[list[StageLoss]]) -> None:
         try:
-            losses = await group.losses()
+            losses = await reading
         except Exception:  # the new stages do not depend on it
             logger.exception("cause of a loss is unknown")
             return
@@ -282,7 +281,7 @@ class Pipeline:
         for attempt in range(1, MAX_RESTARTS_IN_A_ROW + 1):
             self._epoch += 1
             try:
-                self._group, self._loaded = await self._start_stages()
+                self._loaded = await self._group.join(self._epoch)
             except Exception:  # whatever it is, the next attempt or Serve's next replica may succeed
                 logger.exception("restart failed", extra=values(attempt=attempt, most=MAX_RESTARTS_IN_A_ROW))
                 await asyncio.sleep(RESTART_DELAY_S * 2 ** (attempt - 1))
@@ -296,9 +295,7 @@ class Pipeline:
         logger.error("pipeline lost", exc_info=error, extra=values(error=str(error)))
         self._end = error
         self._engine.fail(StageFailedError(f"the pipeline has ended: {error}"))
-
-    async def _start_stages(self) -> tuple[StageGroup, LoadedPipeline]:
-        return await StageGroup.start(self._blueprint, self._placement, self._epoch, self._log)
+        self._group.kill()
 
 
 def _shape(loaded: LoadedPipeline) -> dict[str, object]:

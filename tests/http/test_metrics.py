@@ -190,7 +190,7 @@ def test_a_stage_that_dies_is_a_restart_and_a_line_in_the_log_and_no_error(serve
     wait_until(lambda: sums(server)["pipeline_up"] == 2, "both pipelines are back")
     lines = [line for path in log_directory().glob("coordinator-*") for line in path.read_text().splitlines()]
     events = Counter(json.loads(line)["event"] for line in lines)
-    assert events["stage lost, pipeline restarts"] == events["stage died"] == events["pipeline back"] == 2
+    assert events["stage lost, pipeline replaces it"] == events["stage died"] == events["pipeline back"] == 2
     died = [json.loads(line) for line in lines if '"stage died"' in line]
     assert {line["pid"] for line in died} == {pipeline.stages[1].pid for pipeline in document.pipelines}
     assert all("SIGKILL" in line["cause"] and line["node"] and line["last_log_line"] for line in died)

@@ -52,6 +52,9 @@ def cluster() -> Iterator[None]:
         yield
 
 
+GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+
+
 class LogitsStage(Stage):
     """A stage whose last one sends logits where it would send tokens."""
 
@@ -216,9 +219,9 @@ def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
         async with running_group(config, epoch=1, log=log) as (group, engine, driver):
             stream = engine.generate([1, 2, 3], SamplingParams(max_tokens=900, ignore_eos=True))
             await anext(stream)
-            process = group._placed[1].process
+            process = group._members[1].placed.process
             if signal_number is None:
-                ray.kill(group._stages[1])
+                ray.kill(group._members[1].actor)
             else:
                 os.kill(process.pid, signal_number)
             with pytest.raises(StageFailedError, match="stage 1 died"):
@@ -232,11 +235,64 @@ def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("lost", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+def test_streams_go_on_when_lost_stages_are_replaced_and_the_others_keep_their_processes(lost: tuple[int, ...]) -> None:
+    params = SamplingParams(max_tokens=60, ignore_eos=True, seed=3)
+
+    async def run() -> None:
+        config = PipelineConfig("demo", stages=3, dtype="float32")
+        async with running_group(config, epoch=20) as (group, engine, driver):
+            expected = [await complete(engine, prompt, params, 0) for prompt in ([1, 2, 3], [4] * 40)]
+            streams = [engine.generate(prompt, params) for prompt in ([1, 2, 3], [4] * 40)]
+            begun = [(await anext(stream)).token_ids for stream in streams]
+            pids = _pids(group)
+            for index in lost:
+                os.kill(pids[index], signal.SIGKILL)
+            with pytest.raises(StageFailedError):
+                await asyncio.wait_for(driver, timeout=20)
+            loaded = await group.join(21)
+            engine.resume(loaded.make_scheduler(), group, loaded.limits())
+            second_driver = asyncio.create_task(engine.run())
+            rest = await asyncio.gather(*map(_tokens, streams))
+            assert [first + later for first, later in zip(begun, rest, strict=True)] == expected
+            assert [index for index in range(3) if _pids(group)[index] != pids[index]] == list(lost)
+            second_driver.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_stage_that_dies_while_another_is_replaced_is_replaced_by_the_next_join() -> None:
+    async def run() -> None:
+        async with running_group(PipelineConfig("demo", stages=2), epoch=30) as (group, engine, driver):
+            expected = await complete(engine, [1, 2, 3], GREEDY, 0)
+            pids = _pids(group)
+            os.kill(pids[0], signal.SIGKILL)
+            with pytest.raises(StageFailedError):
+                await asyncio.wait_for(driver, timeout=20)
+            joining = asyncio.create_task(group.join(31))
+            while 0 in group._members:  # noqa: ASYNC110  # the timeout of the test limits it
+                await asyncio.sleep(0.01)
+            os.kill(pids[1], signal.SIGKILL)
+            await asyncio.gather(joining, return_exceptions=True)  # as it happens: before or after stage 1 was renewed
+            loaded = await group.join(32)
+            engine.resume(loaded.make_scheduler(), group, loaded.limits())
+            second_driver = asyncio.create_task(engine.run())
+            assert await complete(engine, [1, 2, 3], GREEDY, 0) == expected
+            assert not set(pids) & set(_pids(group))
+            second_driver.cancel()
+
+    asyncio.run(run())
+
+
+def _pids(group: StageGroup) -> list[int]:
+    return [group._members[index].placed.process.pid for index in sorted(group._members)]
+
+
 def test_an_exception_in_a_stage_is_the_cause_of_its_death() -> None:
     async def run() -> None:
         async with running_group(PipelineConfig("demo", stages=2), epoch=5) as (group, _, _):
             group.submit(Plan(0, (), (), (Chunk(7, 0, (1,), (), True),)))  # a request that no stage knows
-            while not group._deaths:  # noqa: ASYNC110  # a death sets no event; the timeout of the test limits it
+            while not group._present_ring.deaths:  # noqa: ASYNC110  # a death sets no event; the timeout of the test limits it
                 await asyncio.sleep(0.01)
             (loss,) = await group.losses()
             assert (loss.stage, loss.cause) == (0, "failed: KeyError: 7")
@@ -247,7 +303,7 @@ def test_an_exception_in_a_stage_is_the_cause_of_its_death() -> None:
 def test_processes_are_called_by_pipeline_and_stage() -> None:
     async def titles() -> list[str]:
         async with running_group(PipelineConfig("demo", stages=2), epoch=6) as (group, _, _):
-            return [title_of(placed.process.pid) for placed in group._placed]
+            return [title_of(pid) for pid in _pids(group)]
 
     expected = [f"ray::gptj-dist:test-6-2:stage-{index}" for index in range(2)]
     assert [title.removesuffix(".run") for title in asyncio.run(titles())] == expected

@@ -46,7 +46,7 @@ THIRD_PARTY_OF = {
     "checkpoint": {"torch", "huggingface_hub"},
     "answers": {"pydantic", "pydantic_core"},
 }
-RAY_MODULES = {"stages.actor", "stages.group"}
+RAY_MODULES = {"stages.actor", "stages.group", "stages.ray_errors"}
 RAY_UNITS = {"serving", "operate", "cli"}
 
 

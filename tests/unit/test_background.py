@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 
 from gptj_dist.answers.local import running_engine
 from gptj_dist.config import LayerRange
+from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.engine.scheduler import Scheduler
@@ -28,16 +29,16 @@ from gptj_dist.serving.pipeline import MAX_LOSSES_IN_WINDOW, MAX_RESTARTS_IN_A_R
 from gptj_dist.serving.sockets import why_not_listen
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
-from gptj_dist.stages.group import StageGroup
 from gptj_dist.stages.loss import StageLoss
+from gptj_dist.stages.ring import Ring
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame
+from tests.fakes import FakeExecutor
 from tests.unit.test_async_engine import (
     LIMITS,
     PROMPT,
     collect,
     expected_tokens,
-    make_engine,
     make_executor,
     make_scheduler,
     until,
@@ -59,22 +60,34 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 class FakeGroup:
-    """Stages over a fake executor.
+    """Stages over fake executors.
 
     Args:
-        error: what `kill` raises.
+        joins: for each time that the stages are joined after the first, an error or the next executor.
     """
 
     num_dropped = (0, 0)
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, joins: Iterator[Exception | FakeExecutor]) -> None:
         self.executor = make_executor(is_paused=True)
-        self.submit, self.receive = self.executor.submit, self.executor.receive
-        self._error = error
+        self.is_killed = False
+        self._joins = joins
+
+    def submit(self, plan: Plan) -> None:
+        self.executor.submit(plan)
+
+    async def receive(self) -> Result:
+        return await self.executor.receive()
+
+    async def join(self, _: int) -> Any:
+        joined = next(self._joins)
+        if isinstance(joined, Exception):
+            raise joined
+        self.executor = joined
+        return FakeLoaded()
 
     def kill(self) -> None:
-        if self._error is not None:
-            raise self._error
+        self.is_killed = True
 
     async def losses(self) -> list[StageLoss]:
         return [LOSS]
@@ -98,14 +111,9 @@ class FakeLoaded:
 
 
 class Replica(Pipeline):
-    """A pipeline whose stages start as told, without Ray.
+    """A pipeline over fake stages, without Ray."""
 
-    Args:
-        starts: for each time that stages are started after the first, what comes of it.
-    """
-
-    def __init__(self, group: FakeGroup, starts: Iterator[Exception | FakeGroup]) -> None:
-        self._starts = starts
+    def __init__(self, group: FakeGroup) -> None:
         self._name = "replica"
         self._epoch = 0
         self._end = None
@@ -114,15 +122,8 @@ class Replica(Pipeline):
         self._group: Any = group
         self._loaded: Any = FakeLoaded()
         self._outbox: Any = SimpleNamespace(num_malformed=0)
-        self._engine = make_engine(group.executor)
+        self._engine = AsyncEngine(make_scheduler(), self._group, LIMITS)
         self._driver = run_in_background("driver", self._drive(), self._note_end)
-
-    async def _start_stages(self) -> Any:
-        start = next(self._starts)
-        if isinstance(start, Exception):
-            raise start
-        start.executor.go_on()
-        return start, FakeLoaded()
 
     def __del__(self) -> None:  # type: ignore[override]
         """Nothing was started."""
@@ -139,8 +140,8 @@ def test_after_any_error_while_stages_start_the_next_attempt_serves_requests(
     error: Exception, num_failures: int
 ) -> None:
     async def scenario() -> None:
-        group = FakeGroup()
-        replica = Replica(group, iter([*[error] * num_failures, FakeGroup()]))
+        group = FakeGroup(iter([*[error] * num_failures, make_executor()]))
+        replica = Replica(group)
         await until(lambda: replica._engine.is_up)
         group.executor.fail()
         await until(lambda: replica._epoch == num_failures + 1 and replica._engine.is_up)
@@ -156,21 +157,22 @@ def test_after_any_error_while_stages_start_the_next_attempt_serves_requests(
 @pytest.mark.parametrize("error", [TOO_MANY_FILES, StageFailedError("no"), RuntimeError("no")])
 def test_a_pipeline_whose_stages_never_start_again_is_lost_and_fails_its_health_check(error: Exception) -> None:
     async def scenario() -> None:
-        group = FakeGroup()
         states: list[str] = []
 
-        def starts() -> Iterator[Exception]:
+        def joins() -> Iterator[Exception]:
             for _ in range(MAX_RESTARTS_IN_A_ROW):
                 states.append(replica._facts().state)
                 yield error
 
-        replica = Replica(group, starts())
+        group = FakeGroup(joins())
+        replica = Replica(group)
         states.append(replica._facts().state)
         replica.check_health()
         group.executor.fail()
         await until(replica._driver.done)
         states.append(replica._facts().state)
         assert states == ["up", *["restarting"] * MAX_RESTARTS_IN_A_ROW, "lost"]
+        assert group.is_killed
         with pytest.raises(StageFailedError, match="could not be restarted in 3 attempts"):
             replica.check_health()
         with pytest.raises(NotReadyError):
@@ -181,29 +183,18 @@ def test_a_pipeline_whose_stages_never_start_again_is_lost_and_fails_its_health_
 
 def test_when_stages_die_again_and_again_requests_fail_and_the_pipeline_comes_back() -> None:
     async def scenario() -> None:
-        groups = [FakeGroup() for _ in range(MAX_LOSSES_IN_WINDOW + 1)]
-        replica = Replica(groups[0], iter(groups[1:]))
+        dying = [make_executor(is_paused=True) for _ in range(MAX_LOSSES_IN_WINDOW - 1)]
+        group = FakeGroup(iter([*dying, make_executor()]))
+        replica = Replica(group)
         request = asyncio.ensure_future(collect(replica._engine.generate(PROMPT, PARAMS)))
         await until(lambda: replica._engine.scheduler.num_running == 1)
-        for group in groups[:-1]:
-            group.executor.fail()
+        for executor in (group.executor, *dying):
+            executor.fail()
         with pytest.raises(StageFailedError, match=f"died {MAX_LOSSES_IN_WINDOW} times"):
             await request
         await until(lambda: replica._epoch == MAX_LOSSES_IN_WINDOW and replica._engine.is_up)
         assert await collect(replica._engine.generate(PROMPT, PARAMS)) == expected_tokens(PROMPT, PARAMS)
         replica._driver.cancel()
-
-    run(scenario)
-
-
-def test_an_error_while_dead_stages_are_ended_fails_the_health_check() -> None:
-    async def scenario() -> None:
-        group = FakeGroup(RuntimeError("Ray has gone"))
-        replica = Replica(group, iter([]))
-        group.executor.fail()
-        await until(replica._driver.done)
-        with pytest.raises(StageFailedError, match="Ray has gone"):
-            replica.check_health()
 
     run(scenario)
 
@@ -236,9 +227,9 @@ class FakeOutbound:
         assert linger_ms >= 0
 
 
-def group_of(sentinels: list[Any], receiving: Exception | None = None) -> StageGroup:
+def ring_of(runs: list[Any], receiving: Exception | None = None) -> Ring:
     inbound: Any = FakeInbound(receiving)
-    return StageGroup([], [], inbound, FakeOutbound(), sentinels)
+    return Ring(inbound, FakeOutbound(), runs)
 
 
 async def _end_of_run(error: Exception | None) -> None:
@@ -257,10 +248,10 @@ async def _end_of_run(error: Exception | None) -> None:
 )
 def test_however_the_run_of_a_stage_ends_the_stage_counts_as_dead(error: Exception | None) -> None:
     async def scenario() -> None:
-        group = group_of([asyncio.Future(), _end_of_run(error)])
+        ring = ring_of([asyncio.Future(), _end_of_run(error)])
         with pytest.raises(StageFailedError, match="stage 1"):
-            await group.receive()
-        group.kill()
+            await ring.receive()
+        ring.close()
 
     run(scenario)
 
@@ -268,10 +259,10 @@ def test_however_the_run_of_a_stage_ends_the_stage_counts_as_dead(error: Excepti
 @pytest.mark.parametrize("error", [TOO_MANY_FILES, RuntimeError("no")])
 def test_a_coordinator_that_can_no_longer_receive_fails_its_requests(error: Exception) -> None:
     async def scenario() -> None:
-        group = group_of([asyncio.Future()], receiving=error)
+        ring = ring_of([asyncio.Future()], receiving=error)
         with pytest.raises(StageFailedError, match="can no longer receive results"):
-            await group.receive()
-        group.kill()
+            await ring.receive()
+        ring.close()
 
     run(scenario)
 
@@ -314,15 +305,15 @@ def test_when_the_engine_of_this_process_ends_present_and_later_requests_fail(en
     run(scenario)
 
 
-def test_stages_that_were_killed_can_be_stopped() -> None:
-    """As when a replica is drained while its stages restart."""
+def test_a_closed_ring_can_be_ended() -> None:
+    """As when a replica is drained while a stage is replaced."""
 
     async def scenario() -> None:
         transport = open_transport(epoch=0)
         inbound = transport.async_inbound("127.0.0.1")
-        group = StageGroup([], [], inbound, transport.outbound(inbound.address), [])
-        group.kill()
-        await group.stop()
+        ring = Ring(inbound, transport.outbound(inbound.address), [])
+        ring.close()
+        await ring.end()
         port = inbound.address.partition("#")[0].rpartition(":")[2]
         assert not why_not_listen("127.0.0.1", int(port))
 

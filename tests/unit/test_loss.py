@@ -26,7 +26,7 @@ def test_a_stage_that_crashes_leaves_the_name_of_its_signal_and_its_last_log_lin
     with errors.open("wb") as file:
         code = "import faulthandler, os, signal; faulthandler.enable(); os.kill(os.getpid(), signal.SIGSEGV)"
         subprocess.run([sys.executable, "-c", code], stderr=file, check=False)
-    words = last_words(StageProcess("here", 12, log, errors))
+    words = last_words(StageProcess("here", 12, None, log, errors))
     assert words == LastWords("stage ready kv_blocks=7", "Segmentation fault")
     assert death_cause(words, KILLED) == "crashed: Segmentation fault"
 
@@ -51,8 +51,8 @@ def test_files_that_are_missing_empty_large_or_no_text_are_no_error(tmp_path: Pa
     large.write_bytes(b"x" * 200_000 + b"\nthe end" + b"y" * 300)
     broken.write_bytes(b"\xff\xfe\n\x80")
     for path, line in ((None, None), (tmp_path / "none", None), (tmp_path, None), (broken, "\ufffd")):
-        assert last_words(StageProcess("here", 12, path, path)) == LastWords(line)
-    assert last_words(StageProcess("here", 12, large, large)).log_line == ("the end" + "y" * 300)[:200]
+        assert last_words(StageProcess("here", 12, None, path, path)) == LastWords(line)
+    assert last_words(StageProcess("here", 12, None, large, large)).log_line == ("the end" + "y" * 300)[:200]
 
 
 def test_a_process_knows_where_its_errors_go(tmp_path: Path) -> None:
