@@ -18,6 +18,7 @@ from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
 from gptj_dist.stages.loss import StageProcess
+from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.request_log import RequestLog
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 END_LINGER_MS = 1000
 
 CONCURRENCY_GROUPS = {"run": 1, "progress": 1}
-"""For `ray.remote`: `progress` is answered while `load` or `run` runs."""
+"""For `ray.remote`: calls of the group `progress` are answered while one of the group `run` runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Stage:
         self._open(epoch)
         self._requests = RequestLog()
         self._progress = "starting"
+        self._is_computing = False
         self._cores: CoreClaim | None = None
 
     def describe(self) -> PlacedStage:
@@ -98,6 +100,11 @@ class Stage:
         """A readable description of what `load` is doing. Can be called while `load` runs."""
         return self._progress
 
+    @ray.method(concurrency_group="progress")
+    def pulse(self) -> Pulse:
+        """A sign of life. Can be called while `run` runs."""
+        return Pulse(self._runner.num_beats, self._is_computing)
+
     @ray.method(concurrency_group="run")
     def allocate(self, num_blocks: int) -> None:
         """Calls `StageRunner.allocate`."""
@@ -112,7 +119,9 @@ class Stage:
         try:
             while not isinstance(frame := self._inbound.receive(), EndFrame):
                 if not self._is_leaving:
+                    self._is_computing = True
                     outbound.send(self._compute(frame))
+                    self._is_computing = False
             outbound.send(frame)
         finally:
             outbound.close(END_LINGER_MS)

@@ -33,6 +33,7 @@ from gptj_dist.stages.blueprint import (
     require_memory,
 )
 from gptj_dist.stages.loss import LastWords, StageLoss, StageProcess, death_cause, end_process, last_words
+from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.ring import Ring
 from gptj_dist.stages.transport import open_transport
@@ -47,8 +48,9 @@ NODE_TIMEOUT_S = 10.0
 PLACEMENT_TIMEOUT_S = 600.0
 """How long the cluster may take to find room for all stages and to start their processes."""
 
+ANSWER_TIMEOUT_S = 5.0
 LEAVE_TIMEOUT_S = 30.0
-"""How long a stage may take to end its present step and to leave its ring. A slower one is replaced."""
+"""How long a stage may take to answer, and to end its step and leave its ring. One that takes longer is replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class StageGroup:
         outbound = transport.outbound(members[0].placed.address)
         next_addresses = [*(member.placed.address for member in members[1:]), inbound.address]
         runs = [member.actor.run.remote(address) for member, address in zip(members, next_addresses, strict=True)]
-        self._ring = Ring(inbound, outbound, runs)
+        self._ring = Ring(inbound, outbound, runs, lambda index: members[index].actor.pulse.remote())
         return loaded
 
     @property
@@ -195,8 +197,9 @@ class StageGroup:
 
         async def renew(index: int, member: _Member) -> None:
             try:
-                async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     await member.actor.leave.remote()
+                async with asyncio.timeout(LEAVE_TIMEOUT_S):
                     address = await member.actor.renew.remote(epoch)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 logger.error("stage could not leave its ring", extra=values(stage=index, error=summary(error)))
@@ -269,8 +272,8 @@ async def _answer(index: int, placed: PlacedStage, call: Any) -> Any:
 
 async def _loss(index: int, placed: PlacedStage, error: Exception) -> StageLoss:
     words = await _on_node(placed, last_words) or LastWords()
-    has_raised = isinstance(error, ray.exceptions.RayTaskError)
-    cause = summary(error) if has_raised else death_cause(words, str(error))
+    is_known = isinstance(error, ray.exceptions.RayTaskError | StageHungError)
+    cause = summary(error) if is_known else death_cause(words, str(error))
     return StageLoss(index, cause, placed.process.host, placed.process.pid, words.log_line)
 
 

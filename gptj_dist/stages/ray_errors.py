@@ -5,6 +5,7 @@ from __future__ import annotations
 import ray
 
 from gptj_dist.errors import GPTJDistError
+from gptj_dist.stages.pulse import StageHungError
 
 
 def own_error(error: Exception) -> GPTJDistError | None:
@@ -15,6 +16,8 @@ def own_error(error: Exception) -> GPTJDistError | None:
 
 def summary(error: Exception) -> str:
     """A short description of how a stage ended; continues its name."""
+    if isinstance(error, StageHungError):
+        return str(error)
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"failed: {_first_line(error.cause)}"
     if isinstance(error, ray.exceptions.ActorDiedError):

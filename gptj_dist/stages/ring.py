@@ -6,13 +6,14 @@ A ring lasts for one epoch. It ends with the first loss. Then `StageGroup` joins
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.stages.background import run_in_background
+from gptj_dist.stages.pulse import PERIOD_S, Pulse, Pulses
 from gptj_dist.stages.ray_errors import summary
 from gptj_dist.stages.transport.edge import AsyncInbound, Outbound
 from gptj_dist.stages.transport.frames import EndFrame, PlanFrame, ResultFrame
@@ -26,6 +27,7 @@ class Ring:
     Args:
         inbound, outbound: the coordinator's ends of the edges from the last stage and to stage 0.
         runs: for each stage, what resolves or fails when the stage no longer computes frames.
+        feel: asks a stage, by its index, for its pulse.
 
     Attributes:
         is_closed: whether `close` was called.
@@ -35,21 +37,33 @@ class Ring:
         num_dropped: connections and messages that the receiving ends had dropped when their last frame arrived.
     """
 
-    def __init__(self, inbound: AsyncInbound, outbound: Outbound, runs: Sequence[Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        inbound: AsyncInbound,
+        outbound: Outbound,
+        runs: Sequence[Awaitable[None]],
+        feel: Callable[[int], Awaitable[Pulse]],
+    ) -> None:
         self._inbound = inbound
         self._outbound = outbound
+        self._feel = feel
+        self._pulses = Pulses(len(runs))
+        self._num_in_flight = 0
+        self._has_landed = False
         self.is_closed = False
         self.deaths: dict[int, Exception] = {}
         self.edge_bytes = [0] * (len(runs) + 1)
         self.num_dropped = [0] * (len(runs) + 1)
         self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
         self._collector = run_in_background("collector of results", self._collect(), self._note_receive_error)
+        self._watch = run_in_background("watch of pulses", self._watch_pulses(), self._note_watch_error)
         self._watchers = [
             run_in_background(f"run() of stage {index}", _finished(running), partial(self._note_death, index))
             for index, running in enumerate(runs)
         ]
 
     def submit(self, plan: Plan) -> None:
+        self._num_in_flight += 1
         self._outbound.send(PlanFrame(plan, None))
 
     async def receive(self) -> Result:
@@ -71,7 +85,7 @@ class Ring:
     def close(self) -> None:
         """Sends, receives and watches no more. A second call does nothing."""
         self.is_closed = True
-        for task in (self._collector, *self._watchers):
+        for task in (self._collector, self._watch, *self._watchers):
             task.cancel()
         self._outbound.close()
         self._inbound.close()
@@ -81,13 +95,40 @@ class Ring:
             for edge, traffic in enumerate((*frame.edges, self._inbound.traffic)):
                 self.edge_bytes[edge] += traffic.frame_bytes
                 self.num_dropped[edge] = traffic.num_dropped
+            self._num_in_flight -= 1
+            self._has_landed = True
+            self._pulses.note_result([(timing.end_ns - timing.begin_ns) * 1e-9 for timing in frame.result.timings])
             self._results.put_nowait(frame.result)
+
+    async def _watch_pulses(self) -> None:
+        """Finds stages that hang. While results arrive, or nothing is in flight, it asks no stage."""
+        asked: dict[int, asyncio.Future[Pulse]] = {}
+        while True:
+            self._has_landed = False
+            await asyncio.sleep(PERIOD_S)
+            if self._has_landed or self._num_in_flight == 0:
+                self._pulses.restart()
+                continue
+            self._pulses.pass_time()
+            for index in range(len(self._watchers)):
+                if index in asked and asked[index].done() and asked[index].exception() is None:
+                    self._pulses.note_answer(index, asked[index].result())
+                if index not in asked or asked[index].done():
+                    asked[index] = asyncio.ensure_future(self._feel(index))
+            for index, error in self._pulses.hung().items():
+                self._note_death(index, error)
+            self._pulses.check_frames()
+
+    def _note_watch_error(self, error: Exception) -> None:
+        self._results.put_nowait(StageFailedError(str(error)))
 
     def _note_receive_error(self, error: Exception) -> None:
         self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
 
     def _note_death(self, index: int, error: Exception) -> None:
         """Called when a stage's run ends, which means that the stage died unless `end` was called."""
+        if index in self.deaths:
+            return
         self.deaths[index] = error
         self._results.put_nowait(StageFailedError(f"stage {index} {summary(error)}"))
 

@@ -63,6 +63,9 @@ class StageRunner:
     Args:
         spec: the stage's layers, model and device.
 
+    Attributes:
+        num_beats: layers that were begun or computed, a sign of life.
+
     Raises:
         ConfigurationError: the machine does not have the device that the spec names.
     """
@@ -78,6 +81,7 @@ class StageRunner:
         self._steps: RecordedSteps | None = None
         self._threads: ThreadChooser | None = None
         self._sampler = Sampler(spec.rules, self._device)
+        self.num_beats = 0
 
     def describe_device(self) -> DeviceReport:
         """Describes the stage's device."""
@@ -204,6 +208,7 @@ class StageRunner:
 
     def _pass(self, pooled: Mapping[int, Sequence[Span]], depth: int, hidden: Tensor) -> None:
         """Called with the hidden states before the first layer and after each layer."""
+        self.num_beats += 1
         if self._threads is not None:
             num_layers = depth - self._spec.layers.start
             self._threads.end_layer(num_layers - 1) if num_layers else self._threads.begin_step()

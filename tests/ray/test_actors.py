@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -280,6 +281,59 @@ def test_a_stage_that_dies_while_another_is_replaced_is_replaced_by_the_next_joi
             assert await complete(engine, [1, 2, 3], GREEDY, 0) == expected
             assert not set(pids) & set(_pids(group))
             second_driver.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_stage_that_hangs_is_found_killed_and_replaced() -> None:
+    async def run() -> None:
+        async with running_group(PipelineConfig("demo", stages=2), epoch=40) as (group, engine, driver):
+            expected = await complete(engine, [1, 2, 3], GREEDY, 0)
+            pids = _pids(group)
+            os.kill(pids[1], signal.SIGSTOP)
+            stream = engine.generate([1, 2, 3], GREEDY)
+            going_on = asyncio.create_task(_tokens(stream))
+            with pytest.raises(StageFailedError, match="stage 1 hung"):
+                await asyncio.wait_for(driver, timeout=60)
+            (loss,) = await group.losses()
+            assert (loss.pid, loss.cause.partition(":")[0]) == (pids[1], "hung")
+            loaded = await group.join(41)
+            engine.resume(loaded.make_scheduler(), group, loaded.limits())
+            second_driver = asyncio.create_task(engine.run())
+            assert await going_on == expected
+            assert _pids(group)[0] == pids[0]
+            with pytest.raises(ProcessLookupError):
+                os.kill(pids[1], 0)
+            second_driver.cancel()
+
+    asyncio.run(run())
+
+
+class SlowStage(Stage):
+    """A stage that takes longer for a step than one that hangs has time to give a sign of life."""
+
+    def _compute(self, frame: Frame) -> Frame:
+        run_layer = self._runner._pass
+
+        def slow(*arguments: Any) -> None:
+            time.sleep(0.4)
+            run_layer(*arguments)
+
+        self._runner._pass = slow  # type: ignore[assignment,method-assign]
+        try:
+            return super()._compute(frame)
+        finally:
+            self._runner._pass = run_layer  # type: ignore[method-assign]
+
+
+def test_a_slow_stage_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "Stage", SlowStage)
+
+    async def run() -> None:
+        async with running_group(PipelineConfig("demo", stages=2), epoch=50) as (group, engine, driver):
+            assert len(await complete(engine, [1, 2, 3], replace(GREEDY, max_tokens=1), 0)) == 1
+            assert not driver.done()
+            assert not group._present_ring.deaths
 
     asyncio.run(run())
 

@@ -30,6 +30,7 @@ from gptj_dist.serving.sockets import why_not_listen
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
 from gptj_dist.stages.loss import StageLoss
+from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.ring import Ring
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame
@@ -229,7 +230,11 @@ class FakeOutbound:
 
 def ring_of(runs: list[Any], receiving: Exception | None = None) -> Ring:
     inbound: Any = FakeInbound(receiving)
-    return Ring(inbound, FakeOutbound(), runs)
+    return Ring(inbound, FakeOutbound(), runs, no_pulse)
+
+
+async def no_pulse(_: int) -> Pulse:
+    raise AssertionError("no plan is in flight")
 
 
 async def _end_of_run(error: Exception | None) -> None:
@@ -311,7 +316,7 @@ def test_a_closed_ring_can_be_ended() -> None:
     async def scenario() -> None:
         transport = open_transport(epoch=0)
         inbound = transport.async_inbound("127.0.0.1")
-        ring = Ring(inbound, transport.outbound(inbound.address), [])
+        ring = Ring(inbound, transport.outbound(inbound.address), [], no_pulse)
         ring.close()
         await ring.end()
         port = inbound.address.partition("#")[0].rpartition(":")[2]

@@ -1,0 +1,99 @@
+"""Tells a stage that hangs from one that is slow. Knows neither Ray nor sockets.
+
+A stage that computes goes from layer to layer, however slow it is. One whose process stands still no longer answers.
+One whose device is stuck answers, but stays at its layer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+PERIOD_S = 0.5
+"""Time between two looks at the stages, while no result arrives."""
+
+BASE_LIMIT_S = 2.0
+STEPS_LIMIT = 3.0
+"""A stage hangs after `BASE_LIMIT_S`, and this many of the longest recent steps, without a sign of life."""
+
+LOST_FRAME_LIMIT_S = 10.0
+"""Time without a result after which a frame is lost, if all stages live and none has a frame."""
+
+NUM_RECENT_STEPS = 64
+
+
+class Pulse(NamedTuple):
+    """A stage's answer.
+
+    Args:
+        num_beats: layers that it has begun or computed since it was loaded.
+        is_computing: whether it has a frame.
+    """
+
+    num_beats: int
+    is_computing: bool
+
+
+class StageHungError(Exception):
+    """A stage gave no sign of life for too long; the message continues its name."""
+
+
+class LostFrameError(Exception):
+    """All stages wait for a frame that has not arrived."""
+
+
+class Pulses:
+    """The signs of life of a ring's stages, while plans are in flight."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._last: list[Pulse | None] = [None] * num_stages
+        self._silent_s = [0.0] * num_stages
+        self._waits_s = 0.0
+        self._steps_s: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
+
+    @property
+    def limit_s(self) -> float:
+        """Time without a sign of life after which a stage hangs."""
+        return BASE_LIMIT_S + STEPS_LIMIT * max(self._steps_s, default=0.0)
+
+    def note_result(self, step_s: Sequence[float]) -> None:
+        """A result has passed all stages.
+
+        Args:
+            step_s: each stage's seconds.
+        """
+        self._steps_s.extend(step_s)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins anew: nothing is in flight, or all stages have shown that they live."""
+        self._silent_s = [0.0] * len(self._silent_s)
+        self._waits_s = 0.0
+
+    def note_answer(self, index: int, pulse: Pulse) -> None:
+        """A stage has answered."""
+        if pulse != self._last[index] or not pulse.is_computing:
+            self._silent_s[index] = 0.0
+        if pulse.is_computing:
+            self._waits_s = 0.0
+        self._last[index] = pulse
+
+    def pass_time(self) -> None:
+        """Counts one period. It counts as `PERIOD_S` however long it took: on a busy machine stages are late, too."""
+        self._waits_s += PERIOD_S
+        for index in range(len(self._silent_s)):
+            self._silent_s[index] += PERIOD_S
+
+    def hung(self) -> dict[int, StageHungError]:
+        """The stages that hang, and why they count as such."""
+        return {
+            index: StageHungError(f"hung: it made no progress for {silent_s:g} s, and was killed")
+            for index, silent_s in enumerate(self._silent_s)
+            if silent_s > self.limit_s
+        }
+
+    def check_frames(self) -> None:
+        """Raises LostFrameError if no stage has had a frame for so long that it must be lost."""
+        if self._waits_s > max(LOST_FRAME_LIMIT_S, self.limit_s):
+            raise LostFrameError(f"a frame was lost: all stages have waited for one for {self._waits_s:g} s")
