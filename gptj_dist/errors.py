@@ -11,6 +11,7 @@
     ├── TooManyRequestsError    more is asked for than there is room or allowance for; `retry_after_s` says when to come
     ├── NotReadyError           no pipeline can make a token right now; trying again may help
     ├── StageFailedError        its pipeline failed with the request in flight; trying again may help
+    │   └── PipelineLostError   the pipeline is gone as a whole; another one can go on with the request
     └── ServerError             a server that the command line asked refused, broke off or is not there
 
 All of them survive pickling, because they cross process borders.
@@ -80,6 +81,10 @@ class NotReadyError(GPTJDistError):
 
 class StageFailedError(GPTJDistError):
     """The pipeline, or a stage of it, failed while the request was in flight; no more tokens follow."""
+
+
+class PipelineLostError(StageFailedError):
+    """The pipeline is gone as a whole. Another one can go on with the request from its record."""
 
 
 class ServerError(GPTJDistError):

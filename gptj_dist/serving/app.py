@@ -26,6 +26,9 @@ MAX_ONGOING_REQUESTS = 10_000
 STOP_MARGIN_S = 5.0
 """What a replica may take to stop beyond the time of its last requests."""
 
+HEALTH_CHECK_PERIOD_S = 2.0
+"""How often Serve looks whether a replica is still there. It replaces one that has died after this time at most."""
+
 STOP_POLL_S = 0.2
 """How often a replica that stops looks whether its last requests are answered."""
 
@@ -60,6 +63,7 @@ def make_application(
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s + STOP_MARGIN_S,
         "graceful_shutdown_wait_loop_s": STOP_POLL_S,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
     }
     of_pipelines = {
         **common,

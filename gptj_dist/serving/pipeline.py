@@ -24,7 +24,7 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.stats import StageWork
-from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError, TooManyRequestsError
+from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
@@ -291,10 +291,10 @@ class Pipeline:
         raise StageFailedError(f"the stages could not be restarted in {MAX_RESTARTS_IN_A_ROW} attempts")
 
     def _note_end(self, error: Exception) -> None:
-        """Called when the driver ends. Requests fail from now on, and `check_health` has Serve replace the replica."""
+        """Called when the driver ends. Requests go on elsewhere, and `check_health` has Serve replace the replica."""
         logger.error("pipeline lost", exc_info=error, extra=values(error=str(error)))
         self._end = error
-        self._engine.fail(StageFailedError(f"the pipeline has ended: {error}"))
+        self._engine.fail(PipelineLostError(f"the pipeline has ended: {error}"))
         self._group.kill()
 
 

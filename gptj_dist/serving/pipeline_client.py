@@ -14,11 +14,12 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord
-from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError
 from gptj_dist.logs import values
 from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import PipelineDocument
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
+from gptj_dist.serving.moves import lasting
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.trace import TracePart
@@ -42,6 +43,7 @@ class PipelineClient:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._problem: str | None = None
+        self._end: Exception | None = None
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
         self._limits: EngineLimits | None = None
         self._limits_task = run_in_background("wait for the first pipeline", self._fetch_limits(), self._note_no_limits)
@@ -62,7 +64,8 @@ class PipelineClient:
         self._feed.stop()
 
     def fail_streams(self, error: Exception) -> None:
-        """Ends all streams that are open with the error."""
+        """Ends all streams with the error, those that wait for another pipeline, too."""
+        self._end = error
         self._feed.fail(error)
 
     def limits(self) -> EngineLimits:
@@ -72,9 +75,14 @@ class PipelineClient:
         return self._limits
 
     def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
-        """Implements `TokenSource`."""
+        """Implements `TokenSource`. The streams outlive pipelines."""
         call = _Call(self._handle, self._feed, records)
-        return [call.stream(choice) for choice in range(len(records))]
+        return [lasting(call.stream(choice), record, self._reopen) for choice, record in enumerate(records)]
+
+    def _reopen(self, record: RequestRecord) -> AsyncGenerator[Delta, None]:
+        if self._end is not None:
+            raise self._end
+        return _Call(self._handle, self._feed, [record]).stream(0)
 
     async def prove_ready(self) -> None:
         """Returns when a pipeline has recently generated a token.
@@ -179,17 +187,17 @@ async def _failure(call: DeploymentResponse) -> Exception:
     try:
         await call
         await asyncio.sleep(LAST_TOKENS_S)
-        return StageFailedError("the pipeline's tokens were lost on their way")
+        return PipelineLostError("the pipeline's tokens were lost on their way")
     except RayTaskError as error:
         return error.cause if isinstance(error.cause, GPTJDistError) else error
     except RayActorError:
-        return StageFailedError("the pipeline's coordinator died")
+        return PipelineLostError("the pipeline's coordinator died")
     except RayServeException as error:  # the deployment has failed
         logger.error("no pipeline takes a request", extra=values(error=repr(error)))
         return NotReadyError("no pipeline takes requests right now")
     except asyncio.CancelledError:
         if (task := asyncio.current_task()) is not None and task.cancelling():
             raise  # the streams' readers have left
-        return StageFailedError("the pipeline cancelled the request")
+        return PipelineLostError("the pipeline cancelled the request")
     except Exception as error:
         return error

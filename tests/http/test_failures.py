@@ -115,20 +115,6 @@ def test_while_a_stage_is_replaced_the_pipeline_is_not_ready_and_new_requests_wa
     assert server.is_ready()
 
 
-def test_a_coordinator_that_dies_fails_its_requests_clearly_and_serve_brings_a_pipeline_back(server: Server) -> None:
-    client = start_client(server, stream=True, n=1)
-    assert client.stdout is not None
-    assert client.stdout.readline().startswith("data: ")
-    before = server.status()
-    os.kill(before.pid, signal.SIGKILL)
-    events = [line.removeprefix("data: ") for line in client.stdout.read().splitlines() if line]
-    client.wait(timeout=30)
-    assert json.loads(events[-1])["error"]["code"] == "stage_failed"
-    wait_until(lambda: not any(is_alive(stage.pid) for stage in before.stages), "its stages are gone")
-    wait_until(server.is_ready, "a new pipeline is there")
-    assert server.status().pid != before.pid
-
-
 def test_an_ingress_that_dies_ends_its_requests_and_another_one_takes_over(server: Server) -> None:
     client = start_client(server, stream=True)
     wait_until(lambda: server.status().num_running == 4, "the request runs")
@@ -195,11 +181,3 @@ def read_if_there(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:  # the process has just ended
         return ""
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

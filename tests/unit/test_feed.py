@@ -16,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
-from gptj_dist.errors import GPTJDistError, NotReadyError, StageFailedError
+from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.serving import feed
 from gptj_dist.serving import pipeline_client as pipelines
@@ -122,12 +122,12 @@ def _task_error(cause: Exception) -> RayTaskError:
     ("failure", "expected"),
     [
         (lambda: _task_error(NotReadyError("restarting")), NotReadyError("restarting")),
-        (RayActorError, StageFailedError("the pipeline's coordinator died")),
+        (RayActorError, PipelineLostError("the pipeline's coordinator died")),
         (
             lambda: DeploymentUnavailableError(DeploymentID("Pipeline")),
             NotReadyError("no pipeline takes requests right now"),
         ),
-        (lambda: None, StageFailedError("the pipeline's tokens were lost on their way")),
+        (lambda: None, PipelineLostError("the pipeline's tokens were lost on their way")),
     ],
 )
 def test_a_stream_without_tokens_says_why(

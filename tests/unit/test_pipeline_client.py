@@ -56,6 +56,7 @@ class Replica(Pipeline):
         self._engine = rig.engine
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
+        self._group: Any = SimpleNamespace(kill=lambda: None)
 
     def __del__(self) -> None:  # type: ignore[override]
         """Nothing was started."""

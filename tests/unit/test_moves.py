@@ -1,0 +1,309 @@
+"""Requests whose pipelines are lost: the client gets every token once, wherever the pipeline dies, or a clear error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+
+from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.record import RequestRecord, new_records
+from gptj_dist.engine.request import FinishReason
+from gptj_dist.errors import (
+    InvalidRequestError,
+    NotReadyError,
+    PipelineLostError,
+    StageFailedError,
+    TooManyRequestsError,
+)
+from gptj_dist.params import SamplingParams
+from gptj_dist.serving import moves, pipeline_client
+from gptj_dist.serving.moves import MAX_MOVES, lasting
+from gptj_dist.serving.pipeline_client import PipelineClient
+from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, turns
+from tests.unit.test_pipeline_client import NUM_CHOICES, Replica, polled
+
+PARAMS = SamplingParams(max_tokens=6, seed=6)
+TOKENS = expected_tokens(PROMPT, PARAMS)
+LOST = PipelineLostError("the pipeline's coordinator died")
+NOT_READY = NotReadyError("no pipeline takes requests right now")
+TIMEOUT_S = 20
+
+Stream = AsyncGenerator[Delta, None]
+
+
+@pytest.fixture(autouse=True)
+def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moves, "FIRST_DELAY_S", 0.0)
+    monkeypatch.setattr(moves, "MAX_DELAY_S", 0.0)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+
+
+def run(scenario: Coroutine[None, None, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, TIMEOUT_S))
+
+
+@dataclass
+class Pipelines:
+    """Pipelines that generate `TOKENS`.
+
+    Args:
+        lives: of each, the number of tokens that it generates, and its error.
+
+    Attributes:
+        records: with which their streams were opened.
+    """
+
+    lives: list[tuple[int, Exception | None]]
+    records: list[RequestRecord] = field(default_factory=list)
+    num_open: int = 0
+
+    def stream(self) -> Stream:
+        [record] = new_records(PROMPT, PARAMS, 1, "r")
+        return lasting(self.open(record), record, self.open)
+
+    async def open(self, record: RequestRecord) -> Stream:
+        self.records.append(record)
+        num_tokens, error = self.lives[len(self.records) - 1]
+        first = len(record.token_ids)
+        self.num_open += 1
+        try:
+            for place in range(first, first + num_tokens):
+                is_last = place == PARAMS.max_tokens - 1
+                yield Delta((TOKENS[place],), FinishReason.LENGTH if is_last else None)
+            if error is not None:
+                raise error
+            if first + num_tokens < PARAMS.max_tokens:
+                await asyncio.Event().wait()
+        finally:
+            self.num_open -= 1
+
+
+@pytest.mark.parametrize("second", range(PARAMS.max_tokens))
+@pytest.mark.parametrize("first", range(PARAMS.max_tokens))
+def test_wherever_two_pipelines_are_lost_the_tokens_are_those_of_one(first: int, second: int) -> None:
+    async def scenario() -> None:
+        second_life = min(second, PARAMS.max_tokens - 1 - first)
+        rest = PARAMS.max_tokens - first - second_life
+        pipelines = Pipelines([(first, LOST), (second_life, LOST), (rest, None)])
+        assert await collect(pipelines.stream()) == TOKENS
+        assert [len(record.token_ids) for record in pipelines.records] == [0, first, first + second_life]
+        assert [record.num_moves for record in pipelines.records] == [0, 1, 2]
+        assert len({record.noise_key for record in pipelines.records}) == 1
+        assert pipelines.num_open == 0
+
+    run(scenario())
+
+
+def test_a_request_under_which_pipelines_are_lost_again_and_again_fails() -> None:
+    async def scenario() -> None:
+        pipelines = Pipelines([(1, LOST)] * (MAX_MOVES + 1))
+        with pytest.raises(StageFailedError, match=f"{MAX_MOVES + 1} pipelines in a row .* coordinator died") as raised:
+            await collect(pipelines.stream())
+        assert type(raised.value) is StageFailedError
+        assert len(pipelines.records) == MAX_MOVES + 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "error", [TooManyRequestsError("full", 3), InvalidRequestError("no"), StageFailedError("5 times"), NOT_READY]
+)
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_what_a_request_is_refused_with_or_fails_with_is_not_tried_again(num_tokens: int, error: Exception) -> None:
+    async def scenario() -> None:
+        pipelines = Pipelines([(num_tokens, error)])
+        with pytest.raises(type(error)):
+            await collect(pipelines.stream())
+        assert len(pipelines.records) == 1
+
+    run(scenario())
+
+
+def test_a_request_waits_while_no_pipeline_is_ready() -> None:
+    async def scenario() -> None:
+        pipelines = Pipelines([(2, LOST), (0, NOT_READY), (0, NOT_READY), (1, LOST), (0, NOT_READY), (3, None)])
+        assert await collect(pipelines.stream()) == TOKENS
+        assert [record.num_moves for record in pipelines.records] == [0, 1, 1, 1, 2, 2]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("end", [(0, None), (0, NOT_READY)], ids=["silent", "not ready"])
+def test_a_request_that_no_pipeline_goes_on_with_fails_in_time(
+    monkeypatch: pytest.MonkeyPatch, end: tuple[int, Exception | None]
+) -> None:
+    monkeypatch.setattr(moves, "MOVE_TIMEOUT_S", 0.02)
+
+    async def scenario() -> None:
+        pipelines = Pipelines([(2, LOST), *[end] * 100_000])
+        with pytest.raises(StageFailedError, match=r"no other one went on with the request within 0\.02 s"):
+            await collect(pipelines.stream())
+        assert pipelines.num_open == 0
+
+    run(scenario())
+
+
+def test_a_request_whose_client_leaves_in_the_pause_is_not_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moves, "FIRST_DELAY_S", 1000.0)
+
+    async def scenario() -> None:
+        pipelines = Pipelines([(2, LOST), (4, None)])
+        reader = asyncio.create_task(collect(pipelines.stream()))
+        await turns()
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert (len(pipelines.records), pipelines.num_open) == (1, 0)
+
+    run(scenario())
+
+
+class Serve:
+    """As a handle of Serve's: calls go to the present replica, and fail if it dies."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.status = SimpleNamespace(remote=self._status)
+        self.generate = SimpleNamespace(remote=self._generate)
+        self.calls: list[asyncio.Task[None]] = []
+        self.put(rig)
+
+    def put(self, rig: Rig) -> None:
+        """Puts a replica over the engine in place."""
+        self.replica = Replica(rig)
+        self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def kill(self) -> None:
+        """Ends the replica with its calls."""
+        self.replica._outbox.stop()
+        self._death.set_result(None)
+
+    async def _status(self) -> SimpleNamespace:
+        return SimpleNamespace(limits=LIMITS)
+
+    def _generate(self, *arguments: Any) -> asyncio.Task[None]:
+        work = asyncio.ensure_future(self.replica.generate(*arguments))
+        self.calls.append(asyncio.ensure_future(self._call(work, self._death)))
+        return self.calls[-1]
+
+    async def _call(self, work: asyncio.Task[None], death: asyncio.Future[None]) -> None:
+        try:
+            await asyncio.wait((work, death), return_when=asyncio.FIRST_COMPLETED)
+            if death.done():
+                raise RayActorError
+            try:
+                work.result()
+            except Exception as error:
+                raise RayTaskError("generate", "a traceback", error) from error
+        finally:
+            work.cancel()
+
+
+@asynccontextmanager
+async def served(*, is_paused: bool) -> AsyncIterator[tuple[Rig, Serve, PipelineClient]]:
+    """An ingress's client of one replica."""
+    async with running(is_paused) as rig:
+        serve = Serve(rig)
+        handle: Any = serve
+        client = PipelineClient(handle)
+        yield rig, serve, client
+        await polled(lambda: all(call.done() for call in serve.calls), rig)
+        assert not client._feed._streams
+        serve.replica._outbox.stop()
+        client.close()
+
+
+@pytest.mark.parametrize("num_tokens", range(PARAMS.max_tokens))
+def test_all_completions_of_a_prompt_outlive_the_coordinator_wherever_it_dies(num_tokens: int) -> None:
+    async def scenario() -> None:
+        async with served(is_paused=True) as (rig, serve, client), running() as other:
+            got: list[list[int]] = [[] for _ in range(NUM_CHOICES)]
+
+            async def read(choice: int, stream: Stream) -> None:
+                async for delta in stream:
+                    got[choice] += delta.token_ids
+
+            streams = client.streams(new_records(PROMPT, PARAMS, NUM_CHOICES, "r"))
+            reading = [asyncio.create_task(read(choice, stream)) for choice, stream in enumerate(streams)]
+            while len(got[0]) < num_tokens:
+                if rig.executor._computed:
+                    rig.executor.step()
+                await asyncio.sleep(0.001)
+            serve.kill()
+            serve.put(other)
+            await asyncio.gather(*reading)
+            assert got == [expected_tokens(PROMPT, PARAMS, choice) for choice in range(NUM_CHOICES)]
+            await polled(lambda: not rig.scheduler.has_requests, rig)
+
+    run(scenario())
+
+
+def test_a_pipeline_that_has_ended_hands_its_requests_on() -> None:
+    async def scenario() -> None:
+        async with served(is_paused=True) as (rig, serve, client), running() as other:
+            [stream] = client.streams(new_records(PROMPT, PARAMS, 1, "r"))
+            reading = asyncio.create_task(collect(stream))
+            await rig.submitted(1)
+            rig.executor.step()
+            await rig.submitted(2)
+            ended = serve.replica
+            serve.put(other)
+            ended._note_end(StageFailedError("the stages could not be restarted in 3 attempts"))
+            assert await reading == TOKENS
+
+    run(scenario())
+
+
+def test_a_moved_request_is_accepted_though_too_many_wait_already() -> None:
+    async def scenario() -> None:
+        async with served(is_paused=True) as (rig, serve, client), running(is_paused=True) as full:
+            [stream] = client.streams(new_records(PROMPT, PARAMS, 1, "r"))
+            reading = asyncio.create_task(collect(stream))
+            await rig.submitted(1)
+            others = [asyncio.create_task(collect(full.engine.generate(PROMPT, PARAMS))) for _ in range(12)]
+            await turns()
+            assert full.scheduler.num_waiting > 2
+            serve.kill()
+            serve.put(full)
+            await polled(lambda: any(request.is_moved for request in full.scheduler._by_id.values()), rig)
+            full.executor.go_on()
+            assert await reading == TOKENS
+            await asyncio.gather(*others)
+
+    run(scenario())
+
+
+def test_requests_that_wait_for_another_pipeline_fail_when_the_ingress_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with served(is_paused=True) as (rig, serve, client):
+            streams = client.streams(new_records(PROMPT, PARAMS, 2, "r"))
+            reading = [asyncio.create_task(collect(stream)) for stream in streams]
+            await rig.submitted(1)
+            monkeypatch.setattr(moves, "FIRST_DELAY_S", 0.05)
+            serve.kill()
+            await turns()
+            client.fail_streams(NotReadyError("the server stopped"))
+            ends = await asyncio.gather(*reading, return_exceptions=True)
+            assert [str(end) for end in ends] == ["the server stopped"] * 2
+
+    run(scenario())
+
+
+def test_tokens_that_were_lost_behind_their_call_come_from_another_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_client, "LAST_TOKENS_S", 0.01)
+
+    async def scenario() -> None:
+        async with served(is_paused=False) as (rig, serve, client):
+            silent, put = serve.replica._outbox, serve.replica._outbox.put
+            monkeypatch.setattr(silent, "put", lambda to, number, delta: put(to, number, delta) if not number else None)
+            [stream] = client.streams(new_records(PROMPT, PARAMS, 1, "r"))
+            first = await anext(stream)
+            serve.put(rig)
+            assert [*first.token_ids, *await collect(stream)] == TOKENS
+
+    run(scenario())
