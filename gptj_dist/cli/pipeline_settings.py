@@ -47,6 +47,9 @@ OPTIONS: dict[str, Any] = {
     ],
     "max_batch_size": Annotated[int, _option("Most requests that run at once; more wait.")],
     "max_queued_requests": Annotated[int, _option("Most requests that wait in a pipeline; more are refused.")],
+    "spares": Annotated[
+        int, _option("Idle processes on each node that can take the place of a stage: a shorter pause when one dies.")
+    ],
     "generation_config": Annotated[
         Literal["auto", "none"],
         _option("'none' leaves out what generation_config.json says of sampling; its end tokens stay."),

@@ -43,43 +43,59 @@ class PlacedStage:
     Args:
         address: of its receiving end.
         node_id: Ray's name of its node.
+        visible_devices: the GPUs of its process, as in `CUDA_VISIBLE_DEVICES`; None if that is not set.
     """
 
     device: DeviceReport
     address: str
     process: StageProcess
     node_id: str
+    visible_devices: str | None
 
 
 class Stage:
-    """One stage of one pipeline. Call `load`, then `allocate`, then `run`. To join the next ring, `leave` and `renew`.
+    """One stage of a pipeline. Call `become`, `load`, `allocate` and `run`; to join the next ring, `leave` and `renew`.
 
-    Args:
-        epoch: number of the ring; frames of another one are dropped.
-        log: None logs nothing.
+    Before `become` it is a spare: a process that has imported torch and can become any stage.
     """
 
-    def __init__(self, spec: StageSpec, epoch: int, log: LogSettings | None = None) -> None:
-        from gptj_dist.stages.runner import StageRunner
+    def __init__(self) -> None:
+        import gptj_dist.stages.runner  # noqa: F401  # takes most of the time that a process needs to start
 
-        self._log_file: Path | None = None
-        if log is not None:
-            self._log_file = Path(open_log(log_directory(), log, f"stage-{spec.layers.stage}").baseFilename)
-        self._runner = StageRunner(spec)
-        self._clock = SteadyClock()
-        self._open(epoch)
-        self._requests = RequestLog()
         self._progress = "starting"
         self._is_computing = False
+        self._clock = SteadyClock()
+        self._requests = RequestLog()
         self._cores: CoreClaim | None = None
 
-    def describe(self) -> PlacedStage:
-        """Where the stage is."""
+    def become(
+        self, spec: StageSpec, epoch: int, log: LogSettings | None = None, visible_devices: str | None = None
+    ) -> PlacedStage:
+        """Takes the place of a stage.
+
+        Args:
+            epoch: number of the ring; frames of another one are dropped.
+            log: None logs nothing.
+            visible_devices: as in `PlacedStage`, of the stage whose place a spare takes; None keeps those that Ray set.
+
+        Raises:
+            ConfigurationError: the machine does not have the device that the spec names.
+        """
+        from gptj_dist.stages.runner import StageRunner
+
+        if visible_devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
+        log_file = None
+        if log is not None:
+            log_file = Path(open_log(log_directory(), log, f"stage-{spec.layers.stage}").baseFilename)
+        self._runner = StageRunner(spec)
+        self._open(epoch)
         return PlacedStage(
             device=self._runner.describe_device(),
             address=self._inbound.address,
-            process=StageProcess.this(self._log_file),
+            process=StageProcess.this(log_file),
             node_id=ray.get_runtime_context().get_node_id(),
+            visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         )
 
     @ray.method(concurrency_group="run")

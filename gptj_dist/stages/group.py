@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -92,6 +92,8 @@ class StageGroup:
         self._log = log
         self._specs = blueprint.stage_specs(placement.device)
         self._members: dict[int, _Member] = {}
+        self._dropped: dict[int, PlacedStage] = {}
+        self._spares: dict[str, list[Any]] = defaultdict(list)
         self._loaded: LoadedPipeline | None = None
         self._endings: list[asyncio.Task[None]] = []
         self._ring: Ring | None = None
@@ -128,7 +130,7 @@ class StageGroup:
         try:
             await self._renew(epoch)
             actors |= self._create(epoch, besides=actors)
-            loaded = await self._load(actors)
+            loaded = await self._load(actors, epoch)
         except BaseException:
             for index, actor in actors.items():
                 self._members.pop(index, None)
@@ -141,6 +143,7 @@ class StageGroup:
         next_addresses = [*(member.placed.address for member in members[1:]), inbound.address]
         runs = [member.actor.run.remote(address) for member, address in zip(members, next_addresses, strict=True)]
         self._ring = Ring(inbound, outbound, runs, lambda index: members[index].actor.pulse.remote())
+        self._create_spares()
         return loaded
 
     @property
@@ -171,7 +174,11 @@ class StageGroup:
             self._ring.close()
         for member in self._members.values():
             ray.kill(member.actor)
+        for spares in self._spares.values():
+            for spare in spares:
+                ray.kill(spare)
         self._members.clear()
+        self._spares.clear()
 
     def losses(self) -> Awaitable[list[StageLoss]]:
         """The causes of death of the stages that have died in the present ring. Call it before `join`."""
@@ -184,13 +191,23 @@ class StageGroup:
         return self._ring
 
     def _create(self, epoch: int, besides: Mapping[int, Any] | None = None) -> dict[int, Any]:
-        """Creates an actor for each stage that has none."""
-        taken = {*self._members, *(besides or ())}
+        """Takes a spare, or creates an actor, for each stage that has none."""
+        missing = set(range(len(self._specs))).difference(self._members, besides or ())
         return {
-            index: _stage_actor(self._placement, index, epoch).remote(spec, epoch, self._log)
-            for index, spec in enumerate(self._specs)
-            if index not in taken
+            index: self._take_spare(index) or _stage_actor(self._placement, index, epoch).remote()
+            for index in sorted(missing)
         }
+
+    def _take_spare(self, index: int) -> Any:
+        """A spare on the node of the stage that was dropped; None for none."""
+        spares = self._spares[self._dropped[index].node_id] if index in self._dropped else []
+        return spares.pop() if spares else None
+
+    def _create_spares(self) -> None:
+        """Creates spares on all nodes that have fewer than they should. Does not wait for them."""
+        for node_id in {member.placed.node_id for member in self._members.values()}:
+            for _ in range(self._blueprint.config.spares - len(self._spares[node_id])):
+                self._spares[node_id].append(_spare_actor(self._placement, node_id).remote())
 
     async def _renew(self, epoch: int) -> None:
         """Has the living stages leave their ring. Drops those that cannot."""
@@ -212,14 +229,15 @@ class StageGroup:
     def _drop(self, index: int) -> None:
         """Makes sure that a stage is dead, which frees its memory and its place."""
         member = self._members.pop(index)
+        self._dropped[index] = member.placed
         ray.kill(member.actor)
         # A process that hangs does not read Ray's message.
         self._endings.append(asyncio.create_task(_on_node(member.placed, end_process)))
 
-    async def _load(self, actors: Mapping[int, Any]) -> LoadedPipeline:
+    async def _load(self, actors: Mapping[int, Any], epoch: int) -> LoadedPipeline:
         """Loads new stages, makes them members, and sizes the caches."""
         blueprint, config = self._blueprint, self._blueprint.config
-        placed = {index: member.placed for index, member in self._members.items()} | await _place(actors)
+        placed = {index: member.placed for index, member in self._members.items()} | await self._place(actors, epoch)
         devices = [placed[index].device for index in range(len(self._specs))]
         kept = next(iter(self._members.values()), None)
         dtype = choose_dtype(config, blueprint.model, devices) if kept is None else kept.report.dtype
@@ -237,24 +255,29 @@ class StageGroup:
         self._loaded = loaded
         return loaded
 
+    async def _place(self, actors: Mapping[int, Any], epoch: int) -> dict[int, PlacedStage]:
+        """Waits until new actors have a process and have become their stages."""
+
+        def become(index: int) -> Any:
+            before = self._dropped.get(index)
+            devices = None if before is None else before.visible_devices
+            return actors[index].become.remote(self._specs[index], epoch, self._log, devices)
+
+        try:
+            async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
+                placed = await asyncio.gather(*map(become, actors))
+                return dict(zip(actors, placed, strict=True))
+        except TimeoutError:
+            raise StageFailedError(f"the stages were not placed within {PLACEMENT_TIMEOUT_S:.0f} s") from None
+        except ray.exceptions.RayError as error:
+            raise own_error(error) or StageFailedError(f"a stage {summary(error)}") from error
+
     def _as_before(self, index: int, report: StageReport) -> StageReport:
         """The report of a stage that replaces another one in the same memory, in which caches have their room."""
         before = None if self._loaded is None else self._loaded.reports[index]
         if before is None or before.device.memory_pool != report.device.memory_pool:
             return report
         return replace(report, free_bytes=before.free_bytes)
-
-
-async def _place(actors: Mapping[int, Any]) -> dict[int, PlacedStage]:
-    """Waits until new actors are placed and their processes run."""
-    try:
-        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
-            placed = await asyncio.gather(*(actor.describe.remote() for actor in actors.values()))
-            return dict(zip(actors, placed, strict=True))
-    except TimeoutError:
-        raise StageFailedError(f"the stages were not placed within {PLACEMENT_TIMEOUT_S:.0f} s") from None
-    except ray.exceptions.RayError as error:
-        raise own_error(error) or StageFailedError(f"a stage {summary(error)}") from error
 
 
 async def _answers(placed: Mapping[int, PlacedStage], calls: Mapping[int, Any]) -> dict[int, Any]:
@@ -300,6 +323,14 @@ def _stage_actor(placement: Placement, index: int, epoch: int) -> Any:
         num_gpus=placement.gpus,
         max_restarts=0,
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=index + 1),
+    )
+
+
+def _spare_actor(placement: Placement, node_id: str) -> Any:
+    """The actor class of a spare. It asks for no resources: those of the stage whose place it takes stay reserved."""
+    title = f"{ACTOR_NAME_PREFIX}:{placement.name.rpartition('::')[2]}:spare"
+    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(type(title, (Stage,), {})).options(
+        num_cpus=0, max_restarts=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
     )
 
 

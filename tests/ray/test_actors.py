@@ -98,8 +98,10 @@ def logits_in_one_process(prompts: list[list[int]]) -> Logits:
 def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
     blueprint = draw_blueprint(PipelineConfig("demo", stages=num_stages, device="cpu"))
     actor_class = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(LogitsStage)
-    stages = [actor_class.options(num_cpus=0.5).remote(spec, 3) for spec in blueprint.stage_specs("cpu")]
-    addresses = [placed.address for placed in ray.get([stage.describe.remote() for stage in stages])]
+    specs = blueprint.stage_specs("cpu")
+    stages = [actor_class.options(num_cpus=0.5).remote() for _ in specs]
+    places = ray.get([stage.become.remote(spec, 3) for stage, spec in zip(stages, specs, strict=True)])
+    addresses = [placed.address for placed in places]
     ray.get([stage.load.remote("float32", 1) for stage in stages])
     ray.get([stage.allocate.remote(NUM_BLOCKS) for stage in stages])
     transport = open_transport(epoch=3)
@@ -285,6 +287,26 @@ def test_a_stage_that_dies_while_another_is_replaced_is_replaced_by_the_next_joi
     asyncio.run(run())
 
 
+def test_a_spare_takes_the_place_of_a_lost_stage_and_gets_a_successor() -> None:
+    async def run() -> None:
+        async with running_group(PipelineConfig("demo", stages=2, spares=1), epoch=60) as (group, engine, driver):
+            expected = await complete(engine, [1, 2, 3], GREEDY, 0)
+            ((spare,),) = group._spares.values()
+            for epoch in (61, 62):
+                os.kill(_pids(group)[1], signal.SIGKILL)
+                with pytest.raises(StageFailedError):
+                    await asyncio.wait_for(driver, timeout=20)
+                loaded = await group.join(epoch)
+                assert group._members[1].actor == spare
+                ((spare,),) = group._spares.values()
+                engine.resume(loaded.make_scheduler(), group, loaded.limits())
+                driver = asyncio.create_task(engine.run())
+                assert await complete(engine, [1, 2, 3], GREEDY, 0) == expected
+            driver.cancel()
+
+    asyncio.run(run())
+
+
 def test_a_stage_that_hangs_is_found_killed_and_replaced() -> None:
     async def run() -> None:
         async with running_group(PipelineConfig("demo", stages=2), epoch=40) as (group, engine, driver):
@@ -388,8 +410,8 @@ def test_a_checkpoint_that_breaks_while_loading_is_told_and_leaves_no_actor(tmp_
 class StageWithoutCompiler(Stage):
     """A stage whose machine has no compiled attention, if it is the last."""
 
-    def describe(self) -> PlacedStage:
-        placed = super().describe()
+    def become(self, *arguments: Any) -> PlacedStage:
+        placed = super().become(*arguments)
         if not self._runner._spec.layers.is_last:
             return placed
         return replace(placed, device=replace(placed.device, kernels="torch's attention"))
