@@ -14,24 +14,45 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-$(TORCH_VERSION)
 DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 
-.PHONY: serve test quick lint bench eval clean
+# Tests that run make do so with flags of their own.
+PYTEST := env -u MAKEFLAGS $(BIN)/python -m pytest --durations=25
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+
+# The pipelines of several tests share the cores, so their threads wait for each other asleep.
+test quick: export OMP_WAIT_POLICY := PASSIVE
+# Compiled tests are kept, or each process would compile them all.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: serve test quick lint style types test-without-ray test-with-ray test-alone bench eval clean
 
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
 
-# Tests without Ray compute, so their threads wait asleep for each other. Tests with Ray mostly wait.
-test: lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --durations=25 -m "not ray"
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 -m "ray and not alone"
-	$(BIN)/python -m pytest --durations=25 -m alone
+# What looks for a Ray on this machine runs beside tests that start none. Each job prints its output when it has ended.
+test: style
+	$(MAKE) --jobs 2 --output-sync=target types test-without-ray test-alone
+	$(MAKE) test-with-ray
+
+test-without-ray: $(DEVELOPMENT)
+	$(PYTEST) $(WORKERS) -m "not ray"
+
+test-with-ray: $(DEVELOPMENT)
+	$(PYTEST) $(WORKERS) -m "ray and not alone" tests/http tests/ray
+
+test-alone: $(DEVELOPMENT)
+	$(PYTEST) -m alone tests/http
 
 # All but what starts Ray and the long comparisons of numbers.
 quick: lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit
 
-lint: $(DEVELOPMENT)
+lint: style types
+
+style: $(DEVELOPMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(DEVELOPMENT)
 	$(BIN)/mypy
 
 bench: $(DEVELOPMENT)

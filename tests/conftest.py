@@ -16,6 +16,33 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+LONGEST_MODULES = (
+    "test_cli_serve",
+    "test_stop",
+    "test_many_requests",
+    "test_failures",
+    "test_scaling",
+    "test_access",
+    "test_local_nodes",
+    "test_against_transformers",
+    "test_reader_fuzz",
+    "test_exact",
+    "test_exit_codes",
+    "test_streams",
+    "test_kernels",
+    "test_library",
+    "test_llm_calls",
+    "test_shared_prompt",
+    "test_hub_protocol",
+)
+"""Those that start Ray, then the others; the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the modules that take longest first, so that no worker is left with one of them at the end."""
+    rank = {name: number for number, name in enumerate(LONGEST_MODULES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish() -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_MODULES
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -128,3 +130,13 @@ def test_what_readme_names_outside_the_wheel_is_in_a_clone() -> None:
     assert "in the repository, as `examples/` and `benchmarks/` are, and not in the installed package" in " ".join(
         readme.split()
     )
+
+
+def test_tests_that_start_ray_are_where_make_looks_for_them() -> None:
+    tests = CLUSTER.parent / "tests"
+    marked = {path.parent.name for path in tests.rglob("test_*.py") if re.search(r"mark\.ray\b", path.read_text())}
+    assert marked == {"http", "ray"}
+
+
+def test_modules_that_are_said_to_take_longest_exist() -> None:
+    assert set(LONGEST_MODULES) <= {path.stem for path in (CLUSTER.parent / "tests").rglob("test_*.py")}
