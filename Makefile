@@ -14,12 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-$(TORCH_VERSION)
 DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 
-# Tests that run make do so with flags of their own.
-PYTEST := env -u MAKEFLAGS $(BIN)/python -m pytest --durations=25
+# Processes of several tests share the cores, so their threads wait for each other asleep. Tests call make without flags.
+PYTEST := env -u MAKEFLAGS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=25
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
-# The pipelines of several tests share the cores, so their threads wait for each other asleep.
-test quick: export OMP_WAIT_POLICY := PASSIVE
 # Compiled tests are kept, or each process would compile them all.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -44,7 +42,7 @@ test-alone: $(DEVELOPMENT)
 
 # All but what starts Ray and the long comparisons of numbers.
 quick: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit
+	$(PYTEST) -n 2 --dist loadfile -m "not slow" tests/unit
 
 lint: style types
 

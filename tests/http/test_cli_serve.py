@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,13 @@ import httpx
 import pytest
 
 from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.operate.launch.processes import command_lines
 from gptj_dist.serving.debug import DebugDocument
 from tests.http.command import STOP_LIMIT_S, Command, running, wait_until_gone
 from tests.http.server import free_port
+from tests.http.test_stop import NUM_STREAMS, Streams
 from tests.unit.test_trace import check
+from tests.verbs import run_verb
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -48,15 +50,15 @@ def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mi
         assert found.keys() == {"ingress", "coordinator", "stage-0", "stage-1"}
         assert "INFO ingress request accepted model=tiny" in found["ingress"]
         assert "The state of the Union is" in found["ingress"]
-        lines: list[str] = []
-        reader = threading.Thread(target=_read_stream, args=(base, lines))
-        reader.start()
-        wait_until(lambda: len(lines) > 3, "the stream flows")
         wait_until(lambda: len(_stages_of(trace)) == 2, "the trace has both stages")
+        _is_planned_for(command, base)
+        streams = Streams(base, num_tokens=1000)
+        assert len(_stages_of(trace)) == 2
         command.interrupt()
         wait_until_gone(command)
-        reader.join(timeout=STOP_LIMIT_S)
         assert command.process.returncode == 0
+        assert f"{NUM_STREAMS} requests took longer than 1 s and were cut" in command.output()
+        assert all("the server stopped before this answer was complete" in end for end in streams.ends())
         assert "Traceback" not in command.output()
         assert all(len(slices) >= 40 for slices in _stages_of(trace).values())
 
@@ -94,13 +96,19 @@ def _stages_of(trace: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: slices for (_, name), slices in lanes.items() if name.startswith("stage")}
 
 
-def _read_stream(base: str, lines: list[str]) -> None:
-    body = {"prompt": "Call me", "max_tokens": 1000, "ignore_eos": True, "stream": True, "n": 8}
-    try:
-        with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as response:
-            lines.extend(line for line in response.iter_lines() if line)
-    except httpx.TransportError:
-        lines.append("cut")
+def _is_planned_for(command: Command, base: str) -> None:
+    """`gptj-dist plan --devices cluster` plans for the server's Ray while it serves."""
+    lines = command_lines()
+    (address,) = {
+        argument.removeprefix("--gcs-address=")
+        for pid in command.family()
+        for argument in lines.get(pid, ())
+        if argument.startswith("--gcs-address=")
+    }
+    done = run_verb("plan", "demo", "--devices", "cluster", "--address", address, COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    assert "gptj-dist serve demo --layers 28" in done.stdout
+    assert httpx.get(f"{base}/ready").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -228,16 +236,3 @@ def test_more_than_the_machine_has_is_refused_with_a_hint_and_ray_is_ended() -> 
         assert command.process.wait(timeout=60) == 2
         assert "try --cpus-per-stage" in command.output()
         wait_until(lambda: command.family() == [], "no process is left", STOP_LIMIT_S)
-
-
-def test_the_benchmark_measures_a_running_server_and_ends_in_one_json_document() -> None:
-    port = free_port()
-    with running([*SERVE, "demo", "--port", str(port)]) as command:
-        base = command.wait_for(r"Ready after .* at (http://\S+)")
-        arguments = ["--concurrency", "1", "2", "--output-len", "4", "--requests-per-client", "1", "--base", base]
-        result = subprocess.run(
-            [sys.executable, "-m", "benchmarks.http", *arguments], capture_output=True, text=True, check=True
-        )
-        figures = json.loads(result.stdout.splitlines()[-1])
-        assert [load["max_concurrency"] for load in figures["closed_loop"]] == [1, 2]
-        assert all({"median_ttft_ms", "output_throughput"} <= load.keys() for load in figures["closed_loop"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -162,3 +163,13 @@ def test_nothing_listens_beyond_loopback(server: Server) -> None:
     ours = [line for line in lines if "ray" in line or "gcs" in line or "python" in line]
     assert any(server.base.rpartition(":")[2] in line for line in ours)
     assert [line for line in ours if not line.split()[3].startswith(("127.", "[::1]", "[::ffff:127."))] == []
+
+
+def test_the_benchmark_measures_a_running_server_and_ends_in_one_json_document(server: Server) -> None:
+    arguments = ["--concurrency", "1", "2", "--output-len", "4", "--requests-per-client", "1", "--base", server.base]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.http", *arguments], capture_output=True, text=True, check=True
+    )
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert [load["max_concurrency"] for load in figures["closed_loop"]] == [1, 2]
+    assert all({"median_ttft_ms", "output_throughput"} <= load.keys() for load in figures["closed_loop"])
