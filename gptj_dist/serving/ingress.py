@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
@@ -27,6 +29,9 @@ from gptj_dist.stages.actor import log_directory
 
 LAST_WORDS_S = 2.0
 """Time for interrupted streams to send their error to the client."""
+
+SWITCH_S = 0.001
+"""Time that a thread which works may take from the event loop. Python's 5 ms are spent several times for a token."""
 
 CUT = NotReadyError("the server stopped before this answer was complete")
 
@@ -76,6 +81,7 @@ class Ingress:
         )
         self._listener = None if listen is None else Listener(self._app, listen, LAST_WORDS_S)
         garbage.settle()
+        sys.setswitchinterval(SWITCH_S)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve after the constructor."""
