@@ -36,6 +36,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
 NO_TOKEN = -1
 """The sampler's answer where every token is ruled out."""
 
+BROKEN_TOKEN = -2
+"""The sampler's answer where the model computed no numbers, but NaN."""
+
 PoolingKind = Literal["mean", "last"]
 
 

@@ -17,11 +17,13 @@ from gptj_dist.engine.journal import Journal
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord, noise_key
-from gptj_dist.engine.request import Prompt, Request
+from gptj_dist.engine.request import FinishReason, Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import GPTJDistError, NotReadyError, RequestTooLongError, StageFailedError
 from gptj_dist.params import SamplingParams
+
+BROKEN = "the model computed NaN in place of the next token's logits"
 
 
 class AsyncEngine:
@@ -206,6 +208,9 @@ class AsyncEngine:
                 broken.result()
             result, landed_ns = receiving.result(), self.stats.now_ns()
             for output in self.scheduler.update(result):
+                if output.finish_reason == FinishReason.ERROR:
+                    self._fail_request(output.request, StageFailedError(BROKEN))
+                    continue
                 self.last_token_s = self._clock()
                 self._mailboxes[output.request.request_id].put(_delta(output))
                 self.journal.note_output(output, landed_ns)

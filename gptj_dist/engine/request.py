@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 
 from gptj_dist.engine.plan import NewRequest, PromptCopy, PromptLogprobs
-from gptj_dist.params import NO_TOKEN, SamplingParams, TokenLogprobs
+from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, SamplingParams, TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -16,6 +16,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CONTENT_FILTER = "content_filter"
+    ERROR = "error"
+    """Its stream ends with an error instead."""
 
 
 @dataclass(slots=True, eq=False)
@@ -113,9 +115,11 @@ class Request:
         """Adds a sampled token; returns the reason if it ends the request.
 
         Args:
-            token_id: `NO_TOKEN` ends the request before `max_tokens`.
+            token_id: `NO_TOKEN` and `BROKEN_TOKEN` end the request before `max_tokens`.
         """
         self.is_awaiting_token = False
+        if token_id == BROKEN_TOKEN:
+            return FinishReason.ERROR
         if self.params.max_tokens == 0:
             return FinishReason.LENGTH
         if token_id == NO_TOKEN:

@@ -32,7 +32,7 @@ from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, Result
 from gptj_dist.engine.request import FinishReason, Request, run_order
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
-from gptj_dist.params import NO_TOKEN, TokenLogprobs
+from gptj_dist.params import TokenLogprobs
 from gptj_dist.sizes import ceil_div
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
@@ -365,7 +365,7 @@ class Scheduler:
             self._waiting.num_tokens += request.num_tokens - num_tokens
         if reason is not None:
             self._remove(request)
-        is_kept = request.params.max_tokens > 0 and token_id != NO_TOKEN
+        is_kept = request.params.max_tokens > 0 and token_id >= 0
         return TokenOutput(request, token_id, reason, logprobs) if is_kept else TokenOutput(request, None, reason)
 
     def _take_embedding(self, request: Request, data: bytes) -> TokenOutput:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gptj_dist.engine.stats import StageWork
     from gptj_dist.serving.pipeline import PipelineStatus
 
-FINISH_REASONS = (*FinishReason, "abort", "error")
+FINISH_REASONS = (*FinishReason, "abort")
 _BOUNDS = (*(f"{bound / 1e9:g}" for bound in BOUNDS_NS), "+Inf")
 
 _Kind = type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gptj_dist.model.sampler import Sampler, SampleSpec, uniform_noise
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import BROKEN_TOKEN, SamplingParams
 from gptj_dist.token_rules import TokenRules
 
 CPU = torch.device("cpu")
@@ -293,11 +293,12 @@ def test_huge_logits_are_no_trouble(spec: SampleSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", [PLAIN, _with(PLAIN, top_k=2), _with(PLAIN, top_p=0.5), GREEDY])
-def test_a_broken_row_yields_some_token_and_harms_no_other(spec: SampleSpec) -> None:
+@pytest.mark.parametrize("where", [slice(None), 7])
+def test_a_broken_row_is_noticed_and_harms_no_other(spec: SampleSpec, where: slice | int) -> None:
     logits = _random_logits(2, 40)
-    logits[0] = math.nan
+    logits[0, where] = math.nan
     broken, whole = _sample(logits, spec, PLAIN)
-    assert 0 <= broken < 40
+    assert broken == BROKEN_TOKEN
     assert whole == _sample(logits[1:], PLAIN)[0]
 
 
