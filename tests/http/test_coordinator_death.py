@@ -41,13 +41,20 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    template = tmp_path_factory.mktemp("chat") / "template.jinja"
+@pytest.fixture(params=[1, 2], ids=["one pipeline", "two pipelines"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    template = tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     settings = {"model": "demo", "stages": 2, "device": "cpu", "dtype": "float32", "chat_template": str(template)}
-    with serving(settings) as server:
+    with serving(settings, {"num_replicas": request.param}) as server:
+        wait_until(lambda: len(pipelines(server)) == request.param, "all pipelines are there")
         yield server
+
+
+def pipelines(server: Server) -> list[str]:
+    """The names of the pipelines that are up."""
+    lines = server.client.get("/metrics").text.splitlines()
+    return [line for line in lines if line.startswith("gptj_dist_pipeline_up{") and line.endswith(" 1.0")]
 
 
 def ask(server: Server, path: str, body: dict[str, Any], has_begun: threading.Event) -> dict[str, Any]:
@@ -100,18 +107,19 @@ def test_every_client_gets_the_same_text_as_if_the_coordinator_had_not_died(serv
             return asked, list(begun.values())
 
         undisturbed = {name: answer.result() for name, answer in ask_all()[0].items()}
-        before = server.status()
         answers, begun = ask_all()
         for event in begun:
             assert event.wait(CLIENT_TIMEOUT_S)
+        before = server.status()
         os.kill(before.pid, signal.SIGKILL)
         is_over = {name: answer.done() for name, answer in answers.items()}
         pids = [stage.pid for stage in before.stages]
         wait_until(lambda: not any(map(is_alive, pids)), "orphaned stages are gone", timeout_s=STAGES_END_S)
+        assert before.num_running > 0
         assert not any(is_over.values()), "streams ended before the coordinator died"
         for name, answer in answers.items():
             assert answer.result() == undisturbed[name], name
-    assert server.status().pid != before.pid
+    wait_until(lambda: server.status().pid != before.pid, "Serve has replaced the pipeline")
     server.wait_until_idle()
 
 

@@ -25,6 +25,9 @@ __all__ = ["model"]  # a fixture
 
 pytestmark = pytest.mark.ray
 
+ORPHANS_END_S = 5
+"""Stages whose coordinator has died end by themselves within this time."""
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -39,11 +42,14 @@ class Nodes:
     environment: dict[str, str]
     directory: Path
 
-    def stages(self) -> list[dict[str, Any]]:
-        """The living actors that are stages, as Ray's state API shows them."""
+    def actors(self, part: str) -> list[dict[str, Any]]:
+        """The living actors with a part of a name, as Ray's state API shows them."""
         answer = wait_until(self._actors, "Ray's state API answers")
         found = answer["data"]["result"]["result"]
-        return [actor for actor in found if "/stage-" in actor["name"] and actor["state"] == "ALIVE"]
+        return [actor for actor in found if part in actor["name"] and actor["state"] == "ALIVE"]
+
+    def stages(self) -> list[dict[str, Any]]:
+        return self.actors("/stage-")
 
     def _actors(self) -> dict[str, Any] | None:
         """What the state API says, or None while it is too busy to say it in JSON."""
@@ -137,6 +143,10 @@ def test_the_two_node_config_puts_a_stage_on_each_node_and_answers(nodes: Nodes,
         addresses = listening(descendants(nodes.process.pid))
     assert f"127.0.0.1:{port}" in addresses
     assert beyond_loopback(addresses) == []
+    (coordinator,) = [actor for actor in nodes.actors("#Pipeline#") if "/stage-" not in actor["name"]]
+    os.kill(coordinator["pid"], signal.SIGKILL)
+    pids = {stage["pid"] for stage in stages}
+    wait_until(lambda: not pids & running(), "orphaned stages of both nodes have ended", timeout_s=ORPHANS_END_S)
     subprocess.run([SERVE, "shutdown", "--yes"], env=nodes.environment, check=True, timeout=60)
     wait_until(lambda: not nodes.stages(), "the stages are gone")
 
