@@ -67,7 +67,7 @@ class LocalRay:
 
     def lost_process(self) -> str | None:
         """The name of a process of Ray's own that has ended, or None if all of them run."""
-        from ray._private import worker  # not public: tests/ray/test_local_ray.py fails if Ray changes it
+        from ray._private import worker  # not public: tests/http/test_stop.py fails if Ray changes it
 
         node = worker._global_node
         ended = {name for name, _ in node.dead_processes()} if node is not None else set()
