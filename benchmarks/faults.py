@@ -193,7 +193,7 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str) -> dict[
     with _server(dtype) as server:
         for kind in kinds:
             usual = asyncio.run(_undisturbed(server, kind))
-            undisturbed_ms += [_pause_ms(stream) for stream in usual]
+            undisturbed_ms += [pause_ms(stream) for stream in usual]
             _print_case(f"undisturbed, {kind}", undisturbed_ms[-NUM_STREAMS:])
             for fault in faults:
                 server.rest()
@@ -210,7 +210,7 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str) -> dict[
         "num_failed": sum(len(case["errors"]) for case in cases),
         "num_different": sum(len(case["different"]) for case in cases),
         "num_missed": sum(case["is_missed"] for case in cases),
-        "undisturbed_pause_ms": _summary(undisturbed_ms),
+        "undisturbedpause_ms": _summary(undisturbed_ms),
         "pause_ms": {
             moment: {
                 str(stage): _summary(
@@ -262,7 +262,7 @@ async def _disturbed(server: Server, kind: str, fault: Fault, pid: int, expected
         "kind": kind,
         "fault": fault,
         "is_missed": not is_reached,
-        "pauses_ms": [_pause_ms(stream) for stream in streams],
+        "pauses_ms": [pause_ms(stream) for stream in streams],
         "errors": _errors(streams),
         "different": {f"{number}, {streams[number].kind}": names for number, names in found.items() if names},
     }
@@ -298,7 +298,7 @@ def _is_now(moment: str, pipeline: PipelineDocument | None, told: Sequence[int],
             return True
 
 
-def _pause_ms(stream: Stream) -> float:
+def pause_ms(stream: Stream) -> float:
     assert stream.record is not None, "the stream has ended"
     times_s = [stream.record.begin_s, *stream.record.frame_s]
     return 1000 * max((later - earlier for earlier, later in pairwise(times_s)), default=0.0)

@@ -1,0 +1,137 @@
+"""Kills one process of a server, and says what goes on, what comes back and what does not.
+
+    python -m benchmarks.parts                                  every process, each of a server of its own
+    python -m benchmarks.parts coordinator ingress
+
+Starts `gptj-dist serve demo --stages 2 --dtype float32` for each part, sends one stream, kills the process with SIGKILL
+when the stream has 20 tokens, and compares the stream with that of an undisturbed run. Then it sends short requests
+until one is served. The last line on standard output is one JSON document. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults import MIDDLE_TOKENS, Stream, differences, num_tokens, pause_ms
+from benchmarks.figures import machine, print_document, print_row
+from benchmarks.processes import Family, content
+from benchmarks.servers import free_port, is_ready, serve_command
+
+PARTS = {
+    "stage": ":stage-1",
+    "coordinator": "ServeReplica:gptj-dist:Pipeline",
+    "ingress": "ServeReplica:gptj-dist:Ingress",
+    "controller": "ServeController",
+    "gcs": "/gcs/gcs_server",
+    "raylet": "/raylet/raylet",
+    "agent": "ray::DashboardAgent",
+}
+"""Part of the first word of each process's command line."""
+
+START_TIMEOUT_S = 300.0
+RETURN_TIMEOUT_S = 60.0
+AFTERMATH_S = 20.0
+"""Time in which a server that will end after the loss does."""
+
+STOP_TIMEOUT_S = 60.0
+POLL_S = 0.1
+KIND = "seeded"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    print_row(["killed", "stream", "pause ms", "served after s", "server"])
+    documents = []
+    for part in parts:
+        documents.append(loss_of(part))
+        print_row(documents[-1].values())
+    print_document("parts", {"machine": machine(), "parts": documents})
+
+
+def loss_of(part: str) -> dict[str, Any]:
+    """Starts a server, kills the part and reports.
+
+    Returns:
+        What became of the stream, its longest pause, the seconds until a new request was served (None: never), and
+        the exit status of the server (None: it went on).
+    """
+    family, port = Family(), free_port()
+    command = serve_command("demo", {"stages": 2, "dtype": "float32"}, port)
+    base = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(command, env=family.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until_served(base, server, START_TIMEOUT_S)
+        usual = Stream(KIND, 0)
+        asyncio.run(usual.run(base))
+        stream, killed_s = asyncio.run(_disturbed(base, family, part))
+        served_s = _wait_until_served(base, server, RETURN_TIMEOUT_S)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(AFTERMATH_S)
+        return {
+            "part": part,
+            "stream": _outcome(stream, usual),
+            "pause_ms": pause_ms(stream),
+            "served_after_s": None if served_s is None else served_s - killed_s,
+            "exit_status": server.poll(),
+        }
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        family.kill()
+
+
+async def _disturbed(base: str, family: Family, part: str) -> tuple[Stream, float]:
+    """The stream during which the part was killed, and when it was."""
+    stream = Stream(KIND, 0)
+    ended = asyncio.ensure_future(stream.run(base))
+    while num_tokens(stream.content) < MIDDLE_TOKENS and not ended.done():  # noqa: ASYNC110  # frames set no event
+        await asyncio.sleep(POLL_S / 10)
+    [victim, *_] = [int(process.name) for process in family.members() if PARTS[part] in _title(process)]
+    killed_s = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    await ended
+    return stream, killed_s
+
+
+def _outcome(stream: Stream, usual: Stream) -> str:
+    assert stream.record is not None
+    if stream.record.error is not None:
+        return f"ended: {stream.record.error}"
+    return "differs" if differences(stream.content, usual.content) else "identical"
+
+
+def _wait_until_served(base: str, server: subprocess.Popen[bytes], timeout_s: float) -> float | None:
+    """Waits until a request is served; returns the time, or None if that takes too long or the server has ended."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s and server.poll() is None:
+        if is_ready(base):
+            short = Stream(KIND, 1)
+            asyncio.run(short.run(base))
+            if short.record is not None and short.record.error is None:
+                return time.monotonic()
+        time.sleep(POLL_S)
+    return None
+
+
+def _title(process: Path) -> str:
+    return content(process / "cmdline").partition(b"\0")[0].decode(errors="replace")
+
+
+if __name__ == "__main__":
+    main()
