@@ -58,8 +58,9 @@ class Ingress:
         name = replica.replica_id.unique_id
         log = LogSettings(config.log_format, config.model_names[0], name, config.log_level)
         open_log(log_directory(), log, "ingress")
-        self._pipelines = PipelineClient(pipeline)
-        self._metrics = IngressMetrics(name, self._pipelines.dropped)
+        self._metrics = IngressMetrics(name)
+        self._pipelines = PipelineClient(pipeline, self._metrics.note_move)
+        self._metrics.feed_dropped = self._pipelines.dropped
         moderation = (
             None if config.moderation is None else load_moderation(config.moderation, config.moderation_timeout_s)
         )

@@ -43,6 +43,7 @@ class IngressMetrics:
         num_responses: by method, path of the route, and status.
         num_in_flight: HTTP requests that are being answered.
         num_finished: completions, by how they ended.
+        num_moves: how often a completion moved to another pipeline because its own was lost.
     """
 
     name: str
@@ -50,10 +51,15 @@ class IngressMetrics:
     num_responses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     num_in_flight: int = 0
     num_finished: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FINISH_REASONS, 0)))
+    num_moves: int = 0
 
     def note_end(self, reason: str) -> None:
         """Counts a completion that has ended."""
         self.num_finished[reason] += 1
+
+    def note_move(self) -> None:
+        """Counts a completion that moves to another pipeline."""
+        self.num_moves += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,10 @@ def _finished(exposition: Exposition) -> _Rows:
             yield (ingress.name, reason), number
 
 
+def _moves(exposition: Exposition) -> _Rows:
+    return (((ingress.name,), ingress.num_moves) for ingress in exposition.ingresses)
+
+
 def _edges(exposition: Exposition) -> _Rows:
     """By the names of the ring's edges: `coordinator->0`, `0->1`, `1->coordinator`."""
     for pipeline in exposition.pipelines:
@@ -177,6 +187,13 @@ FAMILIES: Sequence[Family] = (
         ("ingress", "finished_reason"),
         "Completions, by how they ended: stop, length, content_filter, abort (not wanted any more) or error.",
         _finished,
+    ),
+    Family(
+        _COUNTER,
+        "request_moves",
+        ("ingress",),
+        "How often a completion moved to another pipeline because its own was lost.",
+        _moves,
     ),
     _pipeline(_GAUGE, "num_requests_running", "Requests that are being computed.", lambda p: p.num_running),
     _pipeline(_GAUGE, "num_requests_waiting", "Requests that wait to be computed.", lambda p: p.num_waiting),

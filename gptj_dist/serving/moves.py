@@ -26,13 +26,16 @@ FIRST_DELAY_S, MAX_DELAY_S = 0.1, 1.0
 Stream = AsyncGenerator[Delta, None]
 
 
-async def lasting(stream: Stream, record: RequestRecord, reopen: Callable[[RequestRecord], Stream]) -> Stream:
+async def lasting(
+    stream: Stream, record: RequestRecord, reopen: Callable[[RequestRecord], Stream], on_move: Callable[[], None]
+) -> Stream:
     """A stream that outlives its pipeline: it pauses, and goes on with the next token.
 
     Args:
         stream: what the first pipeline generates.
         record: the request as it begins.
         reopen: opens a stream of what is left of a request. May raise what ends the request for good.
+        on_move: called after each loss that the stream outlives.
 
     Raises:
         StageFailedError: pipelines are lost again and again, or none goes on with the request in time.
@@ -48,6 +51,7 @@ async def lasting(stream: Stream, record: RequestRecord, reopen: Callable[[Reque
         except PipelineLostError as error:
             record = record.moved(token_ids)
             _note_loss(record, error)
+            on_move()
         stream = _elsewhere(record, reopen)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -38,10 +38,12 @@ class PipelineClient:
 
     Args:
         handle: to the deployment whose replicas are pipelines.
+        on_move: called when a completion moves to another pipeline.
     """
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, on_move: Callable[[], None] = lambda: None) -> None:
         self._handle = handle
+        self._on_move = on_move
         self._problem: str | None = None
         self._end: Exception | None = None
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
@@ -77,7 +79,9 @@ class PipelineClient:
     def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
         """Implements `TokenSource`. The streams outlive pipelines."""
         call = _Call(self._handle, self._feed, records)
-        return [lasting(call.stream(choice), record, self._reopen) for choice, record in enumerate(records)]
+        return [
+            lasting(call.stream(choice), record, self._reopen, self._on_move) for choice, record in enumerate(records)
+        ]
 
     def _reopen(self, record: RequestRecord) -> AsyncGenerator[Delta, None]:
         if self._end is not None:

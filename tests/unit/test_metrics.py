@@ -62,6 +62,7 @@ def ingress(name: str) -> IngressMetrics:
     made.num_responses["POST", "/v1/completions", 200] = 7
     for reason in ("stop", "stop", "abort"):
         made.note_end(reason)
+    made.note_move()
     return made
 
 
@@ -96,6 +97,7 @@ def test_the_numbers_are_those_of_each_replica(
         ("request_success_total", labels(ingress="i", finished_reason="stop")): 2,
         ("request_success_total", labels(ingress="i", finished_reason="abort")): 1,
         ("request_success_total", labels(ingress="i", finished_reason="error")): 0,
+        ("request_moves_total", labels(ingress="j")): 1,
         ("num_requests_running", labels(pipeline="p")): 3,
         ("num_requests_waiting", labels(pipeline="p")): 2,
         ("kv_cache_usage_perc", labels(pipeline="p")): 0.25,

@@ -63,10 +63,14 @@ class Pipelines:
     lives: list[tuple[int, Exception | None]]
     records: list[RequestRecord] = field(default_factory=list)
     num_open: int = 0
+    num_moves: int = 0
 
     def stream(self) -> Stream:
         [record] = new_records(PROMPT, PARAMS, 1, "r")
-        return lasting(self.open(record), record, self.open)
+        return lasting(self.open(record), record, self.open, self._note_move)
+
+    def _note_move(self) -> None:
+        self.num_moves += 1
 
     async def open(self, record: RequestRecord) -> Stream:
         self.records.append(record)
@@ -96,7 +100,7 @@ def test_wherever_two_pipelines_are_lost_the_tokens_are_those_of_one(first: int,
         assert [len(record.token_ids) for record in pipelines.records] == [0, first, first + second_life]
         assert [record.num_moves for record in pipelines.records] == [0, 1, 2]
         assert len({record.noise_key for record in pipelines.records}) == 1
-        assert pipelines.num_open == 0
+        assert (pipelines.num_open, pipelines.num_moves) == (0, 2)
 
     run(scenario())
 
