@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
-    *("beside_load", "compare", "faults", "front", "gpu_report", "hostile", "http", "offline", "plots"),
+    *("beside_load", "compare", "faults", "front", "gpu_report", "hostile", "http", "offline", "parts", "plots"),
     *("same_logits", "scheduler", "startup", "step", "transport"),
 )
 TIME_LIMIT_S = 60
