@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from itertools import pairwise
 
+import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from gptj_dist.serving.http.middleware import InTurns
@@ -12,19 +13,25 @@ from gptj_dist.serving.http.middleware import InTurns
 NUM_CALLS = 200
 
 
-async def receive() -> Message:
-    return {"type": "http.disconnect"}
-
-
 async def send(_: Message) -> None:
     pass
 
 
-def test_of_calls_that_arrive_together_one_begins_in_a_turn_and_the_first_comes_first() -> None:
+@pytest.mark.parametrize("leaves", [False, True])
+def test_of_calls_that_come_or_leave_together_one_goes_on_in_a_turn_and_the_first_comes_first(leaves: bool) -> None:
     async def run() -> list[int | None]:
         begun: list[int | None] = []
+        may_leave = asyncio.Event()
 
-        async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        async def leave() -> Message:
+            await may_leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def app(scope: Scope, receive: Receive, _send: Send) -> None:
+            if leaves:
+                if scope["number"] == NUM_CALLS - 1:
+                    asyncio.get_running_loop().call_soon(may_leave.set)
+                await receive()
             begun.append(scope["number"])
 
         async def count_turns() -> None:
@@ -34,7 +41,7 @@ def test_of_calls_that_arrive_together_one_begins_in_a_turn_and_the_first_comes_
 
         in_turns = InTurns(app)
         counting = asyncio.create_task(count_turns())
-        await asyncio.gather(*(in_turns({"number": number}, receive, send) for number in range(NUM_CALLS)))
+        await asyncio.gather(*(in_turns({"number": number}, leave, send) for number in range(NUM_CALLS)))
         counting.cancel()
         return begun
 

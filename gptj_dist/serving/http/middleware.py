@@ -49,15 +49,24 @@ class RequestIds:
 
 
 class InTurns:
-    """Begins one call in a turn of the event loop: a thousand that arrive together do not hold up running streams."""
+    """Begins one call in a turn of the event loop, or tells one that its client has left.
+
+    A thousand clients that come or leave together do not hold up running streams.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_in_turns() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                await self._turns.next()
+            return message
+
         await self._turns.next()
-        await self._app(scope, receive, send)
+        await self._app(scope, receive_in_turns, send)
 
 
 class LimitHead:
