@@ -173,7 +173,7 @@ class Server:
 def main() -> None:
     args = _parser().parse_args()
     faults = [Fault(stage, moment) for stage, moment in product(args.stages, args.moments)]
-    print_document("faults", {"machine": machine(), **measured(faults, args.kinds, args.dtype)})
+    print_document("faults", {"machine": machine(), **measured(faults, args.kinds, args.dtype, args.spares)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,14 +183,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS, MIXED], default=list(KINDS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--spares", type=int, default=0, help="as for gptj-dist serve")
     return parser
 
 
-def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str) -> dict[str, Any]:
+def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: int = 0) -> dict[str, Any]:
     """Starts a server, and has every fault disturb the streams of every kind."""
     cases, undisturbed_ms = [], []
     print_row(["", "pause p50 ms", "max ms", "differ", "failed"])
-    with _server(dtype) as server:
+    with _server({"dtype": dtype, "spares": spares}) as server:
         for kind in kinds:
             usual = asyncio.run(_undisturbed(server, kind))
             undisturbed_ms += [pause_ms(stream) for stream in usual]
@@ -205,6 +206,7 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str) -> dict[
                 _print_case(name, cases[-1]["pauses_ms"], len(cases[-1]["different"]), *cases[-1]["errors"])
     return {
         "dtype": dtype,
+        "spares": spares,
         "num_kills": len(cases),
         "num_streams": len(cases) * NUM_STREAMS,
         "num_failed": sum(len(case["errors"]) for case in cases),
@@ -225,12 +227,12 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str) -> dict[
 
 
 @contextmanager
-def _server(dtype: str) -> Iterator[Server]:
+def _server(options: Mapping[str, Any]) -> Iterator[Server]:
     family, port = Family(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         template = Path(directory) / "template.jinja"
         template.write_text(TEMPLATE)
-        settings = {"stages": NUM_STAGES, "dtype": dtype, "max_batch_size": MAX_BATCH_SIZE, "chat_template": template}
+        settings = {"stages": NUM_STAGES, "max_batch_size": MAX_BATCH_SIZE, "chat_template": template, **options}
         try:
             with running(serve_command("demo", settings, port), family.environment, port, "/ready") as (base, _):
                 yield Server(base, family)
