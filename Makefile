@@ -14,7 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-$(TORCH_VERSION)
 DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 
-# Processes of several tests share the cores, so their threads wait for each other asleep. Tests call make without flags.
+# Processes of several tests share the cores, so their threads wait for each other asleep. Tests that call make do so
+# without the flags of this one.
 PYTEST := env -u MAKEFLAGS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=25
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
@@ -26,8 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
 
-# Each of two jobs prints its output when it has ended. Tests with Ray run beside none that compute: Ray's workers have a
-# niceness of 15, and would hardly get a turn.
+# Each of the two jobs prints its output when it has ended. Tests that start Ray run beside none that compute.
 test: style
 	$(MAKE) --jobs 2 --output-sync=target types test-without-ray
 	$(MAKE) test-with-ray
