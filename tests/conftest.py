@@ -11,8 +11,7 @@ import torch
 
 from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
 
-# At Ray's own niceness of 15 its workers hardly get a turn beside tests that compute.
-os.environ.update(LOCAL_RAY_ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"})
+os.environ.update(LOCAL_RAY_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"})
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -17,7 +17,10 @@ BASE_LIMIT_S = 2.0
 STEPS_LIMIT = 3.0
 """A stage hangs after `BASE_LIMIT_S`, and this many of the longest recent steps, without a sign of life."""
 
-LOST_FRAME_LIMIT_S = 10.0
+FIRST_LIMIT_S = 10.0
+"""The same before the first result: a new process's first step is slow, and nothing is known of the usual ones."""
+
+LOST_FRAME_LIMIT_S = 15.0
 """Time without a result after which a frame is lost, if all stages live and none has a frame."""
 
 NUM_RECENT_STEPS = 64
@@ -55,7 +58,7 @@ class Pulses:
     @property
     def limit_s(self) -> float:
         """Time without a sign of life after which a stage hangs."""
-        return BASE_LIMIT_S + STEPS_LIMIT * max(self._steps_s, default=0.0)
+        return BASE_LIMIT_S + STEPS_LIMIT * max(self._steps_s) if self._steps_s else FIRST_LIMIT_S
 
     def note_result(self, step_s: Sequence[float]) -> None:
         """A result has passed all stages.

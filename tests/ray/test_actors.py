@@ -238,7 +238,7 @@ def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("lost", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("lost", [(1,), (0, 2), (0, 1, 2)])
 def test_streams_go_on_when_lost_stages_are_replaced_and_the_others_keep_their_processes(lost: tuple[int, ...]) -> None:
     params = SamplingParams(max_tokens=60, ignore_eos=True, seed=3)
 

@@ -13,6 +13,7 @@ from gptj_dist.errors import StageFailedError
 from gptj_dist.stages import ring
 from gptj_dist.stages.pulse import (
     BASE_LIMIT_S,
+    FIRST_LIMIT_S,
     LOST_FRAME_LIMIT_S,
     PERIOD_S,
     LostFrameError,
@@ -44,8 +45,17 @@ def test_a_stage_that_no_longer_answers_hangs_after_the_limit() -> None:
     assert str(pulses.hung()[1]) == "hung: it made no progress for 3.5 s, and was killed"
 
 
+def test_before_the_first_result_the_limit_is_longer() -> None:
+    pulses = Pulses(1)
+    silence(pulses, FIRST_LIMIT_S)
+    assert not pulses.hung()
+    pulses.pass_time()
+    assert set(pulses.hung()) == {0}
+
+
 def test_a_stage_that_answers_but_stays_at_its_layer_hangs() -> None:
     pulses = Pulses(1)
+    pulses.note_result([0.0])
     pulses.note_answer(0, Pulse(7, True))
     for _ in range(4):
         pulses.pass_time()
@@ -57,6 +67,7 @@ def test_a_stage_that_answers_but_stays_at_its_layer_hangs() -> None:
 
 def test_a_stage_that_is_ever_so_slow_does_not_hang() -> None:
     pulses = Pulses(1)
+    pulses.note_result([0.0])
     for beat in range(100):
         silence(pulses, BASE_LIMIT_S)
         pulses.note_answer(0, Pulse(beat, True))
@@ -141,7 +152,7 @@ def test_a_ring_reports_the_stage_that_hangs_and_no_other() -> None:
     async def run() -> None:
         there = ring_of(Inbound(), feel)
         there.submit(PLAN)
-        with pytest.raises(StageFailedError, match=r"stage 1 hung: it made no progress for 2\.5 s"):
+        with pytest.raises(StageFailedError, match=r"stage 1 hung: it made no progress for 10\.5 s"):
             await there.receive()
         assert set(there.deaths) == {1}
         there.close()

@@ -16,6 +16,8 @@ LOCAL_RAY_ENVIRONMENT = {
     # Ray listens on all interfaces unless it takes the machine for a desktop (`docs/decisions/0004-loopback.md`).
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # With Ray's own value, 15, a server gets a thirtieth of a core's time beside each process that computes.
+    "RAY_worker_niceness": "0",
     # Calls between deployments take the short way (`docs/decisions/0006-serve-settings.md`).
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
