@@ -76,7 +76,7 @@ class Stage:
         Args:
             epoch: number of the ring; frames of another one are dropped.
             log: None logs nothing.
-            visible_devices: as in `PlacedStage`, of the stage whose place a spare takes; None keeps those that Ray set.
+            visible_devices: those of the stage whose place a spare takes; None keeps what Ray has set.
 
         Raises:
             ConfigurationError: the machine does not have the device that the spec names.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -79,6 +79,14 @@ class _Member:
     report: StageReport
 
 
+@dataclass(frozen=True, slots=True)
+class _Newcomer:
+    """An actor that becomes a stage; `becoming` resolves to its `PlacedStage`."""
+
+    actor: Any
+    becoming: Any
+
+
 class StageGroup:
     """The stages of a pipeline, an `engine.Executor`. Made by `start`. After an error of `receive`, call `join`.
 
@@ -126,15 +134,15 @@ class StageGroup:
             self._ring.close()
             for index in self._ring.deaths:
                 self._drop(index)
-        actors = self._create(epoch)
+        newcomers = self._create(epoch)
         try:
             await self._renew(epoch)
-            actors |= self._create(epoch, besides=actors)
-            loaded = await self._load(actors, epoch)
+            newcomers |= self._create(epoch, besides=newcomers)
+            loaded = await self._load(newcomers)
         except BaseException:
-            for index, actor in actors.items():
+            for index, newcomer in newcomers.items():
                 self._members.pop(index, None)
-                ray.kill(actor)
+                ray.kill(newcomer.actor)
             raise
         transport = open_transport(epoch)
         inbound = transport.async_inbound(ray.util.get_node_ip_address())
@@ -190,18 +198,22 @@ class StageGroup:
         assert self._ring is not None, "join() comes first"
         return self._ring
 
-    def _create(self, epoch: int, besides: Mapping[int, Any] | None = None) -> dict[int, Any]:
+    def _create(self, epoch: int, besides: Collection[int] = ()) -> dict[int, _Newcomer]:
         """Takes a spare, or creates an actor, for each stage that has none."""
-        missing = set(range(len(self._specs))).difference(self._members, besides or ())
-        return {
-            index: self._take_spare(index) or _stage_actor(self._placement, index, epoch).remote()
-            for index in sorted(missing)
-        }
+        missing = set(range(len(self._specs))).difference(self._members, besides)
+        return {index: self._spare(index, epoch) or self._new(index, epoch) for index in sorted(missing)}
 
-    def _take_spare(self, index: int) -> Any:
-        """A spare on the node of the stage that was dropped; None for none."""
-        spares = self._spares[self._dropped[index].node_id] if index in self._dropped else []
-        return spares.pop() if spares else None
+    def _new(self, index: int, epoch: int) -> _Newcomer:
+        actor = _stage_actor(self._placement, index, epoch).remote()
+        return _Newcomer(actor, actor.become.remote(self._specs[index], epoch, self._log))
+
+    def _spare(self, index: int, epoch: int) -> _Newcomer | None:
+        """A spare on the node of the stage that was dropped, which takes over its GPUs; None for none."""
+        before = self._dropped.get(index)
+        if before is None or not self._spares[before.node_id]:
+            return None
+        actor = self._spares[before.node_id].pop()
+        return _Newcomer(actor, actor.become.remote(self._specs[index], epoch, self._log, before.visible_devices))
 
     def _create_spares(self) -> None:
         """Creates spares on all nodes that have fewer than they should. Does not wait for them."""
@@ -234,43 +246,29 @@ class StageGroup:
         # A process that hangs does not read Ray's message.
         self._endings.append(asyncio.create_task(_on_node(member.placed, end_process)))
 
-    async def _load(self, actors: Mapping[int, Any], epoch: int) -> LoadedPipeline:
-        """Loads new stages, makes them members, and sizes the caches."""
+    async def _load(self, newcomers: Mapping[int, _Newcomer]) -> LoadedPipeline:
+        """Has newcomers load their weights, makes them members, and sizes the caches."""
         blueprint, config = self._blueprint, self._blueprint.config
-        placed = {index: member.placed for index, member in self._members.items()} | await self._place(actors, epoch)
+        placed = {index: member.placed for index, member in self._members.items()} | await _place(newcomers)
         devices = [placed[index].device for index in range(len(self._specs))]
         kept = next(iter(self._members.values()), None)
         dtype = choose_dtype(config, blueprint.model, devices) if kept is None else kept.report.dtype
         require_memory(blueprint, dtype, devices)
         require_equal_bits(config, dtype, devices)
         shares = _share_cores(devices)
-        loading = {i: actor.load.remote(dtype, config.threads_per_stage or shares[i]) for i, actor in actors.items()}
+        loading = {
+            index: newcomer.actor.load.remote(dtype, config.threads_per_stage or shares[index])
+            for index, newcomer in newcomers.items()
+        }
         for index, report in (await _answers(placed, loading)).items():
-            self._members[index] = _Member(actors[index], placed[index], self._as_before(index, report))
+            self._members[index] = _Member(newcomers[index].actor, placed[index], self._as_before(index, report))
         reports = tuple(self._members[index].report for index in range(len(self._specs)))
         loaded = LoadedPipeline(blueprint, reports, count_kv_blocks(blueprint, reports))
         is_resized = self._loaded is None or loaded.num_blocks != self._loaded.num_blocks
-        resized = {index: self._members[index].actor for index in (self._members if is_resized else actors)}
+        resized = {index: self._members[index].actor for index in (self._members if is_resized else newcomers)}
         await _answers(placed, {i: actor.allocate.remote(loaded.num_blocks) for i, actor in resized.items()})
         self._loaded = loaded
         return loaded
-
-    async def _place(self, actors: Mapping[int, Any], epoch: int) -> dict[int, PlacedStage]:
-        """Waits until new actors have a process and have become their stages."""
-
-        def become(index: int) -> Any:
-            before = self._dropped.get(index)
-            devices = None if before is None else before.visible_devices
-            return actors[index].become.remote(self._specs[index], epoch, self._log, devices)
-
-        try:
-            async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
-                placed = await asyncio.gather(*map(become, actors))
-                return dict(zip(actors, placed, strict=True))
-        except TimeoutError:
-            raise StageFailedError(f"the stages were not placed within {PLACEMENT_TIMEOUT_S:.0f} s") from None
-        except ray.exceptions.RayError as error:
-            raise own_error(error) or StageFailedError(f"a stage {summary(error)}") from error
 
     def _as_before(self, index: int, report: StageReport) -> StageReport:
         """The report of a stage that replaces another one in the same memory, in which caches have their room."""
@@ -278,6 +276,18 @@ class StageGroup:
         if before is None or before.device.memory_pool != report.device.memory_pool:
             return report
         return replace(report, free_bytes=before.free_bytes)
+
+
+async def _place(newcomers: Mapping[int, _Newcomer]) -> dict[int, PlacedStage]:
+    """Waits until newcomers have a process and have become their stages."""
+    try:
+        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
+            placed = await asyncio.gather(*(newcomer.becoming for newcomer in newcomers.values()))
+            return dict(zip(newcomers, placed, strict=True))
+    except TimeoutError:
+        raise StageFailedError(f"the stages were not placed within {PLACEMENT_TIMEOUT_S:.0f} s") from None
+    except ray.exceptions.RayError as error:
+        raise own_error(error) or StageFailedError(f"a stage {summary(error)}") from error
 
 
 async def _answers(placed: Mapping[int, PlacedStage], calls: Mapping[int, Any]) -> dict[int, Any]:
