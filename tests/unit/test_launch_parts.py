@@ -46,10 +46,18 @@ child = subprocess.Popen(["sleep", "60"])
 if sys.argv[1] == "serving":
     signals.let_finish()
 print(child.pid, flush=True)
-signals.requested.wait(60)
-print("requested", flush=True)
+if signals.requested.wait(60):
+    print("requested", flush=True)
 time.sleep(60)
 """
+
+
+@pytest.fixture(autouse=True)
+def _hears_of_a_closed_terminal() -> Iterator[None]:
+    """Children inherit that a signal is ignored, as it is if nohup started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager
