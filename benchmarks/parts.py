@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.faults import MIDDLE_TOKENS, Stream, differences, num_tokens, pause_ms
 from benchmarks.figures import machine, print_document, print_row
 from benchmarks.processes import Family, content
-from benchmarks.servers import free_port, is_ready, serve_command
+from benchmarks.servers import free_port, is_ready, serve_command, stop
 
 PARTS = {
     "stage": ":stage-1",
@@ -41,7 +41,6 @@ RETURN_TIMEOUT_S = 60.0
 AFTERMATH_S = 20.0
 """Time in which a server that will end after the loss does."""
 
-STOP_TIMEOUT_S = 60.0
 POLL_S = 0.1
 KIND = "seeded"
 
@@ -87,12 +86,7 @@ def loss_of(part: str) -> dict[str, Any]:
             "exit_status": server.poll(),
         }
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server)
         family.kill()
 
 

@@ -51,12 +51,17 @@ def running(
             time.sleep(POLL_S)
         yield base, time.perf_counter() - begin
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """Ends a server as Ctrl-C does; kills it if it takes too long."""
+    server.send_signal(signal.SIGINT)
+    try:
+        server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class StageGroup:
         self._dropped: dict[int, PlacedStage] = {}
         self._spares: dict[str, list[Any]] = defaultdict(list)
         self._loaded: LoadedPipeline | None = None
-        self._endings: list[asyncio.Task[None]] = []
+        self._endings: set[asyncio.Task[None]] = set()
         self._ring: Ring | None = None
 
     @classmethod
@@ -244,7 +244,9 @@ class StageGroup:
         self._dropped[index] = member.placed
         ray.kill(member.actor)
         # A process that hangs does not read Ray's message.
-        self._endings.append(asyncio.create_task(_on_node(member.placed, end_process)))
+        ending = asyncio.create_task(_on_node(member.placed, end_process))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
 
     async def _load(self, newcomers: Mapping[int, _Newcomer]) -> LoadedPipeline:
         """Has newcomers load their weights, makes them members, and sizes the caches."""

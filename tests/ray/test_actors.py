@@ -158,6 +158,13 @@ async def running_group(
         remove_placement_group(bundles)
 
 
+async def rejoined(group: StageGroup, engine: AsyncEngine, epoch: int) -> asyncio.Task[None]:
+    """Joins the stages to the next ring; returns the task that drives the engine over it."""
+    loaded = await group.join(epoch)
+    engine.resume(loaded.make_scheduler(), group, loaded.limits())
+    return asyncio.create_task(engine.run())
+
+
 async def complete(engine: AsyncEngine, prompt: list[int], params: SamplingParams, choice: int) -> tuple[int, ...]:
     return await _tokens(engine.generate(prompt, params, choice))
 
@@ -253,9 +260,7 @@ def test_streams_go_on_when_lost_stages_are_replaced_and_the_others_keep_their_p
                 os.kill(pids[index], signal.SIGKILL)
             with pytest.raises(StageFailedError):
                 await asyncio.wait_for(driver, timeout=20)
-            loaded = await group.join(21)
-            engine.resume(loaded.make_scheduler(), group, loaded.limits())
-            second_driver = asyncio.create_task(engine.run())
+            second_driver = await rejoined(group, engine, 21)
             rest = await asyncio.gather(*map(_tokens, streams))
             assert [first + later for first, later in zip(begun, rest, strict=True)] == expected
             assert [index for index in range(3) if _pids(group)[index] != pids[index]] == list(lost)
@@ -277,9 +282,7 @@ def test_a_stage_that_dies_while_another_is_replaced_is_replaced_by_the_next_joi
                 await asyncio.sleep(0.01)
             os.kill(pids[1], signal.SIGKILL)
             await asyncio.gather(joining, return_exceptions=True)  # as it happens: before or after stage 1 was renewed
-            loaded = await group.join(32)
-            engine.resume(loaded.make_scheduler(), group, loaded.limits())
-            second_driver = asyncio.create_task(engine.run())
+            second_driver = await rejoined(group, engine, 32)
             assert await complete(engine, [1, 2, 3], GREEDY, 0) == expected
             assert not set(pids) & set(_pids(group))
             second_driver.cancel()
@@ -296,11 +299,9 @@ def test_a_spare_takes_the_place_of_a_lost_stage_and_gets_a_successor() -> None:
                 os.kill(_pids(group)[1], signal.SIGKILL)
                 with pytest.raises(StageFailedError):
                     await asyncio.wait_for(driver, timeout=20)
-                loaded = await group.join(epoch)
+                driver = await rejoined(group, engine, epoch)
                 assert group._members[1].actor == spare
                 ((spare,),) = group._spares.values()
-                engine.resume(loaded.make_scheduler(), group, loaded.limits())
-                driver = asyncio.create_task(engine.run())
                 assert await complete(engine, [1, 2, 3], GREEDY, 0) == expected
             driver.cancel()
 
@@ -319,9 +320,7 @@ def test_a_stage_that_hangs_is_found_killed_and_replaced() -> None:
                 await asyncio.wait_for(driver, timeout=60)
             (loss,) = await group.losses()
             assert (loss.pid, loss.cause.partition(":")[0]) == (pids[1], "hung")
-            loaded = await group.join(41)
-            engine.resume(loaded.make_scheduler(), group, loaded.limits())
-            second_driver = asyncio.create_task(engine.run())
+            second_driver = await rejoined(group, engine, 41)
             assert await going_on == expected
             assert _pids(group)[0] == pids[0]
             with pytest.raises(ProcessLookupError):
