@@ -22,7 +22,7 @@ WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 # Compiled tests are kept, or each process would compile them all.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test quick lint style types test-without-ray test-with-ray test-alone bench eval clean
+.PHONY: serve test quick lint style types test-without-ray test-with-ray test-alone bench eval audit clean
 
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
@@ -51,6 +51,7 @@ lint: style types
 style: $(DEVELOPMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive gptj_dist cluster examples
 
 types: $(DEVELOPMENT)
 	$(BIN)/mypy
@@ -62,6 +63,11 @@ bench: $(DEVELOPMENT)
 eval: $(DEVELOPMENT)
 	$(PIP) install --quiet --editable ".[eval]"
 	$(BIN)/python -m pytest tests/http/test_lm_eval.py
+
+# Known vulnerabilities of the installed packages. It asks the package index, so it is no part of `test`.
+audit: $(DEVELOPMENT)
+	$(PIP) install --quiet --editable ".[audit]"
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV)

@@ -13,7 +13,7 @@ DISK_WARNING = "Not enough free disk space"
 _KNOWN_MODELS = ("EleutherAI/gpt-j-6b", "nomic-ai/gpt4all-j", "togethercomputer/GPT-JT-6B-v1", "databricks/dolly-v1-6b")
 """What a misspelt name may have meant."""
 
-_GIVE_TOKEN = "give a token: `hf auth login`, or HF_TOKEN"
+_GIVE_TOKEN = "give a token: `hf auth login`, or HF_TOKEN"  # nosec B105  # a hint
 
 
 def explain(error: Exception, model: str, file: str, revision: str | None) -> CheckpointError:
