@@ -20,6 +20,7 @@ from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.listener import Address, Listener
+from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.pipeline_client import PipelineClient
@@ -82,6 +83,8 @@ class Ingress:
         )
         self._listener = None if listen is None else Listener(self._app, listen, LAST_WORDS_S)
         garbage.settle()
+        self._watch = LoopWatch()
+        self._metrics.loop_lag = self._watch.lag
         sys.setswitchinterval(SWITCH_S)
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -119,3 +122,4 @@ class Ingress:
         if self._listener is not None:
             await self._listener.close()
         self._pipelines.close()
+        self._watch.stop()

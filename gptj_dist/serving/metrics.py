@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from gptj_dist.engine.histogram import BOUNDS_NS
+from gptj_dist.engine.histogram import BOUNDS_NS, Histogram
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.stages.transport.guard import DropCount
 
@@ -44,6 +44,7 @@ class IngressMetrics:
         num_in_flight: HTTP requests that are being answered.
         num_finished: completions, by how they ended.
         num_moves: how often a completion moved to another pipeline because its own was lost.
+        loop_lag: see `LoopWatch`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class IngressMetrics:
     num_in_flight: int = 0
     num_finished: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FINISH_REASONS, 0)))
     num_moves: int = 0
+    loop_lag: Histogram = field(default_factory=Histogram)
 
     def note_end(self, reason: str) -> None:
         """Counts a completion that has ended."""
@@ -148,6 +150,10 @@ def _finished(exposition: Exposition) -> _Rows:
 
 def _moves(exposition: Exposition) -> _Rows:
     return (((ingress.name,), ingress.num_moves) for ingress in exposition.ingresses)
+
+
+def _ingress_lag(exposition: Exposition) -> _Rows:
+    return (((ingress.name,), ingress.loop_lag) for ingress in exposition.ingresses)
 
 
 def _edges(exposition: Exposition) -> _Rows:
@@ -249,6 +255,19 @@ FAMILIES: Sequence[Family] = (
         "coordinator_busy_seconds",
         "Time in which the coordinator made plans or handed out tokens.",
         lambda p: p.coordinator_ns / 1e9,
+    ),
+    _pipeline(
+        _HISTOGRAM,
+        "coordinator_loop_lag_seconds",
+        "How late the coordinator's event loop did what was due, sampled 20 times a second.",
+        lambda p: p.loop_lag,
+    ),
+    Family(
+        _HISTOGRAM,
+        "ingress_loop_lag_seconds",
+        ("ingress",),
+        "How late the ingress's event loop did what was due, sampled 20 times a second.",
+        _ingress_lag,
     ),
     _stage(_COUNTER, "stage_busy_seconds", "Time in which the stage computed.", lambda s: s.step_time.sum_ns / 1e9),
     _stage(

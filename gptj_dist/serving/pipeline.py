@@ -19,6 +19,7 @@ import gptj_dist
 from gptj_dist import garbage
 from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
@@ -29,6 +30,7 @@ from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
 from gptj_dist.serving.feed import FeedOutbox, ReplyTo
+from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.background import run_in_background
@@ -61,6 +63,7 @@ class PipelineStatus(PipelineFacts):
         work, coordinator_ns: see `PipelineStats`.
         edge_bytes: see `Ring`; since the stages were joined last.
         port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
+        loop_lag: see `LoopWatch`.
     """
 
     limits: EngineLimits
@@ -70,6 +73,7 @@ class PipelineStatus(PipelineFacts):
     coordinator_ns: int
     edge_bytes: tuple[int, ...]
     port_dropped: tuple[int, ...]
+    loop_lag: Histogram
 
 
 class Pipeline:
@@ -119,6 +123,7 @@ class Pipeline:
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self.prove_ready()
         garbage.settle()
+        self._watch = LoopWatch()
         logger.info("pipeline up", extra=values(version=gptj_dist.__version__, pid=os.getpid(), **_shape(self._loaded)))
 
     async def generate(self, records: Sequence[RequestRecord], reply_to: ReplyTo) -> None:
@@ -193,6 +198,7 @@ class Pipeline:
             coordinator_ns=self._engine.stats.coordinator_ns,
             edge_bytes=tuple(self._group.edge_bytes),
             port_dropped=self._port_dropped(),
+            loop_lag=self._watch.lag,
         )
 
     async def document(self) -> PipelineDocument:
@@ -235,6 +241,7 @@ class Pipeline:
 
     async def __del__(self) -> None:
         """Called by Serve when the replica has drained."""
+        self._watch.stop()
         self._driver.cancel()
         self._outbox.stop()
         await self._group.stop()

@@ -54,6 +54,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         coordinator_ns=2000 * MS,
         edge_bytes=(100, 2000, 30),
         port_dropped=(0, 4, 2, 1),
+        loop_lag=histogram(1, 60),
     )
 
 
@@ -121,6 +122,8 @@ def test_the_numbers_are_those_of_each_replica(
         ("dropped_messages_total", labels(pipeline="p", port="coordinator")): 2,
         ("dropped_messages_total", labels(pipeline="q", port="feed")): 1,
         ("feed_dropped_messages_total", labels(ingress="i")): 0,
+        ("coordinator_loop_lag_seconds_bucket", labels(pipeline="p", le="0.05")): 1,
+        ("ingress_loop_lag_seconds_count", labels(ingress="j")): 0,
     }
     assert {key: samples[key] for key in expected} == expected
 
