@@ -48,3 +48,21 @@ def test_of_calls_that_come_or_leave_together_one_goes_on_in_a_turn_and_the_firs
     begun = asyncio.run(run())
     assert [number for number in begun if number is not None] == list(range(NUM_CALLS))
     assert all(None in (one, next_) for one, next_ in pairwise(begun))
+
+
+def test_a_call_without_a_body_does_not_wait_for_those_with_one() -> None:
+    async def run() -> list[str]:
+        begun: list[str] = []
+
+        async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+            begun.append(scope["method"])
+
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        in_turns = InTurns(app)
+        methods = ["POST"] * NUM_CALLS + ["GET"]
+        await asyncio.gather(*(in_turns({"method": method}, receive, send) for method in methods))
+        return begun
+
+    assert asyncio.run(run()).index("GET") <= 2
