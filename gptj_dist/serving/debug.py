@@ -33,6 +33,7 @@ class PipelineFacts:
         num_restarts: how often its stages were replaced.
         losses: the last stages that died, oldest first.
         num_dropped: connections without the key and malformed messages that all its ports have dropped.
+        num_frame_faults: frames between stages that did not arrive as they were sent.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PipelineFacts:
     num_restarts: int
     losses: tuple[StageLoss, ...] = ()
     num_dropped: int = 0
+    num_frame_faults: int = 0
 
     @property
     def is_up(self) -> bool:

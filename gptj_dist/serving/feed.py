@@ -4,15 +4,16 @@ Through a Serve handle, every token of every stream would be a separate message,
 handle only starts, ends and cancels the streams of a prompt, and the feed carries their tokens. In the other
 direction, an ingress sends the numbers of streams that it no longer reads, so that their senders stop.
 
-An inbox accepts only senders that have its keys, which are part of every `ReplyTo`. The parts of a stream are numbered:
-a stream that has lost one fails instead of skipping tokens.
+An inbox accepts only senders that have its keys, which are part of every `ReplyTo`; what was changed on its way is
+refused, too. The parts of a stream are numbered: a part that comes again is dropped, and a stream that misses one ends
+with PipelineLostError, so that it goes on elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,10 +22,11 @@ import zmq
 import zmq.asyncio
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
-from gptj_dist.errors import StageFailedError
+from gptj_dist.errors import PipelineLostError, StageFailedError
 from gptj_dist.logs import values
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.transport.codec import Codec, CodecError
+from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import CurveKeys, CurveLock, DropCount, GuardedSocket, show_keys
 
 logger = logging.getLogger(__name__)
@@ -82,13 +84,16 @@ class _OpenStream:
     mailbox: Mailbox
     num_parts: int = 0
 
-    def put(self, part: StreamPart) -> None:
-        """Takes the next part; fails the stream if one is missing."""
-        if part.number != self.num_parts:
-            self.mailbox.fail(StageFailedError("some of the pipeline's tokens were lost on their way"))
-            return
+    def put(self, part: StreamPart) -> FrameFault | None:
+        """Takes the next part. Drops one that comes again; ends the stream if one is missing."""
+        if part.number < self.num_parts:
+            return FrameFault.REPEATED
+        if part.number > self.num_parts:
+            self.mailbox.fail(PipelineLostError("some of the pipeline's tokens were lost on their way"))
+            return FrameFault.MISSING
         self.num_parts += 1
         self.mailbox.put(part.delta)
+        return None
 
 
 class FeedInbox:
@@ -97,6 +102,9 @@ class FeedInbox:
     Args:
         host: the address to bind; the port is a free one.
         on_end: called with the reason when the inbox can receive no more messages; all its streams have failed.
+
+    Attributes:
+        faults: counts parts of streams that did not arrive in order.
     """
 
     def __init__(self, host: str, on_end: Callable[[Exception], None]) -> None:
@@ -105,6 +113,7 @@ class FeedInbox:
         self._address = InboxAddress(self._guarded.endpoint, lock.keys)
         self._streams: dict[int, _OpenStream] = {}
         self._num_opened = 0
+        self.faults: Counter[FrameFault] = Counter()
         self._on_end = on_end
         self._reader = run_in_background("feed inbox", self._read(), self._give_up)
 
@@ -152,11 +161,18 @@ class FeedInbox:
         """Puts tokens into mailboxes; returns the ids of streams that are not open."""
         unread: list[int] = []
         for part in parts:
-            if (stream := self._streams.get(part.stream_id)) is not None:
-                stream.put(part)
-            else:
+            if (stream := self._streams.get(part.stream_id)) is None:
                 unread.append(part.stream_id)
+            elif (fault := stream.put(part)) is not None:
+                self._note_fault(fault, part, stream)
         return unread
+
+    def _note_fault(self, fault: FrameFault, part: StreamPart, stream: _OpenStream) -> None:
+        self.faults[fault] += 1
+        detail = f"number {part.number} arrived, expected {stream.num_parts}"
+        logger.error("feed fault", extra=values(port=self._guarded.endpoint, fault=str(fault), detail=detail))
+        if fault is FrameFault.MISSING:
+            del self._streams[part.stream_id]
 
     def _give_up(self, error: Exception) -> None:
         self.fail(StageFailedError(f"the ingress can no longer receive tokens: {error}"))

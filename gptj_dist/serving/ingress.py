@@ -62,6 +62,7 @@ class Ingress:
         self._metrics = IngressMetrics(name)
         self._pipelines = PipelineClient(pipeline, self._metrics.note_move)
         self._metrics.feed_dropped = self._pipelines.dropped
+        self._metrics.feed_faults = self._pipelines.feed_faults
         moderation = (
             None if config.moderation is None else load_moderation(config.moderation, config.moderation_timeout_s)
         )

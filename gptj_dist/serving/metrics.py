@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 
 from gptj_dist.engine.histogram import BOUNDS_NS, Histogram
 from gptj_dist.engine.request import FinishReason
+from gptj_dist.stages.transport.edge import edge_names
+from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import DropCount
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class IngressMetrics:
 
     Attributes:
         feed_dropped: connections and messages that the port for pipelines' tokens has dropped.
+        feed_faults: parts of streams that did not arrive there in order.
         num_responses: by method, path of the route, and status.
         num_in_flight: HTTP requests that are being answered.
         num_finished: completions, by how they ended.
@@ -49,6 +52,7 @@ class IngressMetrics:
 
     name: str
     feed_dropped: DropCount = field(default_factory=DropCount)
+    feed_faults: Counter[FrameFault] = field(default_factory=Counter)
     num_responses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     num_in_flight: int = 0
     num_finished: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FINISH_REASONS, 0)))
@@ -157,11 +161,16 @@ def _ingress_lag(exposition: Exposition) -> _Rows:
 
 
 def _edges(exposition: Exposition) -> _Rows:
-    """By the names of the ring's edges: `coordinator->0`, `0->1`, `1->coordinator`."""
     for pipeline in exposition.pipelines:
-        stops = ["coordinator", *map(str, range(len(pipeline.edge_bytes) - 1)), "coordinator"]
-        for (begin, end), number in zip(pairwise(stops), pipeline.edge_bytes, strict=True):
-            yield (pipeline.name, f"{begin}->{end}"), number
+        for name, number in zip(edge_names(len(pipeline.edge_bytes) - 1), pipeline.edge_bytes, strict=True):
+            yield (pipeline.name, name), number
+
+
+def _frame_faults(exposition: Exposition) -> _Rows:
+    for pipeline in exposition.pipelines:
+        for edge, name in enumerate(edge_names(len(pipeline.edge_bytes) - 1)):
+            for fault in FrameFault:
+                yield (pipeline.name, name, fault), pipeline.frame_faults.get((edge, fault), 0)
 
 
 def _dropped(exposition: Exposition) -> _Rows:
@@ -174,6 +183,12 @@ def _dropped(exposition: Exposition) -> _Rows:
 
 def _feed_dropped(exposition: Exposition) -> _Rows:
     return (((ingress.name,), ingress.feed_dropped.total) for ingress in exposition.ingresses)
+
+
+def _feed_faults(exposition: Exposition) -> _Rows:
+    for ingress in exposition.ingresses:
+        for fault in (FrameFault.MISSING, FrameFault.REPEATED):
+            yield (ingress.name, fault), ingress.feed_faults[fault]
 
 
 _COUNTER, _GAUGE, _HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -286,9 +301,16 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         _COUNTER,
+        "frame_faults",
+        ("pipeline", "edge", "fault"),
+        "Frames between stages that did not arrive as they were sent: missing, repeated or corrupted.",
+        _frame_faults,
+    ),
+    Family(
+        _COUNTER,
         "dropped_messages",
         ("pipeline", "port"),
-        "Connections without the port's key, and malformed messages, that a port of the pipeline has dropped.",
+        "Connections without the port's key, and malformed messages to the outbox, that a port has dropped.",
         _dropped,
     ),
     Family(
@@ -297,5 +319,12 @@ FAMILIES: Sequence[Family] = (
         ("ingress",),
         "Connections without the port's key, and malformed messages, that the port for tokens has dropped.",
         _feed_dropped,
+    ),
+    Family(
+        _COUNTER,
+        "feed_faults",
+        ("ingress", "fault"),
+        "Parts of streams that did not arrive in order at the port for tokens: missing or repeated.",
+        _feed_faults,
     ),
 )

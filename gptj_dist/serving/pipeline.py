@@ -38,6 +38,7 @@ from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_bluepri
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.loss import StageLoss
 from gptj_dist.stages.trace import TracePart
+from gptj_dist.stages.transport.frames import FrameFault
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class PipelineStatus(PipelineFacts):
         edge_bytes: see `Ring`; since the stages were joined last.
         port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
         loop_lag: see `LoopWatch`.
+        frame_faults: see `StageGroup.num_faults`.
     """
 
     limits: EngineLimits
@@ -74,6 +76,7 @@ class PipelineStatus(PipelineFacts):
     edge_bytes: tuple[int, ...]
     port_dropped: tuple[int, ...]
     loop_lag: Histogram
+    frame_faults: Mapping[tuple[int, FrameFault], int]
 
 
 class Pipeline:
@@ -199,6 +202,7 @@ class Pipeline:
             edge_bytes=tuple(self._group.edge_bytes),
             port_dropped=self._port_dropped(),
             loop_lag=self._watch.lag,
+            frame_faults=self._group.num_faults,
         )
 
     async def document(self) -> PipelineDocument:
@@ -220,6 +224,7 @@ class Pipeline:
             num_restarts=self._epoch,
             losses=tuple(self._losses),
             num_dropped=sum(self._port_dropped()),
+            num_frame_faults=sum(self._group.num_faults.values()),
         )
 
     def _port_dropped(self) -> tuple[int, ...]:

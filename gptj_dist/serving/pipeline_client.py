@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 import ray
@@ -23,6 +24,7 @@ from gptj_dist.serving.moves import lasting
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.trace import TracePart
+from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import DropCount
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,11 @@ class PipelineClient:
     def dropped(self) -> DropCount:
         """What arrived at the port for tokens and did not come from a pipeline."""
         return self._feed.dropped
+
+    @property
+    def feed_faults(self) -> Counter[FrameFault]:
+        """Parts of streams that did not arrive in order."""
+        return self._feed.faults
 
     def check_health(self) -> None:
         """Raises StageFailedError if no tokens can be received: no more, or none ever."""

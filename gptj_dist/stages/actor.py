@@ -119,7 +119,7 @@ class Stage:
     @ray.method(concurrency_group="progress")
     def pulse(self) -> Pulse:
         """A sign of life. Can be called while `run` runs."""
-        return Pulse(self._runner.num_beats, self._is_computing)
+        return Pulse(self._runner.num_beats, self._is_computing, self._num_frames)
 
     @ray.method(concurrency_group="run")
     def allocate(self, num_blocks: int) -> None:
@@ -129,12 +129,17 @@ class Stage:
 
     @ray.method(concurrency_group="run")
     def run(self, next_address: str) -> None:
-        """Computes frames until the last one. The call's reference resolves or fails when the stage ends."""
+        """Computes frames until the last one. The call's reference resolves or fails when the stage leaves its ring.
+
+        Raises:
+            FrameFaultError: a frame did not arrive as it was sent. The stage can join the next ring.
+        """
         outbound = self._transport.outbound(next_address)
         garbage.settle()
         try:
             while not isinstance(frame := self._inbound.receive(), EndFrame):
                 if not self._is_leaving:
+                    self._num_frames += 1
                     self._is_computing = True
                     outbound.send(self._compute(frame))
                     self._is_computing = False
@@ -160,6 +165,7 @@ class Stage:
 
     def _open(self, epoch: int) -> None:
         self._is_leaving = False
+        self._num_frames = 0
         self._transport = open_transport(epoch)
         self._inbound = self._transport.inbound(ray.util.get_node_ip_address())
 

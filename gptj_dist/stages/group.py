@@ -37,6 +37,7 @@ from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.ring import Ring
 from gptj_dist.stages.transport import open_transport
+from gptj_dist.stages.transport.frames import FrameFault
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class StageGroup:
         self._spares: dict[str, list[Any]] = defaultdict(list)
         self._loaded: LoadedPipeline | None = None
         self._endings: set[asyncio.Task[None]] = set()
+        self._faults: Counter[tuple[int, FrameFault]] = Counter()
         self._ring: Ring | None = None
 
     @classmethod
@@ -150,7 +152,7 @@ class StageGroup:
         outbound = transport.outbound(members[0].placed.address)
         next_addresses = [*(member.placed.address for member in members[1:]), inbound.address]
         runs = [member.actor.run.remote(address) for member, address in zip(members, next_addresses, strict=True)]
-        self._ring = Ring(inbound, outbound, runs, lambda index: members[index].actor.pulse.remote())
+        self._ring = Ring(inbound, outbound, runs, lambda index: members[index].actor.pulse.remote(), self._faults)
         self._create_spares()
         return loaded
 
@@ -158,6 +160,11 @@ class StageGroup:
     def edge_bytes(self) -> Sequence[int]:
         """See `Ring`; those of the present ring."""
         return self._present_ring.edge_bytes
+
+    @property
+    def num_faults(self) -> Mapping[tuple[int, FrameFault], int]:
+        """Faults of frames in all rings, by edge: those that did not arrive as they were sent."""
+        return self._faults
 
     @property
     def num_dropped(self) -> Sequence[int]:

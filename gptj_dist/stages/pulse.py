@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 PERIOD_S = 0.5
@@ -20,7 +21,7 @@ STEPS_LIMIT = 3.0
 FIRST_LIMIT_S = 10.0
 """The same before the first result: a new process's first step is slow, and nothing is known of the usual ones."""
 
-LOST_FRAME_LIMIT_S = 15.0
+LOST_FRAME_LIMIT_S = 5.0
 """Time without a result after which a frame is lost, if all stages live and none has a frame."""
 
 NUM_RECENT_STEPS = 64
@@ -32,18 +33,16 @@ class Pulse(NamedTuple):
     Args:
         num_beats: layers that it has begun or computed since it was loaded.
         is_computing: whether it has a frame.
+        num_frames: frames that it has received in the present ring.
     """
 
     num_beats: int
     is_computing: bool
+    num_frames: int
 
 
 class StageHungError(Exception):
     """A stage gave no sign of life for too long; the message continues its name."""
-
-
-class LostFrameError(Exception):
-    """All stages wait for a frame that has not arrived."""
 
 
 class Pulses:
@@ -96,7 +95,13 @@ class Pulses:
             if silent_s > self.limit_s
         }
 
-    def check_frames(self) -> None:
-        """Raises LostFrameError if no stage has had a frame for so long that it must be lost."""
-        if self._waits_s > max(LOST_FRAME_LIMIT_S, self.limit_s):
-            raise LostFrameError(f"a frame was lost: all stages have waited for one for {self._waits_s:g} s")
+    def silent_edge(self, num_sent: int, num_landed: int) -> int | None:
+        """The edge whose last frame must be lost, because no stage has had a frame for so long; None for none.
+
+        Args:
+            num_sent: frames that the coordinator has sent, and `num_landed` those that it has received.
+        """
+        if self._waits_s <= max(LOST_FRAME_LIMIT_S, self.limit_s):
+            return None
+        passed = [num_sent, *(0 if pulse is None else pulse.num_frames for pulse in self._last), num_landed]
+        return next((edge for edge, (sent, received) in enumerate(pairwise(passed)) if received < sent), None)

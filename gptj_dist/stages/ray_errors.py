@@ -6,12 +6,19 @@ import ray
 
 from gptj_dist.errors import GPTJDistError
 from gptj_dist.stages.pulse import StageHungError
+from gptj_dist.stages.transport.frames import FrameFaultError
 
 
 def own_error(error: Exception) -> GPTJDistError | None:
     """The package's own error inside the error of an actor call; None if it is another kind of error."""
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
     return cause if isinstance(cause, GPTJDistError) else None
+
+
+def frame_fault(error: Exception) -> FrameFaultError | None:
+    """What an edge did to a frame, if that ended a stage's run; None if it is another kind of error."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return cause if isinstance(cause, FrameFaultError) else None
 
 
 def summary(error: Exception) -> str:

@@ -6,17 +6,22 @@ A ring lasts for one epoch. It ends with the first loss. Then `StageGroup` joins
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.logs import values
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.pulse import PERIOD_S, Pulse, Pulses
-from gptj_dist.stages.ray_errors import summary
-from gptj_dist.stages.transport.edge import AsyncInbound, Outbound
-from gptj_dist.stages.transport.frames import EndFrame, PlanFrame, ResultFrame
+from gptj_dist.stages.ray_errors import frame_fault, summary
+from gptj_dist.stages.transport.edge import AsyncInbound, Outbound, edge_names
+from gptj_dist.stages.transport.frames import EndFrame, FrameFault, FrameFaultError, PlanFrame, ResultFrame
+
+logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 2.0
 
@@ -28,6 +33,7 @@ class Ring:
         inbound, outbound: the coordinator's ends of the edges from the last stage and to stage 0.
         runs: for each stage, what resolves or fails when the stage no longer computes frames.
         feel: asks a stage, by its index, for its pulse.
+        faults: counts faults of frames, by edge.
 
     Attributes:
         is_closed: whether `close` was called.
@@ -43,12 +49,14 @@ class Ring:
         outbound: Outbound,
         runs: Sequence[Awaitable[None]],
         feel: Callable[[int], Awaitable[Pulse]],
+        faults: Counter[tuple[int, FrameFault]],
     ) -> None:
         self._inbound = inbound
         self._outbound = outbound
         self._feel = feel
+        self._faults = faults
         self._pulses = Pulses(len(runs))
-        self._num_in_flight = 0
+        self._num_sent = self._num_landed = 0
         self._has_landed = False
         self.is_closed = False
         self.deaths: dict[int, Exception] = {}
@@ -63,7 +71,7 @@ class Ring:
         ]
 
     def submit(self, plan: Plan) -> None:
-        self._num_in_flight += 1
+        self._num_sent += 1
         self._outbound.send(PlanFrame(plan, None))
 
     async def receive(self) -> Result:
@@ -95,18 +103,18 @@ class Ring:
             for edge, traffic in enumerate((*frame.edges, self._inbound.traffic)):
                 self.edge_bytes[edge] += traffic.frame_bytes
                 self.num_dropped[edge] = traffic.num_dropped
-            self._num_in_flight -= 1
+            self._num_landed += 1
             self._has_landed = True
             self._pulses.note_result([(timing.end_ns - timing.begin_ns) * 1e-9 for timing in frame.result.timings])
             self._results.put_nowait(frame.result)
 
     async def _watch_pulses(self) -> None:
-        """Finds stages that hang. While results arrive, or nothing is in flight, it asks no stage."""
+        """Finds stages that hang, until a frame is lost. While results arrive, or none is due, it asks no stage."""
         asked: dict[int, asyncio.Future[Pulse]] = {}
-        while True:
+        while (edge := self._pulses.silent_edge(self._num_sent, self._num_landed)) is None:
             self._has_landed = False
             await asyncio.sleep(PERIOD_S)
-            if self._has_landed or self._num_in_flight == 0:
+            if self._has_landed or self._num_sent == self._num_landed:
                 self._pulses.restart()
                 continue
             self._pulses.pass_time()
@@ -117,20 +125,31 @@ class Ring:
                     asked[index] = asyncio.ensure_future(self._feel(index))
             for index, error in self._pulses.hung().items():
                 self._note_death(index, error)
-            self._pulses.check_frames()
+        self._note_fault(edge, FrameFaultError(FrameFault.MISSING, "all stages wait for one"))
 
     def _note_watch_error(self, error: Exception) -> None:
         self._results.put_nowait(StageFailedError(str(error)))
 
     def _note_receive_error(self, error: Exception) -> None:
-        self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
+        if isinstance(error, FrameFaultError):
+            self._note_fault(len(self._watchers), error)
+        else:
+            self._results.put_nowait(StageFailedError(f"the coordinator can no longer receive results: {error}"))
+
+    def _note_fault(self, edge: int, error: FrameFaultError) -> None:
+        """Called when an edge did not bring the next frame. All stages live, and can join the next ring."""
+        name = edge_names(len(self._watchers))[edge]
+        self._faults[edge, error.fault] += 1
+        logger.error("frame fault", extra=values(edge=name, fault=str(error.fault), detail=error.detail))
+        self._results.put_nowait(StageFailedError(f"on the edge {name} {error}"))
 
     def _note_death(self, index: int, error: Exception) -> None:
-        """Called when a stage's run ends, which means that the stage died unless `end` was called."""
-        if index in self.deaths:
-            return
-        self.deaths[index] = error
-        self._results.put_nowait(StageFailedError(f"stage {index} {summary(error)}"))
+        """Called when a stage's run ends: the stage died, unless an edge failed or `end` was called."""
+        if (fault := frame_fault(error)) is not None:
+            self._note_fault(index, fault)
+        elif index not in self.deaths:
+            self.deaths[index] = error
+            self._results.put_nowait(StageFailedError(f"stage {index} {summary(error)}"))
 
 
 async def _finished(running: Awaitable[None]) -> None:

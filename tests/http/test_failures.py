@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from gptj_dist.engine.plan import Result
-from gptj_dist.stages.transport.frames import ResultFrame, encode
+from gptj_dist.stages.transport.frames import FrameWriter, ResultFrame
 from tests.http.server import APP_NAME, Server, serving
 from tests.strangers import ATTACKS, stranger, zeromq_endpoints
 from tests.waiting import wait_until
@@ -138,7 +138,7 @@ def test_strangers_at_the_ports_of_all_processes_change_no_stream_and_are_counte
     texts: list[str] = []
     client = threading.Thread(target=lambda: texts.append(server.complete(**request)["choices"][0]["text"]))
     client.start()
-    forged = [bytes(part) for part in encode(before.num_restarts, ResultFrame(Result(0, (6,))))]
+    forged = [bytes(part) for part in FrameWriter(before.num_restarts).write(ResultFrame(Result(0, (6,))))]
     for (endpoint,) in endpoints.values():
         for attack in ATTACKS:
             with stranger(attack, endpoint, forged):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import uvicorn
@@ -68,6 +68,7 @@ class FakeGroup:
     """
 
     num_dropped = (0, 0)
+    num_faults: ClassVar[dict[Any, int]] = {}
 
     def __init__(self, joins: Iterator[Exception | FakeExecutor]) -> None:
         self.executor = make_executor(is_paused=True)
@@ -230,7 +231,7 @@ class FakeOutbound:
 
 def ring_of(runs: list[Any], receiving: Exception | None = None) -> Ring:
     inbound: Any = FakeInbound(receiving)
-    return Ring(inbound, FakeOutbound(), runs, no_pulse)
+    return Ring(inbound, FakeOutbound(), runs, no_pulse, Counter())
 
 
 async def no_pulse(_: int) -> Pulse:
@@ -316,7 +317,7 @@ def test_a_closed_ring_can_be_ended() -> None:
     async def scenario() -> None:
         transport = open_transport(epoch=0)
         inbound = transport.async_inbound("127.0.0.1")
-        ring = Ring(inbound, transport.outbound(inbound.address), [], no_pulse)
+        ring = Ring(inbound, transport.outbound(inbound.address), [], no_pulse, Counter())
         ring.close()
         await ring.end()
         port = inbound.address.partition("#")[0].rpartition(":")[2]

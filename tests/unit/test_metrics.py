@@ -20,6 +20,7 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.stats import StageWork
 from gptj_dist.serving.metrics import FAMILIES, Exposition, IngressMetrics
 from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.token_rules import TokenRules
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         edge_bytes=(100, 2000, 30),
         port_dropped=(0, 4, 2, 1),
         loop_lag=histogram(1, 60),
+        frame_faults={(1, FrameFault.MISSING): 3},
     )
 
 
@@ -64,6 +66,7 @@ def ingress(name: str) -> IngressMetrics:
     for reason in ("stop", "stop", "abort"):
         made.note_end(reason)
     made.note_move()
+    made.feed_faults[FrameFault.MISSING] += 1
     return made
 
 
@@ -124,6 +127,10 @@ def test_the_numbers_are_those_of_each_replica(
         ("feed_dropped_messages_total", labels(ingress="i")): 0,
         ("coordinator_loop_lag_seconds_bucket", labels(pipeline="p", le="0.05")): 1,
         ("ingress_loop_lag_seconds_count", labels(ingress="j")): 0,
+        ("frame_faults_total", labels(pipeline="p", edge="0->1", fault="missing")): 3,
+        ("frame_faults_total", labels(pipeline="p", edge="1->coordinator", fault="corrupted")): 0,
+        ("feed_faults_total", labels(ingress="j", fault="missing")): 1,
+        ("feed_faults_total", labels(ingress="j", fault="repeated")): 0,
     }
     assert {key: samples[key] for key in expected} == expected
 

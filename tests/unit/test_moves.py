@@ -24,8 +24,10 @@ from gptj_dist.errors import (
 )
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving import moves, pipeline_client
+from gptj_dist.serving.feed import ReplyTo
 from gptj_dist.serving.moves import MAX_MOVES, lasting
 from gptj_dist.serving.pipeline_client import PipelineClient
+from gptj_dist.stages.transport.frames import FrameFault
 from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, turns
 from tests.unit.test_pipeline_client import NUM_CHOICES, Replica, polled
 
@@ -309,5 +311,43 @@ def test_tokens_that_were_lost_behind_their_call_come_from_another_pipeline(monk
             first = await anext(stream)
             serve.put(rig)
             assert [*first.token_ids, *await collect(stream)] == TOKENS
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("order", "fault", "num_moves"),
+    [
+        ((0, 1, 3, 4, 5), FrameFault.MISSING, 1),
+        ((1, 2, 3, 4, 5), FrameFault.MISSING, 1),
+        ((0, 2, 1, 3, 4, 5), FrameFault.MISSING, 1),
+        ((0, 1, 1, 0, 2, 3, 4, 5, 5), FrameFault.REPEATED, 0),
+    ],
+    ids=["lost", "first lost", "swapped", "doubled"],
+)
+def test_streams_whose_tokens_are_lost_swapped_or_doubled_on_their_way_are_whole(
+    order: tuple[int, ...], fault: FrameFault, num_moves: int
+) -> None:
+    async def scenario() -> None:
+        async with served(is_paused=False) as (_, serve, client):
+            outbox, put = serve.replica._outbox, serve.replica._outbox.put
+            deltas: dict[int, list[Delta]] = {}
+
+            def disturbed(to: ReplyTo, number: int, delta: Delta) -> None:
+                """Puts the parts of the first streams in the disturbed order, once all are there."""
+                if to.stream_id >= NUM_CHOICES:
+                    put(to, number, delta)
+                    return
+                deltas.setdefault(to.stream_id, []).append(delta)
+                for one in order if delta.finish_reason is not None else ():
+                    put(to, one, deltas[to.stream_id][one])
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(outbox, "put", disturbed)
+                streams = client.streams(new_records(PROMPT, PARAMS, NUM_CHOICES, "r"))
+                got = await asyncio.gather(*map(collect, streams))
+            assert got == [expected_tokens(PROMPT, PARAMS, choice) for choice in range(NUM_CHOICES)]
+            assert set(client.feed_faults) == {fault}
+            assert len(serve.calls) == 1 + NUM_CHOICES * num_moves
 
     run(scenario())

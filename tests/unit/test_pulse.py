@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ from gptj_dist.stages.pulse import (
     FIRST_LIMIT_S,
     LOST_FRAME_LIMIT_S,
     PERIOD_S,
-    LostFrameError,
     Pulse,
     Pulses,
 )
@@ -37,8 +37,8 @@ def test_a_stage_that_no_longer_answers_hangs_after_the_limit() -> None:
     assert pulses.limit_s == pytest.approx(BASE_LIMIT_S + 3 * 0.4)
     for beat in range(6):
         pulses.pass_time()
-        pulses.note_answer(0, Pulse(beat, True))
-        pulses.note_answer(2, Pulse(5, False))
+        pulses.note_answer(0, Pulse(beat, True, 0))
+        pulses.note_answer(2, Pulse(5, False, 0))
     assert not pulses.hung()
     pulses.pass_time()
     assert set(pulses.hung()) == {1}
@@ -56,10 +56,10 @@ def test_before_the_first_result_the_limit_is_longer() -> None:
 def test_a_stage_that_answers_but_stays_at_its_layer_hangs() -> None:
     pulses = Pulses(1)
     pulses.note_result([0.0])
-    pulses.note_answer(0, Pulse(7, True))
+    pulses.note_answer(0, Pulse(7, True, 0))
     for _ in range(4):
         pulses.pass_time()
-        pulses.note_answer(0, Pulse(7, True))
+        pulses.note_answer(0, Pulse(7, True, 0))
     assert not pulses.hung()
     pulses.pass_time()
     assert set(pulses.hung()) == {0}
@@ -70,9 +70,9 @@ def test_a_stage_that_is_ever_so_slow_does_not_hang() -> None:
     pulses.note_result([0.0])
     for beat in range(100):
         silence(pulses, BASE_LIMIT_S)
-        pulses.note_answer(0, Pulse(beat, True))
+        pulses.note_answer(0, Pulse(beat, True, 0))
         assert not pulses.hung()
-        pulses.check_frames()
+        assert pulses.silent_edge(1, 0) is None
 
 
 def test_long_steps_extend_the_limit_as_long_as_they_are_recent() -> None:
@@ -91,20 +91,21 @@ def test_a_result_or_an_idle_ring_begins_anew() -> None:
         pulses = Pulses(2)
         silence(pulses, LOST_FRAME_LIMIT_S + 1)
         begin_anew(pulses)
-        pulses.check_frames()
+        assert pulses.silent_edge(1, 0) is None
         assert not pulses.hung()
 
 
-def test_a_frame_is_lost_when_all_stages_wait_for_it() -> None:
+@pytest.mark.parametrize(("received", "edge"), [((4, 4), 0), ((5, 4), 1), ((5, 5), 2)])
+def test_a_frame_is_lost_on_its_edge_when_all_stages_wait_for_it(received: tuple[int, int], edge: int) -> None:
     pulses = Pulses(2)
+    pulses.note_result([0.0])
     for _ in range(round(LOST_FRAME_LIMIT_S / PERIOD_S)):
         pulses.pass_time()
         for index in range(2):
-            pulses.note_answer(index, Pulse(3, False))
-    pulses.check_frames()
+            pulses.note_answer(index, Pulse(3, False, received[index]))
+        assert pulses.silent_edge(5, 4) is None
     pulses.pass_time()
-    with pytest.raises(LostFrameError, match="a frame was lost"):
-        pulses.check_frames()
+    assert pulses.silent_edge(5, 4) == edge
 
 
 class Inbound:
@@ -140,14 +141,14 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ring_of(inbound: Inbound, feel: Callable[[int], Awaitable[Pulse]]) -> Ring:
     runs: list[Any] = [asyncio.get_running_loop().create_future() for _ in range(2)]
-    return Ring(inbound, Outbound(), runs, feel)
+    return Ring(inbound, Outbound(), runs, feel, Counter())
 
 
 def test_a_ring_reports_the_stage_that_hangs_and_no_other() -> None:
     async def feel(index: int) -> Pulse:
         if index == 1:
             await asyncio.Future()
-        return Pulse(3, False)
+        return Pulse(3, False, 0)
 
     async def run() -> None:
         there = ring_of(Inbound(), feel)
@@ -181,12 +182,12 @@ def test_a_ring_asks_no_stage_while_nothing_is_in_flight() -> None:
 
 def test_a_ring_without_frames_fails() -> None:
     async def feel(_: int) -> Pulse:
-        return Pulse(3, False)
+        return Pulse(3, False, 0)
 
     async def run() -> None:
         there = ring_of(Inbound(), feel)
         there.submit(PLAN)
-        with pytest.raises(StageFailedError, match="a frame was lost"):
+        with pytest.raises(StageFailedError, match=r"on the edge coordinator->0 a frame is missing"):
             await there.receive()
         assert not there.deaths
         there.close()

@@ -16,7 +16,7 @@ from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox
 from gptj_dist.stages.transport import open_transport
-from gptj_dist.stages.transport.frames import PlanFrame, ResultFrame, encode
+from gptj_dist.stages.transport.frames import FrameWriter, PlanFrame, ResultFrame
 from gptj_dist.stages.transport.guard import CurveLock
 from tests.strangers import ATTACKS, stranger
 
@@ -25,7 +25,7 @@ NUM_FRAMES = 200
 
 
 def forged_frame() -> list[bytes]:
-    return [bytes(part) for part in encode(1, ResultFrame(Result(666, (6,))))]
+    return [bytes(part) for part in FrameWriter(1).write(ResultFrame(Result(666, (6,))))]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -1,4 +1,4 @@
-"""Frames survive the wire byte for byte; those of another epoch are dropped; malformed ones are a `CodecError`."""
+"""Frames survive the wire byte for byte; those of another epoch are dropped; all others are a fault of the edge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import pickle
 import random
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,11 +24,13 @@ from gptj_dist.stages.transport.frames import (
     EdgeTraffic,
     EndFrame,
     Frame,
+    FrameFault,
+    FrameFaultError,
+    FrameReader,
+    FrameWriter,
     HiddenStates,
     PlanFrame,
     ResultFrame,
-    decode,
-    encode,
 )
 from tests.settings import FIELD_NAMES, changed
 
@@ -63,20 +66,21 @@ FRAMES: list[Frame] = [
 ]
 
 
-def as_bytes(parts: list[bytes | memoryview]) -> list[bytes]:
-    return [bytes(part) for part in parts]
+def written(epoch: int, frame: Frame) -> list[bytes]:
+    """The parts of the message of an edge's first frame."""
+    return [bytes(part) for part in FrameWriter(epoch).write(frame)]
 
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_frame_comes_out_as_it_went_in(frame: Frame) -> None:
-    assert decode(as_bytes(encode(3, frame)), epoch=3) == frame
+    assert FrameReader(3).read(written(3, frame)) == frame
 
 
 @pytest.mark.parametrize("name", FIELD_NAMES)
 def test_every_sampling_parameter_reaches_the_stages_unchanged(name: str) -> None:
     params = SamplingParams(**changed(name))
     request = Request(3, Prompt((5, 6)), params, noise_key=7)
-    frame = decode(as_bytes(encode(0, PlanFrame(Plan(0, (), (request.introduction(),), ()), None))), epoch=0)
+    frame = FrameReader(0).read(written(0, PlanFrame(Plan(0, (), (request.introduction(),), ()), None)))
     assert isinstance(frame, PlanFrame)
     [met] = frame.plan.new_requests
     assert met.params == params != SamplingParams()
@@ -84,7 +88,7 @@ def test_every_sampling_parameter_reaches_the_stages_unchanged(name: str) -> Non
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_frame_of_another_epoch_is_none(frame: Frame) -> None:
-    assert decode(as_bytes(encode(2, frame)), epoch=3) is None
+    assert FrameReader(3).read(written(2, frame)) is None
 
 
 def test_random_plans_survive() -> None:
@@ -101,18 +105,23 @@ def test_random_plans_survive() -> None:
             for _ in range(chooser.randrange(6))
         )
         frame = PlanFrame(Plan(chooser.randrange(2**40), (), (), chunks), None)
-        assert decode(as_bytes(encode(0, frame)), epoch=0) == frame
+        assert FrameReader(0).read(written(0, frame)) == frame
 
 
 def packed(*fields: object) -> bytes:
     return msgspec.msgpack.encode(fields)
 
 
+def sealed(parts: list[bytes]) -> list[bytes]:
+    """The parts of a message with the right checksum."""
+    return [zlib.crc32(b"".join(parts)).to_bytes(4, "big") + parts[0], *parts[1:]]
+
+
 def plan_parts(**changes: object) -> list[bytes]:
     """The message of a plan with hidden states, with some fields of its header changed."""
-    header, data = as_bytes(encode(0, PlanFrame(PLAN, HIDDEN)))
-    epoch, kind, frame = msgspec.msgpack.decode(header)
-    return [packed(epoch, kind, frame | changes), data]
+    header, data = written(0, PlanFrame(PLAN, HIDDEN))
+    epoch, number, kind, frame = msgspec.msgpack.decode(header[4:])
+    return [packed(epoch, number, kind, frame | changes), data]
 
 
 def hidden_header(shape: tuple[int, int], dtype: str = "float16") -> dict[str, object]:
@@ -122,13 +131,13 @@ def hidden_header(shape: tuple[int, int], dtype: str = "float16") -> dict[str, o
 MALFORMED = {
     "nothing": [b""],
     "no envelope": [packed(7)],
-    "an unknown kind": [packed(0, "evil", 1)],
-    "a kind without a frame": [packed(0, "PlanFrame")],
-    "a pickle": [pickle.dumps((0, "EndFrame"))],
-    "deep nesting": [packed(0, "PlanFrame")[:-1] + b"\x91" * 100_000],
+    "an unknown kind": [packed(0, 0, "evil", 1)],
+    "a kind without a frame": [packed(0, 0, "PlanFrame")],
+    "a pickle": [pickle.dumps((0, 0, "EndFrame"))],
+    "deep nesting": [packed(0, 0, "PlanFrame")[:-1] + b"\x91" * 100_000],
     "a longer array than bytes": [b"\xdd\xff\xff\xff\xff"],
     "an HTTP request": [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"],
-    "an epoch that is text": [packed("0", "EndFrame", {})],
+    "an epoch that is text": [packed("0", 0, "EndFrame", {})],
     "a plan without chunks": plan_parts(plan={"plan_id": 1, "released": (), "new_requests": ()}),
     "a plan id that is text": plan_parts(plan={"plan_id": "1", "released": (), "new_requests": (), "chunks": ()}),
     "a chunk of too few fields": plan_parts(plan={"plan_id": 1, "released": (), "new_requests": (), "chunks": [[1]]}),
@@ -143,24 +152,65 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("parts", MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_message_is_a_codec_error(parts: list[bytes]) -> None:
-    with pytest.raises(CodecError):
-        decode(parts, epoch=0)
+def test_a_malformed_message_is_a_fault_even_with_the_right_checksum(parts: list[bytes]) -> None:
+    for message in (parts, sealed(parts)):
+        with pytest.raises(FrameFaultError) as raised:
+            FrameReader(0).read(message)
+        assert raised.value.fault == FrameFault.CORRUPTED
 
 
-def test_a_frame_that_was_cut_or_changed_anywhere_is_a_frame_or_a_codec_error_and_nothing_else() -> None:
+def test_a_header_that_was_cut_or_changed_anywhere_is_a_frame_or_a_fault_and_nothing_else() -> None:
     chooser, outcomes = random.Random(1), set[type]()
-    header, data = as_bytes(encode(0, PlanFrame(PLAN, HIDDEN, TIMINGS, EDGES, (EMBEDDING,))))
+    header, data = written(0, PlanFrame(PLAN, HIDDEN, TIMINGS, EDGES, (EMBEDDING,)))
     for _ in range(3000):
-        start = chooser.randrange(len(header))
+        start = chooser.randrange(4, len(header))
         stop = start + chooser.randrange(3)
-        broken = header[:start] + chooser.randbytes(chooser.randrange(3)) + header[stop:]
+        broken = header[4:start] + chooser.randbytes(chooser.randrange(3)) + header[stop:]
         for parts in ([broken, data], [chooser.randbytes(chooser.randrange(200))]):
             try:
-                outcomes.add(type(decode(parts, epoch=0)))
-            except CodecError:
-                outcomes.add(CodecError)
-    assert {PlanFrame, CodecError} <= outcomes <= {PlanFrame, ResultFrame, EndFrame, type(None), CodecError}
+                outcomes.add(type(FrameReader(0).read(sealed(parts))))
+            except FrameFaultError:
+                outcomes.add(FrameFaultError)
+    assert {PlanFrame, FrameFaultError} <= outcomes
+    assert outcomes <= {PlanFrame, ResultFrame, EndFrame, type(None), FrameFaultError}
+
+
+def test_each_single_bit_that_was_changed_is_a_fault() -> None:
+    parts = written(0, PlanFrame(PLAN, HIDDEN))
+    for index, part in enumerate(parts):
+        for bit in range(8 * len(part)):
+            changed_part = bytearray(part)
+            changed_part[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(FrameFaultError, match="a frame is corrupted"):
+                FrameReader(0).read([*parts[:index], bytes(changed_part), *parts[index + 1 :]])
+
+
+@pytest.mark.parametrize(
+    ("order", "fault", "detail"),
+    [
+        ((0, 2), FrameFault.MISSING, "number 2 arrived, expected 1"),
+        ((1,), FrameFault.MISSING, "number 1 arrived, expected 0"),
+        ((0, 1, 1), FrameFault.REPEATED, "number 1 arrived, expected 2"),
+        ((0, 1, 2, 0), FrameFault.REPEATED, "number 0 arrived, expected 3"),
+    ],
+)
+def test_a_frame_that_is_not_the_next_one_is_a_fault(order: tuple[int, ...], fault: FrameFault, detail: str) -> None:
+    writer, reader = FrameWriter(0), FrameReader(0)
+    messages = [[bytes(part) for part in writer.write(PlanFrame(PLAN, HIDDEN))] for _ in range(3)]
+    for number in order[:-1]:
+        reader.read(messages[number])
+    with pytest.raises(FrameFaultError) as raised:
+        reader.read(messages[order[-1]])
+    error = pickle.loads(pickle.dumps(raised.value))
+    assert (error.fault, str(error)) == (fault, f"a frame is {fault}: {detail}")
+
+
+def test_end_frames_have_no_number_and_frames_of_other_epochs_do_not_count() -> None:
+    writer, old, reader = FrameWriter(1), FrameWriter(0), FrameReader(1)
+    for frame in FRAMES:
+        assert reader.read([bytes(part) for part in writer.write(frame)]) == frame
+        assert reader.read([bytes(part) for part in old.write(frame)]) is None
+        assert reader.read(written(1, EndFrame())) == EndFrame()
 
 
 def test_a_message_type_needs_no_wire_code_of_its_own() -> None:
@@ -180,7 +230,7 @@ def test_a_message_type_needs_no_wire_code_of_its_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_states_keep_every_bit(dtype: torch.dtype) -> None:
     hidden = torch.randn(3, 10).to(dtype)[:, 2:7]  # not contiguous
-    frame = decode(as_bytes(encode(0, PlanFrame(PLAN, _to_wire(hidden)))), epoch=0)
+    frame = FrameReader(0).read(written(0, PlanFrame(PLAN, _to_wire(hidden))))
     assert isinstance(frame, PlanFrame)
     found = _to_tensor(frame.hidden)
     assert found is not None

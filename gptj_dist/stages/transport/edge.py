@@ -1,10 +1,12 @@
 """The ends of the connections between coordinator and stages. A transport is a module that implements these protocols.
 
-Frames of an edge arrive complete and in order. An end belongs to one thread.
+Frames of an edge arrive as they were sent and in order; otherwise the receiving end raises FrameFaultError. An end
+belongs to one thread.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 from gptj_dist.stages.transport.frames import EdgeTraffic, Frame
@@ -28,14 +30,14 @@ class Inbound(ReceivingEnd, Protocol):
     """The receiving end of an edge, for a thread."""
 
     def receive(self) -> Frame:
-        """Waits for the next frame. What is no frame of this epoch is dropped."""
+        """Waits for the next frame. Frames of other epochs are dropped. Raises FrameFaultError."""
 
 
 class AsyncInbound(ReceivingEnd, Protocol):
     """The receiving end of an edge, for an event loop."""
 
     async def receive(self) -> Frame:
-        """Waits for the next frame. What is no frame of this epoch is dropped."""
+        """Waits for the next frame. Frames of other epochs are dropped. Raises FrameFaultError."""
 
 
 class Outbound(Protocol):
@@ -59,3 +61,9 @@ class Transport(Protocol):
 
     def outbound(self, address: str) -> Outbound:
         """A sending end, connected to the receiving end at the address."""
+
+
+def edge_names(num_stages: int) -> list[str]:
+    """The edges of a ring: `coordinator->0`, `0->1`, ..., `1->coordinator`."""
+    stops = ["coordinator", *map(str, range(num_stages)), "coordinator"]
+    return [f"{begin}->{end}" for begin, end in pairwise(stops)]

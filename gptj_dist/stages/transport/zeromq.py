@@ -5,7 +5,6 @@ An address is the receiver's endpoint and the password of its lock.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -13,12 +12,8 @@ from typing import Any, Generic
 import zmq
 import zmq.asyncio
 
-from gptj_dist.logs import values
-from gptj_dist.stages.transport.codec import CodecError
-from gptj_dist.stages.transport.frames import EdgeTraffic, Frame, decode, encode
+from gptj_dist.stages.transport.frames import EdgeTraffic, Frame, FrameReader, FrameWriter
 from gptj_dist.stages.transport.guard import MAX_PART_BYTES, GuardedSocket, PasswordLock, S, show_password
-
-logger = logging.getLogger(__name__)
 
 _SEPARATOR = "#"  # neither endpoints nor passwords contain it
 
@@ -48,7 +43,7 @@ class _Receiver(Generic[S]):
 
     def __init__(self, context: zmq.Context[S], host: str, epoch: int) -> None:
         lock = PasswordLock()
-        self._epoch = epoch
+        self._reader = FrameReader(epoch)
         self._frame_bytes = 0
         self._guarded = GuardedSocket(context, zmq.PULL, host, lock)
         self.address = f"{self._guarded.endpoint}{_SEPARATOR}{lock.password}"
@@ -60,22 +55,16 @@ class _Receiver(Generic[S]):
     def close(self) -> None:
         self._guarded.close()
 
-    def _decode(self, parts: Sequence[bytes]) -> Frame | None:
-        """The frame of a message; None for one that is malformed or of another epoch."""
+    def _read(self, parts: Sequence[bytes]) -> Frame | None:
         self._frame_bytes = sum(map(len, parts))
-        try:
-            return decode(parts, self._epoch)
-        except CodecError as error:
-            self._guarded.dropped.num_malformed += 1
-            logger.warning("malformed frame dropped", extra=values(error=str(error)))
-            return None
+        return self._reader.read(parts)
 
 
 class ZeroMQInbound(_Receiver["zmq.Socket[bytes]"]):
     """Implements `edge.Inbound`."""
 
     def receive(self) -> Frame:
-        while (frame := self._decode(self._guarded.socket.recv_multipart())) is None:
+        while (frame := self._read(self._guarded.socket.recv_multipart())) is None:
             pass
         return frame
 
@@ -84,7 +73,7 @@ class AsyncZeroMQInbound(_Receiver[zmq.asyncio.Socket]):
     """Implements `edge.AsyncInbound`."""
 
     async def receive(self) -> Frame:
-        while (frame := self._decode(await self._guarded.socket.recv_multipart())) is None:
+        while (frame := self._read(await self._guarded.socket.recv_multipart())) is None:
             pass
         return frame
 
@@ -94,14 +83,14 @@ class ZeroMQOutbound:
 
     def __init__(self, address: str, epoch: int) -> None:
         endpoint, _, password = address.partition(_SEPARATOR)
-        self._epoch = epoch
+        self._writer = FrameWriter(epoch)
         self._socket: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         show_password(self._socket, password)
         self._socket.connect(endpoint)
 
     def send(self, frame: Frame) -> None:
-        parts = encode(self._epoch, frame)
+        parts = self._writer.write(frame)
         if (longest := max(map(len, parts))) > MAX_PART_BYTES:
             raise ValueError(f"a frame has a part of {longest} bytes; receivers take at most {MAX_PART_BYTES}")
         self._socket.send_multipart(parts, flags=zmq.NOBLOCK)
