@@ -8,6 +8,7 @@ __all__ = [
     "async_engine",
     "block_pool",
     "clock",
+    "fairness",
     "histogram",
     "journal",
     "limits",

@@ -13,6 +13,7 @@ from itertools import count
 
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.executor import Executor
+from gptj_dist.engine.fairness import FairShares
 from gptj_dist.engine.journal import Journal
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
@@ -57,6 +58,7 @@ class AsyncEngine:
         self._refusal: str | None = None
         self._mailboxes: dict[int, Mailbox] = {}
         self._request_ids = count()
+        self._shares = FairShares()
         self._is_pump_due = False
         self._broken: asyncio.Future[None] | None = None
         self.last_token_s: float | None = None
@@ -174,7 +176,9 @@ class AsyncEngine:
             record.log_id,
             generated=record.token_ids,
             is_moved=record.num_moves > 0,
+            key=record.key,
         )
+        self._shares.enter(request, self.scheduler.waiting.place_now(record.params.priority))
         self.scheduler.add(request)
         self.journal.note_arrival(request, self.stats.now_ns())
         mailbox = self._mailboxes[request.request_id] = Mailbox()
@@ -195,6 +199,7 @@ class AsyncEngine:
 
     def _forget(self, request: Request) -> None:
         self.scheduler.abort(request.request_id)
+        self._shares.leave(request)
         self.journal.note_closed(request, self.stats.now_ns())
         del self._mailboxes[request.request_id]
         self._pump_soon()

@@ -24,6 +24,7 @@ class RequestRecord:
         log_id: its name in logs; None for one that is neither logged nor counted.
         token_ids: generated so far.
         num_moves: pipelines that were lost while they served the request.
+        key: name of the client's key where several keys share the server.
 
     Raises:
         ValueError: the completion has all its tokens.
@@ -35,6 +36,7 @@ class RequestRecord:
     log_id: str | None = None
     token_ids: tuple[int, ...] = ()
     num_moves: int = 0
+    key: str | None = None
 
     def __post_init__(self) -> None:
         if self.token_ids and len(self.token_ids) >= self.params.max_tokens:

@@ -62,9 +62,11 @@ class Request:
         noise_key: 64 bits that determine all of the request's sampling noise.
         log_id: its name in logs; None for one that is neither logged nor counted.
         is_moved: whether another pipeline was lost while it served the request.
+        key: see `RequestRecord`.
         generated: tokens that were generated before, by another scheduler.
 
     Attributes:
+        place: its place among the requests of all keys, see `FairShares`.
         token_ids: the prompt and the tokens generated so far.
         num_computed: tokens whose keys and values are computed, or will be by plans in flight.
         blocks: KV blocks held, in order of position.
@@ -78,7 +80,9 @@ class Request:
     noise_key: int
     log_id: str | None = None
     is_moved: bool = False
+    key: str | None = None
     generated: InitVar[tuple[int, ...]] = ()
+    place: int = field(init=False, default=0)
     token_ids: list[int] = field(init=False)
     num_computed: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
@@ -140,9 +144,9 @@ class Request:
         return NewRequest(self.request_id, self.params, self.noise_key, num_prompt_tokens, self.log_id, begins_with)
 
 
-def run_order(request: Request) -> tuple[int, bool, int]:
-    """The order in which requests run: by priority, then those that were moved, then by arrival.
+def run_order(request: Request) -> tuple[int, bool, int, int]:
+    """The order in which requests run: by priority, then those that were moved, then by place, then by arrival.
 
     They are preempted in the opposite order.
     """
-    return request.params.priority, not request.is_moved, request.request_id
+    return request.params.priority, not request.is_moved, request.place, request.request_id

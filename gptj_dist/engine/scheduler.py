@@ -3,9 +3,9 @@
 There is no prefill phase and no decode phase: every request has a number of computed tokens that catches up with its
 number of tokens. Chunked prefill and recomputation after a preemption both fall out of that rule.
 
-Requests run by priority, and then by arrival; those of a lost pipeline come before all that arrived here. When KV
-blocks run out, the last running request gives up its blocks and returns to the queue. The first one always continues,
-so every request finishes unless requests of a better priority keep arriving.
+Requests run by priority, and then by arrival, but keys take turns (`engine/fairness.py`); those of a lost pipeline come
+before all that arrived here. When KV blocks run out, the last running request gives up its blocks and returns to the
+queue. The first one always continues, so every request finishes unless requests of a better priority keep arriving.
 
 One of the requests of a prompt computes it. The others wait for it and then begin with its KV: they share whole blocks,
 and the stages copy the rest. If no running request holds the prompt any more, the next one computes it again.
@@ -124,6 +124,11 @@ class Scheduler:
         self._chunk_tokens = 0
         self._step_cost = StepCostEstimate()
         self.num_preemptions = 0
+
+    @property
+    def waiting(self) -> WaitingQueue:
+        """The requests that do not run; for its counts."""
+        return self._waiting
 
     @property
     def num_waiting(self) -> int:
@@ -290,6 +295,7 @@ class Scheduler:
         self._waiting.remove(request)
         insort(self._running, request, key=run_order)
         request.is_running = True
+        self._waiting.last_place = max(self._waiting.last_place, request.place)
         if request.prompt.num_shareable:
             request.prompt.holders.append(request)
         begins_with = None

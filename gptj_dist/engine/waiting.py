@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator
 
 from gptj_dist.engine.request import Request, run_order
@@ -13,11 +14,15 @@ class WaitingQueue:
 
     Attributes:
         num_tokens: estimate of the tokens that are to be computed for all of them, see `Request.num_expected`.
+        num_of_keys: requests by their key.
+        last_place: the highest place of the requests that have begun to run.
     """
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
         self.num_tokens = 0
+        self.num_of_keys: Counter[str | None] = Counter()
+        self.last_place = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -31,7 +36,18 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         insort(self._requests, request, key=run_order)
         self.num_tokens += request.num_expected
+        self.num_of_keys[request.key] += 1
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
         self.num_tokens -= request.num_expected
+        self.num_of_keys[request.key] -= 1
+        if not self.num_of_keys[request.key]:
+            del self.num_of_keys[request.key]
+
+    def place_now(self, priority: int) -> int:
+        """The place of the request of this priority that is next; if none waits, of the last one that began to run."""
+        index = bisect_left(self._requests, (priority, True, -1, -1), key=run_order)  # after those that were moved
+        if index < len(self) and self._requests[index].params.priority == priority:
+            return self._requests[index].place
+        return self.last_place

@@ -7,6 +7,7 @@ import hmac
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from gptj_dist.errors import ConfigurationError
 
 KEY_PREFIX = "gptj-"
 _PERIOD_S = 60.0
+
+CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
+"""Name of the key of the call that is being answered, where several keys share the server."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import gptj_dist
 from gptj_dist import garbage
 from gptj_dist.config import DeviceKind, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
+from gptj_dist.engine.fairness import has_room
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
@@ -141,7 +142,7 @@ class Pipeline:
             TooManyRequestsError: too many requests are waiting already; not for one that was accepted elsewhere.
         """
         if not records[0].num_moves:
-            self._require_room()
+            self._require_room(records[0].key)
         streams = self._engine.generate_all(records)
         tasks = {
             (to := reply_to.plus(choice)): asyncio.create_task(self._send(to, stream))
@@ -157,9 +158,9 @@ class Pipeline:
             if isinstance(end, Exception):  # and not the cancellation of one
                 raise end
 
-    def _require_room(self) -> None:
+    def _require_room(self, key: str | None) -> None:
         num_waiting = self._engine.scheduler.num_waiting
-        if num_waiting >= self._max_queued_requests:
+        if not has_room(self._engine.scheduler.waiting.num_of_keys, key, self._max_queued_requests):
             retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._engine.backlog_s())))
             raise TooManyRequestsError(f"{num_waiting} requests are waiting already; try again later", retry_after_s)
 

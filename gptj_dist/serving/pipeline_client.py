@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -20,6 +21,7 @@ from gptj_dist.logs import values
 from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import PipelineDocument
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
+from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.moves import lasting
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.background import run_in_background
@@ -84,7 +86,9 @@ class PipelineClient:
         return self._limits
 
     def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
-        """Implements `TokenSource`. The streams outlive pipelines."""
+        """Implements `TokenSource`. The streams outlive pipelines, and take turns with those of other keys."""
+        if (key := CALLER.get()) is not None:
+            records = [replace(record, key=key) for record in records]
         call = _Call(self._handle, self._feed, records)
         return [
             lasting(call.stream(choice), record, self._reopen, self._on_move) for choice, record in enumerate(records)

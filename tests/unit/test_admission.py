@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack, suppress
 from typing import Any
 
+import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
@@ -17,14 +19,16 @@ from gptj_dist.answers.merge import merge
 from gptj_dist.errors import TooManyRequestsError
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.endpoints import EventResponse
+from gptj_dist.serving.keys import ApiKey, hash_key
 from tests.front_app import FrontApp, eventually, front_app
+from tests.http.keys import bearer, key_of
 
 MOST = 20
 
 
-def run(scenario: Callable[[FrontApp], Awaitable[None]]) -> None:
+def run(scenario: Callable[[FrontApp], Awaitable[None]], keys: Sequence[ApiKey] = ()) -> None:
     async def main() -> None:
-        async with front_app(max_requests=MOST) as app:
+        async with front_app(max_requests=MOST, keys=keys) as app:
             await scenario(app)
 
     asyncio.run(main())
@@ -174,3 +178,56 @@ def test_of_many_streams_one_begins_in_a_turn_of_the_loop() -> None:
 
     assert asyncio.run(main()) == 100
     assert len(set(begun)) == 100
+
+
+def test_a_full_server_still_answers_another_keys_requests() -> None:
+    async def scenario(app: FrontApp) -> None:
+        app.source.may_go_on.clear()
+
+        def post(name: str) -> asyncio.Task[httpx.Response]:
+            body = {"prompt": "a", "max_tokens": 2}
+            return asyncio.create_task(app.client.post("/v1/completions", json=body, headers=bearer(name)))
+
+        flood = [post("a") for _ in range(MOST + 5)]
+        await eventually(lambda: sum(call.done() for call in flood) == 5)
+        others = [post("b") for _ in range(MOST)]
+        await eventually(lambda: sum(call.done() for call in others) == MOST // 2)
+        app.source.may_go_on.set()
+        assert Counter(call.status_code for call in await asyncio.gather(*flood)) == {200: MOST, 429: 5}
+        assert Counter(call.status_code for call in await asyncio.gather(*others)) == {200: MOST // 2, 429: MOST // 2}
+        assert app.admission.num_admitted == 0
+
+    keys = [ApiKey(name, hash_key(key_of(name))) for name in ("a", "b")]
+    run(scenario, keys)
+
+
+def test_retry_after_is_the_time_in_which_the_requests_of_now_end_at_the_present_rate() -> None:
+    now_s = 0.0
+
+    def wait_s(admission: Admission) -> int | None:
+        with pytest.raises(TooManyRequestsError) as refused, admission.admitted():
+            pass
+        return refused.value.retry_after_s
+
+    def end_one_and_begin_another(admission: Admission) -> None:
+        under_way.pop(0).close()
+        under_way.append(begin(admission))
+
+    def begin(admission: Admission) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(admission.admitted())
+        return stack
+
+    admission = Admission(100, lambda: now_s)
+    under_way = [begin(admission) for _ in range(100)]
+    assert wait_s(admission) == 5
+    for _ in range(300):
+        now_s += 0.2
+        end_one_and_begin_another(admission)
+    assert wait_s(admission) == pytest.approx(20, abs=1)
+    now_s += 1000
+    assert wait_s(admission) == pytest.approx(412, abs=1)
+    for stack in under_way[:60]:
+        stack.close()
+    under_way += [begin(admission) for _ in range(60)]
+    assert wait_s(admission) == 5

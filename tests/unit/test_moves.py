@@ -25,11 +25,12 @@ from gptj_dist.errors import (
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving import moves, pipeline_client
 from gptj_dist.serving.feed import ReplyTo
+from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.moves import MAX_MOVES, lasting
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.stages.transport.frames import FrameFault
-from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, turns
-from tests.unit.test_pipeline_client import NUM_CHOICES, Replica, polled
+from tests.unit.test_async_engine import LIMITS, MAX_BATCH_SIZE, PROMPT, Rig, collect, expected_tokens, running, turns
+from tests.unit.test_pipeline_client import MOST_WAITING, NUM_CHOICES, Replica, polled
 
 PARAMS = SamplingParams(max_tokens=6, seed=6)
 TOKENS = expected_tokens(PROMPT, PARAMS)
@@ -280,6 +281,28 @@ def test_a_moved_request_is_accepted_though_too_many_wait_already() -> None:
             full.executor.go_on()
             assert await reading == TOKENS
             await asyncio.gather(*others)
+
+    run(scenario())
+
+
+def test_a_queue_full_of_one_keys_requests_takes_anothers_and_runs_it_next() -> None:
+    async def scenario() -> None:
+        async with served(is_paused=True) as (rig, _, client):
+            reading: dict[str, list[asyncio.Task[list[int]]]] = {"a": [], "b": []}
+            for key in ("a",) * (MAX_BATCH_SIZE + MOST_WAITING + 3) + ("b",):
+                CALLER.set(key)
+                [stream] = client.streams(new_records(PROMPT, PARAMS, 1, "r"))
+                reading[key].append(asyncio.create_task(collect(stream)))
+                await turns()
+                await rig.submitted(1)
+            assert rig.scheduler.waiting.num_of_keys == {"a": MOST_WAITING, "b": 1}
+            assert [request.key for request in rig.scheduler.waiting][:2] == ["a", "b"]
+            num_running = rig.scheduler.num_running
+            rig.executor.go_on()
+            assert await reading["b"][0] == TOKENS
+            ends = await asyncio.gather(*reading["a"], return_exceptions=True)
+            assert all(end == TOKENS or isinstance(end, TooManyRequestsError) for end in ends)
+            assert sum(end == TOKENS for end in ends) == MOST_WAITING + num_running
 
     run(scenario())
 

@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gptj_dist.engine.fairness import has_room
 from gptj_dist.errors import TooManyRequestsError
 
-RETRY_AFTER_S = 5
+RETRY_AFTER_S, MAX_RETRY_AFTER_S = 5, 600
+"""When to come back while it is not known how fast requests are answered; and at most."""
+
+MAX_ENDS = 256
+"""The last answers, whose rate is measured."""
 
 
 class Admission:
     """Refuses requests at once that the pipelines would refuse later, at the cost of their time.
 
     Args:
-        most: maximum number of requests at a time.
+        most: maximum number of requests at a time. Beyond it only those of keys with less than an equal share.
+        clock: seconds.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
+        self._clock = clock
+        self._num_of_keys: Counter[str | None] = Counter()
+        self._end_times_s: deque[float] = deque(maxlen=MAX_ENDS)
         self.num_admitted = 0
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Counts a request until the context ends. Raises TooManyRequestsError if there are too many."""
-        if self.num_admitted >= self._most:
+    def admitted(self, key: str | None = None) -> Iterator[None]:
+        """Counts a request until the context ends.
+
+        Args:
+            key: the name of the client's, where several keys share the server.
+
+        Raises:
+            TooManyRequestsError: there are too many.
+        """
+        if not has_room(self._num_of_keys, key, self._most):
             message = f"this server is answering {self.num_admitted} requests, its most; try again later"
-            raise TooManyRequestsError(message, RETRY_AFTER_S)
+            raise TooManyRequestsError(message, self._retry_after_s())
         self.num_admitted += 1
+        self._num_of_keys[key] += 1
         try:
             yield
         finally:
-            self.num_admitted -= 1
+            self._note_end(key)
+
+    def _note_end(self, key: str | None) -> None:
+        self.num_admitted -= 1
+        self._num_of_keys[key] -= 1
+        if not self._num_of_keys[key]:
+            del self._num_of_keys[key]
+        if 2 * self.num_admitted < self._most:
+            self._end_times_s.clear()  # fewer end than could: so few have come
+        else:
+            self._end_times_s.append(self._clock())
+
+    def _retry_after_s(self) -> int:
+        """Seconds until the requests that are being answered now have ended, at the present rate."""
+        if len(self._end_times_s) < 2:
+            return RETRY_AFTER_S
+        mean_s = (self._clock() - self._end_times_s[0]) / (len(self._end_times_s) - 1)
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.num_admitted * mean_s)))

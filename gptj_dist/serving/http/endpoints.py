@@ -35,6 +35,7 @@ from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handle
 from gptj_dist.serving.http.middleware import is_anonymous
 from gptj_dist.serving.http.openapi import openapi_document
 from gptj_dist.serving.http.pages import docs_page, front_page
+from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.stages.trace import TraceEvents
@@ -178,7 +179,7 @@ class Endpoints:
         """Computes the answer, unless the client leaves first, and sends it whole or as it is made."""
         body = await self._body(request, kind)
         async with AsyncExitStack() as stack:  # or its response closes what is open, whenever the task is cancelled
-            stack.enter_context(self._admission.admitted())
+            stack.enter_context(self._admission.admitted(CALLER.get()))
             answer = await unless_gone(request, understand(body, request.state.request_id))
             key = request.scope["state"].get("api_key")
             await stack.enter_async_context(self._allowances.charged(key, answer))

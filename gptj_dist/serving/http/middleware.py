@@ -14,7 +14,7 @@ from gptj_dist.answers.request_limits import MAX_HEAD_BYTES, MAX_HEADERS
 from gptj_dist.answers.work import Turns
 from gptj_dist.errors import AuthenticationError
 from gptj_dist.serving.http.endpoint import refusal
-from gptj_dist.serving.keys import ApiKey, find_key
+from gptj_dist.serving.keys import CALLER, ApiKey, find_key
 
 REQUEST_ID_HEADER = "x-request-id"
 ANONYMOUS = "is_anonymous"
@@ -98,7 +98,8 @@ def _head_problem(scope: Scope) -> str | None:
 
 
 class RequireKey:
-    """Lets no call through without a key, except to open paths. The key's entry is in `scope["state"]["api_key"]`.
+    """Lets no call through without a key, except to open paths. The key's entry is in `scope["state"]["api_key"]`,
+    and if there are several its name is in `CALLER`.
 
     Args:
         keys: one or more.
@@ -122,6 +123,7 @@ class RequireKey:
                 return
             else:
                 scope.setdefault("state", {})["api_key"] = key
+                CALLER.set(key.name if len(self._keys) > 1 else None)
         await self._app(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
