@@ -79,7 +79,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        time = time_text(record.created)
         fields = {"time": time, "level": record.levelname, **self._labels}
         fields |= {"event": record.getMessage(), **vars(record).get("values", {})}
         if record.exc_info:
@@ -96,3 +96,8 @@ def _text(value: object) -> str:
     """A value in a line of text: in quotes where it could be taken for anything else."""
     is_plain = isinstance(value, str) and value.isprintable() and value and not set(value) & set(' "=')
     return str(value) if is_plain else json.dumps(value, default=str)
+
+
+def time_text(unix_s: float) -> str:
+    """A time as in log lines: `2026-11-23T19:39:02.233Z`."""
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

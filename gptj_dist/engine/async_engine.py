@@ -180,6 +180,8 @@ class AsyncEngine:
         )
         self._shares.enter(request, self.scheduler.waiting.place_now(record.params.priority))
         self.scheduler.add(request)
+        if record.token_ids:
+            self.journal.totals.num_recomputed_tokens += request.num_tokens
         self.journal.note_arrival(request, self.stats.now_ns())
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         self._pump_soon()
@@ -188,6 +190,7 @@ class AsyncEngine:
     def _suspend(self) -> None:
         """Computes no more tokens. Requests wait in the scheduler, with the tokens that they have."""
         self._executor = self._broken = None
+        self.journal.totals.num_recomputed_tokens += self.scheduler.num_kept_tokens
         self.last_token_s = None
         self.stats.note_lost()
         for request in self.scheduler.drain():

@@ -24,6 +24,7 @@ class RequestTotals:
     Attributes:
         num_prompt_tokens: tokens of the prompts that have been computed.
         num_generation_tokens: tokens that were sampled, including those after a stop string.
+        num_recomputed_tokens: tokens of prompts and of texts that were lost with stages or a pipeline.
         queue_time: from a request's arrival to its first plan.
         time_to_first_token: from a request's arrival to its first token.
         inter_token_latency: from one token of a request to the next.
@@ -32,6 +33,7 @@ class RequestTotals:
 
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    num_recomputed_tokens: int = 0
     queue_time: Histogram = field(default_factory=Histogram)
     time_to_first_token: Histogram = field(default_factory=Histogram)
     inter_token_latency: Histogram = field(default_factory=Histogram)

@@ -147,6 +147,16 @@ class Scheduler:
         return self._config.num_blocks - self._pool.num_free
 
     @property
+    def num_kept_tokens(self) -> int:
+        """Tokens whose keys and values the stages hold. Those that requests share count once."""
+        in_flight: Counter[int] = Counter()
+        for chunk in (chunk for flight in self._in_flight for chunk in flight.plan.chunks):
+            in_flight[chunk.request_id] += len(chunk.token_ids)
+        prompts = {request.prompt for request in self._running if request.prompt.holders}
+        num_shared = sum((len(prompt.holders) - 1) * prompt.num_shareable for prompt in prompts)
+        return sum(max(0, r.num_computed - in_flight[r.request_id]) for r in self._running) - num_shared
+
+    @property
     def has_requests(self) -> bool:
         return bool(self._by_id)
 

@@ -32,6 +32,9 @@ class PipelineFacts:
         num_preemptions: since the last start of its stages.
         num_restarts: how often its stages were replaced.
         losses: the last stages that died, oldest first.
+        problem: what is down and why; None while the pipeline computes.
+        down_s: how long it has been down; None while it computes.
+        num_recomputed_tokens: see `RequestTotals`.
         num_dropped: connections without the key and malformed messages that all its ports have dropped.
         num_frame_faults: frames between stages that did not arrive as they were sent.
     """
@@ -49,6 +52,9 @@ class PipelineFacts:
     losses: tuple[StageLoss, ...] = ()
     num_dropped: int = 0
     num_frame_faults: int = 0
+    problem: str | None = None
+    down_s: float | None = None
+    num_recomputed_tokens: int = 0
 
     @property
     def is_up(self) -> bool:

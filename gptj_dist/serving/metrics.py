@@ -266,6 +266,18 @@ FAMILIES: Sequence[Family] = (
         _COUNTER, "pipeline_restarts", "How often the pipeline's stages were replaced.", lambda p: p.num_restarts
     ),
     _pipeline(
+        _HISTOGRAM,
+        "recovery_seconds",
+        "From the loss of a stage or a frame until the pipeline computed again.",
+        lambda p: p.recovery_time,
+    ),
+    _pipeline(
+        _COUNTER,
+        "recomputed_tokens",
+        "Tokens of prompts and of texts that were computed again after a loss.",
+        lambda p: p.requests.num_recomputed_tokens,
+    ),
+    _pipeline(
         _COUNTER,
         "coordinator_busy_seconds",
         "Time in which the coordinator made plans or handed out tokens.",

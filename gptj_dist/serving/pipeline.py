@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ray
 from ray import serve
@@ -33,6 +33,7 @@ from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_do
 from gptj_dist.serving.feed import FeedOutbox, ReplyTo
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
+from gptj_dist.serving.outages import Outages
 from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
@@ -47,9 +48,6 @@ PROOF_LIFETIME_S = 10.0
 """How long a token that came through all stages proves that another can be made."""
 
 MAX_RETRY_AFTER_S = 600
-MAX_LOSSES = 16
-"""Maximum number of lost stages in a pipeline's status."""
-
 MAX_LOSSES_IN_WINDOW, LOSS_WINDOW_S = 5, 120.0
 """Requests survive the loss of a stage, but not this number of losses within this time."""
 
@@ -67,6 +65,7 @@ class PipelineStatus(PipelineFacts):
         port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
         loop_lag: see `LoopWatch`.
         frame_faults: see `StageGroup.num_faults`.
+        recovery_time: see `Outages`.
     """
 
     limits: EngineLimits
@@ -78,6 +77,7 @@ class PipelineStatus(PipelineFacts):
     port_dropped: tuple[int, ...]
     loop_lag: Histogram
     frame_faults: Mapping[tuple[int, FrameFault], int]
+    recovery_time: Histogram
 
 
 class Pipeline:
@@ -116,7 +116,7 @@ class Pipeline:
         self._max_queued_requests = config.max_queued_requests
         self._epoch = 0
         self._end: Exception | None = None
-        self._losses: deque[StageLoss] = deque(maxlen=MAX_LOSSES)
+        self._outages = Outages()
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: StageGroup
         self._loaded: LoadedPipeline
@@ -182,7 +182,7 @@ class Pipeline:
             NotReadyError, StageFailedError: no token can be generated.
         """
         if not self._engine.is_up:
-            raise NotReadyError("the pipeline has lost a stage and replaces it; requests wait until it is back")
+            raise NotReadyError(self._ended or self._outages.message)
         last = self._engine.last_token_s
         if last is not None and time.monotonic() - last < PROOF_LIFETIME_S:
             return
@@ -204,6 +204,7 @@ class Pipeline:
             port_dropped=self._port_dropped(),
             loop_lag=self._watch.lag,
             frame_faults=self._group.num_faults,
+            recovery_time=self._outages.recovery_time,
         )
 
     async def document(self) -> PipelineDocument:
@@ -223,10 +224,17 @@ class Pipeline:
             num_blocks=self._loaded.num_blocks,
             num_preemptions=scheduler.num_preemptions,
             num_restarts=self._epoch,
-            losses=tuple(self._losses),
+            losses=tuple(self._outages.losses),
             num_dropped=sum(self._port_dropped()),
             num_frame_faults=sum(self._group.num_faults.values()),
+            problem=self._ended or self._outages.problem,
+            down_s=self._outages.down_s,
+            num_recomputed_tokens=self._engine.journal.totals.num_recomputed_tokens,
         )
+
+    @property
+    def _ended(self) -> str | None:
+        return None if self._end is None else f"the pipeline has ended: {self._end}"
 
     def _port_dropped(self) -> tuple[int, ...]:
         return *self._group.num_dropped, self._outbox.num_malformed
@@ -242,8 +250,8 @@ class Pipeline:
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises. It raises if new stages could not be started."""
-        if self._end is not None:
-            raise StageFailedError(f"the pipeline has ended: {self._end}")
+        if self._ended is not None:
+            raise StageFailedError(self._ended)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica has drained."""
@@ -258,11 +266,9 @@ class Pipeline:
             try:
                 await self._engine.run()
             except GPTJDistError as error:
-                logger.error("stage lost, pipeline replaces it", extra=values(error=str(error)))
-                began_s = time.monotonic()
-                self._give_up_on_requests(began_s)
+                self._outages.begin(error)
+                self._give_up_on_requests(time.monotonic())
                 await asyncio.gather(self._note_losses(self._group.losses()), self._restart())
-                self._note_return(time.monotonic() - began_s)
 
     def _give_up_on_requests(self, now_s: float) -> None:
         """Fails all requests if stages have died again and again: one of the requests may be the cause."""
@@ -281,14 +287,7 @@ class Pipeline:
         for loss in losses:
             known = {"stage": loss.stage, "cause": loss.cause, "node": loss.node, "pid": loss.pid}
             logger.error("stage died", extra=values(**known, last_log_line=loss.last_log_line))
-            self._losses.append(loss)
-
-    def _note_return(self, took_s: float) -> None:
-        took_s = round(took_s, 3)
-        logger.info("pipeline back", extra=values(num_restarts=self._epoch, took_s=took_s, **_shape(self._loaded)))
-        for index, loss in enumerate(self._losses):
-            if loss.back_after_s is None:
-                self._losses[index] = replace(loss, back_after_s=took_s)
+        self._outages.note_losses(losses)
 
     async def _restart(self) -> None:
         for attempt in range(1, MAX_RESTARTS_IN_A_ROW + 1):
@@ -300,6 +299,8 @@ class Pipeline:
                 await asyncio.sleep(RESTART_DELAY_S * 2 ** (attempt - 1))
             else:
                 self._engine.resume(self._loaded.make_scheduler(), self._group, self._loaded.limits())
+                back = {"num_restarts": self._epoch, "took_s": self._outages.end(), **_shape(self._loaded)}
+                logger.info("pipeline back", extra=values(**back))
                 return
         raise StageFailedError(f"the stages could not be restarted in {MAX_RESTARTS_IN_A_ROW} attempts")
 

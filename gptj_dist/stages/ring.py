@@ -141,7 +141,9 @@ class Ring:
         name = edge_names(len(self._watchers))[edge]
         self._faults[edge, error.fault] += 1
         logger.error("frame fault", extra=values(edge=name, fault=str(error.fault), detail=error.detail))
-        self._results.put_nowait(StageFailedError(f"on the edge {name} {error}"))
+        failure = StageFailedError(f"on the edge {name} {error}")
+        failure.__cause__ = error
+        self._results.put_nowait(failure)
 
     def _note_death(self, index: int, error: Exception) -> None:
         """Called when a stage's run ends: the stage died, unless an edge failed or `end` was called."""

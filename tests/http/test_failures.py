@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from gptj_dist.engine.plan import Result
+from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.stages.transport.frames import FrameWriter, ResultFrame
 from tests.http.server import APP_NAME, Server, serving
 from tests.strangers import ATTACKS, stranger, zeromq_endpoints
@@ -106,11 +107,16 @@ def test_while_a_stage_is_replaced_the_pipeline_is_not_ready_and_new_requests_wa
 
     def not_ready() -> httpx.Response | None:
         response = server.client.get("/ready")
-        return response if response.status_code == 503 else None
+        return response if response.status_code == 503 and "SIGKILL" in response.text else None
 
-    response = wait_until(not_ready, "the server says that it is not ready")
+    response = wait_until(not_ready, "the server says that it is not ready, and why")
     assert int(response.headers["retry-after"]) > 0
-    assert "lost a stage" in response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert all(part in message for part in ("lost a stage", "down for", "stage 0 (pid ", "its last log line"))
+    assert server.client.get("/health").status_code == 200
+    (pipeline,) = DebugDocument.from_json(server.client.get("/debug/pipeline").content).pipelines
+    assert pipeline.problem is not None
+    assert "SIGKILL" in pipeline.problem
     assert server.complete(prompt="Call me", max_tokens=3)["usage"]["completion_tokens"] == 3
     assert server.is_ready()
 

@@ -185,7 +185,12 @@ def test_a_stage_that_dies_is_a_restart_and_a_line_in_the_log_and_no_error(serve
                 for pipeline in document.pipelines:
                     os.kill(pipeline.stages[1].pid, signal.SIGKILL)
     assert told.endswith("data: [DONE]")
-    expected = {"pipeline_restarts_total": 2.0, "request_success_total length": 6.0, "request_success_total error": 0.0}
+    expected = {
+        "pipeline_restarts_total": 2.0,
+        "recovery_seconds_count": 2.0,
+        "request_success_total length": 6.0,
+        "request_success_total error": 0.0,
+    }
     wait_until(lambda: grown(server, before, expected), f"all has grown by {expected}")
     wait_until(lambda: sums(server)["pipeline_up"] == 2, "both pipelines are back")
     lines = [line for path in log_directory().glob("coordinator-*") for line in path.read_text().splitlines()]

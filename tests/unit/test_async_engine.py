@@ -274,6 +274,7 @@ def test_streams_go_on_after_a_failure_as_if_nothing_had_happened() -> None:
                 await rig.driver
             assert not rig.engine.is_up
             assert rig.scheduler.num_used_blocks == 0
+            assert rig.engine.journal.totals.num_recomputed_tokens == rig.executor.plans[0].num_tokens
             with pytest.raises(NotReadyError):
                 await rig.engine.run()
             readers.append(asyncio.create_task(collect(rig.engine.generate(PROMPT, params, 6))))
@@ -282,6 +283,32 @@ def test_streams_go_on_after_a_failure_as_if_nothing_had_happened() -> None:
             rig.engine.resume(make_scheduler(), make_executor(), LIMITS)
             rig.driver = asyncio.create_task(rig.engine.run())
             assert await asyncio.gather(*readers) == [expected_tokens(PROMPT, params, choice) for choice in range(7)]
+
+    run(scenario())
+
+
+def test_tokens_of_requests_that_share_a_prompt_are_lost_once() -> None:
+    async def scenario() -> None:
+        async with running(is_paused=True) as rig:
+            records = new_records(PROMPT, SamplingParams(max_tokens=20, seed=1), 3)
+            readers = [asyncio.create_task(collect(stream)) for stream in rig.engine.generate_all(records)]
+            await turns()
+            for _ in range(9):
+                rig.executor.step()
+                await turns()
+            rig.executor.fail()
+            await asyncio.gather(rig.driver, return_exceptions=True)
+            landed = rig.executor.plans[:9]
+            totals = rig.engine.journal.totals
+            assert totals.num_recomputed_tokens == sum(plan.num_tokens for plan in landed)
+            rig.engine.resume(make_scheduler(), make_executor(), LIMITS)
+            rig.driver = asyncio.create_task(rig.engine.run())
+            await asyncio.gather(*readers)
+            moved = records[0].moved((5, 6, 7))
+            before = totals.num_recomputed_tokens
+            [stream] = rig.engine.generate_all([moved])
+            await collect(stream)
+            assert totals.num_recomputed_tokens == before + len(PROMPT) + 3
 
     run(scenario())
 

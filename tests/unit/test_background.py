@@ -25,6 +25,7 @@ from gptj_dist.errors import NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving import pipeline
 from gptj_dist.serving.http.listener import Address, Listener
+from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.pipeline import MAX_LOSSES_IN_WINDOW, MAX_RESTARTS_IN_A_ROW, Pipeline
 from gptj_dist.serving.sockets import why_not_listen
 from gptj_dist.stages.background import run_in_background
@@ -119,7 +120,7 @@ class Replica(Pipeline):
         self._name = "replica"
         self._epoch = 0
         self._end = None
-        self._losses = deque()
+        self._outages = Outages()
         self._loss_times_s = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: Any = group
         self._loaded: Any = FakeLoaded()
@@ -149,8 +150,8 @@ def test_after_any_error_while_stages_start_the_next_attempt_serves_requests(
         await until(lambda: replica._epoch == num_failures + 1 and replica._engine.is_up)
         assert await collect(replica._engine.generate(PROMPT, PARAMS)) == expected_tokens(PROMPT, PARAMS)
         replica.check_health()
-        await until(lambda: replica._losses[0].back_after_s is not None)
-        assert [replace(loss, back_after_s=None) for loss in replica._losses] == [LOSS]
+        await until(lambda: replica._outages.losses[0].back_after_s is not None)
+        assert [replace(loss, back_after_s=None, lost_at=None) for loss in replica._outages.losses] == [LOSS]
         replica._driver.cancel()
 
     run(scenario)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gptj_dist.stages import loss
 from gptj_dist.stages.loss import LastWords, StageLoss, StageProcess, death_cause, last_words
 
 KILLED = (
@@ -27,7 +29,7 @@ def test_a_stage_that_crashes_leaves_the_name_of_its_signal_and_its_last_log_lin
         code = "import faulthandler, os, signal; faulthandler.enable(); os.kill(os.getpid(), signal.SIGSEGV)"
         subprocess.run([sys.executable, "-c", code], stderr=file, check=False)
     words = last_words(StageProcess("here", 12, None, log, errors))
-    assert words == LastWords("stage ready kv_blocks=7", "Segmentation fault")
+    assert replace(words, saw_oom_kill=False) == LastWords("stage ready kv_blocks=7", "Segmentation fault")
     assert death_cause(words, KILLED) == "crashed: Segmentation fault"
 
 
@@ -36,6 +38,7 @@ def test_a_stage_that_crashes_leaves_the_name_of_its_signal_and_its_last_log_lin
     [
         (KILLED, "was killed by SIGKILL"),
         (EXITED, "exited with code 3"),
+        ("Task was killed due to the node running low on memory.", "was killed by Ray, because its machine ran low"),
         ("The actor died.\n\tpid: 12\nThe node has died.", "died: The actor died. The node has died."),
         ("long " * 1000, "died: long long"),
     ],
@@ -44,6 +47,15 @@ def test_without_words_the_cause_is_what_ray_says(report: str, cause: str) -> No
     found = death_cause(LastWords(), report)
     assert found.startswith(cause)
     assert len(found) <= 200
+
+
+def test_a_kill_without_a_trace_is_blamed_on_memory_if_the_kernel_has_killed_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "_num_oom_kills", lambda: 4)
+    for before, told in ((4, "or ended itself without a trace"), (3, "because memory ran out")):
+        words = last_words(StageProcess("here", 12, None, None, None, before))
+        assert death_cause(words, KILLED).endswith(told)
 
 
 def test_files_that_are_missing_empty_large_or_no_text_are_no_error(tmp_path: Path) -> None:
@@ -64,5 +76,5 @@ def test_a_process_knows_where_its_errors_go(tmp_path: Path) -> None:
 
 
 def test_a_loss_is_one_sentence() -> None:
-    loss = StageLoss(1, "crashed: Aborted", "alpha", 12, "stage ready")
-    assert str(loss) == "stage 1 (pid 12 on alpha) crashed: Aborted; its last log line: stage ready"
+    died = StageLoss(1, "crashed: Aborted", "alpha", 12, "stage ready")
+    assert str(died) == "stage 1 (pid 12 on alpha) crashed: Aborted; its last log line: stage ready"

@@ -36,7 +36,7 @@ def histogram(*durations_ms: float) -> Histogram:
 
 def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
     """A pipeline of two stages that has worked."""
-    requests = RequestTotals(num_prompt_tokens, 11, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60))
+    requests = RequestTotals(num_prompt_tokens, 11, 9, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60))
     return PipelineStatus(
         name=name,
         state="up",
@@ -57,6 +57,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         port_dropped=(0, 4, 2, 1),
         loop_lag=histogram(1, 60),
         frame_faults={(1, FrameFault.MISSING): 3},
+        recovery_time=histogram(1500, 500),
     )
 
 
@@ -128,6 +129,9 @@ def test_the_numbers_are_those_of_each_replica(
         ("coordinator_loop_lag_seconds_bucket", labels(pipeline="p", le="0.05")): 1,
         ("ingress_loop_lag_seconds_count", labels(ingress="j")): 0,
         ("frame_faults_total", labels(pipeline="p", edge="0->1", fault="missing")): 3,
+        ("recovery_seconds_count", labels(pipeline="p")): 2,
+        ("recovery_seconds_sum", labels(pipeline="p")): 2,
+        ("recomputed_tokens_total", labels(pipeline="p")): 9,
         ("frame_faults_total", labels(pipeline="p", edge="1->coordinator", fault="corrupted")): 0,
         ("feed_faults_total", labels(ingress="j", fault="missing")): 1,
         ("feed_faults_total", labels(ingress="j", fault="repeated")): 0,

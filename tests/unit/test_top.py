@@ -121,11 +121,15 @@ def test_the_head_says_what_goes_on_and_mentions_trouble_only_when_there_is_some
     assert "ab12cd34  up  32 running, 400 waiting, 5 in flight\n" in text
     assert "1,234 tokens/s out, 11,000 in, 123 steps/s, KV 25.0% in use, coordinator 5%\n" in text
     assert "no answer" not in text
-    troubled = replace(PIPELINE, state="restarting", num_preemptions=3, num_restarts=1)
+    assert "down for" not in text
+    troubled = replace(
+        PIPELINE, state="restarting", num_preemptions=3, num_restarts=1, problem="stage 1 died", down_s=1.25
+    )
     document = replace(DOCUMENT, num_silent=1, pipelines=(PIPELINE, troubled))
     text = "\n".join(drawn(document, 120))
     assert "demo  2 pipelines  1 gave no answer" in text
     assert "restarting  32 running, 400 waiting, 5 in flight, 3 preempted, 1 restarted" in text
+    assert "down for 1.2 s: stage 1 died" in text
 
 
 def answering(status: int, body: bytes) -> AbstractContextManager[FakeServer]:

@@ -88,4 +88,5 @@ def _losses(pipeline: PipelineDocument) -> Iterator[Text]:
     last = {loss.stage: loss for loss in pipeline.losses}
     for _, loss in sorted(last.items()):
         back = "not back yet" if loss.back_after_s is None else f"back after {loss.back_after_s:.1f} s"
-        yield Text(f"lost: {pipeline.name}, {back}: {loss}", "yellow")
+        lost = "lost" if loss.lost_at is None else f"lost {loss.lost_at}"
+        yield Text(f"{lost}: {pipeline.name}, {back}: {loss}", "yellow")

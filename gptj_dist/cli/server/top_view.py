@@ -62,7 +62,7 @@ def render_waiting(last: RenderableType, message: str) -> RenderableType:
 
 
 def _head(pipeline: PipelineDocument) -> list[Text]:
-    """Two lines: what goes on now, and the rates."""
+    """Two lines: what goes on now, and the rates; what is down in between."""
     colour = "green" if pipeline.state == "up" else "bold yellow"
     now = Text.assemble((pipeline.name, "bold"), "  ", (pipeline.state, colour), "  ")
     now.append(f"{pipeline.num_running} running, {pipeline.num_waiting} waiting, {pipeline.num_in_flight} in flight")
@@ -76,7 +76,9 @@ def _head(pipeline: PipelineDocument) -> list[Text]:
         f"coordinator {pipeline.coordinator_share:.0%}",
         "bright_black",
     )
-    return [now, rates]
+    if pipeline.problem is None:
+        return [now, rates]
+    return [now, Text(f"down for {pipeline.down_s or 0:.1f} s: {pipeline.problem}", "bold yellow"), rates]
 
 
 def _stages(pipeline: PipelineDocument, width: int) -> Table:

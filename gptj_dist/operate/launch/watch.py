@@ -87,7 +87,7 @@ class LossReporter:
             last = self._last.get(status.name, status)  # losses before the first look are in the log
             self._last[status.name] = status
             if status.name not in self._down and (status.num_restarts > last.num_restarts or not status.is_up):
-                self._say(f"Pipeline {status.name} has lost a stage, and replaces it. Its streams wait.")
+                self._say(f"Pipeline {status.name} has lost a stage or a frame, and recovers. Its streams wait.")
                 self._down.add(status.name)
             known = {(loss.stage, loss.node, loss.pid) for loss in last.losses}
             for loss in status.losses:  # a cause may be known only after the stage has been replaced
