@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import httpx
+from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from gptj_dist.answers.moderation import Moderation
@@ -27,6 +28,7 @@ from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.listener import Address, Listener
+from gptj_dist.serving.keeper import Keeper
 from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.pipeline_client import PipelineClient
@@ -124,20 +126,27 @@ async def front_app(
     names: tuple[str, ...] = ("demo",),
     unready: Exception | None = None,
     max_requests: int = 1000,
+    source: Any = None,
+    streams: DeploymentHandle | None = None,
 ) -> AsyncIterator[FrontApp]:
     """Runs the application on a free port of loopback until the context ends.
 
     Args:
         unready: the error of the readiness check; None if ready.
         max_requests: the most requests that are answered at a time.
+        source: a `TokenSource`; None takes a `Source` that waits for nothing.
+        streams: keeps streams, as the deployment of `Streams`.
     """
-    source, metrics = Source(), IngressMetrics("i")
-    source.may_go_on.set()
+    metrics = IngressMetrics("i")
+    if source is None:
+        source = Source()
+        source.may_go_on.set()
     model = ServedModel(names, TOKENIZER, (50256,), TEMPLATE)
     texts = AnswerService(model, source, moderation, metrics.note_end)
     admission = Admission(max_requests)
     pipelines = cast("PipelineClient", Pipelines(unready))
-    endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None), admission)
+    keeper = None if streams is None else Keeper(streams, texts.work)
+    endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None), admission, keeper)
     app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False, gate=Gate())
     address = Address("127.0.0.1", free_port())
     listener = Listener(app, address, drain_s=1)
@@ -145,4 +154,6 @@ async def front_app(
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", timeout=WAIT_S) as client:
             yield FrontApp(client, source, metrics, texts.work, admission, app, address.port)
     finally:
+        if keeper is not None:
+            await keeper.close()
         await listener.close()

@@ -14,6 +14,7 @@ __all__ = [
     "local",
     "moderation",
     "request_limits",
+    "resumable",
     "schema",
     "served_model",
     "service",

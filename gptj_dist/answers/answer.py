@@ -37,6 +37,9 @@ class Form(Protocol):
     def failure(self, error: Exception) -> bytes:
         """The frames that end a stream which failed after its first piece."""
 
+    def renumber(self, num_events: int) -> None:
+        """Where events have numbers, the next one's is the number of events before it."""
+
 
 class Answer:
     """A request that was understood and can be served. Nothing is computed before `whole` or `events` is called.
@@ -130,7 +133,9 @@ class Answer:
                 raise
             yield self._form.failure(error)
             return
-        yield await self._work.run(total_cost, partial(self._form.end, self.num_tokens))  # a response repeats all
+        # A response repeats all.
+        if frames := await self._work.run(total_cost, partial(self._form.end, self.num_tokens)):
+            yield frames
 
     async def _deltas(
         self, streams: Sequence[AsyncGenerator[TextDelta, None]]

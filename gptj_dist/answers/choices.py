@@ -96,6 +96,9 @@ class ChoicesForm:
         """The error; no `[DONE]` follows."""
         return sse_frame(error_response(error)[1])
 
+    def renumber(self, num_events: int) -> None:
+        """Events of choices have no numbers."""
+
 
 def _usage(prompt_tokens: int, completion_tokens: int) -> JsonObject:
     return {

@@ -36,6 +36,10 @@ class UnknownModelError(InvalidRequestError):
     """The request names a model that is not served here."""
 
 
+class UnknownStreamError(InvalidRequestError):
+    """The request asks for the rest of a stream that is not kept."""
+
+
 class HttpError(NamedTuple):
     """How an error is reported to a client; `retry_after_s` is None where the same request would fail again."""
 
@@ -52,6 +56,7 @@ HTTP_ERRORS: Mapping[type[BaseException], HttpError] = {
     InvalidRequestError: HttpError(400, "invalid_request_error"),
     RequestTooLongError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModelError: HttpError(404, "invalid_request_error", "model_not_found"),
+    UnknownStreamError: HttpError(404, "invalid_request_error", "stream_not_found"),
     ContentRefusedError: HttpError(400, "invalid_request_error", "content_filter"),
     UnsupportedEncodingError: HttpError(415, "invalid_request_error"),
     BodyTooLargeError: HttpError(413, "invalid_request_error"),

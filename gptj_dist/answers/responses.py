@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 from gptj_dist.answers.completion import TextDelta
@@ -23,12 +22,19 @@ class ResponseForm:
 
     Args:
         request_id: the ids of the response and of its message are made of it.
+        created: seconds since 1970.
         model: the name that the response has.
         num_prompt_tokens: of the input.
     """
 
     def __init__(
-        self, request: ResponsesRequest, request_id: str, model: str, tokenizer: Tokenizer, num_prompt_tokens: int
+        self,
+        request: ResponsesRequest,
+        request_id: str,
+        created: int,
+        model: str,
+        tokenizer: Tokenizer,
+        num_prompt_tokens: int,
     ) -> None:
         self._request = request
         self._request_id = request_id
@@ -36,7 +42,7 @@ class ResponseForm:
         self._tokenizer = tokenizer
         self._names = TokenNames(tokenizer, by_id=False)
         self._num_prompt_tokens = num_prompt_tokens
-        self._created = int(time.time())
+        self._created = created
         self._num_events = 0
         self._text = ""
         self._logprobs: list[JsonObject] = []
@@ -70,6 +76,10 @@ class ResponseForm:
         message = error_response(error)[1]["error"]["message"]
         failed = {"code": "server_error", "message": message}
         return self._frame("failed", response=self._response("failed") | {"error": failed})
+
+    def renumber(self, num_events: int) -> None:
+        """The next event's `sequence_number`."""
+        self._num_events = num_events
 
     @property
     def _place(self) -> JsonObject:

@@ -14,10 +14,12 @@ from gptj_dist.answers.completion import TextDelta, stream_text
 from gptj_dist.answers.deadline import Deadline
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.error_responses import UnknownModelError
+from gptj_dist.answers.event_ids import ResumableForm
 from gptj_dist.answers.json_writing import json_bytes, writing_cost
 from gptj_dist.answers.moderation import Moderation
 from gptj_dist.answers.prompts import Prepared, PromptReader, reading_cost
 from gptj_dist.answers.responses import ResponseForm
+from gptj_dist.answers.resumable import ResumableStream
 from gptj_dist.answers.schema.base import Body, naming, parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
@@ -43,6 +45,7 @@ MAX_USER_CHARS = 200
 BYTES_PER_US = 4
 """Bytes of JSON that are parsed and checked in a microsecond, at worst."""
 
+TextRequest = CompletionRequest | ChatRequest | ResponsesRequest
 Request = SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest
 B = TypeVar("B", bound=Body)
 R = TypeVar("R", bound=Request)
@@ -82,7 +85,24 @@ class AnswerService:
         """Reads a body. Raises InvalidRequestError."""
         return await self.work.run(len(body) // BYTES_PER_US, partial(parse_body, body, kind))
 
-    async def complete(self, request: CompletionRequest, request_id: str) -> Answer:
+    async def answer(self, request: TextRequest, request_id: str, resumable: ResumableStream | None = None) -> Answer:
+        """The answer to a request for text.
+
+        Args:
+            resumable: takes the tokens of a streamed answer, which may have begun elsewhere.
+
+        Raises:
+            GPTJDistError: it cannot be served.
+        """
+        if isinstance(request, CompletionRequest):
+            return await self.complete(request, request_id, resumable)
+        if isinstance(request, ChatRequest):
+            return await self.chat(request, request_id, resumable)
+        return await self.respond(request, request_id, resumable)
+
+    async def complete(
+        self, request: CompletionRequest, request_id: str, resumable: ResumableStream | None = None
+    ) -> Answer:
         """The answer to a request for completions.
 
         Raises:
@@ -95,11 +115,12 @@ class AnswerService:
             for i, (prompt, prompt_ids) in enumerate(prepared.prompts)
             for choice in range(request.n)
         ]
-        head = Head(f"cmpl-{request_id}", int(time.time()), self._model.names[0], "text_completion", "text_completion")
+        kinds = ("text_completion", "text_completion")
+        head = Head(f"cmpl-{request_id}", _created(resumable), self._model.names[0], *kinds)
         form = ChoicesForm(request, head, writers, prepared.num_prompt_tokens)
-        return await self._answer(request, request_id, form, prepared, deadline)
+        return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
-    async def chat(self, request: ChatRequest, request_id: str) -> Answer:
+    async def chat(self, request: ChatRequest, request_id: str, resumable: ResumableStream | None = None) -> Answer:
         """The answer to a conversation.
 
         Raises:
@@ -110,11 +131,13 @@ class AnswerService:
         ((_, prompt_ids),) = prepared.prompts
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
-        head = Head(f"chatcmpl-{request_id}", int(time.time()), self._model.names[0], *kinds)
+        head = Head(f"chatcmpl-{request_id}", _created(resumable), self._model.names[0], *kinds)
         form = ChoicesForm(request, head, writers, len(prompt_ids))
-        return await self._answer(request, request_id, form, prepared, deadline)
+        return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
-    async def respond(self, request: ResponsesRequest, request_id: str) -> Answer:
+    async def respond(
+        self, request: ResponsesRequest, request_id: str, resumable: ResumableStream | None = None
+    ) -> Answer:
         """The answer to a request for a response.
 
         Raises:
@@ -122,9 +145,9 @@ class AnswerService:
         """
         deadline = Deadline(request.timeout_s)
         prepared = await deadline.bound(self._read(request, self._reader.respond))
-        num_tokens = prepared.num_prompt_tokens
-        form = ResponseForm(request, request_id, self._model.names[0], self._model.tokenizer, num_tokens)
-        return await self._answer(request, request_id, form, prepared, deadline)
+        name, num_tokens = self._model.names[0], prepared.num_prompt_tokens
+        form = ResponseForm(request, request_id, _created(resumable), name, self._model.tokenizer, num_tokens)
+        return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
     async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
         """The answer to a request for embeddings.
@@ -185,19 +208,32 @@ class AnswerService:
             return await self.work.run(reading_cost(request), partial(read, request, limits))
 
     async def _answer(
-        self, request: SamplingFields, request_id: str, form: Form, prepared: Prepared, deadline: Deadline
+        self,
+        request: SamplingFields,
+        request_id: str,
+        form: Form,
+        prepared: Prepared,
+        deadline: Deadline,
+        resumable: ResumableStream | None,
     ) -> Answer:
         await deadline.bound(self._accept(request, request_id, prepared))
-        params = prepared.params
+        params, number = prepared.params, request.num_sampled
+        if resumable is not None:
+            form = ResumableForm(form, resumable.received(len(prepared.prompts) * number))
 
         def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
-            return [
-                self._watched(stream_text(tokens, self._model.tokenizer, params, prepared.stops))
-                for _, prompt_ids in prepared.prompts
-                for tokens in self._source.streams(new_records(prompt_ids, params, request.num_sampled, request_id))
-            ]
+            streams: list[AsyncGenerator[TextDelta, None]] = []
+            for _, prompt_ids in prepared.prompts:
+                records = new_records(prompt_ids, params, number, request_id)
+                tokens = (
+                    self._source.streams(records)
+                    if resumable is None
+                    else resumable.streams(self._source, records, len(streams))
+                )
+                streams += [stream_text(each, self._model.tokenizer, params, prepared.stops) for each in tokens]
+            return list(map(self._watched, streams))
 
-        most_tokens = len(prepared.prompts) * request.num_sampled * params.max_tokens
+        most_tokens = len(prepared.prompts) * number * params.max_tokens
         num_prompt_tokens = prepared.num_prompt_tokens
         return Answer(request, form, open_streams, num_prompt_tokens, most_tokens, deadline, self.work, self._on_end)
 
@@ -225,3 +261,8 @@ class AnswerService:
 
     def _watched(self, stream: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
         return stream if self._moderation is None else self._moderation.watch(stream)
+
+
+def _created(resumable: ResumableStream | None) -> int:
+    """When the request arrived, in seconds since 1970."""
+    return int(time.time()) if resumable is None else resumable.created

@@ -37,7 +37,7 @@ class Mailbox:
 
     def put(self, delta: Delta) -> None:
         """Adds new tokens."""
-        self._delta = delta if self._delta is None else _joined(self._delta, delta)
+        self._delta = delta if self._delta is None else joined(self._delta, delta)
         self._filled.set()
 
     def fail(self, error: Exception) -> None:
@@ -57,7 +57,8 @@ class Mailbox:
         return delta
 
 
-def _joined(one: Delta, next_: Delta) -> Delta:
+def joined(one: Delta, next_: Delta) -> Delta:
+    """Two deltas of a stream that follow each other, as one."""
     return Delta(
         one.token_ids + next_.token_ids, next_.finish_reason, one.logprobs + next_.logprobs, one.prompt_logprobs
     )

@@ -1,7 +1,7 @@
 """The Ray Serve application.
 
-Knows the deployments (ingress, pipeline, accounts), how tokens travel between them, settings, keys and metrics. Knows
-nothing of the person who runs it: that is `operate`.
+Knows the deployments (ingress, pipeline, accounts, streams), how tokens travel between them, settings, keys and
+metrics. Knows nothing of the person who runs it: that is `operate`.
 """
 
 __all__ = ["app", "broadcast", "debug", "http", "keys", "pipeline", "settings", "sizing", "sockets"]

@@ -15,6 +15,7 @@ from gptj_dist.errors import ConfigurationError
 from gptj_dist.serving.allowances import Accounts
 from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.ingress import Ingress
+from gptj_dist.serving.kept_streams import Streams
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages
@@ -74,7 +75,11 @@ def make_application(
     }
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(**of_pipelines)
     light = {**common, "ray_actor_options": {"num_cpus": 0}}
-    ingress = serve.deployment(Ingress, name="Ingress").options(num_replicas=config.ingress_replicas, **light)
+    ingress = serve.deployment(Ingress, name="Ingress").options(
+        num_replicas=config.ingress_replicas,
+        max_surge_percent=0 if listen else 100,  # the next one is there before this one goes, if it needs no port
+        **light,
+    )
     pipeline = pipelines.bind(
         config.pipeline,
         size.device,
@@ -86,7 +91,8 @@ def make_application(
     )
     limited_keys = [key for key in config.api_keys if key.is_limited]
     accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None
-    return ingress.bind(config, pipeline, accounts, listen)
+    streams = serve.deployment(Streams, name="Streams").options(**light).bind() if config.resumable else None
+    return ingress.bind(config, pipeline, accounts, listen, streams)
 
 
 def size_pipeline(config: PipelineConfig) -> PipelineSize:

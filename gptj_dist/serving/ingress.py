@@ -20,6 +20,7 @@ from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.listener import Address, Listener
+from gptj_dist.serving.keeper import Keeper
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.metrics import IngressMetrics
@@ -45,6 +46,7 @@ class Ingress:
         pipeline: handle to the deployment whose replicas are pipelines.
         accounts: handle to the deployment that keeps the allowances of keys; None if no key is limited.
         listen: address of the ingress's own HTTP server; None leaves HTTP to Serve's proxies.
+        streams: handle to the deployment that keeps streams; None if they cannot be resumed.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Ingress:
         pipeline: DeploymentHandle,
         accounts: DeploymentHandle | None = None,
         listen: Address | None = None,
+        streams: DeploymentHandle | None = None,
     ) -> None:
         keep_replica_on_node_address()
         replica = serve.get_replica_context()
@@ -76,7 +79,9 @@ class Ingress:
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
         admission = Admission(config.pipeline.max_batch_size + config.pipeline.max_queued_requests)
-        endpoints = Endpoints(config.model_names, texts, self._pipelines, Allowances(accounts), scrape, admission)
+        self._keeper = None if streams is None else Keeper(streams, texts.work)
+        allowances = Allowances(accounts)
+        endpoints = Endpoints(config.model_names, texts, self._pipelines, allowances, scrape, admission, self._keeper)
         self._drain_s = config.drain_s
         self._gate = Gate()
         self._app = make_http_app(
@@ -120,6 +125,8 @@ class Ingress:
     async def __del__(self) -> None:
         """Called by Serve when the application ends."""
         await self.finish(self._drain_s)
+        if self._keeper is not None:
+            await self._keeper.close()
         if self._listener is not None:
             await self._listener.close()
         self._pipelines.close()

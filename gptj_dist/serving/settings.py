@@ -38,6 +38,7 @@ class AppConfig:
         log_level: the least severe events that are logged.
         log_prompts: whether logs show prompts.
         drain_s: how long requests under way may take when the application stops.
+        resumable: whether a client whose connection broke can get the rest of a stream.
 
     Raises:
         ConfigurationError: the template or the moderator is invalid.
@@ -56,6 +57,7 @@ class AppConfig:
     log_level: LogLevel = "info"
     log_prompts: bool = False
     drain_s: float = DEFAULT_DRAIN_S
+    resumable: bool = False
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:
@@ -87,6 +89,7 @@ class _Arguments(BaseModel):
     log_level: LogLevel = "info"
     log_prompts: bool = False
     drain_s: float = Field(DEFAULT_DRAIN_S, ge=0)
+    resumable: bool = False
 
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""A coordinator that dies under streams of all kinds: each client gets exactly what it would have got."""
+"""A coordinator or an ingress that dies under streams of all kinds: each client gets exactly what it would have got."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
 
-from tests.http.server import Server, serving
+from tests.http.server import APP_NAME, Server, serving
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -22,6 +25,9 @@ pytestmark = pytest.mark.ray
 CLIENT_TIMEOUT_S = 240
 STAGES_END_S = 5
 """Orphaned stages end by themselves within this time."""
+
+NUM_BEGUN = 10
+"""Events of a stream that has begun: it was kept by then."""
 
 NUM_LOOKS = 8
 """Each look is at any of the pipelines; so many find the one with the most requests."""
@@ -44,11 +50,12 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=[1, 2], ids=["one pipeline", "two pipelines"])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    template = tmp_path / "template.jinja"
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    template = tmp_path_factory.mktemp("chat") / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     settings = {"model": "demo", "stages": 2, "device": "cpu", "dtype": "float32", "chat_template": str(template)}
+    settings |= {"resumable": True}
     with serving(settings, {"num_replicas": request.param}) as server:
         wait_until(lambda: len(pipelines(server)) == request.param, "all pipelines are there")
         yield server
@@ -61,16 +68,41 @@ def pipelines(server: Server) -> list[str]:
 
 
 def ask(server: Server, path: str, body: dict[str, Any], has_begun: threading.Event) -> dict[str, Any]:
-    """What a client gets: texts, log probabilities and reasons by choice, and the usage."""
-    got: dict[str, Any] = {}
+    """What a client gets that asks for the rest when its connection breaks: see `_read`."""
+    events: list[str] = []
     with httpx.stream("POST", server.base + path, json=body, timeout=CLIENT_TIMEOUT_S) as response:
         assert response.status_code == 200, response.read()
         if not body["stream"]:
             return {"choices": json.loads(response.read())["choices"]}
-        events = [line for line in _noting(response.iter_lines(), has_begun) if line]
-    assert events.pop() == "data: [DONE]"
+        _receive(response, events, has_begun)
+    url = f"{server.base}/v1/streams/{response.headers['x-request-id']}"
+    while not events or not events[-1].endswith("[DONE]"):
+        headers = {"last-event-id": events[-1].partition("\n")[0].removeprefix("id: ")} if events else {}
+        try:
+            with httpx.stream("GET", url, headers=headers, timeout=CLIENT_TIMEOUT_S) as response:
+                assert response.status_code in (200, 503), response.read()
+                _receive(response, events, has_begun)
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    return _read(path, [event.partition("data: ")[2] for event in events[:-1]])
+
+
+def _receive(response: httpx.Response, events: list[str], has_begun: threading.Event) -> None:
+    """Adds the events that arrive whole."""
+    text = ""
+    with suppress(httpx.TransportError):
+        for piece in response.iter_text():
+            *whole, text = (text + piece).split("\n\n")
+            events += whole
+            if len(events) >= NUM_BEGUN:
+                has_begun.set()
+
+
+def _read(path: str, events: Sequence[str]) -> dict[str, Any]:
+    """Texts, log probabilities and reasons by choice, and the usage."""
+    got: dict[str, Any] = {}
     for event in events:
-        chunk = json.loads(event.removeprefix("data: "))
+        chunk = json.loads(event)
         assert "error" not in chunk, chunk
         got["usage"] = chunk.get("usage")
         for choice in chunk["choices"]:
@@ -79,12 +111,6 @@ def ask(server: Server, path: str, body: dict[str, Any], has_begun: threading.Ev
             of_choice["logprobs"] += _flat(choice.get("logprobs"))
             of_choice["reason"] = choice["finish_reason"]
     return got
-
-
-def _noting(lines: Iterator[str], has_begun: threading.Event) -> Iterator[str]:
-    for line in lines:
-        has_begun.set()
-        yield line
 
 
 def _flat(logprobs: dict[str, Any] | None) -> list[Any]:
@@ -96,6 +122,7 @@ def _flat(logprobs: dict[str, Any] | None) -> list[Any]:
     return list(zip(*logprobs.values(), strict=True))
 
 
+@pytest.mark.parametrize("server", [1, 2], indirect=True, ids=["one pipeline", "two pipelines"])
 def test_every_client_gets_the_same_text_as_if_the_coordinator_had_not_died(server: Server) -> None:
     stop = ask(server, *REQUESTS["greedy"], threading.Event())["0"]["text"][-12:]
     requests = {**REQUESTS, "stop": (COMPLETIONS, {**PROMPT, "temperature": 0, "stop": [stop]})}
@@ -126,6 +153,39 @@ def test_every_client_gets_the_same_text_as_if_the_coordinator_had_not_died(serv
     assert sum(float(line.rpartition(" ")[2]) for line in moves) >= before.num_running
     wait_until(lambda: server.status().pid != before.pid, "Serve has replaced the pipeline")
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize("server", [2], indirect=True, ids=["two pipelines"])
+def test_every_client_gets_the_rest_of_its_stream_when_the_ingress_has_died(server: Server) -> None:
+    requests = {name: (path, body) for name, (path, body) in REQUESTS.items() if body["stream"]}
+    with ThreadPoolExecutor(len(requests)) as clients:
+
+        def ask_all() -> tuple[dict[str, Future[dict[str, Any]]], list[threading.Event]]:
+            begun = {name: threading.Event() for name in requests}
+            asked = {name: clients.submit(ask, server, *requests[name], begun[name]) for name in requests}
+            return asked, list(begun.values())
+
+        undisturbed = {name: answer.result() for name, answer in ask_all()[0].items()}
+        answers, begun = ask_all()
+        for event in begun:
+            assert event.wait(CLIENT_TIMEOUT_S)
+        is_over = {name: answer.done() for name, answer in answers.items()}
+        os.kill(ingress_pid(), signal.SIGKILL)
+        assert not any(is_over.values()), "streams ended before the ingress died"
+        for name, answer in answers.items():
+            assert answer.result() == undisturbed[name], name
+    server.wait_until_idle()
+
+
+def ingress_pid() -> int:
+    """The process of the only ingress."""
+    [name] = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if f"{APP_NAME}#Ingress#" in actor["name"]
+    ]
+    pid: int = ray.get(ray.get_actor(name, "serve").__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    return pid
 
 
 def is_alive(pid: int) -> bool:

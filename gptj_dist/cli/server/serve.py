@@ -80,6 +80,10 @@ def serve(
     log_level: Annotated[LogLevel, typer.Option(help="The least severe events that are logged.")] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in logs.")] = False,
     drain_s: DrainS = DEFAULT_DRAIN_S,
+    resumable: Annotated[
+        bool,
+        typer.Option("--resumable", help="Keep streams for clients whose connection breaks: docs/operations.md."),
+    ] = False,
     start_timeout_s: Annotated[
         float, typer.Option(metavar="SECONDS", parser=seconds, help="How long Ray may take to start on this machine.")
     ] = DEFAULT_START_TIMEOUT_S,
@@ -118,6 +122,7 @@ def serve(
         log_level=log_level,
         log_prompts=log_prompts,
         drain_s=drain_s,
+        resumable=resumable,
     )
     listen = Address(host, port, *_tls(tls_cert, tls_key), keep_alive_s)
     launch = Launch(

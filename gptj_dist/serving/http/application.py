@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gptj_dist.answers.error_responses import error_body
-from gptj_dist.serving.http.endpoint import Endpoint
+from gptj_dist.serving.http.endpoint import EVENTS, Endpoint
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.meter import HttpMeter
@@ -71,7 +71,7 @@ def make_http_app(
 
 def _route(endpoint: Endpoint, gate: Gate) -> Route:
     route = Route(endpoint.path, answering(endpoint.handler), methods=[endpoint.method])
-    if endpoint.method == "POST" or endpoint.path == "/ready":
+    if endpoint.method == "POST" or EVENTS in endpoint.media or endpoint.path == "/ready":
         route.app = gate.guard(route.app)
     return route
 

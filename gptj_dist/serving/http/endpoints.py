@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from typing import TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,7 +23,7 @@ from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
-from gptj_dist.answers.service import AnswerService
+from gptj_dist.answers.service import AnswerService, TextRequest
 from gptj_dist.errors import GPTJDistError
 from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Allowances
@@ -35,6 +35,7 @@ from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handle
 from gptj_dist.serving.http.middleware import is_anonymous
 from gptj_dist.serving.http.openapi import openapi_document
 from gptj_dist.serving.http.pages import docs_page, front_page
+from gptj_dist.serving.keeper import Keeper, Run
 from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
@@ -49,8 +50,12 @@ TRACED_PLAN_US = 50
 """Microseconds that it takes to write a plan's events."""
 
 B = TypeVar("B", bound=Body)
-Understand: TypeAlias = Callable[[B, str], Awaitable[Answer | EmbeddingAnswer]]
-"""Makes an answer of a body and the request's id."""
+Understand: TypeAlias = Callable[[], Awaitable[Answer | EmbeddingAnswer]]
+"""Makes the answer to a request."""
+
+KINDS: Mapping[str, type[TextRequest]] = {
+    kind.__name__: kind for kind in (CompletionRequest, ChatRequest, ResponsesRequest)
+}
 
 
 class Endpoints:
@@ -58,6 +63,7 @@ class Endpoints:
 
     Args:
         names: of the model.
+        keeper: makes streams resumable.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Endpoints:
         allowances: Allowances,
         scrape: Scrape,
         admission: Admission,
+        keeper: Keeper | None = None,
     ) -> None:
         self._names = names
         self._texts = texts
@@ -75,10 +82,13 @@ class Endpoints:
         self._allowances = allowances
         self._scrape = scrape
         self._admission = admission
+        self._keeper = keeper
 
     def table(self) -> tuple[Endpoint, ...]:
         """All endpoints."""
+        resume = Endpoint("GET", "/v1/streams/{id:path}", self.resume, "Get the rest of a stream.", media=(EVENTS,))
         return (
+            *(() if self._keeper is None else (resume,)),
             Endpoint("POST", "/v1/completions", self.completions, "Continue texts.", CompletionRequest, MEDIA),
             Endpoint("POST", "/v1/chat/completions", self.chat, "Continue a conversation.", ChatRequest, MEDIA),
             Endpoint("POST", "/v1/responses", self.respond, "Answer a text or conversation.", ResponsesRequest, MEDIA),
@@ -100,16 +110,27 @@ class Endpoints:
         )
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, CompletionRequest, self._texts.complete)
+        return await self._text(request, CompletionRequest)
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatRequest, self._texts.chat)
+        return await self._text(request, ChatRequest)
 
     async def respond(self, request: Request) -> Response:
-        return await self._answer(request, ResponsesRequest, self._texts.respond)
+        return await self._text(request, ResponsesRequest)
 
     async def embeddings(self, request: Request) -> Response:
-        return await self._answer(request, EmbeddingRequest, self._texts.embed)
+        body = await self._body(request, EmbeddingRequest)
+        return await self._answer(request, partial(self._texts.embed, body, request.state.request_id))
+
+    async def resume(self, request: Request) -> Response:
+        """What follows the event whose id is in `Last-Event-ID`; without that, the stream from its beginning."""
+        if self._keeper is None or request.method != "GET":  # a HEAD would take the stream over
+            return Response(media_type=EVENTS)
+        names = (CALLER.get(), request.path_params["id"])
+        run = await self._keeper.take(names, request.headers.get("last-event-id", ""))
+        logger.info("stream resumed", extra=values(request_id=run.names[1]))
+        body: TextRequest = await self._texts.parse(run.opening.body, KINDS[run.opening.kind])
+        return await self._answer(request, partial(self._texts.answer, body, run.names[1], run.stream), run)
 
     async def tokenize(self, request: Request) -> Response:
         document = await self._texts.tokenize(await self._body(request, TokenizeRequest))
@@ -175,12 +196,26 @@ class Endpoints:
     async def _body(self, request: Request, kind: type[B]) -> B:
         return await self._texts.parse(await read_body(request, self._texts.work), kind)
 
-    async def _answer(self, request: Request, kind: type[B], understand: Understand[B]) -> Response:
-        """Computes the answer, unless the client leaves first, and sends it whole or as it is made."""
-        body = await self._body(request, kind)
+    async def _text(self, request: Request, kind: type[TextRequest]) -> Response:
+        data, request_id = await read_body(request, self._texts.work), request.state.request_id
+        body = await self._texts.parse(data, kind)
+        run = None
+        if self._keeper is not None and body.stream:
+            run = self._keeper.new_run((CALLER.get(), request_id), kind.__name__, data)
+        stream = None if run is None else run.stream
+        return await self._answer(request, partial(self._texts.answer, body, request_id, stream), run)
+
+    async def _answer(self, request: Request, understand: Understand, run: Run | None = None) -> Response:
+        """Computes the answer, unless the client leaves first, and sends it whole or as it is made.
+
+        Args:
+            run: the stream of the answer, if it is resumable.
+        """
         async with AsyncExitStack() as stack:  # or its response closes what is open, whenever the task is cancelled
             stack.enter_context(self._admission.admitted(CALLER.get()))
-            answer = await unless_gone(request, understand(body, request.state.request_id))
+            if run is not None and self._keeper is not None:
+                stack.enter_context(self._keeper.keeping(run))
+            answer = await unless_gone(request, understand())
             key = request.scope["state"].get("api_key")
             await stack.enter_async_context(self._allowances.charged(key, answer))
             if isinstance(answer, EmbeddingAnswer) or not answer.is_streamed:
@@ -188,7 +223,9 @@ class Endpoints:
             events = answer.events()
             stack.push_async_callback(events.aclose)
             # An error before the first token still gets its own HTTP status.
-            first = await unless_gone(request, anext(events))
+            first = await unless_gone(request, anext(events, None))
+            if first is None:  # all was received before; the status stops a browser's EventSource
+                return Response(status_code=204)
             return EventResponse(_chain(first, events), stack.pop_all())
 
 

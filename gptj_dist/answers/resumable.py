@@ -1,0 +1,132 @@
+"""The tokens of a streamed answer, kept so that another process can go on with it. Does not know where."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from gptj_dist.answers.event_ids import EventId, Received
+from gptj_dist.answers.source import TokenSource
+from gptj_dist.engine.mailbox import Delta, joined
+from gptj_dist.engine.record import RequestRecord, noise_key
+from gptj_dist.errors import NotReadyError
+
+TAKEN = NotReadyError("this stream goes on at another connection, which has resumed it")
+
+
+class ResumableStream:
+    """The completions of one request: what came before, and then what a `TokenSource` makes of the rest.
+
+    Args:
+        created: when the request arrived, in seconds since 1970.
+        noise: 64 bits, from which completions without a seed get their noise keys.
+        past: the tokens that came before, of each completion by its index.
+        last_id: the id of the last event that the client has received, empty if it has none; None for a new stream.
+
+    Attributes:
+        is_taken: another connection goes on with the stream. It ends here, with its next token.
+    """
+
+    def __init__(
+        self, created: int, noise: int, past: Sequence[tuple[int, Delta]] = (), last_id: str | None = None
+    ) -> None:
+        self.created = created
+        self.is_taken = False
+        self._is_kept = True
+        self._news: list[tuple[int, Delta]] = []
+        self._noise = noise
+        self._past: defaultdict[int, list[Delta]] = defaultdict(list)
+        for index, delta in past:
+            self._past[index].append(delta)
+        self._is_resumed = last_id is not None
+        self._last_id = last_id or None
+        self._received: Sequence[Received] = ()
+
+    def received(self, num_completions: int) -> EventId:
+        """What the client has received. Raises InvalidRequestError if that cannot be of this stream."""
+        if self._last_id is None:
+            received = EventId.none(num_completions)
+        else:
+            received = EventId.parsed(self._last_id, num_completions)
+        self._received = received.completions
+        return received
+
+    def take_news(self) -> list[tuple[int, Delta]]:
+        """The tokens since the last call, with the indices of their completions."""
+        news, self._news = self._news, []
+        return news
+
+    def give_up(self) -> None:
+        """Nobody takes the news any more."""
+        self._is_kept = False
+        self._news = []
+
+    def streams(
+        self, source: TokenSource, records: Sequence[RequestRecord], first: int
+    ) -> list[AsyncGenerator[Delta, None]]:
+        """The completions of one prompt. The first delta of each has the tokens that the client has received.
+
+        Args:
+            records: before their first tokens.
+            first: index of the first of them.
+        """
+        if records[0].params.seed is None:
+            records = [
+                replace(record, noise_key=noise_key(self._noise, index)) for index, record in enumerate(records, first)
+            ]
+        if not self._is_resumed:
+            return [self._noted(index, stream) for index, stream in enumerate(source.streams(records), first)]
+        pasts = {index: self._past[index] for index in range(first, first + len(records))}
+        left = {
+            index: record.moved([token_id for delta in past for token_id in delta.token_ids])
+            for record, (index, past) in zip(records, pasts.items(), strict=True)
+            if not past or past[-1].finish_reason is None
+        }
+        rest = dict(zip(left, source.streams(list(left.values())) if left else (), strict=True))
+        return [self._resumed(index, past, rest.get(index)) for index, past in pasts.items()]
+
+    async def _noted(self, index: int, stream: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+        async with aclosing(stream):
+            async for delta in stream:
+                if self.is_taken:
+                    raise TAKEN
+                if self._is_kept:
+                    self._news.append((index, delta))
+                yield delta
+
+    async def _resumed(
+        self, index: int, past: Sequence[Delta], rest: AsyncGenerator[Delta, None] | None
+    ) -> AsyncGenerator[Delta, None]:
+        received, held, is_begun = self._received[index], None, False
+        async with aclosing(self._all(index, past, rest)) as deltas:
+            async for delta in deltas:
+                if is_begun:
+                    yield delta
+                    continue
+                held = delta if held is None else joined(held, delta)
+                if held.finish_reason is not None or len(held.token_ids) >= received.num_tokens:
+                    is_begun = True
+                    for piece in _cut(held, received):
+                        yield piece
+
+    async def _all(
+        self, index: int, past: Sequence[Delta], rest: AsyncGenerator[Delta, None] | None
+    ) -> AsyncGenerator[Delta, None]:
+        for delta in past:
+            yield delta
+        if rest is not None:
+            async with aclosing(self._noted(index, rest)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+
+def _cut(delta: Delta, received: Received) -> list[Delta]:
+    """The tokens that were received, if there are any, and the rest. A finish that was not received is in the rest."""
+    number = received.num_tokens
+    if not number or (received.has_end and len(delta.token_ids) <= number):
+        return [delta]
+    first = Delta(delta.token_ids[:number], None, delta.logprobs[:number], delta.prompt_logprobs)
+    rest = Delta(delta.token_ids[number:], delta.finish_reason, delta.logprobs[number:])
+    return [first, rest] if rest.token_ids or rest.finish_reason is not None else [first]
