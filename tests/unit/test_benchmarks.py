@@ -30,6 +30,7 @@ from benchmarks.load import (
     poisson_arrivals,
     serving_figures,
 )
+from benchmarks.overload import Sent, load_figures, offered
 from benchmarks.processes import Family
 from benchmarks.servers import serve_command, vllm_serve_command
 from benchmarks.sse_client import ChunkedBody, FrameSplitter, StreamRecord
@@ -40,7 +41,19 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
-    *("beside_load", "compare", "faults", "front", "gpu_report", "hostile", "http", "offline", "parts", "plots"),
+    *(
+        "beside_load",
+        "compare",
+        "faults",
+        "front",
+        "gpu_report",
+        "hostile",
+        "http",
+        "offline",
+        "overload",
+        "parts",
+        "plots",
+    ),
     *("same_logits", "scheduler", "startup", "step", "transport"),
 )
 TIME_LIMIT_S = 60
@@ -179,6 +192,42 @@ def test_serving_figures_have_vllms_names_and_are_of_completed_requests() -> Non
         }
     )
     assert failures(Measured([good, failed, failed], 4.0)) == {"refused": 2}
+
+
+def test_goodput_is_of_whole_requests_that_ended_in_time_and_in_the_window() -> None:
+    def sent(begin_s: float, end_s: float, num_tokens: int = 8, error: str | None = None) -> Sent:
+        return Sent(StreamRecord(begin_s, 4, num_tokens=num_tokens, error=error), 8, end_s)
+
+    refused = sent(12, 12.5, error="StreamError: http/1.1 429 too many requests: b''")
+    broken = sent(12, 13, error="StreamError: the stream ended without [DONE]")
+    early, after = sent(1, 9), sent(15, 20)
+    figures = load_figures([early, sent(8, 12), sent(1, 13), refused, broken, sent(12, 14, 7), after], 10, 20, 10)
+    assert figures == {
+        "goodput": 0.8,
+        "throughput": 1.6,
+        "whole": 2,
+        "late": 1,
+        "refused": 1,
+        "failed": 2,
+        "errors": {broken.record.error: 1, "too few tokens": 1},
+        "median_s": 8.0,
+        "p99_s": pytest.approx(11.92),
+        "refusal_s": 0.5,
+    }
+
+
+@pytest.mark.parametrize("status", ["200 OK", "429 Too Many Requests"])
+def test_an_offered_load_is_sent_whatever_becomes_of_it_and_refusals_are_told_apart(status: str) -> None:
+    server = FakeServer(num_tokens=32, status=status)
+
+    async def load() -> list[Sent]:
+        async with server.listening() as target, asyncio.timeout(TIME_LIMIT_S):
+            return await offered(target, rate=1000, seconds=0.05, seed=1)
+
+    sent = asyncio.run(load())
+    assert len(sent) == len(server.bodies) > 1
+    assert all(one.is_refused == (status != "200 OK") for one in sent)
+    assert {one.is_whole for one in sent if one.num_wanted == 32} == {status == "200 OK"}
 
 
 def test_arrivals_are_those_of_the_seed_and_as_many_a_second_as_asked_for() -> None:
