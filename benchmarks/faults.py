@@ -191,7 +191,7 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: 
     """Starts a server, and has every fault disturb the streams of every kind."""
     cases, undisturbed_ms = [], []
     print_row(["", "pause p50 ms", "max ms", "differ", "failed"])
-    with _server({"dtype": dtype, "spares": spares}) as server:
+    with serving({"dtype": dtype, "spares": spares}) as server:
         for kind in kinds:
             usual = asyncio.run(_undisturbed(server, kind))
             undisturbed_ms += [pause_ms(stream) for stream in usual]
@@ -227,7 +227,8 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: 
 
 
 @contextmanager
-def _server(options: Mapping[str, Any]) -> Iterator[Server]:
+def serving(options: Mapping[str, Any]) -> Iterator[Server]:
+    """Runs a server of the demo until the context ends."""
     family, port = Family(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         template = Path(directory) / "template.jinja"

@@ -96,7 +96,7 @@ async def _disturbed(base: str, family: Family, part: str) -> tuple[Stream, floa
     ended = asyncio.ensure_future(stream.run(base))
     while num_tokens(stream.content) < MIDDLE_TOKENS and not ended.done():  # noqa: ASYNC110  # frames set no event
         await asyncio.sleep(POLL_S / 10)
-    [victim, *_] = [int(process.name) for process in family.members() if PARTS[part] in _title(process)]
+    [victim, *_] = [int(process.name) for process in family.members() if PARTS[part] in title(process)]
     killed_s = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     await ended
@@ -123,7 +123,8 @@ def _wait_until_served(base: str, server: subprocess.Popen[bytes], timeout_s: fl
     return None
 
 
-def _title(process: Path) -> str:
+def title(process: Path) -> str:
+    """The first word of a process's command line; empty if it has ended."""
     return content(process / "cmdline").partition(b"\0")[0].decode(errors="replace")
 
 

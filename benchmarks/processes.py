@@ -90,6 +90,19 @@ def pss_bytes(process: Path) -> int:
     return 0
 
 
+def own_bytes(process: Path) -> int:
+    """Memory of a process that no file backs (proc(5): `RssAnon` of `status`); 0 if it has ended."""
+    for line in content(process / "status").splitlines():
+        if line.startswith(b"RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def num_files(process: Path) -> int:
+    """Files, sockets and pipes that a process has open; 0 if it has ended."""
+    return len(_links(process / "fd"))
+
+
 def content(path: Path) -> bytes:
     """The content of a file in /proc; empty if its process has ended."""
     try:

@@ -1,0 +1,18 @@
+"""Two minutes of load while stages and the coordinator are killed: nothing is lost, wrong or left."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.soak import soaked
+
+pytestmark = pytest.mark.ray
+
+
+def test_nothing_is_lost_wrong_or_left_while_processes_are_killed() -> None:
+    document = soaked(load_s=100.0, stage_every_s=25.0, coordinator_every_s=60.0)
+    assert document["problems"] == []
+    assert document["num_used_blocks"] == 0
+    assert document["kills"]["coordinator"] == 1
+    assert sum(document["kills"].values()) >= 3
+    assert min(document["ends"][end] for end in ("completed", "disconnected", "refused")) > 0
