@@ -92,6 +92,7 @@ class Stream:
 
     kind: str
     number: int
+    max_tokens: int = MAX_TOKENS
     content: Content = field(default_factory=dict)
     record: StreamRecord | None = None
 
@@ -104,7 +105,14 @@ class Stream:
         text = f"Speech {self.number}. {TEXT * (12 + self.number)}"
         prompt = {"messages": [{"role": "user", "content": text}]} if self.kind == "chat" else {"prompt": text}
         form = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-        return {"model": "demo", **prompt, **form, "max_tokens": MAX_TOKENS, "seed": self.number, **KINDS[self.kind]}
+        return {
+            "model": "demo",
+            **prompt,
+            **form,
+            "max_tokens": self.max_tokens,
+            "seed": self.number,
+            **KINDS[self.kind],
+        }
 
     def _take(self, frame: bytes) -> None:
         told = json.loads(frame)

@@ -16,11 +16,13 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import MIDDLE_TOKENS, Stream, differences, num_tokens, pause_ms
+from benchmarks.faults import MAX_TOKENS, MIDDLE_TOKENS, Stream, differences, num_tokens, pause_ms
 from benchmarks.figures import machine, print_document, print_row
 from benchmarks.processes import Family, content
 from benchmarks.servers import free_port, is_ready, serve_command, stop
@@ -36,6 +38,7 @@ PARTS = {
 }
 """Part of the first word of each process's command line."""
 
+TITLES = ("killed", "stream", "pause ms", "served after s", "server")
 START_TIMEOUT_S = 300.0
 RETURN_TIMEOUT_S = 60.0
 AFTERMATH_S = 20.0
@@ -51,7 +54,7 @@ def main() -> None:
     parts = parser.parse_args().parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
-    print_row(["killed", "stream", "pause ms", "served after s", "server"])
+    print_row(TITLES)
     documents = []
     for part in parts:
         documents.append(loss_of(part))
@@ -60,21 +63,33 @@ def main() -> None:
 
 
 def loss_of(part: str) -> dict[str, Any]:
-    """Starts a server, kills the part and reports.
+    """Starts a server, kills the part and reports as `tried` does."""
+    family = Family()
+    return tried(part, family, {"stages": 2, "dtype": "float32"}, family.environment, partial(_kill, part, family))
+
+
+def tried(
+    part: str,
+    family: Family,
+    settings: Mapping[str, Any],
+    environment: Mapping[str, str],
+    harm: Callable[[], None],
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, Any]:
+    """Starts a server of the demo, sends a stream, does the harm in its middle, and kills the family in the end.
 
     Returns:
         What became of the stream, its longest pause, the seconds until a new request was served (None: never), and
         the exit status of the server (None: it went on).
     """
-    family, port = Family(), free_port()
-    command = serve_command("demo", {"stages": 2, "dtype": "float32"}, port)
-    base = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command, env=family.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    port = free_port()
+    base, command = f"http://127.0.0.1:{port}", serve_command("demo", settings, port)
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_served(base, server, START_TIMEOUT_S)
-        usual = Stream(KIND, 0)
+        usual, stream = Stream(KIND, 0, max_tokens), Stream(KIND, 0, max_tokens)
         asyncio.run(usual.run(base))
-        stream, killed_s = asyncio.run(_disturbed(base, family, part))
+        harmed_s = asyncio.run(_disturbed(base, stream, harm))
         served_s = _wait_until_served(base, server, RETURN_TIMEOUT_S)
         with suppress(subprocess.TimeoutExpired):
             server.wait(AFTERMATH_S)
@@ -82,7 +97,7 @@ def loss_of(part: str) -> dict[str, Any]:
             "part": part,
             "stream": _outcome(stream, usual),
             "pause_ms": pause_ms(stream),
-            "served_after_s": None if served_s is None else served_s - killed_s,
+            "served_after_s": None if served_s is None else served_s - harmed_s,
             "exit_status": server.poll(),
         }
     finally:
@@ -90,17 +105,20 @@ def loss_of(part: str) -> dict[str, Any]:
         family.kill()
 
 
-async def _disturbed(base: str, family: Family, part: str) -> tuple[Stream, float]:
-    """The stream during which the part was killed, and when it was."""
-    stream = Stream(KIND, 0)
+async def _disturbed(base: str, stream: Stream, harm: Callable[[], None]) -> float:
+    """Runs the stream, and does the harm in its middle; returns when it began to."""
     ended = asyncio.ensure_future(stream.run(base))
     while num_tokens(stream.content) < MIDDLE_TOKENS and not ended.done():  # noqa: ASYNC110  # frames set no event
         await asyncio.sleep(POLL_S / 10)
-    [victim, *_] = [int(process.name) for process in family.members() if PARTS[part] in title(process)]
-    killed_s = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
+    harmed_s = time.monotonic()
+    await asyncio.to_thread(harm)
     await ended
-    return stream, killed_s
+    return harmed_s
+
+
+def _kill(part: str, family: Family) -> None:
+    [victim, *_] = [int(process.name) for process in family.members() if PARTS[part] in title(process)]
+    os.kill(victim, signal.SIGKILL)
 
 
 def _outcome(stream: Stream, usual: Stream) -> str:
@@ -116,7 +134,8 @@ def _wait_until_served(base: str, server: subprocess.Popen[bytes], timeout_s: fl
     while time.monotonic() < deadline_s and server.poll() is None:
         if is_ready(base):
             short = Stream(KIND, 1)
-            asyncio.run(short.run(base))
+            with suppress(TimeoutError):
+                asyncio.run(asyncio.wait_for(short.run(base), timeout_s))
             if short.record is not None and short.record.error is None:
                 return time.monotonic()
         time.sleep(POLL_S)
