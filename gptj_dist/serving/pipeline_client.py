@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from gptj_dist.engine.limits import EngineLimits
@@ -207,6 +207,8 @@ async def _failure(call: DeploymentResponse) -> Exception:
         return error.cause if isinstance(error.cause, GPTJDistError) else error
     except RayActorError:
         return PipelineLostError("the pipeline's coordinator died")
+    except RequestCancelledError:  # by `_Call`
+        raise asyncio.CancelledError from None
     except RayServeException as error:  # the deployment has failed
         logger.error("no pipeline takes a request", extra=values(error=repr(error)))
         return NotReadyError("no pipeline takes requests right now")

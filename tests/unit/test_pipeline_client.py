@@ -6,14 +6,16 @@ The handle calls the pipeline in this process; feed, engine and what lies betwee
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import RequestCancelledError
 
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import new_records
@@ -32,19 +34,35 @@ TIMEOUT_S = 20
 Streams = list[AsyncGenerator[Delta, None]]
 
 
+class Response:
+    """As Serve's: what waits for it is told of its cancellation by an error of Serve's own."""
+
+    def __init__(self, call: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.ensure_future(call)
+        self.cancel = self._task.cancel
+        self.cancelled = self._task.cancelled
+        self.done = self._task.done
+
+    def __await__(self) -> Generator[Any, None, None]:
+        try:
+            yield from self._task
+        except asyncio.CancelledError:
+            raise RequestCancelledError("of the test") from None
+
+
 @dataclass
 class Handle:
-    """As Serve's, to one replica: `generate.remote` gives what can be awaited and cancelled."""
+    """As Serve's, to one replica."""
 
     pipeline: Pipeline
-    calls: list[asyncio.Task[None]] = field(default_factory=list)
+    calls: list[Response] = field(default_factory=list)
 
     @property
     def generate(self) -> Handle:
         return self
 
-    def remote(self, *arguments: Any) -> asyncio.Task[None]:
-        self.calls.append(asyncio.ensure_future(self.pipeline.generate(*arguments)))
+    def remote(self, *arguments: Any) -> Response:
+        self.calls.append(Response(self.pipeline.generate(*arguments)))
         return self.calls[-1]
 
 
@@ -125,7 +143,7 @@ def test_a_choice_that_is_closed_frees_its_blocks_with_its_next_token_and_the_ot
     run(scenario())
 
 
-def test_when_no_choice_is_read_any_more_the_call_is_cancelled() -> None:
+def test_when_no_choice_is_read_any_more_the_call_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with serving(is_paused=True) as (rig, handle, ask):
             reading = [asyncio.ensure_future(collect(stream)) for stream in ask(PARAMS)]
@@ -137,6 +155,7 @@ def test_when_no_choice_is_read_any_more_the_call_is_cancelled() -> None:
             assert not rig.scheduler.has_requests
 
     run(scenario())
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_choices_that_are_read_one_after_the_other_are_whole_too() -> None:
