@@ -32,7 +32,7 @@ from gptj_dist.stages.blueprint import (
     require_equal_bits,
     require_memory,
 )
-from gptj_dist.stages.loss import LastWords, StageLoss, StageProcess, death_cause, end_process, last_words
+from gptj_dist.stages.loss import StageLoss, StageProcess, death_cause, end_process, last_words
 from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.ring import Ring
@@ -313,10 +313,12 @@ async def _answer(index: int, placed: PlacedStage, call: Any) -> Any:
 
 
 async def _loss(index: int, placed: PlacedStage, error: Exception) -> StageLoss:
-    words = await _on_node(placed, last_words) or LastWords()
-    is_known = isinstance(error, ray.exceptions.RayTaskError | StageHungError)
+    words = await _on_node(placed, last_words)
+    is_known = isinstance(error, ray.exceptions.RayTaskError) or (
+        words is not None and isinstance(error, StageHungError)
+    )
     cause = summary(error) if is_known else death_cause(words, str(error))
-    return StageLoss(index, cause, placed.process.host, placed.process.pid, words.log_line)
+    return StageLoss(index, cause, placed.process.host, placed.process.pid, None if words is None else words.log_line)
 
 
 async def _on_node(placed: PlacedStage, function: Callable[[StageProcess], T]) -> T | None:

@@ -106,12 +106,15 @@ def last_words(process: StageProcess) -> LastWords:
     )
 
 
-def death_cause(words: LastWords, report: str) -> str:
+def death_cause(words: LastWords | None, report: str) -> str:
     """Why a process has died; continues its name.
 
     Args:
+        words: None if its node did not answer.
         report: what Ray says about it.
     """
+    if words is None:
+        return "was lost with its node, which does not answer"
     if words.fatal_error is not None:
         return f"crashed: {words.fatal_error}"
     if (exit_code := _EXIT_CODE.search(report)) is not None:
