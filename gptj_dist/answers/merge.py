@@ -16,14 +16,15 @@ T = TypeVar("T")
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Yields (index of the stream, item). The first error ends all; closing it closes all.
 
-    Of several streams one begins in a turn of the event loop: to begin one may take a call to a pipeline.
+    Of several streams one begins in a turn of the event loop: to begin one may take a call to a pipeline. While nothing
+    is read of the merged stream, little is read of them.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as stream:
             async for only_item in stream:
                 yield 0, only_item
         return
-    items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+    items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(len(streams))
     turns = Turns()
     tasks = [asyncio.create_task(_pour(index, stream, items, turns)) for index, stream in enumerate(streams)]
     try:
@@ -49,9 +50,11 @@ async def _pour(
         async with aclosing(stream):
             await turns.next()
             async for item in stream:
-                items.put_nowait((index, item))
-        items.put_nowait(None)
+                await items.put((index, item))
+        await items.put(None)
     except Exception as error:
-        items.put_nowait(error)
-    except asyncio.CancelledError:  # by `merge`, which no longer reads, or from within the stream
-        items.put_nowait(StageFailedError("the stream was cancelled"))
+        await items.put(error)
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise  # by `merge`, which no longer reads
+        await items.put(StageFailedError("the stream was cancelled"))  # from within

@@ -38,6 +38,9 @@ MIN_BODY_BYTES_PER_S = 10_000
 MAX_BODY_BYTES = 4_000_000
 """A megabyte of token ids, three times over; prompts have limits of their own."""
 
+MAX_BODIES_BYTES = 256_000_000
+"""Bodies that an ingress reads at a time, all together."""
+
 MAX_JSON_VALUES = 500_000
 """Elements of all lists and objects of a body: 240 prompts of 2,048 token ids."""
 

@@ -28,9 +28,14 @@ class Delta(NamedTuple):
 
 
 class Mailbox:
-    """Holds the tokens that a stream's reader has not taken yet. A slow reader gets several deltas joined into one."""
+    """Holds the tokens that a stream's reader has not taken yet. A slow reader gets several deltas joined into one.
+
+    Attributes:
+        num_logprobs: tokens that wait with their log probabilities.
+    """
 
     def __init__(self) -> None:
+        self.num_logprobs = 0
         self._delta: Delta | None = None
         self._error: Exception | None = None
         self._filled = asyncio.Event()
@@ -38,7 +43,13 @@ class Mailbox:
     def put(self, delta: Delta) -> None:
         """Adds new tokens."""
         self._delta = delta if self._delta is None else joined(self._delta, delta)
+        self.num_logprobs += len(delta.logprobs) + len(delta.prompt_logprobs)
         self._filled.set()
+
+    def cut(self, error: Exception) -> None:
+        """Ends the stream with an error in place of the tokens that are here."""
+        self._delta, self.num_logprobs = None, 0
+        self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Ends the stream with an error, after the tokens that are already here."""
@@ -48,7 +59,7 @@ class Mailbox:
     async def take(self) -> Delta:
         """Waits for tokens, and takes all there are. Raises the error of `fail` when there are none left."""
         await self._filled.wait()
-        delta, self._delta = self._delta, None
+        delta, self._delta, self.num_logprobs = self._delta, None, 0
         if delta is None:
             assert self._error is not None, "a mailbox is filled by tokens or by an error"
             raise self._error

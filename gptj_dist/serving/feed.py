@@ -2,7 +2,8 @@
 
 Through a Serve handle, every token of every stream would be a separate message, with a task at either end. So the
 handle only starts, ends and cancels the streams of a prompt, and the feed carries their tokens. In the other
-direction, an ingress sends the numbers of streams that it no longer reads, so that their senders stop.
+direction, an ingress sends receipts: how much has arrived, so that little waits for one that hangs, and the numbers of
+streams that it no longer reads, so that their senders stop.
 
 An inbox accepts only senders that have its keys, which are part of every `ReplyTo`; what was changed on its way is
 refused, too. The parts of a stream are numbered: a part that comes again is dropped, and a stream that misses one ends
@@ -22,7 +23,7 @@ import zmq
 import zmq.asyncio
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
-from gptj_dist.errors import PipelineLostError, StageFailedError
+from gptj_dist.errors import PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import values
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.transport.codec import Codec, CodecError
@@ -37,6 +38,18 @@ MAX_RECONNECT_MS = 10_000
 MAX_TURN_LOGPROBS = 1000
 """Once the messages of a turn of the event loop have the log probabilities of this many tokens, other parts wait for
 the next turn: with the 20 likeliest tokens each they take milliseconds to write, and to read."""
+
+MAX_UNRECEIVED_BYTES = 64_000_000
+"""Most that a pipeline keeps for an ingress that takes nothing: minutes of tokens. Then it stops the streams."""
+
+RECEIPT_BYTES = 1_000_000
+"""An ingress sends a receipt after this many bytes."""
+
+MAX_UNREAD_LOGPROBS = 100_000
+"""Tokens with log probabilities that wait in an ingress for slow readers: those of one largest answer, or 0.2 GB."""
+
+UNREAD_CHECK_LOGPROBS = 1000
+"""An ingress counts what waits after this many more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +88,20 @@ class StreamPart(NamedTuple):
     delta: Delta
 
 
+class Receipt(NamedTuple):
+    """What has become of a sender's messages.
+
+    Args:
+        num_bytes: that have arrived since the last receipt.
+        unread: streams whose tokens arrived but are not read.
+    """
+
+    num_bytes: int
+    unread: tuple[int, ...]
+
+
 _PARTS = Codec(tuple[StreamPart, ...])
-_UNREAD = Codec(tuple[int, ...])
+_RECEIPT = Codec(Receipt)
 
 
 @dataclass(slots=True)
@@ -113,6 +138,8 @@ class FeedInbox:
         self._address = InboxAddress(self._guarded.endpoint, lock.keys)
         self._streams: dict[int, _OpenStream] = {}
         self._num_opened = 0
+        self._num_received: Counter[bytes] = Counter()
+        self._num_new_logprobs = 0
         self.faults: Counter[FrameFault] = Counter()
         self._on_end = on_end
         self._reader = run_in_background("feed inbox", self._read(), self._give_up)
@@ -147,14 +174,17 @@ class FeedInbox:
     async def _read(self) -> None:
         while True:
             sender, *parts = await self._guarded.socket.recv_multipart()
+            message = b"".join(parts)
             try:
-                unread = self._hand_out(_PARTS.decode(b"".join(parts)))
+                unread = self._hand_out(_PARTS.decode(message))
             except CodecError as error:
                 self._guarded.dropped.num_malformed += 1
                 logger.warning("malformed feed message dropped", extra=values(error=str(error)))
                 continue
-            if unread:
-                await self._guarded.socket.send_multipart([sender, _UNREAD.encode(tuple(unread))])
+            self._num_received[sender] += len(message)
+            if unread or self._num_received[sender] >= RECEIPT_BYTES:
+                receipt = Receipt(self._num_received.pop(sender), tuple(unread))
+                await self._guarded.socket.send_multipart([sender, _RECEIPT.encode(receipt)])
             await asyncio.sleep(0)  # receiving takes no turn of the loop while there are messages
 
     def _hand_out(self, parts: Sequence[StreamPart]) -> list[int]:
@@ -165,7 +195,21 @@ class FeedInbox:
                 unread.append(part.stream_id)
             elif (fault := stream.put(part)) is not None:
                 self._note_fault(fault, part, stream)
+            else:
+                self._num_new_logprobs += len(part.delta.logprobs) + len(part.delta.prompt_logprobs)
+        if self._num_new_logprobs >= min(UNREAD_CHECK_LOGPROBS, MAX_UNREAD_LOGPROBS):
+            self._num_new_logprobs = 0
+            self._cut_slow_readers()
         return unread
+
+    def _cut_slow_readers(self) -> None:
+        """Ends the streams for which the most waits, until there is room again."""
+        num_unread = sum(stream.mailbox.num_logprobs for stream in self._streams.values())
+        while num_unread > MAX_UNREAD_LOGPROBS:
+            stream_id, stream = max(self._streams.items(), key=lambda item: item[1].mailbox.num_logprobs)
+            num_unread -= stream.mailbox.num_logprobs
+            stream.mailbox.cut(TooManyRequestsError("the client reads too slowly: too much of its answer waits"))
+            del self._streams[stream_id]
 
     def _note_fault(self, fault: FrameFault, part: StreamPart, stream: _OpenStream) -> None:
         self.faults[fault] += 1
@@ -183,7 +227,8 @@ class FeedOutbox:
     """A pipeline's end: sends the tokens of one turn of the event loop in one message to each inbox.
 
     Args:
-        on_unread: called with a stream that its ingress no longer reads; may be called more than once for a stream.
+        on_unread: called with a stream that its ingress no longer reads, or whose tokens it has not taken for long; may
+            be called more than once for a stream.
 
     Attributes:
         num_malformed: messages from ingresses that could not be decoded.
@@ -193,6 +238,7 @@ class FeedOutbox:
         self._on_unread = on_unread
         self._sockets: dict[InboxAddress, zmq.asyncio.Socket] = {}
         self._readers: dict[InboxAddress, asyncio.Task[None]] = {}
+        self._num_unreceived: Counter[InboxAddress] = Counter()
         self._waiting: deque[tuple[InboxAddress, StreamPart]] = deque()
         self.num_malformed = 0
 
@@ -233,25 +279,39 @@ class FeedOutbox:
             self._sockets[inbox] = _connect(inbox)
             name = f"feed outbox to {inbox.endpoint}"
             self._readers[inbox] = run_in_background(name, self._read(inbox), lambda _: self._disconnect(inbox))
-        sent = asyncio.ensure_future(self._sockets[inbox].send(_PARTS.encode(tuple(parts)), flags=zmq.NOBLOCK))
+        message = _PARTS.encode(tuple(parts))
+        if self._num_unreceived[inbox] + len(message) > MAX_UNRECEIVED_BYTES:
+            self._give_up(inbox, parts)
+            return
+        sent = asyncio.ensure_future(self._sockets[inbox].send(message, flags=zmq.NOBLOCK))
         if sent.done():
             sent.result()  # raises what went wrong
+        self._num_unreceived[inbox] += len(message)
+
+    def _give_up(self, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
+        """Drops all that waits for an ingress. If it comes to, it misses parts, and its streams go on elsewhere."""
+        logger.error("ingress takes no tokens", extra=values(inbox=inbox.endpoint, streams=len(parts)))
+        self._disconnect(inbox)
+        for part in parts:
+            self._on_unread(ReplyTo(inbox, part.stream_id))
 
     def _disconnect(self, inbox: InboxAddress) -> None:
         """The next part for the inbox connects again."""
         self._readers.pop(inbox).cancel()
         self._sockets.pop(inbox).close()
+        self._num_unreceived.pop(inbox, None)
 
     async def _read(self, inbox: InboxAddress) -> None:
         while True:
             message = await self._sockets[inbox].recv()
             try:
-                unread = _UNREAD.decode(message)
+                receipt = _RECEIPT.decode(message)
             except CodecError as error:
                 self.num_malformed += 1
                 logger.warning("malformed feed message dropped", extra=values(error=str(error)))
                 continue
-            for stream_id in unread:
+            self._num_unreceived[inbox] -= receipt.num_bytes
+            for stream_id in receipt.unread:
                 self._on_unread(ReplyTo(inbox, stream_id))
 
 

@@ -22,7 +22,7 @@ from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.work import Work
 from gptj_dist.errors import InvalidRequestError, TimeoutReachedError
-from gptj_dist.serving.http.body import BodyLimits, read_body
+from gptj_dist.serving.http.body import BodyLimits, BodyRoom, read_body
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.meter import HttpMeter
 from gptj_dist.serving.http.middleware import LimitHead
@@ -52,6 +52,29 @@ def test_a_body_that_says_that_it_is_too_large_is_refused_unread() -> None:
     request = request_of([], {"content-length": "4000001"}, is_whole=False)
     with pytest.raises(BodyTooLargeError, match="4000000 bytes"):
         asyncio.run(read_body(request, Work()))
+
+
+def test_when_bodies_have_no_room_together_the_largest_is_given_up_and_small_ones_pass() -> None:
+    async def main() -> None:
+        slow = [asyncio.create_task(read(request_of([b"x" * size], is_whole=False))) for size in (3, 6)]
+        await asyncio.sleep(0)
+        assert await read(request_of([b"ab"])) == b"ab"
+        with pytest.raises(TimeoutReachedError, match="no room for a body that is slow: 6 bytes"):
+            await slow[1]
+        assert await read(request_of([b"a" * 7])) == b"a" * 7
+        assert not slow[0].done()
+        with pytest.raises(TimeoutReachedError, match="8 bytes"):
+            await read(request_of([b"a" * 8], is_whole=False))
+        slow[0].cancel()
+        await asyncio.wait(slow)
+        assert await read(request_of([b"a" * 5] * 2)) == b"a" * 10
+
+    room = BodyRoom(most_bytes=10)
+
+    async def read(request: Request) -> bytes:
+        return await read_body(request, Work(), room=room)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-length": "5"}, {"content-length": "many"}])

@@ -16,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.request import FinishReason
-from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError
+from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.serving import feed
 from gptj_dist.serving import pipeline_client as pipelines
@@ -241,8 +241,8 @@ def test_an_outbox_drops_malformed_messages_and_still_hears_of_unread_streams() 
         async with asyncio.timeout(TIMEOUT_S):
             outbox.put(stream, 0, Delta((1,), None))
             sender, _ = await inbox.socket.recv_multipart()
-            malformed = [b"", b"\xff", msgspec.msgpack.encode("text"), msgspec.msgpack.encode([["x"]])]
-            for message in (*malformed, msgspec.msgpack.encode([7])):
+            malformed = [b"", b"\xff", msgspec.msgpack.encode("text"), msgspec.msgpack.encode([9, ["x"]])]
+            for message in (*malformed, msgspec.msgpack.encode([9, [7]])):
                 await inbox.socket.send_multipart([sender, message])
             assert await unread.get() == stream
         assert outbox.num_malformed == len(malformed)
@@ -250,6 +250,71 @@ def test_an_outbox_drops_malformed_messages_and_still_hears_of_unread_streams() 
         inbox.close()
 
     asyncio.run(run())
+
+
+def test_a_pipeline_keeps_little_for_an_ingress_that_hangs_and_stops_its_streams(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feed, "MAX_UNRECEIVED_BYTES", 2000)
+
+    async def run() -> None:
+        lock, unread = CurveLock(), asyncio.Queue[ReplyTo]()
+        hung = GuardedSocket(zmq.asyncio.Context(), zmq.ROUTER, "127.0.0.1", lock)
+        stream = ReplyTo(InboxAddress(hung.endpoint, lock.keys), 7)
+        outbox, num_parts = FeedOutbox(unread.put_nowait), 0
+        while unread.empty():
+            outbox.put(stream, num_parts, Delta((1,) * 100, None))
+            num_parts += 1
+            await asyncio.sleep(0)
+        assert unread.get_nowait() == stream
+        assert 2000 / 200 <= num_parts <= 2000 / 100 + 1
+        assert not outbox._sockets
+        assert not outbox._num_unreceived
+        outbox.stop()
+        hung.close()
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
+
+
+def test_an_ingress_that_takes_its_tokens_gets_them_however_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_UNRECEIVED_BYTES", 2000)
+    monkeypatch.setattr(feed, "RECEIPT_BYTES", 500)
+
+    async def run() -> None:
+        inbox, outbox = inbox_of_test(), FeedOutbox(unexpected)
+        stream, [mailbox] = inbox.open(1)
+        for number in range(200):
+            outbox.put(stream, number, Delta((1,) * 100, None))
+            assert len((await mailbox.take()).token_ids) == 100
+            while outbox._num_unreceived[stream.inbox] > 1000:  # noqa: ASYNC110  # receipts set no event
+                await asyncio.sleep(0.001)
+        inbox.stop()
+        outbox.stop()
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
+
+
+def test_when_too_much_waits_for_readers_the_stream_with_the_most_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_UNREAD_LOGPROBS", 100)
+    logprobs = (TokenLogprobs(1, -0.5, 1, ()),) * 5
+
+    async def run() -> None:
+        inbox, unread = inbox_of_test(), asyncio.Queue[ReplyTo]()
+        outbox = FeedOutbox(unread.put_nowait)
+        first, [slow, brisk, idle] = inbox.open(3)
+        outbox.put(first.plus(2), 0, Delta((7,), None, logprobs))
+        for number in range(30):
+            outbox.put(first, number, Delta((1,) * 5, None, logprobs))
+            outbox.put(first.plus(1), number, Delta((2,) * 5, None, logprobs))
+            assert (await brisk.take()).token_ids == (2,) * 5
+        with pytest.raises(TooManyRequestsError, match="reads too slowly"):
+            await slow.take()
+        assert await unread.get() == first
+        assert (await idle.take()).token_ids == (7,)
+        inbox.stop()
+        outbox.stop()
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
 
 
 def test_when_the_reader_of_an_inbox_ends_all_its_streams_fail_and_its_owner_hears_why() -> None:

@@ -112,6 +112,25 @@ def test_closing_merged_streams_closes_each(num_streams: int) -> None:
     assert sorted(closed) == [100 * i for i in range(num_streams)]
 
 
+def test_while_a_merged_stream_is_not_read_little_is_read_of_its_parts() -> None:
+    read: list[int] = []
+
+    async def numbers() -> AsyncGenerator[int, None]:
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    async def run() -> None:
+        merged = merge([numbers() for _ in range(4)])
+        await anext(merged)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(read) <= 1 + 2 * 4
+        assert len([item async for item in merged]) == 4 * 1000 - 1
+
+    asyncio.run(run())
+
+
 def test_the_first_error_of_merged_streams_ends_all() -> None:
     closed: list[int] = []
 

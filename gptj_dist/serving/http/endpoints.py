@@ -29,7 +29,7 @@ from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.serving.http.admission import Admission
-from gptj_dist.serving.http.body import read_body
+from gptj_dist.serving.http.body import BodyRoom, read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
 from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handler, refusal
 from gptj_dist.serving.http.middleware import is_anonymous
@@ -82,6 +82,7 @@ class Endpoints:
         self._allowances = allowances
         self._scrape = scrape
         self._admission = admission
+        self._room = BodyRoom()
         self._keeper = keeper
 
     def table(self) -> tuple[Endpoint, ...]:
@@ -194,10 +195,10 @@ class Endpoints:
         return HTMLResponse(docs_page(self.table(), request.scope.get("root_path", "")))
 
     async def _body(self, request: Request, kind: type[B]) -> B:
-        return await self._texts.parse(await read_body(request, self._texts.work), kind)
+        return await self._texts.parse(await read_body(request, self._texts.work, room=self._room), kind)
 
     async def _text(self, request: Request, kind: type[TextRequest]) -> Response:
-        data, request_id = await read_body(request, self._texts.work), request.state.request_id
+        data, request_id = await read_body(request, self._texts.work, room=self._room), request.state.request_id
         body = await self._texts.parse(data, kind)
         run = None
         if self._keeper is not None and body.stream:
