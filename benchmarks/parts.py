@@ -1,11 +1,12 @@
-"""Kills one process of a server, and says what goes on, what comes back and what does not.
+"""Kills or stops one process of a server, and says what goes on, what comes back and what does not.
 
     python -m benchmarks.parts                                  every process, each of a server of its own
     python -m benchmarks.parts coordinator ingress
 
 Starts `gptj-dist serve demo --stages 2 --dtype float32` for each part, sends one stream, kills the process with SIGKILL
-when the stream has 20 tokens, and compares the stream with that of an undisturbed run. Then it sends short requests
-until one is served. The last line on standard output is one JSON document. Linux only.
+(a hung coordinator is stopped with SIGSTOP) when the stream has 20 tokens, and compares the stream with that of an
+undisturbed run. Then it sends short requests until one is served. The last line on standard output is one JSON
+document. Linux only.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.servers import free_port, is_ready, serve_command, stop
 PARTS = {
     "stage": ":stage-1",
     "coordinator": "ServeReplica:gptj-dist:Pipeline",
+    "hung coordinator": "ServeReplica:gptj-dist:Pipeline",
     "ingress": "ServeReplica:gptj-dist:Ingress",
     "controller": "ServeController",
     "gcs": "/gcs/gcs_server",
@@ -37,6 +39,9 @@ PARTS = {
     "agent": "ray::DashboardAgent",
 }
 """Part of the first word of each process's command line."""
+
+SIGNALS = {"hung coordinator": signal.SIGSTOP}
+"""Those that are sent other signals than SIGKILL."""
 
 TITLES = ("killed", "stream", "pause ms", "served after s", "server")
 START_TIMEOUT_S = 300.0
@@ -118,7 +123,7 @@ async def _disturbed(base: str, stream: Stream, harm: Callable[[], None]) -> flo
 
 def _kill(part: str, family: Family) -> None:
     [victim, *_] = [int(process.name) for process in family.members() if PARTS[part] in title(process)]
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, SIGNALS.get(part, signal.SIGKILL))
 
 
 def _outcome(stream: Stream, usual: Stream) -> str:

@@ -30,6 +30,11 @@ STOP_MARGIN_S = 5.0
 HEALTH_CHECK_PERIOD_S = 2.0
 """How often Serve looks whether a replica is still there. It replaces one that has died after this time at most."""
 
+HEALTH_CHECK_TIMEOUT_S = 4.0
+"""How long a replica may take to answer that. Serve replaces one that has not answered three times in a row. No replica
+computes on its event loop, so that a busy one answers within milliseconds, and on a crowded machine when it gets CPU.
+"""
+
 STOP_POLL_S = 0.2
 """How often a replica that stops looks whether its last requests are answered."""
 
@@ -65,6 +70,7 @@ def make_application(
         "graceful_shutdown_timeout_s": config.drain_s + STOP_MARGIN_S,
         "graceful_shutdown_wait_loop_s": STOP_POLL_S,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
     }
     of_pipelines = {
         **common,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import RequestRecord
@@ -23,7 +24,46 @@ MOVE_TIMEOUT_S = 300.0
 FIRST_DELAY_S, MAX_DELAY_S = 0.1, 1.0
 """Between attempts to move. Serve's router needs a moment to notice that a pipeline is lost."""
 
+JOIN_S = 0.02
+"""Completions of a prompt that move within this time move together."""
+
 Stream = AsyncGenerator[Delta, None]
+
+
+class Call(Protocol):
+    """A call of a pipeline for completions of one prompt."""
+
+    def stream(self, choice: int) -> Stream:
+        """One of them."""
+
+
+class JointMoves:
+    """Opens the completions of a prompt that are lost together in one call, so that it computes the prompt once.
+
+    Args:
+        call: begins when its first completion is read.
+    """
+
+    def __init__(self, call: Callable[[Sequence[RequestRecord]], Call]) -> None:
+        self._call = call
+        self._records: list[RequestRecord] = []
+        self._opening: asyncio.Task[Call] | None = None
+
+    async def reopen(self, record: RequestRecord) -> Stream:
+        """What is left of a completion."""
+        self._records.append(record)
+        choice = len(self._records) - 1
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        call = await asyncio.shield(self._opening)
+        async with aclosing(call.stream(choice)) as stream:
+            async for delta in stream:
+                yield delta
+
+    async def _open(self) -> Call:
+        await asyncio.sleep(JOIN_S)
+        records, self._records, self._opening = self._records, [], None
+        return self._call(records)
 
 
 async def lasting(

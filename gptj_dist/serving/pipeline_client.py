@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -22,7 +23,7 @@ from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import PipelineDocument
 from gptj_dist.serving.feed import FeedInbox, ReplyTo
 from gptj_dist.serving.keys import CALLER
-from gptj_dist.serving.moves import lasting
+from gptj_dist.serving.moves import JointMoves, lasting
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.trace import TracePart
@@ -89,15 +90,14 @@ class PipelineClient:
         """Implements `TokenSource`. The streams outlive pipelines, and take turns with those of other keys."""
         if (key := CALLER.get()) is not None:
             records = [replace(record, key=key) for record in records]
-        call = _Call(self._handle, self._feed, records)
-        return [
-            lasting(call.stream(choice), record, self._reopen, self._on_move) for choice, record in enumerate(records)
-        ]
+        make_call = partial(_Call, self._handle, self._feed)
+        call, reopen = make_call(records), partial(self._reopen, JointMoves(make_call))
+        return [lasting(call.stream(choice), record, reopen, self._on_move) for choice, record in enumerate(records)]
 
-    def _reopen(self, record: RequestRecord) -> AsyncGenerator[Delta, None]:
+    def _reopen(self, moves: JointMoves, record: RequestRecord) -> AsyncGenerator[Delta, None]:
         if self._end is not None:
             raise self._end
-        return _Call(self._handle, self._feed, [record]).stream(0)
+        return moves.reopen(record)
 
     async def prove_ready(self) -> None:
         """Returns when a pipeline has recently generated a token.
