@@ -10,8 +10,8 @@ when one lacks only its last token. The kind `mixed` has streams of all kinds.
 
 A stream differs if any byte of its texts, token ids, log probabilities, finish reasons or usage does. In float32 none
 may; in bfloat16 texts may go on differently. A stream's pause is its longest time without a frame, from its request on.
-Kills are spaced so that the pipeline does not give up on its requests. The last line on standard output is one JSON
-document. Linux only.
+After four kills another server is started, because a pipeline with more in a short time gives up on its requests. The
+last line on standard output is one JSON document. Linux only.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.figures import machine, percentile, print_document, print_row
 from benchmarks.processes import Family
@@ -49,8 +48,8 @@ MIDDLE_TOKENS = 20
 POLL_S = 0.001
 RETURN_POLL_S = 0.1
 RETURN_TIMEOUT_S = 300.0
-MAX_KILLS, KILL_WINDOW_S = 4, 130.0
-"""With more kills in about this time a pipeline gives up on its requests."""
+MAX_KILLS = 4
+"""Of a server."""
 
 TEXT = "The state of the Union is as strong as it was, and the people of this country are at work in the fields. "
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -69,6 +68,8 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 MIXED = "mixed"
 MOMENTS = ("idle", "queued", "prefill", "first", "middle", "last")
+
+T = TypeVar("T")
 
 Content = dict[str, Any]
 """All that an answer says: its choices by index, its usage and its error."""
@@ -142,17 +143,11 @@ def differences(content: Content, expected: Content) -> list[str]:
     return [f"{part}.{name}" for (part, name), (one, other) in zip(names, pairs, strict=True) if one != other]
 
 
-@dataclass(slots=True)
-class Server:
-    """A running server.
-
-    Attributes:
-        kill_times_s: of the last kills.
-    """
+class Server(NamedTuple):
+    """A running server."""
 
     base: str
     family: Family
-    kill_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_KILLS))
 
     def pipeline(self) -> PipelineDocument:
         with urllib.request.urlopen(f"{self.base}/debug/pipeline", timeout=60) as response:
@@ -161,13 +156,7 @@ class Server:
     def kill(self, pid: int) -> None:
         if str(pid) not in {process.name for process in self.family.members()}:
             sys.exit(f"process {pid} does not belong to this benchmark's server")
-        self.kill_times_s.append(time.monotonic())
         os.kill(pid, signal.SIGKILL)
-
-    def rest(self) -> None:
-        """Waits until the pipeline survives another kill."""
-        if len(self.kill_times_s) == MAX_KILLS:
-            time.sleep(max(0.0, self.kill_times_s[0] + KILL_WINDOW_S - time.monotonic()))
 
     def wait_for_return(self, num_restarts: int) -> None:
         """Waits until the pipeline has restarted more often than that, and is ready."""
@@ -196,22 +185,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: int = 0) -> dict[str, Any]:
-    """Starts a server, and has every fault disturb the streams of every kind."""
-    cases, undisturbed_ms = [], []
+    """Has every fault disturb the streams of every kind."""
+    cases: list[dict[str, Any]] = []
+    usual: dict[str, list[Stream]] = {}
     print_row(["", "pause p50 ms", "max ms", "differ", "failed"])
-    with serving({"dtype": dtype, "spares": spares}) as server:
-        for kind in kinds:
-            usual = asyncio.run(_undisturbed(server, kind))
-            undisturbed_ms += [pause_ms(stream) for stream in usual]
-            _print_case(f"undisturbed, {kind}", undisturbed_ms[-NUM_STREAMS:])
-            for fault in faults:
-                server.rest()
-                before = server.pipeline()
-                pid, contents = before.stages[fault.stage].pid, [stream.content for stream in usual]
-                cases.append(asyncio.run(_disturbed(server, kind, fault, pid, contents)))
-                server.wait_for_return(before.num_restarts)
-                name = f"stage {fault.stage}, {fault.moment}, {kind}"
-                _print_case(name, cases[-1]["pauses_ms"], len(cases[-1]["different"]), *cases[-1]["errors"])
+    for batch in _batched([(kind, fault) for kind in kinds for fault in faults], MAX_KILLS):
+        with serving({"dtype": dtype, "spares": spares}) as server:
+            for kind, fault in batch:
+                if kind not in usual:
+                    usual[kind] = asyncio.run(_undisturbed(server, kind))
+                    _print_case(f"undisturbed, {kind}", [pause_ms(stream) for stream in usual[kind]])
+                cases.append(_case(server, kind, fault, [stream.content for stream in usual[kind]]))
+    undisturbed_ms = [pause_ms(stream) for streams in usual.values() for stream in streams]
     return {
         "dtype": dtype,
         "spares": spares,
@@ -220,7 +205,7 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: 
         "num_failed": sum(len(case["errors"]) for case in cases),
         "num_different": sum(len(case["different"]) for case in cases),
         "num_missed": sum(case["is_missed"] for case in cases),
-        "undisturbedpause_ms": _summary(undisturbed_ms),
+        "undisturbed_pause_ms": _summary(undisturbed_ms),
         "pause_ms": {
             moment: {
                 str(stage): _summary(
@@ -232,6 +217,20 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: 
         },
         "cases": cases,
     }
+
+
+def _case(server: Server, kind: str, fault: Fault, expected: Sequence[Content]) -> dict[str, Any]:
+    before = server.pipeline()
+    case = asyncio.run(_disturbed(server, kind, fault, before.stages[fault.stage].pid, expected))
+    server.wait_for_return(before.num_restarts)
+    _print_case(
+        f"stage {fault.stage}, {fault.moment}, {kind}", case["pauses_ms"], len(case["different"]), *case["errors"]
+    )
+    return case
+
+
+def _batched(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
 @contextmanager
