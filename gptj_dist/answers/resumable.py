@@ -34,7 +34,6 @@ class ResumableStream:
     ) -> None:
         self.created = created
         self.is_taken = False
-        self._is_kept = True
         self._news: list[tuple[int, Delta]] = []
         self._noise = noise
         self._past: defaultdict[int, list[Delta]] = defaultdict(list)
@@ -57,11 +56,6 @@ class ResumableStream:
         """The tokens since the last call, with the indices of their completions."""
         news, self._news = self._news, []
         return news
-
-    def give_up(self) -> None:
-        """Nobody takes the news any more."""
-        self._is_kept = False
-        self._news = []
 
     def streams(
         self, source: TokenSource, records: Sequence[RequestRecord], first: int
@@ -92,8 +86,7 @@ class ResumableStream:
             async for delta in stream:
                 if self.is_taken:
                     raise TAKEN
-                if self._is_kept:
-                    self._news.append((index, delta))
+                self._news.append((index, delta))
                 yield delta
 
     async def _resumed(

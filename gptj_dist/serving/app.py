@@ -80,11 +80,11 @@ def make_application(
         **(scaling or {"num_replicas": 1}),
     }
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(**of_pipelines)
-    light = {**common, "ray_actor_options": {"num_cpus": 0}}
+    # In a rolling update the next replica is there before this one goes.
+    light = {**common, "ray_actor_options": {"num_cpus": 0}, "max_surge_percent": 100}
+    surge = {} if listen is None else {"max_surge_percent": 0}  # its port must be free before
     ingress = serve.deployment(Ingress, name="Ingress").options(
-        num_replicas=config.ingress_replicas,
-        max_surge_percent=0 if listen else 100,  # the next one is there before this one goes, if it needs no port
-        **light,
+        **{**light, "num_replicas": config.ingress_replicas, **surge}
     )
     pipeline = pipelines.bind(
         config.pipeline,

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from ray.exceptions import RayError
@@ -21,7 +21,7 @@ from gptj_dist.answers.work import Work
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.errors import NotReadyError, excerpt
 from gptj_dist.logs import values
-from gptj_dist.serving.kept_streams import KeptStream, Names, News, Opening
+from gptj_dist.serving.kept_streams import KeptStream, Names, News, Opening, Reply
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.transport.codec import Codec
 
@@ -50,23 +50,36 @@ class Run:
 
     Args:
         number: identifies it, see `News`.
-        num_parts: of the stream, that are kept.
-        is_opened: the opening is kept.
+        parts: of the stream; the first `num_kept` of them are kept.
+        is_kept: the opening is.
     """
 
     names: Names
     opening: Opening
     stream: ResumableStream
     number: int
-    num_parts: int = 0
-    is_opened: bool = False
+    parts: list[bytes] = field(default_factory=list)
+    num_kept: int = 0
+    is_kept: bool = False
     is_over: bool = False
+
+    def news(self) -> News:
+        """What is not kept yet."""
+        if tokens := self.stream.take_news():
+            self.parts.append(_PART.encode(tuple(tokens)))
+        opening = None if self.is_kept else self.opening
+        return News(self.names, self.number, opening, self.num_kept, tuple(self.parts[self.num_kept :]))
+
+    def note(self, is_kept: bool) -> None:
+        """Whether all of the news is kept now, and what came before, or nothing of the stream."""
+        self.is_kept = is_kept
+        self.num_kept = len(self.parts) if is_kept else 0
 
 
 class Keeper:
     """Has tokens kept by the deployment of `Streams`. Made on a running event loop.
 
-    If they cannot be kept, the streams go on and cannot be resumed.
+    If they cannot be kept, the streams go on. They cannot be resumed until all of their tokens were sent again.
 
     Args:
         streams: handle to the deployment.
@@ -79,6 +92,7 @@ class Keeper:
         self._runs: dict[int, Run] = {}
         self._sending = asyncio.Lock()
         self._has_begun = asyncio.Event()
+        self._store: int | None = None
         self._task = run_in_background("keeper of streams", self._keep(), self._note_end)
 
     def new_run(self, names: Names, kind: str, body: bytes) -> Run:
@@ -109,7 +123,7 @@ class Keeper:
                 read = partial(_read, kept.parts)
                 past = await self._work.run(kept.num_bytes // BYTES_READ_PER_US, read)
                 stream = ResumableStream(kept.opening.created, kept.opening.noise, past, last_id)
-                return Run((key, request_id), kept.opening, stream, number, len(kept.parts), is_opened=True)
+                return Run((key, request_id), kept.opening, stream, number, kept.parts, len(kept.parts), is_kept=True)
         raise UnknownStreamError(f"the stream {excerpt(given)} is not kept: it is unknown, or ended too long ago")
 
     @contextmanager
@@ -148,35 +162,27 @@ class Keeper:
         """Has the news of all streams kept, and forgets those that are over."""
         async with self._sending:
             news: list[News] = []
-            over = [run.number for run in self._runs.values() if run.is_over]
+            over = [number for number, run in self._runs.items() if run.is_over]
             for run in list(self._runs.values()):
-                news.append(_news(run))
-                if len(news[-1].part) > TURN_BYTES:
+                news.append(run.news())
+                if sum(map(len, news[-1].parts)) > TURN_BYTES:
                     await asyncio.sleep(0)
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_S):
-                    taken: list[int] = await self._streams.update.remote(news)
+                    reply: Reply = await self._streams.update.remote(news)
             except Exception as error:  # whatever it is, the streams go on
                 logger.warning("streams cannot be resumed", extra=values(streams=len(news), error=repr(error)))
-                for one in news:
-                    self._runs.pop(one.run).stream.give_up()
-                return
+                reply = Reply(None, [])
+            is_same, self._store = reply.store == self._store, reply.store
             for one in news:
-                self._runs[one.run].is_opened = True
-                self._runs[one.run].num_parts += bool(one.part)
-            for number in taken:
+                self._runs[one.run].note(reply.store is not None and (is_same or one.opening is not None))
+            for number in reply.taken:
                 self._runs[number].stream.is_taken = True
-            for number in {*over, *taken}:
+            for number in {*over, *reply.taken}:
                 del self._runs[number]
 
     def _note_end(self, error: Exception) -> None:
         logger.error("streams can no longer be resumed", extra=values(error=repr(error)))
-
-
-def _news(run: Run) -> News:
-    tokens = run.stream.take_news()
-    part = _PART.encode(tuple(tokens)) if tokens else b""
-    return News(run.names, run.number, None if run.is_opened else run.opening, run.num_parts, part)
 
 
 def _read(parts: list[bytes]) -> list[tuple[int, Delta]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 
@@ -42,16 +44,28 @@ class News:
 
     Args:
         run: identifies one connection's part in the stream. A stream that is resumed has a new one.
-        opening: comes first.
-        number: counts the parts of the stream from 0.
-        part: new tokens; empty if none have come.
+        opening: comes first, and again where the stream was forgotten.
+        num_before: parts of the stream before these.
+        parts: new tokens.
     """
 
     names: Names
     run: int
     opening: Opening | None
-    number: int
-    part: bytes
+    num_before: int
+    parts: tuple[bytes, ...]
+
+
+class Reply(NamedTuple):
+    """What an ingress learns when it sends news.
+
+    Args:
+        store: identifies what keeps the streams: another one has forgotten all. None if it does not answer.
+        taken: runs that must end, because another one goes on with their streams.
+    """
+
+    store: int | None
+    taken: list[int]
 
 
 @dataclass(slots=True)
@@ -79,12 +93,13 @@ class KeptStreams:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._number = secrets.randbits(64)
         self._streams: dict[Names, KeptStream] = {}
         self._num_bytes = 0
 
-    def update(self, news: Sequence[News]) -> list[int]:
-        """Adds news. Returns the runs that must end, because another one goes on with their streams."""
-        return [one.run for one in news if self._has_ended(one)]
+    def update(self, news: Sequence[News]) -> Reply:
+        """Adds news."""
+        return Reply(self._number, [one.run for one in news if not self._add(one)])
 
     def take(self, names: Names, run: int) -> KeptStream | None:
         """The stream, to which only `run` adds from now on; None if it is not kept."""
@@ -101,25 +116,30 @@ class KeptStreams:
         for names in [names for names, stream in self._streams.items() if stream.seen_s < since_s]:
             self._forget(names)
 
-    def _has_ended(self, news: News) -> bool:
+    def _add(self, news: News) -> bool:
+        """Adds news, if they are of a stream that is kept. Returns False if another run goes on with it."""
         stream = self._streams.get(news.names)
-        if news.opening is not None and (stream is None or stream.run != news.run):
+        if stream is not None and news.run in stream.former_runs:
+            return False
+        if news.opening is not None:
+            former_runs = stream.former_runs if stream is not None and stream.run == news.run else set()
             self._forget(news.names)
-            num_bytes = len(news.opening.body)
-            stream = self._streams[news.names] = KeptStream(news.opening, news.run, self._clock(), num_bytes)
-            self._num_bytes += num_bytes
+            stream = KeptStream(news.opening, news.run, self._clock(), len(news.opening.body), [], former_runs)
+            self._streams[news.names] = stream
+            self._num_bytes += stream.num_bytes
         if stream is None or stream.run != news.run:
-            return stream is not None and news.run in stream.former_runs
+            return True
         stream.seen_s = self._clock()
-        if news.number != len(stream.parts):  # something was lost on its way
+        if news.num_before != len(stream.parts):  # something was lost on its way
             self._forget(news.names)
-        elif news.part:
-            stream.parts.append(news.part)
-            stream.num_bytes += len(news.part)
-            self._num_bytes += len(news.part)
-            while self._num_bytes > MAX_KEPT_BYTES or len(self._streams) > MAX_KEPT_STREAMS:
-                self._forget(next(iter(self._streams)))
-        return False
+            return True
+        stream.parts += news.parts
+        num_bytes = sum(map(len, news.parts))
+        stream.num_bytes += num_bytes
+        self._num_bytes += num_bytes
+        while self._num_bytes > MAX_KEPT_BYTES or len(self._streams) > MAX_KEPT_STREAMS:
+            self._forget(next(iter(self._streams)))
+        return True
 
     def _forget(self, names: Names) -> None:
         if (stream := self._streams.pop(names, None)) is not None:
@@ -134,7 +154,7 @@ class Streams:
         self._kept = KeptStreams(time.monotonic)
         self._purging: asyncio.Task[None] | None = None
 
-    async def update(self, news: Sequence[News]) -> list[int]:
+    async def update(self, news: Sequence[News]) -> Reply:
         """Implements `KeptStreams.update`."""
         if self._purging is None:
             self._purging = asyncio.create_task(self._purge())

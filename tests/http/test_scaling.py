@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 import ray
 
 from gptj_dist.serving.debug import DebugDocument
-from tests.http.server import APP_NAME, Server, serving
+from tests.http.server import APP_NAME, Server, deploy, serving
+from tests.http.test_coordinator_death import COMPLETIONS, ask, is_alive
 from tests.unit.test_trace import check
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
+NUM_CLIENTS = 8
 SETTINGS = {"model": "demo", "stages": 2, "device": "cpu", "cpus_per_stage": 0.5}
 
 
@@ -104,3 +108,27 @@ async def _load_until_two(server: Server) -> list[int]:
         await asyncio.to_thread(wait_until, lambda: len(statuses) > num_before + 24, "both have worked", 60)
         is_over.set()
     return statuses
+
+
+def test_a_rolling_update_under_load_loses_nothing() -> None:
+    """Streams take longer than the pipelines which they begin at may take to stop: these hand them on."""
+    settings = SETTINGS | {"dtype": "float32", "drain_s": 10.0, "resumable": True}
+    scaling = {"num_replicas": 1, "max_surge_percent": 100}
+    body = {"prompt": "My fellow citizens", "max_tokens": 600, "ignore_eos": True, "stream": True, "seed": 1}
+    with serving(settings, scaling, has_proxy=True) as server, ThreadPoolExecutor(NUM_CLIENTS) as clients:
+        is_over = threading.Event()
+        usual = ask(server, COMPLETIONS, body, threading.Event())
+
+        def go_on() -> None:
+            while not is_over.is_set():
+                assert ask(server, COMPLETIONS, body, threading.Event()) == usual
+
+        streams = [clients.submit(go_on) for _ in range(NUM_CLIENTS)]
+        before = server.status()
+        wait_until(lambda: server.status().num_running >= NUM_CLIENTS, "streams run")
+        deploy(settings | {"log_level": "debug"}, scaling)
+        wait_until(lambda: server.status().pid != before.pid and num_pipelines() == 1, "another pipeline", 120)
+        wait_until(lambda: not is_alive(before.pid), "the first pipeline is gone", 60)
+        is_over.set()
+        for stream in streams:
+            stream.result()

@@ -20,7 +20,7 @@ from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.serving import keeper, kept_streams
-from gptj_dist.serving.kept_streams import LIFETIME_S, KeptStreams, News, Opening
+from gptj_dist.serving.kept_streams import LIFETIME_S, KeptStreams, News, Opening, Reply
 from gptj_dist.serving.keys import ApiKey, hash_key
 from tests.fakes import fake_token
 from tests.front_app import LIMITS, FrontApp, _logprobs, eventually, front_app
@@ -93,13 +93,18 @@ class Store:
         self.update = SimpleNamespace(remote=self._update)
         self.take = SimpleNamespace(remote=self._take)
 
-    async def _update(self, news: Sequence[News]) -> list[int]:
+    async def _update(self, news: Sequence[News]) -> Reply:
         if self.is_dead:
             raise ConnectionError("dead")
         return self.kept.update(news)
 
     async def _take(self, *arguments: Any) -> Any:
         return self.kept.take(*arguments)
+
+    def read(self) -> list[tuple[int, Delta]]:
+        """What is kept of the only stream."""
+        [stream] = self.kept._streams.values()
+        return keeper._read(stream.parts)
 
     def lose(self, number: int) -> None:
         """Loses the last deltas of each completion of the only stream."""
@@ -109,7 +114,7 @@ class Store:
         for index in {index for index, _ in read}:
             of_index = [item for item in read if item[0] == index]
             kept += of_index[: max(0, len(of_index) - number)]
-        self.kept.update([News(names, -1, stream.opening, 0, keeper._PART.encode(tuple(kept)))])
+        self.kept.update([News(names, -1, stream.opening, 0, (keeper._PART.encode(tuple(kept)),))])
         stream.run = -2  # what its run adds does not count
 
 
@@ -297,21 +302,23 @@ def test_another_key_does_not_find_the_stream_and_a_wrong_id_is_a_400() -> None:
     run(scenario())
 
 
-def test_the_stores_death_harms_no_stream_and_later_ones_can_be_resumed_again() -> None:
+@pytest.mark.parametrize("is_dead", [True, False], ids=["dead for a while", "restarted"])
+def test_what_a_store_has_forgotten_is_kept_again_and_no_stream_is_harmed(is_dead: bool) -> None:
     async def scenario() -> None:
         store, source = Store(), Pipelines(most=5)
-        async with ingress(store, source) as front:
-            store.is_dead = True
-            asked = asyncio.create_task(ask(front, *REQUESTS["chat"]))
-            await eventually(lambda: source.num_open == 1)
+        async with ingress(store, source) as front, ingress(store, Pipelines()) as other:
+            asked = asyncio.create_task(ask(front, *REQUESTS["three"]))
+            await eventually(lambda: len(store.kept._streams) == 1 and source.num_open == 3)
+            store.is_dead = is_dead
             for _ in range(100):
                 await asyncio.sleep(0)
+            store.kept = KeptStreams(lambda: 0.0)
             store.is_dead = False
+            await eventually(lambda: len(store.kept._streams) == 1)
             source.may_go_on.set()
-            assert content(await asked)["done"] == ["[DONE]"]
-            assert (await resume(front)).status_code == 404
-            await ask(front, *REQUESTS["chat"])
-            await eventually(lambda: bool(store.kept._streams))
+            usual = await asked
+            await eventually(lambda: len(store.read()) == 3 * NUM_TOKENS)
+            assert content((await resume(other)).text.split("\n\n")[:-1]) == content(usual)
 
     run(scenario())
 
@@ -321,7 +328,7 @@ OPENING = Opening("ChatRequest", b"x" * 100, 0, 0)
 
 
 def news(run_: int, number: int, part: bytes = b"x", opening: Opening | None = None, name: str = "r") -> News:
-    return News(("ann", name), run_, opening, number, part)
+    return News(("ann", name), run_, opening, number, (part,) if part else ())
 
 
 def test_a_stream_is_kept_for_a_minute_after_its_ingress_was_last_heard_of() -> None:
@@ -353,9 +360,9 @@ def test_what_is_kept_is_bounded_and_the_oldest_go_first(monkeypatch: pytest.Mon
 
 def test_a_stream_of_which_a_part_was_lost_is_not_kept_and_a_run_that_was_taken_adds_nothing() -> None:
     kept = KeptStreams(lambda: 0.0)
-    assert kept.update([news(1, 0, opening=OPENING)]) == []
+    assert kept.update([news(1, 0, opening=OPENING)]).taken == []
     assert kept.take(NAMES, 2) is not None
-    assert kept.update([news(1, 1), news(2, 1)]) == [1]
+    assert kept.update([news(1, 1), news(2, 1)]).taken == [1]
     stream = kept.take(NAMES, 3)
     assert stream is not None
     assert stream.parts == [b"x", b"x"]
@@ -366,7 +373,7 @@ def test_a_stream_of_which_a_part_was_lost_is_not_kept_and_a_run_that_was_taken_
 def test_a_later_stream_of_the_same_id_takes_the_place_of_the_earlier_one_which_goes_on() -> None:
     kept = KeptStreams(lambda: 0.0)
     kept.update([news(1, 0, opening=OPENING), news(2, 0, b"y", opening=OPENING)])
-    assert kept.update([news(1, 1)]) == []
+    assert kept.update([news(1, 1)]).taken == []
     stream = kept.take(NAMES, 3)
     assert stream is not None
     assert stream.parts == [b"y"]
