@@ -158,12 +158,11 @@ class AsyncEngine:
             except RequestTooLongError as error:
                 self._fail_request(request, error)
 
-    def backlog_s(self) -> float:
-        """Estimate of the seconds until all waiting requests run, from the mean time that requests have run so far."""
+    def room_after_s(self) -> float:
+        """Estimate of the seconds of computing until the next request of the queue can run."""
         totals = self.journal.totals
-        run_ns = totals.e2e_latency.sum_ns - totals.queue_time.sum_ns
-        mean_s = run_ns / 1e9 / max(1, sum(totals.e2e_latency.counts))
-        return self.scheduler.num_waiting * mean_s / max(1, self.scheduler.num_running)
+        early_share = totals.num_early_ends / max(1, totals.num_generation_tokens)
+        return self.scheduler.room_after_s(self.stats.token_s(), early_share)
 
     def _admit(self, prompt: Prompt, record: RequestRecord) -> tuple[Request, Mailbox]:
         if self._refusal is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.plan import Plan
-from gptj_dist.engine.request import Request
+from gptj_dist.engine.request import FinishReason, Request
 from gptj_dist.engine.scheduler import TokenOutput
 from gptj_dist.logs import values
 
@@ -24,6 +24,7 @@ class RequestTotals:
     Attributes:
         num_prompt_tokens: tokens of the prompts that have been computed.
         num_generation_tokens: tokens that were sampled, including those after a stop string.
+        num_early_ends: requests that ended before their full length.
         num_recomputed_tokens: tokens of prompts and of texts that were lost with stages or a pipeline.
         queue_time: from a request's arrival to its first plan.
         time_to_first_token: from a request's arrival to its first token.
@@ -33,6 +34,7 @@ class RequestTotals:
 
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    num_early_ends: int = 0
     num_recomputed_tokens: int = 0
     queue_time: Histogram = field(default_factory=Histogram)
     time_to_first_token: Histogram = field(default_factory=Histogram)
@@ -106,6 +108,7 @@ class Journal:
     def _end(self, life: _Life, reason: str, now_ns: int) -> None:
         del self._lives[life.request.request_id]
         self.totals.e2e_latency.observe(now_ns - life.arrived_ns)
+        self.totals.num_early_ends += reason != FinishReason.LENGTH
         _log(
             logging.INFO,
             "request ended",

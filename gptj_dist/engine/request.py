@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 
-from gptj_dist.engine.plan import NewRequest, PromptCopy, PromptLogprobs
+from gptj_dist.engine.plan import NewRequest, Plan, PromptCopy, PromptLogprobs
 from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, SamplingParams, TokenLogprobs
 
 
@@ -71,6 +72,7 @@ class Request:
         num_computed: tokens whose keys and values are computed, or will be by plans in flight.
         blocks: KV blocks held, in order of position.
         is_running: whether it is among the requests that plans are made of; False while it waits.
+        has_run: whether it is or was among them, on any stages of this pipeline.
         is_awaiting_token: whether a plan in flight samples its next token.
     """
 
@@ -87,6 +89,7 @@ class Request:
     num_computed: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
     is_running: bool = field(init=False, default=False)
+    has_run: bool = field(init=False, default=False)
     is_awaiting_token: bool = field(init=False, default=False)
 
     def __post_init__(self, generated: tuple[int, ...]) -> None:
@@ -150,3 +153,17 @@ def run_order(request: Request) -> tuple[int, bool, int, int]:
     They are preempted in the opposite order.
     """
     return request.params.priority, not request.is_moved, request.place, request.request_id
+
+
+def num_kept_tokens(running: Sequence[Request], in_flight: Sequence[Plan]) -> int:
+    """Tokens of running requests whose keys and values the stages hold. Those that requests share count once.
+
+    Args:
+        in_flight: plans that may not have been computed.
+    """
+    num_in_flight: Counter[int] = Counter()
+    for chunk in (chunk for plan in in_flight for chunk in plan.chunks):
+        num_in_flight[chunk.request_id] += len(chunk.token_ids)
+    prompts = {request.prompt for request in running if request.prompt.holders}
+    num_shared = sum((len(prompt.holders) - 1) * prompt.num_shareable for prompt in prompts)
+    return sum(max(0, r.num_computed - num_in_flight[r.request_id]) for r in running) - num_shared

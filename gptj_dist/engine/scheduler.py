@@ -26,10 +26,11 @@ from gptj_dist.chunking import (
     num_decode_groups,
 )
 from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.forecast import Pace, room_after_s
 from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, Result
-from gptj_dist.engine.request import FinishReason, Request, run_order
+from gptj_dist.engine.request import FinishReason, Request, num_kept_tokens, run_order
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
 from gptj_dist.params import TokenLogprobs
@@ -148,13 +149,8 @@ class Scheduler:
 
     @property
     def num_kept_tokens(self) -> int:
-        """Tokens whose keys and values the stages hold. Those that requests share count once."""
-        in_flight: Counter[int] = Counter()
-        for chunk in (chunk for flight in self._in_flight for chunk in flight.plan.chunks):
-            in_flight[chunk.request_id] += len(chunk.token_ids)
-        prompts = {request.prompt for request in self._running if request.prompt.holders}
-        num_shared = sum((len(prompt.holders) - 1) * prompt.num_shareable for prompt in prompts)
-        return sum(max(0, r.num_computed - in_flight[r.request_id]) for r in self._running) - num_shared
+        """See `request.num_kept_tokens`."""
+        return num_kept_tokens(self._running, [flight.plan for flight in self._in_flight])
 
     @property
     def has_requests(self) -> bool:
@@ -222,6 +218,19 @@ class Scheduler:
         self._released.clear()
         self._chunk_tokens = 0
         return requests
+
+    def room_after_s(self, token_s: float, early_share: float) -> float:
+        """Estimate of the seconds of computing until the next new request can run.
+
+        Args:
+            token_s, early_share: see `Pace`.
+        """
+        cost = self._step_cost.cost
+        row_s = cost.row_s if cost is not None else 0.0
+        in_flight_s = row_s * sum(flight.plan.num_tokens for flight in self._in_flight)
+        pace = Pace(token_s, row_s, early_share)
+        size = self._config.max_batch_size
+        return in_flight_s + room_after_s(self._running, self._waiting, self._pool, size, pace)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if an invariant is broken. Takes time in proportion to the number of blocks."""
@@ -304,7 +313,7 @@ class Scheduler:
         """Moves the request from the queue to the running ones. It takes over the source's KV of the prompt."""
         self._waiting.remove(request)
         insort(self._running, request, key=run_order)
-        request.is_running = True
+        request.is_running = request.has_run = True
         self._waiting.last_place = max(self._waiting.last_place, request.place)
         if request.prompt.num_shareable:
             request.prompt.holders.append(request)

@@ -21,6 +21,8 @@ WINDOW_S = 10.0
 MAX_RECORDS = 4096
 """Plans that are kept: some megabytes, and enough for a fast pipeline between two reads of a trace."""
 
+NUM_PACE_RECORDS = 64
+
 _Interval = tuple[int, int]
 """Begin and end in nanoseconds."""
 
@@ -163,6 +165,15 @@ class PipelineStats:
         """The plans from number `since` on that came back and are still kept, oldest first."""
         num_forgotten = self._num_plans - len(self._records)
         return tuple(islice(self._records, max(0, since - num_forgotten), None))
+
+    def token_s(self) -> float:
+        """Median of the seconds that the last plans without prompt tokens took, from which requests wait for a token.
+
+        0 if there were none.
+        """
+        last = (record for record in reversed(self._records) if not record.num_prefill_tokens)
+        took = [record.landing.end_ns - record.scheduling.begin_ns for record in islice(last, NUM_PACE_RECORDS)]
+        return median(took) / 1e9 if took else 0.0
 
     def snapshot(self) -> Snapshot:
         """Sums up the last seconds."""

@@ -14,7 +14,7 @@ class WaitingQueue:
 
     Attributes:
         num_tokens: estimate of the tokens that are to be computed for all of them, see `Request.num_expected`.
-        num_of_keys: requests by their key.
+        num_of_keys: requests by their key, without those that have run: a lost stage or a preemption sent them back.
         last_place: the highest place of the requests that have begun to run.
     """
 
@@ -36,11 +36,14 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         insort(self._requests, request, key=run_order)
         self.num_tokens += request.num_expected
-        self.num_of_keys[request.key] += 1
+        if not request.has_run:
+            self.num_of_keys[request.key] += 1
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
         self.num_tokens -= request.num_expected
+        if request.has_run:
+            return
         self.num_of_keys[request.key] -= 1
         if not self.num_of_keys[request.key]:
             del self.num_of_keys[request.key]

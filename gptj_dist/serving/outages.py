@@ -18,6 +18,9 @@ from gptj_dist.stages.transport.frames import FrameFaultError
 
 logger = logging.getLogger(__name__)
 
+MIN_BACK_IN_S = 1.0
+"""Expected rest of an outage that lasts longer than the one before."""
+
 MAX_LOSSES = 16
 """Maximum number of lost stages in a pipeline's status."""
 
@@ -36,6 +39,7 @@ class Outages:
     """The outages of one pipeline.
 
     Args:
+        usual_s: how long the first one is expected to last, if a stage is lost.
         clock: seconds, monotonic.
 
     Attributes:
@@ -43,7 +47,8 @@ class Outages:
         recovery_time: of the outages that have ended.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, usual_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._usual_s = usual_s
         self._clock = clock
         self._last: _Outage | None = None
         self.losses: deque[StageLoss] = deque(maxlen=MAX_LOSSES)
@@ -53,6 +58,14 @@ class Outages:
     def down_s(self) -> float | None:
         """How long the pipeline has been down; None while it computes."""
         return None if (outage := self._present) is None else self._clock() - outage.began_s
+
+    @property
+    def back_in_s(self) -> float:
+        """Estimate of the seconds until the pipeline computes again, by its last outage; 0 while it computes."""
+        if (outage := self._present) is None:
+            return 0.0
+        usual_s = 0.0 if _is_frame(outage.error) else self._usual_s
+        return max(usual_s - (self.down_s or 0.0), MIN_BACK_IN_S)
 
     @property
     def problem(self) -> str | None:
@@ -81,6 +94,8 @@ class Outages:
         outage = self._present
         assert outage is not None, "begin() comes before end()"
         took_s = outage.took_s = round(self._clock() - outage.began_s, 3)
+        if not _is_frame(outage.error):
+            self._usual_s = took_s
         self.recovery_time.observe(round(took_s * 1e9))
         for index, loss in enumerate(self.losses):
             if loss.back_after_s is None:

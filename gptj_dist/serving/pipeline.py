@@ -116,11 +116,12 @@ class Pipeline:
         self._max_queued_requests = config.max_queued_requests
         self._epoch = 0
         self._end: Exception | None = None
-        self._outages = Outages()
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: StageGroup
         self._loaded: LoadedPipeline
+        began_s = time.monotonic()
         self._group, self._loaded = await StageGroup.start(self._blueprint, placement, self._epoch, self._log)
+        self._outages = Outages(usual_s=time.monotonic() - began_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
@@ -159,9 +160,11 @@ class Pipeline:
                 raise end
 
     def _require_room(self, key: str | None) -> None:
-        num_waiting = self._engine.scheduler.num_waiting
-        if not has_room(self._engine.scheduler.waiting.num_of_keys, key, self._max_queued_requests):
-            retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._engine.backlog_s())))
+        num_of_keys = self._engine.scheduler.waiting.num_of_keys
+        if not has_room(num_of_keys, key, self._max_queued_requests):
+            num_waiting = sum(num_of_keys.values())
+            room_after_s = self._outages.back_in_s + self._engine.room_after_s()
+            retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(room_after_s)))
             raise TooManyRequestsError(f"{num_waiting} requests are waiting already; try again later", retry_after_s)
 
     async def _send(self, reply_to: ReplyTo, stream: AsyncGenerator[Delta, None]) -> None:

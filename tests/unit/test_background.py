@@ -120,7 +120,7 @@ class Replica(Pipeline):
         self._name = "replica"
         self._epoch = 0
         self._end = None
-        self._outages = Outages()
+        self._outages = Outages(1.0)
         self._loss_times_s = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: Any = group
         self._loaded: Any = FakeLoaded()

@@ -36,7 +36,9 @@ def histogram(*durations_ms: float) -> Histogram:
 
 def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
     """A pipeline of two stages that has worked."""
-    requests = RequestTotals(num_prompt_tokens, 11, 9, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60))
+    requests = RequestTotals(
+        num_prompt_tokens, 11, 0, 9, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60)
+    )
     return PipelineStatus(
         name=name,
         state="up",

@@ -13,7 +13,7 @@ LOSS = StageLoss(1, "exited with code 3", "alpha", 12, "step begins")
 
 
 def outages_at(now_s: list[float]) -> Outages:
-    return Outages(lambda: now_s[0])
+    return Outages(4.0, lambda: now_s[0])
 
 
 def told(outages: Outages) -> tuple[str | None, float | None]:
@@ -32,7 +32,9 @@ def test_a_lost_stage_is_told_at_once_and_its_cause_as_soon_as_it_is_known() -> 
     known = f"(down for 1.2 s: {outages.problem})"
     assert outages.message == f"the pipeline has lost a stage and replaces it; requests wait until it is back {known}"
     now_s[0] += 1.25
+    assert outages.back_in_s == 1.5
     assert outages.end() == 2.5
+    assert outages.back_in_s == 0
     assert told(outages) == (None, None)
     (loss,) = outages.losses
     assert loss == replace(LOSS, back_after_s=2.5, lost_at=loss.lost_at)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from gptj_dist.engine.record import new_records
 from gptj_dist.errors import InvalidRequestError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import Pooling, SamplingParams
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
+from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.pipeline_client import PipelineClient, _Call
 from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, until
@@ -72,6 +72,7 @@ class Replica(Pipeline):
     def __init__(self, rig: Rig) -> None:
         self._max_queued_requests = MOST_WAITING
         self._engine = rig.engine
+        self._outages = Outages(1.0)
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._group: Any = SimpleNamespace(kill=lambda: None)
@@ -201,10 +202,9 @@ def test_an_embedding_comes_the_same_way() -> None:
     run(scenario())
 
 
-def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again() -> None:
+def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with serving(is_paused=True) as (rig, handle, ask):
-            rig.engine.journal.totals.e2e_latency.observe(90 * 10**9)
             first: list[asyncio.Task[list[int]]] = []
 
             def all_are_there() -> bool:
@@ -213,10 +213,10 @@ def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again() -
             while rig.scheduler.num_waiting < MOST_WAITING:
                 first += [asyncio.create_task(collect(stream)) for stream in ask(PARAMS)]
                 await polled(all_are_there, rig)
-            expected_s = math.ceil(90 * rig.scheduler.num_waiting / rig.scheduler.num_running)
+            monkeypatch.setattr(rig.engine, "room_after_s", lambda: 44.2)
             with pytest.raises(TooManyRequestsError, match="are waiting already") as raised:
                 await anext(ask(PARAMS)[0])
-            assert raised.value.retry_after_s == expected_s
+            assert raised.value.retry_after_s == 45
             for task in first:
                 task.cancel()
             await asyncio.gather(*first, return_exceptions=True)
