@@ -310,7 +310,7 @@ def _at_least_one(name: str, *values: int | None) -> None:
             raise ConfigurationError(f"{name} must be at least 1, got {value}")
 
 
-def refuse_unknown_keys(given: Iterable[str], known: Iterable[str]) -> None:
+def refuse_unknown_keys(given: Iterable[object], known: Iterable[str]) -> None:
     """Refuses a settings key that does not exist, and names the nearest one that does.
 
     Raises:
@@ -319,6 +319,6 @@ def refuse_unknown_keys(given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for key in given:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
+            nearest = difflib.get_close_matches(str(key)[:100], known, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
-            raise ConfigurationError(f"unknown setting {key!r}: {hint}")
+            raise ConfigurationError(f"unknown setting {excerpt(key)}: {hint}")

@@ -91,6 +91,11 @@ class ServerError(GPTJDistError):
     """A server that the command line asked refused, broke off or is not there; the message says what to do about it."""
 
 
+def one_line(error: object) -> str:
+    """An error's text with a space for each run of white space and of characters that a terminal does not show."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(error)).split())
+
+
 def excerpt(value: object) -> str:
     """The beginning of a value that a user gave, for an error message: at most `MAX_EXCERPT_CHARS` characters."""
     try:

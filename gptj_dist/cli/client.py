@@ -13,12 +13,14 @@ from urllib.parse import urlsplit
 import httpx
 
 from gptj_dist.cli.events import read_events
-from gptj_dist.errors import ConfigurationError, ServerError
+from gptj_dist.errors import ConfigurationError, ServerError, excerpt
 from gptj_dist.json_types import JsonObject
 from gptj_dist.serving.sockets import is_loopback
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_SHOWN_CHARACTERS = 200
+MAX_RETRY_DIGITS = 7
+"""Of the seconds in `Retry-After`. A longer time is not believed."""
 
 HINTS = {
     401: "give the server's key with --api-key or GPTJ_API_KEY",
@@ -193,11 +195,11 @@ def refusal(response: httpx.Response) -> ServerError:
 
 def parse_error(response: httpx.Response) -> tuple[str, str | None]:
     """The message of OpenAI's error shape and the field that it is about, or the status's own words."""
-    try:
-        error = response.json()["error"]
-        return str(error["message"]), error.get("param")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return response.reason_phrase or f"{response.url} refuses", None
+    match _parsed(response.content):
+        case {"error": {"message": str(message), **others}}:
+            param = others.get("param")
+            return message, param if isinstance(param, str) else None
+    return response.reason_phrase or f"{response.url} refuses", None
 
 
 def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
@@ -219,7 +221,7 @@ def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
 def retry_after_s(response: httpx.Response) -> float | None:
     """How long the server asks to wait, if it does so in seconds."""
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isascii() and text.isdigit() else None
+    return float(text) if text.isascii() and text.isdigit() and len(text) < MAX_RETRY_DIGITS else None
 
 
 def json_object(response: httpx.Response) -> JsonObject:
@@ -228,10 +230,7 @@ def json_object(response: httpx.Response) -> JsonObject:
     Raises:
         ServerError: something else than a JSON object.
     """
-    try:
-        value = response.json()
-    except ValueError:
-        value = None
+    value = _parsed(response.content)
     if not isinstance(value, dict):
         raise ServerError(f"{response.url} does not answer in JSON: is it a gptj-dist server?")
     return value
@@ -239,16 +238,21 @@ def json_object(response: httpx.Response) -> JsonObject:
 
 def _chunk(data: str) -> JsonObject:
     """One event; an error is the last of a stream that failed under way."""
-    try:
-        chunk = json.loads(data)
-    except ValueError:
-        chunk = None
+    chunk = _parsed(data)
     if not isinstance(chunk, dict):
         raise ServerError("the server streams something else than JSON objects")
     if (error := chunk.get("error")) is not None:
         message = error.get("message") if isinstance(error, dict) else error
-        raise ServerError(f"the answer broke off: {message}")
+        raise ServerError(f"the answer broke off: {message if isinstance(message, str) else excerpt(message)}")
     return chunk
+
+
+def _parsed(text: str | bytes) -> Any:
+    """A JSON value; None if the text is no JSON, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _hint(response: httpx.Response, param: str | None) -> str | None:

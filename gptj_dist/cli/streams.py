@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, one_line
 from gptj_dist.file_kinds import known_form
 
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -51,7 +51,7 @@ def flush_output() -> str | None:
 def complain(message: str) -> None:
     """Writes a line to standard error, or nothing where that is gone or full."""
     with suppress(OSError):
-        print(f"gptj-dist: {message}", file=sys.stderr, flush=True)
+        print(f"gptj-dist: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def os_error_text(error: OSError) -> str:

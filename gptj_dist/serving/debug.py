@@ -107,7 +107,10 @@ class DebugDocument:
         Raises:
             msgspec.DecodeError: it is none.
         """
-        return msgspec.json.decode(content, type=cls)
+        try:
+            return msgspec.json.decode(content, type=cls)
+        except RecursionError as error:
+            raise msgspec.DecodeError(str(error)) from None
 
 
 def pipeline_document(facts: PipelineFacts, snapshot: Snapshot, reports: Sequence[StageReport]) -> PipelineDocument:

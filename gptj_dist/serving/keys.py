@@ -11,10 +11,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, one_line
+from gptj_dist.yaml_files import read_yaml
 
 KEY_PREFIX = "gptj-"
 _PERIOD_S = 60.0
@@ -85,13 +85,13 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         ConfigurationError: the file is not there or not like that, or two entries have the same name or key.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = read_yaml(path)
         entries = _File.model_validate(content).keys
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path} cannot be read as a file of keys: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{one_line(path)} cannot be read as a file of keys: {one_line(error)}") from error
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"]))
+        place = one_line(".".join(map(str, problem["loc"])))[:200]
         raise ConfigurationError(f"{path}: {place or 'the file'}: {problem['msg']}") from None
     keys = tuple(ApiKey(**entry.model_dump()) for entry in entries)
     for values in ([key.name for key in keys], [key.sha256 for key in keys]):

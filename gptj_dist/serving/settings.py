@@ -14,7 +14,7 @@ from gptj_dist.answers.moderation import load_moderation
 from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
 from gptj_dist.checkpoint.hub import model_name
 from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig, refuse_unknown_keys
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, excerpt, one_line
 from gptj_dist.logs import LogFormat, LogLevel
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
@@ -130,5 +130,5 @@ def _validated(adapter: TypeAdapter[T], settings: Mapping[str, Any]) -> T:
         return adapter.validate_python(settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        raise ConfigurationError(f"{name}: {problem['msg']}, got {problem['input']!r}") from None
+        name = one_line(".".join(map(str, problem["loc"])))[:200]
+        raise ConfigurationError(f"{name}: {problem['msg']}, got {excerpt(problem['input'])}") from None

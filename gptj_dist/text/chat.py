@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError
+from gptj_dist.errors import CheckpointError, InvalidRequestError, one_line
 from gptj_dist.text.tokenizer_files import read_settings
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -39,8 +39,9 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
-        except TemplateSyntaxError as error:
-            raise CheckpointError(f"the chat template is not valid Jinja: {error}, line {error.lineno}") from error
+        except Exception as error:  # Python compiles what Jinja makes of it, and has errors of its own
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise CheckpointError(f"the chat template is not valid Jinja: {one_line(error)[:200]}{line}") from error
 
     def render(
         self,
@@ -64,9 +65,10 @@ class ChatTemplate:
             text = self._template.render(
                 {**self._special_tokens, **variables, "messages": messages, "add_generation_prompt": begins_answer}
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            text.encode()  # no half of a surrogate pair, which no tokenizer takes
+        except Exception as error:  # a template computes, and can fail like any program
             raise InvalidRequestError(
-                f"the chat template refuses the messages: {str(error)[:200]}", "messages"
+                f"the chat template refuses the messages: {one_line(error)[:200]}", "messages"
             ) from error
         return _cut_after(text, messages[-1]["content"].strip()) if continues_last else text
 
@@ -107,7 +109,7 @@ def load_chat_template(directory: Path, source: str | None = None) -> ChatTempla
     """
     settings = read_settings(directory)
     if source is None and (directory / TEMPLATE_FILE).exists():
-        source = (directory / TEMPLATE_FILE).read_text("utf-8", "replace")
+        source = read_template(directory / TEMPLATE_FILE, "replace")
     source = source or _default(settings.config.get("chat_template"))
     tokens = {name: token.content for name, token in settings.named.items()}
     return None if source is None else ChatTemplate(source, tokens)
@@ -116,8 +118,8 @@ def load_chat_template(directory: Path, source: str | None = None) -> ChatTempla
 def _default(template: object) -> str | None:
     """The template of a tokenizer's settings: a text, or several with names, of which one is the default."""
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
@@ -141,9 +143,13 @@ def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
-def read_template(path: Path) -> str:
-    """A chat template. Raises ConfigurationError if the file cannot be read."""
+def read_template(path: Path, errors: str = "strict") -> str:
+    """A chat template. Raises CheckpointError if the file cannot be read.
+
+    Args:
+        errors: what to do with bytes that are not UTF-8, as for `bytes.decode`.
+    """
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the chat template {path} cannot be read: {error}") from error
+        return path.read_text("utf-8", errors)
+    except (OSError, ValueError) as error:  # ValueError: it is not UTF-8, or no path
+        raise CheckpointError(f"the chat template {one_line(path)} cannot be read: {one_line(error)}") from error

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from gptj_dist.errors import CheckpointError
+from gptj_dist.errors import CheckpointError, one_line
 from gptj_dist.file_kinds import kind_of_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -227,5 +227,4 @@ def _read_text(path: Path) -> str:
 
 
 def _broken(files: Path | str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:200]
-    return CheckpointError(f"{files}: cannot be read as a tokenizer: {''.join(filter(str.isprintable, reason))}")
+    return CheckpointError(f"{files}: cannot be read as a tokenizer: {one_line(error)[:200]}")

@@ -58,7 +58,7 @@ def write_models(root: Path) -> list[Victim]:
         (root / form / "config.json").write_bytes((whole / "config.json").read_bytes())
         torch.save(content, root / form / "pytorch_model.bin")
     _write_pickled_shards(root / "bin shards", state, (whole / "config.json").read_bytes())
-    _write_tokenizers(root / "tokenizer", root / "vocabulary")
+    write_tokenizers(root / "tokenizer", root / "vocabulary")
     return [_victim(path) for path in sorted(root.rglob("*")) if path.is_file()] + [
         Victim(whole / "model.safetensors", (whole / "model.safetensors").read_bytes(), _forger(forge_safetensors), 30),
         *(
@@ -83,7 +83,8 @@ def _write_pickled_shards(directory: Path, state: dict[str, torch.Tensor], confi
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _write_tokenizers(whole: Path, parts: Path) -> None:
+def write_tokenizers(whole: Path, parts: Path) -> None:
+    """Writes a tokenizer as `tokenizer.json` into one directory, and as a vocabulary and merges into another."""
     vocab = {name: id for id, name in enumerate(["a", "b", "c", "Ġ", "ab", "abc", "<|endoftext|>"])}
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("ab", "c")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.config import ModelConfig, PipelineConfig
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, one_line
 from gptj_dist.operate.tables import layers_text, open_table
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.planning.devices import (
@@ -41,6 +40,7 @@ from gptj_dist.planning.partition import PROMPT_TOKENS_PER_OUTPUT_TOKEN
 from gptj_dist.planning.search import NUM_REQUESTS, best_pipeline, gains_of_one_more
 from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.blueprint import DeviceReport, choose_dtype
+from gptj_dist.yaml_files import read_yaml
 
 CLUSTER = ("cluster", "ray")
 REQUEST_COUNTS = (1, 8, 32, 64)
@@ -57,7 +57,7 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
     Raises:
         ConfigurationError: the description or the settings are wrong, no cluster answers, or the model does not fit.
     """
-    specs = _ask_cluster(address) if devices.lower() in CLUSTER else parse_devices(_read(Path(devices)))
+    specs = _ask_cluster(address) if devices.lower() in CLUSTER else read_devices(Path(devices))
     model = read_model_config(resolve_model(config.model, config.revision))
     workload = _workload(config, model, specs)
     pipeline = best_pipeline(workload, specs)
@@ -68,14 +68,19 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
         console.print(line, highlight=False, soft_wrap=line.startswith("gptj-dist"))
 
 
+def read_devices(path: Path) -> tuple[DeviceSpec, ...]:
+    """The devices of a YAML file. Raises ConfigurationError if it cannot be read, or describes none."""
+    return parse_devices(_read(path))
+
+
 def _read(path: Path) -> object:
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
+        return read_yaml(path)
     except OSError as error:
         hint = "" if path.suffix or "/" in str(path) else "; it takes a YAML file or 'cluster'"
         raise ConfigurationError(f"--devices: {path} cannot be read: {error.strerror}{hint}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--devices: {path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"--devices: {path} is not YAML: {one_line(error)}") from error
 
 
 def _ask_cluster(address: str | None) -> tuple[DeviceSpec, ...]:

@@ -10,6 +10,7 @@ import msgspec
 
 from gptj_dist.cli.client import Server, json_object, parse_error, refusal
 from gptj_dist.errors import ConfigurationError, NotReadyError
+from gptj_dist.json_types import JsonObject
 from gptj_dist.serving.debug import DebugDocument
 
 
@@ -62,10 +63,23 @@ def look(server: Server) -> ServerState:
     return ServerState(
         server.base,
         problem,
-        str(json_object(version).get("version")) if version.status_code == httpx.codes.OK else None,
-        tuple(str(model["id"]) for model in json_object(models).get("data", [])),
+        _version(json_object(version)) if version.status_code == httpx.codes.OK else None,
+        _model_ids(json_object(models), server),
         debug,
     )
+
+
+def _version(document: JsonObject) -> str | None:
+    version = document.get("version")
+    return version if isinstance(version, str) else None
+
+
+def _model_ids(document: JsonObject, server: Server) -> tuple[str, ...]:
+    match document:
+        case {"data": list(models)}:
+            ids = [model.get("id") for model in models if isinstance(model, dict)]
+            return tuple(id for id in ids if isinstance(id, str))
+    raise _not_ours(server)
 
 
 def fetch_pipelines(server: Server) -> DebugDocument:
@@ -82,7 +96,11 @@ def fetch_pipelines(server: Server) -> DebugDocument:
     try:
         return DebugDocument.from_json(_require_known(response, server).content)
     except msgspec.DecodeError:
-        raise ConfigurationError(f"the server at {server.base} is not gptj-dist, or of another version") from None
+        raise _not_ours(server) from None
+
+
+def _not_ours(server: Server) -> ConfigurationError:
+    return ConfigurationError(f"the server at {server.base} is not gptj-dist, or of another version")
 
 
 def _require_known(response: httpx.Response, server: Server) -> httpx.Response:

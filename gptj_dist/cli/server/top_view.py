@@ -69,7 +69,7 @@ def _head(pipeline: PipelineDocument) -> list[Text]:
     for number, what in ((pipeline.num_preemptions, "preempted"), (pipeline.num_restarts, "restarted")):
         if number:
             now.append(f", {number} {what}", "yellow")
-    share = pipeline.num_used_blocks / pipeline.num_blocks
+    share = pipeline.num_used_blocks / max(1, pipeline.num_blocks)
     rates = Text(
         f"{pipeline.output_tokens_per_s:,.0f} tokens/s out, {pipeline.prompt_tokens_per_s:,.0f} in, "
         f"{pipeline.plans_per_s:,.0f} steps/s, KV {share:.1%} in use, "
@@ -107,7 +107,8 @@ def _kv(stage: StageDocument, width: int) -> Text:
 def _bar(stage: StageDocument, width: int) -> Text:
     """Busy, bubbles and rest as parts of a line, and how busy in per cent."""
     length = WIDE_BAR if width >= WIDE_COLUMNS else NARROW_BAR if width >= NORMAL_COLUMNS else SHORT_BAR
-    busy, bubble = stage.busy_share or 0.0, stage.bubble_share or 0.0
+    busy = min(max(stage.busy_share or 0.0, 0.0), 1.0)
+    bubble = min(max(stage.bubble_share or 0.0, 0.0), 1.0 - busy)
     num_busy = round(busy * length)
     num_bubble = round((busy + bubble) * length) - num_busy
     return Text.assemble(

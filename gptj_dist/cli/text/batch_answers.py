@@ -43,8 +43,10 @@ class BatchAnswer:
     @property
     def num_output_tokens(self) -> int:
         """As the server counts them; 0 where it does not."""
-        usage = (self.response or {}).get("body", {}).get("usage") or {}
-        return int(usage.get("completion_tokens") or usage.get("output_tokens") or 0)
+        match self.response:
+            case {"body": {"usage": {"completion_tokens": int(number)} | {"output_tokens": int(number)}}}:
+                return number
+        return 0
 
 
 def respond(request: BatchRequest, status: int, body: JsonObject, request_id: str | None) -> BatchAnswer:

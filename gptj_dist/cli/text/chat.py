@@ -142,9 +142,12 @@ def _piece(chunk: dict[str, Any]) -> tuple[str, str | None]:
         choices = chunk["choices"]
         if not choices:  # the numbers of tokens
             return "", None
-        return choices[0]["delta"].get("content") or "", choices[0].get("finish_reason")
+        content, reason = choices[0]["delta"].get("content") or "", choices[0].get("finish_reason")
     except (KeyError, TypeError, AttributeError):
-        raise ServerError("the server's answer is no chat: is it a gptj-dist server?") from None
+        content = reason = None
+    if not isinstance(content, str):
+        raise ServerError("the server's answer is no chat: is it a gptj-dist server?")
+    return content, reason
 
 
 def _talk(conversation: Conversation, base: str) -> None:

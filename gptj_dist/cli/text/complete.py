@@ -123,6 +123,9 @@ def _texts(response: dict[str, Any]) -> list[str]:
         ServerError: it is no completion.
     """
     try:
-        return [str(choice["text"]) for choice in response["choices"]]
+        texts = [choice["text"] for choice in response["choices"]]
     except (KeyError, TypeError):
-        raise ServerError("the server's answer is no completion: is it a gptj-dist server?") from None
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ServerError("the server's answer is no completion: is it a gptj-dist server?")
+    return texts
