@@ -19,8 +19,8 @@ from gptj_dist.serving.sockets import is_loopback
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_SHOWN_CHARACTERS = 200
-MAX_RETRY_DIGITS = 7
-"""Of the seconds in `Retry-After`. A longer time is not believed."""
+MAX_RETRY_DIGITS = 5
+"""Of the seconds in `Retry-After`: a longer time is not believed."""
 
 HINTS = {
     401: "give the server's key with --api-key or GPTJ_API_KEY",
@@ -221,7 +221,7 @@ def failure_text(error: httpx.HTTPError, base: str, timeout_s: float) -> str:
 def retry_after_s(response: httpx.Response) -> float | None:
     """How long the server asks to wait, if it does so in seconds."""
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isascii() and text.isdigit() and len(text) < MAX_RETRY_DIGITS else None
+    return float(text) if text.isascii() and text.isdigit() and len(text) <= MAX_RETRY_DIGITS else None
 
 
 def json_object(response: httpx.Response) -> JsonObject:

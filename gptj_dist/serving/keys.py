@@ -86,9 +86,10 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """
     try:
         content = read_yaml(path)
-        entries = _File.model_validate(content).keys
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{one_line(path)} cannot be read as a file of keys: {one_line(error)}") from error
+    try:
+        entries = _File.model_validate(content).keys
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = one_line(".".join(map(str, problem["loc"])))[:200]

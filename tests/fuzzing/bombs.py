@@ -165,6 +165,15 @@ BOMBS: Mapping[str, Bomb] = {
 }
 
 
+SLOW_BOMBS = frozenset(
+    (
+        "header of many tensors", "index of many files", "pickle of marks", "pickle that remembers everything",
+        "pickle of nested lists", "pickle of tuples in tuples", "pickle of many tensors",
+    )
+)  # fmt: skip
+"""Those that take seconds: CI leaves them out."""
+
+
 def explode(root: Path, bomb: Bomb, watch: Watch) -> None:
     """Writes a bomb, reads it, and restores the file.
 

@@ -27,7 +27,7 @@ from gptj_dist.cli.text.batch_requests import BatchRequest
 from gptj_dist.cli.text.chat import chat
 from gptj_dist.cli.text.complete import complete
 from gptj_dist.errors import GPTJDistError
-from tests.fuzzing.strategies import Target, changed, damaged, numbers, texts, to_json, values
+from tests.fuzzing.strategies import Target, change, damage, numbers, texts, to_json, values
 
 _STAGE = {
     "stage": 0,
@@ -71,6 +71,7 @@ _GOOD: Mapping[str, dict[str, Any]] = {
 _OTHERS: SearchStrategy[Any] = (
     numbers() | texts() | st.sampled_from((None, [], {}, [{}], "restarting", [_CHOICE], [_PIPELINE], {"a": 1}))
 )
+_LAST_PARTS = st.just(b"[DONE]") | st.binary(max_size=9)
 _STATUSES = st.sampled_from((200, 200, 200, 200, 400, 401, 404, 429, 500, 503))
 
 
@@ -82,8 +83,7 @@ class Reply(NamedTuple):
     body: bytes
 
 
-@st.composite
-def _documents(draw: DrawFn, good: dict[str, Any]) -> bytes:
+def _document(draw: DrawFn, good: dict[str, Any]) -> bytes:
     """A good document, changed at its top, or in an object deep in it."""
     document = json.loads(json.dumps(good))
     place, holder = document, None
@@ -91,7 +91,7 @@ def _documents(draw: DrawFn, good: dict[str, Any]) -> bytes:
         key = draw(st.sampled_from(inner))
         holder = (place, key)
         place = _object_in(place[key])
-    new = draw(changed(place, list(place), _OTHERS))
+    new = change(draw, place, list(place), _OTHERS)
     if holder is not None:
         holder[0][holder[1]] = [new] if isinstance(holder[0][holder[1]], list) else new
     return to_json(document if holder else new)
@@ -106,12 +106,15 @@ def _object_in(value: Any) -> Any:
 @st.composite
 def _replies(draw: DrawFn, path: str, is_stream: bool) -> Reply:
     status = draw(_STATUSES)
-    documents = _documents(_GOOD[path if status == 200 else "error"])
+    good = _GOOD[path if status == 200 else "error"]
     if is_stream and status == 200:
-        parts = draw(st.lists(documents | st.just(b"[DONE]") | st.binary(max_size=9), max_size=4))
-        body = draw(damaged(st.just(b"".join(b"data: " + part + b"\n\n" for part in [*parts, b"[DONE]"]))))
+        parts = [_document(draw, good) for _ in range(draw(st.integers(0, 3)))]
+        parts += [draw(_LAST_PARTS), b"[DONE]"]
+        body = damage(draw, b"".join(b"data: " + part + b"\n\n" for part in parts))
+    elif draw(st.integers(0, 7)):
+        body = damage(draw, _document(draw, good))
     else:
-        body = draw(damaged(documents) | values().map(to_json))
+        body = to_json(draw(values()))
     headers = {}
     if draw(st.integers(0, 3)) == 0:
         name = draw(st.sampled_from((b"retry-after", b"content-type", b"content-encoding", b"x-request-id")))

@@ -1,4 +1,4 @@
-"""Files and settings: configurations, generation settings, keys, Serve configs, tokenizers, chat templates."""
+"""Files and settings: checkpoints, configurations, keys, Serve configs, tokenizers, chat templates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from gptj_dist.serving.settings import parse_settings
 from gptj_dist.text.chat import ChatTemplate, load_chat_template
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.text.tokenizer_info import tokenizer_info
-from tests.fuzzing.models import write_tokenizers
-from tests.fuzzing.strategies import Target, changed, damaged, numbers, texts, to_json, values
+from tests.fuzzing.models import Victim, write_tokenizers
+from tests.fuzzing.strategies import Target, change, changed, damage, numbers, texts, to_json, values
+from tests.fuzzing.worker import Watch, prepare, run_case
 
 MAX_MESSAGE_CHARS = 5000
 
@@ -37,13 +38,27 @@ def _check_message(error: Exception) -> None:
 
 @cache
 def _directory() -> Path:
-    """An empty directory in memory, until this process ends."""
+    """A directory in memory, until this process ends."""
     directory = tempfile.TemporaryDirectory(dir="/dev/shm", prefix="fuzz-")
     _kept.append(directory)
     return Path(directory.name)
 
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []
+
+# Checkpoints
+
+
+@cache
+def _victims() -> tuple[list[Victim], Watch]:
+    return prepare(_directory())
+
+
+def _check_checkpoint(number: int) -> None:
+    """A damaged checkpoint is read, or an error."""
+    victims, watch = _victims()
+    run_case(victims, watch, 0, number)
+
 
 # The model's configuration
 
@@ -122,7 +137,7 @@ def _yaml_files(draw: DrawFn, good: str) -> bytes:
         at = draw(st.integers(0, len(lines)))
         lines[at : at + draw(st.integers(0, 1))] = [draw(_YAML_LINES)]
     text = "\n".join(lines) + "\n"
-    return draw(damaged(st.just(text.encode("utf-8", "surrogatepass"))))
+    return damage(draw, text.encode("utf-8", "surrogatepass"))
 
 
 def _check_keys(content: bytes) -> None:
@@ -168,7 +183,7 @@ _TOKENIZER_VALUES: SearchStrategy[Any] = texts() | st.sampled_from(
 
 @cache
 def _tokenizers() -> Sequence[Path]:
-    whole, parts = _directory() / "whole", _directory() / "parts"
+    whole, parts = _directory() / "whole tokenizer", _directory() / "parts of one"
     write_tokenizers(whole, parts)
     return whole, parts
 
@@ -244,9 +259,13 @@ def _render(template: ChatTemplate) -> None:
     template.answer_end().encode()
 
 
-_TOKENIZER_FILES = damaged(changed(_TOKENIZER_FIELDS, _TOKENIZER_NAMES, _TOKENIZER_VALUES).map(to_json))
+@st.composite
+def _tokenizer_files(draw: DrawFn) -> bytes:
+    return damage(draw, to_json(change(draw, _TOKENIZER_FIELDS, _TOKENIZER_NAMES, _TOKENIZER_VALUES)))
+
 
 TARGETS = (
+    Target("checkpoints", st.integers(0, 2**62), _check_checkpoint, 12),
     Target(
         "configurations",
         st.tuples(
@@ -268,8 +287,8 @@ TARGETS = (
         "tokenizers",
         st.tuples(
             st.integers(0, 1),
-            _TOKENIZER_FILES,
-            _TOKENIZER_FILES,
+            _tokenizer_files(),
+            _tokenizer_files(),
             st.none() | _TEMPLATES.map(lambda text: text.encode("utf-8", "surrogatepass")),
         ),
         _check_tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -50,17 +51,20 @@ class Target:
     share: int
 
 
+@cache
 def texts() -> SearchStrategy[str]:
     """With lone surrogates."""
     return st.sampled_from(TEXTS) | st.text(st.characters(), max_size=8)
 
 
+@cache
 def numbers() -> SearchStrategy[int | float]:
     """Also one of so many digits that Python does not write it."""
     endless = st.just(MANY_DIGITS).map(lambda digits: int(10**digits))
     return st.sampled_from(INTEGERS) | st.sampled_from(FLOATS) | st.integers(-3, 300) | endless
 
 
+@cache
 def values() -> SearchStrategy[Any]:
     """JSON, with NaN and infinity, now and then nested hundreds of levels deep."""
     leaves = st.none() | st.booleans() | numbers() | texts()
@@ -108,8 +112,7 @@ def _digits(value: int) -> bytes:
     return b"1" + b"0" * MANY_DIGITS if value == 10**MANY_DIGITS else str(value).encode()
 
 
-@st.composite
-def changed(draw: DrawFn, good: Mapping[str, Any], names: Sequence[str], others: SearchStrategy[Any]) -> dict[str, Any]:
+def change(draw: DrawFn, good: Mapping[str, Any], names: Sequence[str], others: SearchStrategy[Any]) -> dict[str, Any]:
     """A good object with up to four fields set, replaced or removed.
 
     Args:
@@ -126,10 +129,8 @@ def changed(draw: DrawFn, good: Mapping[str, Any], names: Sequence[str], others:
     return fields
 
 
-@st.composite
-def damaged(draw: DrawFn, whole: SearchStrategy[bytes]) -> bytes:
-    """Bytes that are whole in three of four cases; else cut, repeated or with bytes inserted."""
-    data = draw(whole)
+def damage(draw: DrawFn, data: bytes) -> bytes:
+    """The bytes as they are, in three of four cases; else cut, repeated or with bytes inserted."""
     if draw(st.integers(0, 3)):
         return data
     at = draw(st.integers(0, len(data)))
@@ -140,6 +141,9 @@ def damaged(draw: DrawFn, whole: SearchStrategy[bytes]) -> bytes:
             return data[:at] + draw(st.binary(max_size=8)) + data[at:]
         case _:
             return data[:at] + data[draw(st.integers(0, len(data))) :]
+
+
+changed = st.composite(change)
 
 
 def cut(data: bytes, size: int) -> list[bytes]:

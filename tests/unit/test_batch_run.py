@@ -176,6 +176,13 @@ def test_a_request_that_is_refused_for_good_has_its_error_as_the_answer(response
     assert outcome.response["body"] == response.json()
 
 
+def test_a_count_of_tokens_that_is_none_is_not_counted() -> None:
+    for usage in ([1], {"completion_tokens": "5"}, {"output_tokens": None}, None):
+        outcome = posted(lambda _, usage=usage: httpx.Response(200, json={"usage": usage}))  # type: ignore[misc]
+        assert isinstance(outcome, BatchAnswer)
+        assert outcome.num_output_tokens == 0
+
+
 def test_a_limit_that_waiting_does_not_lift_is_an_answer() -> None:
     outcome = posted(lambda _: failing(429, "more than the key may ever", x_should_retry="false"))
     assert isinstance(outcome, BatchAnswer)

@@ -31,6 +31,15 @@ def test_a_byte_that_is_not_utf8_costs_a_character_and_no_traceback() -> None:
     assert list(read_events([b"data: caf\xe9\n\n"])) == ["caf\N{REPLACEMENT CHARACTER}"]
 
 
+def test_an_event_without_end_is_refused_before_it_fills_the_memory() -> None:
+    part = bytes(1 << 20)
+    with pytest.raises(ServerError, match="an event of more than"):
+        list(read_events(part for _ in range(1 << 20)))
+    with pytest.raises(ServerError, match="an event of more than"):
+        list(read_events(b"data:" + part + b"\n" for _ in range(1 << 20)))
+    assert list(read_events([b": " + part + b"\n"] * 99 + [b"data: 1\n\n"])) == ["1"]
+
+
 @pytest.mark.parametrize(
     ("given", "base"),
     [
@@ -196,6 +205,8 @@ def test_a_request_goes_to_the_path_behind_the_address_with_the_key() -> None:
         (401, {"message": "no key"}, {}, "no key (401); give the server's key with --api-key or GPTJ_API_KEY"),
         (429, {"message": "full"}, {"Retry-After": "7"}, "full (429); try again in 7 s"),
         (503, {"message": "still loading"}, {}, "still loading (503); try again shortly"),
+        (503, {"message": "busy"}, {"Retry-After": "9" * 400}, "busy (503); try again shortly"),
+        (400, {"message": "wrong", "param": ["stop"]}, {}, "wrong (400)"),
         (
             404,
             {"message": "model 'x' is not served", "param": "model"},
@@ -215,7 +226,11 @@ def test_a_refusal_is_one_line_with_what_is_wrong_and_what_to_do(
     assert str(refused.value) == str(refused_stream.value) == told
 
 
-@pytest.mark.parametrize("body", [b"<html>", b'{"error": "no"}', b"[1]", b""])
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>", b'{"error": "no"}', b'{"error": {"message": 5}}', b"[1]", b"", b"[" * 100_000],
+    ids=range(6),
+)
 def test_a_refusal_in_another_shape_still_names_the_status(body: bytes) -> None:
     with (
         server(lambda _: httpx.Response(500, content=body)) as asked,
@@ -253,7 +268,9 @@ def test_no_answer_is_one_line_too(error: Exception, told: str) -> None:
         (b'data: {"n": 1}\n\ndata: {"error": {"message": "a stage died"}}\n\n', "the answer broke off: a stage died"),
         (b'data: {"n": 1}\n\n', "the answer of http://host/model broke off"),
         (b'data: {"n": 1}\n\ndata: nonsense\n\n', "something else than JSON objects"),
+        (b'data: {"n": 1}\n\ndata: ' + b"[" * 100_000 + b"\n\n", "something else than JSON objects"),
     ],
+    ids=range(4),
 )
 def test_a_stream_without_its_end_is_an_error_after_what_came(content: bytes, told: str) -> None:
     with server(lambda _: httpx.Response(200, content=content)) as asked:

@@ -35,6 +35,15 @@ def test_text_is_printed_as_it_is_and_only_what_was_given_is_sent() -> None:
     }
 
 
+def test_an_answer_that_is_no_text_is_one_line() -> None:
+    odd = events({"choices": [{"index": 0, "text": [1], "delta": {"content": 5}}]})
+    with fake_server(lambda _: odd) as server:
+        for arguments in (("complete", "a"), ("chat", "-m", "a")):
+            done = run_verb(*arguments, "--url", server.base)
+            assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
+            assert "is it a gptj-dist server?" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["-"], []])
 def test_a_pipe_is_the_prompt_less_its_last_line_break(arguments: list[str]) -> None:
     with fake_server(lambda _: STREAM) as server:

@@ -117,6 +117,7 @@ def test_a_file_says_names_hashes_and_limits(tmp_path: Path) -> None:
         ([ENTRY], "the file: "),
         ({"keys": []}, "keys: "),
         ({"keys": [ENTRY], "key": 1}, "key: Extra"),
+        ({"keys": [ENTRY], "a\n\x1bb": 1}, "a b: Extra"),
         ({"keys": [ENTRY, {"name": "bob"}]}, "keys.1.sha256: Field required"),
         ({"keys": [ENTRY | {"sha256": "one"}]}, "keys.0.sha256: "),
         ({"keys": [ENTRY | {"sha256": hash_key("one").upper()}]}, "keys.0.sha256: "),
@@ -139,7 +140,21 @@ def test_a_file_that_says_something_else_is_refused_by_the_place(tmp_path: Path,
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"keys: [", b"keys: \xff\xfe", b"a: b: c", b"!!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"keys: [",
+        b"keys: \xff\xfe",
+        b"a: b: c",
+        b"!!python/object:os.system {}",
+        b"2001-99-99: 1",
+        b"a: !!int x",
+        b"a: " + b"9" * 5000,
+        b"[" * 2000,
+    ],
+    ids=range(9),
+)
 def test_what_is_no_such_file_is_refused_in_one_line(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "keys.yaml"
     if content is not None:

@@ -68,7 +68,12 @@ def test_defaults_of_chats_are_settings() -> None:
         ({"model": "demo", "chat_stop": [""]}, "chat_stop must not hold an empty string"),
         ({"model": "demo", "chat_stop": ["x"] * 17}, "chat_stop takes at most 16"),
         ({"stages": 2}, "model"),
+        ({None: 2}, "unknown setting None"),
+        ({"model": "demo", "chat_template": "a\0"}, "the chat template a cannot be read: embedded null byte"),
+        ({"model": "demo", "api_keys": "a\0"}, "a cannot be read as a file of keys: embedded null byte"),
+        ({"model": "demo", "chat_max_tokens": "x" * 9999}, "got 'xxxxxxxxxxxx...xxxxxxxxxxxxx'"),
     ],
+    ids=range(15),
 )
 def test_settings_that_cannot_work_are_refused_by_name(args: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message.replace("?", r"\?")):

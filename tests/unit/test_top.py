@@ -111,6 +111,11 @@ def test_a_narrow_terminal_drops_columns_and_breaks_no_row(width: int) -> None:
     assert all("NVIDIA" in line for line in lines if "…" in line)
 
 
+def test_a_server_that_makes_no_sense_is_shown_all_the_same() -> None:
+    odd = replace(PIPELINE, num_blocks=0, stages=(replace(WORK, busy_share=1e300, bubble_share=-1e300),))
+    assert any("━" * 10 in line for line in drawn(replace(DOCUMENT, pipelines=(odd,)), 80))
+
+
 def test_a_bar_shows_busy_bubbles_and_rest_by_shape() -> None:
     (row,) = [line for line in drawn(DOCUMENT, 80) if "0-14" in line]
     assert "━━━━━━╌╌╌·  60%" in row

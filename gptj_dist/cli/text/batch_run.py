@@ -105,8 +105,7 @@ class BatchRun:
             if now_s - max(first_refusal_s, self._last_answer_s) >= self._patience.wait_s:
                 raise ServerError(f"no answer for {self._patience.wait_s:g} s: {outcome.reason}")
             self._note_once(outcome.reason)
-            after_s = pause_s if outcome.after_s is None else outcome.after_s
-            await self._patience.sleep(min(after_s, self._patience.wait_s))
+            await self._patience.sleep(pause_s if outcome.after_s is None else outcome.after_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _note_once(self, reason: str) -> None:
