@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from gptj_dist.config import DeviceKind, DTypeName, refuse_unknown_keys
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, one_line
 
 GPU_BANDWIDTH_EFFICIENCY = 0.72
 """Part of a GPU's published bandwidth that decoding reaches: 0.9, which an H200 reads at (4.3 of 4.8 TB/s measured),
@@ -205,7 +205,7 @@ def _parse_entry(entry: object, links: Mapping[str, Any], where: str) -> list[De
     try:
         refuse_unknown_keys(map(str, entry), ("name", "count", "kind", *_UNITS))
     except ConfigurationError as error:
-        raise ConfigurationError(f"{where} ({entry['name']}): {error}") from None
+        raise ConfigurationError(f"{where} ({one_line(entry['name'])[:80]}): {error}") from None
     count = entry.get("count", 1)
     if type(count) is not int or not 1 <= count <= MAX_DEVICES:
         raise ConfigurationError(f"{where}: count must be a whole number from 1 to {MAX_DEVICES}, got {count!r:.80}")

@@ -64,7 +64,11 @@ def read_settings(directory: Path) -> TokenizerSettings:
         named |= {name: _as_token(value, is_special=True) for name, value in extra.items()}
         extra = ()
     special = {name: token for name, token in named.items() if token is not None}
-    extra = tuple(token for value in extra if (token := _as_token(value, is_special=True)) is not None)
+    extra = tuple(
+        token
+        for value in (extra if isinstance(extra, list) else ())
+        if (token := _as_token(value, is_special=True)) is not None
+    )
     special_texts = {token.content for token in (*special.values(), *extra)}
     return TokenizerSettings(config, special, extra, _added_tokens(directory, config, special_texts))
 

@@ -13,8 +13,9 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
+from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.cli.server.plan_devices import read_devices
-from gptj_dist.config import ModelConfig, PipelineConfig
+from gptj_dist.config import CONFIG_NAME, GENERATION_CONFIG_NAME, PipelineConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError, InvalidRequestError
 from gptj_dist.generation import unapplied_fields
 from gptj_dist.serving.keys import read_keys
@@ -23,7 +24,7 @@ from gptj_dist.text.chat import ChatTemplate, load_chat_template
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.text.tokenizer_info import tokenizer_info
 from tests.fuzzing.models import Victim, write_tokenizers
-from tests.fuzzing.strategies import Target, change, changed, damage, numbers, texts, to_json, values
+from tests.fuzzing.strategies import Target, change, changed, damage, numbers, texts, to_json
 from tests.fuzzing.worker import Watch, prepare, run_case
 
 MAX_MESSAGE_CHARS = 5000
@@ -70,10 +71,11 @@ _CONFIG = {
     "n_head": 2,
     "n_positions": 32,
     "rotary_dim": 4,
+    "dtype": "float32",
     "eos_token_id": 7,
 }
 _CONFIG_NAMES = (
-    *_CONFIG, "n_inner", "bos_token_id", "layer_norm_epsilon", "dtype", "torch_dtype", "tie_word_embeddings",
+    *_CONFIG, "n_inner", "bos_token_id", "layer_norm_epsilon", "torch_dtype", "tie_word_embeddings",
     "activation_function", "hidden_size", "num_hidden_layers",
 )  # fmt: skip
 _GENERATION = {"temperature": 0.5, "eos_token_id": [7], "suppress_tokens": [3], "bad_words_ids": [[4], [5, 6]]}
@@ -84,18 +86,22 @@ _GENERATION_NAMES = (
 _FIELDS = numbers() | st.sampled_from(("float16", "torch.float64", [1], [[1]], [], True, None, "7", {"a": 1}))
 
 
-def _check_config(case: tuple[dict[str, Any], dict[str, Any] | None]) -> None:
-    """Fields are a configuration, or an error."""
-    config, generation = case
+def _check_config(case: tuple[bytes, bytes | None]) -> None:
+    """Files are a configuration, or an error."""
+    for name, content in zip((CONFIG_NAME, GENERATION_CONFIG_NAME), case, strict=True):
+        (_directory() / name).unlink(missing_ok=True)
+        if content is not None:
+            (_directory() / name).write_bytes(content)
     try:
-        model = ModelConfig.from_hf(config, generation)
+        model = read_model_config(_directory())
     except CheckpointError as error:
         _check_message(error)
         return
     assert model.head_dim * model.num_heads == model.d_model
     hash(model)
-    for line in unapplied_fields(generation or {}):
-        assert line.isprintable()
+    if case[1] is not None:
+        for line in unapplied_fields(json.loads(case[1])):
+            assert line.isprintable()
 
 
 # Settings of a server, keys and devices
@@ -108,10 +114,14 @@ _SETTING_NAMES = (
 )  # fmt: skip
 
 
-def _check_settings(args: dict[Any, Any]) -> None:
+def _check_settings(args: bytes | dict[Any, Any]) -> None:
     """The `args` of a Serve config are settings, or an error."""
     try:
-        parse_settings(args)
+        fields = json.loads(args) if isinstance(args, bytes) else args
+    except (ValueError, RecursionError):
+        return
+    try:
+        parse_settings(fields)
     except ConfigurationError as error:
         _check_message(error)
 
@@ -269,15 +279,16 @@ TARGETS = (
     Target(
         "configurations",
         st.tuples(
-            changed(_CONFIG, _CONFIG_NAMES, _FIELDS), st.none() | changed(_GENERATION, _GENERATION_NAMES, _FIELDS)
+            changed(_CONFIG, _CONFIG_NAMES, _FIELDS).map(to_json),
+            st.none() | changed(_GENERATION, _GENERATION_NAMES, _FIELDS).map(to_json),
         ),
         _check_config,
         6,
     ),
     Target(
         "settings",
-        changed(_SETTINGS, _SETTING_NAMES, _FIELDS | texts())
-        | st.dictionaries(st.none() | st.integers() | texts() | st.booleans(), values(), max_size=2),
+        changed(_SETTINGS, _SETTING_NAMES, _FIELDS | texts()).map(to_json)
+        | st.dictionaries(st.none() | st.integers() | texts() | st.booleans(), texts(), max_size=2),
         _check_settings,
         6,
     ),

@@ -41,6 +41,7 @@ THIRD_PARTY_OF = {
         (LEVELS[0] - {ROOT_UNIT}) | {"engine", "planning"},
         STDLIB_ONLY,
     ),
+    "yaml_files": {"yaml"},
     "text": {"tokenizers", "jinja2"},
     "model": {"torch", "triton"},
     "checkpoint": {"torch", "huggingface_hub"},
