@@ -59,16 +59,13 @@ def read_settings(directory: Path) -> TokenizerSettings:
         fields = dict.fromkeys(_SPECIAL_NAMES[:3], END_OF_TEXT) | fields
     others = sorted(name for name in fields if name.endswith("_token") and name not in _SPECIAL_NAMES)
     named = {name: _as_token(fields.get(name), is_special=True) for name in (*_SPECIAL_NAMES, *others)}
-    extra = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or ()
+    extra = fields.get("extra_special_tokens") or fields.get("additional_special_tokens")
     if isinstance(extra, dict):
         named |= {name: _as_token(value, is_special=True) for name, value in extra.items()}
-        extra = ()
+    if not isinstance(extra, list):
+        extra = []
     special = {name: token for name, token in named.items() if token is not None}
-    extra = tuple(
-        token
-        for value in (extra if isinstance(extra, list) else ())
-        if (token := _as_token(value, is_special=True)) is not None
-    )
+    extra = tuple(token for value in extra if (token := _as_token(value, is_special=True)) is not None)
     special_texts = {token.content for token in (*special.values(), *extra)}
     return TokenizerSettings(config, special, extra, _added_tokens(directory, config, special_texts))
 

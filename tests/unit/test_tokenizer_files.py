@@ -207,6 +207,11 @@ def test_additional_special_tokens_of_older_files_are_special(tmp_path: Path) ->
     assert tokenizer.decode([87, 50257]) == "x"
 
 
+@pytest.mark.parametrize("value", [True, 7, "<a>"])
+def test_more_special_tokens_that_are_no_list_are_none(tmp_path: Path, value: object) -> None:
+    assert Tokenizer.load(write(tmp_path, {"tokenizer_config.json": {"extra_special_tokens": value}})).num_entries > 0
+
+
 def test_texts_end_with_an_eos_token_that_holds_a_space(tmp_path: Path) -> None:
     files = {"tokenizer_config.json": {"added_tokens_decoder": MODERN, "eos_token": "### End", "add_eos_token": True}}
     assert Tokenizer.load(write(tmp_path, files)).encode("x", add_special_tokens=True) == [87, 50258]
