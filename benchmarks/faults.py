@@ -2,6 +2,8 @@
 
     python -m benchmarks.faults                                             every stage, moment and kind of request
     python -m benchmarks.faults --stages 1 --moments middle --kinds mixed --dtype bfloat16
+    gptj-dist synth 6b nine --num-layers 9
+    python -m benchmarks.faults --model nine --layers 1,7,1 --stages 1 --moments middle --kinds greedy --dtype bfloat16
 
 Starts `gptj-dist serve demo --stages 3`. A case sends eight streams of a kind at once and kills a stage with SIGKILL,
 once, at one moment: `idle` just before the streams are sent, `queued` when requests wait, `prefill` while prompts are
@@ -9,7 +11,8 @@ computed and no stream has a token, `first` when one stream has its first token,
 when one lacks only its last token. The kind `mixed` has streams of all kinds.
 
 A stream differs if any byte of its texts, token ids, log probabilities, finish reasons or usage does. In float32 none
-may; in bfloat16 texts may go on differently. A stream's pause is its longest time without a frame, from its request on.
+may; in bfloat16 texts may go on differently. A stream's pause is its longest time without a frame, from its request on;
+`recovery_s` is the part of it in which the pipeline did not compute.
 After four kills another server is started, because a pipeline with more in a short time gives up on its requests. The
 last line on standard output is one JSON document. Linux only.
 """
@@ -170,7 +173,8 @@ class Server(NamedTuple):
 def main() -> None:
     args = _parser().parse_args()
     faults = [Fault(stage, moment) for stage, moment in product(args.stages, args.moments)]
-    print_document("faults", {"machine": machine(), **measured(faults, args.kinds, args.dtype, args.spares)})
+    options = {"dtype": args.dtype, "spares": args.spares, **({"layers": args.layers} if args.layers else {})}
+    print_document("faults", {"machine": machine(), **measured(faults, args.kinds, options, args.model)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,16 +185,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS, MIXED], default=list(KINDS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--spares", type=int, default=0, help="as for gptj-dist serve")
+    parser.add_argument("--model", default="demo", help="as for gptj-dist serve")
+    parser.add_argument("--layers", help="of each of the three stages, such as 1,7,1; as for gptj-dist serve")
     return parser
 
 
-def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: int = 0) -> dict[str, Any]:
-    """Has every fault disturb the streams of every kind."""
+def measured(
+    faults: Sequence[Fault], kinds: Iterable[str], options: Mapping[str, Any], model: str = "demo"
+) -> dict[str, Any]:
+    """Has every fault disturb the streams of every kind.
+
+    Args:
+        options: of gptj-dist serve.
+    """
     cases: list[dict[str, Any]] = []
     usual: dict[str, list[Stream]] = {}
     print_row(["", "pause p50 ms", "max ms", "differ", "failed"])
     for batch in _batched([(kind, fault) for kind in kinds for fault in faults], MAX_KILLS):
-        with serving({"dtype": dtype, "spares": spares}) as server:
+        with serving(options, model) as server:
             for kind, fault in batch:
                 if kind not in usual:
                     usual[kind] = asyncio.run(_undisturbed(server, kind))
@@ -198,8 +210,8 @@ def measured(faults: Sequence[Fault], kinds: Iterable[str], dtype: str, spares: 
                 cases.append(_case(server, kind, fault, [stream.content for stream in usual[kind]]))
     undisturbed_ms = [pause_ms(stream) for streams in usual.values() for stream in streams]
     return {
-        "dtype": dtype,
-        "spares": spares,
+        "model": model,
+        "options": options,
         "num_kills": len(cases),
         "num_streams": len(cases) * NUM_STREAMS,
         "num_failed": sum(len(case["errors"]) for case in cases),
@@ -223,6 +235,7 @@ def _case(server: Server, kind: str, fault: Fault, expected: Sequence[Content]) 
     before = server.pipeline()
     case = asyncio.run(_disturbed(server, kind, fault, before.stages[fault.stage].pid, expected))
     server.wait_for_return(before.num_restarts)
+    case["recovery_s"] = server.pipeline().losses[-1].back_after_s
     _print_case(
         f"stage {fault.stage}, {fault.moment}, {kind}", case["pauses_ms"], len(case["different"]), *case["errors"]
     )
@@ -234,15 +247,20 @@ def _batched(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 @contextmanager
-def serving(options: Mapping[str, Any]) -> Iterator[Server]:
-    """Runs a server of the demo until the context ends."""
+def serving(options: Mapping[str, Any], model: str = "demo") -> Iterator[Server]:
+    """Runs a server until the context ends."""
     family, port = Family(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         template = Path(directory) / "template.jinja"
         template.write_text(TEMPLATE)
-        settings = {"stages": NUM_STAGES, "max_batch_size": MAX_BATCH_SIZE, "chat_template": template, **options}
+        settings = {
+            **({} if "layers" in options else {"stages": NUM_STAGES}),
+            **{"served_model_name": "demo", "max_batch_size": MAX_BATCH_SIZE, "chat_template": template},
+            **options,
+        }
+        command = serve_command(model, settings, port)
         try:
-            with running(serve_command("demo", settings, port), family.environment, port, "/ready") as (base, _):
+            with running(command, family.environment, port, "/ready") as (base, _):
                 yield Server(base, family)
         finally:
             family.kill()
