@@ -56,13 +56,24 @@ def open_log(directory: Path, settings: LogSettings, component: str) -> Rotating
     labels = {"component": component, "model": settings.model, replica: settings.replica}
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{component}-{settings.replica}.log"
-    handler = RotatingFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8")
+    handler = LogFile(path, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8")
     handler.setFormatter(LineFormatter(settings.format, labels))
     logger = logging.getLogger("gptj_dist")
     logger.addHandler(handler)
     logger.setLevel(settings.level.upper())
     logger.propagate = False
     return handler
+
+
+class LogFile(RotatingFileHandler):
+    """Begins a new file after the line that exceeds the limit.
+
+    To begin it before, the standard library formats each line twice and looks at the file system: half of its time,
+    which counts when a thousand requests end at once.
+    """
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
+        return self.stream is not None and self.stream.tell() >= self.maxBytes
 
 
 class LineFormatter(logging.Formatter):

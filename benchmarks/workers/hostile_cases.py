@@ -173,8 +173,8 @@ def _english() -> str:
     return " ".join(random.Random(2).choices(words, k=LARGE // 5))[:LARGE]
 
 
-def _streams(number: int) -> Case:
-    body = _completion(max_tokens=64, stream=True, ignore_eos=True)
+def _repeated(number: int, **fields: Any) -> Case:
+    body = _completion(**fields)
 
     async def run(attack: Attack) -> None:
         await asyncio.gather(*(attack.post("/v1/completions", body) for _ in range(number)))
@@ -209,6 +209,7 @@ CASES: Mapping[str, Callable[[], Case]] = {
     "n: 100, logprobs: 20": lambda: _completing(n=100, logprobs=20, max_tokens=200, ignore_eos=True),
     "echo, logprobs: 20, n: 8": lambda: _completing(prompt=[1] * 2000, echo=True, logprobs=20, n=8),
     "1,000 prompts": lambda: _completing(prompt=["Once upon a time"] * 1000, max_tokens=8),
+    "300 requests of 1,024 completions": lambda: _repeated(300, prompt=["Once"] * 8, n=128),
     "/tokenize": lambda: _tokenizing(prompt=_english()),
     "/tokenize with strings": lambda: _tokenizing(prompt=_english(), return_token_strs=True),
     "/tokenize of 1 MB with strings": lambda: _tokenizing(prompt=_letters()[:900_000], return_token_strs=True),
@@ -217,7 +218,7 @@ CASES: Mapping[str, Callable[[], Case]] = {
     "300 slow bodies": lambda: _dripping(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", b" "
     ),
-    "2,000 streams": lambda: _streams(2000),
+    "2,000 streams": lambda: _repeated(2000, max_tokens=64, stream=True, ignore_eos=True),
     "moderator never returns": lambda: _completing(prompt="HANG", timeout_s=4),
     "sync moderator never returns": lambda: _completing(prompt="BLOCK", timeout_s=4),
 }

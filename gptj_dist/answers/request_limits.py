@@ -53,6 +53,9 @@ MAX_JSON_CONTAINERS = 10_000
 MAX_CHOICES = 1024
 """Completions of one request: prompts times `n` or `best_of`. Also the inputs of a request for embeddings."""
 
+MAX_COMPLETIONS = 8 * MAX_CHOICES
+"""Completions that an ingress answers at a time; more if that many may run and wait in a pipeline."""
+
 MAX_MESSAGES = 2048
 """Messages of a conversation: a message has a token or more."""
 

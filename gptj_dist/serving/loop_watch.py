@@ -74,9 +74,11 @@ class LoopWatch:
         threading.Thread(target=self._look, name="event loop watch", daemon=True).start()
 
     def stop(self) -> None:
-        """Watches no more."""
+        """Watches no more, and reports what is left to report."""
         self._is_stopped = True
         self._timer.cancel()
+        if self._worst is not None:
+            self._report(self._worst)
 
     def _plan_beat(self, now_s: float, cpu_s: float) -> None:
         self._due_s, self._cpu_s = now_s + BEAT_S, cpu_s

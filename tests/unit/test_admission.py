@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from gptj_dist.answers.merge import merge
+from gptj_dist.answers.request_limits import MAX_COMPLETIONS
 from gptj_dist.errors import TooManyRequestsError
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.endpoints import EventResponse
@@ -218,7 +219,7 @@ def test_retry_after_is_the_time_in_which_the_requests_of_now_end_at_the_present
         stack.enter_context(admission.admitted())
         return stack
 
-    admission = Admission(100, lambda: now_s)
+    admission = Admission(100, clock=lambda: now_s)
     under_way = [begin(admission) for _ in range(100)]
     assert wait_s(admission) == 5
     for _ in range(300):
@@ -231,3 +232,19 @@ def test_retry_after_is_the_time_in_which_the_requests_of_now_end_at_the_present
         stack.close()
     under_way += [begin(admission) for _ in range(60)]
     assert wait_s(admission) == 5
+
+
+def test_requests_for_many_completions_are_refused_before_they_take_memory() -> None:
+    async def scenario(app: FrontApp) -> None:
+        app.source.may_go_on.clear()
+        large: dict[str, Any] = {"prompt": ["a"] * 1024, "max_tokens": 1}
+        num_fit = MAX_COMPLETIONS // 1024
+        flood = [asyncio.create_task(app.client.post("/v1/completions", json=large)) for _ in range(num_fit + 3)]
+        await eventually(lambda: sum(call.done() for call in flood) == 3)
+        refused = await app.client.post("/v1/embeddings", json={"input": "a"})
+        assert refused.json()["error"]["message"].startswith("this server is answering requests for 8192 completions")
+        app.source.may_go_on.set()
+        assert Counter(call.status_code for call in await asyncio.gather(*flood)) == {200: num_fit, 429: 3}
+        assert (await app.client.post("/v1/completions", json=large)).status_code == 200
+
+    run(scenario)

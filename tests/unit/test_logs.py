@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gptj_dist import logs
 from gptj_dist.engine.plan import NewRequest, Plan
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
@@ -89,6 +90,22 @@ def test_each_process_has_a_file_of_its_own_and_goes_on_with_it(tmp_path: Path) 
             logger.info("up")
     found = {path.name: path.read_text().count("\n") for path in (tmp_path / "new" / "directory").iterdir()}
     assert found == {"stage-0-k2.log": 2, "stage-1-k2.log": 1}
+
+
+def test_a_full_file_is_renamed_and_the_oldest_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MAX_FILE_BYTES", 500)
+    with logging_to(tmp_path, "text"):
+        for number in range(100):
+            logging.getLogger("gptj_dist.x").info("event", extra=values(number=number))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 1 + logs.NUM_OLD_FILES
+    numbers = [int(line.rpartition("number=")[2]) for path in (*files[:0:-1], files[0]) for line in lines_in(path)]
+    assert numbers == list(range(numbers[0], 100))
+    assert max(path.stat().st_size for path in files) < 500 + 200
+
+
+def lines_in(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines()
 
 
 def test_our_lines_go_nowhere_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,10 @@ class CompletionRequest(ChoiceFields):
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def num_completions(self) -> int:
+        return len(self.prompts()) * self.num_sampled
+
+    @property
     def most_tokens(self) -> int | None:
         """The most tokens to generate; None if the request leaves them out."""
         return self.max_tokens if "max_tokens" in self.model_fields_set else None

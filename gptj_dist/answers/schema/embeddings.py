@@ -42,6 +42,11 @@ class EmbeddingRequest(Body):
         """The inputs one by one, each text or token ids."""
         return list_prompts(self.input)
 
+    @property
+    def num_completions(self) -> int:
+        """Inputs: each is computed as a completion is."""
+        return len(self.prompts())
+
     def sampling_params(self) -> SamplingParams:
         """The parameters of the computation. Raises InvalidRequestError if a value is out of its range."""
         return SamplingParams(max_tokens=0, pooling=Pooling(self.pooling, self.layer), priority=self.priority)

@@ -108,6 +108,11 @@ class SamplingFields(Body):
         """Completions of each prompt that are computed."""
         return self.num_choices
 
+    @property
+    def num_completions(self) -> int:
+        """Completions of all prompts that are computed."""
+        return self.num_sampled
+
     def check(self) -> None:
         if not all(word.strip() for word in self.bad_words):
             raise InvalidRequestError("bad_words must not hold an empty word", "bad_words")

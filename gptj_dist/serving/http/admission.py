@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gptj_dist.answers.request_limits import MAX_COMPLETIONS
 from gptj_dist.engine.fairness import has_room
 from gptj_dist.errors import TooManyRequestsError
 
@@ -23,22 +24,30 @@ class Admission:
 
     Args:
         most: maximum number of requests at a time. Beyond it only those of keys with less than an equal share.
+        most_completions: the same of completions; a request that begins below may exceed it.
         clock: seconds.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = most
+    def __init__(
+        self,
+        most: int,
+        most_completions: int = MAX_COMPLETIONS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most, self._most_completions = most, max(most, most_completions)
         self._clock = clock
         self._num_of_keys: Counter[str | None] = Counter()
+        self._num_completions_of_keys: Counter[str | None] = Counter()
         self._end_times_s: deque[float] = deque(maxlen=MAX_ENDS)
         self.num_admitted = 0
 
     @contextmanager
-    def admitted(self, key: str | None = None) -> Iterator[None]:
+    def admitted(self, key: str | None = None, num_completions: int = 1) -> Iterator[None]:
         """Counts a request until the context ends.
 
         Args:
             key: the name of the client's, where several keys share the server.
+            num_completions: that it asks for.
 
         Raises:
             TooManyRequestsError: there are too many.
@@ -46,18 +55,24 @@ class Admission:
         if not has_room(self._num_of_keys, key, self._most):
             message = f"this server is answering {self.num_admitted} requests, its most; try again later"
             raise TooManyRequestsError(message, self._retry_after_s())
+        if not has_room(self._num_completions_of_keys, key, self._most_completions):
+            number = sum(self._num_completions_of_keys.values())
+            message = f"this server is answering requests for {number} completions, its most; try again later"
+            raise TooManyRequestsError(message, self._retry_after_s())
         self.num_admitted += 1
         self._num_of_keys[key] += 1
+        self._num_completions_of_keys[key] += num_completions
         try:
             yield
         finally:
-            self._note_end(key)
+            self._note_end(key, num_completions)
 
-    def _note_end(self, key: str | None) -> None:
+    def _note_end(self, key: str | None, num_completions: int) -> None:
         self.num_admitted -= 1
         self._num_of_keys[key] -= 1
+        self._num_completions_of_keys[key] -= num_completions
         if not self._num_of_keys[key]:
-            del self._num_of_keys[key]
+            del self._num_of_keys[key], self._num_completions_of_keys[key]
         if 2 * self.num_admitted < self._most:
             self._end_times_s.clear()  # fewer end than could: so few have come
         else:

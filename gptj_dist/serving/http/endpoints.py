@@ -121,7 +121,8 @@ class Endpoints:
 
     async def embeddings(self, request: Request) -> Response:
         body = await self._body(request, EmbeddingRequest)
-        return await self._answer(request, partial(self._texts.embed, body, request.state.request_id))
+        understand = partial(self._texts.embed, body, request.state.request_id)
+        return await self._answer(request, body.num_completions, understand)
 
     async def resume(self, request: Request) -> Response:
         """What follows the event whose id is in `Last-Event-ID`; without that, the stream from its beginning."""
@@ -131,7 +132,8 @@ class Endpoints:
         run = await self._keeper.take(names, request.headers.get("last-event-id", ""))
         logger.info("stream resumed", extra=values(request_id=run.names[1]))
         body: TextRequest = await self._texts.parse(run.opening.body, KINDS[run.opening.kind])
-        return await self._answer(request, partial(self._texts.answer, body, run.names[1], run.stream), run)
+        understand = partial(self._texts.answer, body, run.names[1], run.stream)
+        return await self._answer(request, body.num_completions, understand, run)
 
     async def tokenize(self, request: Request) -> Response:
         document = await self._texts.tokenize(await self._body(request, TokenizeRequest))
@@ -204,16 +206,19 @@ class Endpoints:
         if self._keeper is not None and body.stream:
             run = self._keeper.new_run((CALLER.get(), request_id), kind.__name__, data)
         stream = None if run is None else run.stream
-        return await self._answer(request, partial(self._texts.answer, body, request_id, stream), run)
+        understand = partial(self._texts.answer, body, request_id, stream)
+        return await self._answer(request, body.num_completions, understand, run)
 
-    async def _answer(self, request: Request, understand: Understand, run: Run | None = None) -> Response:
+    async def _answer(
+        self, request: Request, num_completions: int, understand: Understand, run: Run | None = None
+    ) -> Response:
         """Computes the answer, unless the client leaves first, and sends it whole or as it is made.
 
         Args:
             run: the stream of the answer, if it is resumable.
         """
         async with AsyncExitStack() as stack:  # or its response closes what is open, whenever the task is cancelled
-            stack.enter_context(self._admission.admitted(CALLER.get()))
+            stack.enter_context(self._admission.admitted(CALLER.get(), num_completions))
             if run is not None and self._keeper is not None:
                 stack.enter_context(self._keeper.keeping(run))
             answer = await unless_gone(request, understand())
