@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,8 +39,15 @@ MAX_TURN_LOGPROBS = 1000
 """Once the messages of a turn of the event loop have the log probabilities of this many tokens, other parts wait for
 the next turn: with the 20 likeliest tokens each they take milliseconds to write, and to read."""
 
+BEAT_S, MAX_SILENT_BEATS = 1.0, 8
+"""A pipeline sends something this often to each inbox that has streams of it. It hangs if nothing has come for this
+many beats of the inbox's own clock: its event loop never stands still for a tenth of one."""
+
 MAX_UNRECEIVED_BYTES = 64_000_000
 """Most that a pipeline keeps for an ingress that takes nothing: minutes of tokens. Then it stops the streams."""
+
+UNNAMED = b"\0"
+"""Begins the names that ZeroMQ makes."""
 
 RECEIPT_BYTES = 1_000_000
 """An ingress sends a receipt after this many bytes."""
@@ -108,6 +115,7 @@ _RECEIPT = Codec(Receipt)
 class _OpenStream:
     mailbox: Mailbox
     num_parts: int = 0
+    sender: bytes = b""
 
     def put(self, part: StreamPart) -> FrameFault | None:
         """Takes the next part. Drops one that comes again; ends the stream if one is missing."""
@@ -140,6 +148,8 @@ class FeedInbox:
         self._num_opened = 0
         self._num_received: Counter[bytes] = Counter()
         self._num_new_logprobs = 0
+        self._silent_beats: Counter[bytes] = Counter()
+        self._guarded.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a pipeline may connect again under its name
         self.faults: Counter[FrameFault] = Counter()
         self._on_end = on_end
         self._reader = run_in_background("feed inbox", self._read(), self._give_up)
@@ -166,6 +176,12 @@ class FeedInbox:
         for stream in self._streams.values():
             stream.mailbox.fail(error)
 
+    def beat(self) -> list[str]:
+        """Returns the names of pipelines that have begun streams and hang. Call it every `BEAT_S`."""
+        senders = {stream.sender for stream in self._streams.values() if stream.sender}
+        self._silent_beats = Counter({sender: self._silent_beats[sender] + 1 for sender in senders})
+        return [sender.decode() for sender, beats in self._silent_beats.items() if beats > MAX_SILENT_BEATS]
+
     def stop(self) -> None:
         """Receives no more messages."""
         self._reader.cancel()
@@ -175,8 +191,9 @@ class FeedInbox:
         while True:
             sender, *parts = await self._guarded.socket.recv_multipart()
             message = b"".join(parts)
+            self._silent_beats[sender] = 0
             try:
-                unread = self._hand_out(_PARTS.decode(message))
+                unread = self._hand_out(_PARTS.decode(message), sender)
             except CodecError as error:
                 self._guarded.dropped.num_malformed += 1
                 logger.warning("malformed feed message dropped", extra=values(error=str(error)))
@@ -187,7 +204,7 @@ class FeedInbox:
                 await self._guarded.socket.send_multipart([sender, _RECEIPT.encode(receipt)])
             await asyncio.sleep(0)  # receiving takes no turn of the loop while there are messages
 
-    def _hand_out(self, parts: Sequence[StreamPart]) -> list[int]:
+    def _hand_out(self, parts: Sequence[StreamPart], sender: bytes) -> list[int]:
         """Puts tokens into mailboxes; returns the ids of streams that are not open."""
         unread: list[int] = []
         for part in parts:
@@ -196,6 +213,7 @@ class FeedInbox:
             elif (fault := stream.put(part)) is not None:
                 self._note_fault(fault, part, stream)
             else:
+                stream.sender = sender if part.delta.finish_reason is None and not sender.startswith(UNNAMED) else b""
                 self._num_new_logprobs += len(part.delta.logprobs) + len(part.delta.prompt_logprobs)
         if self._num_new_logprobs >= min(UNREAD_CHECK_LOGPROBS, MAX_UNREAD_LOGPROBS):
             self._num_new_logprobs = 0
@@ -229,13 +247,15 @@ class FeedOutbox:
     Args:
         on_unread: called with a stream that its ingress no longer reads, or whose tokens it has not taken for long; may
             be called more than once for a stream.
+        name: of the pipeline; inboxes do not notice that one without a name hangs.
 
     Attributes:
         num_malformed: messages from ingresses that could not be decoded.
     """
 
-    def __init__(self, on_unread: Callable[[ReplyTo], None]) -> None:
+    def __init__(self, on_unread: Callable[[ReplyTo], None], name: str = "") -> None:
         self._on_unread = on_unread
+        self._name = name
         self._sockets: dict[InboxAddress, zmq.asyncio.Socket] = {}
         self._readers: dict[InboxAddress, asyncio.Task[None]] = {}
         self._num_unreceived: Counter[InboxAddress] = Counter()
@@ -251,6 +271,11 @@ class FeedOutbox:
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send_waiting)
         self._waiting.append((stream.inbox, StreamPart(stream.stream_id, number, delta)))
+
+    def beat(self, inboxes: Collection[InboxAddress]) -> None:
+        """Shows the inboxes that the pipeline does not hang. Call it every `BEAT_S`."""
+        for inbox in inboxes:
+            self._send_safely(inbox, ())
 
     def stop(self) -> None:
         """Drops the messages that have not been sent yet."""
@@ -269,14 +294,17 @@ class FeedOutbox:
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._send_waiting)
         for inbox, parts in messages.items():
-            try:
-                self._send(inbox, parts)
-            except Exception:
-                logger.exception("tokens could not be sent", extra=values(inbox=inbox.endpoint, streams=len(parts)))
+            self._send_safely(inbox, parts)
+
+    def _send_safely(self, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
+        try:
+            self._send(inbox, parts)
+        except Exception:
+            logger.exception("tokens could not be sent", extra=values(inbox=inbox.endpoint, streams=len(parts)))
 
     def _send(self, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
         if inbox not in self._sockets:
-            self._sockets[inbox] = _connect(inbox)
+            self._sockets[inbox] = _connect(inbox, self._name)
             name = f"feed outbox to {inbox.endpoint}"
             self._readers[inbox] = run_in_background(name, self._read(inbox), lambda _: self._disconnect(inbox))
         message = _PARTS.encode(tuple(parts))
@@ -315,8 +343,10 @@ class FeedOutbox:
                 self._on_unread(ReplyTo(inbox, stream_id))
 
 
-def _connect(inbox: InboxAddress) -> zmq.asyncio.Socket:
+def _connect(inbox: InboxAddress, name: str = "") -> zmq.asyncio.Socket:
     socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    if name:
+        socket.setsockopt(zmq.IDENTITY, name.encode())
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)

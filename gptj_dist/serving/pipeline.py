@@ -30,7 +30,7 @@ from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, St
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
-from gptj_dist.serving.feed import FeedOutbox, ReplyTo
+from gptj_dist.serving.feed import BEAT_S, FeedOutbox, ReplyTo
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.outages import Outages
@@ -123,7 +123,8 @@ class Pipeline:
         self._group, self._loaded = await StageGroup.start(self._blueprint, placement, self._epoch, self._log)
         self._outages = Outages(usual_s=time.monotonic() - began_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
-        self._outbox = FeedOutbox(self._stop_sending)
+        self._outbox = FeedOutbox(self._stop_sending, replica.to_full_id_str())
+        self._beating = run_in_background("beat of the pipeline", self._beat(), _note_no_beat)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self.prove_ready()
@@ -173,6 +174,11 @@ class Pipeline:
             async for delta in deltas:
                 self._outbox.put(reply_to, number, delta)
                 number += 1
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._outbox.beat({to.inbox for to in self._sending})
 
     def _stop_sending(self, reply_to: ReplyTo) -> None:
         if (task := self._sending.get(reply_to)) is not None:
@@ -260,6 +266,7 @@ class Pipeline:
         """Called by Serve when the replica has drained."""
         self._watch.stop()
         self._driver.cancel()
+        self._beating.cancel()
         self._outbox.stop()
         await self._group.stop()
 
@@ -313,6 +320,10 @@ class Pipeline:
         self._end = error
         self._engine.fail(PipelineLostError(f"the pipeline has ended: {error}"))
         self._group.kill()
+
+
+def _note_no_beat(error: Exception) -> None:
+    logger.error("pipeline has no beat", exc_info=error)
 
 
 def _shape(loaded: LoadedPipeline) -> dict[str, object]:

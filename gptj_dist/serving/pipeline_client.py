@@ -21,7 +21,7 @@ from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, St
 from gptj_dist.logs import values
 from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import PipelineDocument
-from gptj_dist.serving.feed import FeedInbox, ReplyTo
+from gptj_dist.serving.feed import BEAT_S, FeedInbox, ReplyTo
 from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.moves import JointMoves, lasting
 from gptj_dist.serving.pipeline import PipelineStatus
@@ -52,6 +52,7 @@ class PipelineClient:
         self._problem: str | None = None
         self._end: Exception | None = None
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
+        self._watcher = run_in_background("watch of pipelines", self._watch(), self._note_failure)
         self._limits: EngineLimits | None = None
         self._limits_task = run_in_background("wait for the first pipeline", self._fetch_limits(), self._note_no_limits)
 
@@ -73,6 +74,7 @@ class PipelineClient:
     def close(self) -> None:
         """Stops receiving tokens."""
         self._limits_task.cancel()
+        self._watcher.cancel()
         self._feed.stop()
 
     def fail_streams(self, error: Exception) -> None:
@@ -129,6 +131,14 @@ class PipelineClient:
         self.limits()
         return await ask_all(self._handle, TracePart, "trace_part", {})
 
+    async def _watch(self) -> None:
+        """Ends pipelines that hang. Serve would do so, too, but give them time to finish their requests."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for name in self._feed.beat():
+                if await asyncio.to_thread(_end_replica, name):
+                    logger.error("pipeline hangs and is ended", extra=values(name=name))
+
     def _note_failure(self, error: Exception) -> None:
         self._problem = f"the ingress can no longer receive tokens: {error}"
 
@@ -144,6 +154,15 @@ class PipelineClient:
             except Exception:
                 logger.exception("no pipeline yet")
                 await asyncio.sleep(1)
+
+
+def _end_replica(name: str) -> bool:
+    """Ends a replica's process, even a stopped one. Returns False if that has happened already."""
+    try:
+        ray.kill(ray.get_actor(name, namespace="serve"))
+    except ValueError:
+        return False
+    return True
 
 
 class _Call:

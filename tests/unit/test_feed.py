@@ -20,9 +20,10 @@ from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, St
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.serving import feed
 from gptj_dist.serving import pipeline_client as pipelines
-from gptj_dist.serving.feed import FeedInbox, FeedOutbox, InboxAddress, ReplyTo, StreamPart, _connect
+from gptj_dist.serving.feed import MAX_SILENT_BEATS, FeedInbox, FeedOutbox, InboxAddress, ReplyTo, StreamPart, _connect
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import CurveLock, GuardedSocket
+from tests.unit.test_async_engine import until
 
 TIMEOUT_S = 10.0
 
@@ -329,5 +330,28 @@ def test_when_the_reader_of_an_inbox_ends_all_its_streams_fail_and_its_owner_hea
                 await mailbox.take()
         assert len(ends) == 1
         inbox.stop()
+
+    asyncio.run(run())
+
+
+def test_a_pipeline_that_has_begun_streams_and_sends_nothing_hangs_unless_it_has_sent_all() -> None:
+    async def run() -> None:
+        inbox, outbox, idle = inbox_of_test(), FeedOutbox(unexpected, "busy"), FeedOutbox(unexpected, "idle")
+        first, mailboxes = inbox.open(3)
+        outbox.put(first, 0, Delta((1,), None))
+        idle.put(first.plus(1), 0, Delta((2,), FinishReason.STOP))
+        for mailbox in mailboxes[:2]:
+            await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
+        for _ in range(2 * MAX_SILENT_BEATS):
+            outbox.beat({first.inbox})
+            await until(lambda: not inbox._silent_beats[b"busy"])
+            assert inbox.beat() == []
+        for _ in range(MAX_SILENT_BEATS - 1):
+            assert inbox.beat() == []
+        assert inbox.beat() == ["busy"]
+        inbox.close(first)
+        assert inbox.beat() == []
+        for end in (inbox, outbox, idle):
+            end.stop()
 
     asyncio.run(run())
