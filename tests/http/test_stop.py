@@ -104,6 +104,7 @@ def test_a_second_signal_stops_at_once() -> None:
         wait_until_gone(command)
         assert command.process.returncode == 128 + signal.SIGINT
         assert "data: [DONE]" not in streams.ends()
+        assert command.output().rstrip().endswith("Stopped.")
         assert "Traceback" not in command.output()
 
 

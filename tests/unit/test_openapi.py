@@ -14,9 +14,9 @@ from gptj_dist.serving.http.openapi import openapi_document
 from gptj_dist.serving.http.pages import docs_page
 
 
-def make_endpoints() -> Endpoints:
+def make_endpoints(keeper: Any = None) -> Endpoints:
     nothing: Any = None  # the table says what there is; it calls nobody
-    return Endpoints(("demo",), nothing, nothing, nothing, nothing, nothing)
+    return Endpoints(("demo",), nothing, nothing, nothing, nothing, nothing, keeper)
 
 
 ENDPOINTS = make_endpoints().table()
@@ -40,6 +40,17 @@ def test_every_endpoint_is_there_and_takes_what_it_checks() -> None:
         content = operation.get("requestBody", {"content": {}})["content"]
         references = [schema["schema"]["$ref"].rpartition("/")[2] for schema in content.values()]
         assert references == ([] if endpoint.body is None else [endpoint.body.__name__])
+
+
+def test_the_rest_of_a_stream_is_there_only_if_streams_are_kept() -> None:
+    document = openapi_document(make_endpoints(keeper="any").table(), "/c")
+    [path] = document["paths"].keys() - DOCUMENT["paths"].keys()
+    parameters = document["paths"][path]["get"]["parameters"]
+    assert path == "/v1/streams/{id}"
+    assert [(one["name"], one["in"], one["required"]) for one in parameters] == [
+        ("id", "path", True),
+        ("Last-Event-ID", "header", False),
+    ]
 
 
 @pytest.mark.parametrize("body", BODIES)

@@ -26,6 +26,7 @@ class Endpoint:
         body: the schema of a POST's body.
         media: the types of answers.
         is_open: needs no key: it holds nothing that is not in the documentation.
+        header: one that it reads, beside those of all calls.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Endpoint:
     body: type[Body] | None = None
     media: tuple[str, ...] = (JSON,)
     is_open: bool = False
+    header: str | None = None
 
 
 def refusal(error: BaseException) -> Response:

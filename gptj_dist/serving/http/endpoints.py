@@ -87,7 +87,8 @@ class Endpoints:
 
     def table(self) -> tuple[Endpoint, ...]:
         """All endpoints."""
-        resume = Endpoint("GET", "/v1/streams/{id:path}", self.resume, "Get the rest of a stream.", media=(EVENTS,))
+        path, summary = "/v1/streams/{id:path}", "Get the rest of a stream."
+        resume = Endpoint("GET", path, self.resume, summary, media=(EVENTS,), header="Last-Event-ID")
         return (
             *(() if self._keeper is None else (resume,)),
             Endpoint("POST", "/v1/completions", self.completions, "Continue texts.", CompletionRequest, MEDIA),

@@ -76,9 +76,13 @@ def _operation(endpoint: Endpoint) -> JsonObject:
     if endpoint.body is not None:
         schema = _reference(endpoint.body.__name__)
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    if names := re.findall(r"{(\w+)", endpoint.path):
+    parameters = [(name, "path") for name in re.findall(r"{(\w+)", endpoint.path)]
+    if endpoint.header is not None:
+        parameters.append((endpoint.header, "header"))
+    if parameters:
         operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
+            for name, place in parameters
         ]
     return operation
 
