@@ -22,6 +22,7 @@ from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.request_log import RequestLog
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
+from gptj_dist.stages.transport.leash import watch_post
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +58,14 @@ class Stage:
     """One stage of a pipeline. Call `become`, `load`, `allocate` and `run`; to join the next ring, `leave` and `renew`.
 
     Before `become` it is a spare: a process that has imported torch and can become any stage.
+
+    Args:
+        leash: address of the coordinator's `LeashPost`, with whose loss the process ends; None watches none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leash: str | None = None) -> None:
+        if leash is not None:
+            watch_post(leash, _end_orphan)
         import gptj_dist.stages.runner  # noqa: F401  # takes most of the time that a process needs to start
 
         self._progress = "starting"
@@ -181,6 +187,11 @@ class Stage:
         if isinstance(output, Result):
             return ResultFrame(replace(output, timings=timings), edges)
         return PlanFrame(frame.plan, hidden, timings, edges, output.embeddings)
+
+
+def _end_orphan() -> None:
+    logger.error("coordinator lost, stage ends")
+    os._exit(1)
 
 
 def log_directory() -> Path:

@@ -38,6 +38,7 @@ from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.ring import Ring
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import FrameFault
+from gptj_dist.stages.transport.leash import LeashPost
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class StageGroup:
         self._endings: set[asyncio.Task[None]] = set()
         self._faults: Counter[tuple[int, FrameFault]] = Counter()
         self._ring: Ring | None = None
+        self._leash = LeashPost(ray.util.get_node_ip_address())
 
     @classmethod
     async def start(
@@ -169,7 +171,8 @@ class StageGroup:
     @property
     def num_dropped(self) -> Sequence[int]:
         """See `Ring`; those of the present ring."""
-        return self._present_ring.num_dropped
+        *of_stages, of_ring = self._present_ring.num_dropped
+        return [*of_stages, of_ring + self._leash.dropped.total]
 
     def submit(self, plan: Plan) -> None:
         self._present_ring.submit(plan)
@@ -194,6 +197,7 @@ class StageGroup:
                 ray.kill(spare)
         self._members.clear()
         self._spares.clear()
+        self._leash.close()
 
     def losses(self) -> Awaitable[list[StageLoss]]:
         """The causes of death of the stages that have died in the present ring. Call it before `join`."""
@@ -211,7 +215,7 @@ class StageGroup:
         return {index: self._spare(index, epoch) or self._new(index, epoch) for index in sorted(missing)}
 
     def _new(self, index: int, epoch: int) -> _Newcomer:
-        actor = _stage_actor(self._placement, index, epoch).remote()
+        actor = _stage_actor(self._placement, index, epoch).remote(self._leash.address)
         return _Newcomer(actor, actor.become.remote(self._specs[index], epoch, self._log))
 
     def _spare(self, index: int, epoch: int) -> _Newcomer | None:
@@ -226,7 +230,7 @@ class StageGroup:
         """Creates spares on all nodes that have fewer than they should. Does not wait for them."""
         for node_id in {member.placed.node_id for member in self._members.values()}:
             for _ in range(self._blueprint.config.spares - len(self._spares[node_id])):
-                self._spares[node_id].append(_spare_actor(self._placement, node_id).remote())
+                self._spares[node_id].append(_spare_actor(self._placement, node_id).remote(self._leash.address))
 
     async def _renew(self, epoch: int) -> None:
         """Has the living stages leave their ring. Drops those that cannot."""
