@@ -18,6 +18,7 @@ import pytest
 
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.operate.launch.processes import command_lines
+from gptj_dist.operate.launch.tokens import why_refused
 from gptj_dist.serving.debug import DebugDocument
 from tests.http.command import STOP_LIMIT_S, Command, running, wait_until_gone
 from tests.http.server import free_port
@@ -43,6 +44,10 @@ def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mi
         assert "embed + 0-13 (14)" in output
         assert "14-27 (14) + head" in output
         logs = Path(command.wait_for(r"Logs: (\S+)"))
+        (gcs_port,) = (path.read_text() for path in logs.parents[1].glob("gcs_server_port_*"))
+        assert "asks for a token" in why_refused(f"127.0.0.1:{gcs_port}", token=None)
+        mapped = [line for pid in command.family() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        assert {"(deleted)"} == {line.split()[-1] for line in mapped if "/plasma" in line}  # the object store
         curl = next(line.strip() for line in output.splitlines() if "curl" in line)
         answer = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True).stdout
         assert answer.rstrip().endswith("data: [DONE]")
@@ -182,6 +187,7 @@ def test_a_model_that_does_not_fit_is_loaded_once_and_refused_in_one_line_with_e
         assert command.process.wait(timeout=120) == 2
         wait_until_gone(command)
         assert len(list(Path(room).glob("ray/session_2*/logs/serve/replica_*_Pipeline_*.log"))) == 1
+        assert Path(room).stat().st_mode & 0o077 == 0  # Ray opens its own directories to all users, not this one
         (line,) = [line for line in command.output().splitlines() if line.startswith("gptj-dist: ")]
         assert line.startswith("gptj-dist: kv_cache_gb 5000.0 is room for")
         assert command.output().splitlines()[-1] == line

@@ -68,6 +68,15 @@ def test_another_users_directory_of_ray_is_passed_over(default: Path) -> None:
     assert find_room({}).directory == default / f"ray-{os.getuid()}"
 
 
+def test_a_directory_in_which_another_user_could_replace_files_is_passed_over(
+    default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_room, "_is_of_another", lambda directory: directory == default / "ray")
+    room = find_room({})
+    assert room.directory == default / f"ray-{os.getuid()}"
+    assert room.passed_over == f"{default / 'ray'} belongs to another user"
+
+
 def test_a_directory_that_was_named_for_ray_is_not_replaced_but_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"too long by .* bytes .* set RAY_TMPDIR to another directory"):
         find_room({"RAY_TMPDIR": str(long_directory(tmp_path))})

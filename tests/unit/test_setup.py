@@ -132,6 +132,16 @@ def test_what_readme_names_outside_the_wheel_is_in_a_clone() -> None:
     )
 
 
+def test_the_tests_that_the_threat_model_names_exist() -> None:
+    text = (CLUSTER.parent / "docs" / "security.md").read_text()
+    named = re.findall(r"`([a-z]+/test_\w+\.py)(?:::(test_\w+))?`", text)
+    assert len(named) > 15
+    for file, test in named:
+        assert re.search(
+            rf"^ *(?:async )?def {test or 'test_'}", (CLUSTER.parent / "tests" / file).read_text(), re.M
+        ), test
+
+
 def test_tests_that_start_ray_are_where_make_looks_for_them() -> None:
     tests = CLUSTER.parent / "tests"
     marked = {path.parent.name for path in tests.rglob("test_*.py") if re.search(r"mark\.ray\b", path.read_text())}

@@ -45,11 +45,14 @@ def find_room(environment: Mapping[str, str] = os.environ) -> SessionRoom:
     """
     chosen = environment.get("RAY_TMPDIR")
     directory = Path(chosen or environment.get("TMPDIR") or DEFAULT_DIRECTORY) / "ray"
-    if (reason := why_unusable(directory)) is None:
+    reason = why_unusable(directory)
+    if reason is None and not chosen and _is_of_another(directory):
+        reason = f"{directory} belongs to another user"
+    if reason is None:
         return SessionRoom(directory)
     others = () if chosen else (DEFAULT_DIRECTORY / "ray", DEFAULT_DIRECTORY / f"ray-{os.getuid()}")
     for other in others:
-        if why_unusable(other) is None:
+        if why_unusable(other) is None and not _is_of_another(other):
             return SessionRoom(other, reason)
     raise ConfigurationError(f"Ray cannot start: {reason}; set RAY_TMPDIR to another directory")
 
@@ -76,6 +79,11 @@ def why_unusable(directory: Path) -> str | None:
             f"the disk of {directory} is full: {bytes_text(free_bytes)} free, Ray needs {bytes_text(LEAST_FREE_BYTES)}"
         )
     return None
+
+
+def _is_of_another(directory: Path) -> bool:
+    """Whether the directory, or the link in its place, belongs to another user, who could replace files in it."""
+    return directory.lstat().st_uid != os.getuid()
 
 
 def why_unwritable(directory: Path, error: OSError) -> str:

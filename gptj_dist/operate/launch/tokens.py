@@ -47,7 +47,7 @@ def take_token(address: str) -> None:
     """
     problem = ""
     for token, settings in _known_tokens():
-        problem = _why_refused(address, token)
+        problem = why_refused(address, token)
         if not problem:
             os.environ.update(settings)
             return
@@ -72,7 +72,7 @@ def _known_tokens() -> Iterator[tuple[str | None, Mapping[str, str]]]:
         yield own_token, {AUTH_MODE: "token", TOKEN_FILE: str(own_file)}
 
 
-def _why_refused(address: str, token: str | None) -> str:
+def why_refused(address: str, token: str | None) -> str:
     """Why the Ray at the address refuses this process; empty if it accepts it."""
     import grpc
 
