@@ -120,10 +120,11 @@ class Keeper:
         for request_id in dict.fromkeys((given, inner)):
             number = secrets.randbits(64)
             if (kept := await self._take((key, request_id), number)) is not None:
-                read = partial(_read, kept.parts)
+                parts = list(kept.parts)
+                read = partial(_read, parts)
                 past = await self._work.run(kept.num_bytes // BYTES_READ_PER_US, read)
                 stream = ResumableStream(kept.opening.created, kept.opening.noise, past, last_id)
-                return Run((key, request_id), kept.opening, stream, number, kept.parts, len(kept.parts), is_kept=True)
+                return Run((key, request_id), kept.opening, stream, number, parts, len(parts), is_kept=True)
         raise UnknownStreamError(f"the stream {excerpt(given)} is not kept: it is unknown, or ended too long ago")
 
     @contextmanager
@@ -138,7 +139,8 @@ class Keeper:
 
     async def close(self) -> None:
         """Has the last tokens kept, and no more."""
-        await self._send()
+        if self._runs:
+            await self._send()
         self._task.cancel()
 
     async def _take(self, names: Names, number: int) -> KeptStream | None:
