@@ -33,7 +33,10 @@ class Threads:
         if not self._idle.acquire(blocking=False) and self._num_threads < self._max_threads:
             self._add_thread()
         self._calls.put((function, future))
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            del future  # with its error, the traceback and this frame it would be a circle
 
     def _add_thread(self) -> None:
         try:
@@ -57,3 +60,4 @@ def _carry_out(function: Callable[[], T], future: Future[T]) -> None:
         future.set_result(function())
     except BaseException as error:  # the caller gets it, whatever it is
         future.set_exception(error)
+        del future  # as in `Threads.run`

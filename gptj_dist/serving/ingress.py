@@ -89,6 +89,7 @@ class Ingress:
         )
         self._listener = None if listen is None else Listener(self._app, listen, LAST_WORDS_S)
         garbage.settle()
+        garbage.collect_when_quiet(lambda: admission.num_admitted)
         self._watch = LoopWatch()
         self._metrics.loop_lag = self._watch.lag
         sys.setswitchinterval(SWITCH_S)

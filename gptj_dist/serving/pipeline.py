@@ -129,6 +129,7 @@ class Pipeline:
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self.prove_ready()
         garbage.settle()
+        garbage.collect_when_quiet(lambda: self._engine.scheduler.num_running + self._engine.scheduler.num_waiting)
         self._watch = LoopWatch()
         logger.info("pipeline up", extra=values(version=gptj_dist.__version__, pid=os.getpid(), **_shape(self._loaded)))
 

@@ -1,13 +1,16 @@
-"""Collections of garbage stay short."""
+"""Collections of garbage stay short, and find what is left of requests."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import Iterator
+from types import FrameType
 
 import pytest
 
 from gptj_dist import garbage
+from tests.front_app import eventually, front_app
 
 NUM_STREAMS = 1000
 OBJECTS_PER_STREAM = 400
@@ -46,3 +49,46 @@ def test_young_circles_are_still_collected() -> None:
         circle: list[object] = []
         circle.append(circle)
     assert gc.get_stats()[0]["collected"] + gc.get_stats()[1]["collected"] > before + 9_000
+
+
+async def refused_requests(number: int) -> None:
+    async with front_app() as app:
+        for body in ({"model": "other", "prompt": "x"}, {"model": "demo", "prompt": "many words " * 20_000}):
+            for _ in range(number):
+                assert (await app.client.post("/v1/completions", json=body)).status_code in (400, 404)
+
+
+def test_refused_requests_leave_no_frames_in_circles() -> None:
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        asyncio.run(refused_requests(number=5))
+        gc.collect()
+        frames = {found.f_code.co_qualname for found in gc.garbage if isinstance(found, FrameType)}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert frames == set()
+
+
+@pytest.mark.parametrize(("num_requests", "is_collected"), [(garbage.MAX_BUSY, True), (garbage.MAX_BUSY + 1, False)])
+def test_a_process_with_few_requests_collects_old_circles(
+    num_requests: int, is_collected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "PERIOD_S", 0.01)
+    asked = 0
+
+    def ask() -> int:
+        nonlocal asked
+        asked += 1
+        return num_requests
+
+    async def scenario() -> None:
+        garbage.collect_when_quiet(ask)
+        await eventually(lambda: asked == 3)
+
+    before = num_full_collections()
+    asyncio.run(scenario())
+    assert num_full_collections() - before == (asked if is_collected else 0)

@@ -30,9 +30,10 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
             raise ClientDisconnect
         return working.result()
     finally:
-        for task in (working, going):
-            task.cancel()
+        working.cancel()
+        going.cancel()
         await asyncio.gather(working, going, return_exceptions=True)
+        del working, going  # a failed task, its error, the traceback and this frame would be a circle
 
 
 async def _gone(request: Request) -> None:
