@@ -109,7 +109,7 @@ class DebugDocument:
         """
         try:
             return msgspec.json.decode(content, type=cls)
-        except RecursionError as error:
+        except (RecursionError, UnicodeDecodeError) as error:
             raise msgspec.DecodeError(str(error)) from None
 
 

@@ -86,6 +86,7 @@ def test_a_server_that_does_not_tell_its_version_is_shown_all_the_same() -> None
         (READY | {"/v1/models": Reply(body=b"<html>")}, 1, "does not answer in JSON"),
         (READY | {"/debug/pipeline": Reply(body={"x": 1})}, 2, "is not gptj-dist, or of another version"),
         (READY | {"/debug/pipeline": Reply(body=b"[" * 100_000)}, 2, "is not gptj-dist, or of another version"),
+        (READY | {"/debug/pipeline": Reply(body=b'{"model":"\xff"}')}, 2, "is not gptj-dist, or of another version"),
         (READY | {"/v1/models": Reply(body={"data": 7})}, 2, "is not gptj-dist, or of another version"),
         (READY | {"/ready": refused(401, "no\n\x1b[2Jkey")}, 1, "gptj-dist: no [2Jkey (401)"),
         (READY | {"/ready": refused(401, "no key")}, 1, "no key (401); give the server's key with --api-key"),
