@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from gptj_dist.cli.events import read_events
-from gptj_dist.errors import ConfigurationError, ServerError, excerpt
+from gptj_dist.errors import ConfigurationError, ServerError, excerpt, one_line
 from gptj_dist.json_types import JsonObject
 from gptj_dist.serving.sockets import is_loopback
 
@@ -190,7 +190,7 @@ def refusal(response: httpx.Response) -> ServerError:
     message, param = parse_error(response)
     place = f"{response.status_code}, param {param}" if param else str(response.status_code)
     hint = _hint(response, param)
-    return ServerError(f"{message} ({place}){f'; {hint}' if hint else ''}")
+    return ServerError(one_line(f"{message} ({place}){f'; {hint}' if hint else ''}"))
 
 
 def parse_error(response: httpx.Response) -> tuple[str, str | None]:
@@ -243,7 +243,8 @@ def _chunk(data: str) -> JsonObject:
         raise ServerError("the server streams something else than JSON objects")
     if (error := chunk.get("error")) is not None:
         message = error.get("message") if isinstance(error, dict) else error
-        raise ServerError(f"the answer broke off: {message if isinstance(message, str) else excerpt(message)}")
+        reason = one_line(message) if isinstance(message, str) else excerpt(message)
+        raise ServerError(f"the answer broke off: {reason}")
     return chunk
 
 

@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from gptj_dist.errors import ConfigurationError, one_line
+from gptj_dist.errors import ConfigurationError
 from gptj_dist.file_kinds import known_form
 
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -49,9 +49,10 @@ def flush_output() -> str | None:
 
 
 def complain(message: str) -> None:
-    """Writes a line to standard error, or nothing where that is gone or full."""
+    """Writes to standard error, or nothing where that is gone or full. Control characters become spaces."""
+    shown = "".join(char if char.isprintable() or char == "\n" else " " for char in message)
     with suppress(OSError):
-        print(f"gptj-dist: {one_line(message)}", file=sys.stderr, flush=True)
+        print(f"gptj-dist: {shown}", file=sys.stderr, flush=True)
 
 
 def os_error_text(error: OSError) -> str:
