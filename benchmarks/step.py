@@ -1,6 +1,6 @@
 """Splits the time of one stage's step into packed products, attention, other operators and the stage's own overhead.
 
-    python -m benchmarks.step /work/models/deep --dtype bfloat16 --cases 1x160/1 8x160/1 32x160/1 1x512/512
+    python -m benchmarks.step deep --dtype bfloat16 --cases 1x160/1 8x160/1 32x160/1 1x512/512
 
 A case is `REQUESTSxCONTEXT/ROWS`: REQUESTS requests with CONTEXT tokens each, of which the last ROWS are computed. All
 layers are one stage, on all cores, without engine or transport. `overhead` is the share of the step's wall time outside
