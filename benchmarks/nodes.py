@@ -16,7 +16,6 @@ standard output is one JSON document. Linux only.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -29,8 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import machine, print_document, print_row
-from benchmarks.parts import PARTS, TITLES, title, tried
+from benchmarks.parts import PARTS, report, title, tried
 from benchmarks.processes import Family, content, parent
 from benchmarks.servers import ROOT, STOP_TIMEOUT_S, free_port
 
@@ -43,18 +41,8 @@ SETTINGS = {"stages": 2, "device": "cpu", "dtype": "float32", "cpus_per_stage": 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    losses = {"node": loss_of_a_node, "gcs": loss_of_the_gcs}
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(losses)}; default: both")
-    parts = parser.parse_args().parts or list(losses)
-    if unknown := set(parts) - set(losses):
-        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
-    print_row(TITLES)
-    documents = []
-    for part in parts:
-        documents.append(losses[part]())
-        print_row(documents[-1].values())
-    print_document("nodes", {"machine": machine(), "parts": documents})
+    assert __doc__ is not None
+    report("nodes", __doc__, {"node": loss_of_a_node, "gcs": loss_of_the_gcs})
 
 
 def loss_of_a_node() -> dict[str, Any]:

@@ -43,7 +43,6 @@ PARTS = {
 SIGNALS = {"hung coordinator": signal.SIGSTOP}
 """Those that are sent other signals than SIGKILL."""
 
-TITLES = ("killed", "stream", "pause ms", "served after s", "server")
 START_TIMEOUT_S = 300.0
 RETURN_TIMEOUT_S = 60.0
 AFTERMATH_S = 20.0
@@ -54,17 +53,23 @@ KIND = "seeded"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parts = parser.parse_args().parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
+    assert __doc__ is not None
+    report("parts", __doc__, {part: partial(loss_of, part) for part in PARTS})
+
+
+def report(benchmark: str, description: str, losses: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
+    """Has the losses happen that the command line names, all by default, and prints what `tried` returns of each."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(losses)}; default: all")
+    parts = parser.parse_args().parts or list(losses)
+    if unknown := set(parts) - set(losses):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
-    print_row(TITLES)
+    print_row(["killed", "stream", "pause ms", "served after s", "server"])
     documents = []
     for part in parts:
-        documents.append(loss_of(part))
+        documents.append(losses[part]())
         print_row(documents[-1].values())
-    print_document("parts", {"machine": machine(), "parts": documents})
+    print_document(benchmark, {"machine": machine(), "parts": documents})
 
 
 def loss_of(part: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class EventId:
 
     @staticmethod
     def parsed(text: str, num_completions: int) -> EventId:
-        """Raises InvalidRequestError if it is not the id of an event of a stream of so many completions."""
+        """Raises InvalidRequestError if it is not the id of an event of a stream with that number of completions."""
         match = _ID.fullmatch(text)
         ends = match[3].split(",") if match else ()
         if match is None or len(ends) != num_completions:

@@ -52,7 +52,7 @@ class BodyRoom:
         return timeout in self._sizes
 
     def note(self, timeout: asyncio.Timeout, size: int) -> None:
-        """A body has so many bytes by now. The timeout ends its reading if it is given up."""
+        """Notes the bytes that a body has by now. The timeout ends its reading if it is given up."""
         self._num_bytes += size - self._sizes.get(timeout, 0)
         self._sizes[timeout] = size
         while self._num_bytes > self._most_bytes:

@@ -46,7 +46,7 @@ class LeashPost:
         return self._guarded.dropped
 
     def close(self) -> None:
-        """Frees the port: whoever watches the post is told that it is lost."""
+        """Frees the port. Watchers find the post lost."""
         self._guarded.close()
 
 
