@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from gptj_dist.stages.container import cpu_quota
 
-PATIENCE_S = 1.0
-"""How long to try: a stage that replaces a dead one may start before the kernel has freed the dead one's cores."""
+PATIENCE_S = 0.1
+"""How long to try: a spare may replace a dead stage before the kernel has freed the dead one's cores. Short, since
+every stage waits so long that finds no core: where there are more stages than cores, and after each of their losses."""
 
-_POLL_S = 0.05
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
