@@ -3,9 +3,9 @@
     python -m benchmarks.faults                                             every stage, moment and kind of request
     python -m benchmarks.faults --stages 1 --moments middle --kinds mixed --dtype bfloat16
     gptj-dist synth 6b nine --num-layers 9
-    python -m benchmarks.faults --model nine --layers 1,7,1 --stages 1 --moments middle --kinds greedy --dtype bfloat16
+    python -m benchmarks.faults --model nine --layers 1,7,1 --dtype bfloat16 --streams 1 --stages 1 --moments middle
 
-Starts `gptj-dist serve demo --stages 3`. A case sends eight streams of a kind at once and kills a stage with SIGKILL,
+Starts `gptj-dist serve demo --stages 3`. A case sends some streams of a kind at once and kills a stage with SIGKILL,
 once, at one moment: `idle` just before the streams are sent, `queued` when requests wait, `prefill` while prompts are
 computed and no stream has a token, `first` when one stream has its first token, `middle` when one has 20 tokens, `last`
 when one lacks only its last token. The kind `mixed` has streams of all kinds.
@@ -174,7 +174,7 @@ def main() -> None:
     args = _parser().parse_args()
     faults = [Fault(stage, moment) for stage, moment in product(args.stages, args.moments)]
     options = {"dtype": args.dtype, "spares": args.spares, **({"layers": args.layers} if args.layers else {})}
-    print_document("faults", {"machine": machine(), **measured(faults, args.kinds, options, args.model)})
+    print_document("faults", {"machine": machine(), **measured(faults, args.kinds, options, args.model, args.streams)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,12 +186,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--spares", type=int, default=0, help="as for gptj-dist serve")
     parser.add_argument("--model", default="demo", help="as for gptj-dist serve")
+    parser.add_argument("--streams", type=int, default=NUM_STREAMS, help="of a case (default %(default)s)")
     parser.add_argument("--layers", help="of each of the three stages, such as 1,7,1; as for gptj-dist serve")
     return parser
 
 
 def measured(
-    faults: Sequence[Fault], kinds: Iterable[str], options: Mapping[str, Any], model: str = "demo"
+    faults: Sequence[Fault],
+    kinds: Iterable[str],
+    options: Mapping[str, Any],
+    model: str = "demo",
+    num_streams: int = NUM_STREAMS,
 ) -> dict[str, Any]:
     """Has every fault disturb the streams of every kind.
 
@@ -205,7 +210,7 @@ def measured(
         with serving(options, model) as server:
             for kind, fault in batch:
                 if kind not in usual:
-                    usual[kind] = asyncio.run(_undisturbed(server, kind))
+                    usual[kind] = asyncio.run(_undisturbed(server, _streams(kind, num_streams)))
                     _print_case(f"undisturbed, {kind}", [pause_ms(stream) for stream in usual[kind]])
                 cases.append(_case(server, kind, fault, [stream.content for stream in usual[kind]]))
     undisturbed_ms = [pause_ms(stream) for streams in usual.values() for stream in streams]
@@ -213,7 +218,7 @@ def measured(
         "model": model,
         "options": options,
         "num_kills": len(cases),
-        "num_streams": len(cases) * NUM_STREAMS,
+        "num_streams": len(cases) * num_streams,
         "num_failed": sum(len(case["errors"]) for case in cases),
         "num_different": sum(len(case["different"]) for case in cases),
         "num_missed": sum(case["is_missed"] for case in cases),
@@ -266,13 +271,12 @@ def serving(options: Mapping[str, Any], model: str = "demo") -> Iterator[Server]
             family.kill()
 
 
-def _streams(kind: str) -> list[Stream]:
+def _streams(kind: str, num_streams: int) -> list[Stream]:
     kinds = cycle(KINDS if kind == MIXED else [kind])
-    return [Stream(next(kinds), number) for number in range(NUM_STREAMS)]
+    return [Stream(next(kinds), number) for number in range(num_streams)]
 
 
-async def _undisturbed(server: Server, kind: str) -> list[Stream]:
-    streams = _streams(kind)
+async def _undisturbed(server: Server, streams: list[Stream]) -> list[Stream]:
     await asyncio.gather(*(stream.run(server.base) for stream in streams))
     if errors := _errors(streams):
         sys.exit(f"a stream failed although no stage was killed: {errors[0]}")
@@ -280,7 +284,7 @@ async def _undisturbed(server: Server, kind: str) -> list[Stream]:
 
 
 async def _disturbed(server: Server, kind: str, fault: Fault, pid: int, expected: Sequence[Content]) -> dict[str, Any]:
-    streams = _streams(kind)
+    streams = _streams(kind, len(expected))
     ended = asyncio.gather(*(stream.run(server.base) for stream in streams))
     is_reached = await _wait_for(fault.moment, server, streams, expected, ended)
     server.kill(pid)
