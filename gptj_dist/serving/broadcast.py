@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -24,29 +25,35 @@ class Replies(Generic[T]):
     """The replies of all replicas.
 
     Args:
-        num_silent: number of replicas that failed instead, such as one whose coordinator has just died.
+        num_silent: number of replicas that failed or did not answer instead, such as one that has just died.
     """
 
     given: tuple[T, ...]
     num_silent: int
 
 
-async def ask_all(replicas: DeploymentHandle, kind: type[T], method: str, *arguments: object) -> Replies[T]:
+async def ask_all(
+    replicas: DeploymentHandle, kind: type[T], method: str, *arguments: object, timeout_s: float = TIMEOUT_S
+) -> Replies[T]:
     """Calls a method of every replica.
 
     Args:
         kind: class of the replies.
+        timeout_s: replicas that take longer count as silent.
 
     Raises:
-        NotReadyError: one of them neither answers nor fails.
+        NotReadyError: Serve does not say in time which replicas there are.
     """
     try:
-        response = replicas.broadcast(method, *arguments)
-        results = await response.results_async(timeout_s=TIMEOUT_S, return_exceptions=True)
+        async with asyncio.timeout(timeout_s):
+            # `results_async` has no results at all if one replica hangs.
+            asked = await replicas.broadcast(method, *arguments)._fetch_replica_results_async()
     except DeploymentUnavailableError:  # the deployment has no replicas
         return Replies((), 0)
     except TimeoutError:
-        raise NotReadyError(f"a replica has not answered for {TIMEOUT_S:.0f} s") from None
+        raise NotReadyError(f"Ray Serve has not answered for {timeout_s:g} s") from None
+    answers = (asyncio.wait_for(one.get_async(), timeout_s) for one in asked)
+    results = await asyncio.gather(*answers, return_exceptions=True)
     failures = [result for result in results if not isinstance(result, kind)]
     for failure in failures:
         logger.warning("replica did not answer", extra=values(method=method, error=repr(failure)))

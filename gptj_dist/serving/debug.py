@@ -89,16 +89,37 @@ class PipelineDocument(Snapshot, PipelineFacts):
 
 
 @dataclass(frozen=True, slots=True)
+class DownPipeline:
+    """A pipeline whose coordinator has died or does not answer.
+
+    Args:
+        problem: which process, its cause of death and its last log line, as far as they are known.
+        down_s: for how long it has been down.
+        since: the time in UTC, as in logs.
+    """
+
+    name: str
+    problem: str
+    down_s: float
+    since: str
+
+    def __str__(self) -> str:
+        return f"pipeline {self.name} is down since {self.since} ({self.down_s:.1f} s): {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
 class DebugDocument:
     """All pipelines of the application that answered, sorted by name.
 
     Args:
         num_silent: pipelines that Serve lists but that did not answer, such as those that have just died.
+        down: what is known of pipelines that do not answer, until others take their place.
     """
 
     model: str
     num_silent: int
     pipelines: tuple[PipelineDocument, ...]
+    down: tuple[DownPipeline, ...] = ()
 
     @classmethod
     def from_json(cls, content: bytes | str) -> Self:

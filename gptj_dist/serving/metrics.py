@@ -23,6 +23,7 @@ from gptj_dist.stages.transport.guard import DropCount
 
 if TYPE_CHECKING:
     from gptj_dist.engine.stats import StageWork
+    from gptj_dist.serving.debug import DownPipeline
     from gptj_dist.serving.pipeline import PipelineStatus
 
 FINISH_REASONS = (*FinishReason, "abort")
@@ -75,11 +76,13 @@ class Exposition(Collector):
     Args:
         model: the name that clients see.
         pipelines, ingresses: of the replicas that answered.
+        down: pipelines whose coordinators do not.
     """
 
     model: str
     pipelines: Sequence[PipelineStatus]
     ingresses: Sequence[IngressMetrics]
+    down: Sequence[DownPipeline] = ()
 
     def encoded(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type, in the format that the scraper's `accept` header asks for."""
@@ -158,6 +161,18 @@ def _moves(exposition: Exposition) -> _Rows:
 
 def _ingress_lag(exposition: Exposition) -> _Rows:
     return (((ingress.name,), ingress.loop_lag) for ingress in exposition.ingresses)
+
+
+def _up(exposition: Exposition) -> _Rows:
+    yield from (((pipeline.name,), pipeline.is_up) for pipeline in exposition.pipelines)
+    yield from (((pipeline.name,), 0) for pipeline in exposition.down)
+
+
+def _down(exposition: Exposition) -> _Rows:
+    for pipeline in exposition.pipelines:
+        if pipeline.problem is not None:
+            yield (pipeline.name, pipeline.problem), pipeline.down_s or 0
+    yield from (((pipeline.name, pipeline.problem), pipeline.down_s) for pipeline in exposition.down)
 
 
 def _edges(exposition: Exposition) -> _Rows:
@@ -261,7 +276,8 @@ FAMILIES: Sequence[Family] = (
     _pipeline(
         _GAUGE, "num_plans_in_flight", "Micro-batches on their way through the stages.", lambda p: p.num_in_flight
     ),
-    _pipeline(_GAUGE, "pipeline_up", "1 if the pipeline computes, 0 while its stages are replaced.", lambda p: p.is_up),
+    Family(_GAUGE, "pipeline_up", ("pipeline",), "1 if the pipeline computes, 0 while a process of it is down.", _up),
+    Family(_GAUGE, "pipeline_down_seconds", ("pipeline", "problem"), "For how long it has been down, and why.", _down),
     _pipeline(
         _COUNTER, "pipeline_restarts", "How often the pipeline's stages were replaced.", lambda p: p.num_restarts
     ),

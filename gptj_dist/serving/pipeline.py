@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -38,7 +39,7 @@ from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
-from gptj_dist.stages.loss import StageLoss
+from gptj_dist.stages.loss import StageLoss, StageProcess
 from gptj_dist.stages.trace import TracePart
 from gptj_dist.stages.transport.frames import FrameFault
 
@@ -60,6 +61,7 @@ class PipelineStatus(PipelineFacts):
     """A pipeline now, and its counters since its coordinator started.
 
     Args:
+        actor, process, node_id: the coordinator's; the name of its actor is in Serve's namespace.
         work, coordinator_ns: see `PipelineStats`.
         edge_bytes: see `Ring`; since the stages were joined last.
         port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
@@ -68,6 +70,9 @@ class PipelineStatus(PipelineFacts):
         recovery_time: see `Outages`.
     """
 
+    actor: str
+    process: StageProcess
+    node_id: str
     limits: EngineLimits
     stages: tuple[StageReport, ...]
     requests: RequestTotals
@@ -104,14 +109,15 @@ class Pipeline:
         replica = serve.get_replica_context().replica_id
         self._name: str = replica.unique_id
         self._log = LogSettings(log_format, model_name, self._name, log_level)
-        open_log(log_directory(), self._log, "coordinator")
+        self._process = StageProcess.this(Path(open_log(log_directory(), self._log, "coordinator").baseFilename))
+        self._actor = replica.to_full_id_str()
         self._blueprint = draw_blueprint(config)
         placement = Placement(
             group=ray.util.get_current_placement_group(),
             device=device,
             cpus=cpus_per_stage,
             gpus=gpus_per_stage,
-            name=replica.to_full_id_str(),
+            name=self._actor,
         )
         self._max_queued_requests = config.max_queued_requests
         self._epoch = 0
@@ -123,7 +129,7 @@ class Pipeline:
         self._group, self._loaded = await StageGroup.start(self._blueprint, placement, self._epoch, self._log)
         self._outages = Outages(usual_s=time.monotonic() - began_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
-        self._outbox = FeedOutbox(self._stop_sending, replica.to_full_id_str())
+        self._outbox = FeedOutbox(self._stop_sending, self._actor)
         self._beating = run_in_background("beat of the pipeline", self._beat(), _note_no_beat)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
@@ -205,6 +211,9 @@ class Pipeline:
         """The pipeline's status. Cheap, as `/metrics` and the launcher ask for it again and again."""
         return PipelineStatus(
             **vars(self._facts()),
+            actor=self._actor,
+            process=self._process,
+            node_id=ray.get_runtime_context().get_node_id(),
             limits=self._loaded.limits(),
             stages=self._loaded.reports,
             requests=self._engine.journal.totals,

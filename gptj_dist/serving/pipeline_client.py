@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
@@ -20,19 +22,25 @@ from gptj_dist.engine.record import RequestRecord
 from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError
 from gptj_dist.logs import values
 from gptj_dist.serving.broadcast import Replies, ask_all
-from gptj_dist.serving.debug import PipelineDocument
+from gptj_dist.serving.debug import DownPipeline, PipelineDocument
 from gptj_dist.serving.feed import BEAT_S, FeedInbox, ReplyTo
 from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.moves import JointMoves, lasting
 from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.serving.pipeline_watch import PipelineWatch
 from gptj_dist.stages.background import run_in_background
+from gptj_dist.stages.loss import LastWords, last_words
+from gptj_dist.stages.on_node import on_node
 from gptj_dist.stages.trace import TracePart
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import DropCount
 
 logger = logging.getLogger(__name__)
 
-READY_TIMEOUT_S = 5.0
+READY_TIMEOUT_S, PROVE_AGAIN_S = 5.0, 0.1
+
+ANSWER_S, PROBE_S = 2.0, 0.5
+"""How long a pipeline may take to tell its state, and then to show that its coordinator lives."""
 
 LAST_TOKENS_S = 5.0
 """How long a stream's last tokens may take after the call that made them has returned."""
@@ -51,6 +59,8 @@ class PipelineClient:
         self._on_move = on_move
         self._problem: str | None = None
         self._end: Exception | None = None
+        self._pipelines = PipelineWatch(_Coordinators(handle))
+        self._looking = run_in_background("look at pipelines", self._pipelines.run(), _note_no_look)
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
         self._watcher = run_in_background("watch of pipelines", self._watch(), self._note_failure)
         self._limits: EngineLimits | None = None
@@ -66,6 +76,11 @@ class PipelineClient:
         """Parts of streams that did not arrive in order."""
         return self._feed.faults
 
+    @property
+    def down(self) -> tuple[DownPipeline, ...]:
+        """See `PipelineWatch`."""
+        return self._pipelines.down
+
     def check_health(self) -> None:
         """Raises StageFailedError if no tokens can be received: no more, or none ever."""
         if self._problem is not None:
@@ -74,6 +89,7 @@ class PipelineClient:
     def close(self) -> None:
         """Stops receiving tokens."""
         self._limits_task.cancel()
+        self._looking.cancel()
         self._watcher.cancel()
         self._feed.stop()
 
@@ -108,23 +124,40 @@ class PipelineClient:
             NotReadyError, StageFailedError: no pipeline can generate one.
         """
         self.limits()
+        proving = asyncio.ensure_future(self._prove())
+        failing = asyncio.ensure_future(self._pipelines.none_is_up.wait())
         try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
+            await asyncio.wait((proving, failing), timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                raise NotReadyError(self._pipelines.problem)
+            if not proving.done():
+                raise NotReadyError("no pipeline makes a token right now")
+            proving.result()
+        finally:
+            proving.cancel()
+            failing.cancel()
+            await asyncio.gather(proving, failing, return_exceptions=True)
+
+    async def _prove(self) -> None:
+        """Tries again if a pipeline dies, until another one answers."""
+        while True:
+            try:
                 await self._handle.prove_ready.remote()
-        except (RayError, RayServeException, TimeoutError) as error:
-            if isinstance(error, GPTJDistError):  # Ray raises an actor's error as a subclass of both
-                raise
-            raise NotReadyError("no pipeline makes a token right now") from error
+                return
+            except (RayError, RayServeException) as error:
+                if isinstance(error, GPTJDistError):  # Ray raises an actor's error as a subclass of both
+                    raise
+                await asyncio.sleep(PROVE_AGAIN_S)
 
     async def statuses(self) -> Replies[PipelineStatus]:
         """The status of every pipeline. Raises NotReadyError."""
         self.limits()
-        return await ask_all(self._handle, PipelineStatus, "status")
+        return await ask_all(self._handle, PipelineStatus, "status", timeout_s=ANSWER_S)
 
     async def documents(self) -> Replies[PipelineDocument]:
         """Every pipeline's part of the response of `GET /debug/pipeline`. Raises NotReadyError."""
         self.limits()
-        return await ask_all(self._handle, PipelineDocument, "document")
+        return await ask_all(self._handle, PipelineDocument, "document", timeout_s=ANSWER_S)
 
     async def trace_parts(self) -> Replies[TracePart]:
         """The plans that every pipeline has kept. Raises NotReadyError."""
@@ -154,6 +187,45 @@ class PipelineClient:
             except Exception:
                 logger.exception("no pipeline yet")
                 await asyncio.sleep(1)
+
+
+def _note_no_look(error: Exception) -> None:
+    logger.error("pipelines are no longer looked at", exc_info=error)
+
+
+class _Coordinators:
+    """Implements `Coordinators`: the replicas behind a handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._actors: dict[str, Any] = {}
+
+    async def statuses(self) -> Sequence[PipelineStatus]:
+        try:
+            given = (await ask_all(self._handle, PipelineStatus, "status", timeout_s=ANSWER_S)).given
+        except (NotReadyError, RayError, RayServeException):
+            return ()
+        for status in given:
+            if status.name not in self._actors:
+                with suppress(ValueError):  # it has just died
+                    self._actors[status.name] = await asyncio.to_thread(ray.get_actor, status.actor, "serve")
+        return given
+
+    async def death_report(self, status: PipelineStatus) -> str | None:
+        if (actor := self._actors.pop(status.name, None)) is None:
+            return ""
+        try:
+            async with asyncio.timeout(PROBE_S):
+                await actor.__ray_ready__.remote()
+        except ActorDiedError as error:
+            return str(error)
+        except (TimeoutError, RayError):
+            self._actors[status.name] = actor
+            raise TimeoutError from None
+        return None
+
+    async def last_words(self, status: PipelineStatus) -> LastWords | None:
+        return await on_node(status.node_id, last_words, status.process)
 
 
 def _end_replica(name: str) -> bool:

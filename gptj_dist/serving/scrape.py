@@ -37,7 +37,7 @@ class Scrape:
             _given(self._pipelines.statuses()), _given(ask_all(self._ingresses, IngressMetrics, "metrics"))
         )
         others = (ingress for ingress in ingresses if ingress.name != self._own.name)
-        return Exposition(self._model, pipelines, [self._own, *others])
+        return Exposition(self._model, pipelines, [self._own, *others], self._pipelines.down)
 
 
 async def _given(replies: Awaitable[Replies[T]]) -> tuple[T, ...]:

@@ -12,6 +12,7 @@ __all__ = [
     "group",
     "local",
     "loss",
+    "on_node",
     "runner",
     "stopwatch",
     "trace",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -32,7 +32,8 @@ from gptj_dist.stages.blueprint import (
     require_equal_bits,
     require_memory,
 )
-from gptj_dist.stages.loss import StageLoss, StageProcess, death_cause, end_process, last_words
+from gptj_dist.stages.loss import StageLoss, death_cause, end_process, last_words
+from gptj_dist.stages.on_node import on_node
 from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.ring import Ring
@@ -42,10 +43,7 @@ from gptj_dist.stages.transport.leash import LeashPost
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 ACTOR_NAME_PREFIX = "gptj-dist"
-NODE_TIMEOUT_S = 10.0
 
 PLACEMENT_TIMEOUT_S = 600.0
 """How long the cluster may take to find room for all stages and to start their processes."""
@@ -255,7 +253,7 @@ class StageGroup:
         self._dropped[index] = member.placed
         ray.kill(member.actor)
         # A process that hangs does not read Ray's message.
-        ending = asyncio.create_task(_on_node(member.placed, end_process))
+        ending = asyncio.create_task(on_node(member.placed.node_id, end_process, member.placed.process))
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
 
@@ -317,26 +315,12 @@ async def _answer(index: int, placed: PlacedStage, call: Any) -> Any:
 
 
 async def _loss(index: int, placed: PlacedStage, error: Exception) -> StageLoss:
-    words = await _on_node(placed, last_words)
+    words = await on_node(placed.node_id, last_words, placed.process)
     is_known = isinstance(error, ray.exceptions.RayTaskError) or (
         words is not None and isinstance(error, StageHungError)
     )
     cause = summary(error) if is_known else death_cause(words, str(error))
     return StageLoss(index, cause, placed.process.host, placed.process.pid, None if words is None else words.log_line)
-
-
-async def _on_node(placed: PlacedStage, function: Callable[[StageProcess], T]) -> T | None:
-    """Calls a function of a stage's process on its node; returns None if the node is gone."""
-    if placed.node_id == ray.get_runtime_context().get_node_id():
-        return function(placed.process)
-    there = NodeAffinitySchedulingStrategy(placed.node_id, soft=False)
-    task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
-    try:
-        async with asyncio.timeout(NODE_TIMEOUT_S):
-            answer: T = await task.remote(placed.process)
-            return answer
-    except (TimeoutError, ray.exceptions.RayError):
-        return None
 
 
 def _stage_actor(placement: Placement, index: int, epoch: int) -> Any:

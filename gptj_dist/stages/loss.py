@@ -1,4 +1,4 @@
-"""What can be learnt about a stage that has died: the cause, and the last line that it logged. Ends one that hangs."""
+"""What can be learnt about a stage or a coordinator that has died: the cause, and its last log line. Ends hung ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OUT_OF_MEMORY = "was killed by SIGKILL, it seems by the kernel, which has kille
 
 @dataclass(frozen=True, slots=True)
 class StageProcess:
-    """A stage's process, and where it writes.
+    """The process of a stage or a coordinator, and where it writes.
 
     Args:
         host: name of its machine.
@@ -111,7 +111,7 @@ def death_cause(words: LastWords | None, report: str) -> str:
 
     Args:
         words: None if its node did not answer.
-        report: what Ray says about it.
+        report: what Ray says about it; may be empty.
     """
     if words is None:
         return "was lost with its node, which does not answer"
@@ -124,7 +124,7 @@ def death_cause(words: LastWords | None, report: str) -> str:
     if _NO_TRACE in report:
         return _OUT_OF_MEMORY if words.saw_oom_kill else _KILLED
     lines = [line for line in report.splitlines() if not line.startswith("\t")]
-    return f"died: {' '.join(lines)}"[:MAX_LINE_CHARACTERS]
+    return f"died: {' '.join(lines)}"[:MAX_LINE_CHARACTERS] if lines else "ended"
 
 
 def _begin_of(pid: int) -> int | None:

@@ -126,7 +126,7 @@ def _flat(logprobs: dict[str, Any] | None) -> list[Any]:
 def test_every_client_gets_the_same_text_as_if_the_coordinator_had_not_died(server: Server) -> None:
     stop = ask(server, *REQUESTS["greedy"], threading.Event())["0"]["text"][-12:]
     requests = {**REQUESTS, "stop": (COMPLETIONS, {**PROMPT, "temperature": 0, "stop": [stop]})}
-    with ThreadPoolExecutor(len(requests)) as clients:
+    with ThreadPoolExecutor(len(requests) + 1) as clients:
 
         def ask_all() -> tuple[dict[str, Future[dict[str, Any]]], list[threading.Event]]:
             begun = {name: threading.Event() for name, (_, body) in requests.items() if body["stream"]}
@@ -143,8 +143,10 @@ def test_every_client_gets_the_same_text_as_if_the_coordinator_had_not_died(serv
         before = max((server.status() for _ in range(NUM_LOOKS)), key=lambda status: status.num_running)
         os.kill(before.pid, signal.SIGKILL)
         is_over = {name: answer.done() for name, answer in answers.items()}
+        told = clients.submit(wait_until, lambda: is_told(server, before.name), "the loss is told")
         pids = [stage.pid for stage in before.stages]
         wait_until(lambda: not any(map(is_alive, pids)), "orphaned stages are gone", timeout_s=STAGES_END_S)
+        told.result()
         assert before.num_running > 0
         assert not any(is_over.values()), "streams ended before the coordinator died"
         for name, answer in answers.items():
@@ -175,6 +177,15 @@ def test_every_client_gets_the_rest_of_its_stream_when_the_ingress_has_died(serv
         for name, answer in answers.items():
             assert answer.result() == undisturbed[name], name
     server.wait_until_idle()
+
+
+def is_told(server: Server, pipeline: str) -> bool:
+    """Whether metrics, the state, and `/ready` if no other pipeline is up, say why the pipeline is down."""
+    ready, metrics = server.client.get("/ready"), server.client.get("/metrics").text
+    down = [one for one in server.client.get("/debug/pipeline").json()["down"] if one["name"] == pipeline]
+    told = [one["problem"] for one in down if "SIGKILL" in one["problem"] and "log line: " in one["problem"]]
+    assert server.client.get("/health").status_code == 200
+    return bool(told and "SIGKILL" in metrics and (pipelines(server) or "SIGKILL" in ready.text))
 
 
 def ingress_pid() -> int:

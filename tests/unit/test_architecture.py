@@ -47,7 +47,7 @@ THIRD_PARTY_OF = {
     "checkpoint": {"torch", "huggingface_hub"},
     "answers": {"pydantic", "pydantic_core"},
 }
-RAY_MODULES = {"stages.actor", "stages.group", "stages.ray_errors"}
+RAY_MODULES = {"stages.actor", "stages.group", "stages.on_node", "stages.ray_errors"}
 RAY_UNITS = {"serving", "operate", "cli"}
 
 

@@ -18,8 +18,10 @@ from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.stats import StageWork
+from gptj_dist.serving.debug import DownPipeline
 from gptj_dist.serving.metrics import FAMILIES, Exposition, IngressMetrics
 from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.token_rules import TokenRules
 
@@ -50,6 +52,9 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         num_blocks=40,
         num_preemptions=4,
         num_restarts=5,
+        actor=f"actor of {name}",
+        process=StageProcess("alpha", 7, None, None, None),
+        node_id="node",
         limits=EngineLimits(TokenRules(50), 100, 640, 4),
         stages=(),
         requests=requests,
@@ -75,7 +80,9 @@ def ingress(name: str) -> IngressMetrics:
 
 @pytest.fixture(scope="module")
 def exposition() -> Exposition:
-    return Exposition("demo", [pipeline("p", 21), pipeline("q", 1)], [ingress("i"), ingress("j")])
+    q = replace(pipeline("q", 1), state="restarting", problem="stage 1 died", down_s=1.5)
+    down = DownPipeline("r", "its coordinator ended", 2.5, "2026-11-29T17:00:00.000Z")
+    return Exposition("demo", [pipeline("p", 21), q], [ingress("i"), ingress("j")], [down])
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +121,10 @@ def test_the_numbers_are_those_of_each_replica(
         ("num_preemptions_total", labels(pipeline="p")): 4,
         ("num_plans_in_flight", labels(pipeline="p")): 1,
         ("pipeline_up", labels(pipeline="p")): 1,
+        ("pipeline_up", labels(pipeline="q")): 0,
+        ("pipeline_up", labels(pipeline="r")): 0,
+        ("pipeline_down_seconds", labels(pipeline="q", problem="stage 1 died")): 1.5,
+        ("pipeline_down_seconds", labels(pipeline="r", problem="its coordinator ended")): 2.5,
         ("pipeline_restarts_total", labels(pipeline="p")): 5,
         ("coordinator_busy_seconds_total", labels(pipeline="p")): 2,
         ("stage_busy_seconds_total", labels(pipeline="p", stage="1")): 0.014,

@@ -14,17 +14,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import RequestCancelledError
 
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import new_records
 from gptj_dist.errors import InvalidRequestError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.serving import pipeline_client
 from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
 from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.pipeline_client import PipelineClient, _Call
-from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, until
+from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, turns, until
 
 PARAMS = SamplingParams(max_tokens=9, seed=6)
 NUM_CHOICES = 3
@@ -241,6 +243,21 @@ class FirstPipeline:
         return self._answer
 
 
+class ReadyHandle(FirstPipeline):
+    """A handle to pipelines whose proofs end as told; the last one hangs."""
+
+    def __init__(self, *proofs: Exception | None) -> None:
+        super().__init__(SimpleNamespace(limits=LIMITS))
+        self.proofs = list(proofs)
+        self.prove_ready = SimpleNamespace(remote=self._prove)
+
+    async def _prove(self) -> None:
+        if not self.proofs:
+            await asyncio.Event().wait()
+        if (error := self.proofs.pop(0)) is not None:
+            raise error
+
+
 @pytest.fixture
 def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
@@ -273,5 +290,60 @@ def test_if_the_wait_for_the_first_pipeline_ends_the_health_check_fails() -> Non
         with pytest.raises(StageFailedError, match="does not find the pipelines"):
             client.check_health()
         client.close()
+
+    run(scenario())
+
+
+@asynccontextmanager
+async def asked_if_ready(*proofs: Exception | None) -> AsyncIterator[PipelineClient]:
+    handle: Any = ReadyHandle(*proofs)
+    client = PipelineClient(handle)
+    async with asyncio.timeout(TIMEOUT_S):
+        await until(client._limits_task.done)
+        yield client
+    client.close()
+
+
+@pytest.mark.usefixtures("on_loopback")
+def test_a_pipeline_that_dies_while_it_proves_that_it_is_ready_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_client, "PROVE_AGAIN_S", 0.0)
+
+    async def scenario() -> None:
+        async with asked_if_ready(ActorDiedError(), None) as client:
+            await client.prove_ready()
+        why = RayTaskError("prove_ready", "", NotReadyError("has lost a stage")).as_instanceof_cause()
+        async with asked_if_ready(why) as client:
+            with pytest.raises(NotReadyError) as raised:
+                await client.prove_ready()
+            assert str(raised.value.args[0]) == "has lost a stage"
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("on_loopback")
+@pytest.mark.parametrize("is_known_before", [True, False])
+def test_while_no_coordinator_answers_the_reason_is_told_at_once(is_known_before: bool) -> None:
+    async def scenario() -> None:
+        async with asked_if_ready(ActorDiedError()) as client:
+            if is_known_before:
+                client._pipelines.none_is_up.set()
+            asking = asyncio.create_task(client.prove_ready())
+            await turns()
+            assert asking.done() == is_known_before
+            client._pipelines.none_is_up.set()
+            with pytest.raises(NotReadyError, match="no pipeline is up: Ray Serve has to start one"):
+                await asking
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("on_loopback")
+def test_a_proof_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_client, "READY_TIMEOUT_S", 0.0)
+
+    async def scenario() -> None:
+        async with asked_if_ready() as client:
+            with pytest.raises(NotReadyError, match="no pipeline makes a token right now"):
+                await client.prove_ready()
 
     run(scenario())

@@ -26,6 +26,7 @@ PRIVATE_NAMES = {
     "torch.ops.mkldnn._linear_pointwise.default._op": "model/linear.py: multiplies by a packed weight",
     "torch.ops.mkldnn._linear_pointwise.binary._op": "model/linear.py: the same with a residual",
     "ray.serve._private.replica.add_port_to_grpc_server": "serving/loopback.py: keeps a replica's port off other nodes",
+    "ray.serve.handle.DeploymentBroadcastResponse._fetch_replica_results_async": "serving/broadcast.py: replies",
     "ray.serve.context._get_global_client": "operate/launch/cluster.py: whether Serve runs in this process",
     "ray._private.worker._global_node": "operate/launch/local_ray.py: the local Ray of this process",
     "huggingface_hub.utils._http": "checkpoint/hub.py: the logger of its advice",

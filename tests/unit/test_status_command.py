@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gptj_dist.cli.server.server_state import ServerState
 from gptj_dist.cli.server.status_view import render
-from gptj_dist.serving.debug import DebugDocument
+from gptj_dist.serving.debug import DebugDocument, DownPipeline
 from gptj_dist.stages.loss import StageLoss
 from tests.fake_server import Call, Reply, fake_server, refused
 from tests.unit.test_top import DOCUMENT, PIPELINE
@@ -134,8 +134,10 @@ def test_no_line_is_wider_than_the_terminal_and_no_row_is_broken(width: int) -> 
 
 def test_pipelines_are_added_up_and_those_that_are_silent_counted() -> None:
     restarting = replace(PIPELINE, name="ef56", state="restarting")
-    debug = replace(DOCUMENT, pipelines=(PIPELINE, restarting), num_silent=1)
+    down = DownPipeline("cd34", "its coordinator (pid 12 on alpha) ended", 2.5, "2026-11-29T17:00:00.000Z")
+    debug = replace(DOCUMENT, pipelines=(PIPELINE, restarting), num_silent=1, down=(down,))
     text = " ".join(" ".join(drawn(debug, 120)).split())
     assert "64 running, 800 waiting, 2,468 tokens/s out, 22,000 in, KV 25.0% in use" in text
     assert "1 more pipeline gave no answer" in text
+    assert f"pipeline cd34 is down since {down.since} (2.5 s): {down.problem}" in text
     assert "ef56 restarting 0 0-14 NVIDIA A100-SXM4-80GB float32 head 123 MB of 1.0 GB" in text

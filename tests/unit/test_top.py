@@ -9,6 +9,8 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,14 @@ from gptj_dist.cli.server.top_view import render
 from gptj_dist.config import LayerRange
 from gptj_dist.engine.stats import Snapshot, StageSnapshot
 from gptj_dist.errors import NotReadyError
-from gptj_dist.serving.debug import DebugDocument, PipelineDocument, PipelineFacts, StageDocument, pipeline_document
+from gptj_dist.serving.debug import (
+    DebugDocument,
+    DownPipeline,
+    PipelineDocument,
+    PipelineFacts,
+    StageDocument,
+    pipeline_document,
+)
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
 from gptj_dist.stages.loss import StageLoss
 from tests.fake_server import FakeServer, Reply, fake_server
@@ -130,11 +139,13 @@ def test_the_head_says_what_goes_on_and_mentions_trouble_only_when_there_is_some
     troubled = replace(
         PIPELINE, state="restarting", num_preemptions=3, num_restarts=1, problem="stage 1 died", down_s=1.25
     )
-    document = replace(DOCUMENT, num_silent=1, pipelines=(PIPELINE, troubled))
+    down = DownPipeline("ef56", "its coordinator (pid 12 on alpha) ended", 2.5, "2026-11-29T17:00:00.000Z")
+    document = replace(DOCUMENT, num_silent=1, pipelines=(PIPELINE, troubled), down=(down,))
     text = "\n".join(drawn(document, 120))
     assert "demo  2 pipelines  1 gave no answer" in text
     assert "restarting  32 running, 400 waiting, 5 in flight, 3 preempted, 1 restarted" in text
     assert "down for 1.2 s: stage 1 died" in text
+    assert f"pipeline ef56 is down since {down.since} (2.5 s): {down.problem}" in text
 
 
 def answering(status: int, body: bytes) -> AbstractContextManager[FakeServer]:
@@ -248,8 +259,11 @@ def test_top_loads_neither_torch_nor_ray() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+HANGS = "hangs"
+
+
 class FakeHandle:
-    """A handle to pipelines that answer or fail as told; an exception as the whole is raised."""
+    """A handle to pipelines that answer, fail or hang as told; an exception as the whole is raised."""
 
     def __init__(self, results: list[Any] | Exception) -> None:
         self._results = results
@@ -258,15 +272,18 @@ class FakeHandle:
         del method, arguments
         return self
 
-    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
-        assert timeout_s > 0
-        assert return_exceptions
+    async def _fetch_replica_results_async(self) -> list[Any]:
         if isinstance(self._results, Exception):
             raise self._results
-        return self._results
+        return [SimpleNamespace(get_async=partial(self._answer, result)) for result in self._results]
+
+    async def _answer(self, result: Any) -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return await asyncio.Event().wait() if result is HANGS else result
 
 
-def test_pipelines_that_died_are_counted_and_none_at_all_is_no_error() -> None:
+def test_pipelines_that_died_or_hang_are_counted_and_none_at_all_is_no_error() -> None:
     from ray.serve._private.common import DeploymentID
     from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -274,9 +291,9 @@ def test_pipelines_that_died_are_counted_and_none_at_all_is_no_error() -> None:
     from gptj_dist.stages.trace import TracePart
 
     part = TracePart("a", (), ())
-    handle: Any = FakeHandle([part, ConnectionError("gone"), part])
-    answers = asyncio.run(ask_all(handle, TracePart, "trace_part", {}))
-    assert (answers.given, answers.num_silent) == ((part, part), 1)
+    handle: Any = FakeHandle([part, ConnectionError("gone"), HANGS, part])
+    answers = asyncio.run(ask_all(handle, TracePart, "trace_part", {}, timeout_s=0.05))
+    assert (answers.given, answers.num_silent) == ((part, part), 2)
     handle = FakeHandle(DeploymentUnavailableError(DeploymentID("Pipeline")))
     assert asyncio.run(ask_all(handle, TracePart, "trace_part", {})).given == ()
     handle = FakeHandle(TimeoutError())

@@ -7,6 +7,7 @@ import resource
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from tests.waiting import wait_until
 
 PLANS_A_VISIT = 20
 ROOM_BYTES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One replica's."""
+
+    given: TracePart
+
+    async def get_async(self) -> TracePart:
+        return self.given
 
 
 class Pipelines:
@@ -38,12 +49,12 @@ class Pipelines:
         self._since = dict(since)
         return self
 
-    async def results_async(self, **_: object) -> list[TracePart]:
+    async def _fetch_replica_results_async(self) -> list[Answer]:
         self.num_visits += 1
         if self.num_visits in self._silent_visits:
             raise TimeoutError
         first = self._since.get("a", 0)
-        return [part(first, first + PLANS_A_VISIT)]
+        return [Answer(part(first, first + PLANS_A_VISIT))]
 
 
 @contextmanager

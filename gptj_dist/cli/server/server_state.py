@@ -39,6 +39,7 @@ class ServerState:
             "version": self.version,
             "models": list(self.models),
             "pipelines": [] if self.debug is None else list(map(asdict, self.debug.pipelines)),
+            "down": [] if self.debug is None else list(map(asdict, self.debug.down)),
         }
 
 

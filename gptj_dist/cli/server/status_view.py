@@ -32,6 +32,8 @@ def render(state: ServerState, width: int) -> RenderableType:
     rows.add_row("server", Text.assemble((state.base, "bold"), "  ", ready))
     rows.add_row("version", Text(state.version or "not reported"))
     rows.add_row("models", Text(", ".join(state.models) or "none"))
+    for pipeline in () if state.debug is None else state.debug.down:
+        rows.add_row("", Text(str(pipeline), "yellow"))
     if state.debug is None or not state.debug.pipelines:
         return rows
     rows.add_row("load", _load(state.debug.pipelines))

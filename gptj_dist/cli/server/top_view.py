@@ -50,7 +50,7 @@ def render(document: DebugDocument, width: int) -> RenderableType:
     title = Text.assemble((document.model, "bold"), f"  {number} {'pipeline' if number == 1 else 'pipelines'}")
     if document.num_silent:
         title.append(f"  {document.num_silent} gave no answer", "yellow")
-    parts: list[RenderableType] = [title]
+    parts: list[RenderableType] = [title, *(Text(str(pipeline), "bold yellow") for pipeline in document.down)]
     for pipeline in document.pipelines:
         parts += [Text(), *_head(pipeline), Text(), _stages(pipeline, width)]
     return Group(*parts, Text(), _legend())

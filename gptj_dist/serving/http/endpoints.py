@@ -170,7 +170,8 @@ class Endpoints:
     async def debug_pipeline(self, _: Request) -> Response:
         answers = await self._pipelines.documents()
         pipelines = tuple(sorted(answers.given, key=lambda pipeline: pipeline.name))
-        return JSONResponse(asdict(DebugDocument(self._names[0], answers.num_silent, pipelines)))
+        document = DebugDocument(self._names[0], answers.num_silent, pipelines, self._pipelines.down)
+        return JSONResponse(asdict(document))
 
     async def debug_trace(self, _: Request) -> Response:
         parts = (await self._pipelines.trace_parts()).given

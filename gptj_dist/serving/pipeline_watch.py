@@ -1,0 +1,147 @@
+"""What an ingress knows of its pipelines: which of them are down, why and since when.
+
+A pipeline's coordinator reports lost stages, but not that it has died itself, or hangs. So each ingress asks all of
+them again and again. Knows Ray only by `Coordinators`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from gptj_dist.logs import time_text, values
+from gptj_dist.serving.debug import DownPipeline
+from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.stages.loss import LastWords, death_cause
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+MAX_DOWN = 16
+SILENT = "does not answer"
+NO_PIPELINE = "no pipeline is up: Ray Serve has to start one"
+
+
+class Coordinators(Protocol):
+    """The coordinators' processes."""
+
+    async def statuses(self) -> Sequence[PipelineStatus]:
+        """Of the pipelines that take requests, as far as they answer."""
+
+    async def death_report(self, status: PipelineStatus) -> str | None:
+        """What Ray says of the death of a coordinator; None if it lives. Raises TimeoutError if it does not answer."""
+
+    async def last_words(self, status: PipelineStatus) -> LastWords | None:
+        """What a dead coordinator has written; None if its node does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outage:
+    """The outage of a pipeline; `cause` continues "its coordinator"."""
+
+    status: PipelineStatus
+    cause: str
+    began_s: float
+    began_at: str
+    is_dead: bool = False
+    last_log_line: str | None = None
+
+    @property
+    def problem(self) -> str:
+        process = self.status.process
+        last = "" if self.last_log_line is None else f"; its last log line: {self.last_log_line}"
+        return f"its coordinator (pid {process.pid} on {process.host}) {self.cause}{last}"
+
+
+class PipelineWatch:
+    """Made on a running event loop.
+
+    Args:
+        clock: seconds, monotonic.
+
+    Attributes:
+        none_is_up: set while no pipeline takes requests and answers; not before the first one has.
+    """
+
+    def __init__(self, coordinators: Coordinators, clock: Callable[[], float] = time.monotonic) -> None:
+        self._coordinators = coordinators
+        self._clock = clock
+        self._known: dict[str, PipelineStatus] = {}
+        self._outages: dict[str, _Outage] = {}
+        self._readers: set[asyncio.Task[None]] = set()
+        self._has_begun = False
+        self.none_is_up = asyncio.Event()
+
+    @property
+    def down(self) -> tuple[DownPipeline, ...]:
+        """The pipelines whose coordinators have died or do not answer, until others take their place."""
+        now_s = self._clock()
+        return tuple(
+            DownPipeline(name, outage.problem, round(now_s - outage.began_s, 3), outage.began_at)
+            for name, outage in self._outages.items()
+        )
+
+    @property
+    def problem(self) -> str:
+        """Why no pipeline is up, as far as it is known."""
+        return "; ".join(map(str, self.down)) or NO_PIPELINE
+
+    async def run(self) -> None:
+        """Looks again and again."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Asks all pipelines, and finds out what has become of those that do not answer any more."""
+        statuses = {status.name: status for status in await self._coordinators.statuses()}
+        for name, status in statuses.items():
+            if name not in self._known:
+                self._forget_one()
+            self._known[name] = status
+            self._outages.pop(name, None)
+        silent = [status for name, status in self._known.items() if name not in statuses]
+        await asyncio.gather(*map(self._examine, silent))
+        if self._known.keys() - self._outages.keys():
+            self.none_is_up.clear()
+            self._has_begun = True
+        elif self._has_begun:
+            self.none_is_up.set()
+
+    async def _examine(self, status: PipelineStatus) -> None:
+        try:
+            report = await self._coordinators.death_report(status)
+        except TimeoutError:
+            if status.name not in self._outages:
+                self._note(_Outage(status, SILENT, self._clock(), time_text(time.time())))
+            return
+        del self._known[status.name]
+        began = self._outages.pop(status.name, _Outage(status, SILENT, self._clock(), time_text(time.time())))
+        if report is not None:  # else Serve stops it
+            self._note(replace(began, cause=death_cause(LastWords(), report), is_dead=True))
+            reader = asyncio.create_task(self._read_words(status, report))
+            self._readers.add(reader)
+            reader.add_done_callback(self._readers.discard)
+
+    async def _read_words(self, status: PipelineStatus, report: str) -> None:
+        """Adds what the process has written, for which another node may need a while."""
+        words = await self._coordinators.last_words(status)
+        outage = self._outages.get(status.name)
+        if outage is not None:
+            line = None if words is None else words.log_line
+            self._note(replace(outage, cause=death_cause(words, report), last_log_line=line))
+
+    def _note(self, outage: _Outage) -> None:
+        self._outages[outage.status.name] = outage
+        if len(self._outages) > MAX_DOWN:
+            self._forget_one()
+        logger.error("pipeline down", extra=values(pipeline=outage.status.name, problem=outage.problem))
+
+    def _forget_one(self) -> None:
+        """Forgets the pipeline that died first: another one has taken its place."""
+        if (name := next((name for name, outage in self._outages.items() if outage.is_dead), None)) is not None:
+            del self._outages[name]

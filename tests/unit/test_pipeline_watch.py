@@ -1,0 +1,184 @@
+"""A coordinator that dies or hangs: what is told of it, why and since when, until another one takes its place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.serving.pipeline_watch import MAX_DOWN, PipelineWatch
+from gptj_dist.stages.loss import LastWords
+from tests.unit.test_async_engine import turns
+from tests.unit.test_loss import KILLED
+from tests.unit.test_metrics import pipeline
+
+TIMEOUT_S = 20
+LIVES, HANGS, STOPS = "lives", "hangs", "stops"
+WHO = "its coordinator (pid 7 on alpha)"
+
+
+@dataclass
+class Coordinators:
+    """As told.
+
+    Args:
+        states: by pipeline: `LIVES`, `HANGS`, `STOPS`, or what Ray says of its death.
+        words: what dead ones have written; None if their node is gone.
+        may_read: set when the words can be read.
+    """
+
+    states: dict[str, str]
+    words: LastWords | None = field(default_factory=lambda: LastWords("step 12 begins"))
+    may_read: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.may_read.set()
+
+    async def statuses(self) -> Sequence[PipelineStatus]:
+        return [pipeline(name) for name, state in self.states.items() if state == LIVES]
+
+    async def death_report(self, status: PipelineStatus) -> str | None:
+        state = self.states[status.name]
+        if state == HANGS:
+            raise TimeoutError
+        return None if state in (LIVES, STOPS) else state
+
+    async def last_words(self, status: PipelineStatus) -> LastWords | None:
+        assert status.process.pid == 7
+        await self.may_read.wait()
+        return self.words
+
+
+class Rig:
+    """A watch of coordinators, on a clock that stands."""
+
+    def __init__(self, **states: str) -> None:
+        self.now_s = 100.0
+        self.coordinators = Coordinators(states)
+        self.watch = PipelineWatch(self.coordinators, lambda: self.now_s)
+
+    async def look(self, **states: str) -> None:
+        self.coordinators.states |= states
+        await self.watch.look()
+        await turns()
+
+    @property
+    def problems(self) -> dict[str, str]:
+        return {down.name: down.problem for down in self.watch.down}
+
+    @property
+    def none_is_up(self) -> bool:
+        return self.watch.none_is_up.is_set()
+
+
+def run(scenario: Coroutine[None, None, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, TIMEOUT_S))
+
+
+def test_a_dead_coordinator_is_told_with_its_cause_its_last_line_and_the_time_until_another_is_there() -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        await rig.look()
+        assert (rig.problems, rig.none_is_up) == ({}, False)
+        rig.coordinators.may_read.clear()
+        await rig.look(a=KILLED)
+        (down,) = rig.watch.down
+        assert down.problem.startswith(f"{WHO} was killed by SIGKILL")
+        assert "log line" not in down.problem
+        rig.coordinators.may_read.set()
+        rig.now_s += 2.5
+        await turns()
+        (down,) = rig.watch.down
+        assert down.problem.endswith("; its last log line: step 12 begins")
+        assert (rig.none_is_up, down.down_s) == (True, 2.5)
+        assert rig.watch.problem == f"pipeline a is down since {down.since} (2.5 s): {down.problem}"
+        await rig.look()
+        assert rig.watch.down == (down,)
+        await rig.look(b=LIVES)
+        assert (rig.problems, rig.none_is_up) == ({}, False)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("words", "report", "cause"),
+    [
+        (LastWords(None, "Segmentation fault"), KILLED, "crashed: Segmentation fault"),
+        (LastWords(None, None, saw_oom_kill=True), KILLED, "was killed by SIGKILL, it seems by the kernel, which has"),
+        (LastWords(), "Worker exits with an exit code 3.", "exited with code 3"),
+        (LastWords(), "", "ended"),
+        (None, "The node died.", "was lost with its node, which does not answer"),
+    ],
+)
+def test_the_cause_is_found_as_for_stages(words: LastWords | None, report: str, cause: str) -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        rig.coordinators.words = words
+        await rig.look()
+        await rig.look(a=report)
+        assert rig.problems["a"].startswith(f"{WHO} {cause}")
+
+    run(scenario())
+
+
+def test_a_coordinator_that_hangs_is_told_until_it_answers_and_its_death_is_since_then() -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        await rig.look()
+        await rig.look(a=HANGS)
+        assert (rig.problems, rig.none_is_up) == ({"a": f"{WHO} does not answer"}, True)
+        await rig.look(a=LIVES)
+        assert (rig.problems, rig.none_is_up) == ({}, False)
+        await rig.look(a=HANGS)
+        (silent,) = rig.watch.down
+        rig.now_s += 8
+        await rig.look(a=KILLED)
+        (dead,) = rig.watch.down
+        assert (dead.down_s, dead.since) == (8, silent.since)
+        assert "SIGKILL" in dead.problem
+
+    run(scenario())
+
+
+def test_while_another_pipeline_is_up_the_server_is_and_the_dead_one_is_told_all_the_same() -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES, b=LIVES)
+        await rig.look()
+        await rig.look(b=KILLED)
+        assert (list(rig.problems), rig.none_is_up) == (["b"], False)
+        await rig.look(a=HANGS)
+        assert (list(rig.problems), rig.none_is_up) == (["b", "a"], True)
+        await rig.look(c=LIVES)
+        assert (list(rig.problems), rig.none_is_up) == (["a"], False)
+
+    run(scenario())
+
+
+def test_a_pipeline_that_serve_stops_is_no_loss() -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        await rig.look()
+        await rig.look(a=STOPS)
+        await rig.look(a=KILLED)
+        assert (rig.problems, rig.none_is_up) == ({}, True)
+        assert rig.watch.problem == "no pipeline is up: Ray Serve has to start one"
+        await rig.look(a=LIVES)
+        assert not rig.none_is_up
+
+    run(scenario())
+
+
+def test_before_the_first_pipeline_nothing_is_told_and_many_losses_are_bounded() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        await rig.look()
+        assert (rig.problems, rig.none_is_up) == ({}, False)
+        names = [f"p{number}" for number in range(MAX_DOWN + 4)]
+        await rig.look(**dict.fromkeys(names, LIVES))
+        await rig.look(**dict.fromkeys(names, KILLED))
+        assert list(rig.problems) == names[4:]
+
+    run(scenario())
