@@ -19,10 +19,11 @@ DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 PYTEST := env -u MAKEFLAGS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=25
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
-# Compiled tests are kept, or each process would compile them all.
+# Modules are compiled when they are first imported: pip would compile all 19,000 files, one after another.
+export PIP_COMPILE := 0
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test quick lint style types test-without-ray test-with-ray test-alone bench eval audit clean
+.PHONY: serve test quick lint style types test-without-ray test-with-ray bench eval audit clean
 
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
@@ -31,16 +32,12 @@ serve: $(RUNTIME)
 test: style
 	$(MAKE) --jobs 2 --output-sync=target types test-without-ray
 	$(MAKE) test-with-ray
-	$(MAKE) test-alone
 
 test-without-ray: $(DEVELOPMENT)
 	$(PYTEST) $(WORKERS) -m "not ray"
 
 test-with-ray: $(DEVELOPMENT)
-	$(PYTEST) $(WORKERS) -m "ray and not alone" tests/http tests/ray
-
-test-alone: $(DEVELOPMENT)
-	$(PYTEST) -m alone tests/http
+	$(PYTEST) $(WORKERS) -m ray tests/http tests/ray
 
 # All but what starts Ray and the long comparisons of numbers.
 quick: lint

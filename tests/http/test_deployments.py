@@ -29,7 +29,7 @@ from gptj_dist.stages.group import ACTOR_NAME_PREFIX
 from tests.http.server import Server, free_port, local_ray, serve_http
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone]
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "deployments").glob("*.yaml"))

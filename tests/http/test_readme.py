@@ -16,7 +16,7 @@ from tests.http.command import ROOT, STOP_LIMIT_S, Command, running
 from tests.http.server import free_port
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone]
+pytestmark = pytest.mark.ray
 
 README = (ROOT / "README.md").read_text()
 ENVIRONMENT = Path(sys.prefix)

@@ -16,7 +16,7 @@ from tests.http.server import Server, serving
 from tests.verbs import command_line, environment, run_verb
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone]
+pytestmark = pytest.mark.ray
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
