@@ -25,6 +25,9 @@ BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
 MAX_SPARES = 16
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
+DEFAULT_MAX_QUEUED_TOKENS = 1_000_000
+"""About what the largest body holds: 4 MB of English text."""
+
 DEFAULT_CHAT_MAX_TOKENS = 512
 DEFAULT_APP_NAME = "gptj-dist"
 DEFAULT_DRAIN_S = 30.0
@@ -249,6 +252,7 @@ class PipelineConfig:
         kv_cache_gb: KV cache of the whole pipeline in 10**9 bytes; None (`auto`) takes what is free, less a margin.
         max_batch_size: the most requests that run at once; more wait.
         max_queued_requests: the most that wait in a server's pipeline; more are refused.
+        max_queued_tokens: the most tokens of their prompts; a request that comes below may exceed it.
         spares: processes without weights that a server keeps on each node, to take the place of a stage that dies.
         max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
         generation_config: `none` leaves the checkpoint's sampling defaults and suppressed tokens alone; its end tokens
@@ -271,6 +275,7 @@ class PipelineConfig:
     kv_cache_gb: float | None = None
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
     max_queued_requests: int = DEFAULT_MAX_QUEUED_REQUESTS
+    max_queued_tokens: int = DEFAULT_MAX_QUEUED_TOKENS
     spares: int = 0
     max_chunk_tokens: int | None = None
     generation_config: Literal["auto", "none"] = "auto"
@@ -286,6 +291,7 @@ class PipelineConfig:
         _at_least_one("max_model_len", self.max_model_len)
         _at_least_one("max_batch_size", self.max_batch_size)
         _at_least_one("max_queued_requests", self.max_queued_requests)
+        _at_least_one("max_queued_tokens", self.max_queued_tokens)
         _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
         if not 0 <= self.spares <= MAX_SPARES:
             raise ConfigurationError(f"spares must be from 0 to {MAX_SPARES}, got {self.spares}")

@@ -47,6 +47,7 @@ OPTIONS: dict[str, Any] = {
     ],
     "max_batch_size": Annotated[int, _option("Most requests that run at once; more wait.")],
     "max_queued_requests": Annotated[int, _option("Most requests that wait in a pipeline; more are refused.")],
+    "max_queued_tokens": Annotated[int, _option("Most prompt tokens that wait in a pipeline; then more are refused.")],
     "spares": Annotated[
         int, _option("Idle processes on each node that can take the place of a stage: a shorter pause when one dies.")
     ],

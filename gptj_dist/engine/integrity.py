@@ -63,3 +63,5 @@ def check_requests(running: Sequence[Request], waiting: WaitingQueue, awaited_id
     invariant(num_tokens == waiting.num_tokens, "waiting tokens are miscounted")
     num_of_keys = Counter(request.key for request in waiting if not request.has_run)
     invariant(num_of_keys == waiting.num_of_keys, "waiting requests of a key are miscounted")
+    num_new_tokens = sum(request.num_expected for request in waiting if not request.has_run)
+    invariant(num_new_tokens == sum(waiting.num_tokens_of_keys.values()), "waiting tokens of keys are miscounted")

@@ -15,6 +15,7 @@ class WaitingQueue:
     Attributes:
         num_tokens: estimate of the tokens that are to be computed for all of them, see `Request.num_expected`.
         num_of_keys: requests by their key, without those that have run: a lost stage or a preemption sent them back.
+        num_tokens_of_keys: `num_tokens` of the same requests.
         last_place: the highest place of the requests that have begun to run.
     """
 
@@ -22,6 +23,7 @@ class WaitingQueue:
         self._requests: list[Request] = []
         self.num_tokens = 0
         self.num_of_keys: Counter[str | None] = Counter()
+        self.num_tokens_of_keys: Counter[str | None] = Counter()
         self.last_place = 0
 
     def __len__(self) -> int:
@@ -38,6 +40,7 @@ class WaitingQueue:
         self.num_tokens += request.num_expected
         if not request.has_run:
             self.num_of_keys[request.key] += 1
+            self.num_tokens_of_keys[request.key] += request.num_expected
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
@@ -45,8 +48,18 @@ class WaitingQueue:
         if request.has_run:
             return
         self.num_of_keys[request.key] -= 1
+        self.num_tokens_of_keys[request.key] -= request.num_expected
         if not self.num_of_keys[request.key]:
-            del self.num_of_keys[request.key]
+            del self.num_of_keys[request.key], self.num_tokens_of_keys[request.key]
+
+    def num_until_fewer(self, num_tokens: int) -> int:
+        """How many requests that have not run must leave until fewer tokens than this wait; 1 or more."""
+        rest = sum(self.num_tokens_of_keys.values())
+        for number, request in enumerate((request for request in self._requests if not request.has_run), 1):
+            rest -= request.num_expected
+            if rest < num_tokens:
+                return number
+        return 1
 
     def place_now(self, priority: int) -> int:
         """The place of the request of this priority that is next; if none waits, of the last one that began to run."""

@@ -120,6 +120,7 @@ class Pipeline:
             name=self._actor,
         )
         self._max_queued_requests = config.max_queued_requests
+        self._max_queued_tokens = config.max_queued_tokens
         self._epoch = 0
         self._end: Exception | None = None
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
@@ -148,7 +149,7 @@ class Pipeline:
             reply_to: stream of the first record; the following streams are those of the others.
 
         Raises:
-            TooManyRequestsError: too many requests are waiting already; not for one that was accepted elsewhere.
+            TooManyRequestsError: too many requests or tokens wait already; not for one that was accepted before.
         """
         if not records[0].num_moves:
             self._require_room(records[0].key)
@@ -168,12 +169,22 @@ class Pipeline:
                 raise end
 
     def _require_room(self, key: str | None) -> None:
-        num_of_keys = self._engine.scheduler.waiting.num_of_keys
-        if not has_room(num_of_keys, key, self._max_queued_requests):
-            num_waiting = sum(num_of_keys.values())
-            room_after_s = self._outages.back_in_s + self._engine.room_after_s()
-            retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(room_after_s)))
-            raise TooManyRequestsError(f"{num_waiting} requests are waiting already; try again later", retry_after_s)
+        waiting = self._engine.scheduler.waiting
+        if not has_room(waiting.num_of_keys, key, self._max_queued_requests):
+            raise self._refusal(f"{sum(waiting.num_of_keys.values())} requests", 1)
+        if not has_room(waiting.num_tokens_of_keys, key, self._max_queued_tokens):
+            num_before = waiting.num_until_fewer(self._max_queued_tokens)
+            raise self._refusal(f"requests of {sum(waiting.num_tokens_of_keys.values())} tokens", num_before)
+
+    def _refusal(self, what: str, num_before: int) -> TooManyRequestsError:
+        """The error for a full queue.
+
+        Args:
+            num_before: requests that must leave it before there is room.
+        """
+        room_after_s = self._outages.back_in_s + num_before * self._engine.room_after_s()
+        retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(room_after_s)))
+        return TooManyRequestsError(f"{what} are waiting already; try again later", retry_after_s)
 
     async def _send(self, reply_to: ReplyTo, stream: AsyncGenerator[Delta, None]) -> None:
         number = 0

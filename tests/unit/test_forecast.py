@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gptj_dist.config import DEFAULT_MAX_QUEUED_TOKENS
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.plan import Plan, StageTiming
@@ -61,7 +62,7 @@ class TimedExecutor(FakeExecutor):
 class Server:
     """A pipeline on a simulated clock, whose queue is kept full."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int) -> None:
         self.now_ns = [0]
         self.rng = random.Random(5)
         self.executor = TimedExecutor(self.now_ns)
@@ -72,6 +73,7 @@ class Server:
         rig: Any = SimpleNamespace(engine=self.engine)
         self.replica = Replica(rig)
         self.replica._max_queued_requests = MAX_QUEUED
+        self.replica._max_queued_tokens = max_tokens
         self.replica._outages = Outages(RECOVERY_S, lambda: self.now_s)
         self.driver = asyncio.create_task(self.engine.run())
         self.readers: list[asyncio.Task[None]] = []
@@ -134,9 +136,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Server]:
+async def serving(max_tokens: int = DEFAULT_MAX_QUEUED_TOKENS) -> AsyncIterator[Server]:
     """A server that has just proved that it makes tokens."""
-    server = Server()
+    server = Server(max_tokens)
     proof = asyncio.create_task(server.read(1, SamplingParams(max_tokens=1, temperature=0), None))
     await turns()
     server.executor.land()
@@ -174,6 +176,18 @@ def test_under_load_the_time_until_there_is_room_is_told(most_tokens: int) -> No
             pairs = [(await server.fill(most_tokens), await server.wait_for_room()) for _ in range(50)]
             wrong = [pair for pair in pairs[10:] if not is_right(*pair)]
             assert len(wrong) <= 2, wrong
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("max_tokens", [100, 500])
+def test_where_the_tokens_that_wait_are_too_many_the_time_until_there_is_room_is_told(max_tokens: int) -> None:
+    async def scenario() -> None:
+        async with serving(max_tokens) as server:
+            pairs = [(await server.fill(200), await server.wait_for_room()) for _ in range(50)]
+            wrong = [pair for pair in pairs[10:] if not is_right(*pair)]
+            assert server.engine.scheduler.num_waiting < MAX_QUEUED
+            assert len(wrong) <= 4, wrong
 
     run(scenario())
 

@@ -17,6 +17,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import RequestCancelledError
 
+from gptj_dist.config import DEFAULT_MAX_QUEUED_TOKENS
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import new_records
 from gptj_dist.errors import InvalidRequestError, NotReadyError, StageFailedError, TooManyRequestsError
@@ -73,6 +74,7 @@ class Replica(Pipeline):
 
     def __init__(self, rig: Rig) -> None:
         self._max_queued_requests = MOST_WAITING
+        self._max_queued_tokens = DEFAULT_MAX_QUEUED_TOKENS
         self._engine = rig.engine
         self._outages = Outages(1.0)
         self._outbox = FeedOutbox(self._stop_sending)
@@ -223,6 +225,33 @@ def test_a_prompt_is_refused_while_too_many_wait_and_told_when_to_come_again(mon
                 task.cancel()
             await asyncio.gather(*first, return_exceptions=True)
             await polled(lambda: all(call.done() for call in handle.calls), rig)
+
+    run(scenario())
+
+
+def test_a_prompt_is_refused_while_too_many_tokens_wait_unless_they_are_those_of_another_key() -> None:
+    async def scenario() -> None:
+        async with serving(is_paused=True) as (rig, handle, ask):
+            replica = handle.pipeline
+            replica._max_queued_requests = 1000
+            replica._max_queued_tokens = len(PROMPT) + 1
+            waiting = [asyncio.create_task(collect(stream)) for stream in ask(PARAMS)]
+            await polled(lambda: rig.scheduler.num_running == NUM_CHOICES, rig)
+
+            def all_are_there() -> bool:
+                return len(waiting) == rig.scheduler.num_waiting + rig.scheduler.num_running
+
+            while sum(rig.scheduler.waiting.num_tokens_of_keys.values()) <= len(PROMPT):
+                waiting += [asyncio.create_task(collect(stream)) for stream in ask(PARAMS)]
+                await polled(all_are_there, rig)
+            with pytest.raises(TooManyRequestsError, match=r"requests of \d+ tokens are waiting already"):
+                await anext(ask(PARAMS)[0])
+            replica._require_room("another key")
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await polled(lambda: all(call.done() for call in handle.calls), rig)
+            assert not rig.scheduler.waiting.num_tokens_of_keys
 
     run(scenario())
 

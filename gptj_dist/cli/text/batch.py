@@ -37,7 +37,9 @@ DEFAULT_WAIT_S = 600.0
 
 SERVER_OPTIONS = ("url", "api_key", "timeout", "wait")
 LOCAL_SETTINGS = tuple(
-    name for name in OPTIONS if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests", "spares")
+    name
+    for name in OPTIONS
+    if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests", "max_queued_tokens", "spares")
 )
 """Settings with an effect without Ray and without other clients."""
 
