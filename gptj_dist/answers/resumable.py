@@ -74,7 +74,7 @@ class ResumableStream:
             return [self._noted(index, stream) for index, stream in enumerate(source.streams(records), first)]
         pasts = {index: self._past[index] for index in range(first, first + len(records))}
         left = {
-            index: record.moved([token_id for delta in past for token_id in delta.token_ids])
+            index: record.resumed([token_id for delta in past for token_id in delta.token_ids])
             for record, (index, past) in zip(records, pasts.items(), strict=True)
             if not past or past[-1].finish_reason is None
         }

@@ -174,7 +174,7 @@ class AsyncEngine:
             record.noise_key,
             record.log_id,
             generated=record.token_ids,
-            is_moved=record.num_moves > 0,
+            is_moved=record.is_accepted,
             key=record.key,
         )
         self._shares.enter(request, self.scheduler.waiting.place_now(record.params.priority))

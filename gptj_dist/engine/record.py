@@ -25,6 +25,7 @@ class RequestRecord:
         token_ids: generated so far.
         num_moves: pipelines that were lost while they served the request.
         key: name of the client's key where several keys share the server.
+        is_resumed: whether its client asked for the rest after its connection broke.
 
     Raises:
         ValueError: the completion has all its tokens.
@@ -37,10 +38,20 @@ class RequestRecord:
     token_ids: tuple[int, ...] = ()
     num_moves: int = 0
     key: str | None = None
+    is_resumed: bool = False
 
     def __post_init__(self) -> None:
         if self.token_ids and len(self.token_ids) >= self.params.max_tokens:
             raise ValueError(f"a record has {len(self.token_ids)} of {self.params.max_tokens} tokens: nothing is left")
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether a pipeline had accepted it before: it is not refused, and goes before new requests."""
+        return self.is_resumed or self.num_moves > 0
+
+    def resumed(self, token_ids: Sequence[int]) -> RequestRecord:
+        """The record of a request that goes on after these tokens, at another connection."""
+        return replace(self, token_ids=tuple(token_ids), is_resumed=True)
 
     def moved(self, new_token_ids: Sequence[int]) -> RequestRecord:
         """The record after the loss of a pipeline, which had generated these tokens."""

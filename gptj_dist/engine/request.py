@@ -62,7 +62,7 @@ class Request:
         params: its parameters; a request is one completion, whatever `params.n` is.
         noise_key: 64 bits that determine all of the request's sampling noise.
         log_id: its name in logs; None for one that is neither logged nor counted.
-        is_moved: whether another pipeline was lost while it served the request.
+        is_moved: see `RequestRecord.is_accepted`.
         key: see `RequestRecord`.
         generated: tokens that were generated before, by another scheduler.
 

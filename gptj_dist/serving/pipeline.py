@@ -151,7 +151,7 @@ class Pipeline:
         Raises:
             TooManyRequestsError: too many requests or tokens wait already; not for one that was accepted before.
         """
-        if not records[0].num_moves:
+        if not records[0].is_accepted:
             self._require_room(records[0].key)
         streams = self._engine.generate_all(records)
         tasks = {

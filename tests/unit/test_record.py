@@ -72,14 +72,17 @@ def test_log_probabilities_of_the_prompt_are_returned_once() -> None:
     run(scenario())
 
 
-def test_requests_of_a_lost_pipeline_run_before_those_that_wait() -> None:
+@pytest.mark.parametrize(
+    "record", [record_at(2), record_at(0, num_moves=0).resumed(record_at(2).token_ids)], ids=["moved", "resumed"]
+)
+def test_requests_that_were_accepted_before_run_before_those_that_wait(record: RequestRecord) -> None:
     async def scenario() -> None:
         async with running(is_paused=True) as rig:
             long = SamplingParams(max_tokens=40, seed=1)
             readers = [asyncio.create_task(collect(rig.engine.generate(PROMPT, long))) for _ in range(9)]
             await turns()
             num_waiting = rig.scheduler.num_waiting
-            [moved] = rig.engine.generate_all([record_at(2)])
+            [moved] = rig.engine.generate_all([record])
             reader = asyncio.create_task(collect(moved))
             await turns()
             assert rig.scheduler.num_waiting == num_waiting + 1
@@ -122,3 +125,5 @@ def test_a_request_without_a_seed_keeps_its_noise_when_it_is_moved() -> None:
     assert [record.moved((1,)).moved((2, 3)).noise_key for record in records] == [one.noise_key for one in records]
     assert records[0].moved((1,)).moved((2, 3)).token_ids == (1, 2, 3)
     assert records[0].moved((1,)).moved((2, 3)).num_moves == 2
+    assert records[0].resumed((1, 2)).moved((3,)).token_ids == (1, 2, 3)
+    assert records[0].resumed((1, 2)).moved((3,)).num_moves == 1
