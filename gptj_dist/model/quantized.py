@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.model.linear import Linear, make_linear
+from gptj_dist.model.native.library import load_low_bit_library
+from gptj_dist.model.native.product import ELEMENTS, NativeLowBitLinear, has_groups
 
 Bits = Literal[4, 8]
 
@@ -155,7 +157,10 @@ def make_quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: t
         bias: [out_features], of the type of `dtype`, or None for none.
         dtype: of the rows that it is given, and of the result.
     """
-    return DequantizingLinear(weight, bias, dtype)
+    library = load_low_bit_library() if weight.values.is_cpu and dtype in ELEMENTS else None
+    if library is None or not has_groups(weight.shape[1], weight.group):
+        return DequantizingLinear(weight, bias, dtype)
+    return NativeLowBitLinear(library, weight.bits, weight.values, weight.scales, weight.offsets, bias, dtype)
 
 
 class DequantizingLinear:

@@ -13,7 +13,8 @@ from gptj_dist.model.native.attention import LANES, TILE_ROWS
 from gptj_dist.model.native.library import COMPILE, HEADERS, SOURCES, NativeBatch, Product
 
 COMPILE_TIMEOUT_S = 120
-ATTENTION, PRODUCT = SOURCES
+ATTENTION, PRODUCT, LOW_BIT = SOURCES
+_, PANELS = HEADERS
 
 FILLED = r"""
 #include "%s"
@@ -89,17 +90,17 @@ int main(void) {
 PRODUCT_MAIN = (
     FILLED
     + r"""
-#ifdef COLUMNS
+#ifdef UNROLL
 static int run(int64_t rows, int64_t columns, int64_t depth) {
     int64_t x_stride = depth + 3, residual_stride = columns + 1;
     void *weight = filled(columns * depth, 2), *bias = filled(columns, 2);
     void *x = filled((rows - 1) * x_stride + depth, 2);
     void *residual = filled((rows - 1) * residual_stride + columns, 2), *out = filled(rows * columns, 2);
-    void *packed = aligned_alloc(64, packed_size(columns, depth) * 2);
+    struct product p = {rows, columns, depth, x_stride, residual_stride, BFLOAT16, 0, 0, NULL, bias, NULL, NULL};
+    void *packed = p.weight = aligned_alloc(64, size_of_bfloat16(&p));
     int failed = 0;
     for (int threads = 1; threads <= 2; threads++) {
-        pack_bfloat16(weight, packed, columns, depth, threads);
-        struct product p = {rows, columns, depth, x_stride, residual_stride, packed, bias};
+        pack_bfloat16(&p, weight, threads);
         failed |= multiply_bfloat16(&p, x, NULL, 1, out, threads) | multiply_bfloat16(&p, x, residual, 0, out, threads);
     }
     free(weight), free(bias), free(x), free(residual), free(out), free(packed);
@@ -117,8 +118,48 @@ int main(void) { printf("not for this CPU\n"); return 0; }
 """
 )
 
+LOW_BIT_MAIN = (
+    FILLED
+    + r"""
+#ifdef FOLD
+static int run(int64_t bits, int64_t rows, int64_t columns, int64_t depth, int64_t group, enum element e) {
+    int64_t x_stride = depth + 3, residual_stride = columns + 1, size = bytes_of(e);
+    int64_t scales = num_panels(columns) * COLUMNS * (depth / group);
+    void *weight = filled(columns * depth * bits / 8, 1), *bias = filled(columns, size);
+    void *x = filled((rows - 1) * x_stride + depth, size);
+    void *residual = filled((rows - 1) * residual_stride + columns, size), *out = filled(rows * columns, size);
+    float *scale = aligned_alloc(64, scales * 4), *offset = aligned_alloc(64, scales * 4);
+    for (int64_t i = 0; i < scales; i++) scale[i] = offset[i] = 0.5f;
+    struct product p = {rows, columns, depth, x_stride, residual_stride, e, bits, group, NULL, bias, scale, offset};
+    void *packed = p.weight = aligned_alloc(64, size_of_low_bit(&p));
+    int failed = 0;
+    for (int threads = 1; threads <= 2; threads++) {
+        pack_low_bit(&p, weight, threads);
+        failed |= multiply_low_bit(&p, x, NULL, 1, out, threads) | multiply_low_bit(&p, x, residual, 0, out, threads);
+    }
+    free(weight), free(bias), free(x), free(residual), free(out), free(packed), free(scale), free(offset);
+    return failed;
+}
 
-@pytest.mark.parametrize(("source", "main"), [(ATTENTION, ATTENTION_MAIN), (PRODUCT, PRODUCT_MAIN)])
+int main(void) {
+    int failed = 0;
+    for (int e = FLOAT32; e <= BFLOAT16; e++)
+        failed |= run(8, 1, 1, 1, 1, e) | run(8, 2, 5, 7, 7, e) | run(8, 17, 33, 2100, 2100, e) |
+                  run(8, 145, 32, 96, 32, e) | run(4, 1, 3, 2, 2, e) | run(4, 3, 75, 192, 64, e) |
+                  run(4, 9, 32, 96, 32, e) | run(4, 8, 64, 4160, 64, e);
+    printf("%%s\n", failed ? "failed" : "done");
+    return failed;
+}
+#else
+int main(void) { printf("not for this CPU\n"); return 0; }
+#endif
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "main"), [(ATTENTION, ATTENTION_MAIN), (PRODUCT, PRODUCT_MAIN), (LOW_BIT, LOW_BIT_MAIN)]
+)
 def test_no_access_is_out_of_bounds_and_nothing_is_undefined(tmp_path: Path, source: Path, main: str) -> None:
     """Compiled with the sanitizers, on buffers of just the length that the shapes ask for."""
     compiler = shutil.which("gcc")
@@ -168,7 +209,7 @@ def test_tiles_are_as_long_as_the_source_has_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "structure"), [("batch", ATTENTION, NativeBatch), ("product", PRODUCT, Product)]
+    ("name", "source", "structure"), [("batch", ATTENTION, NativeBatch), ("product", PANELS, Product)]
 )
 def test_a_structure_is_passed_as_the_source_has_it(name: str, source: Path, structure: type[ctypes.Structure]) -> None:
     declaration = source.read_text().partition(f"struct {name} {{")[2].partition("};")[0]

@@ -1,7 +1,7 @@
 """Compiles the C sources once for this machine and loads them. Knows no tensors.
 
-torch has no operator that reads a paged cache, or one of 16 bits, near the speed of memory, and its product in
-bfloat16 reads weights and multiplies one after the other; 500 lines of C, compiled for this very CPU, do both.
+torch has no operator that reads a paged cache, or one of 16 bits, near the speed of memory, and its products read
+weights and multiply one after the other; 900 lines of C, compiled for this very CPU, do both at once.
 The library links against nothing: it finds OpenMP's symbols in the library that torch has loaded.
 """
 
@@ -17,15 +17,19 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "product.c"))
-HEADERS = (Path(__file__).with_name("vectors.h"),)
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "product.c", "low_bit.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "panels.h"))
 COMPILERS = ("gcc", "cc")
 COMPILE_TIMEOUT_S = 120
 COMPILE = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-c")
 _LINK = ("-shared", "-nostdlib")
+
+NativeFunction = Any
+"""A function of the library; ctypes has no public name for the type."""
 
 
 class NativeBatch(ctypes.Structure):
@@ -43,7 +47,8 @@ class Product(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "depth", "x_stride", "residual_stride")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("element", "bits", "group")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scales", "offsets")),
     )
 
 
@@ -64,7 +69,13 @@ def load_library() -> ctypes.CDLL | None:
 def load_product_library() -> ctypes.CDLL | None:
     """The compiled library if its bfloat16 products run on this CPU, else None: oneDNN's are as fast there."""
     library = load_library()
-    return library if library is not None and library.can_multiply() else None
+    return library if library is not None and library.can_multiply_bfloat16() else None
+
+
+def load_low_bit_library() -> ctypes.CDLL | None:
+    """The compiled library if its products with weights of 8 and 4 bits run on this CPU, else None."""
+    library = load_library()
+    return library if library is not None and library.can_multiply_low_bit() else None
 
 
 def find_compiler() -> str | None:
@@ -127,16 +138,15 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.attend_float32, library.attend_bfloat16):
         function.argtypes = (ctypes.POINTER(NativeBatch), *pointers, ctypes.c_int)
         function.restype = ctypes.c_int
-    if library.can_multiply():
-        sizes = (ctypes.c_int64,) * 2
-        library.packed_size.argtypes, library.packed_size.restype = sizes, ctypes.c_int64
-        library.pack_bfloat16.argtypes = (*pointers[:2], *sizes, ctypes.c_int)
-        library.pack_bfloat16.restype = None
-        library.multiply_bfloat16.argtypes = (
-            ctypes.POINTER(Product),
-            *pointers[:2],
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_int,
-        )
+    if library.can_multiply_bfloat16():
+        _declare_product(library.size_of_bfloat16, library.pack_bfloat16, library.multiply_bfloat16)
+    if library.can_multiply_low_bit():
+        _declare_product(library.size_of_low_bit, library.pack_low_bit, library.multiply_low_bit)
     return library
+
+
+def _declare_product(size_of: NativeFunction, pack: NativeFunction, multiply: NativeFunction) -> None:
+    product, pointer = ctypes.POINTER(Product), ctypes.c_void_p
+    size_of.argtypes, size_of.restype = (product,), ctypes.c_int64
+    pack.argtypes, pack.restype = (product, pointer, ctypes.c_int), None
+    multiply.argtypes = (product, pointer, pointer, ctypes.c_int, pointer, ctypes.c_int)

@@ -1,4 +1,4 @@
-"""Products in bfloat16 by the compiled library. For CPUs."""
+"""Products by the compiled library. For CPUs."""
 
 from __future__ import annotations
 
@@ -9,45 +9,61 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from gptj_dist.model.native.library import Product
+from gptj_dist.model.native.library import NativeFunction, Product
 from gptj_dist.model.native.operands import address_of
 
 HUGE_PAGE_BYTES = 2 << 20
 
+COLUMNS = 32
+"""Outputs of a panel, as the library has them."""
 
-class NativeLinear:
-    """`x @ weight.T + bias` in bfloat16, as `model.linear.Linear`. A row has the same bits whatever rows are beside it.
+ELEMENTS = (torch.float32, torch.bfloat16)
+"""The types of rows, in the order of the library's `enum element`."""
 
-    `x` is bfloat16 [rows, in_features] and `residual` bfloat16 [rows, out_features], both in memory of the CPU. The
-    elements of a row lie side by side; rows may lie apart, as in a slice of columns. Every call raises TypeError for a
-    tensor of another type or on a GPU, ValueError for another shape, stride or alignment, and MemoryError if there is
-    no memory for its scratch space.
+
+class NativeProduct:
+    """`x @ weight.T + bias`, as `model.linear.Linear`. A row has the same bits whatever rows are beside it.
+
+    `x` is [rows, in_features] and `residual` [rows, out_features], of the type of `dtype`, both in memory of the CPU.
+    The elements of a row lie side by side; rows may lie apart, as in a slice of columns. Every call raises TypeError
+    for a tensor of another type or on a GPU, ValueError for another shape, stride or alignment, and MemoryError if
+    there is no memory for its scratch space.
 
     Args:
-        weight: bfloat16 [out_features, in_features], on the CPU; copied, in the library's order.
-        bias: bfloat16 [out_features], on the CPU, or None for none.
+        size_of, pack, multiply: the library's functions for this kind of weight.
+        product: all about the weight but where it is.
+        source: the weight's address; it is copied.
+        bias: [out_features], or None for none.
 
     Raises:
-        TypeError: the weight or the bias is of another type, or on a GPU.
-        ValueError: the weight is not a matrix, or the bias does not fit it.
+        TypeError: the bias is of another type, or on a GPU.
+        ValueError: the bias does not fit the weight.
     """
 
-    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
-        if weight.dim() != 2:
-            raise ValueError(f"weight must be a matrix, got the shape {tuple(weight.shape)}")
-        num_columns, depth = weight.shape
-        weight = weight.contiguous()
-        source = address_of("weight", weight, torch.bfloat16, (num_columns, depth))
-        self._packed = _memory_of(library.packed_size(num_columns, depth))
-        library.pack_bfloat16(source, self._packed.data_ptr(), num_columns, depth, torch.get_num_threads())
+    def __init__(
+        self,
+        size_of: NativeFunction,
+        pack: NativeFunction,
+        multiply: NativeFunction,
+        product: Product,
+        source: int,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._dtype = dtype
+        self._num_columns: int = product.num_columns
+        self._depth: int = product.depth
         self._bias = None if bias is None else bias.contiguous()
-        self._bias_address = None
         if self._bias is not None:
-            self._bias_address = address_of("bias", self._bias, torch.bfloat16, (num_columns,))
-        self._num_columns = num_columns
-        self._depth = depth
-        self._multiply = library.multiply_bfloat16
+            product.bias = address_of("bias", self._bias, dtype, (self._num_columns,))
+        self._packed = _memory_of(size_of(product))
+        product.weight = self._packed.data_ptr()
+        product.element = ELEMENTS.index(dtype)
+        pack(product, source, torch.get_num_threads())
+        self._template = product
+        self._multiply = multiply
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, out_features]."""
@@ -63,37 +79,123 @@ class NativeLinear:
 
     def _product(self, x: Tensor, residual: Tensor | None = None, has_gelu: bool = False) -> Tensor:
         num_rows = x.shape[0]
-        rows = address_of("x", x, torch.bfloat16, (num_rows, self._depth))
+        product = Product.from_buffer_copy(self._template)
+        product.num_rows = num_rows
+        product.x_stride = x.stride(0)
+        rows = address_of("x", x, self._dtype, (num_rows, self._depth))
         added = None
         if residual is not None:
-            added = address_of("residual", residual, torch.bfloat16, (num_rows, self._num_columns))
+            product.residual_stride = residual.stride(0)
+            added = address_of("residual", residual, self._dtype, (num_rows, self._num_columns))
         out = x.new_empty(num_rows, self._num_columns)
-        product = Product(
-            num_rows=num_rows,
-            num_columns=self._num_columns,
-            depth=self._depth,
-            x_stride=x.stride(0),
-            residual_stride=0 if residual is None else residual.stride(0),
-            weight=self._packed.data_ptr(),
-            bias=self._bias_address,
-        )
         if self._multiply(product, rows, added, has_gelu, out.data_ptr(), torch.get_num_threads()):
             raise MemoryError(f"no memory for a product of {num_rows} rows")
         return out
 
 
-def _memory_of(num_elements: int) -> Tensor:
-    """bfloat16 memory, [num_elements], at a multiple of 64 bytes. In pages of 2 MB if it fills one and there are any.
+class NativeLinear(NativeProduct):
+    """`NativeProduct` with a weight in bfloat16.
+
+    Args:
+        weight: bfloat16 [out_features, in_features], on the CPU; copied, in the library's order.
+        bias: bfloat16 [out_features], on the CPU, or None for none.
+
+    Raises:
+        TypeError: the weight or the bias is of another type, or on a GPU.
+        ValueError: the weight is not a matrix, or the bias does not fit it.
+    """
+
+    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be a matrix, got the shape {tuple(weight.shape)}")
+        num_columns, depth = weight.shape
+        weight = weight.contiguous()
+        super().__init__(
+            library.size_of_bfloat16,
+            library.pack_bfloat16,
+            library.multiply_bfloat16,
+            Product(num_columns=num_columns, depth=depth),
+            address_of("weight", weight, torch.bfloat16, (num_columns, depth)),
+            bias,
+            torch.bfloat16,
+        )
+
+
+class NativeLowBitLinear(NativeProduct):
+    """`NativeProduct` with a weight of 8 or 4 bits a number, and scales for groups of columns.
+
+    Rows of bfloat16 are rounded to integers of 8 bits, with a scale for each 64 numbers (32 if groups are no multiple
+    of 64): an error of at most 1/254 of the largest of them. Rows of float32 are rounded to 24 bits, so that the
+    result is as good as that of a product in float32 with the numbers that the bits stand for.
+
+    Args:
+        bits: 8 or 4.
+        values: int8 [out_features, in_features], or uint8 [out_features, in_features / 2] with the even column in the
+            lower half of a byte, and 8 added. On the CPU; copied, in the library's order.
+        scales: float32 [out_features, num_groups], on the CPU.
+        offsets: float32 of the same shape, added to each number of a group; None for none.
+        bias: [out_features], of type `dtype`, or None for none.
+        dtype: of the rows and the result, float32 or bfloat16.
+
+    Raises:
+        TypeError, ValueError: as `NativeLinear` does; `has_groups` is False.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        bits: int,
+        values: Tensor,
+        scales: Tensor,
+        offsets: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        num_columns, depth = values.shape[0], values.shape[1] * 8 // bits
+        group = depth // scales.shape[1]
+        if not has_groups(depth, group):
+            raise ValueError(f"groups must be whole rows, or a multiple of 32 columns, got {group} of {depth} columns")
+        values = values.contiguous()
+        product = Product(num_columns=num_columns, depth=depth, bits=bits, group=group)
+        self._scales = _in_panels("scales", scales, num_columns, scales.shape[1])
+        product.scales = self._scales.data_ptr()
+        self._offsets = None if offsets is None else _in_panels("offsets", offsets, *scales.shape)
+        if self._offsets is not None:
+            product.offsets = self._offsets.data_ptr()
+        super().__init__(
+            library.size_of_low_bit,
+            library.pack_low_bit,
+            library.multiply_low_bit,
+            product,
+            address_of("values", values, torch.int8 if bits == 8 else torch.uint8, (num_columns, depth * bits // 8)),
+            bias,
+            dtype,
+        )
+
+
+def has_groups(depth: int, group: int) -> bool:
+    """Whether `NativeLowBitLinear` multiplies rows of `depth` numbers in groups of `group`."""
+    return group == depth or (group % 32 == 0 and depth % group == 0)
+
+
+def _in_panels(name: str, numbers: Tensor, num_columns: int, num_groups: int) -> Tensor:
+    """[out_features, num_groups] as [panel, num_groups, COLUMNS], with zeros for outputs that there are not."""
+    address_of(name, numbers.contiguous(), torch.float32, (num_columns, num_groups))
+    padded = functional.pad(numbers, (0, 0, 0, -num_columns % COLUMNS)).view(-1, COLUMNS, num_groups)
+    return torch.empty(len(padded), num_groups, COLUMNS).copy_(padded.transpose(1, 2))
+
+
+def _memory_of(num_bytes: int) -> Tensor:
+    """Memory uint8 [num_bytes], at a multiple of 64 bytes. In pages of 2 MB if it fills one and there are any.
 
     A decode step reads all weights once. In pages of 4 KB it waits for their addresses for a sixth of its time or more.
     """
-    element_bytes = torch.bfloat16.itemsize
-    if num_elements * element_bytes < HUGE_PAGE_BYTES:
-        return torch.empty(num_elements, dtype=torch.bfloat16)
-    memory = mmap.mmap(-1, num_elements * element_bytes + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if num_bytes < HUGE_PAGE_BYTES:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    elements = torch.frombuffer(memory, dtype=torch.bfloat16)
-    begin = -elements.data_ptr() % HUGE_PAGE_BYTES // element_bytes
-    return elements[begin : begin + num_elements]
+    elements = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -elements.data_ptr() % HUGE_PAGE_BYTES
+    return elements[begin : begin + num_bytes]
