@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import zmq
 
@@ -27,14 +27,13 @@ from benchmarks.figures import Figures, machine, medians, print_document, print_
 from gptj_dist.engine.plan import Chunk, Plan
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.edge import Inbound, Outbound
-from gptj_dist.stages.transport.frames import EndFrame, Frame, HiddenStates, PlanFrame
+from gptj_dist.stages.transport.frames import Frame, HiddenStates, PlanFrame
 
 HOST = "127.0.0.1"
 EPOCH = 1
 D_MODEL = 4096
 ROW_BYTES = 2 * D_MODEL
 NUM_WARM_UP = 50
-END_TIMEOUT_S = 10
 
 
 class Ring(Protocol):
@@ -130,22 +129,17 @@ def our_ring(num_stages: int, frame: Frame) -> Iterator[Ring]:
     with _processes(_our_stage, num_stages, inbound.address) as address:
         outbound = transport.outbound(address)
         yield OurRing(inbound, outbound, frame)
-        outbound.send(EndFrame())
-        inbound.receive()
         outbound.close()
     inbound.close()
 
 
-def _our_stage(connection: Connection) -> None:
+def _our_stage(connection: Connection) -> NoReturn:
     transport = open_transport(EPOCH)
     inbound = transport.inbound(HOST)
     connection.send(inbound.address)
     outbound = transport.outbound(connection.recv())
-    while not isinstance(frame := inbound.receive(), EndFrame):
-        outbound.send(frame)
-    outbound.send(frame)
-    outbound.close(linger_ms=1000)
-    inbound.close()
+    while True:
+        outbound.send(inbound.receive())
 
 
 class BareRing:
@@ -165,26 +159,21 @@ class BareRing:
 
 @contextmanager
 def bare_ring(num_stages: int, data: bytes) -> Iterator[Ring]:
-    """A ring whose stages forward bytes; an empty message ends them."""
+    """A ring whose stages forward bytes."""
     inbound = _bound()
     with _processes(_bare_stage, num_stages, _address(inbound)) as address:
         outbound = _connected(address)
         yield BareRing(inbound, outbound, data)
-        outbound.send(b"")
-        inbound.recv()
         outbound.close(linger=0)
     inbound.close(linger=0)
 
 
-def _bare_stage(connection: Connection) -> None:
+def _bare_stage(connection: Connection) -> NoReturn:
     inbound = _bound()
     connection.send(_address(inbound))
     outbound = _connected(connection.recv())
-    while data := inbound.recv():
-        outbound.send(data)
-    outbound.send(data)
-    outbound.close(linger=1000)
-    inbound.close(linger=0)
+    while True:
+        outbound.send(inbound.recv())
 
 
 def _bound() -> zmq.Socket[bytes]:
@@ -205,19 +194,23 @@ def _connected(address: str) -> zmq.Socket[bytes]:
 
 
 @contextmanager
-def _processes(stage: Callable[[Connection], None], num_stages: int, end_address: str) -> Iterator[str]:
-    """Starts stages that send to one another, the last to `end_address`. Yields the address of the first."""
+def _processes(stage: Callable[[Connection], NoReturn], num_stages: int, end_address: str) -> Iterator[str]:
+    """Runs stages that send to one another, the last to `end_address`, and kills them. Yields the first's address."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(num_stages)]
     processes = [context.Process(target=stage, args=(theirs,), daemon=True) for _, theirs in pipes]
-    for process in processes:
+    for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
-    addresses: Sequence[str] = [ours.recv() for ours, _ in pipes]
-    for (ours, _), next_address in zip(pipes, [*addresses[1:], end_address], strict=True):
-        ours.send(next_address)
-    yield addresses[0]
-    for process in processes:
-        process.join(END_TIMEOUT_S)
+        theirs.close()  # so that the end of a stage ends the wait for its address
+    try:
+        addresses: Sequence[str] = [ours.recv() for ours, _ in pipes]
+        for (ours, _), next_address in zip(pipes, [*addresses[1:], end_address], strict=True):
+            ours.send(next_address)
+        yield addresses[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 if __name__ == "__main__":
