@@ -37,6 +37,9 @@ MAX_TOKENS = 640
 """Output tokens of the streams: they run longer than the GCS is away."""
 
 GCS_AWAY_S = 3.0
+AFTERMATH_S = 70.0
+"""Nodes that do not find the GCS end after 60 s."""
+
 SETTINGS = {"stages": 2, "device": "cpu", "dtype": "float32", "cpus_per_stage": 1}
 
 
@@ -58,14 +61,18 @@ def loss_of_the_gcs() -> dict[str, Any]:
         sys.exit("redis-server is not installed: apt install redis-server")
     family, port = Family(), free_port()
     command = [program, "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
-    with subprocess.Popen(command, env=family.environment, stdout=subprocess.DEVNULL):
-        environment = {**family.environment, "RAY_REDIS_ADDRESS": f"127.0.0.1:{port}"}
-        return _tried("gcs", family, environment, lambda: _restart_gcs(family))
+    # Without a fixed port the new GCS would listen on another one, where no node looks for it.
+    settings = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{port}", "RAY_GCS_SERVER_PORT": str(free_port())}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as redis:
+        try:
+            return _tried("gcs", family, {**family.environment, **settings}, lambda: _restart_gcs(family))
+        finally:
+            redis.terminate()
 
 
 def _tried(part: str, family: Family, environment: Mapping[str, str], harm: Callable[[], None]) -> dict[str, Any]:
     with _nodes(environment) as joined:
-        return tried(part, family, SETTINGS, joined, harm, MAX_TOKENS)
+        return tried(part, family, SETTINGS, joined, harm, MAX_TOKENS, AFTERMATH_S)
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def tried(
     environment: Mapping[str, str],
     harm: Callable[[], None],
     max_tokens: int = MAX_TOKENS,
+    aftermath_s: float = AFTERMATH_S,
 ) -> dict[str, Any]:
     """Starts a server of the demo, sends a stream, does the harm in its middle, and kills the family in the end.
 
@@ -102,7 +103,7 @@ def tried(
         harmed_s = asyncio.run(_disturbed(base, stream, harm))
         served_s = _wait_until_served(base, server, RETURN_TIMEOUT_S)
         with suppress(subprocess.TimeoutExpired):
-            server.wait(AFTERMATH_S)
+            server.wait(aftermath_s)
         return {
             "part": part,
             "stream": _outcome(stream, usual),
