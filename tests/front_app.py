@@ -84,13 +84,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """The part of `PipelineClient` that the front page uses."""
+    """The part of `PipelineClient` that pages and probes use."""
 
     unready: Exception | None
+    unhealthy: Exception | None = None
 
     async def prove_ready(self) -> None:
         if self.unready is not None:
             raise self.unready
+
+    def check_health(self) -> None:
+        if self.unhealthy is not None:
+            raise self.unhealthy
 
 
 def _logprobs(token_ids: Sequence[int], number: int | None) -> tuple[TokenLogprobs, ...]:
@@ -125,6 +130,7 @@ async def front_app(
     keys: Sequence[ApiKey] = (),
     names: tuple[str, ...] = ("demo",),
     unready: Exception | None = None,
+    unhealthy: Exception | None = None,
     max_requests: int = 1000,
     source: Any = None,
     streams: DeploymentHandle | None = None,
@@ -132,7 +138,7 @@ async def front_app(
     """Runs the application on a free port of loopback until the context ends.
 
     Args:
-        unready: the error of the readiness check; None if ready.
+        unready, unhealthy: the errors of the checks of readiness and health; None if they pass.
         max_requests: the most requests that are answered at a time.
         source: a `TokenSource`; None takes a `Source` that waits for nothing.
         streams: keeps streams, as the deployment of `Streams`.
@@ -144,7 +150,7 @@ async def front_app(
     model = ServedModel(names, TOKENIZER, (50256,), TEMPLATE)
     texts = AnswerService(model, source, moderation, metrics.note_end)
     admission = Admission(max_requests)
-    pipelines = cast("PipelineClient", Pipelines(unready))
+    pipelines = cast("PipelineClient", Pipelines(unready, unhealthy))
     keeper = None if streams is None else Keeper(streams, texts.work)
     endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None), admission, keeper)
     app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False, gate=Gate())

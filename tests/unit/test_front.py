@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gptj_dist.answers.request_limits import KEEP_ALIVE_S, MAX_BODY_BYTES
-from gptj_dist.errors import ConfigurationError, NotReadyError
+from gptj_dist.errors import ConfigurationError, NotReadyError, StageFailedError
 from gptj_dist.serving.http.connection import ConnectionLimits
 from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.keys import ApiKey, hash_key
@@ -72,6 +72,11 @@ class TestPages:
         assert f"curl -N {str(response.url).rstrip('/')}/v1/completions -d" in page.text
         assert {"/docs", "/openapi.json", "/v1/models"} <= set(page.links)
         assert all(link is not None and link.startswith("/") for link in page.links)
+
+    def test_health_is_200_while_no_pipeline_is_ready_and_503_once_no_tokens_can_be_received(self) -> None:
+        assert get("/health", unready=NotReadyError("the model is still loading")).status_code == 200
+        response = get("/health", unhealthy=StageFailedError("the ingress can no longer receive tokens: closed"))
+        assert (response.status_code, "can no longer receive" in response.text) == (503, True)
 
     def test_the_front_page_says_that_the_model_is_loading(self) -> None:
         page = Page(get("/", unready=NotReadyError("the model is still loading")).text)

@@ -154,6 +154,8 @@ class Endpoints:
         return JSONResponse(self._texts.model_card(request.path_params["model"]))
 
     async def health(self, _: Request) -> Response:
+        """Raises StageFailedError if the ingress can receive no tokens any more: Serve replaces it."""
+        self._pipelines.check_health()
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
