@@ -78,7 +78,9 @@ class Ingress:
         )
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
-        admission = Admission(config.pipeline.max_batch_size + config.pipeline.max_queued_requests)
+        admission = Admission(
+            config.pipeline.max_batch_size + config.pipeline.max_queued_requests, outage=lambda: self._pipelines.outage
+        )
         self._keeper = None if streams is None else Keeper(streams, texts.work)
         allowances = Allowances(accounts)
         endpoints = Endpoints(config.model_names, texts, self._pipelines, allowances, scrape, admission, self._keeper)

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.logs import time_text, values
@@ -23,6 +24,13 @@ MIN_BACK_IN_S = 1.0
 
 MAX_LOSSES = 16
 """Maximum number of lost stages in a pipeline's status."""
+
+
+class ServerOutage(NamedTuple):
+    """No pipeline computes: for how long, and the estimate of how much longer."""
+
+    down_s: float
+    back_in_s: float
 
 
 @dataclass(slots=True)

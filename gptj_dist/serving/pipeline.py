@@ -67,7 +67,8 @@ class PipelineStatus(PipelineFacts):
         port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
         loop_lag: see `LoopWatch`.
         frame_faults: see `StageGroup.num_faults`.
-        recovery_time: see `Outages`.
+        back_in_s, recovery_time: see `Outages`.
+        start_s: seconds that it took to start.
     """
 
     actor: str
@@ -82,7 +83,9 @@ class PipelineStatus(PipelineFacts):
     port_dropped: tuple[int, ...]
     loop_lag: Histogram
     frame_faults: Mapping[tuple[int, FrameFault], int]
+    back_in_s: float
     recovery_time: Histogram
+    start_s: float
 
 
 class Pipeline:
@@ -128,7 +131,8 @@ class Pipeline:
         self._loaded: LoadedPipeline
         began_s = time.monotonic()
         self._group, self._loaded = await StageGroup.start(self._blueprint, placement, self._epoch, self._log)
-        self._outages = Outages(usual_s=time.monotonic() - began_s)
+        self._start_s = time.monotonic() - began_s
+        self._outages = Outages(usual_s=self._start_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
         self._outbox = FeedOutbox(self._stop_sending, self._actor)
         self._beating = run_in_background("beat of the pipeline", self._beat(), _note_no_beat)
@@ -234,7 +238,9 @@ class Pipeline:
             port_dropped=self._port_dropped(),
             loop_lag=self._watch.lag,
             frame_faults=self._group.num_faults,
+            back_in_s=self._outages.back_in_s,
             recovery_time=self._outages.recovery_time,
+            start_s=self._start_s,
         )
 
     async def document(self) -> PipelineDocument:

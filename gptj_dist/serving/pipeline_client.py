@@ -26,6 +26,7 @@ from gptj_dist.serving.debug import DownPipeline, PipelineDocument
 from gptj_dist.serving.feed import BEAT_S, FeedInbox, ReplyTo
 from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.moves import JointMoves, lasting
+from gptj_dist.serving.outages import ServerOutage
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.serving.pipeline_watch import PipelineWatch
 from gptj_dist.stages.background import run_in_background
@@ -80,6 +81,11 @@ class PipelineClient:
     def down(self) -> tuple[DownPipeline, ...]:
         """See `PipelineWatch`."""
         return self._pipelines.down
+
+    @property
+    def outage(self) -> ServerOutage | None:
+        """See `PipelineWatch.server_outage`."""
+        return self._pipelines.server_outage
 
     def check_health(self) -> None:
         """Raises StageFailedError if no tokens can be received: no more, or none ever."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from gptj_dist.logs import time_text, values
 from gptj_dist.serving.debug import DownPipeline
+from gptj_dist.serving.outages import MIN_BACK_IN_S, ServerOutage
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.loss import LastWords, death_cause
 
@@ -71,6 +72,7 @@ class PipelineWatch:
         self._coordinators = coordinators
         self._clock = clock
         self._known: dict[str, PipelineStatus] = {}
+        self._seen_s: dict[str, float] = {}
         self._outages: dict[str, _Outage] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._has_begun = False
@@ -84,6 +86,24 @@ class PipelineWatch:
             DownPipeline(name, outage.problem, round(now_s - outage.began_s, 3), outage.began_at)
             for name, outage in self._outages.items()
         )
+
+    @property
+    def server_outage(self) -> ServerOutage | None:
+        """None if a pipeline computes."""
+        now_s = self._clock()
+        dead = [
+            ServerOutage(now_s - outage.began_s, max(outage.status.start_s - (now_s - outage.began_s), MIN_BACK_IN_S))
+            for outage in self._outages.values()
+        ]
+        up = [status for name, status in self._known.items() if name not in self._outages]
+        if any(status.is_up for status in up):
+            return None
+        ages_s = [now_s - self._seen_s[status.name] for status in up]
+        restarting = [
+            ServerOutage((status.down_s or 0.0) + age_s, max(status.back_in_s - age_s, MIN_BACK_IN_S))
+            for status, age_s in zip(up, ages_s, strict=True)
+        ]
+        return min((*dead, *restarting), key=lambda outage: outage.back_in_s, default=None)
 
     @property
     def problem(self) -> str:
@@ -103,6 +123,7 @@ class PipelineWatch:
             if name not in self._known:
                 self._forget_one()
             self._known[name] = status
+            self._seen_s[name] = self._clock()
             self._outages.pop(name, None)
         silent = [status for name, status in self._known.items() if name not in statuses]
         await asyncio.gather(*map(self._examine, silent))
@@ -119,7 +140,7 @@ class PipelineWatch:
             if status.name not in self._outages:
                 self._note(_Outage(status, SILENT, self._clock(), time_text(time.time())))
             return
-        del self._known[status.name]
+        del self._known[status.name], self._seen_s[status.name]
         began = self._outages.pop(status.name, _Outage(status, SILENT, self._clock(), time_text(time.time())))
         if report is not None:  # else Serve stops it
             self._note(replace(began, cause=death_cause(LastWords(), report), is_dead=True))

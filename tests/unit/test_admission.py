@@ -21,6 +21,7 @@ from gptj_dist.errors import TooManyRequestsError
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.endpoints import EventResponse
 from gptj_dist.serving.keys import ApiKey, hash_key
+from gptj_dist.serving.outages import ServerOutage
 from tests.front_app import FrontApp, eventually, front_app
 from tests.http.keys import bearer, key_of
 
@@ -232,6 +233,30 @@ def test_retry_after_is_the_time_in_which_the_requests_of_now_end_at_the_present
         stack.close()
     under_way += [begin(admission) for _ in range(60)]
     assert wait_s(admission) == 5
+
+
+def test_while_no_pipeline_computes_retry_after_is_the_rest_of_the_outage_and_the_time_at_the_rate_before_it() -> None:
+    now_s, outage = 0.0, ServerOutage(0.0, 12.0)
+
+    def told_s() -> int | None:
+        with pytest.raises(TooManyRequestsError) as refused, admission.admitted():
+            pass
+        return refused.value.retry_after_s
+
+    admission = Admission(20, clock=lambda: now_s, outage=lambda: outage)
+    under_way = [ExitStack() for _ in range(20)]
+    for stack in under_way:
+        stack.enter_context(admission.admitted())
+    assert told_s() == 12 + 5
+    for _ in range(100):
+        now_s += 0.2
+        under_way.pop(0).close()
+        under_way.append(ExitStack())
+        under_way[-1].enter_context(admission.admitted())
+    for down_s in (0.0, 5.0, 11.0):
+        outage = ServerOutage(down_s, 12.0 - down_s)
+        now_s = 20.0 + down_s
+        assert told_s() == pytest.approx(12.0 - down_s + 20 * 0.2, abs=1)
 
 
 def test_requests_for_many_completions_are_refused_before_they_take_memory() -> None:

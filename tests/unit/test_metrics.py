@@ -64,7 +64,9 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         port_dropped=(0, 4, 2, 1),
         loop_lag=histogram(1, 60),
         frame_faults={(1, FrameFault.MISSING): 3},
+        back_in_s=0.0,
         recovery_time=histogram(1500, 500),
+        start_s=4.0,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
+from gptj_dist.serving.outages import ServerOutage
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.serving.pipeline_watch import MAX_DOWN, PipelineWatch
 from gptj_dist.stages.loss import LastWords
@@ -16,7 +18,7 @@ from tests.unit.test_loss import KILLED
 from tests.unit.test_metrics import pipeline
 
 TIMEOUT_S = 20
-LIVES, HANGS, STOPS = "lives", "hangs", "stops"
+LIVES, RESTARTS, HANGS, STOPS = "lives", "restarts", "hangs", "stops"
 WHO = "its coordinator (pid 7 on alpha)"
 
 
@@ -25,7 +27,7 @@ class Coordinators:
     """As told.
 
     Args:
-        states: by pipeline: `LIVES`, `HANGS`, `STOPS`, or what Ray says of its death.
+        states: by pipeline: `LIVES`, `RESTARTS` (replaces a stage), `HANGS`, `STOPS`, or what Ray says of its death.
         words: what dead ones have written; None if their node is gone.
         may_read: set when the words can be read.
     """
@@ -38,7 +40,9 @@ class Coordinators:
         self.may_read.set()
 
     async def statuses(self) -> Sequence[PipelineStatus]:
-        return [pipeline(name) for name, state in self.states.items() if state == LIVES]
+        restarting = {"state": "restarting", "down_s": 2.0, "back_in_s": 5.0}
+        changes: dict[str, dict[str, Any]] = {LIVES: {}, RESTARTS: restarting}
+        return [replace(pipeline(name), **changes[state]) for name, state in self.states.items() if state in changes]
 
     async def death_report(self, status: PipelineStatus) -> str | None:
         state = self.states[status.name]
@@ -68,6 +72,9 @@ class Rig:
     @property
     def problems(self) -> dict[str, str]:
         return {down.name: down.problem for down in self.watch.down}
+
+    def outage(self) -> ServerOutage | None:
+        return self.watch.server_outage
 
     @property
     def none_is_up(self) -> bool:
@@ -180,5 +187,25 @@ def test_before_the_first_pipeline_nothing_is_told_and_many_losses_are_bounded()
         await rig.look(**dict.fromkeys(names, LIVES))
         await rig.look(**dict.fromkeys(names, KILLED))
         assert list(rig.problems) == names[4:]
+
+    run(scenario())
+
+
+def test_an_outage_of_the_server_lasts_as_long_as_that_of_the_pipeline_that_is_back_first() -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES, b=LIVES)
+        assert rig.outage() is None
+        await rig.look(a=RESTARTS)
+        assert rig.outage() is None
+        await rig.look(b=RESTARTS)
+        rig.now_s += 0.5
+        assert rig.outage() == (2.5, 4.5)
+        await rig.look(b=KILLED)
+        rig.now_s += 1
+        assert rig.outage() == (1, 3)
+        rig.now_s += 9
+        assert rig.outage() == (10, 1)
+        await rig.look(a=LIVES)
+        assert rig.outage() is None
 
     run(scenario())

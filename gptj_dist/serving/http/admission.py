@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from gptj_dist.answers.request_limits import MAX_COMPLETIONS
 from gptj_dist.engine.fairness import has_room
 from gptj_dist.errors import TooManyRequestsError
+from gptj_dist.serving.outages import ServerOutage
 
 RETRY_AFTER_S, MAX_RETRY_AFTER_S = 5, 600
 """When to come back while it is not known how fast requests are answered; and at most."""
@@ -26,6 +27,7 @@ class Admission:
         most: maximum number of requests at a time. Beyond it only those of keys with less than an equal share.
         most_completions: the same of completions; a request that begins below may exceed it.
         clock: seconds.
+        outage: the present one; None while a pipeline computes.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class Admission:
         most: int,
         most_completions: int = MAX_COMPLETIONS,
         clock: Callable[[], float] = time.monotonic,
+        outage: Callable[[], ServerOutage | None] = lambda: None,
     ) -> None:
         self._most, self._most_completions = most, max(most, most_completions)
         self._clock = clock
+        self._outage = outage
         self._num_of_keys: Counter[str | None] = Counter()
         self._num_completions_of_keys: Counter[str | None] = Counter()
         self._end_times_s: deque[float] = deque(maxlen=MAX_ENDS)
@@ -79,8 +83,10 @@ class Admission:
             self._end_times_s.append(self._clock())
 
     def _retry_after_s(self) -> int:
-        """Seconds until the requests that are being answered now have ended, at the present rate."""
-        if len(self._end_times_s) < 2:
-            return RETRY_AFTER_S
-        mean_s = (self._clock() - self._end_times_s[0]) / (len(self._end_times_s) - 1)
-        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.num_admitted * mean_s)))
+        """Seconds until the requests of now have ended: the rest of an outage, and then at the rate before it."""
+        down_s, back_in_s = self._outage() or (0.0, 0.0)
+        wait_s: float = RETRY_AFTER_S
+        if len(self._end_times_s) >= 2:
+            until_s = max(self._clock() - down_s, self._end_times_s[-1])
+            wait_s = self.num_admitted * (until_s - self._end_times_s[0]) / (len(self._end_times_s) - 1)
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(back_in_s + wait_s)))
