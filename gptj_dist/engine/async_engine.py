@@ -121,11 +121,12 @@ class AsyncEngine:
         """
         if self._executor is None:
             raise NotReadyError("the pipeline has no executor: resume() comes before run()")
-        self._broken = asyncio.get_running_loop().create_future()
+        self._broken = broken = asyncio.get_running_loop().create_future()
+        taking = asyncio.create_task(self._take_results(self._executor))
         self._pump_soon()
         try:
-            while True:
-                await self._take_result(self._executor, self._broken)
+            await asyncio.wait((taking, broken), return_when=asyncio.FIRST_COMPLETED)
+            await (broken if broken.done() else taking)
         except GPTJDistError:
             self._suspend()
             raise
@@ -133,6 +134,8 @@ class AsyncEngine:
             failure = StageFailedError(f"the coordinator failed: {error!r}")
             self.fail(failure)
             raise failure from error
+        finally:
+            taking.cancel()
 
     def fail(self, error: GPTJDistError) -> None:
         """Ends every stream with `error`, and refuses new ones, for the same reason, until `resume`."""
@@ -206,14 +209,10 @@ class AsyncEngine:
         del self._mailboxes[request.request_id]
         self._pump_soon()
 
-    async def _take_result(self, executor: Executor, broken: asyncio.Future[None]) -> None:
-        """Waits for one result, and puts its tokens into their streams."""
-        receiving = asyncio.ensure_future(executor.receive())
-        try:
-            await asyncio.wait((receiving, broken), return_when=asyncio.FIRST_COMPLETED)
-            if broken.done():
-                broken.result()
-            result, landed_ns = receiving.result(), self.stats.now_ns()
+    async def _take_results(self, executor: Executor) -> None:
+        """Puts the tokens of results into their streams."""
+        while True:
+            result, landed_ns = await executor.receive(), self.stats.now_ns()
             for output in self.scheduler.update(result):
                 if output.finish_reason == FinishReason.ERROR:
                     self._fail_request(output.request, StageFailedError(BROKEN))
@@ -223,8 +222,6 @@ class AsyncEngine:
                 self.journal.note_output(output, landed_ns)
             self.stats.note_landed(result, landed_ns)
             self._pump()
-        finally:
-            receiving.cancel()
 
     def _pump_soon(self) -> None:
         """Pumps in the next turn of the loop, so that requests that arrive together share a micro-batch."""

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import zmq
-import zmq.asyncio
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.errors import PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import values
 from gptj_dist.stages.background import run_in_background
+from gptj_dist.stages.transport.arrivals import Arrivals
 from gptj_dist.stages.transport.codec import Codec, CodecError
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import CurveKeys, CurveLock, DropCount, GuardedSocket, show_keys
@@ -142,7 +142,7 @@ class FeedInbox:
 
     def __init__(self, host: str, on_end: Callable[[Exception], None]) -> None:
         lock = CurveLock()
-        self._guarded = GuardedSocket(zmq.asyncio.Context(), zmq.ROUTER, host, lock)
+        self._guarded = GuardedSocket(zmq.ROUTER, host, lock)
         self._address = InboxAddress(self._guarded.endpoint, lock.keys)
         self._streams: dict[int, _OpenStream] = {}
         self._num_opened = 0
@@ -152,6 +152,7 @@ class FeedInbox:
         self._guarded.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a pipeline may connect again under its name
         self.faults: Counter[FrameFault] = Counter()
         self._on_end = on_end
+        self._arrivals = Arrivals(self._guarded.socket)
         self._reader = run_in_background("feed inbox", self._read(), self._give_up)
 
     @property
@@ -185,11 +186,12 @@ class FeedInbox:
     def stop(self) -> None:
         """Receives no more messages."""
         self._reader.cancel()
+        self._arrivals.stop()
         self._guarded.close()
 
     async def _read(self) -> None:
         while True:
-            sender, *parts = await self._guarded.socket.recv_multipart()
+            sender, *parts = await self._arrivals.next()
             message = b"".join(parts)
             self._silent_beats[sender] = 0
             try:
@@ -201,7 +203,7 @@ class FeedInbox:
             self._num_received[sender] += len(message)
             if unread or self._num_received[sender] >= RECEIPT_BYTES:
                 receipt = Receipt(self._num_received.pop(sender), tuple(unread))
-                await self._guarded.socket.send_multipart([sender, _RECEIPT.encode(receipt)])
+                self._guarded.socket.send_multipart([sender, _RECEIPT.encode(receipt)], zmq.NOBLOCK)
             await asyncio.sleep(0)  # receiving takes no turn of the loop while there are messages
 
     def _hand_out(self, parts: Sequence[StreamPart], sender: bytes) -> list[int]:
@@ -256,7 +258,8 @@ class FeedOutbox:
     def __init__(self, on_unread: Callable[[ReplyTo], None], name: str = "") -> None:
         self._on_unread = on_unread
         self._name = name
-        self._sockets: dict[InboxAddress, zmq.asyncio.Socket] = {}
+        self._sockets: dict[InboxAddress, zmq.Socket[bytes]] = {}
+        self._arrivals: dict[InboxAddress, Arrivals] = {}
         self._readers: dict[InboxAddress, asyncio.Task[None]] = {}
         self._num_unreceived: Counter[InboxAddress] = Counter()
         self._waiting: deque[tuple[InboxAddress, StreamPart]] = deque()
@@ -304,16 +307,16 @@ class FeedOutbox:
 
     def _send(self, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
         if inbox not in self._sockets:
-            self._sockets[inbox] = _connect(inbox, self._name)
+            self._sockets[inbox] = socket = _connect(inbox, self._name)
+            self._arrivals[inbox] = Arrivals(socket)
             name = f"feed outbox to {inbox.endpoint}"
             self._readers[inbox] = run_in_background(name, self._read(inbox), lambda _: self._disconnect(inbox))
         message = _PARTS.encode(tuple(parts))
         if self._num_unreceived[inbox] + len(message) > MAX_UNRECEIVED_BYTES:
             self._give_up(inbox, parts)
             return
-        sent = asyncio.ensure_future(self._sockets[inbox].send(message, flags=zmq.NOBLOCK))
-        if sent.done():
-            sent.result()  # raises what went wrong
+        self._sockets[inbox].send(message, zmq.NOBLOCK)
+        self._arrivals[inbox].note_sent()
         self._num_unreceived[inbox] += len(message)
 
     def _give_up(self, inbox: InboxAddress, parts: Sequence[StreamPart]) -> None:
@@ -326,14 +329,15 @@ class FeedOutbox:
     def _disconnect(self, inbox: InboxAddress) -> None:
         """The next part for the inbox connects again."""
         self._readers.pop(inbox).cancel()
+        self._arrivals.pop(inbox).stop()
         self._sockets.pop(inbox).close()
         self._num_unreceived.pop(inbox, None)
 
     async def _read(self, inbox: InboxAddress) -> None:
         while True:
-            message = await self._sockets[inbox].recv()
+            message = await self._arrivals[inbox].next()
             try:
-                receipt = _RECEIPT.decode(message)
+                receipt = _RECEIPT.decode(b"".join(message))
             except CodecError as error:
                 self.num_malformed += 1
                 logger.warning("malformed feed message dropped", extra=values(error=str(error)))
@@ -343,8 +347,8 @@ class FeedOutbox:
                 self._on_unread(ReplyTo(inbox, stream_id))
 
 
-def _connect(inbox: InboxAddress, name: str = "") -> zmq.asyncio.Socket:
-    socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+def _connect(inbox: InboxAddress, name: str = "") -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     if name:
         socket.setsockopt(zmq.IDENTITY, name.encode())
     socket.setsockopt(zmq.SNDHWM, 0)

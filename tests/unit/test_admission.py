@@ -51,6 +51,8 @@ def test_a_burst_is_refused_while_the_admitted_wait_and_others_are_answered(stre
         assert f"answering {MOST} requests" in refused[0].json()["error"]["message"]
         await eventually(lambda: len(app.source.asked) == MOST)
         assert (await app.client.get("/health")).status_code == 200
+        unread = await app.client.post("/v1/completions", content=b"not JSON")
+        assert unread.status_code == 429, "a refused request's body is not read"
         app.source.may_go_on.set()
         statuses = [response.status_code for response in await asyncio.gather(*calls)]
         assert (statuses.count(200), statuses.count(429)) == (MOST, 2 * MOST)

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-import zmq.asyncio
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -21,6 +20,7 @@ from gptj_dist.params import TokenLogprobs
 from gptj_dist.serving import feed
 from gptj_dist.serving import pipeline_client as pipelines
 from gptj_dist.serving.feed import MAX_SILENT_BEATS, FeedInbox, FeedOutbox, InboxAddress, ReplyTo, StreamPart, _connect
+from gptj_dist.stages.transport.arrivals import Arrivals
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import CurveLock, GuardedSocket
 from tests.unit.test_async_engine import until
@@ -219,7 +219,7 @@ def test_a_sender_with_the_key_that_sends_malformed_messages_ends_no_stream_and_
         wrong_reason = packed([[0, 0, [[1], "no reason", [], [], None]]])
         malformed = [[b"not msgpack"], [packed(7)], [packed([[0, "x"]])], [wrong_reason], [b"", b""]]
         for message in malformed:
-            await insider.send_multipart(message)
+            insider.send_multipart(message)
         outbox.put(stream, 0, Delta((1,), FinishReason.STOP))
         async with asyncio.timeout(TIMEOUT_S):
             delta = await mailbox.take()
@@ -236,15 +236,15 @@ def test_a_sender_with_the_key_that_sends_malformed_messages_ends_no_stream_and_
 def test_an_outbox_drops_malformed_messages_and_still_hears_of_unread_streams() -> None:
     async def run() -> None:
         lock, unread = CurveLock(), asyncio.Queue[ReplyTo]()
-        inbox = GuardedSocket(zmq.asyncio.Context(), zmq.ROUTER, "127.0.0.1", lock)
+        inbox = GuardedSocket(zmq.ROUTER, "127.0.0.1", lock)
         stream = ReplyTo(InboxAddress(inbox.endpoint, lock.keys), 7)
         outbox = FeedOutbox(unread.put_nowait)
         async with asyncio.timeout(TIMEOUT_S):
             outbox.put(stream, 0, Delta((1,), None))
-            sender, _ = await inbox.socket.recv_multipart()
+            sender, _ = await Arrivals(inbox.socket).next()
             malformed = [b"", b"\xff", msgspec.msgpack.encode("text"), msgspec.msgpack.encode([9, ["x"]])]
             for message in (*malformed, msgspec.msgpack.encode([9, [7]])):
-                await inbox.socket.send_multipart([sender, message])
+                inbox.socket.send_multipart([sender, message])
             assert await unread.get() == stream
         assert outbox.num_malformed == len(malformed)
         outbox.stop()
@@ -260,7 +260,7 @@ def test_a_pipeline_keeps_little_for_an_ingress_that_hangs_and_stops_its_streams
 
     async def run() -> None:
         lock, unread = CurveLock(), asyncio.Queue[ReplyTo]()
-        hung = GuardedSocket(zmq.asyncio.Context(), zmq.ROUTER, "127.0.0.1", lock)
+        hung = GuardedSocket(zmq.ROUTER, "127.0.0.1", lock)
         stream = ReplyTo(InboxAddress(hung.endpoint, lock.keys), 7)
         outbox, num_parts = FeedOutbox(unread.put_nowait), 0
         while unread.empty():
@@ -324,7 +324,7 @@ def test_when_the_reader_of_an_inbox_ends_all_its_streams_fail_and_its_owner_hea
         inbox = FeedInbox("127.0.0.1", ends.append)
         _, [mailbox, _] = inbox.open(2)
         await asyncio.sleep(0)
-        inbox._guarded.socket.close(linger=0)
+        inbox._arrivals.stop()
         async with asyncio.timeout(TIMEOUT_S):
             with pytest.raises(StageFailedError, match="can no longer receive tokens"):
                 await mailbox.take()

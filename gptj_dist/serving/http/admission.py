@@ -45,6 +45,12 @@ class Admission:
         self._end_times_s: deque[float] = deque(maxlen=MAX_ENDS)
         self.num_admitted = 0
 
+    def require_room(self, key: str | None = None) -> None:
+        """Raises TooManyRequestsError if another request of this key would be refused, whatever it asks for."""
+        if not has_room(self._num_of_keys, key, self._most):
+            message = f"this server is answering {self.num_admitted} requests, its most; try again later"
+            raise TooManyRequestsError(message, self._retry_after_s())
+
     @contextmanager
     def admitted(self, key: str | None = None, num_completions: int = 1) -> Iterator[None]:
         """Counts a request until the context ends.
@@ -56,9 +62,7 @@ class Admission:
         Raises:
             TooManyRequestsError: there are too many.
         """
-        if not has_room(self._num_of_keys, key, self._most):
-            message = f"this server is answering {self.num_admitted} requests, its most; try again later"
-            raise TooManyRequestsError(message, self._retry_after_s())
+        self.require_room(key)
         if not has_room(self._num_completions_of_keys, key, self._most_completions):
             number = sum(self._num_completions_of_keys.values())
             message = f"this server is answering requests for {number} completions, its most; try again later"

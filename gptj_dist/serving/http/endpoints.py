@@ -121,6 +121,7 @@ class Endpoints:
         return await self._text(request, ResponsesRequest)
 
     async def embeddings(self, request: Request) -> Response:
+        self._admission.require_room(CALLER.get())
         body = await self._body(request, EmbeddingRequest)
         understand = partial(self._texts.embed, body, request.state.request_id)
         return await self._answer(request, body.num_completions, understand)
@@ -204,6 +205,7 @@ class Endpoints:
         return await self._texts.parse(await read_body(request, self._texts.work, room=self._room), kind)
 
     async def _text(self, request: Request, kind: type[TextRequest]) -> Response:
+        self._admission.require_room(CALLER.get())  # before the body costs anything
         data, request_id = await read_body(request, self._texts.work, room=self._room), request.state.request_id
         body = await self._texts.parse(data, kind)
         run = None

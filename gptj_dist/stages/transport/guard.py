@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import zmq
 from zmq.utils import z85
@@ -32,8 +32,6 @@ _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _MONITOR_ENDPOINT = "inproc://monitor"
 _ZAP_DOMAIN = b"gptj-dist"  # libzmq asks for the credentials of peers only where a domain is set
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-
-S = TypeVar("S", bound="zmq.Socket[Any]")
 
 
 @dataclass(slots=True)
@@ -124,11 +122,10 @@ def show_keys(socket: zmq.Socket[Any], keys: CurveKeys) -> None:
     socket.curve_secretkey = keys.client
 
 
-class GuardedSocket(Generic[S]):
+class GuardedSocket:
     """A bound socket with a lock, and a thread that answers libzmq's requests to authenticate peers (RFC 27, ZAP).
 
     Args:
-        context: of this socket alone, because libzmq asks one handler a context. `close` ends it.
         kind: such as `zmq.PULL`.
         host: the address to bind; the port is a free one.
 
@@ -137,13 +134,13 @@ class GuardedSocket(Generic[S]):
         dropped: what the socket has dropped. The thread counts refused connections, the reader malformed messages.
     """
 
-    def __init__(self, context: zmq.Context[S], kind: int, host: str, lock: PasswordLock | CurveLock) -> None:
-        self._context = context
+    def __init__(self, kind: int, host: str, lock: PasswordLock | CurveLock) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # libzmq asks one handler a context
         self._lock = lock
         self._unproven: set[int] = set()
         self._num_proofs = 0
         self.dropped = DropCount()
-        self.socket: S = context.socket(kind)
+        self.socket = self._context.socket(kind)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_PART_BYTES)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
@@ -158,11 +155,10 @@ class GuardedSocket(Generic[S]):
         self._context.term()  # ends the thread, too
 
     def _start_thread(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context.underlying)
-        questions = context.socket(zmq.REP)
+        questions = self._context.socket(zmq.REP)
         questions.bind(_ZAP_ENDPOINT)
         self.socket.monitor(_MONITOR_ENDPOINT, _EVENTS)
-        events = context.socket(zmq.PAIR)
+        events = self._context.socket(zmq.PAIR)
         events.connect(_MONITOR_ENDPOINT)
         threading.Thread(target=self._serve, args=(questions, events), name="gate", daemon=True).start()
 

@@ -37,7 +37,7 @@ class LeashPost:
 
     def __init__(self, host: str) -> None:
         lock = PasswordLock()
-        self._guarded: GuardedSocket[zmq.Socket[bytes]] = GuardedSocket(zmq.Context(), zmq.PULL, host, lock)
+        self._guarded = GuardedSocket(zmq.PULL, host, lock)
         self.address = f"{self._guarded.endpoint}{_SEPARATOR}{lock.password}"
 
     @property

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any
 
 import zmq
-import zmq.asyncio
 
+from gptj_dist.stages.transport.arrivals import Arrivals
 from gptj_dist.stages.transport.frames import EdgeTraffic, Frame, FrameReader, FrameWriter
-from gptj_dist.stages.transport.guard import MAX_PART_BYTES, GuardedSocket, PasswordLock, S, show_password
+from gptj_dist.stages.transport.guard import MAX_PART_BYTES, GuardedSocket, PasswordLock, show_password
 
 _SEPARATOR = "#"  # neither endpoints nor passwords contain it
 
@@ -25,27 +25,23 @@ class ZeroMQTransport:
     epoch: int
 
     def inbound(self, host: str) -> ZeroMQInbound:
-        return ZeroMQInbound(zmq.Context(), host, self.epoch)
+        return ZeroMQInbound(host, self.epoch)
 
     def async_inbound(self, host: str) -> AsyncZeroMQInbound:
-        return AsyncZeroMQInbound(zmq.asyncio.Context(), host, self.epoch)
+        return AsyncZeroMQInbound(host, self.epoch)
 
     def outbound(self, address: str) -> ZeroMQOutbound:
         return ZeroMQOutbound(address, self.epoch)
 
 
-class _Receiver(Generic[S]):
-    """What receiving ends for threads and for event loops have in common.
+class _Receiver:
+    """What receiving ends for threads and for event loops have in common."""
 
-    Args:
-        context: of this socket alone.
-    """
-
-    def __init__(self, context: zmq.Context[S], host: str, epoch: int) -> None:
+    def __init__(self, host: str, epoch: int) -> None:
         lock = PasswordLock()
         self._reader = FrameReader(epoch)
         self._frame_bytes = 0
-        self._guarded = GuardedSocket(context, zmq.PULL, host, lock)
+        self._guarded = GuardedSocket(zmq.PULL, host, lock)
         self.address = f"{self._guarded.endpoint}{_SEPARATOR}{lock.password}"
 
     @property
@@ -60,7 +56,7 @@ class _Receiver(Generic[S]):
         return self._reader.read(parts)
 
 
-class ZeroMQInbound(_Receiver["zmq.Socket[bytes]"]):
+class ZeroMQInbound(_Receiver):
     """Implements `edge.Inbound`."""
 
     def receive(self) -> Frame:
@@ -69,11 +65,19 @@ class ZeroMQInbound(_Receiver["zmq.Socket[bytes]"]):
         return frame
 
 
-class AsyncZeroMQInbound(_Receiver[zmq.asyncio.Socket]):
+class AsyncZeroMQInbound(_Receiver):
     """Implements `edge.AsyncInbound`."""
 
+    def __init__(self, host: str, epoch: int) -> None:
+        super().__init__(host, epoch)
+        self._arrivals = Arrivals(self._guarded.socket)
+
+    def close(self) -> None:
+        self._arrivals.stop()
+        super().close()
+
     async def receive(self) -> Frame:
-        while (frame := self._read(await self._guarded.socket.recv_multipart())) is None:
+        while (frame := self._read(await self._arrivals.next())) is None:
             pass
         return frame
 
