@@ -24,8 +24,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TypeAlias
 
 from benchmarks.cases import Case
 from benchmarks.figures import machine, percentile, print_document, print_row
@@ -39,6 +39,9 @@ LENGTHS = ((16, 32), (64, 64), (192, 32), (32, 128))
 COLUMNS = ("goodput", "of_peak", "throughput", "whole", "late", "refused", "failed", "median_s", "p99_s", "refusal_s")
 REFUSED = "429"
 NUM_WARM_UP = 8
+
+Request: TypeAlias = tuple[bytes, int, int]
+"""The body of a request, and its tokens in and out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,9 @@ def main() -> None:
         loads = [_report("capacity", capacity, capacity["goodput"])]
         rate = capacity["whole"] / (args.seconds - args.ramp_s)
         for factor in args.factors:
+            requests = made_before(target, factor * rate, args.seconds, args.seed + 1)
             begin_s = time.perf_counter()
-            sent = asyncio.run(offered(target, factor * rate, args.seconds, args.seed))
+            sent = asyncio.run(offered(target, factor * rate, args.seconds, args.seed, requests))
             figures = load_figures(sent, begin_s + args.ramp_s, begin_s + args.seconds, args.target_s)
             loads.append(_report(f"{factor:g} x {rate:.3g} requests/s", figures, capacity["goodput"]))
     print_document("overload", document | {"requests_per_s": rate, "loads": loads})
@@ -143,15 +147,20 @@ async def _closed(target: Target, num_clients: int, seconds: float, seed: int) -
     return sent
 
 
-async def offered(target: Target, rate: float, seconds: float, seed: int) -> list[Sent]:
+def made_before(target: Target, rate: float, seconds: float, seed: int) -> Iterator[Request]:
+    """The requests of a load. They are made before it begins, as making them costs CPU time."""
+    bodies = _bodies(target.model, seed)
+    return chain(list(islice(bodies, math.ceil(1.2 * rate * seconds))), bodies)
+
+
+async def offered(target: Target, rate: float, seconds: float, seed: int, requests: Iterator[Request]) -> list[Sent]:
     """Requests at random times, and then until all have ended."""
-    rng, bodies = random.Random(seed), _bodies(target.model, seed + 1)
+    rng = random.Random(seed)
     sending: list[asyncio.Task[Sent]] = []
-    requests = list(islice(bodies, math.ceil(1.2 * rate * seconds)))  # made before, as they cost CPU time
     at_s, stop_s = time.perf_counter(), time.perf_counter() + seconds
     while at_s < stop_s:
         await asyncio.sleep(at_s - time.perf_counter())
-        sending.append(asyncio.create_task(_send(target, *(requests.pop() if requests else next(bodies)))))
+        sending.append(asyncio.create_task(_send(target, *next(requests))))
         at_s += rng.expovariate(rate)
     return await asyncio.gather(*sending)
 
@@ -161,8 +170,8 @@ async def _send(target: Target, body: bytes, num_input: int, num_wanted: int) ->
     return Sent(record, num_wanted, time.perf_counter())
 
 
-def _bodies(model: str, seed: int) -> Iterator[tuple[bytes, int, int]]:
-    """Without end: the body of a request, and its tokens in and out."""
+def _bodies(model: str, seed: int) -> Iterator[Request]:
+    """Without end."""
     rng = random.Random(seed)
     while True:
         num_input, num_output = rng.choice(LENGTHS)

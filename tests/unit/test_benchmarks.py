@@ -30,7 +30,7 @@ from benchmarks.load import (
     poisson_arrivals,
     serving_figures,
 )
-from benchmarks.overload import Sent, load_figures, offered
+from benchmarks.overload import Sent, load_figures, made_before, offered
 from benchmarks.processes import Family
 from benchmarks.servers import serve_command, vllm_serve_command
 from benchmarks.sse_client import ChunkedBody, FrameSplitter, StreamRecord
@@ -224,7 +224,8 @@ def test_an_offered_load_is_sent_whatever_becomes_of_it_and_refusals_are_told_ap
 
     async def load() -> list[Sent]:
         async with server.listening() as target, asyncio.timeout(TIME_LIMIT_S):
-            return await offered(target, rate=1000, seconds=0.05, seed=1)
+            requests = made_before(target, 1000, 0.05, seed=2)
+            return await offered(target, 1000, 0.05, 1, requests)
 
     sent = asyncio.run(load())
     assert len(sent) == len(server.bodies) > 1
