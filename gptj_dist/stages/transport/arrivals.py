@@ -31,7 +31,7 @@ class Arrivals:
 
     def note_sent(self) -> None:
         """Call after each message that was sent on this socket: sending can take away the sign of one that arrived."""
-        if self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._wake()
 
     def stop(self) -> None:
