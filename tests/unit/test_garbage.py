@@ -73,11 +73,17 @@ def test_refused_requests_leave_no_frames_in_circles() -> None:
     assert frames == set()
 
 
-@pytest.mark.parametrize(("num_requests", "is_collected"), [(garbage.MAX_BUSY, True), (garbage.MAX_BUSY + 1, False)])
-def test_a_process_with_few_requests_collects_old_circles(
-    num_requests: int, is_collected: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("num_requests", "most_objects", "most_s", "is_collected"),
+    [(0, -1, 300.0, True), (1, 10**9, 300.0, True), (1, -1, 0.0, True), (1, -1, 300.0, False)],
+    ids=["idle", "few objects", "overdue", "busy"],
+)
+def test_old_circles_are_collected_unless_that_holds_up_requests(
+    num_requests: int, most_objects: int, most_s: float, is_collected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(garbage, "PERIOD_S", 0.01)
+    monkeypatch.setattr(garbage, "MAX_OBJECTS", most_objects)
+    monkeypatch.setattr(garbage, "MAX_PERIOD_S", most_s)
     asked = 0
 
     def ask() -> int:
