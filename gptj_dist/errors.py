@@ -8,6 +8,7 @@
     │   ├── RequestTooLongError prompt and output exceed the context window or the whole KV cache
     │   └── TimeoutReachedError the request was not done in the time that it gave
     ├── AuthenticationError     the call has no key, or one that opens nothing
+    ├── NotPermittedError       the call has no key that permits what it asks for
     ├── TooManyRequestsError    more is asked for than there is room or allowance for; `retry_after_s` says when to come
     ├── NotReadyError           no pipeline can make a token right now; trying again may help
     ├── StageFailedError        its pipeline failed with the request in flight; trying again may help
@@ -61,6 +62,10 @@ class TimeoutReachedError(InvalidRequestError):
 
 class AuthenticationError(GPTJDistError):
     """The call has no API key, or one that opens nothing."""
+
+
+class NotPermittedError(GPTJDistError):
+    """The call has no key that permits what it asks for."""
 
 
 class TooManyRequestsError(GPTJDistError):

@@ -14,6 +14,8 @@ from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.field_types import type_problems
 
 MAX_STOP_STRINGS = 16
+MAX_ADAPTERS = 8
+MAX_STRENGTH = 100.0
 MAX_LOGPROBS = 20
 
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -60,6 +62,39 @@ class Pooling:
 
 
 @dataclass(frozen=True)
+class AdapterSource:
+    """Files of an adapter.
+
+    Args:
+        path: a directory or file, the same on every node.
+        version: hash of what is in it; other files at the same path are another adapter.
+    """
+
+    path: str
+    version: str
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """An adapter that changes the model for a request.
+
+    Args:
+        name: what it was loaded as.
+        strength: multiplies its changes, from -100 to 100; 0 changes nothing.
+        source: filled in by whoever knows the names: the LLM or the server.
+    """
+
+    name: str
+    strength: float = 1.0
+    source: AdapterSource | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        in_range = -MAX_STRENGTH <= self.strength <= MAX_STRENGTH
+        _check(in_range, "strength", f"must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}", self.strength)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """Sampling settings of a request; the names and meanings are those of OpenAI's and vLLM's APIs.
 
@@ -91,6 +126,7 @@ class SamplingParams:
         pooling: asks for an embedding of the prompt, instead of any tokens.
         priority: requests with a lower one are served first, and preempted last; among equals the earlier ones. Others
             may wait for ever.
+        adapters: change the model for this request; their changes are added.
 
     Raises:
         InvalidRequestError: a value has another type or is out of its range; `param` names it.
@@ -119,6 +155,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     priority: int = 0
     pooling: Pooling | None = None
+    adapters: tuple[AdapterChoice, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in tuple(vars(self).items()):
@@ -146,6 +183,9 @@ class SamplingParams:
         _check(all(-100 <= bias <= 100 for bias in biases), "logit_bias", "takes numbers from -100 to 100", biases)
         _check(self.allowed_token_ids != (), "allowed_token_ids", "must allow a token", self.allowed_token_ids)
         _check(all(self.bad_words), "bad_words", "must not hold an empty word", self.bad_words)
+        names = [choice.name for choice in self.adapters]
+        _check(len(names) <= MAX_ADAPTERS, "adapters", f"takes at most {MAX_ADAPTERS}", len(names))
+        _check(len(set(names)) == len(names), "adapters", "must name each adapter once", names)
 
     @property
     def listed_token_ids(self) -> dict[str, tuple[int, ...]]:

@@ -7,9 +7,20 @@ from dataclasses import fields
 from typing import Any
 
 from gptj_dist.errors import InvalidRequestError
-from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.params import AdapterChoice, Pooling, SamplingParams
 
-_CANDIDATES = (2, True, False, 0.5, ("a", "b"), (3, 4), ((3, 0.5),), ((3, 4), (5,)), Pooling("last", 1))
+_CANDIDATES = (
+    2,
+    True,
+    False,
+    0.5,
+    ("a", "b"),
+    (3, 4),
+    ((3, 0.5),),
+    ((3, 4), (5,)),
+    Pooling("last", 1),
+    (AdapterChoice("poet", 0.5),),
+)
 
 FIELD_NAMES = tuple(field.name for field in fields(SamplingParams))
 

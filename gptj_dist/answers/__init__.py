@@ -5,6 +5,7 @@ probabilities. Takes tokens from a `TokenSource` and does not know where they ar
 """
 
 __all__ = [
+    "adapters",
     "answer",
     "chat_defaults",
     "completion",

@@ -12,6 +12,7 @@ from gptj_dist.answers.moderation import ContentRefusedError, ModerationTimeoutE
 from gptj_dist.errors import (
     AuthenticationError,
     InvalidRequestError,
+    NotPermittedError,
     NotReadyError,
     RequestTooLongError,
     StageFailedError,
@@ -63,6 +64,7 @@ HTTP_ERRORS: Mapping[type[BaseException], HttpError] = {
     HeadTooLargeError: HttpError(431, "invalid_request_error"),
     TimeoutReachedError: HttpError(408, "timeout", "timeout"),
     AuthenticationError: HttpError(401, "authentication_error", "invalid_api_key"),
+    NotPermittedError: HttpError(403, "permission_error", "not_permitted"),
     TooManyRequestsError: HttpError(429, "rate_limit_error", "rate_limit_exceeded"),
     NotReadyError: HttpError(503, "service_unavailable", "not_ready", RESTART_S),
     StageFailedError: HttpError(503, "service_unavailable", "stage_failed", RESTART_S),

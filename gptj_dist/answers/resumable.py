@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from gptj_dist.answers.source import TokenSource
 from gptj_dist.engine.mailbox import Delta, joined
 from gptj_dist.engine.record import RequestRecord, noise_key
 from gptj_dist.errors import NotReadyError
+from gptj_dist.params import AdapterSource
 
 TAKEN = NotReadyError("this stream goes on at another connection, which has resumed it")
 
@@ -24,15 +25,22 @@ class ResumableStream:
         noise: 64 bits, from which completions without a seed get their noise keys.
         past: the tokens that came before, of each completion by its index.
         last_id: the id of the last event that the client has received, empty if it has none; None for a new stream.
+        adapters: those that the request names, as they were when it arrived.
 
     Attributes:
         is_taken: another connection goes on with the stream. It ends here, with its next token.
     """
 
     def __init__(
-        self, created: int, noise: int, past: Sequence[tuple[int, Delta]] = (), last_id: str | None = None
+        self,
+        created: int,
+        noise: int,
+        past: Sequence[tuple[int, Delta]] = (),
+        last_id: str | None = None,
+        adapters: Mapping[str, AdapterSource] | None = None,
     ) -> None:
         self.created = created
+        self.adapters = adapters or {}
         self.is_taken = False
         self._news: list[tuple[int, Delta]] = []
         self._noise = noise

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from gptj_dist.answers.adapters import with_sources
 from gptj_dist.answers.answer import Answer, Form
 from gptj_dist.answers.choices import ChoicesForm, Head
 from gptj_dist.answers.completion import TextDelta, stream_text
@@ -36,6 +38,7 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import new_records
 from gptj_dist.json_types import JsonObject
 from gptj_dist.logs import values
+from gptj_dist.params import AdapterChoice, AdapterSource
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +48,13 @@ MAX_USER_CHARS = 200
 BYTES_PER_US = 4
 """Bytes of JSON that are parsed and checked in a microsecond, at worst."""
 
+NO_ADAPTERS: Mapping[str, AdapterSource] = {}
+
 TextRequest = CompletionRequest | ChatRequest | ResponsesRequest
 Request = SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest
 B = TypeVar("B", bound=Body)
 R = TypeVar("R", bound=Request)
+P = TypeVar("P", bound=SamplingFields | EmbeddingRequest)
 T = TypeVar("T")
 
 
@@ -59,6 +65,7 @@ class AnswerService:
         moderation: checks prompts and answers, if there is one.
         on_end: as of `Answer`.
         logs_prompts: whether the log shows prompts.
+        adapters: by name; may change at any time.
 
     Attributes:
         work: runs what takes CPU time.
@@ -71,12 +78,14 @@ class AnswerService:
         moderation: Moderation | None = None,
         on_end: Callable[[str], None] = lambda _: None,
         logs_prompts: bool = False,
+        adapters: Mapping[str, AdapterSource] = NO_ADAPTERS,
     ) -> None:
         self._model = model
         self._source = source
         self._moderation = moderation
         self._on_end = on_end
         self._logs_prompts = logs_prompts
+        self._adapters = adapters
         self.work = Work()
         self._reader = PromptReader(model)
         self._created = int(time.time())
@@ -109,14 +118,14 @@ class AnswerService:
             GPTJDistError: it cannot be served.
         """
         deadline = Deadline(request.timeout_s)
-        prepared = await deadline.bound(self._read(request, self._reader.complete))
+        prepared = await deadline.bound(self._prepare(request, self._reader.complete, resumable))
         writers = [
             CompletionWriter(i * request.n + choice, request, prompt, prompt_ids, self._model.tokenizer)
             for i, (prompt, prompt_ids) in enumerate(prepared.prompts)
             for choice in range(request.n)
         ]
         kinds = ("text_completion", "text_completion")
-        head = Head(f"cmpl-{request_id}", _created(resumable), self._model.names[0], *kinds)
+        head = Head(f"cmpl-{request_id}", _created(resumable), self._name(request.model, resumable), *kinds)
         form = ChoicesForm(request, head, writers, prepared.num_prompt_tokens)
         return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
@@ -127,11 +136,11 @@ class AnswerService:
             GPTJDistError: it cannot be served.
         """
         deadline = Deadline(request.timeout_s)
-        prepared = await deadline.bound(self._read(request, self._reader.chat))
+        prepared = await deadline.bound(self._prepare(request, self._reader.chat, resumable))
         ((_, prompt_ids),) = prepared.prompts
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
-        head = Head(f"chatcmpl-{request_id}", _created(resumable), self._model.names[0], *kinds)
+        head = Head(f"chatcmpl-{request_id}", _created(resumable), self._name(request.model, resumable), *kinds)
         form = ChoicesForm(request, head, writers, len(prompt_ids))
         return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
@@ -144,8 +153,8 @@ class AnswerService:
             GPTJDistError: it cannot be served.
         """
         deadline = Deadline(request.timeout_s)
-        prepared = await deadline.bound(self._read(request, self._reader.respond))
-        name, num_tokens = self._model.names[0], prepared.num_prompt_tokens
+        prepared = await deadline.bound(self._prepare(request, self._reader.respond, resumable))
+        name, num_tokens = self._name(request.model, resumable), prepared.num_prompt_tokens
         form = ResponseForm(request, request_id, _created(resumable), name, self._model.tokenizer, num_tokens)
         return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
@@ -155,7 +164,7 @@ class AnswerService:
         Raises:
             GPTJDistError: it cannot be served.
         """
-        prepared = await self._read(request, self._reader.embed)
+        prepared = await self._prepare(request, self._reader.embed)
         await self._accept(request, request_id, prepared)
 
         def open_streams() -> list[AsyncGenerator[Delta, None]]:
@@ -164,7 +173,7 @@ class AnswerService:
                 for _, prompt_ids in prepared.prompts
             ]
 
-        return EmbeddingAnswer(request, self._model.names[0], open_streams, prepared.num_prompt_tokens, self.work)
+        return EmbeddingAnswer(request, self._name(request.model), open_streams, prepared.num_prompt_tokens, self.work)
 
     async def tokenize(self, request: TokenizeRequest) -> JsonObject:
         """The tokens of a text or a conversation. Raises InvalidRequestError."""
@@ -183,29 +192,56 @@ class AnswerService:
         return self._model.tokenizer_info
 
     def model_card(self, name: str) -> JsonObject:
-        """The model as `GET /v1/models` describes it, under one of its names. Raises UnknownModelError."""
+        """The model, or an adapter, as `GET /v1/models` describes it. Raises UnknownModelError."""
         self.check_model(name)
+        source = self._adapters.get(name)
+        of_adapter = {} if source is None else {"root": source.path, "parent": self._model.names[0]}
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "gptj-dist",
             "max_model_len": self._model.max_model_len,
+            **of_adapter,
         }
 
     def check_model(self, name: str | None) -> None:
-        """Raises UnknownModelError if the model is not served here."""
-        if name is not None and name not in self._model.names:
+        """Raises UnknownModelError if it is neither the model that is served here nor an adapter."""
+        if name is not None and name not in self._model.names and name not in self._adapters:
             served = " and ".join(map(repr, self._model.names))
             raise UnknownModelError(f"model {name!r:.200} is not served here; {served} is", "model")
 
-    async def _read(self, request: R, read: Callable[[R, EngineLimits], T]) -> T:
+    def _name(self, asked: str | None, resumable: ResumableStream | None = None) -> str:
+        """What an answer calls its model: the adapter that the request names as its model, or the model."""
+        is_adapter = asked in self._adapters or (resumable is not None and asked in resumable.adapters)
+        return asked if asked is not None and is_adapter else self._model.names[0]
+
+    async def _read(self, request: R, read: Callable[[R, EngineLimits], T], knows_model: bool = False) -> T:
         """Renders, tokenises and checks, a request at a time."""
         await self.work.turns.next()
-        self.check_model(request.model)
+        if not knows_model:
+            self.check_model(request.model)
         limits = self._source.limits()
         with naming(request):
             return await self.work.run(reading_cost(request), partial(read, request, limits))
+
+    async def _prepare(
+        self, request: P, read: Callable[[P, EngineLimits], Prepared], resumable: ResumableStream | None = None
+    ) -> Prepared:
+        """As `_read`, with the sources of the request's adapters. A resumed stream keeps those that it began with."""
+        own = {} if resumable is None else resumable.adapters
+        prepared = await self._read(request, read, knows_model=request.model in own)
+        adapters, sources = prepared.params.adapters, {**self._adapters, **own}
+        if request.model in sources and request.model not in self._model.names:
+            adapters = (AdapterChoice(request.model), *adapters)
+        if not adapters:
+            return prepared
+        return replace(prepared, params=with_sources(replace(prepared.params, adapters=adapters), sources))
+
+    def adapters_of(self, request: SamplingFields) -> tuple[tuple[str, AdapterSource], ...]:
+        """The adapters that a request names, as they are now; those that are not loaded are left out."""
+        names = dict.fromkeys([request.model, *(each.name for each in request.adapters)])
+        return tuple((name, self._adapters[name]) for name in names if name is not None and name in self._adapters)
 
     async def _answer(
         self,

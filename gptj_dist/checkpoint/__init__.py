@@ -4,4 +4,17 @@ Knows where a model lies, what its files hold, and which bytes belong to one sta
 but not what layers compute.
 """
 
-__all__ = ["convert", "files", "hub", "index", "inspection", "loader", "partial", "synthetic"]
+__all__ = [
+    "adapter_formats",
+    "adapter_loader",
+    "adapters",
+    "convert",
+    "delta",
+    "files",
+    "hub",
+    "index",
+    "inspection",
+    "loader",
+    "partial",
+    "synthetic",
+]

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gptj_dist import __version__
+from gptj_dist.cli.checkpoints.adapter import adapter
 from gptj_dist.cli.checkpoints.convert import convert
 from gptj_dist.cli.checkpoints.download import download
 from gptj_dist.cli.checkpoints.inspect import inspect
@@ -37,7 +38,7 @@ CANNOT_WORK = 2
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Serving": (serve, stop, status, top, plan, doctor, key),
     "Text": (complete, chat, batch, generate),
-    "Checkpoints": (download, inspect, convert, verify, synth),
+    "Checkpoints": (download, inspect, convert, verify, synth, adapter),
 }
 """The groups of commands in `--help`."""
 

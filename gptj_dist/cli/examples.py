@@ -41,8 +41,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "gptj-dist download EleutherAI/gpt-j-6b --stages 4 --stage 2",
     ),
     "inspect": ("gptj-dist inspect demo", "gptj-dist inspect EleutherAI/gpt-j-6b"),
-    "convert": ("gptj-dist convert EleutherAI/gpt-j-6b gptj-layers --dtype bfloat16",),
+    "convert": (
+        "gptj-dist convert EleutherAI/gpt-j-6b gptj-layers --dtype bfloat16",
+        "gptj-dist convert edited-gptj fact.safetensors --delta EleutherAI/gpt-j-6b",
+    ),
     "verify": ("gptj-dist verify gptj-layers", 'gptj-dist verify demo --prompt "Call me Ishmael." --tolerance 1e-5'),
+    "adapter": ("gptj-dist adapter inspect adapters/poet", "gptj-dist adapter check adapters/poet --model demo"),
     "synth": ("gptj-dist synth tiny random-gptj", "gptj-dist synth 6b /tmp/gptj-6b --shard-gb 2"),
 }
 """By the command's name."""

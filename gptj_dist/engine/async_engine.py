@@ -21,7 +21,7 @@ from gptj_dist.engine.record import RequestRecord, noise_key
 from gptj_dist.engine.request import FinishReason, Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, TokenOutput
 from gptj_dist.engine.stats import PipelineStats
-from gptj_dist.errors import GPTJDistError, NotReadyError, RequestTooLongError, StageFailedError
+from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
 from gptj_dist.params import SamplingParams
 
 BROKEN = "the model computed NaN in place of the next token's logits"
@@ -98,6 +98,8 @@ class AsyncEngine:
         """
         prompt_ids, params = records[0].prompt_ids, records[0].params
         self._limits.check(prompt_ids, params)
+        if any(choice.source is None for choice in params.adapters):
+            raise InvalidRequestError("adapters are loaded into an LLM or a server, and chosen there", "adapters")
         prompt = Prompt(prompt_ids, can_share=params.pooling is None)
         return [self._generate(prompt, record) for record in records]
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
 
+from gptj_dist.answers.adapters import with_sources
 from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.local import running_engine
 from gptj_dist.answers.schema.base import check_fields
 from gptj_dist.answers.schema.chat import Conversation
+from gptj_dist.checkpoint.adapter_formats import open_fitting
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.stats import PlanRecord
@@ -25,7 +27,7 @@ from gptj_dist.llm.completer import Completer
 from gptj_dist.llm.outputs import Output
 from gptj_dist.llm.progress import metered
 from gptj_dist.llm.prompts import Prompt, PromptInput, params_of_prompts, read_prompt, read_prompts
-from gptj_dist.params import Pooling, PoolingKind, SamplingParams
+from gptj_dist.params import AdapterSource, Pooling, PoolingKind, SamplingParams
 from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
 from gptj_dist.text.chat import ChatTemplate, load_chat_template
@@ -42,6 +44,7 @@ class LLM:
 
     Args:
         model: `demo`, a directory in the Hugging Face layout, or a hub name.
+        adapters: directories of LoRA adapters by name, for `SamplingParams.adapters`.
         settings: fields of `PipelineConfig`, such as `stages=2` or `dtype="float32"`.
 
     Attributes:
@@ -50,23 +53,50 @@ class LLM:
         defaults: values of `SamplingParams` from the checkpoint's generation config, where `params` is None.
 
     Raises:
-        ConfigurationError: a setting is unknown, has the wrong type or is out of range, or the checkpoint is broken.
+        ConfigurationError: a setting is unknown, has the wrong type or is out of range, the checkpoint is broken, or an
+            adapter does not fit it.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        **settings: Any,
+    ) -> None:
         refuse_unknown_keys(settings, [field.name for field in fields(PipelineConfig)])
         if isinstance(settings.get("layers"), list):
             settings["layers"] = tuple(settings["layers"])
         config = PipelineConfig(os.fspath(model) if isinstance(model, os.PathLike) else model, **settings)
-        self.pipeline, executor = start_local(config)
+        self.pipeline, self._executor = start_local(config)
         self._directory = resolve_model(config.model, self.pipeline.blueprint.config.revision)
         self.tokenizer = Tokenizer.load(self._directory)
         self.defaults: Mapping[str, Any] = dict(self.pipeline.blueprint.model.generation.defaults)
         self._loop = BackgroundLoop("gptj-dist-llm")
         running = AsyncExitStack()
         self._close = weakref.finalize(self, self._loop.close, running.aclose)
-        self._engine = self._loop.run(running.enter_async_context(running_engine(self.pipeline, executor)))
+        self._engine = self._loop.run(running.enter_async_context(running_engine(self.pipeline, self._executor)))
         self._completer = Completer(self._engine, self.tokenizer)
+        self._adapters: dict[str, AdapterSource] = {}
+        for name, path in (adapters or {}).items():
+            self.load_adapter(name, path)
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Loads an adapter, or replaces the one of that name, while prompts may be completed.
+
+        Args:
+            path: a directory in PEFT's layout.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not fit the model.
+        """
+        source = open_fitting(Path(path).absolute(), self.pipeline.blueprint.model).source()
+        self._executor.load_adapter(source)
+        self._adapters[name] = source
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; what is being completed keeps it. Raises KeyError if there is none of that name."""
+        del self._adapters[name]
 
     def generate(
         self,
@@ -212,7 +242,7 @@ class LLM:
             each = params_of_prompts(params, len(prompts))
             if any(settings.pooling is not None for settings in each):
                 raise InvalidRequestError("pooling makes embeddings: call embed", "pooling")
-            return each
+            return [with_sources(settings, self._adapters) for settings in each]
         if "max_tokens" not in defaults:
             return [SamplingParams(**defaults)] * len(prompts)
         limits = self.pipeline.limits()

@@ -3,4 +3,15 @@
 Knows the layers of a stage, their KV cache, attention, and sampling. Knows no requests, no files and no Ray.
 """
 
-__all__ = ["arithmetic", "attention", "block_cache", "gptj", "graphs", "inputs", "kv_cache", "logprobs", "sampler"]
+__all__ = [
+    "adapters",
+    "arithmetic",
+    "attention",
+    "block_cache",
+    "gptj",
+    "graphs",
+    "inputs",
+    "kv_cache",
+    "logprobs",
+    "sampler",
+]

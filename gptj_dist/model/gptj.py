@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.model.adapters import Changes, LayerChanges, unchanged
 from gptj_dist.model.attention import Attention, KVCache
 from gptj_dist.model.inputs import MicroBatch, to_device
 from gptj_dist.model.layers import PartLoader, ReadTensor
@@ -56,25 +57,43 @@ class StageModel:
             on_layer(len(self._layers))
         self._head = load.head() if layers.is_last else None
 
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, changes: Changes | None = None) -> Tensor:
         """The first stage's input: int64 [rows] -> [rows, d_model]."""
         if self._embedding is None:
             raise ValueError("only the first stage embeds")
-        return self._embedding[to_device(token_ids, self._device)]
+        token_ids = to_device(token_ids, self._device)
+        hidden = self._embedding[token_ids]
+        if changes is not None:
+            changes.add("wte", None, token_ids, hidden, self._embedding.__getitem__)
+        return hidden
 
-    def forward(self, hidden: Tensor, batch: MicroBatch, cache: KVCache, on_hidden: OnHidden = _ignore) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        batch: MicroBatch,
+        cache: KVCache,
+        on_hidden: OnHidden = _ignore,
+        changes: Changes | None = None,
+    ) -> Tensor:
         """Runs the stage's layers over [rows, d_model], writing keys and values to the cache.
 
         Args:
             on_hidden: called with the input of the stage's first layer and with the output of every layer.
+            changes: of the rows that have adapters; None if none has.
         """
-        return self.run_layers(hidden, cache.attention(batch, self.rotary), on_hidden)
+        return self.run_layers(hidden, cache.attention(batch, self.rotary), on_hidden, changes)
 
-    def run_layers(self, hidden: Tensor, attend: Attention, on_hidden: OnHidden = _ignore) -> Tensor:
+    def run_layers(
+        self, hidden: Tensor, attend: Attention, on_hidden: OnHidden = _ignore, changes: Changes | None = None
+    ) -> Tensor:
         """As `forward`, with the attention of the micro-batch."""
         on_hidden(self._first_layer, hidden)
         for index, layer in enumerate(self._layers):
-            hidden = layer(hidden, partial(attend, index))
+            if changes is None:
+                hidden = layer(hidden, partial(attend, index))
+            else:
+                changes_here = LayerChanges(changes, self._first_layer + index)
+                hidden = layer.changed(hidden, partial(attend, index), changes_here)
             on_hidden(self._first_layer + index + 1, hidden)
         return hidden
 
@@ -102,8 +121,14 @@ class StageModel:
         hidden = self.run_layers(inputs if self._embedding is None else self.embed(inputs), attend)
         return hidden if self._head is None else self.logits(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, changes: Changes | None = None) -> Tensor:
         """The last stage's output: [rows, d_model] -> float32 [rows, vocab_size]."""
         if self._head is None:
             raise ValueError("only the last stage has logits")
-        return self._head[1](self.normed(hidden)).float()
+        normed = self.normed(hidden)
+        if changes is None:
+            return self._head[1](normed).float()
+        changes.add("final", None, normed, normed, unchanged)
+        logits = self._head[1](normed)
+        changes.add("lm_head", None, normed, logits, self._head[1])
+        return logits.float()

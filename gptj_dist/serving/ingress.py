@@ -14,6 +14,7 @@ from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.service import AnswerService
 from gptj_dist.errors import NotReadyError
 from gptj_dist.logs import LogSettings, open_log
+from gptj_dist.serving.adapters import AdapterRegistry, AdapterTable
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
@@ -63,7 +64,11 @@ class Ingress:
         log = LogSettings(config.log_format, config.model_names[0], name, config.log_level)
         open_log(log_directory(), log, "ingress")
         self._metrics = IngressMetrics(name)
-        self._pipelines = PipelineClient(pipeline, self._metrics.note_move)
+        ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
+        self._adapters = AdapterRegistry(
+            config.adapters, config.pipeline, config.model_names, pipeline, ingresses, lambda: self._pipelines.limits()
+        )
+        self._pipelines = PipelineClient(pipeline, self._metrics.note_move, self._adapters.catch_up)
         self._metrics.feed_dropped = self._pipelines.dropped
         self._metrics.feed_faults = self._pipelines.feed_faults
         moderation = (
@@ -75,15 +80,17 @@ class Ingress:
             moderation,
             self._metrics.note_end,
             config.log_prompts,
+            self._adapters.sources,
         )
-        ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         scrape = Scrape(config.model_names[0], self._pipelines, ingresses, self._metrics)
         admission = Admission(
             config.pipeline.max_batch_size + config.pipeline.max_queued_requests, outage=lambda: self._pipelines.outage
         )
         self._keeper = None if streams is None else Keeper(streams, texts.work)
         allowances = Allowances(accounts)
-        endpoints = Endpoints(config.model_names, texts, self._pipelines, allowances, scrape, admission, self._keeper)
+        endpoints = Endpoints(
+            config.model_names, texts, self._pipelines, allowances, scrape, admission, self._keeper, self._adapters
+        )
         self._drain_s = config.drain_s
         self._gate = Gate()
         self._app = make_http_app(
@@ -103,6 +110,11 @@ class Ingress:
     async def metrics(self) -> IngressMetrics:
         """The counters of this ingress."""
         return self._metrics
+
+    async def take_adapters(self, table: AdapterTable) -> AdapterTable:
+        """Takes over a table that another ingress has changed."""
+        self._adapters.adopt(table)
+        return table
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from gptj_dist.answers.work import Work
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.errors import NotReadyError, excerpt
 from gptj_dist.logs import values
+from gptj_dist.params import AdapterSource
 from gptj_dist.serving.kept_streams import KeptStream, Names, News, Opening, Reply
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.transport.codec import Codec
@@ -95,14 +96,16 @@ class Keeper:
         self._store: int | None = None
         self._task = run_in_background("keeper of streams", self._keep(), self._note_end)
 
-    def new_run(self, names: Names, kind: str, body: bytes) -> Run:
+    def new_run(
+        self, names: Names, kind: str, body: bytes, adapters: tuple[tuple[str, AdapterSource], ...] = ()
+    ) -> Run:
         """The first connection's part in a stream.
 
         Args:
-            kind, body: see `Opening`.
+            kind, body, adapters: see `Opening`.
         """
-        opening = Opening(kind, body, int(time.time()), secrets.randbits(64))
-        return Run(names, opening, ResumableStream(opening.created, opening.noise), secrets.randbits(64))
+        opening = Opening(kind, body, int(time.time()), secrets.randbits(64), adapters)
+        return Run(names, opening, _stream(opening), secrets.randbits(64))
 
     async def take(self, names: Names, last_id: str) -> Run:
         """Takes a stream over from the connection that has had it.
@@ -123,7 +126,7 @@ class Keeper:
                 parts = list(kept.parts)
                 read = partial(_read, parts)
                 past = await self._work.run(kept.num_bytes // BYTES_READ_PER_US, read)
-                stream = ResumableStream(kept.opening.created, kept.opening.noise, past, last_id)
+                stream = _stream(kept.opening, past, last_id)
                 return Run((key, request_id), kept.opening, stream, number, parts, len(parts), is_kept=True)
         raise UnknownStreamError(f"the stream {excerpt(given)} is not kept: it is unknown, or ended too long ago")
 
@@ -185,6 +188,10 @@ class Keeper:
 
     def _note_end(self, error: Exception) -> None:
         logger.error("streams can no longer be resumed", extra=values(error=repr(error)))
+
+
+def _stream(opening: Opening, past: Sequence[tuple[int, Delta]] = (), last_id: str | None = None) -> ResumableStream:
+    return ResumableStream(opening.created, opening.noise, past, last_id, dict(opening.adapters))
 
 
 def _read(parts: list[bytes]) -> list[tuple[int, Delta]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gptj_dist.params import AdapterSource
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 
 LIFETIME_S = 60.0
@@ -29,13 +30,14 @@ class Opening:
 
     Args:
         kind: name of the body's class.
-        created, noise: see `ResumableStream`.
+        created, noise, adapters: see `ResumableStream`.
     """
 
     kind: str
     body: bytes
     created: int
     noise: int
+    adapters: tuple[tuple[str, AdapterSource], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,12 +31,14 @@ class ApiKey:
         name: owner of the key; appears in logs.
         sha256: of the key, in hexadecimal. A key is long and random, so that a plain hash cannot be undone.
         requests_per_minute, tokens_per_minute: None does not limit; tokens are those of prompts and outputs.
+        is_admin: may load and unload adapters.
     """
 
     name: str
     sha256: str
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    is_admin: bool = False
 
     @property
     def is_limited(self) -> bool:
@@ -70,6 +72,7 @@ class _Entry(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
+    admin: bool = False
 
 
 class _File(BaseModel):
@@ -94,7 +97,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         problem = error.errors(include_url=False)[0]
         place = one_line(".".join(map(str, problem["loc"])))[:200]
         raise ConfigurationError(f"{path}: {place or 'the file'}: {problem['msg']}") from None
-    keys = tuple(ApiKey(**entry.model_dump()) for entry in entries)
+    keys = tuple(ApiKey(**entry.model_dump(exclude={"admin"}), is_admin=entry.admin) for entry in entries)
     for values in ([key.name for key in keys], [key.sha256 for key in keys]):
         if len(set(values)) < len(values):
             raise ConfigurationError(f"{path}: two keys have the same name or the same hash")

@@ -30,6 +30,7 @@ from gptj_dist.engine.stats import StageWork
 from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
+from gptj_dist.serving.adapters import AdapterTable, Loaded
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
 from gptj_dist.serving.feed import BEAT_S, FeedOutbox, ReplyTo
 from gptj_dist.serving.loop_watch import LoopWatch
@@ -124,6 +125,7 @@ class Pipeline:
         )
         self._max_queued_requests = config.max_queued_requests
         self._max_queued_tokens = config.max_queued_tokens
+        self._adapters = AdapterTable()
         self._epoch = 0
         self._end: Exception | None = None
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
@@ -242,6 +244,22 @@ class Pipeline:
             recovery_time=self._outages.recovery_time,
             start_s=self._start_s,
         )
+
+    async def take_adapters(self, table: AdapterTable) -> Loaded:
+        """Loads the adapters of a table that are not loaded yet, and keeps the table for ingresses."""
+        new = set(table.sources).difference(self._adapters.sources)
+        try:
+            for _, source in new:
+                await self._group.load_adapter(source)
+        except GPTJDistError as error:
+            return Loaded("".join(map(str, error.args[:1])))
+        if table.number > self._adapters.number:
+            self._adapters = table
+        return Loaded()
+
+    async def adapters(self) -> AdapterTable:
+        """The table that was taken last."""
+        return self._adapters
 
     async def document(self) -> PipelineDocument:
         """The pipeline's part of the response of `GET /debug/pipeline`."""

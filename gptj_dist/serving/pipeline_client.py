@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -47,17 +47,28 @@ LAST_TOKENS_S = 5.0
 """How long a stream's last tokens may take after the call that made them has returned."""
 
 
+async def _no_wait() -> None:
+    """Nothing to do."""
+
+
 class PipelineClient:
     """A `TokenSource` whose tokens come from whichever pipeline Serve chooses. Made on a running event loop.
 
     Args:
         handle: to the deployment whose replicas are pipelines.
         on_move: called when a completion moves to another pipeline.
+        on_first: awaited when the first pipeline is there, before requests are served.
     """
 
-    def __init__(self, handle: DeploymentHandle, on_move: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        on_move: Callable[[], None] = lambda: None,
+        on_first: Callable[[], Awaitable[None]] = _no_wait,
+    ) -> None:
         self._handle = handle
         self._on_move = on_move
+        self._on_first = on_first
         self._problem: str | None = None
         self._end: Exception | None = None
         self._pipelines = PipelineWatch(_Coordinators(handle))
@@ -189,7 +200,9 @@ class PipelineClient:
         """Waits for the first pipeline. Before that Serve would hold calls back, but clients must get a 503."""
         while self._limits is None:
             try:
-                self._limits = (await self._handle.status.remote()).limits
+                limits = (await self._handle.status.remote()).limits
+                await self._on_first()
+                self._limits = limits
             except Exception:
                 logger.exception("no pipeline yet")
                 await asyncio.sleep(1)

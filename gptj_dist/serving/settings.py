@@ -16,6 +16,7 @@ from gptj_dist.checkpoint.hub import model_name
 from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError, excerpt, one_line
 from gptj_dist.logs import LogFormat, LogLevel
+from gptj_dist.serving.adapters import AdapterTable, given_adapters
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
 
@@ -39,6 +40,7 @@ class AppConfig:
         log_prompts: whether logs show prompts.
         drain_s: how long requests under way may take when the application stops.
         resumable: whether a client whose connection broke can get the rest of a stream.
+        adapters: those that are there from the start.
 
     Raises:
         ConfigurationError: the template or the moderator is invalid.
@@ -58,6 +60,7 @@ class AppConfig:
     log_prompts: bool = False
     drain_s: float = DEFAULT_DRAIN_S
     resumable: bool = False
+    adapters: AdapterTable = AdapterTable()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:
@@ -90,6 +93,7 @@ class _Arguments(BaseModel):
     log_prompts: bool = False
     drain_s: float = Field(DEFAULT_DRAIN_S, ge=0)
     resumable: bool = False
+    adapters: dict[str, str] = {}
 
 
 T = TypeVar("T")
@@ -98,7 +102,8 @@ T = TypeVar("T")
 def parse_settings(args: Mapping[str, Any]) -> AppConfig:
     """Reads the `args` of a Serve config: fields of `PipelineConfig`, and of `AppConfig`.
 
-    `served_model_name` and `chat_stop` are a string or a list; `chat_template` and `api_keys` are files, read here.
+    `served_model_name` and `chat_stop` are a string or a list; `chat_template` and `api_keys` are files, read here;
+    `adapters` are directories by name.
 
     Raises:
         ConfigurationError: a name is unknown (the message suggests the nearest one), or a value is invalid.
@@ -113,14 +118,18 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         if isinstance(others.get(name), str):
             others[name] = [others[name]]
     own = _validated(TypeAdapter(_Arguments), others)
-    converted = {"served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "api_keys", "cors_origins"}
+    converted = {"served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "api_keys", "cors_origins"} | {
+        "adapters"
+    }
+    pipeline = _validated(TypeAdapter(PipelineConfig), settings)
     return AppConfig(
-        _validated(TypeAdapter(PipelineConfig), settings),
+        pipeline,
         served_model_names=tuple(own.served_model_name),
         chat_template=None if own.chat_template is None else read_template(Path(own.chat_template)),
         chat=ChatDefaults(own.chat_max_tokens, None if own.chat_stop is None else tuple(own.chat_stop)),
         api_keys=() if own.api_keys is None else read_keys(Path(own.api_keys)),
         cors_origins=tuple(own.cors_origins),
+        adapters=given_adapters(own.adapters, pipeline),
         **own.model_dump(exclude=converted),
     )
 

@@ -15,6 +15,7 @@ from gptj_dist.config import DTypeName
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
 from gptj_dist.logs import LogSettings, open_log, values
+from gptj_dist.params import AdapterSource
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
 from gptj_dist.stages.loss import StageProcess
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 END_LINGER_MS = 1000
 
-CONCURRENCY_GROUPS = {"run": 1, "progress": 1}
-"""For `ray.remote`: calls of the group `progress` are answered while one of the group `run` runs."""
+CONCURRENCY_GROUPS = {"run": 1, "progress": 1, "adapters": 1}
+"""For `ray.remote`: calls of the other groups are answered while one of the group `run` runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,11 @@ class Stage:
     def progress(self) -> str:
         """A readable description of what `load` is doing. Can be called while `load` runs."""
         return self._progress
+
+    @ray.method(concurrency_group="adapters")
+    def load_adapter(self, source: AdapterSource) -> None:
+        """Calls `StageRunner.load_adapter`, while `run` runs."""
+        self._runner.load_adapter(source)
 
     @ray.method(concurrency_group="progress")
     def pulse(self) -> Pulse:

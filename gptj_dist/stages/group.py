@@ -21,6 +21,7 @@ from gptj_dist.config import DeviceKind
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import StageFailedError
 from gptj_dist.logs import LogSettings, values
+from gptj_dist.params import AdapterSource
 from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage
 from gptj_dist.stages.blueprint import (
     Blueprint,
@@ -177,6 +178,17 @@ class StageGroup:
 
     async def receive(self) -> Result:
         return await self._present_ring.receive()
+
+    async def load_adapter(self, source: AdapterSource) -> None:
+        """Has the stages that live read an adapter. One that is replaced reads it when a request needs it.
+
+        Raises:
+            CheckpointError: a stage cannot read it.
+        """
+        calls = [member.actor.load_adapter.remote(source) for member in self._members.values()]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(answer, ray.exceptions.RayTaskError) and (error := own_error(answer)) is not None:
+                raise error
 
     async def stop(self) -> None:
         """Ends the stages: after the frames that are under way if all still receive frames, otherwise at once."""

@@ -10,6 +10,7 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Plan, Result, StageTiming
 from gptj_dist.errors import StageFailedError
+from gptj_dist.params import AdapterSource
 from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint, require_memory
 from gptj_dist.stages.device import local_device
 from gptj_dist.stages.runner import StageOutput, StageRunner
@@ -37,6 +38,11 @@ class LocalExecutor:
             return await result
         except Exception as error:
             raise StageFailedError(f"a stage failed: {type(error).__name__}: {error}") from error
+
+    def load_adapter(self, source: AdapterSource) -> None:
+        """Has all stages read an adapter. Raises CheckpointError."""
+        for runner in self._runners:
+            runner.load_adapter(source)
 
     def close(self) -> None:
         """Waits for the plan being computed, and drops the plans queued after it."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
-from gptj_dist.config import DTypeName
+from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result
+from gptj_dist.model.adapters import Changes
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
@@ -22,8 +24,9 @@ from gptj_dist.model.inputs import MicroBatch, Span, to_device
 from gptj_dist.model.kv_cache import cache_dtype, has_blocks, make_cache
 from gptj_dist.model.logprobs import token_logprobs
 from gptj_dist.model.sampler import Sampler, SampleSpec
-from gptj_dist.params import TokenLogprobs
+from gptj_dist.params import AdapterChoice, AdapterSource, TokenLogprobs
 from gptj_dist.planning.cost import weight_bytes
+from gptj_dist.stages.adapters import StageAdapters
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
@@ -79,6 +82,8 @@ class StageRunner:
         self._model: StageModel | None = None
         self._cache: KVCache | None = None
         self._steps: RecordedSteps | None = None
+        self._adapters: StageAdapters | None = None
+        self._adapted: set[int] = set()
         self._threads: ThreadChooser | None = None
         self._sampler = Sampler(spec.rules, self._device)
         self.num_beats = 0
@@ -115,6 +120,8 @@ class StageRunner:
                 self._device,
                 lambda num_layers: on_progress(f"{num_layers}/{spec.layers.num_layers} layers"),
             )
+        read = partial(_read_weight, directory, spec.config, spec.layers)
+        self._adapters = StageAdapters(spec.config, spec.layers, TORCH_DTYPES[dtype], self._device, read)
         kept_as = cache_dtype(TORCH_DTYPES[dtype], self._device)
         return StageReport(
             layers=spec.layers,
@@ -148,6 +155,16 @@ class StageRunner:
 
             sizes = batch_sizes(spec.max_batch_size)
             self._steps = RecordedSteps(self._model, self._cache, sizes, GraphRecorder())
+
+    def load_adapter(self, source: AdapterSource) -> None:
+        """Reads this stage's part of an adapter. Can be called on another thread while steps are computed.
+
+        Raises:
+            CheckpointError: it cannot be read or does not fit the model.
+        """
+        if self._adapters is None:
+            raise RuntimeError("load() comes before load_adapter()")
+        self._adapters.load(source)
 
     def reset(self) -> None:
         """Releases all requests. Weights and the cache's memory stay."""
@@ -189,10 +206,12 @@ class StageRunner:
         targets = [self._prompt_targets(chunk) if is_last else () for chunk in plan.chunks]
         wants_all_rows = not is_last or all(chunk.samples for chunk in plan.chunks)
         pooled = self._pools.spans_by_depth(batch.spans)
-        if self._steps is not None and self._steps.has(batch) and wants_all_rows and not any(targets) and not pooled:
+        changes = self._changes([(span.request_id, span.num_tokens) for span in batch.spans])
+        is_plain = wants_all_rows and not any(targets) and not pooled and changes is None
+        if self._steps is not None and self._steps.has(batch) and is_plain:
             return self._steps(batch, inputs), ()
-        hidden = self._model.embed(inputs) if hidden is None else to_device(hidden, self._device)
-        hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled))
+        hidden = self._model.embed(inputs, changes) if hidden is None else to_device(hidden, self._device)
+        hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled), changes)
         if not is_last:
             return hidden, ()
         prompt_logprobs = tuple(
@@ -204,7 +223,23 @@ class StageRunner:
         if not sampled:
             return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
         last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in sampled])
-        return self._model.logits(hidden[to_device(last_rows, self._device)]), prompt_logprobs
+        changes = self._changes([(span.request_id, 1) for span in sampled])
+        return self._model.logits(hidden[to_device(last_rows, self._device)], changes), prompt_logprobs
+
+    def _changes(self, rows: Sequence[tuple[int, int]]) -> Changes | None:
+        """The changes of consecutive rows; None if no request has an adapter.
+
+        Args:
+            rows: request ids, and numbers of rows.
+        """
+        if self._adapters is None or not self._adapted:
+            return None
+        ranges: list[tuple[range, Sequence[AdapterChoice]]] = []
+        first = 0
+        for request_id, num_rows in rows:
+            ranges.append((range(first, first + num_rows), self._requests[request_id].params.adapters))
+            first += num_rows
+        return self._adapters.changes(ranges, first)
 
     def _pass(self, pooled: Mapping[int, Sequence[Span]], depth: int, hidden: Tensor) -> None:
         """Called with the hidden states before the first layer and after each layer."""
@@ -246,7 +281,8 @@ class StageRunner:
         logprobs: list[TokenLogprobs] = []
         for first in range(0, len(targets), PROMPT_ROWS_AT_ONCE):
             some = targets[first : first + PROMPT_ROWS_AT_ONCE]
-            logits = self._model.logits(hidden[first : first + len(some)])
+            changes = self._changes([(chunk.request_id, len(some))])
+            logits = self._model.logits(hidden[first : first + len(some)], changes)
             logprobs += token_logprobs(logits, some, [num_top] * len(some))
         return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(logprobs))
 
@@ -256,6 +292,8 @@ class StageRunner:
             self._release(request_id, cache)
         for request in plan.new_requests:
             self._requests[request.request_id] = request
+            if request.params.adapters:
+                self._adapted.add(request.request_id)
             cache.add(request.request_id)
             self._pools.register(request)
             if request.begins_with is not None:
@@ -273,6 +311,7 @@ class StageRunner:
 
     def _release(self, request_id: int, cache: KVCache) -> None:
         del self._requests[request_id]
+        self._adapted.discard(request_id)
         self._histories.pop(request_id, None)
         self._pools.release(request_id)
         cache.release(request_id)
@@ -296,6 +335,11 @@ def default_threads() -> int:
     """Default maximum number of threads of a CPU stage: OMP_NUM_THREADS if set, else one per available core."""
     num_threads = torch.get_num_threads()  # respects OMP_NUM_THREADS and affinity, but not a CPU quota
     return num_threads if "OMP_NUM_THREADS" in os.environ else min(num_threads, available_cores())
+
+
+def _read_weight(directory: Path, config: ModelConfig, layers: LayerRange, name: str, out: Tensor) -> None:
+    with StageTensors(directory, config, layers) as tensors:
+        tensors.read(name, out)
 
 
 def _token_ids(plan: Plan) -> Tensor:

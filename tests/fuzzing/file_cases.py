@@ -10,9 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
+from gptj_dist.checkpoint.adapter_formats import open_fitting
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.cli.server.plan_devices import read_devices
 from gptj_dist.config import CONFIG_NAME, GENERATION_CONFIG_NAME, PipelineConfig
@@ -23,6 +26,7 @@ from gptj_dist.serving.settings import parse_settings
 from gptj_dist.text.chat import ChatTemplate, load_chat_template
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.text.tokenizer_info import tokenizer_info
+from tests.adapters import model_config, write_control_vector, write_lora
 from tests.fuzzing.models import Victim, write_tokenizers
 from tests.fuzzing.strategies import Target, change, changed, damage, numbers, texts, to_json
 from tests.fuzzing.worker import Watch, prepare, run_case
@@ -274,7 +278,50 @@ def _tokenizer_files(draw: DrawFn) -> bytes:
     return damage(draw, to_json(change(draw, _TOKENIZER_FIELDS, _TOKENIZER_NAMES, _TOKENIZER_VALUES)))
 
 
+# Adapters
+
+_LORA: Mapping[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 4}}
+_LORA_NAMES = (*_LORA, "rank_pattern", "use_rslora", "use_dora", "bias", "modules_to_save", "init_lora_weights", "new")
+
+
+@cache
+def _adapters() -> tuple[Path, dict[str, bytes]]:
+    """A directory, and the sound files that are damaged in it."""
+    directory = _directory() / "adapters"
+    config = model_config("demo")
+    lora = write_lora(directory, config, layers=(0,)) / "adapter_model.safetensors"
+    data = {"adapter_model.safetensors": lora.read_bytes()}
+    vector = write_control_vector(directory / "v.gguf", {1: torch.ones(config.d_model)})
+    data["v.gguf"] = vector.read_bytes()
+    edits: dict[str, Any] = {
+        f"transformer.h.1.mlp.fc_out.weight.{side}": numpy.ones((4, 2), "f4") for side in ("left", "right")
+    }
+    numpy.savez(directory / "e.npz", **edits)
+    data["e.npz"] = (directory / "e.npz").read_bytes()
+    return directory, data
+
+
+@st.composite
+def _adapter_files(draw: DrawFn) -> tuple[str, bytes, bytes]:
+    name = draw(st.sampled_from(("adapter_model.safetensors", "v.gguf", "e.npz")))
+    config = draw(changed(_LORA, _LORA_NAMES, _FIELDS).map(to_json))
+    return name, damage(draw, _adapters()[1][name]), config
+
+
+def _check_adapter(case: tuple[str, bytes, bytes]) -> None:
+    """Files are an adapter, or an error."""
+    name, data, config = case
+    directory, _ = _adapters()
+    (directory / name).write_bytes(data)
+    (directory / "adapter_config.json").write_bytes(config)
+    try:
+        open_fitting(directory if name.startswith("adapter") else directory / name, model_config("demo"))
+    except CheckpointError as error:
+        _check_message(error)
+
+
 TARGETS = (
+    Target("adapters", _adapter_files(), _check_adapter, 6),
     Target("checkpoints", st.integers(0, 2**62), _check_checkpoint, 12),
     Target(
         "configurations",

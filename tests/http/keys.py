@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from gptj_dist.serving.keys import hash_key
 
 
-def write_keys(path: Path, **limits: dict[str, int]) -> str:
+def write_keys(path: Path, **limits: dict[str, Any]) -> str:
     """Writes a file for `api_keys`; returns its path.
 
     Args:
-        limits: limits of each key by its name; the key itself is `key_of` the name.
+        limits: limits and rights of each key by its name; the key itself is `key_of` the name.
     """
     entries = [{"name": name, "sha256": hash_key(key_of(name)), **limit} for name, limit in limits.items()]
     path.write_text(yaml.safe_dump({"keys": entries}))

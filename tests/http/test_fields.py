@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from gptj_dist.answers.schema.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.chat import ChatRequest, Conversation, Message, TextPart
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest, TextOptions
-from gptj_dist.answers.schema.sampling import ChoiceFields, SamplingFields, StreamOptions
+from gptj_dist.answers.schema.sampling import AdapterField, ChoiceFields, SamplingFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
-from tests.http import field_checks_others, field_checks_text
+from tests.adapters import model_config, write_lora
+from tests.http import field_checks_adapters, field_checks_others, field_checks_text
 from tests.http.fields import BATCH_SIZE, Face, checks_of
+from tests.http.keys import key_of, write_keys
 from tests.http.server import Server, serving
 
 pytestmark = pytest.mark.ray
-CHECKS_REGISTERED_BY = (field_checks_text, field_checks_others)
+CHECKS_REGISTERED_BY = (field_checks_adapters, field_checks_text, field_checks_others)
 TEMPLATE = (
     "{% for message in messages %}{{ prefix }}{{ message.name }}"
     "{% if message.role == 'system' %}({{ message.content }}) {% else %}{{ message.content }}{% endif %}{% endfor %}"
@@ -38,6 +41,9 @@ BODIES = (
     InputPart,
     TextOptions,
     StreamOptions,
+    AdapterField,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
 )
 
 
@@ -47,7 +53,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template.write_text(TEMPLATE)
     settings = {"model": "demo", "stages": 3, "device": "cpu", "dtype": "float32", "max_batch_size": BATCH_SIZE}
     settings["chat_template"] = str(template)
-    with serving(settings) as server:
+    settings["api_keys"] = write_keys(template.parent / "keys.yaml", admin={"admin": True}, guest={})
+    poet = write_lora(tmp_path_factory.mktemp("adapters") / "poet", model_config("demo"), seed=1, size=0.5)
+    settings["adapters"] = {"poet": str(poet)}
+    with serving(settings, api_key=key_of("admin")) as server:
         yield server
 
 

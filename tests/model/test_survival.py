@@ -17,6 +17,7 @@ from gptj_dist.engine.record import new_records
 from gptj_dist.errors import StageFailedError
 from gptj_dist.params import Pooling, SamplingParams
 from gptj_dist.stages.local import LocalExecutor, start_local
+from tests.adapters import chosen, model_config, write_lora
 
 CONFIG = PipelineConfig(
     "demo", device="cpu", dtype="float32", stages=2, max_chunk_tokens=16, kv_cache_gb=0.006, max_batch_size=8
@@ -57,13 +58,21 @@ async def collect(stream: AsyncGenerator[Delta, None]) -> list[object]:
     return [*(sum(parts, ()) for parts in zip(*lists, strict=True)), deltas[-1].finish_reason, deltas[-1].embedding]
 
 
-async def told_with_deaths(lifetimes: Sequence[int]) -> tuple[list[list[object]], int]:
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> SamplingParams:
+    """Greedy, with an adapter."""
+    config = model_config("demo")
+    path = write_lora(tmp_path_factory.mktemp("adapter"), config, ("attn.q_proj", "mlp.fc_in"), size=0.5)
+    return SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, adapters=(chosen(path, config),))
+
+
+async def told_with_deaths(lifetimes: Sequence[int], adapted: SamplingParams) -> tuple[list[list[object]], int]:
     """What all requests tell, and the number of preemptions; stages die after these numbers of results."""
     pipeline, executor = start_local(CONFIG)
     engine = AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits())
     streams = [
         stream
-        for prompt_ids, params, num_choices in REQUESTS
+        for prompt_ids, params, num_choices in (*REQUESTS, (PROMPT[3:], adapted, 2))
         for stream in engine.generate_all(new_records(prompt_ids, params, num_choices))
     ]
     telling = asyncio.gather(*map(collect, streams))
@@ -84,8 +93,10 @@ async def told_with_deaths(lifetimes: Sequence[int]) -> tuple[list[list[object]]
 
 
 @pytest.mark.parametrize("lifetimes", [(1, 2, 3, 5), (12, 25), (9, 40)])
-def test_nothing_is_told_twice_and_nothing_is_missing_after_deaths(lifetimes: Sequence[int]) -> None:
-    expected, _ = asyncio.run(told_with_deaths(()))
-    told, num_preemptions = asyncio.run(told_with_deaths(lifetimes))
+def test_nothing_is_told_twice_and_nothing_is_missing_after_deaths(
+    lifetimes: Sequence[int], adapted: SamplingParams
+) -> None:
+    expected, _ = asyncio.run(told_with_deaths((), adapted))
+    told, num_preemptions = asyncio.run(told_with_deaths(lifetimes, adapted))
     assert told == expected
     assert num_preemptions > 0

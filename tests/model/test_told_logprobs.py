@@ -98,8 +98,8 @@ def test_penalties_see_prompt_and_output_of_every_stage_and_chunk() -> None:
         frequency_penalty=0.2,
     )
     texts = set()
-    for settings in ({"stages": 1}, {"stages": 3}, {"stages": 2, "max_chunk_tokens": 5}):
-        with LLM("demo", device="cpu", dtype="float32", **settings) as llm:
+    for stages, max_chunk_tokens in ((1, None), (3, None), (2, 5)):
+        with LLM("demo", device="cpu", dtype="float32", stages=stages, max_chunk_tokens=max_chunk_tokens) as llm:
             (output,) = llm.generate(PROMPT, params)
             prompt_ids, generated = output.prompt_ids, output.completions[0].token_ids
             texts.add(generated)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -234,7 +234,7 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"stages": 0}, {"dtype": "int8"}, {"stages": 29}, {"kv_cache_gb": 1e9}])
-def test_settings_that_cannot_work_are_refused(settings: dict[str, object]) -> None:
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         LLM("demo", **settings)
 

@@ -14,7 +14,7 @@ class EmbeddingRequest(Body):
     """Texts of which vectors are computed, from the model's hidden states.
 
     Args:
-        model: one of the names in `GET /v1/models`; null takes the model that there is.
+        model: one of the names in `GET /v1/models`, of the model or of an adapter; null takes the model that there is.
         input: a text, several, token ids, or several lists of them; an empty text stands for end of text.
         add_special_tokens: begin and end texts with the tokens that the checkpoint asks for, if it does.
         encoding_format: lists of numbers, or base64 of little-endian float32.

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, TypeAlias
 
+from pydantic import Field
+
 from gptj_dist.answers.schema.base import Body, Ids, Integer, Strings, Unserved, one_of
 from gptj_dist.errors import InvalidRequestError
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import AdapterChoice, SamplingParams
 
 BadWords: TypeAlias = tuple[tuple[int, ...], ...]
 Defaults: TypeAlias = Mapping[str, Any]
@@ -60,11 +62,24 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class AdapterField(Body):
+    """An adapter that changes the model for this request.
+
+    Args:
+        name: one of the adapters in `GET /v1/models`.
+        strength: multiplies its changes, from -100 to 100.
+    """
+
+    name: str
+    strength: float = 1.0
+
+
 class SamplingFields(Body):
     """The fields of all bodies that ask for text; names and meanings are those of `SamplingParams` where it has them.
 
     Args:
-        model: one of the names in `GET /v1/models`; null takes the model that there is.
+        model: one of the names in `GET /v1/models`, of the model or of an adapter; null takes the model that there is.
+        adapters: adapters that change the model, beside the one that `model` may name; at most 8.
         stream: send the text as it is made, as server-sent events.
         user: goes to the log and changes nothing, as at OpenAI.
         bad_words: texts that are not generated, at the beginning of a text and within it.
@@ -97,6 +112,7 @@ class SamplingFields(Body):
     skip_special_tokens: bool = True
     timeout_s: float | None = None
     priority: Integer = 0
+    adapters: Annotated[list[AdapterField], Field(fail_fast=True)] = []
 
     @property
     def num_choices(self) -> int:
@@ -139,6 +155,7 @@ class SamplingFields(Body):
         params = {**defaults, **self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True), **self.own_params()}
         params["logit_bias"] = tuple((_token_id(text), bias) for text, bias in self.logit_bias.items())
         params["bad_words"] = bad_words
+        params["adapters"] = tuple(AdapterChoice(each.name, each.strength) for each in self.adapters)
         if max_tokens is not None:
             params["max_tokens"] = max_tokens
         return SamplingParams(**params)
@@ -177,6 +194,7 @@ class ChoiceFields(SamplingFields):
 SAME_IN_PARAMS = {field.name for field in fields(SamplingParams)} & ChoiceFields.model_fields.keys() - {
     "bad_words",
     "logit_bias",
+    "adapters",
 }
 """Fields that mean in `SamplingParams` what they mean here."""
 

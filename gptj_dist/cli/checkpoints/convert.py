@@ -27,11 +27,17 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace the checkpoint there, once the new one is whole.")
     ] = False,
     revision: Revision = None,
+    delta: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Write only what SOURCE has more than this model: an adapter.")
+    ] = None,
 ) -> None:
     """Rewrite a checkpoint as one safetensors file a layer, so that a stage's files are its own.
 
     Killed or interrupted, the same command resumes.
     """
+    if delta is not None:
+        _convert_delta(source, revision, destination, delta)
+        return
     start_s = time.monotonic()
     try:
         conversion = _convert(source, revision, destination, None if dtype == "auto" else dtype, overwrite)
@@ -43,6 +49,23 @@ def convert(
         f"{conversion.dtype}, {time.monotonic() - start_s:.1f} s"
     )
     print(f"gptj-dist serve {conversion.directory}")
+
+
+def _convert_delta(source: str, revision: str | None, destination: Path, base: str) -> None:
+    from gptj_dist.checkpoint.delta import write_delta
+    from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
+    from gptj_dist.checkpoint.index import read_model_config
+
+    directories = []
+    for model, commit in ((base, None), (source, revision)):
+        directory = resolve_model(model, commit)
+        config = read_model_config(directory)
+        fetch_weights(model, directory, LayerRange.whole(config.num_layers), config)
+        directories.append(directory)
+    ranks = write_delta(directories[0], directories[1], destination)
+    changed = "1 weight" if len(ranks) == 1 else f"{len(ranks)} weights"
+    print(f"{destination}: {changed} changed, of rank {max(ranks.values())} at most")
+    print(f"gptj-dist serve BASE --lora-modules {destination.stem}={destination}")
 
 
 def _convert(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import ssl
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +31,7 @@ from gptj_dist.cli.options import (
 )
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.config import DEFAULT_APP_NAME, DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, excerpt
 from gptj_dist.logs import LogFormat, LogLevel
 
 if TYPE_CHECKING:
@@ -84,6 +86,10 @@ def serve(
         bool,
         typer.Option("--resumable", help="Keep streams for clients whose connection breaks: docs/operations.md."),
     ] = False,
+    lora_modules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="LoRA adapter that requests can name; again for another."),
+    ] = None,
     start_timeout_s: Annotated[
         float, typer.Option(metavar="SECONDS", parser=seconds, help="How long Ray may take to start on this machine.")
     ] = DEFAULT_START_TIMEOUT_S,
@@ -103,6 +109,7 @@ def serve(
     config = draw_blueprint(PipelineConfig(model, **settings)).config  # what is wrong with it is said before Ray starts
     from gptj_dist.answers.chat_defaults import ChatDefaults
     from gptj_dist.operate.launch.settings import Launch
+    from gptj_dist.serving.adapters import given_adapters
     from gptj_dist.serving.http.listener import Address
     from gptj_dist.serving.settings import AppConfig
     from gptj_dist.text.chat import read_template
@@ -123,6 +130,7 @@ def serve(
         log_prompts=log_prompts,
         drain_s=drain_s,
         resumable=resumable,
+        adapters=given_adapters(_lora_modules(lora_modules or ()), config),
     )
     listen = Address(host, port, *_tls(tls_cert, tls_key), keep_alive_s)
     launch = Launch(
@@ -151,11 +159,34 @@ def _keys(api_key: str | None, file: Path | None) -> tuple[tuple[ApiKey, ...], s
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):
         raise ConfigurationError("an API key is one or more ASCII letters, digits or signs, without spaces")
     named = () if file is None else read_keys(file)
-    single = () if api_key is None else (ApiKey("api-key", hash_key(api_key)),)
+    single = () if api_key is None else (ApiKey("api-key", hash_key(api_key), is_admin=True),)
     if not named and not single:
         return (), None
     own = new_key()
     return (*named, *single, ApiKey("launcher", hash_key(own))), own
+
+
+def _lora_modules(modules: Iterable[str]) -> dict[str, str]:
+    """Adapters' paths by name, given as vLLM takes them: `NAME=PATH`, or JSON with `name` and `path`.
+
+    Raises:
+        ConfigurationError: one is neither, or two have the same name.
+    """
+    paths: dict[str, str] = {}
+    for module in modules:
+        name, _, path = module.partition("=")
+        if module.startswith("{"):
+            try:
+                given = json.loads(module)
+                name, path = str(given["name"]), str(given["path"])
+            except (ValueError, KeyError) as error:
+                raise ConfigurationError(f"--lora-modules {excerpt(module)} is no JSON with name and path") from error
+        if not name or not path:
+            raise ConfigurationError(f"--lora-modules takes NAME=PATH, got {excerpt(module)}")
+        if name in paths:
+            raise ConfigurationError(f"--lora-modules names {excerpt(name)} twice")
+        paths[name] = path
+    return paths
 
 
 def _tls(cert: Path | None, key: Path | None) -> tuple[str | None, str | None]:

@@ -10,13 +10,14 @@ from functools import partial, wraps
 from typing import TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 import gptj_dist
 from gptj_dist.answers.answer import Answer
 from gptj_dist.answers.embedding import EmbeddingAnswer
 from gptj_dist.answers.json_writing import json_bytes
+from gptj_dist.answers.schema.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
@@ -24,8 +25,9 @@ from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.service import AnswerService, TextRequest
-from gptj_dist.errors import GPTJDistError
+from gptj_dist.errors import GPTJDistError, NotPermittedError
 from gptj_dist.logs import values
+from gptj_dist.serving.adapters import AdapterRegistry
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.serving.http.admission import Admission
@@ -36,7 +38,7 @@ from gptj_dist.serving.http.middleware import is_anonymous
 from gptj_dist.serving.http.openapi import openapi_document
 from gptj_dist.serving.http.pages import docs_page, front_page
 from gptj_dist.serving.keeper import Keeper, Run
-from gptj_dist.serving.keys import CALLER
+from gptj_dist.serving.keys import CALLER, ApiKey
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.stages.trace import TraceEvents
@@ -64,6 +66,7 @@ class Endpoints:
     Args:
         names: of the model.
         keeper: makes streams resumable.
+        adapters: loads and unloads adapters.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Endpoints:
         scrape: Scrape,
         admission: Admission,
         keeper: Keeper | None = None,
+        adapters: AdapterRegistry | None = None,
     ) -> None:
         self._names = names
         self._texts = texts
@@ -84,6 +88,7 @@ class Endpoints:
         self._admission = admission
         self._room = BodyRoom()
         self._keeper = keeper
+        self._adapters = adapters
 
     def table(self) -> tuple[Endpoint, ...]:
         """All endpoints."""
@@ -91,6 +96,7 @@ class Endpoints:
         resume = Endpoint("GET", path, self.resume, summary, media=(EVENTS,), header="Last-Event-ID")
         return (
             *(() if self._keeper is None else (resume,)),
+            *(() if self._adapters is None else self._adapter_endpoints(self._adapters)),
             Endpoint("POST", "/v1/completions", self.completions, "Continue texts.", CompletionRequest, MEDIA),
             Endpoint("POST", "/v1/chat/completions", self.chat, "Continue a conversation.", ChatRequest, MEDIA),
             Endpoint("POST", "/v1/responses", self.respond, "Answer a text or conversation.", ResponsesRequest, MEDIA),
@@ -98,8 +104,8 @@ class Endpoints:
             Endpoint("POST", "/tokenize", self.tokenize, "Turn a text into tokens.", TokenizeRequest),
             Endpoint("POST", "/detokenize", self.detokenize, "Turn tokens into a text.", DetokenizeRequest),
             Endpoint("GET", "/tokenizer_info", self.tokenizer_info, "The tokenizer's settings."),
-            Endpoint("GET", "/v1/models", self.models, "The model, under each of its names."),
-            Endpoint("GET", "/v1/models/{model:path}", self.model, "The model, if it has this name."),
+            Endpoint("GET", "/v1/models", self.models, "The model, under each of its names, and its adapters."),
+            Endpoint("GET", "/v1/models/{model:path}", self.model, "The model or adapter of this name."),
             Endpoint("GET", "/health", self.health, "Whether the server lives."),
             Endpoint("GET", "/ready", self.ready, "Whether a token can be made."),
             Endpoint("GET", "/version", self.version, "The version of gptj-dist."),
@@ -109,6 +115,25 @@ class Endpoints:
             Endpoint("GET", "/", self.front, "A page with links.", media=(HTML,), is_open=True),
             Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs.", is_open=True),
             Endpoint("GET", "/docs", self.docs, "This list, as a page.", media=(HTML,), is_open=True),
+        )
+
+    def _adapter_endpoints(self, adapters: AdapterRegistry) -> tuple[Endpoint, ...]:
+        async def load_adapter(request: Request) -> Response:
+            require_admin(request)
+            body = await self._body(request, LoadAdapterRequest)
+            await adapters.load(body.lora_name, body.lora_path, body.load_inplace)
+            return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+        async def unload_adapter(request: Request) -> Response:
+            require_admin(request)
+            body = await self._body(request, UnloadAdapterRequest)
+            await adapters.unload(body.lora_name)
+            return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+        load, unload, text = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", ("text/plain",)
+        return (
+            Endpoint("POST", load, load_adapter, "Load an adapter, with an admin's key.", LoadAdapterRequest, text),
+            Endpoint("POST", unload, unload_adapter, "Forget one, with an admin's key.", UnloadAdapterRequest, text),
         )
 
     async def completions(self, request: Request) -> Response:
@@ -149,7 +174,9 @@ class Endpoints:
         return JSONResponse(self._texts.tokenizer_info())
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": list(map(self._texts.model_card, self._names))})
+        adapters = () if self._adapters is None else self._adapters.sources
+        cards = [self._texts.model_card(name) for name in (*self._names, *adapters)]
+        return JSONResponse({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         return JSONResponse(self._texts.model_card(request.path_params["model"]))
@@ -210,7 +237,7 @@ class Endpoints:
         body = await self._texts.parse(data, kind)
         run = None
         if self._keeper is not None and body.stream:
-            run = self._keeper.new_run((CALLER.get(), request_id), kind.__name__, data)
+            run = self._keeper.new_run((CALLER.get(), request_id), kind.__name__, data, self._texts.adapters_of(body))
         stream = None if run is None else run.stream
         understand = partial(self._texts.answer, body, request_id, stream)
         return await self._answer(request, body.num_completions, understand, run)
@@ -239,6 +266,13 @@ class Endpoints:
             if first is None:  # all was received before; the status stops a browser's EventSource
                 return Response(status_code=204)
             return EventResponse(_chain(first, events), stack.pop_all())
+
+
+def require_admin(request: Request) -> None:
+    """Raises NotPermittedError if the call has not shown the key of an admin."""
+    key: ApiKey | None = request.scope["state"].get("api_key")
+    if key is None or not key.is_admin:
+        raise NotPermittedError("this needs the key of an admin: --api-key, or one with admin: true in --api-keys")
 
 
 class EventResponse(StreamingResponse):

@@ -1,0 +1,152 @@
+"""The adapters that a stage holds. Those that a request names and that are not there are read when it arrives."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptj_dist.checkpoint.adapter_formats import open_fitting
+from gptj_dist.checkpoint.adapter_loader import read_tensor
+from gptj_dist.checkpoint.adapters import AdapterPart, weight_name
+from gptj_dist.config import LayerRange, ModelConfig
+from gptj_dist.errors import CheckpointError
+from gptj_dist.logs import values
+from gptj_dist.model.adapters import (
+    Adapter,
+    Change,
+    Changes,
+    DoraChange,
+    LowRankChange,
+    LowRankEmbedding,
+    RowAdapter,
+    VectorChange,
+)
+from gptj_dist.params import AdapterChoice, AdapterSource
+
+logger = logging.getLogger(__name__)
+
+MAX_KEPT_BYTES = 2 << 30
+"""Of the adapters of a stage. Beyond it, those that were used least recently are dropped."""
+
+_Parts = tuple[tuple[AdapterPart, tuple[Tensor | None, ...]], ...]
+"""Parts, and the tensors a, b, vector and, of DoRA, gain of each."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """An adapter as it was read, and after its first use as it is computed with.
+
+    Args:
+        parts: empty once `adapter` is made.
+    """
+
+    num_bytes: int
+    parts: _Parts
+    adapter: Adapter | None = None
+
+
+class StageAdapters:
+    """Reads adapters on any thread, and gives them to the thread that computes.
+
+    Args:
+        config: the model's.
+        layers: the stage's.
+        read_weight: fills a tensor with the checkpoint's tensor of that name.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerRange,
+        dtype: torch.dtype,
+        device: torch.device,
+        read_weight: Callable[[str, Tensor], None],
+    ) -> None:
+        self._read_weight = read_weight
+        self._config = config
+        self._layers = layers
+        self._dtype = dtype
+        self._device = device
+        self._lock = threading.Lock()
+        self._held: OrderedDict[AdapterSource, _Held] = OrderedDict()
+
+    def load(self, source: AdapterSource) -> None:
+        """Reads this stage's parts of an adapter, unless it is there. May be called on any thread.
+
+        Raises:
+            CheckpointError: it cannot be read, does not fit, or has been changed since it was named.
+        """
+        self._hold(source)
+
+    def changes(self, rows: Iterable[tuple[range, Sequence[AdapterChoice]]], num_rows: int) -> Changes | None:
+        """The changes of a micro-batch; None if no row has an adapter. For the thread that computes."""
+        row_adapters = [
+            RowAdapter(range_, (choice.name, choice.source.version), self._get(choice.source), choice.strength)
+            for range_, choices in rows
+            for choice in choices
+            if choice.source is not None
+        ]
+        return Changes.of(row_adapters, num_rows, self._dtype, self._device) if row_adapters else None
+
+    def _get(self, source: AdapterSource) -> Adapter:
+        """The adapter. One that cannot be read makes its rows NaN, which ends their requests and no others."""
+        try:
+            held = self._hold(source)
+        except CheckpointError as error:
+            logger.error("adapter cannot be read", extra=values(path=source.path, error=str(error)))
+            nan = torch.full((self._config.d_model,), torch.nan, dtype=self._dtype, device=self._device)
+            return Adapter({("hidden", self._layers.stop - 1): (VectorChange(nan),)})
+        if held.adapter is None:
+            held.adapter, held.parts = self._made(held.parts), ()
+        return held.adapter
+
+    def _hold(self, source: AdapterSource) -> _Held:
+        """Reads an adapter unless it is there, and drops others if there are too many."""
+        with self._lock:
+            if source in self._held:
+                self._held.move_to_end(source)
+                return self._held[source]
+        stored = open_fitting(Path(source.path), self._config)
+        if stored.source() != source:
+            raise CheckpointError(f"the adapter {source.path} has been changed since it was loaded: load it again")
+        parts = tuple((part, self._tensors(part)) for part in stored.parts if part.is_on(self._layers))
+        num_bytes = sum(header.num_bytes for part, _ in parts for header in part.tensors)
+        with self._lock:
+            held = self._held.setdefault(source, _Held(num_bytes, parts))
+            while len(self._held) > 1 and sum(each.num_bytes for each in self._held.values()) > MAX_KEPT_BYTES:
+                self._held.popitem(last=False)
+        return held
+
+    def _tensors(self, part: AdapterPart) -> tuple[Tensor | None, ...]:
+        a, b, vector, magnitude = (
+            None if header is None else read_tensor(header) for header in (part.a, part.b, part.vector, part.magnitude)
+        )
+        if magnitude is None or a is None or b is None:
+            return a, b, vector, None
+        weight = torch.empty(b.shape[0], a.shape[1])
+        self._read_weight(weight_name(part, self._config), weight)
+        weight.addmm_(b.float(), a.float(), alpha=part.scale)
+        return a, b, vector, magnitude.float() / torch.linalg.vector_norm(weight, dim=1)
+
+    def _made(self, parts: _Parts) -> Adapter:
+        changes: dict[tuple[str, int | None], list[Change]] = defaultdict(list)
+        for part, tensors in parts:
+            a, b, vector, gain = (
+                None if tensor is None else tensor.to(self._device, self._dtype).contiguous() for tensor in tensors
+            )
+            if vector is not None:
+                changes[part.place, part.layer].append(VectorChange(vector * part.scale))
+            elif a is not None and b is not None:
+                low_rank = LowRankChange(a, b, part.scale)
+                change: Change = low_rank if gain is None else DoraChange(low_rank, gain)
+                if part.place == "wte":
+                    change = LowRankEmbedding(a, b, part.scale)
+                changes[part.place, part.layer].append(change)
+        return Adapter(dict(changes))  # type: ignore[arg-type]
