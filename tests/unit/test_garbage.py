@@ -75,8 +75,14 @@ def test_refused_requests_leave_no_frames_in_circles() -> None:
 
 @pytest.mark.parametrize(
     ("num_requests", "most_objects", "most_s", "is_collected"),
-    [(0, -1, 300.0, True), (1, 10**9, 300.0, True), (1, -1, 0.0, True), (1, -1, 300.0, False)],
-    ids=["idle", "few objects", "overdue", "busy"],
+    [
+        (0, -1, 300.0, True),
+        (garbage.MAX_BUSY, 10**9, 300.0, True),
+        (garbage.MAX_BUSY, -1, 0.0, True),
+        (1, -1, 300.0, False),
+        (garbage.MAX_BUSY + 1, 10**9, 0.0, False),
+    ],
+    ids=["idle", "few objects", "overdue", "many objects", "busy"],
 )
 def test_old_circles_are_collected_unless_that_holds_up_requests(
     num_requests: int, most_objects: int, most_s: float, is_collected: bool, monkeypatch: pytest.MonkeyPatch
