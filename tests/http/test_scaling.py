@@ -112,9 +112,9 @@ async def _load_until_two(server: Server) -> list[int]:
 
 def test_a_rolling_update_under_load_loses_nothing() -> None:
     """Streams take longer than the pipelines which they begin at may take to stop: these hand them on."""
-    settings = SETTINGS | {"dtype": "float32", "drain_s": 10.0, "resumable": True}
+    settings = SETTINGS | {"dtype": "float32", "drain_s": 3.0, "resumable": True}
     scaling = {"num_replicas": 1, "max_surge_percent": 100}
-    body = {"prompt": "My fellow citizens", "max_tokens": 600, "ignore_eos": True, "stream": True, "seed": 1}
+    body = {"prompt": "My fellow citizens", "max_tokens": 300, "ignore_eos": True, "stream": True, "seed": 1}
     with serving(settings, scaling, has_proxy=True) as server, ThreadPoolExecutor(NUM_CLIENTS) as clients:
         is_over = threading.Event()
         usual = ask(server, COMPLETIONS, body, threading.Event())
