@@ -14,8 +14,7 @@
 
 #define FOLD 64
 #define SUMS 16                /* of 32 registers; more, and the compiler moves them to memory */
-#define FEW_ROWS 4             /* times digits: the CPU then asks for the next lines early enough by itself */
-#define AHEAD 8192             /* bytes from a line to the one that is asked for */
+#define AHEAD 8192             /* bytes from a line to the one that is asked for, if a tile is alone */
 #define PIECE_BYTES (64 << 10) /* of a panel, which the second cache keeps while all tiles take it */
 #define MAX_DIGITS 3
 
@@ -161,7 +160,7 @@ INLINE void multiply_tile(int rows, int digits, int bits, struct piece a) {
             }
             if (!a.lines && rows * digits > FEW_ROWS)
 #pragma GCC unroll 4
-                for (int i = 0; i < bits / 2; i++) __builtin_prefetch(a.weight + AHEAD + i * CACHE_LINE);
+                for (int i = 0; i < bits / 2; i++) __builtin_prefetch(a.weight + AHEAD + i * CACHE_LINE, 0, 2);
             a.weight += COLUMNS * bits;
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++)

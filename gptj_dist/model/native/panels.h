@@ -11,6 +11,7 @@
 #define COLUMN_VECTORS 2
 #define COLUMNS (COLUMN_VECTORS * LANES)
 #define BLOCK_ROWS 144 /* 12 tiles of 12 */
+#define FEW_ROWS 4     /* of a tile, with which the CPU asks for lines early enough by itself */
 
 struct product {
     int64_t num_rows, num_columns, depth;

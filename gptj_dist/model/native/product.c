@@ -3,7 +3,8 @@
  * The weight is packed into panels of COLUMNS outputs, [panel, pair of inputs, COLUMNS, 2]: a panel is one stream of
  * memory. The rows are packed into tiles of at most TILE_ROWS, [tile, pair, row, 2]. A tile takes a panel PAIRS pairs
  * at a time, its sums in registers, and meanwhile asks for its share of what the panel's next pairs are, so that
- * memory and arithmetic overlap however few tiles there are.
+ * memory and arithmetic overlap however few tiles there are. Many lines at a time are asked for into the second cache
+ * only: with the first cache's few slots for them taken, all else would wait.
  *
  * Every sum runs over the pairs one after the other: a row has the same bits whatever rows are beside it.
  */
@@ -17,6 +18,7 @@
 #define PAIRS 1024   /* 128 KB of weights, which the second cache keeps while all tiles take them */
 #define UNROLL 8     /* pairs; the depth is padded to a multiple */
 #define LINES_PER_UNROLL (UNROLL * COLUMNS * 4 / CACHE_LINE)
+#define MANY_LINES (LINES_PER_UNROLL / 2)
 
 int can_multiply_bfloat16(void) { return 1; }
 
@@ -39,7 +41,10 @@ INLINE void multiply_tile(int rows, const uint32_t *x, const char *weight, int64
     for (int i = 0; i < rows * COLUMN_VECTORS; i++)
         acc[i] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * LANES);
     for (int64_t k = 0; k < pairs; k += UNROLL) {
-        for (int i = 0; i < lines; i++, next += CACHE_LINE) __builtin_prefetch(next);
+        if (rows > FEW_ROWS && lines >= MANY_LINES)
+            for (int i = 0; i < lines; i++, next += CACHE_LINE) __builtin_prefetch(next, 0, 2);
+        else if (rows > FEW_ROWS)
+            for (int i = 0; i < lines; i++, next += CACHE_LINE) __builtin_prefetch(next);
 #pragma GCC unroll 8
         for (int u = 0; u < UNROLL; u++, x += rows, weight += COLUMNS * 4) {
             __m512bh w[COLUMN_VECTORS];
