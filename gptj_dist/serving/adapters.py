@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,14 @@ def _open(path: str, config: PipelineConfig) -> AdapterSource:
     return open_fitting(Path(path).absolute(), model).source()
 
 
+def _entries(directory: str) -> frozenset[str]:
+    """The names in a directory; none if it cannot be read."""
+    try:
+        return frozenset(path.name for path in Path(directory).iterdir())
+    except OSError:
+        return frozenset()
+
+
 class AdapterRegistry:
     """An ingress's table, and the changes that its clients ask for.
 
@@ -72,6 +80,7 @@ class AdapterRegistry:
         model_names: which no adapter may have.
         pipelines, ingresses: handles to all of them.
         require_ready: raises NotReadyError while there is no pipeline.
+        directory: adapters in it are loaded when a request names them; None for none.
 
     Attributes:
         sources: the present table.
@@ -85,7 +94,9 @@ class AdapterRegistry:
         pipelines: DeploymentHandle,
         ingresses: DeploymentHandle,
         require_ready: Callable[[], object],
+        directory: str | None = None,
     ) -> None:
+        self._directory = directory
         self._config = config
         self._model_names = model_names
         self._pipelines = pipelines
@@ -107,6 +118,23 @@ class AdapterRegistry:
         replies = await ask_all(self._pipelines, AdapterTable, "adapters")
         for table in replies.given:
             self.adopt(table)
+
+    async def find(self, names: Iterable[str | None]) -> None:
+        """Loads adapters of these names that lie in the directory and are not loaded yet.
+
+        Raises:
+            InvalidRequestError: one cannot be read, or does not fit the model.
+        """
+        for name in dict.fromkeys(names):
+            if self._directory is None or name is None or name in self.sources or name in self._model_names:
+                continue
+            if name not in await asyncio.to_thread(_entries, self._directory):
+                continue
+            try:
+                await self.load(name, str(Path(self._directory, name)), replaces=False)
+            except InvalidRequestError:
+                if name not in self.sources:  # another request may have loaded it meanwhile
+                    raise
 
     async def load(self, name: str, path: str, replaces: bool) -> None:
         """Loads an adapter on all stages.

@@ -66,7 +66,13 @@ class Ingress:
         self._metrics = IngressMetrics(name)
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         self._adapters = AdapterRegistry(
-            config.adapters, config.pipeline, config.model_names, pipeline, ingresses, lambda: self._pipelines.limits()
+            config.adapters,
+            config.pipeline,
+            config.model_names,
+            pipeline,
+            ingresses,
+            lambda: self._pipelines.limits(),
+            config.adapter_dir,
         )
         self._pipelines = PipelineClient(pipeline, self._metrics.note_move, self._adapters.catch_up)
         self._metrics.feed_dropped = self._pipelines.dropped

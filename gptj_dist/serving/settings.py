@@ -41,6 +41,7 @@ class AppConfig:
         drain_s: how long requests under way may take when the application stops.
         resumable: whether a client whose connection broke can get the rest of a stream.
         adapters: those that are there from the start.
+        adapter_dir: directory of adapters that are loaded when a request names them; None for none.
 
     Raises:
         ConfigurationError: the template or the moderator is invalid.
@@ -61,6 +62,7 @@ class AppConfig:
     drain_s: float = DEFAULT_DRAIN_S
     resumable: bool = False
     adapters: AdapterTable = AdapterTable()  # noqa: RUF009  # frozen
+    adapter_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:
@@ -94,6 +96,7 @@ class _Arguments(BaseModel):
     drain_s: float = Field(DEFAULT_DRAIN_S, ge=0)
     resumable: bool = False
     adapters: dict[str, str] = {}
+    adapter_dir: str | None = None
 
 
 T = TypeVar("T")

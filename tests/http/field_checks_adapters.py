@@ -39,6 +39,9 @@ def new_lora(seed: int) -> str:
 def of_adapters(face: Face) -> None:
     assert ids(face, adapters=[POET]) == ids(face, model="poet") != ids(face)
     assert complete(face, model="poet")["model"] == "poet"
+    assert ids(face, model="lazy") == ids(face, adapters=[{"name": "lazy"}]) != ids(face)
+    assert face.post(model="odd").status_code == 400
+    assert face.post(model="../lazy").status_code == 404
     refused = face.post(adapters=[{"name": "nobody"}])
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "adapters"

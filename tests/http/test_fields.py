@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings["api_keys"] = write_keys(template.parent / "keys.yaml", admin={"admin": True}, guest={})
     poet = write_lora(tmp_path_factory.mktemp("adapters") / "poet", model_config("demo"), seed=1, size=0.5)
     settings["adapters"] = {"poet": str(poet)}
+    settings["adapter_dir"] = str(poet.parent)
+    write_lora(poet.parent / "lazy", model_config("demo"), seed=7, size=0.5)
+    write_lora(poet.parent / "odd", replace(model_config("demo"), d_model=8), seed=7)
     with serving(settings, api_key=key_of("admin")) as server:
         yield server
 

@@ -20,6 +20,7 @@ from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.completion import TextDelta
 from gptj_dist.answers.error_responses import UnknownModelError
 from gptj_dist.answers.moderation import ContentRefusedError, Moderation, Role
+from gptj_dist.answers.resumable import ResumableStream
 from gptj_dist.answers.schema.base import Body, parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
@@ -33,7 +34,7 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError, TimeoutReachedError
-from gptj_dist.params import SamplingParams, TokenLogprobs
+from gptj_dist.params import AdapterChoice, AdapterSource, SamplingParams, TokenLogprobs
 from gptj_dist.text.chat import ChatTemplate
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.text.vocabulary import write_tokenizer
@@ -584,3 +585,22 @@ class TestTokens:
         request = parse_body(b'{"tokens": [50400]}', DetokenizeRequest)
         with pytest.raises(GPTJDistError, match="50400"):
             asyncio.run(service(Script()).detokenize(request))
+
+
+def test_a_resumed_stream_keeps_the_adapters_that_it_began_with() -> None:
+    """Even if they have been replaced or unloaded since."""
+    old, new = AdapterSource("/poet", "1"), AdapterSource("/poet", "2")
+    body = parse_body(b'{"prompt": "Call", "max_tokens": 3, "model": "poet", "stream": true}', CompletionRequest)
+
+    async def streamed(texts: AnswerService) -> bytes:
+        answer = await texts.complete(body, "id", ResumableStream(0, 0, adapters={"poet": old}))
+        async with aclosing(answer.events()) as events:
+            return b"".join([event async for event in events])
+
+    for loaded in ({"poet": new}, dict[str, AdapterSource]()):
+        script = Script()
+        texts = AnswerService(ServedModel(("demo",), TOKENIZER, (EOS,)), script, adapters=loaded)
+        assert texts.adapters_of(body) == tuple(loaded.items())
+        assert b'"model":"poet"' in asyncio.run(streamed(texts))
+        [(_, params)] = script.asked
+        assert params.adapters == (AdapterChoice("poet", source=old),)

@@ -90,6 +90,9 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="LoRA adapter that requests can name; again for another."),
     ] = None,
+    adapter_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Adapters in it are loaded when a request names them.")
+    ] = None,
     start_timeout_s: Annotated[
         float, typer.Option(metavar="SECONDS", parser=seconds, help="How long Ray may take to start on this machine.")
     ] = DEFAULT_START_TIMEOUT_S,
@@ -130,6 +133,7 @@ def serve(
         log_prompts=log_prompts,
         drain_s=drain_s,
         resumable=resumable,
+        adapter_dir=None if adapter_dir is None else str(adapter_dir.absolute()),
         adapters=given_adapters(_lora_modules(lora_modules or ()), config),
     )
     listen = Address(host, port, *_tls(tls_cert, tls_key), keep_alive_s)

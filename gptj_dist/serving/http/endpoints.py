@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from functools import partial, wraps
@@ -148,6 +148,7 @@ class Endpoints:
     async def embeddings(self, request: Request) -> Response:
         self._admission.require_room(CALLER.get())
         body = await self._body(request, EmbeddingRequest)
+        await self._find_adapters([body.model])
         understand = partial(self._texts.embed, body, request.state.request_id)
         return await self._answer(request, body.num_completions, understand)
 
@@ -231,10 +232,15 @@ class Endpoints:
     async def _body(self, request: Request, kind: type[B]) -> B:
         return await self._texts.parse(await read_body(request, self._texts.work, room=self._room), kind)
 
+    async def _find_adapters(self, names: Sequence[str | None]) -> None:
+        if self._adapters is not None:
+            await self._adapters.find(names)
+
     async def _text(self, request: Request, kind: type[TextRequest]) -> Response:
         self._admission.require_room(CALLER.get())  # before the body costs anything
         data, request_id = await read_body(request, self._texts.work, room=self._room), request.state.request_id
         body = await self._texts.parse(data, kind)
+        await self._find_adapters([body.model, *(each.name for each in body.adapters)])
         run = None
         if self._keeper is not None and body.stream:
             run = self._keeper.new_run((CALLER.get(), request_id), kind.__name__, data, self._texts.adapters_of(body))
