@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gptj_dist.cli import COMMANDS
+from tests.adapters import model_config, write_lora
 from tests.fake_server import Call, FakeServer, Reply, events, fake_server, refused
 from tests.unit.test_status_command import READY
 from tests.verbs import command_line, environment
@@ -61,6 +62,7 @@ def a_server() -> Iterator[FakeServer]:
 def requests(tmp_path: Path) -> Path:
     path = tmp_path / "requests"
     path.write_text(json.dumps(REQUEST) + "\n")
+    write_lora(tmp_path / "adapter", model_config("demo"), layers=(0,))
     return path
 
 
@@ -70,18 +72,21 @@ def lines(done: subprocess.CompletedProcess[bytes]) -> list[str]:
     return done.stderr.decode(errors="replace").splitlines()
 
 
-IN, OUT = "IN", "OUT"
-"""Stand for the batch's files in the lists of arguments."""
+IN, OUT, ADAPTER = "IN", "OUT", "ADAPTER"
+"""Stand for the batch's files, and an adapter, in the lists of arguments."""
 
 
 def with_files(arguments: Arguments, requests: Path) -> list[str | bytes | Path]:
-    return [{IN: requests, OUT: requests.parent / "out"}.get(str(argument), argument) for argument in arguments]
+    files = {IN: requests, OUT: requests.parent / "out", ADAPTER: requests.parent / "adapter"}
+    return [files.get(str(argument), argument) for argument in arguments]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ["serve", MISSING],
+        ["serve", "demo", "--lora-modules", f"a={MISSING}"],
+        ["adapter", "inspect", MISSING],
         ["serve", "demo", "--chat-template", MISSING],
         ["serve", "demo", "--api-keys", MISSING],
         ["serve", "demo", "--tls-cert", MISSING, "--tls-key", MISSING],
@@ -134,6 +139,7 @@ READ_BY_HEAD = [
     ["batch", IN, OUT],
     ["synth", "tiny", OUT],
     ["convert", "demo", OUT],
+    ["adapter", "inspect", ADAPTER],
 ]
 
 
@@ -183,6 +189,7 @@ def test_a_reader_who_leaves_is_no_success_and_no_traceback(arguments: list[str]
         ["inspect", NO_TEXT],
         ["convert", NO_TEXT, OUT],
         ["synth", NO_TEXT, OUT],
+        ["adapter", "inspect", NO_TEXT],
     ],
     ids=str,
 )
