@@ -151,11 +151,11 @@ static int multiply_block(const struct product *p, const struct kernel *kernel, 
                           const char *x, const void *residual, int has_gelu, void *out, int num_threads) {
     int64_t tiles = ceil_div(rows, kernel->tile_rows), panels = num_panels(p->num_columns);
     int64_t x_bytes = p->x_stride * bytes_of((enum element)p->element);
-    int failed = 0;
+    int failed = 0, are_few = rows <= FEW_ROWS && tiles == 1;
     struct share *shares = allocate(num_threads * (int64_t)sizeof(struct share));
-    char *packed = allocate(rows * kernel->row_bytes);
-    if (shares == NULL || packed == NULL) {
-        free(shares), free(packed);
+    char *shared = are_few ? NULL : allocate(rows * kernel->row_bytes);
+    if (shares == NULL || (shared == NULL && !are_few)) {
+        free(shares), free(shared);
         return 1;
     }
     for (int i = 0; i < num_threads; i++)
@@ -163,12 +163,18 @@ static int multiply_block(const struct product *p, const struct kernel *kernel, 
 #pragma omp parallel num_threads(num_threads) reduction(| : failed)
     {
         float *sums = allocate(rows * COLUMNS * 4);
-        failed = sums == NULL;
+        /* Each thread packs few rows for itself: to wait for another one takes longer. */
+        char *packed = are_few ? allocate(rows * kernel->row_bytes) : shared;
+        failed = sums == NULL || packed == NULL;
+        if (are_few) {
+            if (!failed) kernel->pack_tile(p, x + first_row * x_bytes, rows, packed);
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles; t++) {
-            int64_t first = t * rows / tiles;
-            kernel->pack_tile(p, x + (first_row + first) * x_bytes, (t + 1) * rows / tiles - first,
-                              packed + first * kernel->row_bytes);
+            for (int64_t t = 0; t < tiles; t++) {
+                int64_t first = t * rows / tiles;
+                kernel->pack_tile(p, x + (first_row + first) * x_bytes, (t + 1) * rows / tiles - first,
+                                  packed + first * kernel->row_bytes);
+            }
         }
 #pragma omp for schedule(static, 1) nowait
         for (int own = 0; own < num_threads; own++)
@@ -181,8 +187,9 @@ static int multiply_block(const struct product *p, const struct kernel *kernel, 
                 }
             }
         free(sums);
+        if (are_few) free(packed);
     }
-    free(shares), free(packed);
+    free(shares), free(shared);
     return failed;
 }
 
