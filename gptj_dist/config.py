@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
 
 from gptj_dist.errors import CheckpointError, ConfigurationError, excerpt
 from gptj_dist.field_types import type_problems
 from gptj_dist.generation import NO_GENERATION_CONFIG, GenerationConfig, eos_token_ids
+from gptj_dist.quantization import AUTO, INT4_GROUP, QUANT_METHOD, Quantization, parse_quantize
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -64,6 +65,7 @@ class ModelConfig:
     Args:
         eos_token_ids: tokens that end a text.
         bos_token_id: the token that begins a text, where the checkpoint names one.
+        quantization: the bits of the weights; None if they all have the type of the model.
     """
 
     vocab_size: int
@@ -79,6 +81,7 @@ class ModelConfig:
     has_tied_embeddings: bool = False
     bos_token_id: int | None = None
     generation: GenerationConfig = NO_GENERATION_CONFIG
+    quantization: Quantization | None = None
 
     @property
     def empty_prompt_ids(self) -> tuple[int, ...]:
@@ -108,6 +111,19 @@ class ModelConfig:
     def head_parameters(self) -> int:
         """Parameters of the final LayerNorm and of `lm_head` with its bias, whether or not its matrix is shared."""
         return self.embedding_parameters + self.vocab_size + 2 * self.d_model
+
+    def quantized(self, quantization: Quantization) -> ModelConfig:
+        """The same model with weights of few bits.
+
+        Raises:
+            ConfigurationError: 4 bits are wanted, and the rows of its matrices are no whole number of groups.
+        """
+        odd = [columns for columns in (self.d_model, self.d_ff) if columns % INT4_GROUP]
+        if odd and 4 in quantization.layer_bits:
+            raise ConfigurationError(
+                f"int4 needs widths that are multiples of {INT4_GROUP}, and this model has {odd[0]}: use int8"
+            )
+        return replace(self, quantization=quantization)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -142,7 +158,7 @@ class ModelConfig:
         if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
             shown = excerpt(layer_norm_eps)
             raise CheckpointError(f"config.json: layer_norm_epsilon {shown} must be a small positive number")
-        return cls(
+        model = cls(
             vocab_size=vocab_size,
             num_layers=num_layers,
             d_model=d_model,
@@ -162,6 +178,11 @@ class ModelConfig:
                 eos_ids,
             ),
         )
+        stored = _stored_quantization(config, num_layers)
+        try:
+            return model if stored is None else model.quantized(stored)
+        except ConfigurationError as error:
+            raise CheckpointError(f"{CONFIG_NAME}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +256,17 @@ def _dtype(config: Mapping[str, Any]) -> DTypeName:
     return cast(DTypeName, name)
 
 
+def _stored_quantization(config: Mapping[str, Any], num_layers: int) -> Quantization | None:
+    """The bits of a checkpoint that `convert --quantize` has written."""
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != QUANT_METHOD:
+        return None
+    bits, group = stored.get("bits"), stored.get("group_size")
+    if type(bits) is not int or (bits, group) not in ((8, None), (4, INT4_GROUP)):
+        raise CheckpointError(f"config.json: unknown bits {excerpt(bits)} with groups of {excerpt(group)}")
+    return replace(Quantization.of_stages([num_layers], [4 if bits == 4 else 8]), is_stored=True)
+
+
 @dataclass(frozen=True)
 class PipelineConfig:
     """How one model is cut, placed and run: the settings shared by the command line, `LLM` and Serve configs.
@@ -246,6 +278,7 @@ class PipelineConfig:
         layers: layers of each stage, first to last; overrides the planner.
         device: `auto` takes GPUs where there are any.
         dtype: `auto` takes the checkpoint's, unless the device is bad at it.
+        quantize: `int8` or `int4` weights in place of those of that type, or the bits of stages: `0-1:int8,2:int4`.
         threads_per_stage: the most threads of a CPU stage; None shares the cores available evenly.
         cpus_per_stage, gpus_per_stage: what each stage asks of Ray; None fits the device.
         max_model_len: the most tokens of prompt and output together; None is the model's context.
@@ -268,6 +301,7 @@ class PipelineConfig:
     layers: tuple[int, ...] | None = None
     device: DeviceChoice = "auto"
     dtype: DTypeChoice = "auto"
+    quantize: str | None = None
     threads_per_stage: int | None = None
     cpus_per_stage: float | None = None
     gpus_per_stage: float | None = None
@@ -293,6 +327,8 @@ class PipelineConfig:
         _at_least_one("max_queued_requests", self.max_queued_requests)
         _at_least_one("max_queued_tokens", self.max_queued_tokens)
         _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
+        if self.quantize not in (None, AUTO):
+            parse_quantize(self.quantize)
         if not 0 <= self.spares <= MAX_SPARES:
             raise ConfigurationError(f"spares must be from 0 to {MAX_SPARES}, got {self.spares}")
         if self.layers == ():

@@ -1,6 +1,6 @@
 """Converts a checkpoint of any form to safetensors with one file per layer, so that stages share no files.
 
-Holds one tensor in memory at a time. The written bytes depend only on the source and the dtype.
+Holds one tensor in memory at a time. The written bytes depend only on the source, the dtype and the bits.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,15 @@ import torch
 from gptj_dist import __version__
 from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
 from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
-from gptj_dist.checkpoint.index import WTE, CheckpointIndex, expected_tensors, read_model_config, stage_headers
+from gptj_dist.checkpoint.index import (
+    WTE,
+    CheckpointIndex,
+    expected_tensors,
+    read_model_config,
+    stage_headers,
+    stored_bits,
+    stored_dtypes,
+)
 from gptj_dist.checkpoint.loader import TORCH_DTYPES, StageTensors
 from gptj_dist.checkpoint.partial import PartialDirectory, settle, siblings
 from gptj_dist.checkpoint.writer import (
@@ -34,7 +42,11 @@ from gptj_dist.checkpoint.writer import (
 )
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError, ConversionError
+from gptj_dist.quantization import INT4_GROUP, QUANT_METHOD, Bits, Quantization, scale_name
 from gptj_dist.sizes import bytes_text
+
+Quantize = Callable[[torch.Tensor, Bits], tuple[torch.Tensor, torch.Tensor]]
+"""Makes values and float32 scales, as a checkpoint has them, of a matrix."""
 
 _TEXTS = (GENERATION_FILE, *TOKENIZER_FILES)
 """Files that are copied as they are."""
@@ -60,10 +72,15 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """The result of a conversion."""
+    """The result of a conversion.
+
+    Args:
+        quantized: the bits of the weights, such as `int4`; None if they have the dtype.
+    """
 
     directory: Path
     dtype: DTypeName
+    quantized: str | None
     num_files: int
     num_bytes: int
 
@@ -75,10 +92,13 @@ class _Plan:
     Args:
         files: name -> the tensors that it holds, or its bytes.
         identity: of source and result; with the same one, the same bytes are written.
+        config: of the source.
+        result: of the result, which may have other bits.
     """
 
     source: Path
     config: ModelConfig
+    result: ModelConfig
     dtype: DTypeName
     files: Mapping[str, Layout | bytes]
     identity: Mapping[str, Any]
@@ -89,7 +109,13 @@ class _Plan:
 
 
 def convert_checkpoint(
-    source: Path, destination: Path, dtype: DTypeName | None, overwrite: bool, observer: Observer
+    source: Path,
+    destination: Path,
+    dtype: DTypeName | None,
+    overwrite: bool,
+    observer: Observer,
+    bits: Bits | None = None,
+    quantize: Quantize | None = None,
 ) -> Conversion:
     """Writes the checkpoint in `source` to `destination`, which appears when it is complete.
 
@@ -99,18 +125,23 @@ def convert_checkpoint(
     Args:
         dtype: of the result; None takes that of the weights, or `config.json`'s where they differ.
         overwrite: replace the checkpoint that `destination` holds.
+        bits: of the result's matrices; None leaves them as they are.
+        quantize: how to make them; needed with `bits`.
 
     Raises:
-        ConfigurationError: `destination` must not be written, see `check_destination`.
+        ConfigurationError: `destination` must not be written, see `check_destination`; or the matrices do not suit the
+            bits, or have other ones already.
         CheckpointError: the source is broken, or not a GPT-J, or has numbers that the dtype cannot hold.
         ConversionError: the disk is full or broken, or another process has written the same.
     """
     with _readable_errors(destination):
         check_destination(source, destination, overwrite)
         source, destination = source.resolve(), destination.resolve()
-        plan = _draw_plan(source, dtype)
-        _Converter(plan, destination, overwrite, observer).run()
-    return Conversion(destination, plan.dtype, len(plan.files) + 1, plan.num_bytes)
+        plan = _draw_plan(source, dtype, bits)
+        _Converter(plan, destination, overwrite, observer, quantize).run()
+    quantization = plan.result.quantization
+    quantized = None if quantization is None else quantization.name(0, plan.result.num_layers)
+    return Conversion(destination, plan.dtype, quantized, len(plan.files) + 1, plan.num_bytes)
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
@@ -140,17 +171,38 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         )
 
 
-def _draw_plan(source: Path, dtype: DTypeName | None) -> _Plan:
+def _draw_plan(source: Path, dtype: DTypeName | None, bits: Bits | None) -> _Plan:
     config = read_model_config(source)
     headers = stage_headers(CheckpointIndex(source), config, _whole(config))
-    dtype = dtype or _common_dtype(headers.values()) or config.dtype
-    weights = _layouts(config, CODE_OF[dtype])
+    plain = [header for name, header in headers.items() if not _is_quantized(config, name)]
+    dtype = dtype or _common_dtype(plain) or config.dtype
+    result = _quantized_config(source, config, bits)
+    weights = _layouts(result, CODE_OF[dtype])
     texts = {
         SAFETENSORS.index: encode_index(weights),
-        CONFIG_FILE: _config_json(source, dtype),
+        CONFIG_FILE: _config_json(source, dtype, bits),
         **{name: (source / name).read_bytes() for name in _TEXTS if (source / name).is_file()},
     }
-    return _Plan(source, config, dtype, {**weights, **texts}, _identity(source, dtype))
+    return _Plan(source, config, result, dtype, {**weights, **texts}, _identity(source, dtype, bits))
+
+
+def _quantized_config(source: Path, config: ModelConfig, bits: Bits | None) -> ModelConfig:
+    """The config of the result.
+
+    Raises:
+        ConfigurationError: the source has other bits already, or does not suit them.
+    """
+    if bits is None:
+        return config
+    wanted = replace(Quantization.of_stages([config.num_layers], [bits]), is_stored=True)
+    if config.quantization not in (None, wanted):
+        raise ConfigurationError(f"{source} is quantised already: convert the checkpoint that it was made of")
+    return config.quantized(wanted)
+
+
+def _is_quantized(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is quantised, or the scales of one that is."""
+    return any(stored_bits(config, name.removesuffix(suffix)) is not None for suffix in ("", scale_name("")))
 
 
 def _layouts(config: ModelConfig, code: str) -> dict[str, Layout]:
@@ -159,15 +211,20 @@ def _layouts(config: ModelConfig, code: str) -> dict[str, Layout]:
     bounds = [0, *range(config.num_layers + 1), config.num_layers]
     layouts: dict[str, Layout] = {}
     for i, file in enumerate(shard_names(SAFETENSORS.single, num_files)):
-        shapes = expected_tensors(config, LayerRange(i, num_files, bounds[i], bounds[i + 1]))
+        layers = LayerRange(i, num_files, bounds[i], bounds[i + 1])
+        shapes, codes = expected_tensors(config, layers), stored_dtypes(config, layers, code)
         # Tied embeddings are both the first stage's and the last's.
-        layouts[file] = {name: (code, shape) for name, shape in shapes.items() if i == 0 or name != WTE}
+        shared = {WTE, scale_name(WTE)} if i else set()
+        layouts[file] = {name: (codes[name], shape) for name, shape in shapes.items() if name not in shared}
     return layouts
 
 
-def _config_json(source: Path, dtype: DTypeName) -> bytes:
+def _config_json(source: Path, dtype: DTypeName, bits: Bits | None) -> bytes:
     fields = read_json(source / CONFIG_FILE)
     fields.pop("torch_dtype", None)
+    if bits is not None:
+        group = INT4_GROUP if bits == 4 else None
+        fields["quantization_config"] = {"quant_method": QUANT_METHOD, "bits": bits, "group_size": group}
     return json.dumps({**fields, "dtype": dtype}, indent=2).encode() + b"\n"
 
 
@@ -176,7 +233,7 @@ def _common_dtype(headers: Iterable[TensorHeader]) -> DTypeName | None:
     return DTYPE_CODES.get(codes.pop()) if len(codes) == 1 else None
 
 
-def _identity(source: Path, dtype: DTypeName) -> dict[str, Any]:
+def _identity(source: Path, dtype: DTypeName, bits: Bits | None) -> dict[str, Any]:
     """What the bytes of the result follow from; of a hub model, the path names the commit."""
     index = CheckpointIndex(source)
     others = [CONFIG_FILE, *_TEXTS, *(form.index for form in WEIGHT_FORMS)]
@@ -186,6 +243,7 @@ def _identity(source: Path, dtype: DTypeName) -> dict[str, Any]:
         "version": __version__,
         "source": str(source),
         "dtype": dtype,
+        "bits": bits,
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
     }
 
@@ -193,8 +251,11 @@ def _identity(source: Path, dtype: DTypeName) -> dict[str, Any]:
 class _Converter:
     """One run of a conversion."""
 
-    def __init__(self, plan: _Plan, destination: Path, overwrite: bool, observer: Observer) -> None:
+    def __init__(
+        self, plan: _Plan, destination: Path, overwrite: bool, observer: Observer, quantize: Quantize | None
+    ) -> None:
         self._plan = plan
+        self._quantize = quantize
         self._destination = destination
         self._overwrite = overwrite
         self._partial = PartialDirectory(destination, plan.identity)
@@ -234,7 +295,7 @@ class _Converter:
             while missing := self._missing():
                 self._write_file(next(iter(missing)), tensors, buffer)
                 self._report(self._plan.num_bytes - sum(self._missing().values()))
-        if _identity(self._plan.source, self._plan.dtype) != self._plan.identity:
+        if _identity(self._plan.source, self._plan.dtype, self._plan.identity["bits"]) != self._plan.identity:
             raise CheckpointError(f"{self._plan.source} changed while it was being converted: run it again")
         while CHECKSUMS_FILE not in self._partial.finished():
             with self._partial.create(CHECKSUMS_FILE) as file:
@@ -261,21 +322,34 @@ class _Converter:
                 write_safetensors(file, content, self._cast(content, tensors, buffer))
 
     def _cast(self, layout: Layout, tensors: StageTensors, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The tensors of a file in their new dtype, one after the other in the same memory."""
+        """The tensors of a file as they are written, one after the other in the same memory."""
+        shapes = expected_tensors(self._plan.config, _whole(self._plan.config))
+        scales: dict[str, torch.Tensor] = {}
         for name, (code, shape) in layout.items():
-            num_bytes = tensor_bytes(code, shape)
-            out = buffer[:num_bytes].view(TORCH_DTYPES[code]).view(shape)
-            tensors.read(name, out)
-            yield out
-            self._report(self._done_bytes + num_bytes)
+            bits = stored_bits(self._plan.result, name)
+            if name in scales:
+                yield scales.pop(name).to(TORCH_DTYPES[code])
+            elif bits is None or self._quantize is None or stored_bits(self._plan.config, name) is not None:
+                out = _view(buffer, code, shape)
+                tensors.read(name, out)
+                yield out
+            else:
+                matrix = _view(buffer, CODE_OF[self._plan.config.dtype], shapes[name])
+                tensors.read(name, matrix)
+                values, scales[scale_name(name)] = self._quantize(matrix, bits)
+                yield values
+            self._report(self._done_bytes + tensor_bytes(code, shape))
 
     def _report(self, done_bytes: int) -> None:
         self._done_bytes = done_bytes
         self._observer.progress(done_bytes, self._plan.num_bytes)
 
     def _largest_tensor_bytes(self) -> int:
+        """Of the source and of the result."""
         layouts = [content for content in self._plan.files.values() if isinstance(content, dict)]
-        return max(tensor_bytes(code, shape) for layout in layouts for code, shape in layout.values())
+        written = [tensor_bytes(code, shape) for layout in layouts for code, shape in layout.values()]
+        shapes = expected_tensors(self._plan.config, _whole(self._plan.config)).values()
+        return max(*written, *(tensor_bytes(CODE_OF[self._plan.config.dtype], shape) for shape in shapes))
 
     def _too_little_space(self, detail: str = "") -> ConversionError:
         missing, free = bytes_text(sum(self._missing().values())), bytes_text(self._free_bytes())
@@ -302,6 +376,11 @@ def _readable_errors(destination: Path) -> Iterator[None]:
     except OSError as error:
         reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
         raise ConversionError(f"{destination} could not be written: {reason}") from error
+
+
+def _view(buffer: torch.Tensor, code: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The beginning of a buffer of bytes as a tensor."""
+    return buffer[: tensor_bytes(code, shape)].view(TORCH_DTYPES[code]).view(shape)
 
 
 def _whole(config: ModelConfig) -> LayerRange:

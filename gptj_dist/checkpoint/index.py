@@ -21,6 +21,7 @@ from gptj_dist.checkpoint.torch_file import is_torch_file, read_torch_file
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.file_kinds import kind_of_file
+from gptj_dist.quantization import Bits, default_group, scale_name
 
 T = TypeVar("T")
 
@@ -44,6 +45,12 @@ Lightning, TRL. No name of GPT-J has such a part."""
 
 _ADAPTER = re.compile(r"\.(?:lora_[A-Za-z]+|base_layer|ia3_\w+|oft_\w+|hada_\w+|original_module)(?:\.|$)")
 """A part of the names of tensors that PEFT keeps beside the weights which they change."""
+
+_MATRIX = re.compile(r"transformer\.h\.(\d{1,9})\.(?:attn|mlp)\.\w+\.weight")
+"""The names of a layer's matrices."""
+
+QUANTIZED_DTYPES: Mapping[Bits, str] = {8: "I8", 4: "U8"}
+"""The dtypes of quantised matrices, by their names in safetensors headers. A byte of 4 bits holds two columns."""
 
 _BUFFER_BYTES = 512
 """Headers are read in whole or in a few bytes here and there: reading ahead would be reading what is not needed."""
@@ -114,8 +121,51 @@ def read_model_config(directory: Path) -> ModelConfig:
 def expected_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a stage's tensors, first to last; `Linear` weights are (outputs, inputs).
 
-    With tied embeddings the last stage, too, has `transformer.wte.weight`, in place of `lm_head.weight`.
+    With tied embeddings the last stage, too, has `transformer.wte.weight`, in place of `lm_head.weight`. A matrix that
+    is stored quantised has the shape of its bytes, and another tensor beside it, of scales.
     """
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, shape in _plain_tensors(config, layers).items():
+        bits = stored_bits(config, name)
+        if bits is None:
+            tensors[name] = shape
+            continue
+        rows, columns = shape
+        tensors[name] = (rows, columns * bits // 8)
+        tensors[scale_name(name)] = (rows, columns // default_group(columns, bits))
+    return tensors
+
+
+def stored_bits(config: ModelConfig, name: str) -> Bits | None:
+    """The bits of a tensor that the checkpoint holds quantised; None for any other."""
+    quantization = config.quantization
+    if quantization is None or not quantization.is_stored:
+        return None
+    if name == WTE:
+        return quantization.embedding_bits
+    if name == LM_HEAD_WEIGHT:
+        return quantization.head_bits
+    found = _MATRIX.fullmatch(name)
+    return None if found is None else quantization.layer_bits[int(found[1])]
+
+
+def stored_dtypes(config: ModelConfig, layers: LayerRange, code: str) -> dict[str, str]:
+    """The dtypes of `expected_tensors`, by their names in safetensors headers.
+
+    Args:
+        code: of what is not quantised.
+    """
+    codes: dict[str, str] = {}
+    for name in _plain_tensors(config, layers):
+        bits = stored_bits(config, name)
+        codes[name] = code if bits is None else QUANTIZED_DTYPES[bits]
+        if bits is not None:
+            codes[scale_name(name)] = "BF16" if bits == 4 else "F32"
+    return codes
+
+
+def _plain_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple[int, ...]]:
+    """As `expected_tensors`, of a checkpoint in which nothing is quantised."""
     tensors: dict[str, tuple[int, ...]] = {}
     if layers.is_first:
         tensors[WTE] = (config.vocab_size, config.d_model)
@@ -156,11 +206,19 @@ def stage_headers(index: CheckpointIndex, config: ModelConfig, layers: LayerRang
             for name, header, shape in present
             if header.shape != shape
         ],
-        "unreadable": [f"{name} is {header.dtype}" for name, header, _ in present if header.dtype not in STORED_DTYPES],
+        "unreadable": [
+            f"{name} is {header.dtype}"
+            for name, header, _ in present
+            if not _is_readable(header.dtype, stored_bits(config, name))
+        ],
     }
     if text := "; ".join(f"{problem}: {listing(names)}" for problem, names in problems.items() if names):
         raise CheckpointError(f"{index.directory} does not hold the model of its {CONFIG_FILE}: {text}")
     return found
+
+
+def _is_readable(dtype: str, bits: Bits | None) -> bool:
+    return dtype in STORED_DTYPES if bits is None else dtype == QUANTIZED_DTYPES[bits]
 
 
 def extra_tensors(index: CheckpointIndex, config: ModelConfig) -> list[str]:

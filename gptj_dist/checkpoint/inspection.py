@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
@@ -15,6 +15,7 @@ from gptj_dist.checkpoint.index import (
     LEGACY_BUFFERS,
     CheckpointIndex,
     canonical_name,
+    expected_tensors,
     extra_tensors,
     read_model_config,
     read_stored_header,
@@ -30,6 +31,8 @@ _WEIGHT_SUFFIXES = {
 """Of files that hold some model's weights, in forms that are read or not."""
 
 _MAX_LISTED = 3
+
+_DTYPE_NAMES = {**STORED_DTYPES, "I8": "int8", "U8": "int4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +74,15 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     """
     config = read_model_config(directory)
     index = CheckpointIndex(directory)
-    weights = stage_headers(index, config, LayerRange.whole(config.num_layers))
+    whole = LayerRange.whole(config.num_layers)
+    weights = stage_headers(index, config, whole)
+    unquantized = expected_tensors(replace(config, quantization=None), whole)
     stored = {file: read_stored_header(directory / file) for file in index.files(index.file_of)}
     layers = [_weight_bytes(weights, [f"transformer.h.{layer}."]) for layer in range(config.num_layers)]
     return Inspection(
         config=config,
         file_bytes={file: (directory / file).stat().st_size for file in stored},
-        num_parameters=sum(math.prod(header.shape) for header in weights.values()),
+        num_parameters=sum(math.prod(shape) for name, shape in unquantized.items() if name in weights),
         bytes_of_dtype=_bytes_of_dtype(weights.values()),
         embedding_bytes=_weight_bytes(weights, ["transformer.wte."]),
         layer_bytes=layers,
@@ -85,7 +90,9 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         oddities=[
             *_odd_names(stored),
             *_extras(index, config),
-            *_odd_dtypes(directory, weights),
+            *_odd_dtypes(
+                directory, {n: h for n, h in weights.items() if n in unquantized and h.dtype in STORED_DTYPES}
+            ),
             *_odd_places(stored),
             *_odd_files(directory, stored),
         ],
@@ -174,7 +181,7 @@ def _odd_files(directory: Path, read: Iterable[str]) -> Iterator[str]:
 def _bytes_of_dtype(weights: Iterable[TensorHeader]) -> dict[str, int]:
     counter: Counter[str] = Counter()
     for header in weights:
-        counter[STORED_DTYPES[header.dtype]] += header.num_bytes
+        counter[_DTYPE_NAMES[header.dtype]] += header.num_bytes
     return dict(counter.most_common())
 
 

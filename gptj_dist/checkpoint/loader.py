@@ -27,7 +27,8 @@ STAGING_BYTES = 32 << 20
 """What is read at once where numbers are cast, moved to a GPU or put between others."""
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
+    "U8": torch.uint8,
 }  # fmt: skip
 
 
@@ -76,6 +77,8 @@ class StageTensors(AbstractContextManager["StageTensors"]):
             out.zero_()
             return
         header = self._headers[name]
+        if TORCH_DTYPES[header.dtype].is_floating_point != out.is_floating_point():
+            raise CheckpointError(f"{header.path} holds {name} quantised: take the checkpoint that it was made of")
         is_alike = header.strides is None and out.dtype == TORCH_DTYPES[header.dtype]
         if is_alike and out.is_contiguous() and out.device.type == "cpu":
             self._fill(header, header.offset_bytes, out.view(-1).view(torch.uint8))
@@ -117,6 +120,8 @@ class StageTensors(AbstractContextManager["StageTensors"]):
 
 def _refuse_non_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Raises a CheckpointError if a number is not finite, or would not be in `dtype`. One pass, as fast as a copy."""
+    if not values.is_floating_point():
+        return
     ends = torch.stack(values.aminmax())
     if not ends.isfinite().all():
         raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training diverged")

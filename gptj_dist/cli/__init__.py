@@ -14,6 +14,7 @@ from gptj_dist import __version__
 from gptj_dist.cli.checkpoints.adapter import adapter
 from gptj_dist.cli.checkpoints.convert import convert
 from gptj_dist.cli.checkpoints.download import download
+from gptj_dist.cli.checkpoints.drift import drift
 from gptj_dist.cli.checkpoints.inspect import inspect
 from gptj_dist.cli.checkpoints.synth import synth
 from gptj_dist.cli.checkpoints.verify import verify
@@ -38,7 +39,7 @@ CANNOT_WORK = 2
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Serving": (serve, stop, status, top, plan, doctor, key),
     "Text": (complete, chat, batch, generate),
-    "Checkpoints": (download, inspect, convert, verify, synth, adapter),
+    "Checkpoints": (download, inspect, convert, verify, drift, synth, adapter),
 }
 """The groups of commands in `--help`."""
 

@@ -43,10 +43,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "inspect": ("gptj-dist inspect demo", "gptj-dist inspect EleutherAI/gpt-j-6b"),
     "convert": (
         "gptj-dist convert EleutherAI/gpt-j-6b gptj-layers --dtype bfloat16",
+        "gptj-dist convert EleutherAI/gpt-j-6b gptj-int4 --quantize int4",
         "gptj-dist convert edited-gptj fact.safetensors --delta EleutherAI/gpt-j-6b",
     ),
     "verify": ("gptj-dist verify gptj-layers", 'gptj-dist verify demo --prompt "Call me Ishmael." --tolerance 1e-5'),
     "adapter": ("gptj-dist adapter inspect adapters/poet", "gptj-dist adapter check adapters/poet --model demo"),
+    "drift": ("gptj-dist drift demo", "gptj-dist drift gptj-layers --quantize int4 --text speech.txt"),
     "synth": ("gptj-dist synth tiny random-gptj", "gptj-dist synth 6b /tmp/gptj-6b --shard-gb 2"),
 }
 """By the command's name."""

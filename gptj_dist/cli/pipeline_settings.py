@@ -36,6 +36,9 @@ OPTIONS: dict[str, Any] = {
             "float32, bfloat16, float16, or 'auto': the checkpoint's, or float32 if the device is bad at it.", "TYPE"
         ),
     ],
+    "quantize": Annotated[
+        str | None, _option("int8 or int4: weights of fewer bits; or the bits of stages: 0-1:int8,2:int4.", "BITS")
+    ],
     "threads_per_stage": Annotated[
         int | None, _option("Most threads of a CPU stage; by default stages share the cores.")
     ],

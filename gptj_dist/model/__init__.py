@@ -13,5 +13,6 @@ __all__ = [
     "inputs",
     "kv_cache",
     "logprobs",
+    "quantized",
     "sampler",
 ]

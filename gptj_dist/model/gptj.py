@@ -53,7 +53,7 @@ class StageModel:
         self._embedding = load.embedding() if layers.is_first else None
         self._layers = []
         for index in range(layers.start, layers.stop):
-            self._layers.append(load.layer(f"transformer.h.{index}"))
+            self._layers.append(load.layer(index))
             on_layer(len(self._layers))
         self._head = load.head() if layers.is_last else None
 
@@ -62,9 +62,9 @@ class StageModel:
         if self._embedding is None:
             raise ValueError("only the first stage embeds")
         token_ids = to_device(token_ids, self._device)
-        hidden = self._embedding[token_ids]
+        hidden = self._embedding(token_ids)
         if changes is not None:
-            changes.add("wte", None, token_ids, hidden, self._embedding.__getitem__)
+            changes.add("wte", None, token_ids, hidden, self._embedding)
         return hidden
 
     def forward(

@@ -5,22 +5,39 @@ GPT-J's layer feeds one LayerNorm to attention and MLP and adds both to its inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptj_dist.config import ModelConfig
+from gptj_dist.config import DTypeName, ModelConfig
 from gptj_dist.model.adapters import LayerChanges, Place, unchanged
 from gptj_dist.model.linear import Linear, can_pack, make_linear
+from gptj_dist.model.quantized import (
+    QuantizedEmbedding,
+    QuantizedWeight,
+    empty_weight,
+    make_quantized_linear,
+    quantize,
+)
+from gptj_dist.quantization import Bits, default_group, scale_name
 
 ReadTensor = Callable[[str, Tensor], None]
 """Fills a tensor with the checkpoint's tensor of that name."""
 
+Embed = Callable[[Tensor], Tensor]
+"""The rows of the embedding: int64 [rows] -> [rows, d_model]."""
+
 Attend = Callable[[Tensor], None]
 """An `Attention` for one layer; takes the heads [rows, 3, num_heads, head_dim]."""
+
+_STORED_AS: Mapping[DTypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +54,7 @@ class LayerNorm:
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """Four products with GELU and both sums inside them, for packed weights.
+    """Four products with GELU and both sums inside them, for packed and quantised weights.
 
     Args:
         qkv: [3 * d_model, d_model].
@@ -130,44 +147,52 @@ def _add_to_heads(changes: LayerChanges, normed: Tensor, heads: Tensor, product:
 class PartLoader:
     """Makes the parts of a stage. Reads each tensor directly into its place in a joined one.
 
-    If weights are packed, which copies them, each matrix is read into the memory of the one before it: new memory would
-    cost as much time as the reading.
+    If weights are packed or quantised, which copies them, each matrix is read into the memory of the one before it: new
+    memory would cost as much time as the reading. Matrices that the checkpoint holds quantised are read as they are.
     """
 
     def __init__(self, read: ReadTensor, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._read = read
         self._config = config
+        self._quantization = config.quantization
         self._dtype = dtype
         self._device = device
         self._packs = can_pack(device, dtype)
-        self._scratch = torch.empty(0, dtype=dtype, device=device)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def embedding(self) -> Tensor:
-        """[vocab_size, d_model]."""
-        return self._tensor("transformer.wte.weight", self._config.vocab_size, self._config.d_model)
+    def embedding(self) -> Embed:
+        """Of `vocab_size` tokens."""
+        name, rows, columns = "transformer.wte.weight", self._config.vocab_size, self._config.d_model
+        bits = None if self._quantization is None else self._quantization.embedding_bits
+        if bits is None:
+            return self._tensor(name, rows, columns).__getitem__
+        return QuantizedEmbedding(self._quantized({name: rows}, columns, bits), self._dtype)
 
-    def layer(self, name: str) -> FusedLayer | JoinedLayer:
-        """The layer with that name in the checkpoint."""
-        return self._fused_layer(name) if self._packs else self._joined_layer(name)
+    def layer(self, index: int) -> FusedLayer | JoinedLayer:
+        """The layer with that number in the model."""
+        name = f"transformer.h.{index}"
+        bits = None if self._quantization is None else self._quantization.layer_bits[index]
+        return self._joined_layer(name) if bits is None and not self._packs else self._fused_layer(name, bits)
 
     def head(self) -> tuple[LayerNorm, Linear]:
         """The last LayerNorm, and the product with [vocab_size, d_model]."""
         vocab_size, d_model = self._config.vocab_size, self._config.d_model
         name = "transformer.wte.weight" if self._config.has_tied_embeddings else "lm_head.weight"
-        projection = self._linear({name: vocab_size}, d_model, self._tensor("lm_head.bias", vocab_size))
+        bits = None if self._quantization is None else self._quantization.head_bits
+        projection = self._linear({name: vocab_size}, d_model, self._tensor("lm_head.bias", vocab_size), bits)
         return self._norm("transformer.ln_f"), projection
 
-    def _fused_layer(self, name: str) -> FusedLayer:
+    def _fused_layer(self, name: str, bits: Bits | None) -> FusedLayer:
         d_model, d_ff = self._config.d_model, self._config.d_ff
         fc_in_bias, fc_out_bias = (
             self._tensor(f"{name}.mlp.fc_{i}.bias", n) for i, n in (("in", d_ff), ("out", d_model))
         )
         return FusedLayer(
             self._norm(f"{name}.ln_1"),
-            self._linear({f"{name}.attn.{part}_proj.weight": d_model for part in "qkv"}, d_model, None),
-            self._linear({f"{name}.mlp.fc_in.weight": d_ff}, d_model, fc_in_bias),
-            self._linear({f"{name}.attn.out_proj.weight": d_model}, d_model, None),
-            self._linear({f"{name}.mlp.fc_out.weight": d_model}, d_ff, fc_out_bias),
+            self._linear({f"{name}.attn.{part}_proj.weight": d_model for part in "qkv"}, d_model, None, bits),
+            self._linear({f"{name}.mlp.fc_in.weight": d_ff}, d_model, fc_in_bias, bits),
+            self._linear({f"{name}.attn.out_proj.weight": d_model}, d_model, None, bits),
+            self._linear({f"{name}.mlp.fc_out.weight": d_model}, d_ff, fc_out_bias, bits),
             self._config.num_heads,
         )
 
@@ -181,17 +206,36 @@ class PartLoader:
         self._read(f"{name}.mlp.fc_out.weight", fan_out[:, d_model:])
         return JoinedLayer(
             self._norm(f"{name}.ln_1"),
-            self._linear(rows_of, d_model, fan_in_bias),
+            self._linear(rows_of, d_model, fan_in_bias, None),
             make_linear(fan_out, self._tensor(f"{name}.mlp.fc_out.bias", d_model)),
             self._config.num_heads,
         )
 
-    def _linear(self, rows_of: dict[str, int], columns: int, bias: Tensor | None) -> Linear:
+    def _linear(self, rows_of: dict[str, int], columns: int, bias: Tensor | None, bits: Bits | None) -> Linear:
         """A product with matrices of the checkpoint, given by name and number of rows, one below the other."""
+        if bits is not None:
+            return make_quantized_linear(self._quantized(rows_of, columns, bits), bias, self._dtype)
         weight = self._matrix(sum(rows_of.values()), columns)
-        for name, part in zip(rows_of, torch.split(weight, list(rows_of.values())), strict=True):
-            self._read(name, part)
+        self._read_rows(rows_of, weight)
         return make_linear(weight, bias)
+
+    def _quantized(self, rows_of: dict[str, int], columns: int, bits: Bits) -> QuantizedWeight:
+        """Matrices of the checkpoint in few bits, one below the other."""
+        assert self._quantization is not None
+        num_rows = sum(rows_of.values())
+        if not self._quantization.is_stored:
+            weight = self._scratch_matrix(num_rows, columns, _STORED_AS[self._config.dtype])
+            self._read_rows(rows_of, weight)
+            return quantize(weight, bits)
+        made = empty_weight(num_rows, columns, bits, default_group(columns, bits), self._device)
+        self._read_rows(rows_of, made.values)
+        self._read_rows({scale_name(name): rows for name, rows in rows_of.items()}, made.scales)
+        return made
+
+    def _read_rows(self, rows_of: dict[str, int], out: Tensor) -> None:
+        """Reads tensors, given by name and number of rows, one below the other."""
+        for name, part in zip(rows_of, torch.split(out, list(rows_of.values())), strict=True):
+            self._read(name, part)
 
     def _norm(self, name: str) -> LayerNorm:
         weight, bias = (self._tensor(f"{name}.{part}", self._config.d_model) for part in ("weight", "bias"))
@@ -206,6 +250,11 @@ class PartLoader:
         """Memory for the weight of a `Linear`. If weights are packed, the next call reuses it."""
         if not self._packs:
             return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
-        if self._scratch.numel() < rows * columns:
-            self._scratch = torch.empty(rows * columns, dtype=self._dtype, device=self._device)
-        return self._scratch[: rows * columns].view(rows, columns)
+        return self._scratch_matrix(rows, columns, self._dtype)
+
+    def _scratch_matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory that the next call reuses."""
+        num_bytes = rows * columns * dtype.itemsize
+        if self._scratch.numel() < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return self._scratch[:num_bytes].view(dtype).view(rows, columns)

@@ -8,20 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gptj_dist.errors import ConfigurationError
 from gptj_dist.model.linear import Linear, make_linear
 from gptj_dist.model.native.library import load_low_bit_library
 from gptj_dist.model.native.product import ELEMENTS, NativeLowBitLinear, has_groups
-
-Bits = Literal[4, 8]
-
-INT4_GROUP = 64
-"""Columns that share a scale, where nothing else is said."""
+from gptj_dist.quantization import Bits, default_group
 
 _ZERO_OF_INT4 = 8
 """What stands for 0 in a half byte: -8 to 7 are stored as 0 to 15."""
@@ -85,12 +79,13 @@ def empty_weight(
     """Memory for a matrix, to be filled.
 
     Args:
-        group: columns that share a scale; those of a whole row for 8 bits.
+        group: columns that share a scale.
 
     Raises:
-        ConfigurationError: the columns are no whole number of groups.
+        ValueError: the columns are no whole number of groups.
     """
-    require_groups(columns, group)
+    if columns % group:
+        raise ValueError(f"{columns} columns are no whole number of groups of {group}")
     values = torch.empty(rows, columns * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device=device)
     scales = torch.empty(rows, columns // group, device=device)
     return QuantizedWeight(bits, values, scales, torch.empty_like(scales) if has_offsets else None)
@@ -101,10 +96,10 @@ def quantize(weight: Tensor, bits: Bits, group: int | None = None) -> QuantizedW
 
     Args:
         weight: [out_features, in_features], of any floating-point type.
-        group: columns that share a scale; None means a row for 8 bits and `INT4_GROUP` for 4.
+        group: columns that share a scale; None means a row for 8 bits and 64 columns for 4.
 
     Raises:
-        ConfigurationError: the columns are no whole number of groups.
+        ValueError: the columns are no whole number of groups.
     """
     rows, columns = weight.shape
     group = group or default_group(columns, bits)
@@ -121,19 +116,6 @@ def quantize(weight: Tensor, bits: Bits, group: int | None = None) -> QuantizedW
             halves = steps.add_(_ZERO_OF_INT4).to(torch.uint8)
             made.values[start:stop] = halves[:, ::2] | halves[:, 1::2] << 4
     return made
-
-
-def default_group(columns: int, bits: Bits) -> int:
-    """Columns that share a scale, where nothing else is said."""
-    return columns if bits == 8 else INT4_GROUP
-
-
-def require_groups(columns: int, group: int) -> None:
-    """Raises a ConfigurationError if a row of that many columns is no whole number of groups."""
-    if columns % group:
-        raise ConfigurationError(
-            f"4 bits need rows of a multiple of {group} numbers, and this model has rows of {columns}: use int8"
-        )
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
@@ -189,6 +171,23 @@ class DequantizingLinear:
         for start, stop in _blocks(*self._weight.shape, self._weight.values.device):
             numbers = dequantize(self._weight.rows(start, stop)).to(self._dtype)
             yield make_linear(numbers, None if self._bias is None else self._bias[start:stop]), slice(start, stop)
+
+
+class QuantizedEmbedding:
+    """Rows of a matrix of 8 bits.
+
+    Args:
+        dtype: of the rows that it returns.
+    """
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        self._weight = weight
+        self._dtype = dtype
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """int64 [rows] -> [rows, in_features]."""
+        rows = QuantizedWeight(8, self._weight.values[token_ids], self._weight.scales[token_ids])
+        return dequantize(rows).to(self._dtype)
 
 
 def _scales(numbers: Tensor, bits: Bits) -> Tensor:

@@ -3,4 +3,4 @@
 Knows how to launch, stop, diagnose, calibrate and verify. `serving` never imports it.
 """
 
-__all__ = ["calibration", "tables", "text_settings", "verification"]
+__all__ = ["calibration", "drift", "tables", "text_settings", "verification"]

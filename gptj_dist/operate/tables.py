@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gptj_dist.config import LayerRange
+from gptj_dist.quantization import weights_text
 from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.blueprint import StageReport
 
@@ -33,7 +34,7 @@ def stage_table(reports: Sequence[StageReport], num_kv_tokens: int | None) -> Ta
         table.add_row(
             str(report.layers.stage),
             layers_text(report.layers),
-            f"{report.device.name}, {report.dtype}",
+            f"{report.device.name}, {weights_text(report.quantized, report.dtype)}",
             bytes_text(report.weight_bytes),
             "-" if num_kv_tokens is None else bytes_text(report.kv_bytes_per_token * num_kv_tokens),
             "-" if num_kv_tokens is None else f"{num_kv_tokens:,}",

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, ModelConfig
 from gptj_dist.planning.devices import DeviceSpec
+from gptj_dist.quantization import INT4_GROUP, Bits
 
 TILE_ROWS = 8
 """Rows of a chunk that a CPU attends for at a time (see `model.native`). A single row is computed by itself."""
@@ -31,6 +32,9 @@ TILE_ROWS = 8
 PROCESS_BYTES: Mapping[DeviceKind, int] = MappingProxyType({"cpu": 500_000_000, "cuda": 1_000_000_000})
 """A stage's process without weights and KV cache: Python, torch, activations, CUDA's context. Measured on a CPU: 0.2 GB
 before the first request."""
+
+QUANTIZED_BYTES: Mapping[Bits, float] = MappingProxyType({8: 1.0, 4: 0.5 + 4 / INT4_GROUP})
+"""Bytes of a number of few bits, with its share of the scales; those of whole rows count as nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +84,39 @@ def num_parameters(model: ModelConfig, layers: LayerRange) -> int:
 
 
 def weight_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> int:
-    """Bytes of a stage's weights."""
-    return num_parameters(model, layers) * DTYPE_BYTES[dtype]
+    """Bytes of a stage's weights.
+
+    Args:
+        dtype: of those that are not quantised.
+    """
+    return round(num_parameters(model, layers) * DTYPE_BYTES[dtype] - _saved_bytes(model, layers, dtype))
+
+
+def _saved_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> float:
+    """What a stage's matrices of few bits take less than in the type."""
+    return sum(count * (DTYPE_BYTES[dtype] - QUANTIZED_BYTES[bits]) for count, bits in _quantized(model, layers))
+
+
+def _quantized(model: ModelConfig, layers: LayerRange) -> list[tuple[int, Bits]]:
+    """Numbers and bits of a stage's matrices of few bits."""
+    quantization = model.quantization
+    if quantization is None:
+        return []
+    matrices = [(model.layer_matrix_parameters, bits) for bits in quantization.layer_bits[layers.start : layers.stop]]
+    matrices += [(model.embedding_parameters, quantization.embedding_bits)] * layers.is_first
+    matrices += [(model.embedding_parameters, quantization.head_bits)] * layers.is_last
+    return [(count, bits) for count, bits in matrices if bits is not None]
 
 
 def working_bytes(model: ModelConfig, dtype: DTypeName, kind: DeviceKind) -> int:
     """Bytes that a stage needs beside its weights and its KV cache.
 
-    On a CPU, weights are packed: of one matrix at a time there are two copies. A layer's size stands for the largest.
+    On a CPU, weights are packed: of one matrix at a time there are two copies. A layer's size stands for the largest. A
+    quantised matrix is read as it is stored first, on any device.
     """
-    return PROCESS_BYTES[kind] + (kind == "cpu") * model.layer_parameters * DTYPE_BYTES[dtype]
+    has_copy = kind == "cpu" or model.quantization is not None
+    read_as = dtype if model.quantization is None else model.dtype
+    return PROCESS_BYTES[kind] + has_copy * model.layer_parameters * DTYPE_BYTES[read_as]
 
 
 def kv_bytes_per_token(model: ModelConfig, num_layers: int, dtype: DTypeName, kind: DeviceKind) -> int:
@@ -104,10 +131,14 @@ def step_work(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: De
     num_samples = layers.is_last * sum(chunks.num_requests for chunks in step if chunks.has_samples)
     keys, scores = (sum(counts) for counts in zip(*(_attention(c, kind) for c in step), strict=True))
     layer_matrices = layers.num_layers * model.layer_matrix_parameters
+    # Without the embedding, and without the head if nothing is sampled.
+    streamed_range = replace(layers, stage=1, num_stages=2 if num_samples else 3)
     streamed = layer_matrices + model.embedding_parameters * (num_samples > 0)
+    # A GPU makes numbers of the bits in its memory, and reads those.
+    num_made = sum(count for count, _ in _quantized(model, streamed_range)) * (kind == "cuda")
     return Work(
         num_layers=layers.num_layers,
-        weight_bytes=streamed * DTYPE_BYTES[dtype],
+        weight_bytes=(streamed + 2 * num_made) * DTYPE_BYTES[dtype] - _saved_bytes(model, streamed_range, dtype),
         kv_bytes=keys * kv_bytes_per_token(model, layers.num_layers, dtype, kind),
         matrix_flop=2.0 * (layer_matrices * num_rows + model.embedding_parameters * num_samples),
         attention_flop=4.0 * layers.num_layers * model.d_model * scores,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product, takewhile
 
@@ -28,6 +29,7 @@ from gptj_dist.planning.forecast import (
     mixed_tokens_per_s,
 )
 from gptj_dist.planning.partition import layer_ranges
+from gptj_dist.quantization import BITS_OF, Bits, Quantization
 
 StageCosts = Sequence[float]
 """Cost of a stage with 1, 2, 3 ... layers, in any unit, increasing; ends with the most layers that fit the stage."""
@@ -72,6 +74,26 @@ def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[Pl
     if best is None:
         raise ConfigurationError(_why_not(workload, devices))
     return best
+
+
+def with_bits(workload: Workload, bits: Sequence[Bits | None], layers: Sequence[int] | None = None) -> Workload:
+    """The same with weights of few bits.
+
+    Args:
+        bits: of each stage.
+        layers: of each stage; None is one of all layers.
+
+    Raises:
+        ConfigurationError: as `ModelConfig.quantized`.
+    """
+    quantization = Quantization.of_stages(layers or [workload.model.num_layers], bits)
+    return replace(workload, model=workload.model.quantized(quantization))
+
+
+def raised_bits(workload: Workload, pipeline: Sequence[PlannedStage]) -> tuple[Bits, ...]:
+    """The bits of the stages of a pipeline of 4: 8 where a request of full length still fits the stage."""
+    raised = with_bits(workload, [8])
+    return tuple(8 if stage.num_kv_tokens(raised) >= workload.max_model_len else 4 for stage in pipeline)
 
 
 def share_layers(num_layers: int, stages: Sequence[StageCosts]) -> tuple[int, ...]:
@@ -207,6 +229,10 @@ def _remedies(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[tup
         for dtype in (dtype for dtype in DTYPE_BYTES if dtype != "float32"):
             if all(dtype in device.fast_dtypes for device in devices):
                 yield f"--dtype {dtype}", _fits(replace(workload, dtype=dtype), devices)
+    if workload.model.quantization is None:
+        for name, bits in sorted(BITS_OF.items(), reverse=True):
+            with suppress(ConfigurationError):  # 4 bits do not suit every width
+                yield f"--quantize {name}", _fits(with_bits(workload, [bits]), devices)
     if workload.max_model_len > CONTEXT_TOKENS:
         shorter = replace(workload, max_model_len=CONTEXT_TOKENS)
         yield f"--max-model-len {CONTEXT_TOKENS}", _fits(shorter, devices)

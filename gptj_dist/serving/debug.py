@@ -13,6 +13,7 @@ import msgspec
 
 from gptj_dist.config import BLOCK_SIZE_TOKENS
 from gptj_dist.engine.stats import Snapshot, StageSnapshot
+from gptj_dist.quantization import weights_text
 from gptj_dist.stages.loss import StageLoss
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class StageDocument(StageSnapshot):
     Args:
         layers: first and last layer, both included.
         node: name of its machine.
+        dtype: the type that it computes in, with the bits of its weights if they have fewer: `int4 in bfloat16`.
     """
 
     stage: int
@@ -77,6 +79,7 @@ class StageDocument(StageSnapshot):
     node: str
     dtype: str
     pid: int
+    weight_bytes: int
     kv_used_bytes: int
     kv_total_bytes: int
 
@@ -153,7 +156,8 @@ def _stage(facts: PipelineFacts, report: StageReport, measured: StageSnapshot) -
         layers=(report.layers.start, report.layers.stop - 1),
         device=report.device.name,
         node=report.device.host,
-        dtype=report.dtype,
+        dtype=weights_text(report.quantized, report.dtype),
+        weight_bytes=report.weight_bytes,
         pid=report.pid,
         kv_used_bytes=block_bytes * facts.num_used_blocks,
         kv_total_bytes=block_bytes * facts.num_blocks,

@@ -30,6 +30,7 @@ from gptj_dist.engine.stats import StageWork
 from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import SamplingParams
+from gptj_dist.quantization import weights_text
 from gptj_dist.serving.adapters import AdapterTable, Loaded
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
 from gptj_dist.serving.feed import BEAT_S, FeedOutbox, ReplyTo
@@ -374,7 +375,7 @@ def _note_no_beat(error: Exception) -> None:
 def _shape(loaded: LoadedPipeline) -> dict[str, object]:
     """For the log: how the model is cut and what it has room for."""
     return {
-        "dtype": loaded.reports[0].dtype,
+        "dtype": weights_text(loaded.reports[0].quantized, loaded.reports[0].dtype),
         "layers": "/".join(str(report.layers.num_layers) for report in loaded.reports),
         "kv_tokens": loaded.num_kv_tokens,
     }

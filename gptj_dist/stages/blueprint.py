@@ -28,6 +28,7 @@ from gptj_dist.generation import NO_GENERATION_CONFIG
 from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes, working_bytes
 from gptj_dist.planning.forecast import FREE_MEMORY_USED
 from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
+from gptj_dist.quantization import AUTO, Quantization, stage_bits, weights_text
 from gptj_dist.sizes import bytes_text, ceil_div
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.token_rules import TokenRules
@@ -90,6 +91,7 @@ class StageReport:
     """A loaded stage.
 
     Args:
+        quantized: the bits of its weights, such as `int4`; None if they have the type `dtype`.
         free_bytes: free memory of its memory pool after loading.
         kv_bytes_per_token: bytes of KV cache per token on this stage.
         pid: id of its process on the machine that `device.memory_pool` names.
@@ -105,6 +107,7 @@ class StageReport:
     kv_bytes_per_token: int
     pid: int
     has_blocks: bool = True
+    quantized: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,33 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     max_model_len = config.max_model_len or model.context_length
     if max_model_len > model.context_length:
         raise ConfigurationError(f"max_model_len {max_model_len} exceeds the model's context of {model.context_length}")
+    model = quantized_model(model, config, layers)
     return Blueprint(config, model, layer_ranges(layers), max_model_len, _token_rules(model, tokenizer))
+
+
+def quantized_model(model: ModelConfig, config: PipelineConfig, layers: Sequence[int]) -> ModelConfig:
+    """The model with the weights that the settings want.
+
+    Args:
+        layers: of each stage.
+
+    Raises:
+        ConfigurationError: the settings want other bits than the checkpoint has, name a stage that is not there, or
+            leave the choice to the planner.
+    """
+    if config.quantize is None:
+        return model
+    if config.quantize == AUTO:
+        raise ConfigurationError(
+            "quantize auto is for `gptj-dist plan --devices`, which says what to give here, such as int8"
+        )
+    wanted = Quantization.of_stages(layers, stage_bits(config.quantize, len(layers)))
+    if model.quantization is None:
+        return model.quantized(wanted)
+    if model.quantization != replace(wanted, is_stored=True):
+        has = model.quantization.name(0, model.num_layers)
+        raise ConfigurationError(f"{config.model} has {has} weights, which cannot become others: leave out quantize")
+    return model
 
 
 def _token_rules(model: ModelConfig, tokenizer: Tokenizer) -> TokenRules:
@@ -233,6 +262,11 @@ def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[D
     return next((d for d in (lossless, *shorter) if weight_bytes(model, whole_model, d) <= room_bytes), lossless)
 
 
+def quantized_name(model: ModelConfig, layers: LayerRange) -> str | None:
+    """The bits of a stage's weights, such as `int4`; None if they are not quantised."""
+    return None if model.quantization is None else model.quantization.name(layers.start, layers.stop)
+
+
 def is_lossless(model: ModelConfig, dtype: DTypeName) -> bool:
     """Whether the type represents every value of the checkpoint exactly."""
     return dtype in (model.dtype, "float32")
@@ -252,11 +286,12 @@ def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[Dev
     needed: Counter[str] = Counter()
     for layers, device in zip(blueprint.layers, devices, strict=True):
         needed[device.memory_pool] += weight_bytes(blueprint.model, layers, dtype)
+    weights = weights_text(quantized_name(blueprint.model, LayerRange.whole(blueprint.model.num_layers)), dtype)
     for device in devices:
         if needed[device.memory_pool] > device.total_bytes:
             raise ConfigurationError(
                 f"the stages on {device.memory_pool} need {bytes_text(needed[device.memory_pool])} for their weights "
-                f"in {dtype}, but it has {bytes_text(device.total_bytes)} in all; more stages on other devices, or a "
+                f"in {weights}, but it has {bytes_text(device.total_bytes)} in all; more stages on other devices, or a "
                 "--dtype of 16 bits, would help"
             )
 
@@ -318,6 +353,7 @@ def foresee_reports(
             free_bytes=left[device.memory_pool],
             kv_bytes_per_token=kv_bytes_per_token(model, layers.num_layers, dtype, kind),
             pid=0,
+            quantized=quantized_name(model, layers),
         )
         for layers, device in zip(blueprint.layers, devices, strict=True)
     )

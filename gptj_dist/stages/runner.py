@@ -27,7 +27,7 @@ from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import AdapterChoice, AdapterSource, TokenLogprobs
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.adapters import StageAdapters
-from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
+from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, quantized_name
 from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.embeddings import EmbeddingPools
@@ -133,6 +133,7 @@ class StageRunner:
             kv_bytes_per_token=2 * spec.layers.num_layers * spec.config.d_model * kept_as.itemsize,
             pid=os.getpid(),
             has_blocks=has_blocks(self._device),
+            quantized=quantized_name(spec.config, spec.layers),
         )
 
     @torch.inference_mode()

@@ -36,6 +36,7 @@ _STAGE = {
     "node": "n",
     "dtype": "float32",
     "pid": 1,
+    "weight_bytes": 3,
     "kv_used_bytes": 1,
     "kv_total_bytes": 2,
     "busy_share": 0.5,

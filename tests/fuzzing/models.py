@@ -15,11 +15,13 @@ from random import Random
 
 import tokenizers
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.config import ModelConfig
+from gptj_dist.model.quantized import quantize
+from gptj_dist.quantization import scale_name
 from tests.fuzzing.forgeries import forge_safetensors, forge_torch_file
 from tests.fuzzing.mutations import Target, damage
 
@@ -58,6 +60,7 @@ def write_models(root: Path) -> list[Victim]:
         (root / form / "config.json").write_bytes((whole / "config.json").read_bytes())
         torch.save(content, root / form / "pytorch_model.bin")
     _write_pickled_shards(root / "bin shards", state, (whole / "config.json").read_bytes())
+    _write_quantized(root / "int8", state, (whole / "config.json").read_bytes())
     write_tokenizers(root / "tokenizer", root / "vocabulary")
     return [_victim(path) for path in sorted(root.rglob("*")) if path.is_file()] + [
         Victim(whole / "model.safetensors", (whole / "model.safetensors").read_bytes(), _forger(forge_safetensors), 30),
@@ -81,6 +84,17 @@ def _write_pickled_shards(directory: Path, state: dict[str, torch.Tensor], confi
         torch.save({name: state[name] for name in part}, directory / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _write_quantized(directory: Path, state: dict[str, torch.Tensor], config: bytes) -> None:
+    """The model in 8 bits, as `convert` writes it."""
+    directory.mkdir()
+    stored = {"quant_method": "gptj-dist", "bits": 8, "group_size": None}
+    (directory / "config.json").write_text(json.dumps({**json.loads(config), "quantization_config": stored}))
+    matrices = {name: quantize(tensor, 8) for name, tensor in state.items() if tensor.dim() == 2}
+    values = {name: matrix.values for name, matrix in matrices.items()}
+    scales = {scale_name(name): matrix.scales for name, matrix in matrices.items()}
+    save_file({**state, **values, **scales}, directory / "model.safetensors")
 
 
 def write_tokenizers(whole: Path, parts: Path) -> None:

@@ -21,7 +21,7 @@ tasks: Any = pytest.importorskip("lm_eval.tasks")
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 MODEL = str(resolve_model("demo"))
-TEXT = (Path(__file__).parents[1] / "data" / "heldout.txt").read_text("utf-8")
+TEXT = (resolve_model("demo") / "heldout.txt").read_text("utf-8")
 NUM_DOCUMENTS = 12
 TASKS = {
     "last_words": """

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from gptj_dist import LLM, SamplingParams
+from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.llm import Output
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.http.server import Server, serving
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.ray
 
 NUM_REQUESTS = 1000
 NUM_CONNECTIONS = 64
-TEXT = (Path(__file__).parents[1] / "data" / "heldout.txt").read_text("utf-8")
+TEXT = (resolve_model("demo") / "heldout.txt").read_text("utf-8")
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 
 Form = Literal["text", "ids", "texts", "lists of ids", "chat"]

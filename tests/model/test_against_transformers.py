@@ -36,7 +36,7 @@ MAX_ERROR_RATIO = 1.2
 """Our error against float32 logits, over that of transformers in the same 16-bit type."""
 
 CPU = torch.device("cpu")
-HELDOUT = Path(__file__).parents[1] / "data" / "heldout.txt"
+HELDOUT = resolve_model(DEMO) / "heldout.txt"
 
 Memory = Literal["native", "regions", "blocks"]
 """A CPU's cache and attention, with a compiler and without; a GPU's."""

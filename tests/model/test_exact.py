@@ -22,6 +22,7 @@ from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.params import SamplingParams
 from gptj_dist.planning.partition import layer_ranges
+from gptj_dist.quantization import Bits, Quantization
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.runner import StageOutput, StageRunner
 from gptj_dist.token_rules import TokenRules
@@ -92,11 +93,17 @@ class Run:
 
 
 class Model:
-    """A model whose pipelines are loaded once for each way to cut it."""
+    """A model whose pipelines are loaded once for each way to cut it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        bits: of its weights; None for those of the checkpoint.
+    """
+
+    def __init__(self, name: str, bits: Bits | None = None) -> None:
         self._name = name
         self.config = read_model_config(resolve_model(name))
+        if bits is not None:
+            self.config = self.config.quantized(Quantization.of_stages([self.config.num_layers], [bits]))
         self._runners: dict[tuple[int, ...], tuple[RecordingRunner, ...]] = {}
 
     def run(
@@ -368,6 +375,33 @@ def test_a_lone_request_with_long_sums_has_the_same_bits(wide: Model, wide_alone
 
 def test_a_repeated_run_has_the_same_bits(odd: Model, odd_alone: Run) -> None:
     _assert_same(_alone(odd), odd_alone)
+
+
+# Weights of few bits: as exact
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_few_bits_are_as_exact(bits: Bits) -> None:
+    """Log probabilities follow from the bits of the logits."""
+    model = Model("demo", bits)
+    works = _make_works(model.config)
+    torch.set_num_threads(1)
+    lone = {id_: works[id_] for id_ in (0, 1)}
+    alone = [model.run({id_: work}) for id_, work in lone.items()]
+    expected = Run(
+        token_ids={id_: tokens for run in alone for id_, tokens in run.token_ids.items()},
+        logits={key: row for run in alone for key, row in run.logits.items()},
+        num_preemptions=0,
+        most_in_flight=1,
+    )
+    for num_stages, max_chunk_tokens in ((1, 1), (2, 7), (4, 64), (7, None)):
+        run = model.run(lone, layers=_cut(28, num_stages), max_chunk_tokens=max_chunk_tokens)
+        _assert_same(run, expected)
+    torch.set_num_threads(2)
+    in_company = model.run(works, layers=_cut(28, 2), max_chunk_tokens=64)
+    for key, row in expected.logits.items():
+        assert torch.equal(row, in_company.logits[key])
+    assert {id_: in_company.token_ids[id_] for id_ in lone} == expected.token_ids
 
 
 # What makes the comparisons above worth something

@@ -13,7 +13,8 @@ from torch.nn import functional
 from gptj_dist.model import quantized
 from gptj_dist.model.native.library import load_low_bit_library
 from gptj_dist.model.native.product import NativeLowBitLinear, NativeProduct
-from gptj_dist.model.quantized import Bits, DequantizingLinear, QuantizedWeight, dequantize, make_quantized_linear
+from gptj_dist.model.quantized import DequantizingLinear, QuantizedWeight, dequantize, make_quantized_linear
+from gptj_dist.quantization import Bits
 
 NUM_ROWS = 150
 CASES: list[tuple[Bits, int, int, int]] = [

@@ -88,6 +88,28 @@ def test_a_type_that_a_device_is_bad_at_is_not_planned_for(six_b: str, tmp_path:
     assert "--dtype float16" in plan(six_b, "--devices", str(devices), "--dtype", "float16").output
 
 
+@pytest.mark.parametrize(
+    ("devices", "option"),
+    [
+        ("[{name: t4, count: 2, memory_gb: 4}]", "--quantize int4"),
+        ("[{name: t4, memory_gb: 12}]", "--quantize int8"),
+        ("[{name: t4, memory_gb: 3}, {name: rtx-3090, memory_gb: 7}]", "--quantize 0:int8,1:int4"),
+        ("[h200]", "--dtype float16$"),
+    ],
+)
+def test_auto_takes_as_many_bits_as_there_is_room_for(six_b: str, tmp_path: Path, devices: str, option: str) -> None:
+    (tmp_path / "devices.yaml").write_text(f"devices: {devices}")
+    output = plan(six_b, "--devices", str(tmp_path / "devices.yaml"), "--quantize", "auto").output
+    assert re.search(option, output, re.MULTILINE), output
+    assert ("Weights of fewer bits change what the model says" in output) == ("quantize" in option)
+
+
+def test_bits_of_stages_do_not_go_with_devices(six_b: str) -> None:
+    error = plan(six_b, "--devices", EXAMPLE, "--quantize", "0:int8").exception
+    assert isinstance(error, ConfigurationError)
+    assert "give --quantize int8, int4 or auto" in str(error)
+
+
 def test_a_model_that_does_not_fit_shows_its_cut_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptj_dist.stages.device.free_bytes", lambda _device: 1e6)
     result = plan("demo", "--stages", "2")

@@ -124,7 +124,7 @@ def test_a_model_that_does_not_fit_says_how_much_is_needed_and_what_would_help()
         best_pipeline(replace(SIX_B, dtype="float32"), [known_device("t4")])
     assert "26.3 GB are needed for float32 weights and the KV cache of one request of 2048 tokens" in str(error.value)
     assert "there are 15.0 GB" in str(error.value)
-    assert "What would help: --dtype float16 or 1 more t4." in str(error.value)
+    assert "What would help: --dtype float16 or --quantize int8 or --quantize int4 or 1 more t4." in str(error.value)
 
 
 def test_enough_memory_in_pieces_too_small_is_said_to_be_that() -> None:
@@ -136,5 +136,5 @@ def test_enough_memory_in_pieces_too_small_is_said_to_be_that() -> None:
 def test_a_shorter_context_is_advised_where_it_is_enough() -> None:
     whole = weight_bytes(SIX_B.model, layer_ranges((28,))[0], "float16")
     tight = replace(known_device("t4"), memory_bytes=PROCESS_BYTES["cuda"] + whole + 0.5e9)
-    with pytest.raises(ConfigurationError, match="--max-model-len 512 or 1 more t4"):
+    with pytest.raises(ConfigurationError, match="--quantize int4 or --max-model-len 512 or 1 more t4"):
         best_pipeline(SIX_B, [tight])

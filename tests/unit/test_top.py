@@ -39,6 +39,7 @@ NO_WORK = StageDocument(
     device="cpu",
     node="head",
     dtype="float32",
+    weight_bytes=0,
     pid=11,
     kv_used_bytes=0,
     kv_total_bytes=10**9,
@@ -192,6 +193,7 @@ def test_the_document_of_a_pipeline_has_its_facts_its_last_seconds_and_its_stage
         "node": "head",
         "dtype": "float32",
         "pid": 7,
+        "weight_bytes": 1,
         "kv_used_bytes": 4 * 16 * 10,
         "kv_total_bytes": 5 * 16 * 10,
     }

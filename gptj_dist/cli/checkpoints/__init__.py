@@ -1,3 +1,3 @@
 """Commands that read and write checkpoints."""
 
-__all__ = ["adapter", "convert", "download", "inspect", "synth", "verify"]
+__all__ = ["adapter", "convert", "download", "drift", "inspect", "synth", "verify"]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from gptj_dist.cli.options import Model, Revision
 from gptj_dist.config import DTypeChoice, DTypeName, LayerRange
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.quantization import BITS_OF, Bits, weights_text
 from gptj_dist.sizes import bytes_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gptj_dist.checkpoint.convert import Conversion
 
 
@@ -23,6 +27,12 @@ def convert(
     dtype: Annotated[
         DTypeChoice, typer.Option(help="float32, bfloat16, float16, or 'auto': the checkpoint's.", metavar="TYPE")
     ] = "auto",
+    quantize: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(
+            help="int8 or int4: weights of fewer bits, which need no quantising when they load.", metavar="BITS"
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint there, once the new one is whole.")
     ] = False,
@@ -35,18 +45,20 @@ def convert(
 
     Killed or interrupted, the same command resumes.
     """
+    if delta is not None and quantize is not None:
+        raise ConfigurationError("--delta writes an adapter, whose weights keep their type: leave out --quantize")
     if delta is not None:
         _convert_delta(source, revision, destination, delta)
         return
     start_s = time.monotonic()
     try:
-        conversion = _convert(source, revision, destination, None if dtype == "auto" else dtype, overwrite)
+        conversion = _convert(source, revision, destination, None if dtype == "auto" else dtype, quantize, overwrite)
     except KeyboardInterrupt:
         print("gptj-dist: interrupted; running it again resumes", file=sys.stderr)
         raise
     print(
         f"{conversion.directory}: {bytes_text(conversion.num_bytes)} in {conversion.num_files} files, "
-        f"{conversion.dtype}, {time.monotonic() - start_s:.1f} s"
+        f"{weights_text(conversion.quantized, conversion.dtype)}, {time.monotonic() - start_s:.1f} s"
     )
     print(f"gptj-dist serve {conversion.directory}")
 
@@ -69,7 +81,12 @@ def _convert_delta(source: str, revision: str | None, destination: Path, base: s
 
 
 def _convert(
-    source: str, revision: str | None, destination: Path, dtype: DTypeName | None, overwrite: bool
+    source: str,
+    revision: str | None,
+    destination: Path,
+    dtype: DTypeName | None,
+    quantize: Literal["int8", "int4"] | None,
+    overwrite: bool,
 ) -> Conversion:
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -77,11 +94,18 @@ def _convert(
     from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
     from gptj_dist.checkpoint.index import read_model_config
     from gptj_dist.cli.progress import displayed
+    from gptj_dist.model.quantized import quantize as quantize_matrix
 
     directory = resolve_model(source, revision)
     check_destination(directory, destination, overwrite)  # before a download, which may take an hour
     config = read_model_config(directory)
     fetch_weights(source, directory, LayerRange.whole(config.num_layers), config)
+    bits = None if quantize is None else BITS_OF[quantize]
+
+    def in_bits(matrix: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+        made = quantize_matrix(matrix, bits)
+        return made.values, made.scales
+
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with displayed(*columns, as_text=lambda done, all_: f"{bytes_text(done)} of {bytes_text(all_)}") as observer:
-        return convert_checkpoint(directory, destination, dtype, overwrite, observer)
+        return convert_checkpoint(directory, destination, dtype, overwrite, observer, bits, in_bits)

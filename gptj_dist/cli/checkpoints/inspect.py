@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gptj_dist.cli.options import Model, Revision
 from gptj_dist.config import DTYPE_BYTES, LayerRange, ModelConfig
+from gptj_dist.quantization import weights_text
 from gptj_dist.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -73,12 +75,16 @@ def _layers_text(layer_bytes: Sequence[int]) -> str:
 
 def _undownloaded(config: ModelConfig, num_missing: int) -> str:
     from gptj_dist.checkpoint.index import expected_tensors
+    from gptj_dist.planning.cost import weight_bytes
+    from gptj_dist.stages.blueprint import quantized_name
 
-    shapes = expected_tensors(config, LayerRange.whole(config.num_layers))
-    num_parameters = sum(map(math.prod, shapes.values()))
-    size = bytes_text(num_parameters * DTYPE_BYTES[config.dtype])
+    whole = LayerRange.whole(config.num_layers)
+    num_parameters = sum(map(math.prod, expected_tensors(replace(config, quantization=None), whole).values()))
+    num_bytes = num_parameters * DTYPE_BYTES[config.dtype]
+    size = bytes_text(num_bytes if config.quantization is None else weight_bytes(config, whole, config.dtype))
     files = "1 file is" if num_missing == 1 else f"{num_missing} files are"
-    return f"{files} not downloaded; by config.json {num_parameters:,} parameters, {config.dtype}, {size}"
+    weights = weights_text(quantized_name(config, whole), config.dtype)
+    return f"{files} not downloaded; by config.json {num_parameters:,} parameters, {weights}, {size}"
 
 
 def _advice(model: str, inspection: Inspection) -> Iterator[str]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from gptj_dist.stages.blueprint import Blueprint, StageReport
 
 
-@takes_settings("stages", "layers", "device", "dtype", "max_model_len", "kv_cache_gb", "max_batch_size", "revision")
+@takes_settings(
+    "stages", "layers", "device", "dtype", "quantize", "max_model_len", "kv_cache_gb", "max_batch_size", "revision"
+)
 def plan(
     model: Model,
     settings: Settings,
@@ -45,7 +47,7 @@ def plan(
     if devices is not None:
         from gptj_dist.cli.server.plan_devices import print_best_pipeline
 
-        _refuse_beside("--devices", config, allowed=("dtype", "max_model_len"))
+        _refuse_beside("--devices", config, allowed=("dtype", "quantize", "max_model_len"))
         print_best_pipeline(config, devices, address)
     elif check:
         from gptj_dist.cli.server.plan_check import print_check

@@ -20,6 +20,7 @@ DEFAULTS = {"max_tokens": 64, "temperature": 0.8}
     "layers",
     "device",
     "dtype",
+    "quantize",
     "threads_per_stage",
     "max_model_len",
     "kv_cache_gb",

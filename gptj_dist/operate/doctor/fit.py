@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, DTypeName, LayerRange
+from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.operate.doctor.cluster import Cluster, Finding, Node
 from gptj_dist.operate.doctor.facts import DeviceFacts
 from gptj_dist.planning.cost import weight_bytes, working_bytes
+from gptj_dist.quantization import weights_text
 from gptj_dist.serving.sizing import PipelineSize, size_stages
 from gptj_dist.sizes import bytes_text
-from gptj_dist.stages.blueprint import Blueprint, StageReport, count_kv_blocks, foresee_reports
+from gptj_dist.stages.blueprint import Blueprint, StageReport, count_kv_blocks, foresee_reports, quantized_name
 
 LOCAL_RAY_BYTES = 1_000_000_000
 """What a Ray and a Serve that are started here take, ingress and coordinator included: measured 0.9 GB."""
@@ -106,11 +107,16 @@ def _model(nodes: Iterable[Node], blueprint: Blueprint) -> Iterable[Finding]:
                     f"put the files at {name} on every node, at an absolute path, or serve it by its hub name",
                 )
             )
-        elif model is not None and model.config not in (None, blueprint.model):
+        elif model is not None and model.config is not None and not _is_same(model.config, blueprint.model):
             findings.append(
                 Finding("failure", "model", f"{name} on {node.name} is another model", "copy the same files there")
             )
     return findings or [Finding("ok", "model", _model_text(blueprint))]
+
+
+def _is_same(found: ModelConfig, planned: ModelConfig) -> bool:
+    """Whether two models differ in nothing but in what is quantised while they load."""
+    return replace(found, quantization=None) == replace(planned, quantization=None)
 
 
 def _model_text(blueprint: Blueprint) -> str:
@@ -177,12 +183,13 @@ def _too_small(blueprint: Blueprint, dtype: DTypeName, seats: Sequence[Seat], la
     weights = sum(weight_bytes(blueprint.model, seat.layers, dtype) for seat in seats)
     working = len(seats) * working_bytes(blueprint.model, dtype, device.kind)
     names = " and ".join(dict.fromkeys(seat.node.name for seat in seats))
+    text = weights_text(quantized_name(blueprint.model, seats[0].layers), dtype)
     needs = f"stage {seats[0].layers.stage} needs" if len(seats) == 1 else f"{len(seats)} stages need"
     return Finding(
         "failure",
         "memory",
         f"{names if device.kind == 'cpu' else f'{names}, {device.report.name}'} (estimate): {needs} "
-        f"{bytes_text(weights)} of weights in {dtype} and {bytes_text(working)} to work with; of "
+        f"{bytes_text(weights)} of weights in {text} and {bytes_text(working)} to work with; of "
         f"{bytes_text(device.free_bytes)} free that is {bytes_text(lacking_bytes)} too much",
         cure,
     )
@@ -201,10 +208,11 @@ def _room_cure(dtype: DTypeName, kind: DeviceKind, num_nodes: int) -> str:
 def _weights_fit(reports: Sequence[StageReport]) -> Finding:
     weights = sum(report.weight_bytes for report in reports)
     left = min(report.free_bytes for report in reports)
+    text = weights_text(reports[0].quantized, reports[0].dtype)
     return Finding(
         "ok",
         "memory",
-        f"{bytes_text(weights)} of weights in {reports[0].dtype}, and what stages need to work, leave at least "
+        f"{bytes_text(weights)} of weights in {text}, and what stages need to work, leave at least "
         f"{bytes_text(left)} (estimate)",
     )
 
@@ -237,7 +245,8 @@ def _disk(blueprint: Blueprint, seats: Sequence[Seat]) -> Iterable[Finding]:
         facts, model = inside[0].node.facts, blueprint.model
         if facts.model is None or facts.model.config is not None or facts.model.error is not None:
             continue
-        weights = sum(weight_bytes(model, seat.layers, model.dtype) for seat in inside)
+        stored = model if model.quantization and model.quantization.is_stored else replace(model, quantization=None)
+        weights = sum(weight_bytes(stored, seat.layers, model.dtype) for seat in inside)
         missing = max(0, weights - facts.model.cached_bytes)
         text = f"{name} still has to download {bytes_text(missing)} to {facts.hub_cache}"
         free = bytes_text(facts.hub_cache_free_bytes)
