@@ -120,6 +120,8 @@ class StageRunner:
                 self._device,
                 lambda num_layers: on_progress(f"{num_layers}/{spec.layers.num_layers} layers"),
             )
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # of the memory in which matrices were quantised
         read = partial(_read_weight, directory, spec.config, spec.layers)
         self._adapters = StageAdapters(spec.config, spec.layers, TORCH_DTYPES[dtype], self._device, read)
         kept_as = cache_dtype(TORCH_DTYPES[dtype], self._device)
