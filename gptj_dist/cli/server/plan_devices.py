@@ -188,7 +188,7 @@ def _remarks(
 ) -> list[str]:
     limiting = pipeline[limiting_stage(workload, pipeline, NUM_REQUESTS)]
     num_prompt_tokens = min(PROMPT_TOKENS, workload.max_model_len)
-    gains = [f"{name} {gain:.2f} x" for name, gain in gains_of_one_more(workload, specs).items()]
+    gains = [f"{name} {gain:.2f} x" for name, gain in gains_of_one_more(_of_least_bits(workload), specs).items()]
     unused = Counter(specs) - Counter(stage.device for stage in pipeline)
     lines = [
         f"First token of {num_prompt_tokens} prompt tokens, idle: "
@@ -234,6 +234,14 @@ def _how_to_serve(workload: Workload, pipeline: Sequence[PlannedStage], config: 
             0, "Keep the order of the devices: Ray places stages where there is room, not by this table. Then:"
         )
     return lines
+
+
+def _of_least_bits(workload: Workload) -> Workload:
+    """The same with the least bits of its layers in all of them, so that it can be cut anew."""
+    quantization = workload.model.quantization
+    if quantization is None or quantization.is_stored:
+        return workload
+    return with_bits(workload, [min(bits for bits in quantization.layer_bits if bits is not None)])
 
 
 def _bits_option(workload: Workload, pipeline: Sequence[PlannedStage]) -> str:
