@@ -71,14 +71,15 @@ class StageTensors(AbstractContextManager["StageTensors"]):
                 `STAGING_BYTES` of it.
             KeyError: the tensor is not this stage's.
         """
+        stored = self._headers.get(name)
+        if stored is not None and TORCH_DTYPES[stored.dtype].is_floating_point != out.is_floating_point():
+            raise CheckpointError(f"{stored.path} holds {name} quantised: take the checkpoint that it was made of")
         if out.shape != self._shapes[name]:
             raise ValueError(f"{name} is {list(self._shapes[name])}, not {list(out.shape)}")
         if name not in self._headers:
             out.zero_()
             return
         header = self._headers[name]
-        if TORCH_DTYPES[header.dtype].is_floating_point != out.is_floating_point():
-            raise CheckpointError(f"{header.path} holds {name} quantised: take the checkpoint that it was made of")
         is_alike = header.strides is None and out.dtype == TORCH_DTYPES[header.dtype]
         if is_alike and out.is_contiguous() and out.device.type == "cpu":
             self._fill(header, header.offset_bytes, out.view(-1).view(torch.uint8))
