@@ -395,13 +395,16 @@ def test_the_scheduler_benchmark_ends_in_a_document(stages: str) -> None:
 
 
 def test_the_step_benchmark_tells_operators_apart() -> None:
-    document = run("step", "demo", "--dtype", "float32", "--threads", "1", "--cases", "1x16/16", "4x16/1")
-    assert document["steps"].keys() == {"1x16/16", "4x16/1"}
-    for figures in document["steps"].values():
-        assert figures.pop("step_ms") > 0
-        assert figures.keys() == {"products", "attention", "other operators", "overhead"}
-        assert all(0 < share < 1 for share in figures.values())
-        assert sum(figures.values()) == pytest.approx(1, abs=1e-3)
+    options = ("--dtype", "float32", "--threads", "1", "--quantize", "int8", "--cases", "1x16/16", "4x16/1")
+    document = run("step", "demo", *options)
+    for steps in (document["steps"], document["quantized"]["int8"]):
+        assert steps.keys() == {"1x16/16", "4x16/1"}
+        for figures in steps.values():
+            assert figures.pop("step_ms") > 0
+            assert figures.pop("speed") > 0
+            assert figures.keys() == {"products", "attention", "other operators", "overhead"}
+            assert all(0 < share < 1 for share in figures.values())
+            assert sum(figures.values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_transport_benchmark_ends_in_a_document() -> None:
