@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, cast
 from gptj_dist.errors import CheckpointError, ConfigurationError, excerpt
 from gptj_dist.field_types import type_problems
 from gptj_dist.generation import NO_GENERATION_CONFIG, GenerationConfig, eos_token_ids
-from gptj_dist.quantization import AUTO, INT4_GROUP, QUANT_METHOD, Quantization, parse_quantize
+from gptj_dist.quantization import AUTO, INT4_GROUP, NONE, QUANT_METHOD, Quantization, parse_quantize
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -279,6 +279,7 @@ class PipelineConfig:
         device: `auto` takes GPUs where there are any.
         dtype: `auto` takes the checkpoint's, unless the device is bad at it.
         quantize: `int8` or `int4` weights in place of those of that type, or the bits of stages: `0-1:int8,2:int4`.
+            `none` makes numbers of that type of weights that another tool has quantised.
         threads_per_stage: the most threads of a CPU stage; None shares the cores available evenly.
         cpus_per_stage, gpus_per_stage: what each stage asks of Ray; None fits the device.
         max_model_len: the most tokens of prompt and output together; None is the model's context.
@@ -327,7 +328,7 @@ class PipelineConfig:
         _at_least_one("max_queued_requests", self.max_queued_requests)
         _at_least_one("max_queued_tokens", self.max_queued_tokens)
         _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
-        if self.quantize not in (None, AUTO):
+        if self.quantize not in (None, AUTO, NONE):
             parse_quantize(self.quantize)
         if not 0 <= self.spares <= MAX_SPARES:
             raise ConfigurationError(f"spares must be from 0 to {MAX_SPARES}, got {self.spares}")

@@ -15,7 +15,7 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
         "a Git-LFS pointer, not the file that it stands for: run `git lfs pull` in the clone, or `gptj-dist download`",
     ),
     (b"GGUF", f"a GGUF file of llama.cpp; {_ELSEWHERE}"),
-    *((magic, f"a GGML file of llama.cpp; {_ELSEWHERE}") for magic in (b"lmgg", b"tjgg", b"fmgg", b"algg")),
+    *((magic, f"a GGML file of llama.cpp; {_ELSEWHERE}") for magic in (b"fmgg", b"algg")),
     (b"\x89HDF\r\n", f"an HDF5 file of TensorFlow or Keras; {_ELSEWHERE}"),
     (b"\x93NUMPY", f"a NumPy array; {_ELSEWHERE}"),
     (b"\x1f\x8b", "compressed with gzip: unpack it"),

@@ -17,8 +17,14 @@ INT4_GROUP = 64
 QUANT_METHOD = "gptj-dist"
 """What `config.json` says of a checkpoint whose weights we quantised."""
 
+WHOLE_ROW = -1
+"""The group of columns that share a scale, where that is a whole row."""
+
 AUTO = "auto"
 """What leaves the choice of the bits to `plan --devices`."""
+
+NONE = "none"
+"""What makes numbers of the model's type of weights that another tool has quantised."""
 
 BITS_OF: Mapping[str, Bits] = {"int4": 4, "int8": 8}
 
@@ -32,12 +38,18 @@ class Quantization:
     Args:
         layer_bits: of each layer.
         is_stored: the checkpoint holds the weights so. Else they are made so while they load.
+        group: columns that share a scale in a checkpoint of another tool, or `WHOLE_ROW`; None for `default_group`.
+        has_offsets: each group has an offset too.
+        is_foreign: another tool wrote the checkpoint. Its weights can be made others while they load.
     """
 
     layer_bits: tuple[Bits | None, ...]
     embedding_bits: Bits | None
     head_bits: Bits | None
     is_stored: bool = False
+    group: int | None = None
+    has_offsets: bool = False
+    is_foreign: bool = False
 
     @classmethod
     def of_stages(cls, num_layers: Sequence[int], bits: Sequence[Bits | None]) -> Quantization:
@@ -49,6 +61,12 @@ class Quantization:
         """
         layers = [stage_bits for count, stage_bits in zip(num_layers, bits, strict=True) for _ in range(count)]
         return cls(tuple(layers), None if bits[0] is None else 8, None if bits[-1] is None else 8)
+
+    def group_of(self, columns: int, bits: Bits) -> int:
+        """Columns that share a scale in a matrix of that width."""
+        if self.group is None:
+            return default_group(columns, bits)
+        return columns if self.group == WHOLE_ROW else self.group
 
     def name(self, start: int, stop: int) -> str | None:
         """The bits of the layers [start, stop), such as `int4`; None if they have the type of the model."""
@@ -64,6 +82,11 @@ def weights_text(quantized: str | None, dtype: str) -> str:
 def scale_name(name: str) -> str:
     """The name of the scales in a checkpoint, by the name of the quantised matrix."""
     return f"{name}_scale"
+
+
+def offset_name(name: str) -> str:
+    """The name that the offsets of a quantised matrix are read by."""
+    return f"{name}_offset"
 
 
 def default_group(columns: int, bits: Bits) -> int:

@@ -50,7 +50,9 @@ class Conversions:
         return int(code), str(error), float(seconds)
 
 
-class _Silent:
+class Silent:
+    """An observer of a conversion that says nothing."""
+
     def note(self, text: str) -> None:
         pass
 
@@ -93,7 +95,7 @@ def _convert(order: dict[str, Any], errors: int) -> int:
         _kill_at(order["kill_at_step"])
     overwrite = order.get("overwrite", False)
     try:
-        convert_checkpoint(Path(order["source"]), Path(order["destination"]), "bfloat16", overwrite, _Silent())
+        convert_checkpoint(Path(order["source"]), Path(order["destination"]), "bfloat16", overwrite, Silent())
     except GPTJDistError as error:
         os.write(errors, str(error).encode())
         return 1

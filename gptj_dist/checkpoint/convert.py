@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import torch
 
 from gptj_dist import __version__
-from gptj_dist.checkpoint.files import CONFIG_FILE, GENERATION_FILE, SAFETENSORS, TOKENIZER_FILES, WEIGHT_FORMS
+from gptj_dist.checkpoint.files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    QUANTIZE_FILES,
+    SAFETENSORS,
+    TOKENIZER_FILES,
+    WEIGHT_FORMS,
+)
 from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
 from gptj_dist.checkpoint.index import (
     WTE,
@@ -173,6 +180,9 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
 
 def _draw_plan(source: Path, dtype: DTypeName | None, bits: Bits | None) -> _Plan:
     config = read_model_config(source)
+    is_foreign = config.quantization is not None and config.quantization.is_foreign
+    if is_foreign:  # it is read as numbers
+        config = replace(config, quantization=None)
     headers = stage_headers(CheckpointIndex(source), config, _whole(config))
     plain = [header for name, header in headers.items() if not _is_quantized(config, name)]
     dtype = dtype or _common_dtype(plain) or config.dtype
@@ -180,7 +190,7 @@ def _draw_plan(source: Path, dtype: DTypeName | None, bits: Bits | None) -> _Pla
     weights = _layouts(result, CODE_OF[dtype])
     texts = {
         SAFETENSORS.index: encode_index(weights),
-        CONFIG_FILE: _config_json(source, dtype, bits),
+        CONFIG_FILE: _config_json(source, dtype, bits, is_foreign),
         **{name: (source / name).read_bytes() for name in _TEXTS if (source / name).is_file()},
     }
     return _Plan(source, config, result, dtype, {**weights, **texts}, _identity(source, dtype, bits))
@@ -219,9 +229,12 @@ def _layouts(config: ModelConfig, code: str) -> dict[str, Layout]:
     return layouts
 
 
-def _config_json(source: Path, dtype: DTypeName, bits: Bits | None) -> bytes:
+def _config_json(source: Path, dtype: DTypeName, bits: Bits | None, is_foreign: bool) -> bytes:
     fields = read_json(source / CONFIG_FILE)
     fields.pop("torch_dtype", None)
+    if is_foreign:
+        for name in ("quantization_config", "eight_bit"):
+            fields.pop(name, None)
     if bits is not None:
         group = INT4_GROUP if bits == 4 else None
         fields["quantization_config"] = {"quant_method": QUANT_METHOD, "bits": bits, "group_size": group}
@@ -236,7 +249,7 @@ def _common_dtype(headers: Iterable[TensorHeader]) -> DTypeName | None:
 def _identity(source: Path, dtype: DTypeName, bits: Bits | None) -> dict[str, Any]:
     """What the bytes of the result follow from; of a hub model, the path names the commit."""
     index = CheckpointIndex(source)
-    others = [CONFIG_FILE, *_TEXTS, *(form.index for form in WEIGHT_FORMS)]
+    others = [CONFIG_FILE, *QUANTIZE_FILES, *_TEXTS, *(form.index for form in WEIGHT_FORMS)]
     names = index.files(index.file_of) + [name for name in others if (source / name).is_file()]
     stats = {name: (source / name).stat() for name in names}
     return {

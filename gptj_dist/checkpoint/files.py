@@ -7,6 +7,9 @@ from dataclasses import dataclass
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
+QUANTIZE_FILES = ("quantize_config.json", "quant_config.json")
+"""What AutoGPTQ and AutoAWQ wrote beside quantised weights."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

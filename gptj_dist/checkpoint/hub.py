@@ -14,6 +14,7 @@ from pathlib import Path
 from gptj_dist.checkpoint.files import (
     CONFIG_FILE,
     GENERATION_FILE,
+    QUANTIZE_FILES,
     SAFETENSORS,
     TOKENIZER_FILES,
     WEIGHT_FORMS,
@@ -21,7 +22,7 @@ from gptj_dist.checkpoint.files import (
 )
 from gptj_dist.checkpoint.foreign import kind_of_files
 from gptj_dist.checkpoint.hub_errors import DISK_WARNING, explain, nearest_model
-from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors
+from gptj_dist.checkpoint.index import CheckpointIndex, file_tensors, read_layout
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.file_kinds import kind_of_file
@@ -61,7 +62,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if form is None:
         raise CheckpointError(_without_weights(model, revision, files))
     index = [] if form.single in files else [form.index]
-    for file in [GENERATION_FILE, *TOKENIZER_FILES, *index]:
+    for file in [GENERATION_FILE, *QUANTIZE_FILES, *TOKENIZER_FILES, *index]:
         if file in files:
             _download(model, file, directory.name)
     return directory
@@ -94,7 +95,7 @@ def fetch_weights(
     Raises:
         CheckpointError: the download failed.
     """
-    names = expected_tensors(config, layers)
+    names = file_tensors(config, layers, read_layout(directory, config))
     if local_directory(model) is not None:
         return [directory / file for file in CheckpointIndex(directory).files(names)]
     paths = [directory / file for file in _weight_files(model, directory, names)]

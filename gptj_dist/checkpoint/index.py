@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,11 +18,14 @@ from gptj_dist.checkpoint.headers import (
     read_json,
     read_safetensors,
 )
+from gptj_dist.checkpoint.layouts.base import Layout, Part
+from gptj_dist.checkpoint.layouts.detect import layout_of, other_weights
+from gptj_dist.checkpoint.layouts.ggml_file import is_ggml, read_ggml
 from gptj_dist.checkpoint.torch_file import is_torch_file, read_torch_file
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.file_kinds import kind_of_file
-from gptj_dist.quantization import Bits, default_group, scale_name
+from gptj_dist.quantization import Bits, offset_name, scale_name
 
 T = TypeVar("T")
 
@@ -115,24 +119,49 @@ def read_model_config(directory: Path) -> ModelConfig:
     if fields.get("dtype") is None and fields.get("torch_dtype") is None:
         fields["dtype"] = _dtype_of_weights(directory)
     generation = directory / GENERATION_FILE
-    return ModelConfig.from_hf(fields, read_json(generation) if generation.exists() else None)
+    config = ModelConfig.from_hf(fields, read_json(generation) if generation.exists() else None)
+    layout = read_layout(directory, config)
+    if layout is None:
+        return config
+    found = layout.quantization(config.num_layers)
+    return replace(
+        config, quantization=replace(found, head_bits=found.embedding_bits) if config.has_tied_embeddings else found
+    )
+
+
+def read_layout(directory: Path, config: ModelConfig) -> Layout | None:
+    """The layout of weights that another tool has quantised; None if they are not.
+
+    Raises:
+        CheckpointError: they are quantised in a way that is not read.
+    """
+    if not (directory / CONFIG_FILE).is_file():
+        return None
+    singles = (form.single for form in WEIGHT_FORMS if (directory / form.single).is_file())
+    has_index = any((directory / form.index).is_file() for form in WEIGHT_FORMS)
+    file = next(singles, None) or (None if has_index else other_weights(directory))
+    return layout_of(directory, read_json(directory / CONFIG_FILE), file, {config.d_model, config.d_ff})
 
 
 def expected_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a stage's tensors, first to last; `Linear` weights are (outputs, inputs).
 
     With tied embeddings the last stage, too, has `transformer.wte.weight`, in place of `lm_head.weight`. A matrix that
-    is stored quantised has the shape of its bytes, and another tensor beside it, of scales.
+    is stored quantised has the shape of its bytes, and other tensors beside it, of scales and maybe offsets.
     """
     tensors: dict[str, tuple[int, ...]] = {}
-    for name, shape in _plain_tensors(config, layers).items():
+    for name, shape in plain_tensors(config, layers).items():
         bits = stored_bits(config, name)
         if bits is None:
             tensors[name] = shape
             continue
         rows, columns = shape
         tensors[name] = (rows, columns * bits // 8)
-        tensors[scale_name(name)] = (rows, columns // default_group(columns, bits))
+        assert config.quantization is not None
+        num_groups = columns // config.quantization.group_of(columns, bits)
+        tensors[scale_name(name)] = (rows, num_groups)
+        if config.quantization.has_offsets:
+            tensors[offset_name(name)] = (rows, num_groups)
     return tensors
 
 
@@ -156,7 +185,7 @@ def stored_dtypes(config: ModelConfig, layers: LayerRange, code: str) -> dict[st
         code: of what is not quantised.
     """
     codes: dict[str, str] = {}
-    for name in _plain_tensors(config, layers):
+    for name in plain_tensors(config, layers):
         bits = stored_bits(config, name)
         codes[name] = code if bits is None else QUANTIZED_DTYPES[bits]
         if bits is not None:
@@ -164,7 +193,24 @@ def stored_dtypes(config: ModelConfig, layers: LayerRange, code: str) -> dict[st
     return codes
 
 
-def _plain_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple[int, ...]]:
+def file_tensors(config: ModelConfig, layers: LayerRange, layout: Layout | None) -> dict[str, Part]:
+    """The tensors that files must hold for a stage, by their names there.
+
+    They are those of `expected_tensors`, except for matrices that another tool has quantised. A tied checkpoint may
+    lack `lm_head.bias`, which is zero then.
+    """
+    parts: list[Part] = []
+    for name, shape in (expected_tensors if layout is None else plain_tensors)(config, layers).items():
+        if layout is not None and layout.covers(name):
+            parts += layout.parts(name, *shape).values()
+        else:
+            bits = stored_bits(config, name) if layout is None else None
+            dtypes = STORED_DTYPES if bits is None else (QUANTIZED_DTYPES[bits],)
+            parts.append(Part(name, shape, dtypes, name == LM_HEAD_BIAS and config.has_tied_embeddings))
+    return {part.name: part for part in parts}
+
+
+def plain_tensors(config: ModelConfig, layers: LayerRange) -> dict[str, tuple[int, ...]]:
     """As `expected_tensors`, of a checkpoint in which nothing is quantised."""
     tensors: dict[str, tuple[int, ...]] = {}
     if layers.is_first:
@@ -188,37 +234,28 @@ def check_checkpoint(directory: Path, config: ModelConfig) -> None:
 
 
 def stage_headers(index: CheckpointIndex, config: ModelConfig, layers: LayerRange) -> dict[str, TensorHeader]:
-    """The headers of a stage's tensors, by name. A tied checkpoint may lack `lm_head.bias`, which is zero then.
+    """The headers of the files' tensors that a stage is read from, by name.
 
     Raises:
         CheckpointError: names every tensor that is missing, of another shape or of an unreadable dtype; or the
             checkpoint has more layers than `config`.
     """
-    expected = expected_tensors(config, layers)
+    expected = file_tensors(config, layers, read_layout(index.directory, config))
     found = index.headers(expected)
-    optional = {LM_HEAD_BIAS} if config.has_tied_embeddings else set()
-    present = [(name, found[name], shape) for name, shape in expected.items() if name in found]
+    present = [(found[name], part) for name, part in expected.items() if name in found]
     problems = {
-        "missing": [name for name in expected if name not in found and name not in optional],
+        "missing": [name for name, part in expected.items() if name not in found and not part.is_optional],
         f"beyond n_layer {config.num_layers}": [name for name in index.file_of if _is_beyond(name, config)],
         "misshapen": [
-            f"{name} is {list(header.shape)}, not {list(shape)}"
-            for name, header, shape in present
-            if header.shape != shape
+            f"{part.name} is {list(header.shape)}, not {list(part.shape)}"
+            for header, part in present
+            if header.shape != part.shape
         ],
-        "unreadable": [
-            f"{name} is {header.dtype}"
-            for name, header, _ in present
-            if not _is_readable(header.dtype, stored_bits(config, name))
-        ],
+        "unreadable": [f"{part.name} is {header.dtype}" for header, part in present if header.dtype not in part.dtypes],
     }
     if text := "; ".join(f"{problem}: {listing(names)}" for problem, names in problems.items() if names):
         raise CheckpointError(f"{index.directory} does not hold the model of its {CONFIG_FILE}: {text}")
     return found
-
-
-def _is_readable(dtype: str, bits: Bits | None) -> bool:
-    return dtype in STORED_DTYPES if bits is None else dtype == QUANTIZED_DTYPES[bits]
 
 
 def extra_tensors(index: CheckpointIndex, config: ModelConfig) -> list[str]:
@@ -226,7 +263,7 @@ def extra_tensors(index: CheckpointIndex, config: ModelConfig) -> list[str]:
 
     Without legacy buffers, and the second name of tied embeddings, which pickles hold under both.
     """
-    known = expected_tensors(config, LayerRange.whole(config.num_layers)).keys()
+    known = file_tensors(config, LayerRange.whole(config.num_layers), read_layout(index.directory, config)).keys()
     second_name = {LM_HEAD_WEIGHT} if config.has_tied_embeddings else set()
     return [name for name in index.file_of if name not in known | second_name and not name.endswith(LEGACY_BUFFERS)]
 
@@ -263,6 +300,8 @@ def read_stored_header(path: Path) -> dict[str, TensorHeader]:
     """
     try:
         with path.open("rb", buffering=_BUFFER_BYTES) as file:
+            if is_ggml(file):
+                return dict(read_ggml(path, file).tensors)
             is_pickled = is_torch_file(file) or path.suffix == ".bin"
             return (read_torch_file if is_pickled else read_safetensors)(path, file)
     except OSError as error:
@@ -292,6 +331,8 @@ def _file_of_each_tensor(directory: Path) -> dict[str, str]:
             return dict.fromkeys(read_header(directory / form.single), form.single)
         if (directory / form.index).is_file():
             return _read_weight_map(directory / form.index)
+    if file := other_weights(directory):
+        return dict.fromkeys(read_header(directory / file), file)
     names = ", ".join(name for form in WEIGHT_FORMS for name in (form.single, form.index))
     kind = kind_of_directory(directory)
     held = f"; it holds {kind}" if kind else ""

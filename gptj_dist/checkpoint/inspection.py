@@ -17,10 +17,12 @@ from gptj_dist.checkpoint.index import (
     canonical_name,
     expected_tensors,
     extra_tensors,
+    read_layout,
     read_model_config,
     read_stored_header,
     stage_headers,
 )
+from gptj_dist.checkpoint.layouts.detect import is_ggml_file
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.generation import unapplied_fields
 from gptj_dist.sizes import bytes_text
@@ -33,6 +35,7 @@ _WEIGHT_SUFFIXES = {
 _MAX_LISTED = 3
 
 _DTYPE_NAMES = {**STORED_DTYPES, "I8": "int8", "U8": "int4"}
+_FOREIGN_DTYPE_NAMES = {**STORED_DTYPES, **dict.fromkeys(("I8", "U8", "I32", "I64"), "quantised")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Inspection:
         layer_bytes: of each layer, as stored.
         head_bytes: of the final LayerNorm and the head; without the embedding, if that is tied to it.
         oddities: what is unusual, a line each.
+        is_ggml: the file of weights is one of GGML.
     """
 
     config: ModelConfig
@@ -55,10 +59,14 @@ class Inspection:
     layer_bytes: Sequence[int]
     head_bytes: int
     oddities: Sequence[str]
+    is_ggml: bool
 
     @property
-    def is_safetensors(self) -> bool:
-        return all(name.endswith(".safetensors") for name in self.file_bytes)
+    def form(self) -> str:
+        """Of the files of weights."""
+        if all(name.endswith(".safetensors") for name in self.file_bytes):
+            return "safetensors"
+        return "GGML" if self.is_ggml else "PyTorch's pickle"
 
     @property
     def num_bytes(self) -> int:
@@ -75,19 +83,24 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     config = read_model_config(directory)
     index = CheckpointIndex(directory)
     whole = LayerRange.whole(config.num_layers)
-    weights = stage_headers(index, config, whole)
+    weights, layout = stage_headers(index, config, whole), read_layout(directory, config)
     unquantized = expected_tensors(replace(config, quantization=None), whole)
     stored = {file: read_stored_header(directory / file) for file in index.files(index.file_of)}
     layers = [_weight_bytes(weights, [f"transformer.h.{layer}."]) for layer in range(config.num_layers)]
     return Inspection(
         config=config,
         file_bytes={file: (directory / file).stat().st_size for file in stored},
-        num_parameters=sum(math.prod(shape) for name, shape in unquantized.items() if name in weights),
-        bytes_of_dtype=_bytes_of_dtype(weights.values()),
+        num_parameters=sum(
+            math.prod(shape)
+            for name, shape in unquantized.items()
+            if name in weights or (layout is not None and layout.covers(name))
+        ),
+        bytes_of_dtype=_bytes_of_dtype(weights.values(), _DTYPE_NAMES if layout is None else _FOREIGN_DTYPE_NAMES),
         embedding_bytes=_weight_bytes(weights, ["transformer.wte."]),
         layer_bytes=layers,
         head_bytes=_weight_bytes(weights, ["transformer.ln_f.", "lm_head."]),
         oddities=[
+            *([] if layout is None else [f"{layout.title}: {layout.fate}"]),
             *_odd_names(stored),
             *_extras(index, config),
             *_odd_dtypes(
@@ -96,6 +109,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
             *_odd_places(stored),
             *_odd_files(directory, stored),
         ],
+        is_ggml=any(is_ggml_file(directory / file) for file in stored),
     )
 
 
@@ -178,10 +192,10 @@ def _odd_files(directory: Path, read: Iterable[str]) -> Iterator[str]:
         yield "no tokenizer: it can be converted, but not served"
 
 
-def _bytes_of_dtype(weights: Iterable[TensorHeader]) -> dict[str, int]:
+def _bytes_of_dtype(weights: Iterable[TensorHeader], names: Mapping[str, str]) -> dict[str, int]:
     counter: Counter[str] = Counter()
     for header in weights:
-        counter[_DTYPE_NAMES[header.dtype]] += header.num_bytes
+        counter[names[header.dtype]] += header.num_bytes
     return dict(counter.most_common())
 
 

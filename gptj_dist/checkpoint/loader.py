@@ -9,17 +9,27 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gptj_dist.checkpoint.headers import ELEMENT_BYTES, TensorHeader, listing, row_major
-from gptj_dist.checkpoint.index import CheckpointIndex, expected_tensors, extra_tensors, stage_headers
+from gptj_dist.checkpoint.index import (
+    CheckpointIndex,
+    expected_tensors,
+    extra_tensors,
+    plain_tensors,
+    read_layout,
+    stage_headers,
+)
+from gptj_dist.checkpoint.layouts.base import GroupedLayout, Layout, Part, Piece
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
+from gptj_dist.quantization import offset_name, scale_name
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +38,27 @@ STAGING_BYTES = 32 << 20
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
-    "U8": torch.uint8,
+    "U8": torch.uint8, "I32": torch.int32,
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _FileMatrix:
+    """A matrix that another tool has quantised."""
+
+    load: Callable[[TensorHeader, int, int], Tensor]
+    headers: Mapping[str, TensorHeader]
+    name: str
+    rows: int
+    columns: int
+    parts: Mapping[str, Part]
+
+    def part(self, role: str, first: int = 0, last: int | None = None) -> Tensor:
+        header = self.headers[self.parts[role].name]
+        return self.load(header, first, header.shape[0] if last is None else last)
+
+    def has(self, role: str) -> bool:
+        return self.parts[role].name in self.headers
 
 
 class StageTensors(AbstractContextManager["StageTensors"]):
@@ -48,11 +77,28 @@ class StageTensors(AbstractContextManager["StageTensors"]):
         self._shapes = expected_tensors(config, layers)
         index = CheckpointIndex(directory)
         self._headers = stage_headers(index, config, layers)
+        self._layout = read_layout(directory, config)
+        self._is_kept = config.quantization is not None and config.quantization.is_stored
+        self._matrices = {} if self._layout is None else self._foreign_matrices(self._layout, config, layers)
         if layers.is_first and (extras := extra_tensors(index, config)):  # one stage speaks for all
             logger.warning("%s: tensors skipped that GPT-J does not have: %s", directory, listing(extras, most=4))
         paths = {header.path for header in self._headers.values()}
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+
+    def _foreign_matrices(self, layout: Layout, config: ModelConfig, layers: LayerRange) -> dict[str, _FileMatrix]:
+        """By the names of `expected_tensors`, the matrices of another tool that they follow from."""
+        if layers.is_first and config.quantization == layout.quantization(config.num_layers):
+            is_kept = config.quantization.is_stored
+            logger.log(logging.INFO if is_kept else logging.WARNING, "weights of %s: %s", layout.title, layout.fate)
+        matrices: dict[str, _FileMatrix] = {}
+        for name, shape in plain_tensors(config, layers).items():
+            if layout.covers(name):
+                rows, columns = shape
+                parts = layout.parts(name, rows, columns)
+                matrix = _FileMatrix(self._load, self._headers, name, rows, columns, parts)
+                matrices |= dict.fromkeys((name, scale_name(name), offset_name(name)), matrix)
+        return matrices
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
@@ -71,6 +117,9 @@ class StageTensors(AbstractContextManager["StageTensors"]):
                 `STAGING_BYTES` of it.
             KeyError: the tensor is not this stage's.
         """
+        if self._layout is not None and (matrix := self._matrices.get(name)) is not None:
+            self._read_foreign(self._layout, matrix, name, out)
+            return
         stored = self._headers.get(name)
         if stored is not None and TORCH_DTYPES[stored.dtype].is_floating_point != out.is_floating_point():
             raise CheckpointError(f"{stored.path} holds {name} quantised: take the checkpoint that it was made of")
@@ -88,6 +137,30 @@ class StageTensors(AbstractContextManager["StageTensors"]):
             for part, values in self._pieces(header, out):
                 _refuse_non_finite(name, values, out.dtype)
                 part.copy_(values)
+
+    def _read_foreign(self, layout: Layout, matrix: _FileMatrix, name: str, out: Tensor) -> None:
+        """As `read`, of what follows from a matrix that another tool has quantised."""
+        if out.shape != self._shapes[name]:
+            raise ValueError(f"{name} is {list(self._shapes[name])}, not {list(out.shape)}")
+        if name == matrix.name:
+            pieces = _grouped(layout).values(matrix) if self._is_kept else layout.numbers(matrix)
+        else:
+            layout = _grouped(layout)
+            of_groups = layout.scales if name == scale_name(matrix.name) else layout.offsets
+            pieces = iter((Piece(0, 0, of_groups(matrix)),))
+        for piece in pieces:
+            _refuse_non_finite(name, piece.content, out.dtype)
+            rows, columns = piece.content.shape
+            out[piece.row : piece.row + rows, piece.column : piece.column + columns].copy_(piece.content)
+
+    def _load(self, header: TensorHeader, first: int, last: int) -> Tensor:
+        """The rows [first, last) of a file's tensor, as they are."""
+        out = torch.empty(last - first, *header.shape[1:], dtype=TORCH_DTYPES[header.dtype])
+        row = (header.strides or row_major(header.shape))[0] * ELEMENT_BYTES[header.dtype]
+        part = replace(header, shape=tuple(out.shape), offset_bytes=header.offset_bytes + first * row)
+        for rows, values in self._pieces(part, out):
+            rows.copy_(values)
+        return out
 
     def _pieces(self, header: TensorHeader, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of `out`, some rows each, and the numbers that belong there, which last until the next part."""
@@ -117,6 +190,12 @@ class StageTensors(AbstractContextManager["StageTensors"]):
                 # Of this tensor only: another stage on this machine may be about to read the rest.
                 os.posix_fadvise(file, offset_bytes + num_read, num_bytes, os.POSIX_FADV_DONTNEED)
             num_read += num_bytes
+
+
+def _grouped(layout: Layout) -> GroupedLayout:
+    """Only such layouts are kept."""
+    assert isinstance(layout, GroupedLayout)
+    return layout
 
 
 def _refuse_non_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:

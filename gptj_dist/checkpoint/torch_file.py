@@ -77,6 +77,11 @@ def _read_zip(file: BinaryIO, size_bytes: int) -> _Located:
     except _BROKEN_ZIP as error:
         _raise_if_cut_off(file, size_bytes)
         raise MalformedPickleError(f"it has no zip directory at its end ({one_line(error)})") from error
+    if any(name.endswith("/constants.pkl") for name in entries):
+        raise MalformedPickleError(
+            "it is a TorchScript archive, a program and not weights: use the original checkpoint, in safetensors or "
+            "PyTorch's form"
+        )
     (pickle_name, *others) = [name for name in entries if name.endswith("/data.pkl")] or [""]
     if others or not pickle_name:
         raise MalformedPickleError("it is a zip, but not one of PyTorch's: unpack it")

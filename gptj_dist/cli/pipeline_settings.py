@@ -37,7 +37,12 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "quantize": Annotated[
-        str | None, _option("int8 or int4: weights of fewer bits; or the bits of stages: 0-1:int8,2:int4.", "BITS")
+        str | None,
+        _option(
+            "int8 or int4: weights of fewer bits; or the bits of stages: 0-1:int8,2:int4. 'none': numbers of weights "
+            "that another tool has quantised.",
+            "BITS",
+        ),
     ],
     "threads_per_stage": Annotated[
         int | None, _option("Most threads of a CPU stage; by default stages share the cores.")

@@ -22,7 +22,7 @@ from gptj_dist.model.quantized import (
     make_quantized_linear,
     quantize,
 )
-from gptj_dist.quantization import Bits, default_group, scale_name
+from gptj_dist.quantization import Bits, offset_name, scale_name
 
 ReadTensor = Callable[[str, Tensor], None]
 """Fills a tensor with the checkpoint's tensor of that name."""
@@ -227,9 +227,12 @@ class PartLoader:
             weight = self._scratch_matrix(num_rows, columns, _STORED_AS[self._config.dtype])
             self._read_rows(rows_of, weight)
             return quantize(weight, bits)
-        made = empty_weight(num_rows, columns, bits, default_group(columns, bits), self._device)
+        group, has_offsets = self._quantization.group_of(columns, bits), self._quantization.has_offsets
+        made = empty_weight(num_rows, columns, bits, group, self._device, has_offsets)
         self._read_rows(rows_of, made.values)
         self._read_rows({scale_name(name): rows for name, rows in rows_of.items()}, made.scales)
+        if made.offsets is not None:
+            self._read_rows({offset_name(name): rows for name, rows in rows_of.items()}, made.offsets)
         return made
 
     def _read_rows(self, rows_of: dict[str, int], out: Tensor) -> None:

@@ -174,7 +174,7 @@ class DequantizingLinear:
 
 
 class QuantizedEmbedding:
-    """Rows of a matrix of 8 bits.
+    """Rows of a matrix of few bits.
 
     Args:
         dtype: of the rows that it returns.
@@ -186,7 +186,9 @@ class QuantizedEmbedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """int64 [rows] -> [rows, in_features]."""
-        rows = QuantizedWeight(8, self._weight.values[token_ids], self._weight.scales[token_ids])
+        weight = self._weight
+        offsets = None if weight.offsets is None else weight.offsets[token_ids]
+        rows = QuantizedWeight(weight.bits, weight.values[token_ids], weight.scales[token_ids], offsets)
         return dequantize(rows).to(self._dtype)
 
 

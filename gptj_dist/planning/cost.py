@@ -94,7 +94,16 @@ def weight_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> in
 
 def _saved_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> float:
     """What a stage's matrices of few bits take less than in the type."""
-    return sum(count * (DTYPE_BYTES[dtype] - QUANTIZED_BYTES[bits]) for count, bits in _quantized(model, layers))
+    matrices = _quantized(model, layers)
+    return sum(count * (DTYPE_BYTES[dtype] - _number_bytes(model, bits)) for count, bits in matrices)
+
+
+def _number_bytes(model: ModelConfig, bits: Bits) -> float:
+    """Bytes of a number of few bits, with its share of the scales and offsets."""
+    quantization = model.quantization
+    if quantization is None or quantization.group is None:
+        return QUANTIZED_BYTES[bits]
+    return bits / 8 + (4 + 4 * quantization.has_offsets) / quantization.group_of(model.d_model, bits)
 
 
 def _quantized(model: ModelConfig, layers: LayerRange) -> list[tuple[int, Bits]]:

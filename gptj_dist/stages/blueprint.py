@@ -28,7 +28,7 @@ from gptj_dist.generation import NO_GENERATION_CONFIG
 from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes, working_bytes
 from gptj_dist.planning.forecast import FREE_MEMORY_USED
 from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
-from gptj_dist.quantization import AUTO, Quantization, stage_bits, weights_text
+from gptj_dist.quantization import AUTO, NONE, Quantization, stage_bits, weights_text
 from gptj_dist.sizes import bytes_text, ceil_div
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.token_rules import TokenRules
@@ -186,13 +186,17 @@ def quantized_model(model: ModelConfig, config: PipelineConfig, layers: Sequence
         raise ConfigurationError(
             "quantize auto is for `gptj-dist plan --devices`, which says what to give here, such as int8"
         )
-    wanted = Quantization.of_stages(layers, stage_bits(config.quantize, len(layers)))
-    if model.quantization is None:
-        return model.quantized(wanted)
-    if model.quantization != replace(wanted, is_stored=True):
-        has = model.quantization.name(0, model.num_layers)
-        raise ConfigurationError(f"{config.model} has {has} weights, which cannot become others: leave out quantize")
-    return model
+    stored = model.quantization
+    if config.quantize == NONE and (stored is None or stored.is_foreign):
+        return replace(model, quantization=None)
+    if config.quantize != NONE:
+        wanted = Quantization.of_stages(layers, stage_bits(config.quantize, len(layers)))
+        if stored is None or (stored.is_foreign and stored.layer_bits != wanted.layer_bits):
+            return model.quantized(wanted)
+        if stored.is_foreign or stored == replace(wanted, is_stored=True):
+            return model
+    has = stored and stored.name(0, model.num_layers)
+    raise ConfigurationError(f"{config.model} has {has} weights, which cannot become others: leave out quantize")
 
 
 def _token_rules(model: ModelConfig, tokenizer: Tokenizer) -> TokenRules:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -341,6 +341,8 @@ def default_threads() -> int:
 
 
 def _read_weight(directory: Path, config: ModelConfig, layers: LayerRange, name: str, out: Tensor) -> None:
+    if config.quantization is not None and config.quantization.is_foreign:  # it can be read as numbers
+        config = replace(config, quantization=None)
     with StageTensors(directory, config, layers) as tensors:
         tensors.read(name, out)
 

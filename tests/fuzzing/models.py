@@ -24,8 +24,10 @@ from gptj_dist.model.quantized import quantize
 from gptj_dist.quantization import scale_name
 from tests.fuzzing.forgeries import forge_safetensors, forge_torch_file
 from tests.fuzzing.mutations import Target, damage
+from tests.layout_files import CASES, Case, gptq, write_case
 
 CONFIG = ModelConfig(8, 2, 8, 2, 4, 16, 8, (0,))
+_GPTQ = {"bits": 4, "group_size": 8, "desc_act": False, "sym": False, "quant_method": "gptq"}
 _SHARD_BYTES = 1500
 
 Spoil = Callable[[Random], bytes]
@@ -61,6 +63,8 @@ def write_models(root: Path) -> list[Victim]:
         torch.save(content, root / form / "pytorch_model.bin")
     _write_pickled_shards(root / "bin shards", state, (whole / "config.json").read_bytes())
     _write_quantized(root / "int8", state, (whole / "config.json").read_bytes())
+    write_case(root / "gptq", Case(gptq(4, 8), {"quantization_config": _GPTQ}), CONFIG)
+    write_case(root / "ggml", CASES["GGML f16"], CONFIG)
     write_tokenizers(root / "tokenizer", root / "vocabulary")
     return [_victim(path) for path in sorted(root.rglob("*")) if path.is_file()] + [
         Victim(whole / "model.safetensors", (whole / "model.safetensors").read_bytes(), _forger(forge_safetensors), 30),
@@ -123,7 +127,7 @@ def write_tokenizers(whole: Path, parts: Path) -> None:
 
 def _victim(path: Path) -> Victim:
     data = path.read_bytes()
-    if path.suffix == ".bin":
+    if data.startswith(b"PK"):
         target = _zip_target(data)
     elif path.suffix == ".safetensors":
         header_bytes = int.from_bytes(data[:8], "little")

@@ -35,7 +35,7 @@ _CODECS = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "cp437",
 
 
 class Watch:
-    """Reads directories, and records audit events of the reader other than opening files in them for reading.
+    """Reads directories, and records audit events of the reader other than listing them and opening files for reading.
 
     Args:
         root: parent of all directories.
@@ -63,7 +63,8 @@ class Watch:
         assert not self._events, f"the reader did {self._events}"
 
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self._is_on and not (event == "open" and self._is_harmless(*arguments)):
+        is_listing = event in ("os.listdir", "os.scandir") and str(arguments[0]).startswith(self._root)
+        if self._is_on and not is_listing and not (event == "open" and self._is_harmless(*arguments)):
             self._is_on = False  # recording an event causes events itself
             self._events.append(f"{event} {arguments!r:.200}")
 

@@ -80,7 +80,7 @@ def test_files_of_a_sharded_checkpoint_are_all_counted(tmp_path: Path) -> None:
 
     assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert len(found.file_bytes) > 1
-    assert found.is_safetensors
+    assert found.form == "safetensors"
 
 
 def test_the_demo_has_nothing_odd() -> None:

@@ -55,9 +55,8 @@ def _shape_text(config: ModelConfig) -> str:
 
 def _weight_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     num_files = len(inspection.file_bytes)
-    form = "safetensors" if inspection.is_safetensors else "PyTorch's pickle"
     files = "1 file" if num_files == 1 else f"{num_files} files"
-    yield "weights", f"{form}, {files}, {bytes_text(inspection.num_bytes)}"
+    yield "weights", f"{inspection.form}, {files}, {bytes_text(inspection.num_bytes)}"
     yield "parameters", f"{inspection.num_parameters:,}"
     texts = [f"{dtype}: {bytes_text(num_bytes)}" for dtype, num_bytes in inspection.bytes_of_dtype.items()]
     yield "dtype", next(iter(inspection.bytes_of_dtype)) if len(texts) == 1 else _listing(texts)

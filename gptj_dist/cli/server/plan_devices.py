@@ -39,7 +39,7 @@ from gptj_dist.planning.forecast import (
 )
 from gptj_dist.planning.partition import PROMPT_TOKENS_PER_OUTPUT_TOKEN
 from gptj_dist.planning.search import NUM_REQUESTS, best_pipeline, gains_of_one_more, raised_bits, with_bits
-from gptj_dist.quantization import AUTO, BITS_OF, weights_text
+from gptj_dist.quantization import AUTO, BITS_OF, NONE, weights_text
 from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.blueprint import DeviceReport, choose_dtype, quantized_model, quantized_name
 from gptj_dist.yaml_files import read_yaml
@@ -131,7 +131,7 @@ def _plan(
         ConfigurationError: the settings name bits of stages, or the model does not fit.
     """
     if config.quantize != AUTO or model.quantization is not None:
-        if config.quantize not in (None, AUTO, *BITS_OF):
+        if config.quantize not in (None, AUTO, NONE, *BITS_OF):
             raise ConfigurationError("--devices chooses the stages: give --quantize int8, int4 or auto")
         wanted = model if config.quantize in (None, AUTO) else quantized_model(model, config, [model.num_layers])
         workload = _workload(config, wanted, specs)
