@@ -124,11 +124,12 @@ def test_what_comes_before_serving_works_in_the_order_of_the_readme(tmp_path: Pa
         "inspect",
         "convert",
         "verify",
+        "convert",
         "doctor",
         "plan",
     ]
     assert all(outputs)
-    assert "Serving would work." in outputs[4]
+    assert "Serving would work." in outputs[5]
 
 
 def test_plan_shows_the_stages() -> None:

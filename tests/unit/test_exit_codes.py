@@ -103,6 +103,7 @@ def with_files(arguments: Arguments, requests: Path) -> list[str | bytes | Path]
         ["convert", MISSING, OUT],
         ["convert", "demo", "/dev/null/copy"],
         ["verify", "demo", "--prompts", MISSING],
+        ["drift", "demo", "--text", MISSING],
         ["synth", "tiny", "/dev/null/model"],
     ],
     ids=lambda arguments: " ".join(map(str, arguments)),
@@ -139,6 +140,7 @@ READ_BY_HEAD = [
     ["batch", IN, OUT],
     ["synth", "tiny", OUT],
     ["convert", "demo", OUT],
+    ["drift", "demo", "--tokens", "256", "--quantize", "int8"],
     ["adapter", "inspect", ADAPTER],
 ]
 
