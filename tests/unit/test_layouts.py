@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.checkpoint.convert import convert_checkpoint
 from gptj_dist.checkpoint.index import check_checkpoint, plain_tensors, read_model_config
 from gptj_dist.checkpoint.inspection import inspect_checkpoint
 from gptj_dist.checkpoint.loader import StageTensors
+from gptj_dist.cli import app
 from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.model.quantized import dequantize, empty_weight
@@ -144,6 +146,13 @@ def test_weights_of_another_tool_become_what_the_user_wants(tmp_path: Path) -> N
     assert quantized("none") is None
     assert quantized("int8") == model.quantization
     assert quantized("int4") == Quantization.of_stages([1, 1], [4, 4])
+
+
+def test_inspect_says_that_convert_quantises_anew(tmp_path: Path) -> None:
+    write_case(tmp_path, CASES["GPTQ"])
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert "GPTQ, 4 bits, groups of 32: kept as they are" in result.stdout
+    assert "DIRECTORY --quantize int8` gives each stage its own files, of weights quantised anew" in result.stdout
 
 
 def test_they_are_converted_as_numbers(tmp_path: Path) -> None:

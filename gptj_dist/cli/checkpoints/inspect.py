@@ -88,10 +88,13 @@ def _undownloaded(config: ModelConfig, num_missing: int) -> str:
 
 def _advice(model: str, inspection: Inspection) -> Iterator[str]:
     (file, num_bytes), *others = inspection.file_bytes.items()
+    quantization = inspection.config.quantization
+    anew = " --quantize int8" if quantization is not None and quantization.is_foreign else ""
     if not others:
         yield (
             f"every stage has to fetch all of {file}, {bytes_text(num_bytes)}: "
-            f"`gptj-dist convert {model} DIRECTORY` gives each stage its own files"
+            f"`gptj-dist convert {model} DIRECTORY{anew}` gives each stage its own files"
+            f"{', of weights quantised anew' if anew else ''}"
         )
 
 
