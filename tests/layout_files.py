@@ -135,15 +135,20 @@ def gptq(bits: int, group: int | None, zeros: bool = True, shift: int = 1, g_idx
             f"{beginning}scales": scales.t(),
             f"{beginning}g_idx": group_of.int(),
         }
-        # As AutoGPTQ's plain forward does it.
-        weight = _codes(tensors[f"{beginning}qweight"].t(), bits).t()
-        zero = _codes(tensors[f"{beginning}qzeros"], bits) + shift
-        scale = tensors[f"{beginning}scales"].float()
+        numbers = read_gptq(tensors, name, bits, size, shift)
         if not g_idx:
             del tensors[f"{beginning}g_idx"]
-        return tensors, (scale[group_of] * (weight - zero[group_of])).t()
+        return tensors, numbers
 
     return make
+
+
+def read_gptq(tensors: Mapping[str, Tensor], name: str, bits: int, group: int, shift: int = 1) -> Tensor:
+    """As AutoGPTQ's plain forward does it."""
+    words, zeros, scales = (tensors[name.removesuffix("weight") + part] for part in ("qweight", "qzeros", "scales"))
+    weight = _codes(words.t(), bits).t()
+    group_of = torch.arange(len(weight)) // group
+    return (scales.float()[group_of] * (weight - (_codes(zeros, bits) + shift)[group_of])).t()
 
 
 def awq(group: int, zeros: bool = True) -> Maker:

@@ -25,6 +25,8 @@ from gptj_dist.checkpoint.files import (
     TOKENIZER_FILES,
     WEIGHT_FORMS,
 )
+from gptj_dist.checkpoint.gptq_form import CONFIG as GPTQ_CONFIG
+from gptj_dist.checkpoint.gptq_form import gptq_layout, gptq_tensors, matrix_name, quantize_config
 from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
 from gptj_dist.checkpoint.index import (
     WTE,
@@ -123,6 +125,7 @@ def convert_checkpoint(
     observer: Observer,
     bits: Bits | None = None,
     quantize: Quantize | None = None,
+    as_gptq: bool = False,
 ) -> Conversion:
     """Writes the checkpoint in `source` to `destination`, which appears when it is complete.
 
@@ -134,6 +137,7 @@ def convert_checkpoint(
         overwrite: replace the checkpoint that `destination` holds.
         bits: of the result's matrices; None leaves them as they are.
         quantize: how to make them; needed with `bits`.
+        as_gptq: write matrices of 4 bits as AutoGPTQ does; the embedding and the head keep the dtype.
 
     Raises:
         ConfigurationError: `destination` must not be written, see `check_destination`; or the matrices do not suit the
@@ -144,7 +148,7 @@ def convert_checkpoint(
     with _readable_errors(destination):
         check_destination(source, destination, overwrite)
         source, destination = source.resolve(), destination.resolve()
-        plan = _draw_plan(source, dtype, bits)
+        plan = _draw_plan(source, dtype, bits, as_gptq)
         _Converter(plan, destination, overwrite, observer, quantize).run()
     quantization = plan.result.quantization
     quantized = None if quantization is None else quantization.name(0, plan.result.num_layers)
@@ -178,7 +182,7 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         )
 
 
-def _draw_plan(source: Path, dtype: DTypeName | None, bits: Bits | None) -> _Plan:
+def _draw_plan(source: Path, dtype: DTypeName | None, bits: Bits | None, as_gptq: bool) -> _Plan:
     config = read_model_config(source)
     is_foreign = config.quantization is not None and config.quantization.is_foreign
     if is_foreign:  # it is read as numbers
@@ -186,17 +190,20 @@ def _draw_plan(source: Path, dtype: DTypeName | None, bits: Bits | None) -> _Pla
     headers = stage_headers(CheckpointIndex(source), config, _whole(config))
     plain = [header for name, header in headers.items() if not _is_quantized(config, name)]
     dtype = dtype or _common_dtype(plain) or config.dtype
-    result = _quantized_config(source, config, bits)
+    result = _quantized_config(source, config, bits, as_gptq)
     weights = _layouts(result, CODE_OF[dtype])
+    if as_gptq:
+        weights = {file: gptq_layout(layout) for file, layout in weights.items()}
     texts = {
         SAFETENSORS.index: encode_index(weights),
-        CONFIG_FILE: _config_json(source, dtype, bits, is_foreign),
+        CONFIG_FILE: _config_json(source, dtype, bits, is_foreign, as_gptq),
+        **({QUANTIZE_FILES[0]: quantize_config()} if as_gptq else {}),
         **{name: (source / name).read_bytes() for name in _TEXTS if (source / name).is_file()},
     }
-    return _Plan(source, config, result, dtype, {**weights, **texts}, _identity(source, dtype, bits))
+    return _Plan(source, config, result, dtype, {**weights, **texts}, _identity(source, dtype, bits, as_gptq))
 
 
-def _quantized_config(source: Path, config: ModelConfig, bits: Bits | None) -> ModelConfig:
+def _quantized_config(source: Path, config: ModelConfig, bits: Bits | None, as_gptq: bool) -> ModelConfig:
     """The config of the result.
 
     Raises:
@@ -205,6 +212,8 @@ def _quantized_config(source: Path, config: ModelConfig, bits: Bits | None) -> M
     if bits is None:
         return config
     wanted = replace(Quantization.of_stages([config.num_layers], [bits]), is_stored=True)
+    if as_gptq:
+        wanted = replace(wanted, embedding_bits=None, head_bits=None)
     if config.quantization not in (None, wanted):
         raise ConfigurationError(f"{source} is quantised already: convert the checkpoint that it was made of")
     return config.quantized(wanted)
@@ -229,7 +238,7 @@ def _layouts(config: ModelConfig, code: str) -> dict[str, Layout]:
     return layouts
 
 
-def _config_json(source: Path, dtype: DTypeName, bits: Bits | None, is_foreign: bool) -> bytes:
+def _config_json(source: Path, dtype: DTypeName, bits: Bits | None, is_foreign: bool, as_gptq: bool) -> bytes:
     fields = read_json(source / CONFIG_FILE)
     fields.pop("torch_dtype", None)
     if is_foreign:
@@ -237,7 +246,8 @@ def _config_json(source: Path, dtype: DTypeName, bits: Bits | None, is_foreign: 
             fields.pop(name, None)
     if bits is not None:
         group = INT4_GROUP if bits == 4 else None
-        fields["quantization_config"] = {"quant_method": QUANT_METHOD, "bits": bits, "group_size": group}
+        own = {"quant_method": QUANT_METHOD, "bits": bits, "group_size": group}
+        fields["quantization_config"] = GPTQ_CONFIG if as_gptq else own
     return json.dumps({**fields, "dtype": dtype}, indent=2).encode() + b"\n"
 
 
@@ -246,7 +256,7 @@ def _common_dtype(headers: Iterable[TensorHeader]) -> DTypeName | None:
     return DTYPE_CODES.get(codes.pop()) if len(codes) == 1 else None
 
 
-def _identity(source: Path, dtype: DTypeName, bits: Bits | None) -> dict[str, Any]:
+def _identity(source: Path, dtype: DTypeName, bits: Bits | None, as_gptq: bool) -> dict[str, Any]:
     """What the bytes of the result follow from; of a hub model, the path names the commit."""
     index = CheckpointIndex(source)
     others = [CONFIG_FILE, *QUANTIZE_FILES, *_TEXTS, *(form.index for form in WEIGHT_FORMS)]
@@ -257,6 +267,7 @@ def _identity(source: Path, dtype: DTypeName, bits: Bits | None) -> dict[str, An
         "source": str(source),
         "dtype": dtype,
         "bits": bits,
+        "as_gptq": as_gptq,
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
     }
 
@@ -308,7 +319,8 @@ class _Converter:
             while missing := self._missing():
                 self._write_file(next(iter(missing)), tensors, buffer)
                 self._report(self._plan.num_bytes - sum(self._missing().values()))
-        if _identity(self._plan.source, self._plan.dtype, self._plan.identity["bits"]) != self._plan.identity:
+        bits, as_gptq = (self._plan.identity[name] for name in ("bits", "as_gptq"))
+        if _identity(self._plan.source, self._plan.dtype, bits, as_gptq) != self._plan.identity:
             raise CheckpointError(f"{self._plan.source} changed while it was being converted: run it again")
         while CHECKSUMS_FILE not in self._partial.finished():
             with self._partial.create(CHECKSUMS_FILE) as file:
@@ -337,20 +349,22 @@ class _Converter:
     def _cast(self, layout: Layout, tensors: StageTensors, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
         """The tensors of a file as they are written, one after the other in the same memory."""
         shapes = expected_tensors(self._plan.config, _whole(self._plan.config))
-        scales: dict[str, torch.Tensor] = {}
+        made: dict[str, torch.Tensor] = {}
         for name, (code, shape) in layout.items():
-            bits = stored_bits(self._plan.result, name)
-            if name in scales:
-                yield scales.pop(name).to(TORCH_DTYPES[code])
+            weight = matrix_name(name)
+            bits = stored_bits(self._plan.result, weight or name)
+            if name in made:
+                yield made.pop(name).to(TORCH_DTYPES[code])
             elif bits is None or self._quantize is None or stored_bits(self._plan.config, name) is not None:
                 out = _view(buffer, code, shape)
                 tensors.read(name, out)
                 yield out
             else:
-                matrix = _view(buffer, CODE_OF[self._plan.config.dtype], shapes[name])
-                tensors.read(name, matrix)
-                values, scales[scale_name(name)] = self._quantize(matrix, bits)
-                yield values
+                matrix = _view(buffer, CODE_OF[self._plan.config.dtype], shapes[weight or name])
+                tensors.read(weight or name, matrix)
+                values, scales = self._quantize(matrix, bits)
+                made |= gptq_tensors(weight, values, scales) if weight else {name: values, scale_name(name): scales}
+                yield made.pop(name)
             self._report(self._done_bytes + tensor_bytes(code, shape))
 
     def _report(self, done_bytes: int) -> None:

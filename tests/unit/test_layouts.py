@@ -20,14 +20,15 @@ from gptj_dist.checkpoint.convert import convert_checkpoint
 from gptj_dist.checkpoint.index import check_checkpoint, plain_tensors, read_model_config
 from gptj_dist.checkpoint.inspection import inspect_checkpoint
 from gptj_dist.checkpoint.loader import StageTensors
+from gptj_dist.checkpoint.synthetic import write_checkpoint
 from gptj_dist.cli import app
 from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import CheckpointError
-from gptj_dist.model.quantized import dequantize, empty_weight
+from gptj_dist.model.quantized import dequantize, empty_weight, quantize
 from gptj_dist.quantization import Quantization, offset_name, scale_name
 from gptj_dist.stages.blueprint import quantized_model
 from tests.conversions import Silent
-from tests.layout_files import CASES, CONFIG, Case, gptq, write_case, write_weights
+from tests.layout_files import CASES, CONFIG, Case, gptq, read_gptq, write_case, write_weights
 
 WHOLE = LayerRange.whole(CONFIG.num_layers)
 FC_IN = "transformer.h.1.mlp.fc_in.weight"
@@ -163,6 +164,34 @@ def test_they_are_converted_as_numbers(tmp_path: Path) -> None:
         out = torch.empty(numbers[FC_IN].shape)
         tensors.read(FC_IN, out)
     torch.testing.assert_close(out, numbers[FC_IN], rtol=1e-5, atol=1e-6)
+
+
+def test_convert_writes_gptq_that_an_independent_reader_reads(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "from", CONFIG)
+    result = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "from"), str(tmp_path / "to"), "--quantize", "int4", "--form", "gptq"]
+    )
+    assert result.exit_code == 0, result.output
+    config = read_model_config(tmp_path / "to")
+    assert config.quantization is not None
+    assert (config.quantization.layer_bits, config.quantization.head_bits) == ((4, 4), None)
+    plain = {
+        name: tensor for path in (tmp_path / "from").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    state = {
+        name: tensor for path in (tmp_path / "to").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    numbers = read_gptq(state, FC_IN, 4, 64)
+    expected = dequantize(quantize(plain[FC_IN], 4))
+    torch.testing.assert_close(numbers, expected, rtol=1e-3, atol=1e-6)
+    with StageTensors(tmp_path / "to", CONFIG, WHOLE) as tensors:
+        out = torch.empty(expected.shape)
+        tensors.read(FC_IN, out)
+        tensors.read("lm_head.weight", head := torch.empty(264, 64))
+    torch.testing.assert_close(out, numbers)
+    assert torch.equal(head, plain["lm_head.weight"])
+    refused = CliRunner().invoke(app, ["convert", str(tmp_path / "from"), str(tmp_path / "x"), "--form", "gptq"])
+    assert "add --quantize int4" in str(refused.exception)
 
 
 # What is refused

@@ -33,6 +33,9 @@ def convert(
             help="int8 or int4: weights of fewer bits, which need no quantising when they load.", metavar="BITS"
         ),
     ] = None,
+    form: Annotated[
+        Literal["gptq"] | None, typer.Option(help="gptq: weights of --quantize int4 as AutoGPTQ's readers read them.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint there, once the new one is whole.")
     ] = False,
@@ -47,12 +50,16 @@ def convert(
     """
     if delta is not None and quantize is not None:
         raise ConfigurationError("--delta writes an adapter, whose weights keep their type: leave out --quantize")
+    if form is not None and quantize != "int4":
+        raise ConfigurationError("--form gptq is for weights of 4 bits: add --quantize int4")
     if delta is not None:
         _convert_delta(source, revision, destination, delta)
         return
     start_s = time.monotonic()
     try:
-        conversion = _convert(source, revision, destination, None if dtype == "auto" else dtype, quantize, overwrite)
+        conversion = _convert(
+            source, revision, destination, None if dtype == "auto" else dtype, quantize, form, overwrite
+        )
     except KeyboardInterrupt:
         print("gptj-dist: interrupted; running it again resumes", file=sys.stderr)
         raise
@@ -86,6 +93,7 @@ def _convert(
     destination: Path,
     dtype: DTypeName | None,
     quantize: Literal["int8", "int4"] | None,
+    form: Literal["gptq"] | None,
     overwrite: bool,
 ) -> Conversion:
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -108,4 +116,4 @@ def _convert(
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with displayed(*columns, as_text=lambda done, all_: f"{bytes_text(done)} of {bytes_text(all_)}") as observer:
-        return convert_checkpoint(directory, destination, dtype, overwrite, observer, bits, in_bits)
+        return convert_checkpoint(directory, destination, dtype, overwrite, observer, bits, in_bits, form == "gptq")
