@@ -44,6 +44,7 @@ def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mi
         assert "embed + 0-13 (14)" in output
         assert "14-27 (14) + head" in output
         logs = Path(command.wait_for(r"Logs: (\S+)"))
+        assert logs.parents[3].stat().st_mode & 0o077 == 0  # Ray opens all that lies below
         (gcs_port,) = (path.read_text() for path in logs.parents[1].glob("gcs_server_port_*"))
         assert "asks for a token" in why_refused(f"127.0.0.1:{gcs_port}", token=None)
         mapped = [line for pid in command.family() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]

@@ -17,6 +17,8 @@ from tests.unit.test_doctor import only, troubles
 
 Usage = namedtuple("Usage", "total used free")
 
+PRIVATE = f"gptj-dist-{os.getuid()}"
+
 
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -24,7 +26,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "tmp"
     directory.mkdir()
     monkeypatch.setattr(session_room, "DEFAULT_DIRECTORY", directory)
-    longest = len(os.fsencode(directory / "ray-00000" / LONGEST_SOCKET))
+    longest = len(os.fsencode(directory / "file" / PRIVATE / "ray" / LONGEST_SOCKET))
     monkeypatch.setattr(session_room, "MOST_SOCKET_PATH_BYTES", longest)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -38,7 +40,7 @@ def files(**environment: str) -> Finding:
 def test_a_healthy_machine_has_one_line_that_names_the_directory(room: Path) -> None:
     (finding,) = find_in_start({})
     assert (finding.severity, finding.cure) == ("ok", None)
-    assert f"{room / 'ray'} can be written" in finding.what
+    assert f"{room / PRIVATE / 'ray'} can be written" in finding.what
     finding = files(RAY_TMPDIR=str(room / "mine"))
     assert (finding.severity, finding.what.split(" can be")[0]) == ("ok", f"{room / 'mine' / 'ray'} (RAY_TMPDIR)")
 
@@ -53,7 +55,7 @@ def test_a_path_that_is_too_long_or_cannot_be_written_fails_where_ray_must_use_i
         assert (finding.severity, reason in finding.what) == (severity, True)
         assert str(directory) in finding.what
         assert "set RAY_TMPDIR to a directory" in (finding.cure or "")
-        assert (f"Ray uses {room / 'ray'} instead" in finding.what) == (variable == "TMPDIR")
+        assert (f"Ray uses {room / PRIVATE / 'ray'} instead" in finding.what) == (variable == "TMPDIR")
 
 
 def test_a_full_disk_is_a_failure_that_says_how_much_is_free(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from gptj_dist.operate.launch.session_room import (
     why_unusable,
 )
 
+PRIVATE = f"gptj-dist-{os.getuid()}"
+
 
 def long_directory(parent: Path) -> Path:
     return parent / ("d" * (MOST_SOCKET_PATH_BYTES - len(os.fsencode(parent))))
@@ -32,7 +35,7 @@ def default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     monkeypatch.setattr(session_room, "DEFAULT_DIRECTORY", directory)
     monkeypatch.setattr(
-        session_room, "MOST_SOCKET_PATH_BYTES", len(os.fsencode(directory / "ray-00000" / LONGEST_SOCKET))
+        session_room, "MOST_SOCKET_PATH_BYTES", len(os.fsencode(directory / PRIVATE / "ray" / LONGEST_SOCKET))
     )
     return directory
 
@@ -46,35 +49,65 @@ def test_a_path_that_is_called_too_long_is_one_that_the_system_refuses(tmp_path:
 
 
 def test_ray_goes_where_the_environment_says(default: Path, tmp_path: Path) -> None:
-    assert find_room({}).directory == default / "ray"
-    assert find_room({"TMPDIR": str(tmp_path)}).directory == tmp_path / "ray"
+    assert find_room({}).directory == default / PRIVATE / "ray"
+    assert find_room({"TMPDIR": str(tmp_path)}).directory == tmp_path / PRIVATE / "ray"
     assert find_room({"TMPDIR": str(default), "RAY_TMPDIR": str(tmp_path)}).directory == tmp_path / "ray"
 
 
 def test_a_temporary_directory_that_cannot_be_used_is_passed_over_and_the_reason_kept(
     default: Path, tmp_path: Path
 ) -> None:
-    file = tmp_path / "file"
+    file = tmp_path / "f"
     file.touch()
     for directory, reason in ((long_directory(tmp_path), "too long by"), (file, "cannot be written")):
         room = find_room({"TMPDIR": str(directory)})
-        assert room.directory == default / "ray"
+        assert room.directory == default / PRIVATE / "ray"
         assert room.passed_over is not None
         assert reason in room.passed_over
 
 
-def test_another_users_directory_of_ray_is_passed_over(default: Path) -> None:
-    (default / "ray").touch()  # stands for one that cannot be written
-    assert find_room({}).directory == default / f"ray-{os.getuid()}"
+def test_only_this_user_can_enter_the_directory_whatever_ray_opens_in_it(default: Path) -> None:
+    for _ in range(2):  # when it is made, and when it is found
+        find_room({}).directory.chmod(0o777)
+        assert (default / PRIVATE).stat().st_mode & 0o777 == 0o700
 
 
-def test_a_directory_in_which_another_user_could_replace_files_is_passed_over(
-    default: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_longest_private_path_is_short_enough_for_rays_sockets() -> None:
+    longest = Path("/tmp") / f"gptj-dist-{2**32 - 1}" / "ray" / LONGEST_SOCKET
+    assert len(os.fsencode(longest)) <= MOST_SOCKET_PATH_BYTES
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda path: path.symlink_to(path.parent), "is a link or a file"),
+        (lambda path: path.symlink_to("nowhere"), "is a link or a file"),
+        (Path.touch, "is a link or a file"),
+        (lambda path: (path.mkdir(), path.chmod(0o750)), "is open to other users"),
+    ],
+    ids=["link", "dangling link", "file", "open"],
+)
+def test_a_directory_that_others_could_enter_or_replace_is_passed_over_or_refused(
+    default: Path, tmp_path: Path, prepare: Callable[[Path], object], reason: str
 ) -> None:
-    monkeypatch.setattr(session_room, "_is_of_another", lambda directory: directory == default / "ray")
-    room = find_room({})
-    assert room.directory == default / f"ray-{os.getuid()}"
-    assert room.passed_over == f"{default / 'ray'} belongs to another user"
+    prepare(tmp_path / PRIVATE)
+    room = find_room({"TMPDIR": str(tmp_path)})
+    assert room.directory == default / PRIVATE / "ray"
+    assert str(room.passed_over).startswith(f"{tmp_path / PRIVATE} {reason}")
+    (default / PRIVATE / "ray").rmdir()
+    (default / PRIVATE).rmdir()
+    prepare(default / PRIVATE)
+    with pytest.raises(ConfigurationError, match=rf"{default / PRIVATE} {reason}.*; set RAY_TMPDIR to another"):
+        find_room({})
+
+
+def test_a_directory_of_another_user_is_refused(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.getuid() + 1
+    monkeypatch.setattr("os.getuid", lambda: other)
+    with pytest.raises(
+        ConfigurationError, match=rf"{default}/gptj-dist-{other} belongs to another user; set RAY_TMPDIR"
+    ):
+        find_room({})
 
 
 def test_a_directory_that_was_named_for_ray_is_not_replaced_but_refused(tmp_path: Path) -> None:

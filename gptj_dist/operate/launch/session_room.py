@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,27 +40,32 @@ class SessionRoom:
 
 
 def find_room(environment: Mapping[str, str] = os.environ) -> SessionRoom:
-    """Chooses the directory: `$RAY_TMPDIR/ray`; else `$TMPDIR/ray`, or `/tmp/ray` where the former cannot be used.
+    """Chooses the directory: `$RAY_TMPDIR/ray`; else `gptj-dist-UID/ray` in `$TMPDIR`, or in `/tmp` where that fails.
+
+    Ray opens its directories to all users, so `gptj-dist-UID` is closed to others. `$RAY_TMPDIR` is left as it is.
 
     Raises:
         ConfigurationError: none can be used; the message says why.
     """
     chosen = environment.get("RAY_TMPDIR")
-    directory = Path(chosen or environment.get("TMPDIR") or DEFAULT_DIRECTORY) / "ray"
-    reason = why_unusable(directory)
-    if reason is None and not chosen and _is_of_another(directory):
-        reason = f"{directory} belongs to another user"
-    if reason is None:
-        return SessionRoom(directory)
-    others = () if chosen else (DEFAULT_DIRECTORY / "ray", DEFAULT_DIRECTORY / f"ray-{os.getuid()}")
-    for other in others:
-        if why_unusable(other) is None and not _is_of_another(other):
-            return SessionRoom(other, reason)
-    raise ConfigurationError(f"Ray cannot start: {reason}; set RAY_TMPDIR to another directory")
+    private = f"gptj-dist-{os.getuid()}"
+    parents = (Path(environment.get("TMPDIR") or DEFAULT_DIRECTORY), DEFAULT_DIRECTORY)
+    directories = [Path(chosen) / "ray"] if chosen else [parent / private / "ray" for parent in dict.fromkeys(parents)]
+    reasons: list[str] = []
+    for directory in directories:
+        reason = why_unusable(directory, is_private=not chosen)
+        if reason is None:
+            return SessionRoom(directory, reasons[0] if reasons else None)
+        reasons.append(reason)
+    raise ConfigurationError(f"Ray cannot start: {', and '.join(reasons)}; set RAY_TMPDIR to another directory")
 
 
-def why_unusable(directory: Path) -> str | None:
-    """Why Ray could not keep a session there, or None if it can. Creates the directory and writes to it."""
+def why_unusable(directory: Path, *, is_private: bool = False) -> str | None:
+    """Why Ray could not keep a session there, or None if it can. Creates the directory and writes to it.
+
+    Args:
+        is_private: only this user may enter its parent.
+    """
     longest = len(os.fsencode(directory / LONGEST_SOCKET))
     if longest > MOST_SOCKET_PATH_BYTES:
         return (
@@ -66,6 +73,8 @@ def why_unusable(directory: Path) -> str | None:
             "makes in it"
         )
     try:
+        if is_private and (reason := _why_not_private(directory.parent)):
+            return reason
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
@@ -81,9 +90,18 @@ def why_unusable(directory: Path) -> str | None:
     return None
 
 
-def _is_of_another(directory: Path) -> bool:
-    """Whether the directory, or the link in its place, belongs to another user, who could replace files in it."""
-    return directory.lstat().st_uid != os.getuid()
+def _why_not_private(directory: Path) -> str | None:
+    """Why others could reach what lies in the directory, or None if they cannot. Creates it for this user alone."""
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700, parents=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{directory} is a link or a file, not a directory"
+    if status.st_uid != os.getuid():
+        return f"{directory} belongs to another user"
+    if status.st_mode & 0o077:
+        return f"{directory} is open to other users, which `chmod 700 {directory}` ends"
+    return None
 
 
 def why_unwritable(directory: Path, error: OSError) -> str:
