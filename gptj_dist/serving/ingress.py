@@ -14,7 +14,8 @@ from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.service import AnswerService
 from gptj_dist.errors import NotReadyError
 from gptj_dist.logs import LogSettings, open_log
-from gptj_dist.serving.adapters import AdapterRegistry, AdapterTable
+from gptj_dist.serving.adapter_registry import AdapterRegistry
+from gptj_dist.serving.adapters import AdapterTable
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app

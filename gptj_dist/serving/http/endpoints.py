@@ -27,7 +27,7 @@ from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.service import AnswerService, TextRequest
 from gptj_dist.errors import GPTJDistError, NotPermittedError
 from gptj_dist.logs import values
-from gptj_dist.serving.adapters import AdapterRegistry
+from gptj_dist.serving.adapter_registry import AdapterRegistry
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.serving.http.admission import Admission
