@@ -67,7 +67,8 @@ class Stage:
     def __init__(self, leash: str | None = None) -> None:
         if leash is not None:
             watch_post(leash, _end_orphan)
-        import gptj_dist.stages.runner  # noqa: F401  # takes most of the time that a process needs to start
+        with garbage.paused():
+            import gptj_dist.stages.runner  # noqa: F401  # takes most of the time that a process needs to start
 
         self._progress = "starting"
         self._is_computing = False

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from gptj_dist.operate.launch.local_ray import omit_unused_processes
 from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.pipeline import PipelineStatus
 from tests.waiting import wait_until
@@ -87,6 +88,7 @@ class SharedRay:
         if self.resources == (num_cpus, num_gpus) and ray.is_initialized():
             return
         self.stop()
+        omit_unused_processes()
         ray.init(
             address="local",
             num_cpus=num_cpus,

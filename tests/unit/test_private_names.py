@@ -28,6 +28,8 @@ PRIVATE_NAMES = {
     "ray.serve._private.replica.add_port_to_grpc_server": "serving/loopback.py: keeps a replica's port off other nodes",
     "ray.serve.handle.DeploymentBroadcastResponse._fetch_replica_results_async": "serving/broadcast.py: replies",
     "ray.serve.context._get_global_client": "operate/launch/cluster.py: whether Serve runs in this process",
+    "ray._private.node.Node.start_api_server": "operate/launch/local_ray.py: starts a process that is not needed",
+    "ray._private.node.Node.start_log_monitor": "operate/launch/local_ray.py: the same",
     "ray._private.worker._global_node": "operate/launch/local_ray.py: the local Ray of this process",
     "huggingface_hub.utils._http": "checkpoint/hub.py: the logger of its advice",
 }

@@ -123,6 +123,16 @@ class LocalRay:
             shutil.rmtree(session, ignore_errors=True)
 
 
+def omit_unused_processes() -> None:
+    """Makes a Ray that this process starts do without two of its processes, for one of which `ray.init` waits.
+
+    Without a dashboard the API server only reports usage; the log monitor prints logs at the terminal.
+    """
+    from ray._private.node import Node
+
+    Node.start_api_server = Node.start_log_monitor = lambda _node, **_: None
+
+
 def lasting_cause(error: Exception, directory: Path) -> str | None:
     """Why Ray would not start at the next attempt either; None if it may."""
     match error:
@@ -141,6 +151,7 @@ def _try_to_start(directory: Path) -> Exception | None:
     """Starts Ray and returns None, or returns why that failed, when all that was started has ended."""
     import ray
 
+    omit_unused_processes()
     try:
         ray.init(
             address="local", _node_ip_address="127.0.0.1", include_dashboard=False, _temp_dir=str(directory), **QUIET
