@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from gptj_dist.checkpoint.index import check_checkpoint, expected_tensors, read_model_config
-from gptj_dist.checkpoint.loader import StageTensors
+from gptj_dist.checkpoint.index import check_checkpoint, expected_tensors, read_model_config, stored_dtypes
+from gptj_dist.checkpoint.loader import TORCH_DTYPES, StageTensors
 from gptj_dist.config import LayerRange
 from gptj_dist.errors import CheckpointError
 from gptj_dist.text.tokenizer import Tokenizer
@@ -94,10 +94,11 @@ def _read_stages(directory: Path) -> None:
     cut = config.num_layers // 2
     stages = [LayerRange(0, 2, 0, cut), LayerRange(1, 2, cut, config.num_layers)]
     for layers in stages:
+        codes = stored_dtypes(config, layers, "F32")
         with StageTensors(directory, config, layers) as tensors:
             for name, shape in expected_tensors(config, layers).items():
                 assert torch.Size(shape).numel() < MAX_NUMBERS, f"{name} of {shape} comes of a tiny file"
-                tensors.read(name, torch.empty(shape))
+                tensors.read(name, torch.empty(shape, dtype=TORCH_DTYPES[codes.get(name, "F32")]))
 
 
 def _use_tokenizer(directory: Path) -> None:
