@@ -56,7 +56,9 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 @cache
 def _victims() -> tuple[list[Victim], Watch]:
-    return prepare(_directory())
+    root = _directory() / "models"  # other targets write beside it
+    root.mkdir(exist_ok=True)
+    return prepare(root)
 
 
 def _check_checkpoint(number: int) -> None:
