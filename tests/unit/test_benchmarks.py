@@ -42,6 +42,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     *(
+        "adapters",
         "beside_load",
         "compare",
         "faults",
