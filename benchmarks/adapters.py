@@ -42,7 +42,7 @@ INPUT_LEN = 16
 OUTPUT_LEN = 64
 STREAM_TOKENS = 1500
 MODULES = ("q_proj", "v_proj")
-START_TIMEOUT_S = 120.0
+FRAME_TIMEOUT_S = 60.0
 
 
 def main() -> None:
@@ -131,21 +131,27 @@ async def _load_beside_a_stream(
     prompt, frame_s = list(range(INPUT_LEN)), list[float]()
 
     async def use(name: str) -> Use:
+        """Waits for a frame of the stream before and after, so that no gap belongs to two requests."""
+        await next_frame()
         record = await stream_completion(base, completion_body(name, prompt, 1), INPUT_LEN)
         if record.error is not None:
             raise SystemExit(f"a request failed: {record.error}")
+        await next_frame()
         return Use(record.begin_s, record.frame_s[0])
 
-    has_begun = asyncio.Event()
+    async def next_frame() -> None:
+        has_come.clear()
+        async with asyncio.timeout(FRAME_TIMEOUT_S):
+            await has_come.wait()
+
+    has_come = asyncio.Event()
 
     def note(_frame: bytes) -> None:
         frame_s.append(time.perf_counter())
-        has_begun.set()
+        has_come.set()
 
     body = completion_body(model, prompt, STREAM_TOKENS)
     running = asyncio.create_task(stream_completion(base, body, INPUT_LEN, take=note))
-    async with asyncio.timeout(START_TIMEOUT_S):
-        await has_begun.wait()
     uses = [(await use(name), await use(name)) for name in names]
     if running.done():
         raise SystemExit("the stream ended before all adapters were loaded")
