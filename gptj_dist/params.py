@@ -81,7 +81,7 @@ class AdapterChoice:
     Args:
         name: what it was loaded as.
         strength: multiplies its changes, from -100 to 100; 0 changes nothing.
-        source: filled in by whoever knows the names: the LLM or the server.
+        source: filled in by the LLM or the server, which know the names.
     """
 
     name: str

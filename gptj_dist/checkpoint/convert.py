@@ -6,59 +6,39 @@ Holds one tensor in memory at a time. The written bytes depend only on the sourc
 from __future__ import annotations
 
 import errno
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from gptj_dist import __version__
+from gptj_dist.checkpoint.conversion_plan import ConversionPlan, draw_plan, file_bytes
 from gptj_dist.checkpoint.files import (
     CONFIG_FILE,
-    GENERATION_FILE,
-    QUANTIZE_FILES,
-    SAFETENSORS,
-    TOKENIZER_FILES,
-    WEIGHT_FORMS,
 )
-from gptj_dist.checkpoint.gptq_form import CONFIG as GPTQ_CONFIG
-from gptj_dist.checkpoint.gptq_form import gptq_layout, gptq_tensors, matrix_name, quantize_config
-from gptj_dist.checkpoint.headers import DTYPE_CODES, TensorHeader, read_json
+from gptj_dist.checkpoint.gptq_form import gptq_tensors, matrix_name
 from gptj_dist.checkpoint.index import (
-    WTE,
-    CheckpointIndex,
     expected_tensors,
-    read_model_config,
-    stage_headers,
     stored_bits,
-    stored_dtypes,
 )
 from gptj_dist.checkpoint.loader import TORCH_DTYPES, StageTensors
 from gptj_dist.checkpoint.partial import PartialDirectory, settle, siblings
 from gptj_dist.checkpoint.writer import (
     CODE_OF,
     Layout,
-    encode_header,
-    encode_index,
-    layout_bytes,
-    shard_names,
     tensor_bytes,
     write_safetensors,
 )
-from gptj_dist.config import DTypeName, LayerRange, ModelConfig
+from gptj_dist.config import DTypeName, LayerRange
 from gptj_dist.errors import CheckpointError, ConfigurationError, ConversionError
-from gptj_dist.quantization import INT4_GROUP, QUANT_METHOD, Bits, Quantization, scale_name
+from gptj_dist.quantization import Bits, scale_name
 from gptj_dist.sizes import bytes_text
 
 Quantize = Callable[[torch.Tensor, Bits], tuple[torch.Tensor, torch.Tensor]]
 """Makes values and float32 scales, as a checkpoint has them, of a matrix."""
-
-_TEXTS = (GENERATION_FILE, *TOKENIZER_FILES)
-"""Files that are copied as they are."""
 
 CHECKSUMS_FILE = "SHA256SUMS"
 """What `sha256sum -c` reads."""
@@ -94,29 +74,6 @@ class Conversion:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """All that the result consists of, its checksums excepted.
-
-    Args:
-        files: name -> the tensors that it holds, or its bytes.
-        identity: of source and result; with the same one, the same bytes are written.
-        config: of the source.
-        result: of the result, which may have other bits.
-    """
-
-    source: Path
-    config: ModelConfig
-    result: ModelConfig
-    dtype: DTypeName
-    files: Mapping[str, Layout | bytes]
-    identity: Mapping[str, Any]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(_file_bytes, self.files.values()))
-
-
 def convert_checkpoint(
     source: Path,
     destination: Path,
@@ -148,7 +105,7 @@ def convert_checkpoint(
     with _readable_errors(destination):
         check_destination(source, destination, overwrite)
         source, destination = source.resolve(), destination.resolve()
-        plan = _draw_plan(source, dtype, bits, as_gptq)
+        plan = draw_plan(source, dtype, bits, as_gptq)
         _Converter(plan, destination, overwrite, observer, quantize).run()
     quantization = plan.result.quantization
     quantized = None if quantization is None else quantization.name(0, plan.result.num_layers)
@@ -182,101 +139,11 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         )
 
 
-def _draw_plan(source: Path, dtype: DTypeName | None, bits: Bits | None, as_gptq: bool) -> _Plan:
-    config = read_model_config(source)
-    is_foreign = config.quantization is not None and config.quantization.is_foreign
-    if is_foreign:  # it is read as numbers
-        config = replace(config, quantization=None)
-    headers = stage_headers(CheckpointIndex(source), config, _whole(config))
-    plain = [header for name, header in headers.items() if not _is_quantized(config, name)]
-    dtype = dtype or _common_dtype(plain) or config.dtype
-    result = _quantized_config(source, config, bits, as_gptq)
-    weights = _layouts(result, CODE_OF[dtype])
-    if as_gptq:
-        weights = {file: gptq_layout(layout) for file, layout in weights.items()}
-    texts = {
-        SAFETENSORS.index: encode_index(weights),
-        CONFIG_FILE: _config_json(source, dtype, bits, is_foreign, as_gptq),
-        **({QUANTIZE_FILES[0]: quantize_config()} if as_gptq else {}),
-        **{name: (source / name).read_bytes() for name in _TEXTS if (source / name).is_file()},
-    }
-    return _Plan(source, config, result, dtype, {**weights, **texts}, _identity(source, dtype, bits, as_gptq))
-
-
-def _quantized_config(source: Path, config: ModelConfig, bits: Bits | None, as_gptq: bool) -> ModelConfig:
-    """The config of the result.
-
-    Raises:
-        ConfigurationError: the source has other bits already, or does not suit them.
-    """
-    if bits is None:
-        return config
-    wanted = replace(Quantization.of_stages([config.num_layers], [bits]), is_stored=True)
-    if as_gptq:
-        wanted = replace(wanted, embedding_bits=None, head_bits=None)
-    if config.quantization not in (None, wanted):
-        raise ConfigurationError(f"{source} is quantised already: convert the checkpoint that it was made of")
-    return config.quantized(wanted)
-
-
-def _is_quantized(config: ModelConfig, name: str) -> bool:
-    """Whether a tensor is quantised, or the scales of one that is."""
-    return any(stored_bits(config, name.removesuffix(suffix)) is not None for suffix in ("", scale_name("")))
-
-
-def _layouts(config: ModelConfig, code: str) -> dict[str, Layout]:
-    """File -> its tensors: those of a pipeline whose first and last stages have no layers, and the others one each."""
-    num_files = config.num_layers + 2
-    bounds = [0, *range(config.num_layers + 1), config.num_layers]
-    layouts: dict[str, Layout] = {}
-    for i, file in enumerate(shard_names(SAFETENSORS.single, num_files)):
-        layers = LayerRange(i, num_files, bounds[i], bounds[i + 1])
-        shapes, codes = expected_tensors(config, layers), stored_dtypes(config, layers, code)
-        # Tied embeddings are both the first stage's and the last's.
-        shared = {WTE, scale_name(WTE)} if i else set()
-        layouts[file] = {name: (codes[name], shape) for name, shape in shapes.items() if name not in shared}
-    return layouts
-
-
-def _config_json(source: Path, dtype: DTypeName, bits: Bits | None, is_foreign: bool, as_gptq: bool) -> bytes:
-    fields = read_json(source / CONFIG_FILE)
-    fields.pop("torch_dtype", None)
-    if is_foreign:
-        for name in ("quantization_config", "eight_bit"):
-            fields.pop(name, None)
-    if bits is not None:
-        group = INT4_GROUP if bits == 4 else None
-        own = {"quant_method": QUANT_METHOD, "bits": bits, "group_size": group}
-        fields["quantization_config"] = GPTQ_CONFIG if as_gptq else own
-    return json.dumps({**fields, "dtype": dtype}, indent=2).encode() + b"\n"
-
-
-def _common_dtype(headers: Iterable[TensorHeader]) -> DTypeName | None:
-    codes = {header.dtype for header in headers}
-    return DTYPE_CODES.get(codes.pop()) if len(codes) == 1 else None
-
-
-def _identity(source: Path, dtype: DTypeName, bits: Bits | None, as_gptq: bool) -> dict[str, Any]:
-    """What the bytes of the result follow from; of a hub model, the path names the commit."""
-    index = CheckpointIndex(source)
-    others = [CONFIG_FILE, *QUANTIZE_FILES, *_TEXTS, *(form.index for form in WEIGHT_FORMS)]
-    names = index.files(index.file_of) + [name for name in others if (source / name).is_file()]
-    stats = {name: (source / name).stat() for name in names}
-    return {
-        "version": __version__,
-        "source": str(source),
-        "dtype": dtype,
-        "bits": bits,
-        "as_gptq": as_gptq,
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
-    }
-
-
 class _Converter:
     """One run of a conversion."""
 
     def __init__(
-        self, plan: _Plan, destination: Path, overwrite: bool, observer: Observer, quantize: Quantize | None
+        self, plan: ConversionPlan, destination: Path, overwrite: bool, observer: Observer, quantize: Quantize | None
     ) -> None:
         self._plan = plan
         self._quantize = quantize
@@ -314,13 +181,14 @@ class _Converter:
 
     def _write_files(self) -> None:
         self._resume()
-        with StageTensors(self._plan.source, self._plan.config, _whole(self._plan.config)) as tensors:
+        with StageTensors(
+            self._plan.source, self._plan.config, LayerRange.whole(self._plan.config.num_layers)
+        ) as tensors:
             buffer = torch.empty(self._largest_tensor_bytes(), dtype=torch.uint8)
             while missing := self._missing():
                 self._write_file(next(iter(missing)), tensors, buffer)
                 self._report(self._plan.num_bytes - sum(self._missing().values()))
-        bits, as_gptq = (self._plan.identity[name] for name in ("bits", "as_gptq"))
-        if _identity(self._plan.source, self._plan.dtype, bits, as_gptq) != self._plan.identity:
+        if self._plan.has_source_changed():
             raise CheckpointError(f"{self._plan.source} changed while it was being converted: run it again")
         while CHECKSUMS_FILE not in self._partial.finished():
             with self._partial.create(CHECKSUMS_FILE) as file:
@@ -348,7 +216,7 @@ class _Converter:
 
     def _cast(self, layout: Layout, tensors: StageTensors, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
         """The tensors of a file as they are written, one after the other in the same memory."""
-        shapes = expected_tensors(self._plan.config, _whole(self._plan.config))
+        shapes = expected_tensors(self._plan.config, LayerRange.whole(self._plan.config.num_layers))
         made: dict[str, torch.Tensor] = {}
         for name, (code, shape) in layout.items():
             weight = matrix_name(name)
@@ -375,7 +243,7 @@ class _Converter:
         """Of the source and of the result."""
         layouts = [content for content in self._plan.files.values() if isinstance(content, dict)]
         written = [tensor_bytes(code, shape) for layout in layouts for code, shape in layout.values()]
-        shapes = expected_tensors(self._plan.config, _whole(self._plan.config)).values()
+        shapes = expected_tensors(self._plan.config, LayerRange.whole(self._plan.config.num_layers)).values()
         return max(*written, *(tensor_bytes(CODE_OF[self._plan.config.dtype], shape) for shape in shapes))
 
     def _too_little_space(self, detail: str = "") -> ConversionError:
@@ -388,7 +256,7 @@ class _Converter:
     def _missing(self) -> dict[str, int]:
         """Name -> size in bytes of each file that is not finished."""
         finished = self._partial.finished()
-        sizes = {name: _file_bytes(content) for name, content in self._plan.files.items()}
+        sizes = {name: file_bytes(content) for name, content in self._plan.files.items()}
         return {name: size for name, size in sizes.items() if finished.get(name) != size}
 
     def _free_bytes(self) -> int:
@@ -408,11 +276,3 @@ def _readable_errors(destination: Path) -> Iterator[None]:
 def _view(buffer: torch.Tensor, code: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The beginning of a buffer of bytes as a tensor."""
     return buffer[: tensor_bytes(code, shape)].view(TORCH_DTYPES[code]).view(shape)
-
-
-def _whole(config: ModelConfig) -> LayerRange:
-    return LayerRange.whole(config.num_layers)
-
-
-def _file_bytes(content: Layout | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else len(encode_header(content)) + layout_bytes(content)

@@ -1,6 +1,6 @@
 """The adapters of an application that runs: what each ingress knows, and how a change reaches all processes.
 
-Every ingress and every pipeline has the whole table; a change is told to all of them. An ingress that starts later asks
+Every ingress and every pipeline has the whole table; a change is sent to all of them. An ingress that starts later asks
 the pipelines.
 """
 
