@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from gptj_dist.config import ModelConfig
 from gptj_dist.errors import CheckpointError, InvalidRequestError
 from tests.adapters import ALL_TARGETS, add_to, chosen, merge, model_config, write_control_vector, write_lora
 from tests.model.test_exact import Model, Run, Work
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = ModelConfig(
     vocab_size=211,
@@ -62,14 +64,6 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_lora(directory / f"a{number}", CONFIG, targets, rank, seed=number)
         for number, (targets, rank) in enumerate(SHAPES)
     ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def works_of(paths: Sequence[Path]) -> dict[int, Work]:

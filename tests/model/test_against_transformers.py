@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +29,8 @@ from gptj_dist.model.native.library import load_library
 from gptj_dist.model.regions import RegionCache
 from gptj_dist.text.tokenizer import Tokenizer
 from tests.kernel_device import DEVICE, IS_INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAX_FLOAT32_ERROR = 1e-4
 MAX_ERROR_RATIO = 1.2
@@ -147,15 +148,6 @@ def demo() -> Case:
     """The demo model reads ten pieces of text that it was not trained on."""
     tokens = _heldout_tokens(1000)
     return Case(resolve_model(DEMO), tokens.view(10, 100))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two would wait for each other most of the time on cores that other processes use."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def _heldout_tokens(num_tokens: int) -> Tensor:

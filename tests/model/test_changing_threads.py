@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +13,8 @@ from gptj_dist.stages import runner as runner_module
 from gptj_dist.stages.local import load_local
 from gptj_dist.stages.runner import default_threads
 from gptj_dist.stages.threads import ThreadChooser
+
+pytestmark = pytest.mark.usefixtures("restored_threads")
 
 PROMPT = tuple(range(5, 45))
 
@@ -29,13 +29,6 @@ class RestlessChooser(ThreadChooser):
 
     def end_layer(self, layer: int) -> None:
         torch.set_num_threads(self.counts[layer % 4])
-
-
-@pytest.fixture(autouse=True)
-def _restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def logits_of_a_prompt_and_eight_tokens(threads: int | None) -> Tensor:

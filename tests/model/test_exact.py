@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from gptj_dist.quantization import Bits, Quantization
 from gptj_dist.stages.blueprint import StageSpec
 from gptj_dist.stages.runner import StageOutput, StageRunner
 from gptj_dist.token_rules import TokenRules
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WHOLE = 10_000
 """Prompt tokens in a micro-batch: more than any test has."""
@@ -254,18 +256,6 @@ def odd_alone(odd: Model) -> Run:
 @pytest.fixture(scope="module")
 def wide_alone(wide: Model) -> Run:
     return _alone(wide)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Where a test does not say otherwise.
-
-    Two would wait for each other most of the time on cores that other processes use.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def _assert_same(run: Run, expected: Run) -> None:

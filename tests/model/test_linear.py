@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from gptj_dist.model.linear import Linear, PackedLinear, PlainLinear, can_pack, 
 from gptj_dist.model.native.library import load_product_library
 from gptj_dist.model.native.product import NativeLinear
 
+pytestmark = pytest.mark.usefixtures("restored_threads")
+
 NUM_ROWS = 130
 SHAPES = [(896, 128), (128, 640), (75, 173), (173, 75), (4128, 128), (50257, 16), (1, 5), (7, 1), (1024, 2048)]
 """Outputs and inputs; the first two and the fifth are the demo's."""
@@ -26,13 +28,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 Kind = Callable[[Tensor, Tensor], Linear]
 """Makes a product of weight and bias."""
-
-
-@pytest.fixture(autouse=True)
-def _restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def _operands(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

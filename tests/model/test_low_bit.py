@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,15 +23,11 @@ CASES: list[tuple[Bits, int, int, int]] = [
 """Bits, outputs, inputs, and inputs that share a scale."""
 DTYPES = (torch.float32, torch.bfloat16)
 
-pytestmark = pytest.mark.skipif(load_low_bit_library() is None, reason="this CPU has no such product")
+pytestmark = [
+    pytest.mark.usefixtures("restored_threads"),
+    pytest.mark.skipif(load_low_bit_library() is None, reason="this CPU has no such product"),
+]
 cases = pytest.mark.parametrize(("bits", "num_out", "num_in", "group"), CASES)
-
-
-@pytest.fixture(autouse=True)
-def _restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def _weight(bits: Bits, num_out: int, num_in: int, group: int, has_offsets: bool = False) -> QuantizedWeight:

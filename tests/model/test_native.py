@@ -19,7 +19,10 @@ from gptj_dist.model.native.library import load_library
 from gptj_dist.model.rotary import RotaryTable
 
 LIBRARY = load_library()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there is no C compiler to compile the attention with")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(LIBRARY is None, reason="there is no C compiler to compile the attention with"),
+]
 
 NUM_LAYERS = 2
 MAX_REQUESTS = 6
@@ -44,14 +47,6 @@ SHAPES = (
     Shape(2, 256, 64),
 )
 """Heads that are padded and not, rotated in part and whole, more than an item takes and fewer."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,17 +10,12 @@ from torch.nn import functional
 from gptj_dist.model.quantized import QuantizedWeight, dequantize, empty_weight, make_quantized_linear, quantize
 from gptj_dist.quantization import Bits
 
+pytestmark = pytest.mark.usefixtures("restored_threads")
+
 MAX_ROWS = 65
 CPU = torch.device("cpu")
 
 all_bits = pytest.mark.parametrize("bits", [4, 8])
-
-
-@pytest.fixture(autouse=True)
-def _restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def _operands(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

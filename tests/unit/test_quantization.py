@@ -26,6 +26,7 @@ from gptj_dist.params import TokenLogprobs
 from gptj_dist.planning.cost import Chunks, step_work, weight_bytes, working_bytes
 from gptj_dist.quantization import Bits, Quantization, stage_bits
 from gptj_dist.stages.blueprint import draw_blueprint, quantized_name
+from tests.adapters import write_lora
 
 SIX_B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, (50256,), dtype="float16")
 WHOLE = LayerRange.whole(28)
@@ -241,3 +242,15 @@ def test_drift_says_what_it_needs(tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(app, ["drift", *arguments])
         assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dora_on_weights_that_are_stored_in_few_bits_is_refused_and_a_lora_is_not(bits: Bits, tmp_path: Path) -> None:
+    """DoRA needs the norms of the weights' rows."""
+    converted = _convert(resolve_model(DEMO), tmp_path / "few", bits)
+    config = read_model_config(converted)
+    paths = {kind: write_lora(tmp_path / kind, config, use_dora=kind == "dora") for kind in ("dora", "lora")}
+    with LLM(converted, dtype="float32", kv_cache_gb=0.1) as llm:
+        llm.load_adapter("lora", paths["lora"])
+        with pytest.raises(CheckpointError, match="quantised: take the checkpoint that it was made of"):
+            llm.load_adapter("dora", paths["dora"])
