@@ -17,7 +17,8 @@ DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 # Processes of several tests share the cores, so their threads wait for each other asleep. Tests that call make do so
 # without the flags of this one.
 PYTEST := env -u MAKEFLAGS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=25
-WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# A worker that dies ends the run: pytest-xdist may wait for ever for the tests that a second one should take over.
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Modules are compiled when they are first imported: pip would compile all 19,000 files, one after another.
 export PIP_COMPILE := 0

@@ -221,8 +221,8 @@ def test_a_call_that_is_interrupted_leaves_no_request(llm: LLM) -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt_when_it_runs)
-    interrupter.start()
     with pytest.raises(KeyboardInterrupt):
+        interrupter.start()
         llm.generate(PROMPTS, SamplingParams(max_tokens=900, ignore_eos=True))
     interrupter.join()
     wait_until(lambda: not llm._engine.scheduler.has_requests, "no request is left")
