@@ -221,9 +221,13 @@ def test_a_call_that_is_interrupted_leaves_no_request(llm: LLM) -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt_when_it_runs)
-    with pytest.raises(KeyboardInterrupt):
+
+    def interrupted_call() -> None:
         interrupter.start()
         llm.generate(PROMPTS, SamplingParams(max_tokens=900, ignore_eos=True))
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_call()
     interrupter.join()
     wait_until(lambda: not llm._engine.scheduler.has_requests, "no request is left")
 
