@@ -94,6 +94,7 @@ def make_application(
         config.model_names[0],
         config.log_format,
         config.log_level,
+        config.adapters,
     )
     limited_keys = [key for key in config.api_keys if key.is_limited]
     accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None

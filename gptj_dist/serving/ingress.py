@@ -15,7 +15,7 @@ from gptj_dist.answers.service import AnswerService
 from gptj_dist.errors import NotReadyError
 from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.adapter_registry import AdapterRegistry
-from gptj_dist.serving.adapters import AdapterTable
+from gptj_dist.serving.adapters import AdapterChanges
 from gptj_dist.serving.allowances import Allowances
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
@@ -67,6 +67,7 @@ class Ingress:
         self._metrics = IngressMetrics(name)
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         self._adapters = AdapterRegistry(
+            name,
             config.adapters,
             config.pipeline,
             config.model_names,
@@ -75,7 +76,9 @@ class Ingress:
             lambda: self._pipelines.limits(),
             config.adapter_dir,
         )
-        self._pipelines = PipelineClient(pipeline, self._metrics.note_move, self._adapters.catch_up)
+        self._pipelines = PipelineClient(
+            pipeline, self._metrics.note_move, self._adapters.exchange, self._adapters.meet
+        )
         self._metrics.feed_dropped = self._pipelines.dropped
         self._metrics.feed_faults = self._pipelines.feed_faults
         moderation = (
@@ -118,10 +121,10 @@ class Ingress:
         """The counters of this ingress."""
         return self._metrics
 
-    async def take_adapters(self, table: AdapterTable) -> AdapterTable:
-        """Takes over a table that another ingress has changed."""
-        self._adapters.adopt(table)
-        return table
+    async def take_adapters(self, changes: AdapterChanges) -> AdapterChanges:
+        """Takes over what another ingress knows."""
+        self._adapters.take(changes)
+        return changes
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""

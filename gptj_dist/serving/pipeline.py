@@ -29,9 +29,9 @@ from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.stats import StageWork
 from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import AdapterSource, SamplingParams
 from gptj_dist.quantization import weights_text
-from gptj_dist.serving.adapters import AdapterTable, Loaded
+from gptj_dist.serving.adapters import AdapterChanges, AdapterList, GivenAdapters, Loaded
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
 from gptj_dist.serving.feed import BEAT_S, FeedOutbox, ReplyTo
 from gptj_dist.serving.loop_watch import LoopWatch
@@ -71,6 +71,7 @@ class PipelineStatus(PipelineFacts):
         frame_faults: see `StageGroup.num_faults`.
         back_in_s, recovery_time: see `Outages`.
         start_s: seconds that it took to start.
+        adapter_digest: see `AdapterList`.
     """
 
     actor: str
@@ -88,6 +89,7 @@ class PipelineStatus(PipelineFacts):
     back_in_s: float
     recovery_time: Histogram
     start_s: float
+    adapter_digest: str
 
 
 class Pipeline:
@@ -98,6 +100,7 @@ class Pipeline:
     Args:
         device, cpus_per_stage, gpus_per_stage: how the replica's placement group was cut.
         model_name: what clients call the model.
+        adapters: those that are there from the start.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits the constructor
@@ -109,6 +112,7 @@ class Pipeline:
         model_name: str,
         log_format: LogFormat,
         log_level: LogLevel = "info",
+        adapters: GivenAdapters = (),
     ) -> None:
         keep_replica_on_node_address()
         replica = serve.get_replica_context().replica_id
@@ -126,7 +130,8 @@ class Pipeline:
         )
         self._max_queued_requests = config.max_queued_requests
         self._max_queued_tokens = config.max_queued_tokens
-        self._adapters = AdapterTable()
+        self._adapters = AdapterList(adapters)
+        self._reading: set[asyncio.Task[None]] = set()
         self._epoch = 0
         self._end: Exception | None = None
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
@@ -141,6 +146,7 @@ class Pipeline:
         self._beating = run_in_background("beat of the pipeline", self._beat(), _note_no_beat)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
+        await self._read_adapters(list(self._adapters.sources.values()))
         await self.prove_ready()
         garbage.settle()
         garbage.collect_when_quiet(lambda: self._engine.scheduler.num_running + self._engine.scheduler.num_waiting)
@@ -244,23 +250,30 @@ class Pipeline:
             back_in_s=self._outages.back_in_s,
             recovery_time=self._outages.recovery_time,
             start_s=self._start_s,
+            adapter_digest=self._adapters.digest,
         )
 
-    async def take_adapters(self, table: AdapterTable) -> Loaded:
-        """Loads the adapters of a table that are not loaded yet, and keeps the table for ingresses."""
-        new = set(table.sources).difference(self._adapters.sources)
+    async def load_adapter(self, source: AdapterSource) -> Loaded:
+        """Has all stages read an adapter."""
         try:
-            for _, source in new:
-                await self._group.load_adapter(source)
+            await self._group.load_adapter(source)
         except GPTJDistError as error:
             return Loaded("".join(map(str, error.args[:1])))
-        if table.number > self._adapters.number:
-            self._adapters = table
         return Loaded()
 
-    async def adapters(self) -> AdapterTable:
-        """The table that was taken last."""
-        return self._adapters
+    async def take_adapters(self, changes: AdapterChanges) -> AdapterChanges:
+        """Takes over what an ingress knows, and has new adapters read. Returns all that is known here."""
+        if new := self._adapters.merge(changes):
+            reading = asyncio.create_task(self._read_adapters(new))
+            self._reading.add(reading)
+            reading.add_done_callback(self._reading.discard)
+        return self._adapters.changes
+
+    async def _read_adapters(self, sources: Sequence[AdapterSource]) -> None:
+        """Has adapters read before requests need them. Those that cannot be read end such requests."""
+        for source in sources:
+            if (problem := (await self.load_adapter(source)).problem) is not None:
+                logger.error("adapter cannot be read", extra=values(path=source.path, error=problem))
 
     async def document(self) -> PipelineDocument:
         """The pipeline's part of the response of `GET /debug/pipeline`."""

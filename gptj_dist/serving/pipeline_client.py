@@ -58,6 +58,7 @@ class PipelineClient:
         handle: to the deployment whose replicas are pipelines.
         on_move: called when a completion moves to another pipeline.
         on_first: awaited when the first pipeline is there, before requests are served.
+        on_look: called every second with the status of each pipeline that answers.
     """
 
     def __init__(
@@ -65,13 +66,14 @@ class PipelineClient:
         handle: DeploymentHandle,
         on_move: Callable[[], None] = lambda: None,
         on_first: Callable[[], Awaitable[None]] = _no_wait,
+        on_look: Callable[[Sequence[PipelineStatus]], None] = lambda _: None,
     ) -> None:
         self._handle = handle
         self._on_move = on_move
         self._on_first = on_first
         self._problem: str | None = None
         self._end: Exception | None = None
-        self._pipelines = PipelineWatch(_Coordinators(handle))
+        self._pipelines = PipelineWatch(_Coordinators(handle, on_look))
         self._looking = run_in_background("look at pipelines", self._pipelines.run(), _note_no_look)
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
         self._watcher = run_in_background("watch of pipelines", self._watch(), self._note_failure)
@@ -215,8 +217,9 @@ def _note_no_look(error: Exception) -> None:
 class _Coordinators:
     """Implements `Coordinators`: the replicas behind a handle."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, on_look: Callable[[Sequence[PipelineStatus]], None]) -> None:
         self._handle = handle
+        self._on_look = on_look
         self._actors: dict[str, Any] = {}
 
     async def statuses(self) -> Sequence[PipelineStatus]:
@@ -224,6 +227,7 @@ class _Coordinators:
             given = (await ask_all(self._handle, PipelineStatus, "status", timeout_s=ANSWER_S)).given
         except (NotReadyError, RayError, RayServeException):
             return ()
+        self._on_look(given)
         for status in given:
             if status.name not in self._actors:
                 with suppress(ValueError):  # it has just died

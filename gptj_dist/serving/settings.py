@@ -16,7 +16,7 @@ from gptj_dist.checkpoint.hub import model_name
 from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig, refuse_unknown_keys
 from gptj_dist.errors import ConfigurationError, excerpt, one_line
 from gptj_dist.logs import LogFormat, LogLevel
-from gptj_dist.serving.adapters import AdapterTable, given_adapters
+from gptj_dist.serving.adapters import GivenAdapters, given_adapters
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
 
@@ -61,7 +61,7 @@ class AppConfig:
     log_prompts: bool = False
     drain_s: float = DEFAULT_DRAIN_S
     resumable: bool = False
-    adapters: AdapterTable = AdapterTable()  # noqa: RUF009  # frozen
+    adapters: GivenAdapters = ()
     adapter_dir: str | None = None
 
     def __post_init__(self) -> None:

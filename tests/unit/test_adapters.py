@@ -237,6 +237,6 @@ def test_settings_name_adapters_as_vllms_do(tmp_path: Path) -> None:
             _lora_modules(wrong)
     path = write_lora(tmp_path, CONFIG, layers=(0,))
     config = parse_settings({"model": "demo", "adapters": {"poet": str(path)}})
-    assert dict(config.adapters.sources) == {"poet": open_adapter(path).source()}
+    assert dict(config.adapters) == {"poet": open_adapter(path).source()}
     with pytest.raises(CheckpointError, match="there is no adapter"):
         parse_settings({"model": "demo", "adapters": {"poet": str(tmp_path / "none")}})

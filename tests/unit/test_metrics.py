@@ -67,6 +67,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         back_in_s=0.0,
         recovery_time=histogram(1500, 500),
         start_s=4.0,
+        adapter_digest="",
     )
 
 
