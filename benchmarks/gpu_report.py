@@ -6,7 +6,8 @@
 First runs `tests/gpu`, which also needs pytest, transformers and tokenizers. Then makes a model of GPT-J-6B's shape
 with random weights on the device, and times a prompt and decode steps. Each time is compared with the device's limit:
 the larger of the time to read weights, keys and values at the rate of a large copy or sum, and the time to compute at
-the rate of a large matrix product. Both rates are measured beforehand.
+the rate of a large matrix product. Both rates are measured beforehand. Last it times the product of the largest matrix
+with weights of the type, of 8 and of 4 bits.
 
 The report takes at most `--budget-s` seconds; cases that did not start in time are listed in `skipped`. Prints a
 Markdown table for `docs/performance.md`. The last line on standard output is one JSON document.
@@ -35,7 +36,10 @@ from gptj_dist.model.block_cache import BlockCache
 from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
 from gptj_dist.model.kv_cache import make_cache
+from gptj_dist.model.linear import Linear, make_linear
+from gptj_dist.model.quantized import make_quantized_linear, quantize
 from gptj_dist.planning.cost import Chunks, step_work
+from gptj_dist.quantization import BITS_OF
 from gptj_dist.sizes import ceil_div
 
 SHAPES = {
@@ -167,7 +171,29 @@ def measure(
             "limit_tokens_per_s": chunks.num_rows / limit_s,
             "share_of_limit": limit_s / step_s,
         }
+    del model  # its memory
+    report["products"] = measure_products(config, DTYPES[dtype], device, batches, budget)
     return report
+
+
+@torch.inference_mode()
+def measure_products(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, batches: Sequence[int], budget: Budget
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a product [vocab_size, d_model], by the kind of its weights and the number of rows."""
+    weight = torch.randn(config.vocab_size, config.d_model, device=device) * WEIGHT_STD
+    linears: dict[str, Linear] = {str(dtype).removeprefix("torch."): make_linear(weight.to(dtype), None)}
+    for name, bits in BITS_OF.items():
+        linears[name] = make_quantized_linear(quantize(weight, bits), None, dtype)
+    rows = torch.randn(max(batches), config.d_model, device=device).to(dtype)
+    return {
+        name: {
+            f"B={batch}": 1000 * time_of(partial(linear, rows[:batch]), device)
+            for batch in batches
+            if budget.allows_a_case()
+        }
+        for name, linear in linears.items()
+    }
 
 
 def largest_model(
@@ -285,6 +311,10 @@ def markdown(report: dict[str, Any]) -> str:
         rate, limit = figures["tokens_per_s"], figures["limit_tokens_per_s"]
         rows.append(f"| {name} | {rate:.0f} | {limit:.0f} | {figures['share_of_limit']:.2f} |")
     rows += [f"| {name} | {reason} | | |" for name, reason in report["skipped"].items()]
+    rows += ["", "| product | weights | ms |", "|---|---|---|"]
+    rows += [
+        f"| {batch} | {name} | {ms:.3g} |" for name, times in report["products"].items() for batch, ms in times.items()
+    ]
     return "\n".join(rows)
 
 

@@ -17,6 +17,9 @@ INT4_GROUP = 64
 QUANT_METHOD = "gptj-dist"
 """What `config.json` says of a checkpoint whose weights we quantised."""
 
+MAX_LOW_BIT_ROWS = 64
+"""Rows of a step up to which a GPU multiplies with the bits. For more, it makes numbers of them in its memory first."""
+
 WHOLE_ROW = -1
 """The group of columns that share a scale, where that is a whole row."""
 

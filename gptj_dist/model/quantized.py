@@ -139,10 +139,16 @@ def make_quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: t
         bias: [out_features], of the type of `dtype`, or None for none.
         dtype: of the rows that it is given, and of the result.
     """
-    library = load_low_bit_library() if weight.values.is_cpu and dtype in ELEMENTS else None
+    parts = (weight.bits, weight.values, weight.scales, weight.offsets, bias)
+    if weight.values.is_cuda:
+        from gptj_dist.model.low_bit_triton import TritonLowBitLinear, can_multiply
+
+        many = DequantizingLinear(weight, bias, dtype)
+        return TritonLowBitLinear(many, *parts) if can_multiply(weight.bits, weight.group) else many
+    library = load_low_bit_library() if dtype in ELEMENTS else None
     if library is None or not has_groups(weight.shape[1], weight.group):
         return DequantizingLinear(weight, bias, dtype)
-    return NativeLowBitLinear(library, weight.bits, weight.values, weight.scales, weight.offsets, bias, dtype)
+    return NativeLowBitLinear(library, *parts, dtype)
 
 
 class DequantizingLinear:

@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, ModelConfig
 from gptj_dist.planning.devices import DeviceSpec
-from gptj_dist.quantization import INT4_GROUP, Bits
+from gptj_dist.quantization import INT4_GROUP, MAX_LOW_BIT_ROWS, Bits
 
 TILE_ROWS = 8
 """Rows of a chunk that a CPU attends for at a time (see `model.native`). A single row is computed by itself."""
@@ -143,8 +143,9 @@ def step_work(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: De
     # Without the embedding, and without the head if nothing is sampled.
     streamed_range = replace(layers, stage=1, num_stages=2 if num_samples else 3)
     streamed = layer_matrices + model.embedding_parameters * (num_samples > 0)
-    # A GPU makes numbers of the bits in its memory, and reads those.
-    num_made = sum(count for count, _ in _quantized(model, streamed_range)) * (kind == "cuda")
+    # For many rows a GPU makes numbers of the bits in its memory, and reads those.
+    makes_numbers = kind == "cuda" and num_rows > MAX_LOW_BIT_ROWS
+    num_made = sum(count for count, _ in _quantized(model, streamed_range)) * makes_numbers
     return Work(
         num_layers=layers.num_layers,
         weight_bytes=(streamed + 2 * num_made) * DTYPE_BYTES[dtype] - _saved_bytes(model, streamed_range, dtype),

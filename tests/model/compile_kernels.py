@@ -18,12 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gptj_dist.model import kernels
+from gptj_dist.model import kernels, low_bit_triton
 from gptj_dist.model.paged_attention import Grain
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NUMBERS = {"row_stride": "i32", "table_width": "i32", "scale": "fp32"}
-FLOAT32 = {"queries", "cos", "sin", "split_sums", "split_weights"}
+NUMBERS = dict.fromkeys(("row_stride", "table_width", "num_rows", "num_columns", "depth"), "i32") | {"scale": "fp32"}
+FLOAT32 = {"queries", "cos", "sin", "split_sums", "split_weights", "scales", "offsets"}
 HEADS = {"HEADS": 16, "DIM": 256, "WIDTH": 256}
 TRITONS_WARPS, TRITONS_STAGES = 4, 3
 """Triton's defaults."""
@@ -56,16 +56,24 @@ class Launch:
     def _type_of(self, name: str, dtype: str) -> str:
         if name in self.constants:
             return "constexpr"
-        if name in {"heads", "keys", "values", "out"}:
+        if name == "values" and "BITS" in self.constants:
+            return "*i8" if self.constants["BITS"] == 8 else "*u8"
+        if name in {"heads", "keys", "values", "out", "x", "bias"}:
             return f"*{dtype}"
         return NUMBERS.get(name, "*fp32" if name in FLOAT32 else "*i32")
 
 
 def launches(grain: Grain) -> list[Launch]:
-    """The launches of all kernels, of `attend_row` with and without splits."""
+    """The launches of all kernels: of `attend_row` with and without splits, of products of one row and of many."""
     row = {**HEADS, "BLOCK": 16, "TILE": grain.lone_tile_keys}
     tile = {**HEADS, "BLOCK": 16, "ROWS": grain.tile_rows, "TILE": grain.tile_keys}
+    product = {"HAS_OFFSETS": 0, "HAS_BIAS": 1, "COLUMNS": low_bit_triton.COLUMNS}
     return [
+        *(
+            Launch(low_bit_triton.multiply_low_bit, {**product, "BITS": bits, "TILES": 1, "TILE": tile, "ROWS": rows})
+            for bits, tile in ((8, 128), (4, 64))
+            for rows in (1, 64)
+        ),
         Launch(kernels.store_heads, {**HEADS, "PAIRS": 32, "BLOCK": 16}, num_warps=1),
         Launch(kernels.attend_row, {**row, "SPLITS": 1}),
         Launch(kernels.attend_row, {**row, "SPLITS": 32}),

@@ -42,6 +42,8 @@ def test_the_gpu_report_ends_in_a_table_and_a_document() -> None:
             figures["tokens_per_s"] / figures["limit_tokens_per_s"], rel=1e-3
         )
     assert document["skipped"] == {}
+    assert document["products"].keys() == {"float32", "int8", "int4"}
+    assert all(times.keys() == {"B=1", "B=2"} for times in document["products"].values())
     assert document["bytes_per_s"] > 0 < document["flop_per_s"]
 
 
@@ -75,5 +77,8 @@ def test_the_gpu_report_drops_batches_that_the_memory_is_too_small_for(monkeypat
 def test_what_the_gpu_report_left_out_is_in_its_table() -> None:
     report: dict[str, Any] = {"dtype": "bfloat16", "context": 512, "bytes_per_s": 4.3e12, "flop_per_s": 8e14}
     case = {"step_ms": 4.0, "tokens_per_s": 250.0, "limit_tokens_per_s": 361.0, "share_of_limit": 0.6925}
+    report["products"] = {"int4": {"B=1": 0.03456}}
     table = markdown({**report, "cases": {"decode B=1": case}, "skipped": {"decode B=8": "no time"}})
-    assert table.splitlines()[2:] == ["| decode B=1 | 250 | 361 | 0.69 |", "| decode B=8 | no time | | |"]
+    rows = table.splitlines()
+    assert rows[2:4] == ["| decode B=1 | 250 | 361 | 0.69 |", "| decode B=8 | no time | | |"]
+    assert rows[-1] == "| B=1 | int4 | 0.0346 |"

@@ -25,9 +25,11 @@ from gptj_dist.planning.forecast import (
     num_running,
 )
 from gptj_dist.planning.partition import layer_ranges
+from gptj_dist.quantization import Quantization
 
 GPTJ_6B = ModelConfig(50400, 28, 4096, 16, 64, 16384, 2048, (50256,), "float16")
 SIX_B = Workload(GPTJ_6B, "float16", 2048)
+INT4 = GPTJ_6B.quantized(Quantization.of_stages((28,), (4,)))
 
 
 def pipeline(*devices: DeviceSpec, layers: tuple[int, ...] = (28,)) -> tuple[PlannedStage, ...]:
@@ -100,6 +102,14 @@ def test_a_cpu_does_one_thing_after_the_other_and_a_gpu_all_at_once() -> None:
     assert step_s(cpu, "bfloat16", work) == pytest.approx(0.01 + 1 + (1 + 4) + (3 + 2) + 0.1)
     assert step_s(cpu, "float32", work) == pytest.approx(0.01 + 1 + (1 + 4) + (30 + 2) + 0.1)
     assert step_s(replace(cpu, kind="cuda"), "float16", work) == pytest.approx(0.01 + 5 + 0.1)
+
+
+def test_a_gpu_reads_the_bits_for_few_rows_and_makes_numbers_of_them_for_many() -> None:
+    layers = LayerRange(0, 1, 0, 28)
+    whole, int4 = (step_work(model, layers, "float16", "cuda", decode_step(SIX_B, 64)) for model in (GPTJ_6B, INT4))
+    assert 0.25 < int4.weight_bytes / whole.weight_bytes < 0.3
+    many = step_work(INT4, layers, "float16", "cuda", decode_step(SIX_B, 65))
+    assert many.weight_bytes > 2 * whole.weight_bytes
 
 
 def test_what_is_known_of_other_layers_is_still_so() -> None:
