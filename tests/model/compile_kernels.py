@@ -18,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gptj_dist.model import kernels, low_bit_triton
+from gptj_dist.model import kernels
+from gptj_dist.model.low_bit_kernels import multiply_low_bit
+from gptj_dist.model.low_bit_triton import COLUMNS
 from gptj_dist.model.paged_attention import Grain
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,10 +69,10 @@ def launches(grain: Grain) -> list[Launch]:
     """The launches of all kernels: of `attend_row` with and without splits, of products of one row and of many."""
     row = {**HEADS, "BLOCK": 16, "TILE": grain.lone_tile_keys}
     tile = {**HEADS, "BLOCK": 16, "ROWS": grain.tile_rows, "TILE": grain.tile_keys}
-    product = {"HAS_OFFSETS": 0, "HAS_BIAS": 1, "COLUMNS": low_bit_triton.COLUMNS}
+    product = {"HAS_OFFSETS": 0, "HAS_BIAS": 1, "COLUMNS": COLUMNS}
     return [
         *(
-            Launch(low_bit_triton.multiply_low_bit, {**product, "BITS": bits, "TILES": 1, "TILE": tile, "ROWS": rows})
+            Launch(multiply_low_bit, {**product, "BITS": bits, "TILES": 1, "TILE": tile, "ROWS": rows})
             for bits, tile in ((8, 128), (4, 64))
             for rows in (1, 64)
         ),
