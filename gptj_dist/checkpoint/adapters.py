@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from gptj_dist.checkpoint.headers import STORED_DTYPES, TensorHeader, listing
-from gptj_dist.checkpoint.index import LM_HEAD_WEIGHT, WTE
+from gptj_dist.checkpoint.index import LM_HEAD_BIAS, LM_HEAD_WEIGHT, WTE
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.params import AdapterSource
 
-Place: TypeAlias = Literal["q", "k", "v", "out", "fc_in", "fc_out", "hidden", "wte", "final", "lm_head"]
+Place: TypeAlias = Literal["norm", "q", "k", "v", "out", "fc_in", "fc_out", "hidden", "wte", "final", "lm_head"]
 
 _HASHED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterPart:
-    """A change of one place: two low-rank matrices, or a vector.
+    """A change of one place: two low-rank matrices, a vector, or a matrix in place of the model's.
 
     Args:
         place: see `model.adapters.Place`.
@@ -34,7 +34,10 @@ class AdapterPart:
         scale: multiplies the change.
         a, b: [r, inputs] and [outputs, r]; None for a vector.
         vector: [outputs]; None for matrices.
+        replaces_bias: whether the model's bias is taken away. The vector, if there is one, is the new bias then.
         magnitude: [outputs], of DoRA: the norms that the rows of weight and change together are given.
+        weight: the new one, of the shape of the model's. With DoRA it must be the model's.
+        token_ids: whose rows of the embedding `weight` holds; None for all.
     """
 
     place: Place
@@ -44,7 +47,10 @@ class AdapterPart:
     a: TensorHeader | None = None
     b: TensorHeader | None = None
     vector: TensorHeader | None = None
+    replaces_bias: bool = False
     magnitude: TensorHeader | None = None
+    weight: TensorHeader | None = None
+    token_ids: tuple[int, ...] | None = None
 
     def is_on(self, layers: LayerRange) -> bool:
         """Whether a stage has the place."""
@@ -55,7 +61,7 @@ class AdapterPart:
     @property
     def tensors(self) -> list[TensorHeader]:
         """Those that it has."""
-        return [header for header in (self.a, self.b, self.vector, self.magnitude) if header is not None]
+        return [header for header in (self.a, self.b, self.vector, self.magnitude, self.weight) if header is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +109,29 @@ def check_adapter(adapter: StoredAdapter, config: ModelConfig) -> None:
     Raises:
         CheckpointError: names every tensor of another shape or of an unreadable dtype, or of a layer that is not there.
     """
-    problems: Mapping[str, list[str]] = {"misshapen": [], "unreadable": [], f"beyond n_layer {config.num_layers}": []}
-    misshapen, unreadable, beyond = problems.values()
+    problems: Mapping[str, list[str]] = {
+        "misshapen": [],
+        "unreadable": [],
+        f"beyond n_layer {config.num_layers}": [],
+        "rows of other tokens, or of tied embeddings": [],
+    }
+    misshapen, unreadable, beyond, stray = problems.values()
     for part in adapter.parts:
         if part.layer is not None and part.layer >= config.num_layers:
             beyond.append(part.name)
             continue
         num_inputs, num_outputs = _widths(part.place, config)
+        weight_shape = (num_outputs, num_inputs)
+        if part.place == "wte":
+            weight_shape = (num_inputs if part.token_ids is None else len(part.token_ids), num_outputs)
+        if part.token_ids and (config.has_tied_embeddings or max(part.token_ids) >= config.vocab_size):
+            stray.append(part.name)
         for label, header, wanted in (
             ("A", part.a, None if part.a is None else (part.a.shape[0], num_inputs)),
             ("B", part.b, None if part.a is None else (num_outputs, part.a.shape[0])),
             ("", part.vector, (num_outputs,)),
             ("magnitude", part.magnitude, (num_outputs,)),
+            ("", part.weight, weight_shape),
         ):
             if header is None or wanted is None:
                 continue
@@ -132,6 +149,13 @@ def weight_name(part: AdapterPart, config: ModelConfig) -> str:
         return WTE if part.place == "wte" or config.has_tied_embeddings else LM_HEAD_WEIGHT
     module = f"mlp.{part.place}" if part.place.startswith("fc") else f"attn.{part.place}_proj"
     return f"transformer.h.{part.layer}.{module}.weight"
+
+
+def bias_name(part: AdapterPart) -> str:
+    """The checkpoint's name of the bias that a part replaces."""
+    if part.layer is None:
+        return LM_HEAD_BIAS if part.place == "lm_head" else "transformer.ln_f.bias"
+    return f"transformer.h.{part.layer}.{'ln_1' if part.place == 'norm' else f'mlp.{part.place}'}.bias"
 
 
 def _widths(place: Place, config: ModelConfig) -> tuple[int, int]:

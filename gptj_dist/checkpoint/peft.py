@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from gptj_dist.errors import CheckpointError, excerpt
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-_HONOURED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "use_dora"}
+_HONOURED = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "modules_to_save",
+    "trainable_token_indices",
+}  # fmt: skip
 
 _WITHOUT_EFFECT = {
     # Which tensors there are says the same.
@@ -30,18 +34,33 @@ _WITHOUT_EFFECT = {
     "eva_config", "qalora_group_size",
 }  # fmt: skip
 
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base model as it is. Others change it, and would have to change it here.
-"""
+_VALUES: Mapping[str, Sequence[Any]] = {
+    # Others change the base model, and would have to change it here.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "bias": ("none", "all", "lora_only"),
+}
+"""Values of fields of which only some are honoured, beside those that turn a field off."""
 
 _MODULE = re.compile(
-    r"(?:^|\.)transformer\.(?:h\.(?P<layer>\d{1,4})\.(?:attn\.(?P<proj>q|k|v|out)_proj|mlp\.(?P<mlp>fc_in|fc_out))|wte)$"
-    r"|(?:^|\.)lm_head$"
+    r"(?:^|\.)(?:transformer\.(?:h\.(?P<layer>\d{1,4})\."
+    r"(?:attn\.(?P<proj>q|k|v|out)_proj|mlp\.(?P<mlp>fc_in|fc_out)|ln_1)|wte|ln_f)|lm_head)$"
 )
+_PLACES: Mapping[str, Place] = {"wte": "wte", "lm_head": "lm_head", "ln_1": "norm", "ln_f": "final"}
+"""By the ends of modules' names, those that are no layer's matrix."""
+_WITH_BIAS: Sequence[Place] = ("fc_in", "fc_out", "lm_head", "norm", "final")
+
 _TENSOR = re.compile(
-    r"^(?P<module>.*?)\.(?P<kind>lora_embedding_A|lora_embedding_B|lora_A|lora_B|lora_magnitude_vector)"
-    r"(?:\.(?!weight$|bias$)\w+)?(?:\.(?P<end>weight|bias))?$"
+    r"^(?P<module>.*?)\.(?:"
+    r"(?P<kind>lora_embedding_A|lora_embedding_B|lora_A|lora_B|lora_magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)\w+)?(?:\.(?P<end>weight|bias))?"
+    r"|(?:(?:base_layer|modules_to_save)\.)?(?:default\.)?(?P<whole>weight|bias)"
+    r"|token_adapter\.(?P<rows>trainable_tokens_delta)(?:\.default)?"
+    r")$"
 )
+_WHOLE = {"weight", "bias", "rows"}
+"""Kinds of tensors that replace the model's."""
+_UNUSED = ".original_module."
+"""In the names of tensors of the base model that `modules_to_save` has replaced."""
 
 _MAX_PATTERNS, _MAX_PATTERN_CHARS, _MAX_MODULE_CHARS = 1024, 200, 200
 _SLOW_PATTERN = re.compile(r"\)[*+?{]|(?:[*+?{].*){3}", re.DOTALL)
@@ -78,8 +97,7 @@ def _require_supported(directory: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name in _HONOURED or name in _WITHOUT_EFFECT:
             continue
-        is_plain = value in _PLAIN_INITS if name == "init_lora_weights" else value == "none" or _is_empty(value)
-        if not is_plain:
+        if not _is_empty(value) and value not in _VALUES.get(name, ("none",)):
             raise CheckpointError(f"{where}: {printable(name)} is {excerpt(value)}, which is not supported")
 
 
@@ -94,16 +112,39 @@ def _parts(path: Path, config: Mapping[str, Any]) -> tuple[AdapterPart, ...]:
     for name, header in read_stored_header(path).items():
         found = _TENSOR.match(name)
         is_short = found is not None and len(found["module"]) <= _MAX_MODULE_CHARS
+        if _UNUSED in name:
+            continue
         if found is None or not is_short or _MODULE.search(found["module"]) is None:
             unknown.append(name)
             continue
-        kind = found["kind"].removeprefix("lora_").removeprefix("embedding_")
-        modules.setdefault(found["module"], {})["bias" if found["end"] == "bias" else kind] = header
+        modules.setdefault(found["module"], {})[_kind(found)] = header
     if unknown:
         raise CheckpointError(f"{path} holds tensors that change no known place of a GPT-J: {listing(unknown)}")
     if not modules:
         raise CheckpointError(f"{path} holds no tensors")
+    _require_replaced(path, modules, config)
     return tuple(part for module, tensors in modules.items() for part in _module_parts(path, module, tensors, config))
+
+
+def _kind(found: re.Match[str]) -> str:
+    """What a tensor is to its module: of LoRA A, B, "B bias" or magnitude_vector, or one of `_WHOLE`."""
+    if found["kind"] is None:
+        return "rows" if found["whole"] is None else found["whole"]
+    kind: str = found["kind"].removeprefix("lora_").removeprefix("embedding_")
+    return f"{kind} bias" if found["end"] == "bias" else kind
+
+
+def _require_replaced(path: Path, modules: Mapping[str, Mapping[str, TensorHeader]], config: Mapping[str, Any]) -> None:
+    """Checks that what `modules_to_save` and `trainable_token_indices` name is there."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{CONFIG_FILE}: modules_to_save must be a list of names, got {excerpt(names)}")
+    replaced = [f".{module}" for module, tensors in modules.items() if tensors.keys() & {"weight", "bias"}]
+    for name in names:
+        if not any(module.endswith(f".{name}") for module in replaced):
+            raise CheckpointError(f"{path} has no tensor of {excerpt(name)}, which modules_to_save names")
+    if config.get("trainable_token_indices") and not any("rows" in tensors for tensors in modules.values()):
+        raise CheckpointError(f"{path} has no rows of tokens, which trainable_token_indices names")
 
 
 def _module_parts(
@@ -111,11 +152,58 @@ def _module_parts(
 ) -> list[AdapterPart]:
     found = _MODULE.search(module)
     assert found is not None, "it has matched before"
-    a, b, bias, magnitude = (tensors.get(kind) for kind in ("A", "B", "bias", "magnitude_vector"))
+    layer = None if found["layer"] is None else int(found["layer"])
+    place: Place = found["proj"] or found["mlp"] or _PLACES[module.rpartition(".")[2]]  # type: ignore[assignment]
+    parts = _low_rank_parts(path, place, layer, module, tensors, config) if tensors.keys() - _WHOLE else []
+    if (weight := tensors.get("weight")) is not None:
+        if place in ("norm", "final"):
+            raise CheckpointError(f"{path}: a new weight of a LayerNorm ({printable(module)}) is not supported")
+        if "magnitude_vector" in tensors:
+            parts[0] = replace(parts[0], weight=weight)
+        else:
+            parts.append(AdapterPart(place, layer, f"{module} weight", 1.0, weight=weight))
+    if (rows := tensors.get("rows")) is not None:
+        if place != "wte":
+            raise CheckpointError(
+                f"{path}: trainable_token_indices of {printable(module)} is not supported, only of wte"
+            )
+        token_ids = _token_ids(config)
+        parts.append(AdapterPart(place, layer, f"{module} rows", 1.0, weight=rows, token_ids=token_ids))
+    if (bias := tensors.get("bias")) is not None:
+        if place not in _WITH_BIAS:
+            raise CheckpointError(f"{path} has a bias for {printable(module)}, which has none in a GPT-J")
+        parts.append(AdapterPart(place, layer, f"{module} bias", 1.0, vector=bias, replaces_bias=True))
+    return parts
+
+
+def _token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Those whose rows of the embedding are new."""
+    listed = config.get("trainable_token_indices")
+    if isinstance(listed, dict) and len(listed) == 1:
+        [listed] = listed.values()
+    token_ids = tuple(listed) if isinstance(listed, list) else ()
+    are_ids = bool(token_ids) and all(type(token_id) is int and token_id >= 0 for token_id in token_ids)
+    if not are_ids or len(set(token_ids)) < len(token_ids):
+        raise CheckpointError(
+            f"{CONFIG_FILE}: trainable_token_indices must list token ids, each once, of wte alone, "
+            f"got {excerpt(config.get('trainable_token_indices'))}"
+        )
+    return token_ids
+
+
+def _low_rank_parts(
+    path: Path,
+    place: Place,
+    layer: int | None,
+    module: str,
+    tensors: Mapping[str, TensorHeader],
+    config: Mapping[str, Any],
+) -> list[AdapterPart]:
+    a, b, bias, magnitude = (tensors.get(kind) for kind in ("A", "B", "B bias", "magnitude_vector"))
     if a is None or b is None:
         raise CheckpointError(f"{path}: {printable(module)} lacks {'lora_A' if a is None else 'lora_B'}")
-    layer = None if found["layer"] is None else int(found["layer"])
-    place: Place = found["proj"] or found["mlp"] or ("lm_head" if module.endswith("lm_head") else "wte")  # type: ignore[assignment]
+    if place in ("norm", "final"):
+        raise CheckpointError(f"{path}: {printable(module)} is a LayerNorm, which has no LoRA")
     if (magnitude is not None) != bool(config.get("use_dora")) or (magnitude is not None and place == "wte"):
         raise CheckpointError(f"{path}: {printable(module)} and use_dora contradict each other, or it is an embedding")
     rank = _number(config, "rank_pattern", "r", module)

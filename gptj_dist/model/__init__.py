@@ -15,4 +15,5 @@ __all__ = [
     "logprobs",
     "quantized",
     "sampler",
+    "weight_changes",
 ]

@@ -16,9 +16,9 @@ from torch import Tensor
 from gptj_dist.model.inputs import to_device
 from gptj_dist.model.linear import Linear, make_linear
 
-Place = Literal["q", "k", "v", "out", "fc_in", "fc_out", "hidden", "wte", "final", "lm_head"]
-"""What a change is added to: the result of a layer's product, a layer's output, the embedding, the output of the last
-LayerNorm, the logits."""
+Place = Literal["norm", "q", "k", "v", "out", "fc_in", "fc_out", "hidden", "wte", "final", "lm_head"]
+"""What a change is added to: the output of a layer's LayerNorm, the result of a layer's product, a layer's output, the
+embedding, the output of the last LayerNorm, the logits."""
 
 Spot = tuple[Place, int | None]
 """A place, and the layer if it is in one."""

@@ -80,6 +80,7 @@ class FusedLayer:
         """The same, where some rows have adapters."""
         rows, d_model = hidden.shape
         normed = self.norm(hidden)
+        changes.add("norm", hidden, normed, unchanged)
         qkv = self.qkv(normed)
         _add_to_heads(changes, normed, qkv, self.qkv)
         attend(qkv.view(rows, 3, self.num_heads, -1))
@@ -120,6 +121,7 @@ class JoinedLayer:
         """The same, where some rows have adapters."""
         rows, d_model = hidden.shape
         normed = self.norm(hidden)
+        changes.add("norm", hidden, normed, unchanged)
         fanned = self.fan_in(normed)
         inner = fanned[:, 3 * d_model :]
         _add_to_heads(changes, normed, fanned, self.fan_in)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gptj_dist.checkpoint.adapter_formats import open_fitting
 from gptj_dist.checkpoint.adapter_loader import read_tensor
-from gptj_dist.checkpoint.adapters import AdapterPart, weight_name
+from gptj_dist.checkpoint.adapters import AdapterPart, bias_name, weight_name
+from gptj_dist.checkpoint.index import plain_tensors
 from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.logs import values
@@ -28,6 +29,7 @@ from gptj_dist.model.adapters import (
     RowAdapter,
     VectorChange,
 )
+from gptj_dist.model.weight_changes import EmbeddingChange, WeightChange
 from gptj_dist.params import AdapterChoice, AdapterSource
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ MAX_KEPT_BYTES = 2 << 30
 """Of the adapters of a stage. Beyond it, those that were used least recently are dropped."""
 
 _Parts = tuple[tuple[AdapterPart, tuple[Tensor | None, ...]], ...]
-"""Parts, and the tensors a, b, vector and, of DoRA, gain of each."""
+"""Parts, and the tensors a, b, vector, DoRA's gain and difference of weights of each."""
 
 
 @dataclass(slots=True)
@@ -125,28 +127,54 @@ class StageAdapters:
         return held
 
     def _tensors(self, part: AdapterPart) -> tuple[Tensor | None, ...]:
-        a, b, vector, magnitude = (
-            None if header is None else read_tensor(header) for header in (part.a, part.b, part.vector, part.magnitude)
+        a, b, vector, magnitude, weight = (
+            None if header is None else read_tensor(header)
+            for header in (part.a, part.b, part.vector, part.magnitude, part.weight)
         )
-        if magnitude is None or a is None or b is None:
-            return a, b, vector, None
-        weight = torch.empty(b.shape[0], a.shape[1])
-        self._read_weight(weight_name(part, self._config), weight)
-        weight.addmm_(b.float(), a.float(), alpha=part.scale)
-        return a, b, vector, magnitude.float() / torch.linalg.vector_norm(weight, dim=1)
+        if part.replaces_bias:
+            vector = self._difference(bias_name(part), vector, None)
+        if weight is not None:
+            weight = self._difference(weight_name(part, self._config), weight, part.token_ids)
+        gain = None
+        if magnitude is not None and a is not None and b is not None:
+            if weight is not None:
+                raise CheckpointError(f"{part.name} has a new weight and DoRA, which is not supported")
+            whole = torch.empty(b.shape[0], a.shape[1])
+            self._read_weight(weight_name(part, self._config), whole)
+            whole.addmm_(b.float(), a.float(), alpha=part.scale)
+            gain = magnitude.float() / torch.linalg.vector_norm(whole, dim=1)
+        return a, b, vector, gain, weight
+
+    def _difference(self, name: str, new: Tensor | None, rows: Sequence[int] | None) -> Tensor | None:
+        """What a new tensor, or zero, has more than the checkpoint's of that name; None if it has nothing more.
+
+        Args:
+            rows: of the checkpoint's tensor that the new one has; None for all.
+        """
+        old = torch.empty(plain_tensors(self._config, self._layers)[name])
+        self._read_weight(name, old)
+        if rows is not None:
+            old = old[list(rows)]
+        difference = old.neg_() if new is None else old.neg_().add_(new)
+        return difference.to(self._dtype) if difference.any() else None
 
     def _made(self, parts: _Parts) -> Adapter:
         changes: dict[tuple[str, int | None], list[Change]] = defaultdict(list)
         for part, tensors in parts:
-            a, b, vector, gain = (
+            a, b, vector, gain, weight = (
                 None if tensor is None else tensor.to(self._device, self._dtype).contiguous() for tensor in tensors
             )
+            spot = changes[part.place, part.layer]
             if vector is not None:
-                changes[part.place, part.layer].append(VectorChange(vector * part.scale))
+                spot.append(VectorChange(vector * part.scale))
+            elif weight is not None and part.place == "wte":
+                spot.append(EmbeddingChange(weight, part.token_ids, self._config.vocab_size))
+            elif weight is not None:
+                spot.append(WeightChange(weight))
             elif a is not None and b is not None:
                 low_rank = LowRankChange(a, b, part.scale)
                 change: Change = low_rank if gain is None else DoraChange(low_rank, gain)
                 if part.place == "wte":
                     change = LowRankEmbedding(a, b, part.scale)
-                changes[part.place, part.layer].append(change)
+                spot.append(change)
         return Adapter(dict(changes))  # type: ignore[arg-type]

@@ -283,7 +283,10 @@ def _tokenizer_files(draw: DrawFn) -> bytes:
 # Adapters
 
 _LORA: Mapping[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 4}}
-_LORA_NAMES = (*_LORA, "rank_pattern", "use_rslora", "use_dora", "bias", "modules_to_save", "init_lora_weights", "new")
+_LORA_NAMES = (
+    *_LORA, "rank_pattern", "use_rslora", "use_dora", "bias", "modules_to_save", "trainable_token_indices",
+    "init_lora_weights", "new",
+)  # fmt: skip
 
 
 @cache

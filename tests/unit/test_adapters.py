@@ -59,8 +59,10 @@ def test_fields_that_change_the_arithmetic_are_honoured(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"bias": "all"},
+        {"bias": "some"},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": "lm_head"},
+        {"trainable_token_indices": [1, 2]},
         {"init_lora_weights": "pissa"},
         {"layer_replication": [[0, 4]]},
         {"alora_invocation_tokens": [1, 2]},
@@ -73,6 +75,48 @@ def test_other_fields_are_refused_by_name(tmp_path: Path, fields: dict[str, Any]
     [name] = fields
     with pytest.raises(CheckpointError, match=name):
         open_adapter(write_lora(tmp_path, CONFIG, layers=(0,), **fields))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "problem"),
+    [
+        ({"attn.q_proj.bias": 128}, {"bias": "all"}, r"has a bias for .*q_proj, which has none in a GPT-J"),
+        ({"ln_1.weight": 128}, {"modules_to_save": ["ln_1"]}, r"a new weight of a LayerNorm \(.*ln_1\) is not supp"),
+        ({"ln_1.bias": 127}, {"bias": "all"}, r"ln_1 bias is \[127\], not \[128\]"),
+        ({"mlp.fc_in.weight": (512, 127)}, {}, r"fc_in weight is \[512, 127\], not \[512, 128\]"),
+        ({"ln_1.lora_A.weight": (4, 128), "ln_1.lora_B.weight": (128, 4)}, {}, "is a LayerNorm, which has no LoRA"),
+    ],
+)
+def test_new_weights_and_biases_that_cannot_be_taken_are_refused(
+    tmp_path: Path, tensors: dict[str, Any], fields: dict[str, Any], problem: str
+) -> None:
+    path = write_lora(tmp_path, CONFIG, layers=(0,), **fields)
+    add_tensors(path, {f"base_model.model.transformer.h.0.{name}": shape for name, shape in tensors.items()})
+    with pytest.raises(CheckpointError, match=problem):
+        open_fitting(path, CONFIG)
+
+
+def test_rows_of_tokens_must_be_those_of_an_untied_embedding(tmp_path: Path) -> None:
+    path = write_lora(tmp_path, CONFIG, layers=(0,), trainable_token_indices={"wte": [5, 1]})
+    add_tensors(path, {"base_model.model.transformer.wte.token_adapter.trainable_tokens_delta": (2, 128)})
+    [*_, part] = open_fitting(path, CONFIG).parts
+    assert (part.place, part.token_ids) == ("wte", (5, 1))
+    for indices, problem in (
+        ([1, CONFIG.vocab_size], "rows of other tokens, or of tied embeddings: .*wte rows"),
+        ([1, 2, 3], r"is \[2, 128\], not \[3, 128\]"),
+        ([1, 1], "each once"),
+        ({"wte": [1], "lm_head": [1]}, "of wte alone"),
+    ):
+        with pytest.raises(CheckpointError, match=problem):
+            open_fitting(edit(path, trainable_token_indices=indices), CONFIG)
+    with pytest.raises(CheckpointError, match="tied embeddings: "):
+        open_fitting(edit(path, trainable_token_indices=[1, 2]), replace(CONFIG, has_tied_embeddings=True))
+
+
+def add_tensors(path: Path, shapes: dict[str, Any]) -> None:
+    """Adds tensors of ones to an adapter."""
+    file = path / "adapter_model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(shape) for name, shape in shapes.items()}, file)
 
 
 def test_pickled_adapters_and_names_of_training_are_read(tmp_path: Path) -> None:
