@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.params import AdapterSource, SamplingParams
+
+
+MAX_LISTED = 5
+"""Names of adapters in a message."""
+
+
+def listing(names: Iterable[str]) -> str:
+    """The first names in alphabetical order, and the number of the others: `'a', 'b' and 2 more`; or `none`."""
+    first = sorted(names)
+    shown = ", ".join(f"{name!r:.80}" for name in first[:MAX_LISTED]) or "none"
+    return shown if len(first) <= MAX_LISTED else f"{shown} and {len(first) - MAX_LISTED} more"
 
 
 def with_sources(params: SamplingParams, sources: Mapping[str, AdapterSource]) -> SamplingParams:
@@ -19,8 +30,6 @@ def with_sources(params: SamplingParams, sources: Mapping[str, AdapterSource]) -
         return params
     for choice in params.adapters:
         if choice.name not in sources:
-            loaded = ", ".join(map(repr, sorted(sources))) or "none"
-            raise InvalidRequestError(
-                f"no adapter {excerpt(choice.name)} is loaded; there is {loaded}"[:2000], "adapters"
-            )
+            message = f"no adapter {excerpt(choice.name)} is loaded; there is {listing(sources)}"
+            raise InvalidRequestError(message, "adapters")
     return replace(params, adapters=tuple(replace(choice, source=sources[choice.name]) for choice in params.adapters))

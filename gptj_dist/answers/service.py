@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from gptj_dist.answers.adapters import with_sources
+from gptj_dist.answers.adapters import listing, with_sources
 from gptj_dist.answers.answer import Answer, Form
 from gptj_dist.answers.choices import ChoicesForm, Head
 from gptj_dist.answers.completion import TextDelta, stream_text
@@ -209,7 +209,8 @@ class AnswerService:
         """Raises UnknownModelError if it is neither the model that is served here nor an adapter."""
         if name is not None and name not in self._model.names and name not in self._adapters:
             served = " and ".join(map(repr, self._model.names))
-            raise UnknownModelError(f"model {name!r:.200} is not served here; {served} is", "model")
+            adapters = f", and of adapters {listing(self._adapters)}" if self._adapters else ""
+            raise UnknownModelError(f"model {name!r:.200} is not served here; {served} is{adapters}", "model")
 
     def _name(self, asked: str | None, resumable: ResumableStream | None = None) -> str:
         """What an answer calls its model: the adapter that the request names as its model, or the model."""

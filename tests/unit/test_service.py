@@ -442,6 +442,17 @@ class TestModelCard:
         with pytest.raises(UnknownModelError):
             texts.model_card("gpt-4")
 
+    @pytest.mark.parametrize(
+        ("names", "told"),
+        [("b a", "of adapters 'a', 'b'"), ("g f e d c b a", "of adapters 'a', 'b', 'c', 'd', 'e' and 2 more")],
+    )
+    def test_where_it_is_unknown_the_adapters_that_there_are_are_named(self, names: str, told: str) -> None:
+        loaded = dict.fromkeys(names.split(), AdapterSource("/x", "1"))
+        texts = AnswerService(ServedModel(("demo",), TOKENIZER, (EOS,)), Script(), adapters=loaded)
+        with pytest.raises(UnknownModelError) as raised:
+            texts.model_card("gpt-4")
+        assert str(raised.value) == f"model 'gpt-4' is not served here; 'demo' is, and {told}"
+
     def test_it_is_that_of_the_settings_or_of_the_model(self) -> None:
         for setting, expected in ((None, 1024), (256, 256)):
             config = PipelineConfig("demo", max_model_len=setting)
