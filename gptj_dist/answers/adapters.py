@@ -8,7 +8,6 @@ from dataclasses import replace
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.params import AdapterSource, SamplingParams
 
-
 MAX_LISTED = 5
 """Names of adapters in a message."""
 

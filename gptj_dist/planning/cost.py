@@ -95,12 +95,14 @@ def weight_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> in
 def _saved_bytes(model: ModelConfig, layers: LayerRange, dtype: DTypeName) -> float:
     """What a stage's matrices of few bits take less than in the type."""
     matrices = _quantized(model, layers)
-    return sum(count * (DTYPE_BYTES[dtype] - _number_bytes(model, bits)) for count, bits in matrices)
+    return sum(count * (DTYPE_BYTES[dtype] - number_bytes(model, bits)) for count, bits in matrices)
 
 
-def _number_bytes(model: ModelConfig, bits: Bits) -> float:
-    """Bytes of a number of few bits, with its share of the scales and offsets."""
+def number_bytes(model: ModelConfig, bits: Bits | None) -> float:
+    """Bytes of a number of a matrix, with its share of scales and offsets; None stands for the checkpoint's type."""
     quantization = model.quantization
+    if bits is None:
+        return DTYPE_BYTES[model.dtype]
     if quantization is None or quantization.group is None:
         return QUANTIZED_BYTES[bits]
     return bits / 8 + (4 + 4 * quantization.has_offsets) / quantization.group_of(model.d_model, bits)

@@ -162,7 +162,8 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     if config.layers is not None:
         layers = explicit_partition(model, config.layers)
     else:
-        layers = plan_partition(model, config.num_stages)
+        even = plan_partition(model, config.num_stages)
+        layers = plan_partition(quantized_model(model, config, even), config.num_stages)
     max_model_len = config.max_model_len or model.context_length
     if max_model_len > model.context_length:
         raise ConfigurationError(f"max_model_len {max_model_len} exceeds the model's context of {model.context_length}")

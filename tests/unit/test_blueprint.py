@@ -369,3 +369,16 @@ def test_a_relative_path_becomes_absolute_so_that_processes_elsewhere_find_it(
         assert path.is_absolute()
         assert path.resolve() == resolve_model("demo").resolve()
     assert draw_blueprint(PipelineConfig("demo")).config.model == "demo"
+
+
+def test_the_cut_counts_the_bits_of_lm_head_and_layers(tmp_path: Path) -> None:
+    """`lm_head` has the size of a layer, and twice its bytes beside layers of 4 bits."""
+    model = replace(MODEL, vocab_size=12 * 64, num_layers=9, d_model=64, d_ff=256)
+    write_checkpoint(tmp_path, model)
+    shutil.copy(resolve_model(DEMO) / "tokenizer.json", tmp_path)
+    cuts = {
+        quantize: [each.num_layers for each in draw_blueprint(config).layers]
+        for quantize in (None, "int8", "int4")
+        for config in [PipelineConfig(str(tmp_path), stages=4, quantize=quantize)]
+    }
+    assert cuts == {None: [3, 2, 2, 2], "int8": [3, 2, 2, 2], "int4": [3, 3, 2, 1]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -17,6 +18,7 @@ from gptj_dist.planning.partition import (
     lm_head_cost_layers,
     plan_partition,
 )
+from gptj_dist.quantization import Bits, Quantization
 
 
 def make_model(num_layers: int, vocab_size: int = 50400, d_model: int = 4096) -> ModelConfig:
@@ -67,6 +69,16 @@ def test_a_cut_costs_what_its_slowest_stages_do() -> None:
 def test_a_large_lm_head_shortens_the_last_stage_only_as_far_as_prompts_bear_it() -> None:
     assert plan_partition(make_model(28, d_model=1024), 2) == (14, 14)  # 4.1 layers
     assert plan_partition(make_model(28, d_model=1024), 3) == (10, 10, 8)
+
+
+def test_an_lm_head_of_more_bits_than_the_layers_counts_for_more_of_them() -> None:
+    of_layer, of_head = 0.5 + 4 / 64, 1.0  # bytes of a number in int4, with scales, and of lm_head beside it
+    shares: dict[Bits, float] = {4: of_head / of_layer, 8: 1.0}
+    for bits, share in shares.items():
+        quantized = GPTJ_6B.quantized(Quantization.of_stages((28,), (bits,)))
+        assert lm_head_cost_layers(quantized) == pytest.approx(share * lm_head_cost_layers(GPTJ_6B))
+    left_alone = replace(GPTJ_6B, quantization=Quantization((8,) * 28, None, None))
+    assert lm_head_cost_layers(left_alone) == pytest.approx(4 * lm_head_cost_layers(GPTJ_6B))
 
 
 @pytest.mark.parametrize(
