@@ -1,7 +1,8 @@
 """Reads LM-Steer's steers: low-rank projections, or vectors, at the output of the last LayerNorm or at the logits.
 
 Han et al. 2024. A file holds several steers; each is an adapter, `FILE#0` the first. Its strength is LM-Steer's epsilon
-times the steer value. Stdlib only.
+times the steer value. `FILE#no-bias` takes away the bias of `lm_head`, which LM-Steer leaves out. It is an adapter of
+its own because the bias goes once, however many steers there are. Stdlib only.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from gptj_dist.errors import CheckpointError
 
 SUFFIXES = (".safetensors", ".bin", ".pt")
 
+_NO_BIAS = "no-bias"
 _KINDS = ({"projector1", "projector2"}, {"add_vec"}, {"offset_vec"})
 
 
-def split_steer(path: Path) -> tuple[Path, int]:
-    """The file, and the number behind `#`, or 0."""
+def split_steer(path: Path) -> tuple[Path, int | None]:
+    """The file, and the number behind `#`, or 0; None for that which takes the bias away."""
     name, _, number = path.name.partition("#")
+    if name and number == _NO_BIAS:
+        return path.with_name(name), None
     is_numbered = name and number.isascii() and number.isdigit() and len(number) < 6
     return (path.with_name(name), int(number)) if is_numbered else (path, 0)
 
@@ -41,12 +45,15 @@ def read_steer(path: Path) -> StoredAdapter:
     """One steer of a file.
 
     Args:
-        path: of the file, with `#` and the steer's number.
+        path: of the file, with `#` and the steer's number, or `#no-bias`.
 
     Raises:
         CheckpointError: the file is broken, or has no such steer.
     """
     file, number = split_steer(path)
+    if number is None:
+        part = AdapterPart("lm_head", None, "lm_head.bias", 1.0, replaces_bias=True)
+        return StoredAdapter(path, "LM-Steer without lm_head's bias", None, (part,), (file,))
     tensors = {name: _at(path, name, header, number) for name, header in read_stored_header(file).items()}
     return StoredAdapter(path, "LM-Steer", None, (_part(path, tensors),), (file,))
 

@@ -1,7 +1,7 @@
 """Reads the pickle of a PyTorch state dict as data. Runs none of it: it calls nothing and imports nothing.
 
 A pickle is a program for a stack machine (the opcodes are those of the standard library's `pickletools`). This machine
-implements only the few opcodes that `torch.save` writes for tensors, and its own versions of four global names. It
+implements only the few opcodes that `torch.save` writes for tensors, and its own versions of five global names. It
 refuses any other name that a pickle contains. Stdlib only; opens no files.
 """
 
@@ -82,16 +82,23 @@ class _Global:
 _ORDERED_DICT = _Global("collections", "OrderedDict")
 _REBUILD_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = _Global("torch._utils", "_rebuild_parameter")
+_NAMESPACE = _Global("argparse", "Namespace")
+"""The options of a command, which some programs save beside the tensors. Its values are dropped."""
 
 
 def read_state_dict(pickled: bytes) -> dict[str, PickledTensor]:
     """The tensors of a pickled state dict, by name; bytes after it are ignored.
 
+    It may be in a list, as its only mapping that is not empty.
+
     Raises:
-        UnsafePickleError: the pickle names anything but tensors, storages and ordered dicts.
+        UnsafePickleError: the pickle names anything but tensors, storages, ordered dicts and options of a command.
         MalformedPickleError: it is broken, or not a mapping from names to tensors.
     """
     content = _run(pickled)
+    if isinstance(content, list):
+        mappings = [item for item in content if isinstance(item, dict) and item]
+        content = mappings[0] if len(mappings) == 1 else content
     if not isinstance(content, dict):
         raise MalformedPickleError(f"it holds a {type(content).__name__}, not a mapping from names to tensors")
     for name, value in content.items():
@@ -172,7 +179,9 @@ class _Machine:
             case "REDUCE":
                 arguments = _expect(stack.pop(), tuple)
                 stack.append(_call(stack.pop(), arguments))
-            case "BUILD":  # of an OrderedDict: its `_metadata`, versions of modules
+            case "NEWOBJ" if stack[-2:] == [_NAMESPACE, ()]:
+                stack[-2:] = [{}]
+            case "BUILD":  # of an OrderedDict: its `_metadata`, versions of modules; of a Namespace: its values
                 stack.pop()
                 _expect(stack[-1], dict)
             case "INST" | "OBJ" | "NEWOBJ" | "NEWOBJ_EX" | "EXT1" | "EXT2" | "EXT4":
@@ -189,7 +198,7 @@ class _Machine:
 def _known_global(module: str, name: str) -> _Global:
     found = _Global(module, name)
     is_storage = module == "torch" and name in _STORAGE_CODES
-    if not is_storage and found not in (_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER):
+    if not is_storage and found not in (_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, _NAMESPACE):
         raise UnsafePickleError(_shortened(f"{module}.{name}"))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Parameter
 
 from examples.adapters import main
 from gptj_dist import LLM, AdapterChoice, SamplingParams
@@ -171,7 +173,8 @@ def test_lm_steers_equal_their_formula(base: Path, model: Model, tmp_path: Path)
     noise = torch.Generator().manual_seed(6)
     first, second = (torch.randn(3, CONFIG.d_model, 5, generator=noise) for _ in range(2))
     steers = tmp_path / "steers.bin"
-    torch.save({"projector1": first, "projector2": second}, steers)
+    parameters = {"projector1": Parameter(first), "projector2": Parameter(second)}
+    torch.save([Namespace(epsilon=1e-3, model_name="gpt-j", steer_values=[1.0]), parameters, 10_000], steers)
     steer = chosen(Path(f"{steers}#1"), CONFIG, strength=0.01)
     [file] = base.glob("*.safetensors")
     head = load_file(file)["lm_head.weight"]
@@ -186,6 +189,14 @@ def test_lm_steers_equal_their_formula(base: Path, model: Model, tmp_path: Path)
         assert torch.allclose(of_steer.logits[key], row, rtol=0, atol=1e-4)
     with pytest.raises(CheckpointError, match="there are 3 steers"):
         chosen(Path(f"{steers}#3"), CONFIG)
+    without_bias = add_to(base, tmp_path / "without", {"lm_head.bias": -load_file(file)["lm_head.bias"]})
+    expected = Model(str(without_bias)).run({0: Work(PROMPT, replace(GREEDY, adapters=(steer,)))})
+    adapters = (steer, chosen(Path(f"{steers}#no-bias"), CONFIG))
+    run = model.run({0: Work(PROMPT, replace(GREEDY, adapters=adapters))}, layers=(2, 2))
+    assert run.token_ids == expected.token_ids
+    for key, row in expected.logits.items():
+        assert torch.allclose(run.logits[key], row, rtol=0, atol=1e-4)
+        assert not torch.allclose(of_steer.logits[key], row, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("layer_kind", ["packed", "plain"])

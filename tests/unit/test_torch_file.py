@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import subprocess
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,7 @@ FORMS: dict[str, tuple[Callable[[State], Any], dict[str, Any]]] = {
     "a younger pickle protocol": (lambda state: state, {"pickle_protocol": 4}),
     "transposed tensors": (_transposed, {}),
     "views of one storage": (_in_one_storage, {}),
+    "a list with the options of a command": (lambda state: [Namespace(lr=0.1, seeds=[1], name=None), state, 3], {}),
     "names without prefix": (lambda state: {n.removeprefix("transformer."): t for n, t in state.items()}, {}),
 }
 
@@ -223,6 +225,7 @@ def test_pickle_that_would_run_code_is_refused_by_name_and_not_run(
         b"\x80\x02(cos\nsystem\no.",
         b"\x80\x02\x82\x01.",
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)\x81.",
+        b"\x80\x02cargparse\nNamespace\nK\x01\x85\x81.",
     ],
 )
 def test_every_instruction_that_calls_or_imports_is_refused(tmp_path: Path, code: bytes) -> None:
@@ -261,6 +264,7 @@ def test_pickle_that_was_cut_off_while_downloading_says_how_much_is_needed(tmp_p
     [
         ({"model": {"transformer.wte.weight": torch.zeros(2)}}, "'model' is no tensor"),
         ([torch.zeros(2)], "it holds a list"),
+        ([{"a": torch.zeros(2)}, {"a": torch.zeros(2)}], "it holds a list"),
         ({"epoch": 3}, "'epoch' is no tensor"),
     ],
 )
