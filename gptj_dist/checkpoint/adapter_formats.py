@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptj_dist.checkpoint.adapters import StoredAdapter, check_adapter
-from gptj_dist.checkpoint.control_vectors import is_gguf, read_control_vector
+from gptj_dist.checkpoint.control_vectors import is_directions, is_gguf, read_control_vector, read_directions
 from gptj_dist.checkpoint.edits import SUFFIXES, read_edits
 from gptj_dist.checkpoint.headers import printable
 from gptj_dist.checkpoint.lm_steer import is_steer, read_steer, split_steer
@@ -14,8 +14,8 @@ from gptj_dist.config import ModelConfig
 from gptj_dist.errors import CheckpointError
 
 FORMS = (
-    f"a directory with {CONFIG_FILE} (LoRA), a {' or '.join(SUFFIXES)} file of edits, a .gguf file of a control "
-    "vector, or a file of LM-Steer's"
+    f"a directory with {CONFIG_FILE} (LoRA), a {' or '.join(SUFFIXES)} file of edits, a .gguf or "
+    ".safetensors file of a control vector, or a file of LM-Steer's"
 )
 
 
@@ -36,6 +36,8 @@ def open_adapter(path: Path) -> StoredAdapter:
         return read_peft(path)
     if path.is_file() and is_gguf(path):
         return read_control_vector(path)
+    if path.is_file() and is_directions(path):
+        return read_directions(path)
     if file.is_file() and is_steer(file):
         return read_steer(path)
     if path.is_file() and path.suffix in SUFFIXES:

@@ -38,6 +38,7 @@ class AdapterPart:
         magnitude: [outputs], of DoRA: the norms that the rows of weight and change together are given.
         weight: the new one, of the shape of the model's. With DoRA it must be the model's.
         token_ids: whose rows of the embedding `weight` holds; None for all.
+        position: of the only token of a sequence that is changed; None for all.
     """
 
     place: Place
@@ -51,6 +52,7 @@ class AdapterPart:
     magnitude: TensorHeader | None = None
     weight: TensorHeader | None = None
     token_ids: tuple[int, ...] | None = None
+    position: int | None = None
 
     def is_on(self, layers: LayerRange) -> bool:
         """Whether a stage has the place."""

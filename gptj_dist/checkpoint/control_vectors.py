@@ -1,6 +1,8 @@
-"""Reads control vectors in the gguf form of repeng and llama.cpp: a direction that is added behind a layer.
+"""Reads control vectors: directions that are added behind layers.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Stdlib only.
+They are in the gguf form of repeng and llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), or in
+safetensors with the same names, which may also hold one direction for each of a sequence's first positions, as
+activation addition has them (Turner et al. 2023). Stdlib only.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ import io
 import math
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from gptj_dist.checkpoint.adapters import AdapterPart, StoredAdapter
 from gptj_dist.checkpoint.headers import ELEMENT_BYTES, MAX_DIMENSIONS, TensorHeader, listing, one_line, printable
+from gptj_dist.checkpoint.index import read_stored_header
 from gptj_dist.errors import CheckpointError, excerpt
 
 MAGIC = b"GGUF"
@@ -24,6 +28,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _DTYPES = {0: "F32", 1: "F16", 30: "BF16"}
 _MAX_ENTRIES, _MAX_TEXT_BYTES, _MAX_ALIGNMENT = 4096, 1 << 16, 1 << 16
+_MAX_POSITIONS = 128
 _DIRECTION = re.compile(r"^direction\.(\d{1,4})$")
 
 
@@ -34,6 +39,42 @@ def is_gguf(path: Path) -> bool:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
+
+
+def is_directions(path: Path) -> bool:
+    """Whether a file is a safetensors of directions alone."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        names = read_stored_header(path)
+    except CheckpointError:
+        return False
+    return bool(names) and all(map(_DIRECTION.match, names))
+
+
+def read_directions(path: Path) -> StoredAdapter:
+    """The directions in a safetensors file: [d_model] for all positions, or [positions, d_model] for the first ones.
+
+    Raises:
+        CheckpointError: it is broken, or has too many positions.
+    """
+    parts: list[AdapterPart] = []
+    for name, header in read_stored_header(path).items():
+        layer = int(name.removeprefix("direction."))
+        if len(header.shape) != 2:
+            parts.append(AdapterPart("hidden", layer, name, 1.0, vector=header))
+            continue
+        num_positions, width = header.shape
+        if num_positions > _MAX_POSITIONS:
+            raise CheckpointError(f"{path}: {name} has {num_positions} positions, {_MAX_POSITIONS} are served")
+        num_bytes = header.num_bytes // max(num_positions, 1)
+        for position in range(num_positions):
+            offset = header.offset_bytes + position * num_bytes
+            row = replace(header, shape=(width,), offset_bytes=offset, num_bytes=num_bytes)
+            parts.append(AdapterPart("hidden", layer, name, 1.0, vector=row, position=position))
+    if not parts:
+        raise CheckpointError(f"{path} holds no directions")
+    return StoredAdapter(path, "control vector", None, tuple(parts), (path,))
 
 
 def read_control_vector(path: Path) -> StoredAdapter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,21 @@ logger = logging.getLogger(__name__)
 MAX_KEPT_BYTES = 2 << 30
 """Of the adapters of a stage. Beyond it, those that were used least recently are dropped."""
 
-_Parts = tuple[tuple[AdapterPart, tuple[Tensor | None, ...]], ...]
+_Parts = Sequence[tuple[AdapterPart, tuple[Tensor | None, ...]]]
 """Parts, and the tensors a, b, vector, DoRA's gain and difference of weights of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRows:
+    """Rows of a micro-batch that are consecutive tokens of one request.
+
+    Args:
+        start: position of the first token in its sequence.
+    """
+
+    rows: range
+    start: int
+    adapters: Sequence[AdapterChoice]
 
 
 @dataclass(slots=True)
@@ -46,12 +59,13 @@ class _Held:
     """An adapter as it was read, and after its first use as it is computed with.
 
     Args:
-        parts: empty once `adapter` is made.
+        parts: empty once `adapters` are made.
+        adapters: what it is at the first positions of a sequence, one after another, and last at all others.
     """
 
     num_bytes: int
     parts: _Parts
-    adapter: Adapter | None = None
+    adapters: tuple[Adapter, ...] = ()
 
 
 class StageAdapters:
@@ -87,27 +101,39 @@ class StageAdapters:
         """
         self._hold(source)
 
-    def changes(self, rows: Iterable[tuple[range, Sequence[AdapterChoice]]], num_rows: int) -> Changes | None:
+    def changes(self, adapted: Iterable[AdaptedRows], num_rows: int) -> Changes | None:
         """The changes of a micro-batch; None if no row has an adapter. For the thread that computes."""
-        row_adapters = [
-            RowAdapter(range_, (choice.name, choice.source.version), self._get(choice.source), choice.strength)
-            for range_, choices in rows
-            for choice in choices
-            if choice.source is not None
-        ]
+        row_adapters = [each for rows in adapted for each in self._row_adapters(rows)]
         return Changes.of(row_adapters, num_rows, self._dtype, self._device) if row_adapters else None
 
-    def _get(self, source: AdapterSource) -> Adapter:
-        """The adapter. One that cannot be read makes its rows NaN, which ends their requests and no others."""
+    def _row_adapters(self, adapted: AdaptedRows) -> Iterator[RowAdapter]:
+        """Of a request: rows at which one of its adapters is special one by one, and the others together."""
+        adapters = [(choice, self._get(choice.source)) for choice in adapted.adapters if choice.source is not None]
+        num_special = max((len(by_position) - 1 for _, by_position in adapters), default=0) - adapted.start
+        for rows in _pieces(adapted.rows, num_special):
+            position = adapted.start + rows.start - adapted.rows.start
+            for choice, by_position in adapters:
+                assert choice.source is not None
+                index = min(position, len(by_position) - 1)
+                key = (choice.name, choice.source.version, str(index))
+                yield RowAdapter(rows, key, by_position[index], choice.strength)
+
+    def _get(self, source: AdapterSource) -> tuple[Adapter, ...]:
+        """As in `_Held`. An adapter that cannot be read makes its rows NaN, which ends their requests and no others."""
         try:
             held = self._hold(source)
         except CheckpointError as error:
             logger.error("adapter cannot be read", extra=values(path=source.path, error=str(error)))
             nan = torch.full((self._config.d_model,), torch.nan, dtype=self._dtype, device=self._device)
-            return Adapter({("hidden", self._layers.stop - 1): (VectorChange(nan),)})
-        if held.adapter is None:
-            held.adapter, held.parts = self._made(held.parts), ()
-        return held.adapter
+            return (Adapter({("hidden", self._layers.stop - 1): (VectorChange(nan),)}),)
+        if not held.adapters:
+            num_special = 1 + max((part.position for part, _ in held.parts if part.position is not None), default=-1)
+            held.adapters = tuple(
+                self._made([each for each in held.parts if each[0].position in (None, position)])
+                for position in (*range(num_special), None)
+            )
+            held.parts = ()
+        return held.adapters
 
     def _hold(self, source: AdapterSource) -> _Held:
         """Reads an adapter unless it is there, and drops others if there are too many."""
@@ -178,3 +204,10 @@ class StageAdapters:
                     change = LowRankEmbedding(a, b, part.scale)
                 spot.append(change)
         return Adapter(dict(changes))  # type: ignore[arg-type]
+
+
+def _pieces(rows: range, num_single: int) -> list[range]:
+    """The first rows one by one, and the others together."""
+    middle = min(rows.start + max(num_single, 0), rows.stop)
+    pieces = [range(row, row + 1) for row in range(rows.start, middle)]
+    return [*pieces, range(middle, rows.stop)] if middle < rows.stop else pieces

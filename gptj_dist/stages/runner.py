@@ -24,9 +24,9 @@ from gptj_dist.model.inputs import MicroBatch, Span, to_device
 from gptj_dist.model.kv_cache import cache_dtype, has_blocks, make_cache
 from gptj_dist.model.logprobs import token_logprobs
 from gptj_dist.model.sampler import Sampler, SampleSpec
-from gptj_dist.params import AdapterChoice, AdapterSource, TokenLogprobs
+from gptj_dist.params import AdapterSource, TokenLogprobs
 from gptj_dist.planning.cost import weight_bytes
-from gptj_dist.stages.adapters import StageAdapters
+from gptj_dist.stages.adapters import AdaptedRows, StageAdapters
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, quantized_name
 from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
@@ -209,7 +209,7 @@ class StageRunner:
         targets = [self._prompt_targets(chunk) if is_last else () for chunk in plan.chunks]
         wants_all_rows = not is_last or all(chunk.samples for chunk in plan.chunks)
         pooled = self._pools.spans_by_depth(batch.spans)
-        changes = self._changes([(span.request_id, span.num_tokens) for span in batch.spans])
+        changes = self._changes([(span.request_id, span.start, span.num_tokens) for span in batch.spans])
         is_plain = wants_all_rows and not any(targets) and not pooled and changes is None
         if self._steps is not None and self._steps.has(batch) and is_plain:
             return self._steps(batch, inputs), ()
@@ -226,23 +226,24 @@ class StageRunner:
         if not sampled:
             return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
         last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in sampled])
-        changes = self._changes([(span.request_id, 1) for span in sampled])
+        changes = self._changes([(span.request_id, span.stop - 1, 1) for span in sampled])
         return self._model.logits(hidden[to_device(last_rows, self._device)], changes), prompt_logprobs
 
-    def _changes(self, rows: Sequence[tuple[int, int]]) -> Changes | None:
+    def _changes(self, rows: Sequence[tuple[int, int, int]]) -> Changes | None:
         """The changes of consecutive rows; None if no request has an adapter.
 
         Args:
-            rows: request ids, and numbers of rows.
+            rows: request ids, positions of first tokens, and numbers of rows.
         """
         if self._adapters is None or not self._adapted:
             return None
-        ranges: list[tuple[range, Sequence[AdapterChoice]]] = []
+        adapted: list[AdaptedRows] = []
         first = 0
-        for request_id, num_rows in rows:
-            ranges.append((range(first, first + num_rows), self._requests[request_id].params.adapters))
+        for request_id, start, num_rows in rows:
+            adapters = self._requests[request_id].params.adapters
+            adapted.append(AdaptedRows(range(first, first + num_rows), start, adapters))
             first += num_rows
-        return self._adapters.changes(ranges, first)
+        return self._adapters.changes(adapted, first)
 
     def _pass(self, pooled: Mapping[int, Sequence[Span]], depth: int, hidden: Tensor) -> None:
         """Called with the hidden states before the first layer and after each layer."""
@@ -284,7 +285,7 @@ class StageRunner:
         logprobs: list[TokenLogprobs] = []
         for first in range(0, len(targets), PROMPT_ROWS_AT_ONCE):
             some = targets[first : first + PROMPT_ROWS_AT_ONCE]
-            changes = self._changes([(chunk.request_id, len(some))])
+            changes = self._changes([(chunk.request_id, chunk.start + first, len(some))])
             logits = self._model.logits(hidden[first : first + len(some)], changes)
             logprobs += token_logprobs(logits, some, [num_top] * len(some))
         return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(logprobs))

@@ -14,6 +14,7 @@ import numpy
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
+from safetensors.torch import save_file
 
 from gptj_dist.checkpoint.adapter_formats import open_fitting
 from gptj_dist.checkpoint.index import read_model_config
@@ -302,13 +303,15 @@ def _adapters() -> tuple[Path, dict[str, bytes]]:
         f"transformer.h.1.mlp.fc_out.weight.{side}": numpy.ones((4, 2), "f4") for side in ("left", "right")
     }
     numpy.savez(directory / "e.npz", **edits)
+    save_file({"direction.1": torch.ones(3, config.d_model)}, directory / "d.safetensors")
+    data["d.safetensors"] = (directory / "d.safetensors").read_bytes()
     data["e.npz"] = (directory / "e.npz").read_bytes()
     return directory, data
 
 
 @st.composite
 def _adapter_files(draw: DrawFn) -> tuple[str, bytes, bytes]:
-    name = draw(st.sampled_from(("adapter_model.safetensors", "v.gguf", "e.npz")))
+    name = draw(st.sampled_from(("adapter_model.safetensors", "v.gguf", "e.npz", "d.safetensors")))
     config = draw(changed(_LORA, _LORA_NAMES, _FIELDS).map(to_json))
     return name, damage(draw, _adapters()[1][name]), config
 

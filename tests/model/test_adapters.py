@@ -6,11 +6,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import Parameter
+from transformers import GPTJForCausalLM
 
 from examples.adapters import main
 from gptj_dist import LLM, AdapterChoice, SamplingParams
@@ -166,6 +168,43 @@ def test_edits_and_control_vectors_equal_the_changed_model(base: Path, model: Mo
         for key, row in expected.logits.items():
             assert torch.allclose(run.logits[key], row, rtol=0, atol=1e-4)
         assert expected.token_ids != model.run({0: Work(PROMPT, GREEDY)}).token_ids
+
+
+def test_activations_are_added_at_the_first_positions(base: Path, model: Model, tmp_path: Path) -> None:
+    """At four positions behind layer 1, and at all behind layer 2: as transformers' layers with these sums do it."""
+    noise = torch.Generator().manual_seed(8)
+    vectors, everywhere = (torch.randn(*shape, CONFIG.d_model, generator=noise) for shape in ((4,), ()))
+    path = tmp_path / "love.safetensors"
+    save_file({"direction.1": vectors, "direction.2": everywhere}, path)
+    alike = chosen(write_control_vector(tmp_path / "all.gguf", {1: everywhere}), CONFIG)
+    adapters = (chosen(path, CONFIG, strength=0.5), alike)
+    works = {0: Work(PROMPT, replace(GREEDY, adapters=adapters)), 1: Work(PROMPT[:9], GREEDY)}
+    works[2] = Work(PROMPT[:3], replace(GREEDY, adapters=adapters[:1]))
+    run = model.run(works, layers=(2, 2), max_chunk_tokens=7)
+    expected: Any = GPTJForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+    for id_ in (0, 2):
+        token_ids = torch.tensor([run.token_ids[id_]])
+        behind_1 = torch.zeros(token_ids.shape[1], CONFIG.d_model)
+        behind_1[:4] = 0.5 * vectors
+        if id_ == 0:
+            behind_1 += everywhere
+        hooks = [
+            expected.transformer.h[layer].register_forward_hook(lambda _m, _x, hidden, change=change: hidden + change)
+            for layer, change in ((1, behind_1), (2, 0.5 * everywhere))
+        ]
+        with torch.no_grad():
+            logits = expected(token_ids).logits[0]
+        for hook in hooks:
+            hook.remove()
+        rows = {position: row for (request, position), row in run.logits.items() if request == id_}
+        assert all(torch.allclose(row, logits[position - 1], rtol=0, atol=1e-4) for position, row in rows.items())
+    for id_, work in works.items():
+        alone = model.run({id_: work})
+        assert all(torch.equal(run.logits[key], row) for key, row in alone.logits.items())
+    save_file({"direction.1": torch.zeros(129, CONFIG.d_model)}, path)
+    with pytest.raises(CheckpointError, match=r"direction\.1 has 129 positions, 128 are served"):
+        chosen(path, CONFIG)
 
 
 def test_lm_steers_equal_their_formula(base: Path, model: Model, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def adapter(
 def _rows(stored: StoredAdapter) -> list[tuple[str, str]]:
     layers = sorted({part.layer for part in stored.parts if part.layer is not None})
     places = dict.fromkeys(part.place for part in stored.parts)
+    positions = sorted({part.position for part in stored.parts if part.position is not None})
     scales = sorted({part.scale for part in stored.parts})
     return [
         ("adapter", f"{stored.form}, {bytes_text(stored.num_bytes)}"),
@@ -50,6 +51,7 @@ def _rows(stored: StoredAdapter) -> list[tuple[str, str]]:
         ("scales", ", ".join(f"{scale:g}" for scale in scales)),
         ("places", ", ".join(places)),
         ("layers", _ranges(layers) or "none"),
+        *([("positions", _ranges(positions))] if positions else []),
     ]
 
 
