@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,52 @@ def test_pickled_adapters_and_names_of_training_are_read(tmp_path: Path) -> None
         assert (one.place, one.layer, one.scale) == (other.place, other.layer, other.scale)
         for mine, theirs in zip(one.tensors, other.tensors, strict=True):
             assert torch.equal(read_tensor(mine), read_tensor(theirs))
+
+
+QV, OLD = ("attn.q_proj", "attn.v_proj"), {"enable_lora": None, "merge_weights": False}
+PUBLIC: Mapping[str, tuple[tuple[str, ...], int, float, bool, dict[str, Any]]] = {
+    "saadqbal/gpt-j-6b-lora": (QV, 16, 2.0, True, {}),
+    "saadqbal/gpt-j-6b-lora-instruct": (QV, 16, 2.0, True, {}),
+    "monsterapi/Gptj-6b_alpaca-gpt4": (QV, 8, 2.0, True, {"lora_dropout": 0.05}),
+    "lwk723/gptj-qlora-peft": (QV, 8, 4.0, True, {"base_model_name_or_path": "EleutherAI/gpt-j-6b"}),
+    "jfacevedo/alpaca-gptj": (ALL_TARGETS[:3], 16, 2.0, True, OLD),
+    "flytech/gpt-j-6b-devchat": (ALL_TARGETS[:4], 4, 4.0, True, {"init_lora_weights": True, "revision": None}),
+    "Yorth/dolly-lora": (QV, 4, 4.0, True, OLD | {"lora_dropout": 0.1}),
+    "soominc/gptj-lora": (("wte",), 4, 2.0, False, {"rank_pattern": {}, "use_dora": False, "loftq_config": {}}),
+}
+"""Targets, rank, scale, whether it is a pickle, and fields, of public adapters; the widths here are the demo's.
+
+What is not known of them (some scales, and targets and files of some) is as PEFT's defaults of their time were.
+"""
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_files_of_the_shapes_of_public_adapters_are_read(tmp_path: Path, name: str) -> None:
+    targets, rank, scale, is_pickled, fields = PUBLIC[name]
+    layers = () if targets == ("wte",) else range(CONFIG.num_layers)
+    path = write_lora(tmp_path, CONFIG, targets, rank, layers=layers, lora_alpha=int(rank * scale), **fields)
+    file = path / "adapter_model.safetensors"
+    if targets == ("wte",):
+        embedding = "base_model.model.transformer.wte.lora_embedding"
+        shapes = {"A": (rank, CONFIG.vocab_size), "B": (CONFIG.d_model, rank)}
+        save_file({f"{embedding}_{side}": torch.ones(shape) for side, shape in shapes.items()}, file)
+    tensors = load_file(file)
+    if is_pickled:
+        file.unlink()
+        torch.save(tensors, path / "adapter_model.bin")
+    stored = open_fitting(path, CONFIG)
+    assert len(stored.parts) == len(targets) * max(1, len(layers))
+    assert (stored.ranks, {part.scale for part in stored.parts}) == ((rank,), {scale})
+    assert {part.place for part in stored.parts} == {place(target) for target in targets}
+    for part in stored.parts:
+        wanted = [tensor for key, tensor in tensors.items() if key.startswith(f"{part.name}.")]
+        assert all(
+            torch.equal(read_tensor(header), tensor) for header, tensor in zip(part.tensors, wanted, strict=True)
+        )
+
+
+def place(target: str) -> str:
+    return target.rpartition(".")[2].removesuffix("_proj")
 
 
 def test_what_is_at_no_place_or_does_not_fit_is_named(tmp_path: Path) -> None:
