@@ -139,6 +139,11 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def num_of_adapters(self) -> dict[str, int]:
+        """The number of running and waiting requests that have each adapter."""
+        requests = (*self._running, *self._waiting)
+        return dict(Counter(choice.name for request in requests for choice in request.params.adapters))
+
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
@@ -38,6 +38,8 @@ class PipelineFacts:
         num_recomputed_tokens: see `RequestTotals`.
         num_dropped: connections without the key and malformed messages that all its ports have dropped.
         num_frame_faults: frames between stages that did not arrive as they were sent.
+        num_adapters: those that requests can name.
+        adapter_requests: running and waiting requests by the adapters that they have.
     """
 
     name: str
@@ -56,6 +58,8 @@ class PipelineFacts:
     problem: str | None = None
     down_s: float | None = None
     num_recomputed_tokens: int = 0
+    num_adapters: int = 0
+    adapter_requests: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_up(self) -> bool:

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from gptj_dist.engine.histogram import BOUNDS_NS, Histogram
 from gptj_dist.engine.request import FinishReason
+from gptj_dist.quantization import weights_text
 from gptj_dist.stages.transport.edge import edge_names
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.guard import DropCount
@@ -175,6 +176,19 @@ def _down(exposition: Exposition) -> _Rows:
     yield from (((pipeline.name, pipeline.problem), pipeline.down_s) for pipeline in exposition.down)
 
 
+def _adapter_requests(exposition: Exposition) -> _Rows:
+    for pipeline in exposition.pipelines:
+        for name, number in pipeline.adapter_requests.items():
+            yield (pipeline.name, name), number
+
+
+def _weights(exposition: Exposition) -> _Rows:
+    for pipeline in exposition.pipelines:
+        for report in pipeline.stages:
+            dtype = weights_text(report.quantized, report.dtype)
+            yield (pipeline.name, str(report.layers.stage), dtype), report.weight_bytes
+
+
 def _edges(exposition: Exposition) -> _Rows:
     for pipeline in exposition.pipelines:
         for name, number in zip(edge_names(len(pipeline.edge_bytes) - 1), pipeline.edge_bytes, strict=True):
@@ -233,6 +247,14 @@ FAMILIES: Sequence[Family] = (
     ),
     _pipeline(_GAUGE, "num_requests_running", "Requests that are being computed.", lambda p: p.num_running),
     _pipeline(_GAUGE, "num_requests_waiting", "Requests that wait to be computed.", lambda p: p.num_waiting),
+    _pipeline(_GAUGE, "num_adapters", "Adapters that requests can name.", lambda p: p.num_adapters),
+    Family(
+        _GAUGE,
+        "num_adapter_requests",
+        ("pipeline", "adapter"),
+        "Requests with the adapter that are being computed, or wait to be.",
+        _adapter_requests,
+    ),
     _pipeline(
         _GAUGE,
         "kv_cache_usage_perc",
@@ -320,6 +342,13 @@ FAMILIES: Sequence[Family] = (
         lambda s: s.bubble_ns / 1e9,
     ),
     _stage(_HISTOGRAM, "stage_step_seconds", "What a step, one plan, took the stage.", lambda s: s.step_time),
+    Family(
+        _GAUGE,
+        "stage_weight_bytes",
+        ("pipeline", "stage", "dtype"),
+        "Bytes of the stage's weights, by their bits and the type that they are multiplied in.",
+        _weights,
+    ),
     Family(
         _COUNTER,
         "edge_bytes",

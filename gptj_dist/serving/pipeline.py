@@ -298,6 +298,8 @@ class Pipeline:
             problem=self._ended or self._outages.problem,
             down_s=self._outages.down_s,
             num_recomputed_tokens=self._engine.journal.totals.num_recomputed_tokens,
+            num_adapters=len(self._adapters.sources),
+            adapter_requests=scheduler.num_of_adapters(),
         )
 
     @property

@@ -132,7 +132,9 @@ def test_whichever_ingress_is_asked_every_metric_has_samples_of_every_replica(se
         for name, labels, _ in samples:
             of_replicas[re.sub("_(total|bucket|sum|count)$", "", name)].add(labels.get("pipeline") or labels["ingress"])
         num_replicas = {family.name: len(of_replicas[family.name]) for family in FAMILIES}
-        assert num_replicas == dict.fromkeys(num_replicas, 2) | {"pipeline_down_seconds": 0}
+        assert num_replicas == dict.fromkeys(num_replicas, 2) | dict.fromkeys(
+            ("pipeline_down_seconds", "num_adapter_requests"), 0
+        )
         stages = {(labels["pipeline"], labels["stage"]) for _, labels, _ in samples if "stage" in labels}
         assert Counter(stage for _, stage in stages) == {"0": 2, "1": 2}
         edges = [labels["edge"] for name, labels, value in samples if name == "edge_bytes_total" and value > 0]

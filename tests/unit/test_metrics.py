@@ -14,6 +14,7 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from gptj_dist.config import LayerRange
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
@@ -21,6 +22,7 @@ from gptj_dist.engine.stats import StageWork
 from gptj_dist.serving.debug import DownPipeline
 from gptj_dist.serving.metrics import FAMILIES, Exposition, IngressMetrics
 from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.stages.blueprint import DeviceReport, StageReport
 from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.token_rules import TokenRules
@@ -34,6 +36,12 @@ def histogram(*durations_ms: float) -> Histogram:
     for duration_ms in durations_ms:
         made.observe(round(duration_ms * MS))
     return made
+
+
+def stage(number: int, weight_bytes: int, quantized: str | None) -> StageReport:
+    """A stage of two."""
+    layers, cpu = LayerRange(number, 2, number, number + 1), DeviceReport("cpu", "alpha/cpu", 4, 10**9, ("float32",))
+    return StageReport(layers, cpu, "cpu", "float32", weight_bytes, 10**9, 64, 9, quantized=quantized)
 
 
 def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
@@ -56,7 +64,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         process=StageProcess("alpha", 7, None, None, None),
         node_id="node",
         limits=EngineLimits(TokenRules(50), 100, 640, 4),
-        stages=(),
+        stages=(stage(0, 3_000, "int4"), stage(1, 9_000, None)),
         requests=requests,
         work=(StageWork(histogram(4), 250 * MS), StageWork(histogram(6, 8), 125 * MS)),
         coordinator_ns=2000 * MS,
@@ -68,6 +76,8 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         recovery_time=histogram(1500, 500),
         start_s=4.0,
         adapter_digest="",
+        num_adapters=3,
+        adapter_requests={"poet": 2},
     )
 
 
@@ -123,6 +133,10 @@ def test_the_numbers_are_those_of_each_replica(
         ("generation_tokens_total", labels(pipeline="p")): 11,
         ("num_preemptions_total", labels(pipeline="p")): 4,
         ("num_plans_in_flight", labels(pipeline="p")): 1,
+        ("num_adapters", labels(pipeline="p")): 3,
+        ("num_adapter_requests", labels(pipeline="q", adapter="poet")): 2,
+        ("stage_weight_bytes", labels(pipeline="p", stage="0", dtype="int4 in float32")): 3_000,
+        ("stage_weight_bytes", labels(pipeline="q", stage="1", dtype="float32")): 9_000,
         ("pipeline_up", labels(pipeline="p")): 1,
         ("pipeline_up", labels(pipeline="q")): 0,
         ("pipeline_up", labels(pipeline="r")): 0,

@@ -13,7 +13,7 @@ from gptj_dist.engine.plan import Embedding, NewRequest, Plan, Result, StageTimi
 from gptj_dist.engine.request import FinishReason, Prompt, Request, run_order
 from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler, SchedulerConfig, TokenOutput, _Draft
 from gptj_dist.errors import RequestTooLongError
-from gptj_dist.params import Pooling, SamplingParams, TokenLogprobs
+from gptj_dist.params import AdapterChoice, Pooling, SamplingParams, TokenLogprobs
 from tests.fakes import FakeStages
 
 EOS = 0
@@ -809,3 +809,13 @@ def test_check_integrity_catches_corruption(corrupt: Callable[[Scheduler], None]
     corrupt(scheduler)
     with pytest.raises(AssertionError, match=message):
         scheduler.check_integrity()
+
+
+def test_running_and_waiting_requests_are_counted_by_their_adapters() -> None:
+    scheduler = make_scheduler(max_batch_size=2)
+    for request_id, names in enumerate(("", "a", "ab")):
+        adapters = tuple(map(AdapterChoice, names))
+        scheduler.add(make_request(request_id, 5, SamplingParams(max_tokens=1, adapters=adapters)))
+    fill(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+    assert scheduler.num_of_adapters() == {"a": 2, "b": 1}

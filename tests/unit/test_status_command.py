@@ -140,4 +140,11 @@ def test_pipelines_are_added_up_and_those_that_are_silent_counted() -> None:
     assert "64 running, 800 waiting, 2,468 tokens/s out, 22,000 in, KV 25.0% in use" in text
     assert "1 more pipeline gave no answer" in text
     assert f"pipeline cd34 is down since {down.since} (2.5 s): {down.problem}" in text
-    assert "ef56 restarting 0 0-14 NVIDIA A100-SXM4-80GB float32 head 123 MB of 1.0 GB" in text
+    assert "ef56 restarting 0 0-14 NVIDIA A100-SXM4-80GB float32 8.2 GB head 123 MB of 1.0 GB" in text
+
+
+def test_adapters_are_counted_once_for_all_pipelines() -> None:
+    requests = ({"a": 2}, {"a": 1, "b": 1})
+    adapted = tuple(replace(PIPELINE, num_adapters=3, adapter_requests=each) for each in requests)
+    assert "in use, 2 of 3 adapters in use" in " ".join(drawn(replace(DOCUMENT, pipelines=adapted), 120))
+    assert "adapters" not in " ".join(drawn(DOCUMENT, 120))

@@ -54,6 +54,7 @@ WORK = replace(
     step_ms=132.4,
     queue=0.25,
     wait_ms=12.34,
+    weight_bytes=8_200_000_000,
     kv_used_bytes=123_456_789,
 )
 PIPELINE = PipelineDocument(
@@ -99,6 +100,7 @@ def test_a_stage_is_one_row_that_fits_and_nothing_is_cut_but_the_name_of_a_devic
     assert "%" not in idle
     assert {line for line in lines if "…" in line} <= {row}
     assert ("on head" in idle, "wait ms" in header, "12.3" in row) == (width >= 110,) * 3
+    assert ("weights" in header, "8.2 GB, float32" in row) == (width >= 140,) * 2
 
 
 @pytest.mark.parametrize("width", [40, 50, 59, 60, 79])

@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gptj_dist.cli.server.server_state import ServerState
-from gptj_dist.cli.server.top_view import NORMAL_COLUMNS, SMALL_COLUMNS, WIDE_COLUMNS
+from gptj_dist.cli.server.top_view import NORMAL_COLUMNS, SMALL_COLUMNS, WIDE_COLUMNS, adapters_text
 from gptj_dist.serving.debug import PipelineDocument, StageDocument
 from gptj_dist.sizes import bytes_text
 
-_OPTIONAL_COLUMNS = {"device": SMALL_COLUMNS, "dtype": NORMAL_COLUMNS, "node": WIDE_COLUMNS}
+_OPTIONAL_COLUMNS = {"device": SMALL_COLUMNS, "dtype": NORMAL_COLUMNS, "weights": WIDE_COLUMNS, "node": WIDE_COLUMNS}
 """Columns of the table of stages, and the width of the terminal from which it has each."""
 
 
@@ -52,6 +52,7 @@ def _load(pipelines: tuple[PipelineDocument, ...]) -> Text:
         f"{sum(p.num_running for p in pipelines):,} running, {sum(p.num_waiting for p in pipelines):,} waiting, "
         f"{sum(p.output_tokens_per_s for p in pipelines):,.0f} tokens/s out, "
         f"{sum(p.prompt_tokens_per_s for p in pipelines):,.0f} in, KV {share:.1%} in use"
+        f"{adapters_text(pipelines)}"
     )
 
 
@@ -78,6 +79,7 @@ def _cells(stage: StageDocument, width: int) -> Iterator[Text]:
     optional = {
         "device": Text(stage.device, no_wrap=True, overflow="ellipsis"),
         "dtype": Text(stage.dtype),
+        "weights": Text(bytes_text(stage.weight_bytes)),
         "node": Text(stage.node),
     }
     yield from (optional[column] for column, least_width in _OPTIONAL_COLUMNS.items() if width >= least_width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +13,7 @@ from rich.text import Text
 from gptj_dist.serving.debug import DebugDocument, PipelineDocument, StageDocument
 from gptj_dist.sizes import bytes_text
 
+BROAD_COLUMNS = 140
 WIDE_COLUMNS = 110
 NORMAL_COLUMNS = 80
 SMALL_COLUMNS = 60
@@ -69,6 +70,7 @@ def _head(pipeline: PipelineDocument) -> list[Text]:
     for number, what in ((pipeline.num_preemptions, "preempted"), (pipeline.num_restarts, "restarted")):
         if number:
             now.append(f", {number} {what}", "yellow")
+    now.append(adapters_text([pipeline]))
     share = pipeline.num_used_blocks / max(1, pipeline.num_blocks)
     rates = Text(
         f"{pipeline.output_tokens_per_s:,.0f} tokens/s out, {pipeline.prompt_tokens_per_s:,.0f} in, "
@@ -92,6 +94,13 @@ def _stages(pipeline: PipelineDocument, width: int) -> Table:
     for stage in pipeline.stages:
         table.add_row(*(column.cell(stage, width) for column in columns))
     return table
+
+
+def adapters_text(pipelines: Sequence[PipelineDocument]) -> str:
+    """Continues a line: how many adapters are in use; empty if there are none."""
+    num_adapters = max(pipeline.num_adapters for pipeline in pipelines)
+    in_use = {name for pipeline in pipelines for name in pipeline.adapter_requests}
+    return f", {len(in_use)} of {num_adapters} adapters in use" if num_adapters or in_use else ""
 
 
 def _device(stage: StageDocument, width: int) -> Text:
@@ -143,5 +152,6 @@ _COLUMNS = (
     _Column("ms/step", lambda stage, _: Text(_number(stage.step_ms))),
     _Column("queue", lambda stage, _: Text(_number(stage.queue)), NORMAL_COLUMNS),
     _Column("wait ms", lambda stage, _: Text(_number(stage.wait_ms)), WIDE_COLUMNS),
+    _Column("weights", lambda stage, _: Text(f"{bytes_text(stage.weight_bytes)}, {stage.dtype}"), BROAD_COLUMNS),
     _Column("KV in use", _kv, TINY_COLUMNS),
 )
