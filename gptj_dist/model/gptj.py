@@ -97,11 +97,14 @@ class StageModel:
             on_hidden(self._first_layer + index + 1, hidden)
         return hidden
 
-    def normed(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden: Tensor, changes: Changes | None = None) -> Tensor:
         """Applies the final LayerNorm, on the last stage: [rows, d_model] -> the same."""
         if self._head is None:
             raise ValueError("only the last stage has the final LayerNorm")
-        return self._head[0](hidden)
+        normed = self._head[0](hidden)
+        if changes is not None:
+            changes.add("final", None, normed, normed, unchanged)
+        return normed
 
     def blank_inputs(self, num_rows: int) -> Tensor:
         """Inputs for `compute` whose values do not matter, in memory that real ones can be copied to."""
@@ -125,10 +128,8 @@ class StageModel:
         """The last stage's output: [rows, d_model] -> float32 [rows, vocab_size]."""
         if self._head is None:
             raise ValueError("only the last stage has logits")
-        normed = self.normed(hidden)
-        if changes is None:
-            return self._head[1](normed).float()
-        changes.add("final", None, normed, normed, unchanged)
+        normed = self.normed(hidden, changes)
         logits = self._head[1](normed)
-        changes.add("lm_head", None, normed, logits, self._head[1])
+        if changes is not None:
+            changes.add("lm_head", None, normed, logits, self._head[1])
         return logits.float()

@@ -259,8 +259,10 @@ class StageRunner:
         assert self._model is not None
         for span in spans:
             rows = hidden[span.rows]
-            is_final = depth == self._spec.config.num_layers
-            self._pools.add(span.request_id, self._model.normed(rows) if is_final else rows)
+            if depth == self._spec.config.num_layers:
+                changes = self._changes([(span.request_id, span.start, span.num_tokens)])
+                rows = self._model.normed(rows, changes)
+            self._pools.add(span.request_id, rows)
 
     @torch.inference_mode()
     def embed(self, plan: Plan) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPTJForCausalLM
 
@@ -19,6 +21,7 @@ from gptj_dist.errors import InvalidRequestError
 from gptj_dist.llm import Output
 from gptj_dist.llm.progress import Meter
 from gptj_dist.params import Pooling, PoolingKind
+from tests.adapters import chosen
 
 PROMPTS: tuple[str | list[int], ...] = (
     "The state of the Union is as strong as it was, and the people of this country are at work. " * 3,
@@ -139,6 +142,17 @@ def test_several_for_one_prompt_are_each_computed_whole(llm: LLM) -> None:
     told = llm._loop.run(run())
     assert [delta.embedding is not None for deltas in told for delta in deltas] == [True] * 3
     assert len({delta.embedding for deltas in told for delta in deltas}) == 1
+
+
+def test_what_an_adapter_adds_to_the_last_layernorms_output_is_in_them(llm: LLM, tmp_path: Path) -> None:
+    change = torch.randn(1, llm.pipeline.blueprint.model.d_model, generator=torch.Generator().manual_seed(1))
+    save_file({"add_vec": change}, tmp_path / "steer.safetensors")
+    steer = chosen(tmp_path / "steer.safetensors", llm.pipeline.blueprint.model, strength=0.5)
+    params = SamplingParams(max_tokens=0, pooling=Pooling("mean", None), adapters=(steer,))
+    text = "It was the best of times"
+    [changed] = llm._loop.run(llm._completer.embed_all([llm._encode(text)], params))
+    [plain] = llm.embed(text)
+    assert torch.allclose(torch.tensor(changed), torch.tensor(plain) + 0.5 * change[0], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("layer", [-1, NUM_LAYERS + 1])
