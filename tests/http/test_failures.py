@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ import pytest
 from gptj_dist.engine.plan import Result
 from gptj_dist.serving.debug import DebugDocument
 from gptj_dist.stages.transport.frames import FrameWriter, ResultFrame
+from tests.adapters import model_config, write_lora
 from tests.http.server import APP_NAME, Server, serving
 from tests.strangers import ATTACKS, stranger, zeromq_endpoints
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
+
+NAMES = ("poet", "pirate")
+"""Of adapters."""
 
 CLIENT = """
 import sys, httpx
@@ -34,9 +39,12 @@ with httpx.stream("POST", sys.argv[1] + "/v1/completions", content=sys.argv[2], 
 
 
 @pytest.fixture(scope="module", params=["own listener", "Serve's proxy"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     has_proxy = request.param == "Serve's proxy"
-    with serving({"model": "demo", "stages": 2, "device": "cpu", "dtype": "float32"}, has_proxy=has_proxy) as server:
+    directory, config = tmp_path_factory.mktemp("adapters"), model_config("demo")
+    adapters = {name: str(write_lora(directory / name, config, seed=seed, size=0.5)) for seed, name in enumerate(NAMES)}
+    settings = {"model": "demo", "stages": 2, "device": "cpu", "dtype": "float32", "adapters": adapters}
+    with serving(settings, has_proxy=has_proxy) as server:
         yield server
 
 
@@ -74,28 +82,49 @@ def test_a_killed_client_does_not_disturb_another(server: Server) -> None:
     server.wait_until_idle()
 
 
+Told = tuple[str, list[float]]
+"""A text, and the log probabilities of its tokens."""
+
+
 def test_when_a_stage_dies_its_streams_go_on_to_the_same_texts(server: Server) -> None:
-    request = {"prompt": "My fellow citizens", "max_tokens": 400, "ignore_eos": True, "temperature": 0.8}
+    """Also with adapters, which the new stage reads again."""
+    request = {"prompt": "My fellow citizens", "max_tokens": 300, "ignore_eos": True, "temperature": 0.8}
     request |= {"seed": 7, "n": 3, "logprobs": 1, "presence_penalty": 0.5}
-    undisturbed = [(one["text"], one["logprobs"]["token_logprobs"]) for one in server.complete(**request)["choices"]]
-    num_restarts = server.status().num_restarts
-    client = start_client(server, stream=True, **request)
-    assert client.stdout is not None
-    first_line = client.stdout.readline()
-    pid = server.status().stages[1].pid
-    os.kill(pid, signal.SIGKILL)
-    events = [line for line in (first_line + client.stdout.read()).splitlines() if line]
-    client.wait(timeout=30)
-    assert events.pop() == "data: [DONE]"
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-    assert [completion(chunks, index) for index in range(3)] == undisturbed
+    with ThreadPoolExecutor() as clients:
+
+        def ask_adapted() -> list[Future[list[Told]]]:
+            return [clients.submit(whole, server, request | {"model": name, "n": 1}) for name in NAMES]
+
+        asked = ask_adapted()
+        undisturbed, adapted = whole(server, request), [one.result() for one in asked]
+        assert len({text for text, _ in (undisturbed[0], *chain(*adapted))}) == 3
+        num_restarts = server.status().num_restarts
+        client = start_client(server, stream=True, **request)
+        assert client.stdout is not None
+        first_line = client.stdout.readline()
+        asked = ask_adapted()
+        wait_until(lambda: server.status().num_running == 5, "all run")
+        pid = server.status().stages[1].pid
+        os.kill(pid, signal.SIGKILL)
+        events = [line for line in (first_line + client.stdout.read()).splitlines() if line]
+        client.wait(timeout=30)
+        assert events.pop() == "data: [DONE]"
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+        assert [completion(chunks, index) for index in range(3)] == undisturbed
+        assert [one.result() for one in asked] == adapted
     status = server.status()
     assert status.num_restarts == num_restarts + 1
     assert pid not in [stage.pid for stage in status.stages]
     server.wait_until_idle()
 
 
-def completion(chunks: Sequence[dict[str, Any]], index: int) -> tuple[str, list[float]]:
+def whole(server: Server, request: dict[str, Any]) -> list[Told]:
+    """The choices of a request that is not streamed."""
+    answer = httpx.post(f"{server.base}/v1/completions", json=request, timeout=120).json()
+    return [(one["text"], one["logprobs"]["token_logprobs"]) for one in answer["choices"]]
+
+
+def completion(chunks: Sequence[dict[str, Any]], index: int) -> Told:
     """The text and the log probabilities of one of a stream's choices."""
     entries = [entry for chunk in chunks for entry in chunk["choices"] if entry["index"] == index]
     logprobs = [logprob for entry in entries for logprob in (entry["logprobs"] or {}).get("token_logprobs", ())]

@@ -11,7 +11,9 @@ pytestmark = pytest.mark.ray
 
 
 def test_streams_of_every_kind_have_the_same_bytes_whichever_stage_dies() -> None:
-    document = measured([Fault(0, "prefill"), Fault(1, "first"), Fault(2, "middle")], [MIXED], {"dtype": "float32"})
+    document = measured(
+        [Fault(0, "prefill"), Fault(1, "first"), Fault(2, "middle")], [MIXED], {"dtype": "float32", "quantize": "int4"}
+    )
     assert (document["num_kills"], document["num_streams"]) == (3, 3 * NUM_STREAMS)
     assert [(case["errors"], case["different"]) for case in document["cases"]] == [([], {})] * 3
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +21,10 @@ from gptj_dist.answers.schema.sampling import AdapterField, ChoiceFields, Sampli
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tests.adapters import model_config, write_lora
 from tests.http import field_checks_adapters, field_checks_others, field_checks_text
-from tests.http.fields import BATCH_SIZE, Face, checks_of
+from tests.http.fields import BATCH_SIZE, Face, checks_of, choice, ids, text_of
 from tests.http.keys import key_of, write_keys
 from tests.http.server import Server, serving
+from tests.http.test_completions import stream_events
 
 pytestmark = pytest.mark.ray
 CHECKS_REGISTERED_BY = (field_checks_adapters, field_checks_text, field_checks_others)
@@ -67,6 +71,45 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize(("body", "field"), [(body, field) for body in BODIES for field in body.model_fields])
 def test_the_field_has_its_effect(server: Server, body: type[Body], field: str) -> None:
     checks_of(body)[field](Face(server, body))
+
+
+def test_streams_keep_the_adapter_that_they_began_with(server: Server, tmp_path: Path) -> None:
+    """Whether it is unloaded, replaced, or its files in the directory of adapters are."""
+    face, config = Face(server, CompletionRequest), model_config("demo")
+    new = {"lora_path": str(write_lora(tmp_path / "new", config, seed=21, size=0.5))}
+    for name in ("unloaded", "replaced"):
+        path = str(write_lora(tmp_path / name, config, seed=20, size=0.5))
+        post(server, "/v1/load_lora_adapter", lora_name=name, lora_path=path)
+    ids(face, model="lazy")
+    lazy = Path(server.client.get("/v1/models/lazy").json()["root"])
+    changes: dict[str, Callable[[], object]] = {
+        "unloaded": lambda: post(server, "/v1/unload_lora_adapter", lora_name="unloaded"),
+        "replaced": lambda: post(server, "/v1/load_lora_adapter", lora_name="replaced", load_inplace=True, **new),
+        "lazy": lambda: write_lora(lazy, config, seed=22, size=0.5),
+    }
+    fields = {name: {"model": name, "max_tokens": 200} for name in changes}
+    with ThreadPoolExecutor() as clients, ExitStack() as streams:
+        usual = dict(zip(changes, clients.map(lambda name: choice(face, **fields[name])["text"], changes), strict=True))
+        lines = {
+            name: streams.enter_context(
+                server.client.stream("POST", face.path, json=face.fields({"stream": True, **fields[name]}))
+            ).iter_lines()
+            for name in changes
+        }
+        first = {name: next(lines[name]) for name in changes}
+        for change in changes.values():
+            change()
+        after = {name: face.post(model=name) for name in changes}
+        assert server.status().num_running == 3, "streams ended before the changes"
+        told = {name: stream_events([first[name], *lines[name]]) for name in changes}
+    assert {name: "".join(map(text_of, events)) for name, events in told.items()} == usual
+    assert after.pop("unloaded").status_code == 404
+    assert not any(usual[name].startswith(one.json()["choices"][0]["text"]) for name, one in after.items())
+
+
+def post(server: Server, path: str, **fields: Any) -> None:
+    response = server.client.post(path, json=fields)
+    assert response.status_code == 200, response.text
 
 
 def test_no_body_is_forgotten() -> None:

@@ -8,12 +8,16 @@ import signal
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import ray
 
+from gptj_dist import LLM, SamplingParams
 from gptj_dist.serving.debug import DebugDocument
+from tests.adapters import model_config, write_lora
 from tests.http.server import APP_NAME, Server, deploy, serving
 from tests.http.test_coordinator_death import COMPLETIONS, ask, is_alive
 from tests.unit.test_trace import check
@@ -22,7 +26,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.ray
 
 NUM_CLIENTS = 8
-SETTINGS = {"model": "demo", "stages": 2, "device": "cpu", "cpus_per_stage": 0.5}
+SETTINGS: dict[str, Any] = {"model": "demo", "stages": 2, "device": "cpu", "cpus_per_stage": 0.5}
 
 
 def actor_names() -> list[str]:
@@ -38,12 +42,16 @@ def num_pipelines() -> int:
 
 
 def test_with_two_replicas_both_answer() -> None:
-    with serving(SETTINGS, {"num_replicas": 2}) as server:
+    settings = SETTINGS | {"dtype": "float32", "quantize": "int4"}
+    greedy: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    with LLM(**settings) as llm:
+        [here] = llm.generate("Call me", SamplingParams(**greedy), use_tqdm=False)
+    with serving(settings, {"num_replicas": 2}) as server:
         wait_until(lambda: num_pipelines() == 2, "both pipelines run")
         names = wait_until(lambda: _seen_names(server), "both have been asked")
         assert len(names) == 2
-        texts = {server.complete(prompt="Call me", max_tokens=8, temperature=0)["choices"][0]["text"] for _ in range(8)}
-        assert len(texts) == 1
+        texts = {server.complete(prompt="Call me", **greedy)["choices"][0]["text"] for _ in range(8)}
+        assert texts == {here.text}
         stages = [name for name in actor_names() if "stage-" in name]
         assert Counter(name.rpartition("/")[2] for name in stages) == {"stage-0": 2, "stage-1": 2}
         _look_at_both_and_at_one_that_dies(server, names)
@@ -53,6 +61,7 @@ def _look_at_both_and_at_one_that_dies(server: Server, names: set[str]) -> None:
     document = DebugDocument.from_json(server.client.get("/debug/pipeline").content)
     assert {pipeline.name for pipeline in document.pipelines} == names
     assert document.num_silent == 0
+    assert {stage.dtype for pipeline in document.pipelines for stage in pipeline.stages} == {"int4 in float32"}
     lanes = check(server.client.get("/debug/trace").json())
     assert {pid for pid, _ in lanes} == {1, 2}
     victim, other = document.pipelines
@@ -68,7 +77,7 @@ def _seen_names(server: Server) -> set[str] | None:
     return names if len(names) == 2 else None
 
 
-def test_the_autoscaler_goes_from_one_to_two_under_load_and_back_and_no_request_fails() -> None:
+def test_the_autoscaler_goes_from_one_to_two_under_load_and_back_and_no_request_fails(tmp_path: Path) -> None:
     scaling = {
         "autoscaling_config": {
             "min_replicas": 1,
@@ -80,34 +89,48 @@ def test_the_autoscaler_goes_from_one_to_two_under_load_and_back_and_no_request_
             "look_back_period_s": 1,
         }
     }
-    with serving(SETTINGS, scaling) as server:
+    write_lora(tmp_path / "poet", model_config("demo"), seed=1, size=0.5)
+    with serving(SETTINGS | {"dtype": "float32", "adapter_dir": str(tmp_path)}, scaling) as server:
         num_actors = len(actor_names())
-        statuses = asyncio.run(_load_until_two(server))
-        assert len(statuses) >= 12
-        assert set(statuses) == {200}
+        assert server.complete(model="poet", prompt="Call me", max_tokens=2)["model"] == "poet"
+        texts = asyncio.run(_load_until_two(server))
+        assert [len(set(of_client)) for of_client in texts.values()] == [1] * 12
+        assert len({of_client[0] for of_client in texts.values()}) == 12
         wait_until(lambda: num_pipelines() == 1, "one pipeline is left", timeout_s=60)
         wait_until(lambda: len(actor_names()) == num_actors, "its actors are gone", timeout_s=30)
         assert server.complete(prompt="Call me", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
-async def _load_until_two(server: Server) -> list[int]:
-    """Twelve clients that go on until there are two pipelines, and a little longer; the status of each response."""
-    statuses: list[int] = []
+async def _load_until_two(server: Server) -> dict[int, list[str]]:
+    """Twelve clients that go on until there are two pipelines and both have computed for all; the texts of each.
+
+    Every other one wants the adapter, which was loaded when there was one pipeline.
+    """
+    texts: dict[int, list[str]] = {number: [] for number in range(12)}
     is_over = asyncio.Event()
 
     async def client(http: httpx.AsyncClient, number: int) -> None:
         while not is_over.is_set():
-            body = {"prompt": "My fellow citizens", "max_tokens": 60, "seed": number, "ignore_eos": True}
-            statuses.append((await http.post("/v1/completions", json=body)).status_code)
+            model = ("demo", "poet")[number % 2]
+            seeded = {"model": model, "seed": number // 2}
+            body = {"prompt": "My fellow citizens", "max_tokens": 60, "ignore_eos": True, **seeded}
+            response = await http.post("/v1/completions", json=body)
+            assert response.status_code == 200, response.text
+            texts[number].append(response.json()["choices"][0]["text"])
 
     async with httpx.AsyncClient(base_url=server.base, timeout=120) as http, asyncio.TaskGroup() as group:
-        for number in range(12):
+        for number in texts:
             group.create_task(client(http, number))
         await asyncio.to_thread(wait_until, lambda: num_pipelines() == 2, "a second pipeline runs", 90)
-        num_before = len(statuses)
-        await asyncio.to_thread(wait_until, lambda: len(statuses) > num_before + 24, "both have worked", 60)
+        await asyncio.to_thread(wait_until, lambda: _computing_poet(server) == 2, "both compute for the adapter", 60)
         is_over.set()
-    return statuses
+    return texts
+
+
+def _computing_poet(server: Server) -> int:
+    """The number of pipelines that compute requests with the adapter, and list it."""
+    pipelines = DebugDocument.from_json(server.client.get("/debug/pipeline").content).pipelines
+    return sum(pipeline.num_adapters == 1 and pipeline.adapter_requests.get("poet", 0) > 0 for pipeline in pipelines)
 
 
 def test_a_rolling_update_under_load_loses_nothing() -> None:
