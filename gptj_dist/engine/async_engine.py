@@ -25,6 +25,7 @@ from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, 
 from gptj_dist.params import SamplingParams
 
 BROKEN = "the model computed NaN in place of the next token's logits"
+BROKEN_BY_ADAPTER = f"{BROKEN}; files of the request's adapters may be gone, or have changed since they were loaded"
 
 
 class AsyncEngine:
@@ -217,7 +218,8 @@ class AsyncEngine:
             result, landed_ns = await executor.receive(), self.stats.now_ns()
             for output in self.scheduler.update(result):
                 if output.finish_reason == FinishReason.ERROR:
-                    self._fail_request(output.request, StageFailedError(BROKEN))
+                    problem = BROKEN_BY_ADAPTER if output.request.params.adapters else BROKEN
+                    self._fail_request(output.request, StageFailedError(problem))
                     continue
                 self.last_token_s = self._clock()
                 self._mailboxes[output.request.request_id].put(_delta(output))

@@ -18,7 +18,15 @@ from gptj_dist.engine.record import new_records, noise_key
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
-from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, Pooling, SamplingParams, TokenLogprobs
+from gptj_dist.params import (
+    BROKEN_TOKEN,
+    NO_TOKEN,
+    AdapterChoice,
+    AdapterSource,
+    Pooling,
+    SamplingParams,
+    TokenLogprobs,
+)
 from gptj_dist.token_rules import TokenRules
 from tests.fakes import FAKE_EOS_TOKEN_ID, FAKE_VOCAB_SIZE, FakeExecutor, FakeStages, fake_token
 
@@ -558,14 +566,21 @@ def test_log_probabilities_of_the_prompt_come_with_the_first_tokens_alone() -> N
     run(scenario())
 
 
-def test_a_request_whose_logits_are_nan_fails_alone() -> None:
+POET = AdapterChoice("poet", source=AdapterSource("/poet", "1"))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "told"), [((), "[^;]*$"), ((POET,), ".*; files of the request's adapters may be gone")]
+)
+def test_a_request_whose_logits_are_nan_fails_alone(adapters: tuple[AdapterChoice, ...], told: str) -> None:
     async def scenario() -> None:
         async with running(is_paused=True) as rig:
-            broken, whole = (rig.engine.generate([id], SamplingParams(max_tokens=1), log_id="r") for id in (5, 6))
+            both = (SamplingParams(max_tokens=1, adapters=adapters), SamplingParams(max_tokens=1))
+            broken, whole = (rig.engine.generate([5 + id], params, log_id="r") for id, params in enumerate(both))
             readers = [asyncio.create_task(anext(stream)) for stream in (broken, whole)]
             await rig.submitted(1)
             rig.executor.inject(Result(0, (BROKEN_TOKEN, 9)))
-            with pytest.raises(StageFailedError, match="NaN"):
+            with pytest.raises(StageFailedError, match=f"NaN {told}"):
                 await readers[0]
             assert await readers[1] == Delta((9,), FinishReason.LENGTH)
             assert not rig.engine.scheduler.has_requests
