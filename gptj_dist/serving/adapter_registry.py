@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.answers.error_responses import UnknownModelError
@@ -107,10 +109,6 @@ class AdapterRegistry:
             InvalidRequestError: it cannot be read, does not fit the model, or its name is taken.
             NotReadyError: no pipeline is there yet.
         """
-        if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-            raise InvalidRequestError(f"lora_name must have 1 to {MAX_NAME_CHARS} printable characters", "lora_name")
-        if name in self._model_names:
-            raise InvalidRequestError(f"{excerpt(name)} is the name of the model", "lora_name")
         async with self._changing:
             await self._load(name, path, replaces)
 
@@ -122,8 +120,8 @@ class AdapterRegistry:
     async def _meet(self) -> None:
         try:
             await self.exchange()
-        except NotReadyError as error:  # the next look tries again
-            logger.warning("lists of adapters differ", extra=values(error=str(error)))
+        except (NotReadyError, RayError, RayServeException) as error:  # the next look tries again
+            logger.warning("lists of adapters differ", extra=values(error=repr(error)))
 
     async def _find(self, name: str, directory: Path) -> None:
         path = str(directory / name)
@@ -145,6 +143,10 @@ class AdapterRegistry:
 
     async def _load(self, name: str, path: str, replaces: bool) -> None:
         self._require_ready()
+        if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+            raise InvalidRequestError(f"lora_name must have 1 to {MAX_NAME_CHARS} printable characters", "lora_name")
+        if name in self._model_names:
+            raise InvalidRequestError(f"{excerpt(name)} is the name of the model", "lora_name")
         await self.exchange()
         if name in self.sources and not replaces:
             message = f"the adapter {excerpt(name)} is loaded already; load_inplace replaces it"

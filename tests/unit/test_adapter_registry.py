@@ -206,6 +206,9 @@ def test_files_in_the_directory_are_loaded_replaced_and_unloaded_when_requests_n
         with pytest.raises(InvalidRequestError, match="adapter_config"):
             await other.find(["a"])
         assert site.names() == ["a"]
+        lora(directory / "odd\nname")
+        with pytest.raises(InvalidRequestError, match="printable"):
+            await one.find(["odd\nname"])
         shutil.rmtree(directory / "a")
         await other.find(["a"])
         assert site.names() == []
