@@ -7,6 +7,12 @@ Our engine against vLLM's, which runs in an environment of its own:
     python -m benchmarks.compare 6b --a "ours kv_cache_gb=2" --b "vllm kv_cache_gb=2" --cases {1,8}x128/16 --apart ...
     python -m benchmarks.compare deep --a "ours stages=2" --b "vllm stages=2" --peer-python vllm/bin/python
 
+Weights of few bits against other engines' (see `benchmarks.contenders`):
+
+    python -m benchmarks.compare deep --a "ours quantize=int8" \\
+        --b "ct2 python=ct2/bin/python model=deep-ct2 compute_type=int8"
+    python -m benchmarks.compare deep --a "ours quantize=int4" --b "openvino python=ov/bin/python model=deep-ov-int4"
+
 Two stages against one, and two checkouts of ours:
 
     python -m benchmarks.compare deep --a "ours stages=2" --b ours --cases {1,8,32}x128/64 1x1024/1

@@ -5,11 +5,12 @@ A contender is written as a kind and its settings:
     ours stages=2 kv_cache_gb=2        our engine; settings of PipelineConfig, and package=/path/to/another/checkout
     vllm stages=2                      vLLM's engine; stages, bind=0|1, kv_cache_gb, and arguments of vLLM's LLM
     ct2 model=DIR compute_type=int8    CTranslate2's engine; DIR is the output of its converter
+    openvino model=DIR backend=SDPA    OpenVINO GenAI's engine; DIR is an export of `optimum-cli`; backend SDPA or PA
     serve stages=2                     `gptj-dist serve`; its options, and package=
     vllm-serve                         vLLM's server; settings as for vllm
     http base=http://127.0.0.1:8000 model=demo     a server that runs already
 
-`python=` of vllm and ct2 names the interpreter in whose environment the engine is installed.
+`python=` of vllm, ct2 and openvino names the interpreter in whose environment the engine is installed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.processes import Family
 from benchmarks.servers import free_port, running, serve_command, vllm_serve_command
 from benchmarks.worker_process import ROOT, WorkerProcess
 
-ENGINES = ("ours", "vllm", "ct2")
+ENGINES = ("ours", "vllm", "ct2", "openvino")
 KINDS = (*ENGINES, "serve", "vllm-serve", "http")
 SERVED_NAME = "benchmark"
 WARM_UP_TOKENS = 8

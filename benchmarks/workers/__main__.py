@@ -1,5 +1,6 @@
 """Runs an engine in a process of its own: `python -P -m benchmarks.workers KIND SETTINGS`, with settings as JSON.
 
+KIND is `ours`, `vllm`, `ct2`, `openvino` or `limits`, and names the module `KIND_worker` beside this one.
 When the engine is ready, writes a JSON line that describes it. Then answers each JSON line on standard input with one,
 until standard input ends. `gptj_dist` is imported from the current directory. All other output, of any library, goes to
 standard error.
@@ -14,8 +15,6 @@ import sys
 import time
 
 from benchmarks.workers.worker import Worker
-
-KINDS = ("ours", "vllm", "ct2", "limits")
 
 
 def main() -> None:

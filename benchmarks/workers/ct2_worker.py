@@ -11,7 +11,11 @@ from benchmarks.workers.worker import GenerationWorker, Worker
 
 
 def open_worker(settings: dict[str, Any]) -> Worker:
-    """Loads the model. `settings` are `model`, a directory written by CTranslate2's converter, and `compute_type`."""
+    """Loads the model.
+
+    `settings` are `model`, a directory written by CTranslate2's converter, and `compute_type`, by default the type that
+    the converter wrote.
+    """
     return GenerationWorker(CT2Engine(settings["model"], settings.get("compute_type", "default")))
 
 
