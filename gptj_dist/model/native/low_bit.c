@@ -130,11 +130,17 @@ struct piece {
     int lines; /* of `next` to ask for with each fold; 0 if no other tile takes the piece */
 };
 
+/* Adds products of 4 inputs to each sum, in place: given the intrinsic, gcc 12 moves sums to and fro, and to memory. */
+INLINE void add_products(__m512i *sums, __m512i weight, __m512i input) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(weight), "v"(input));
+}
+
 /* Adds the products of a piece to the sums of a tile. `rows`, `digits` and `bits` are known to the compiler. */
 INLINE void multiply_tile(int rows, int digits, int bits, struct piece a) {
     const __m512i low = _mm512_set1_epi8(15);
     int parts = rows * digits <= 3 ? 2 : 1; /* sums of their own for every other step, as one waits for the last */
     int64_t steps = a.fold / 4;
+    int64_t group = a.first_fold / a.folds_per_group, folds_left = a.folds_per_group - a.first_fold % a.folds_per_group;
     int half = rows * digits * COLUMN_VECTORS;
     for (int64_t f = 0; f < a.num_folds; f++) {
         for (int i = 0; i < a.lines; i++, a.next += CACHE_LINE) __builtin_prefetch(a.next, 0, 2);
@@ -147,7 +153,8 @@ INLINE void multiply_tile(int rows, int digits, int bits, struct piece a) {
                     acc[(d * rows + r) * COLUMN_VECTORS + v] = _mm512_set1_epi32(starts[d * rows + r]);
                     if (parts == 2) acc[half + (d * rows + r) * COLUMN_VECTORS + v] = _mm512_setzero_si512();
                 }
-        for (int64_t s = 0; s < steps; s += 2) {
+        int64_t s = 0;
+        do {
             __m512i w[2][COLUMN_VECTORS];
             for (int v = 0; v < COLUMN_VECTORS; v++) {
                 w[0][v] = _mm512_load_si512(a.weight + v * VECTOR_BYTES);
@@ -169,18 +176,17 @@ INLINE void multiply_tile(int rows, int digits, int bits, struct piece a) {
 #pragma GCC unroll 12
                     for (int r = 0; r < rows; r++) {
                         __m512i input = _mm512_set1_epi32(a.x[(d * steps + s + i) * rows + r]);
-                        for (int v = 0; v < COLUMN_VECTORS; v++) {
-                            __m512i *sum = acc + (parts == 2) * i * half + (d * rows + r) * COLUMN_VECTORS + v;
-                            *sum = _mm512_dpbusd_epi32(*sum, w[i][v], input);
-                        }
+                        for (int v = 0; v < COLUMN_VECTORS; v++)
+                            add_products(acc + (parts == 2) * i * half + (d * rows + r) * COLUMN_VECTORS + v, w[i][v],
+                                         input);
                     }
-        }
-        int64_t group = (a.first_fold + f) / a.folds_per_group;
-#pragma GCC unroll 2
-        for (int v = 0; v < COLUMN_VECTORS; v++) {
-            __m512 scale = _mm512_load_ps(a.scales + group * COLUMNS + v * LANES);
+            s += 2;
+        } while (s < steps);
+        __asm__("" ::: "memory"); /* else the tile's sums take registers, too, and there are too few */
 #pragma GCC unroll 12
-            for (int r = 0; r < rows; r++) {
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < COLUMN_VECTORS; v++) {
                 __m512 value = _mm512_setzero_ps();
 #pragma GCC unroll 3
                 for (int d = digits - 1; d >= 0; d--) {
@@ -190,14 +196,16 @@ INLINE void multiply_tile(int rows, int digits, int bits, struct piece a) {
                     value = d == digits - 1 ? own : _mm512_fmadd_ps(value, _mm512_set1_ps(256), own);
                 }
                 float *to = a.sums + r * COLUMNS + v * LANES;
-                __m512 all = _mm512_fmadd_ps(_mm512_mul_ps(value, scale), _mm512_set1_ps(row_scales[r]),
-                                             _mm512_load_ps(to));
-                if (a.offsets)
-                    all = _mm512_fmadd_ps(_mm512_load_ps(a.offsets + group * COLUMNS + v * LANES),
-                                          _mm512_set1_ps(totals[r]), all);
-                _mm512_store_ps(to, all);
+                value = _mm512_mul_ps(value, _mm512_load_ps(a.scales + group * COLUMNS + v * LANES));
+                _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_set1_ps(row_scales[r]), _mm512_load_ps(to)));
             }
+        for (int i = 0; a.offsets && i < rows * COLUMN_VECTORS; i++) {
+            float *to = a.sums + i * LANES;
+            __m512 offset = _mm512_load_ps(a.offsets + group * COLUMNS + i % COLUMN_VECTORS * LANES);
+            __m512 total = _mm512_set1_ps(totals[i / COLUMN_VECTORS]);
+            _mm512_store_ps(to, _mm512_fmadd_ps(offset, total, _mm512_load_ps(to)));
         }
+        if (--folds_left == 0) group++, folds_left = a.folds_per_group;
         a.x += rows * fold_words(digits, a.fold);
     }
 }
