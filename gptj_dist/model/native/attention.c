@@ -159,11 +159,13 @@ INLINE void score_item(const struct item *it, int rows, const void *keys, enum e
             float *scores = s->scores + h * rows * stride;
             for (int64_t next = place + together; next < place + 2 * together && next < num_blocks; next++)
                 fetch_ahead(block_of(it, next, head, keys, elements, e), elements, e);
-            if (place + together <= num_blocks)
+            int64_t left = num_blocks - place;
+            if (left >= together) {
                 score_blocks(it, place, together, head, keys, rows, e, queries, scores, stride);
-            else
-                for (int64_t rest = place; rest < num_blocks; rest++)
-                    score_blocks(it, rest, 1, head, keys, rows, e, queries, scores, stride);
+                continue;
+            }
+            if (left & 2) score_blocks(it, place, 2, head, keys, rows, e, queries, scores, stride);
+            if (left & 1) score_blocks(it, num_blocks - 1, 1, head, keys, rows, e, queries, scores, stride);
         }
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from gptj_dist.model.block_tables import BlockTables
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.native.library import NativeBatch
+from gptj_dist.model.native.memory import memory_of
 from gptj_dist.model.native.operands import address_of
 from gptj_dist.model.rotary import RotaryTable
 from gptj_dist.sizes import ceil_div
@@ -43,8 +45,13 @@ class NativeCache(BlockTables):
         self._library = library
         self.padded_dim = ceil_div(head_dim, LANES) * LANES
         self.dtype = dtype
-        self.keys = torch.empty(num_layers, num_blocks, num_heads, head_dim, LANES, dtype=dtype)
-        self.values = torch.empty(num_layers, num_blocks, num_heads, LANES, self.padded_dim, dtype=dtype)
+        self.keys, self.values = (
+            memory_of(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+            for shape in (
+                (num_layers, num_blocks, num_heads, head_dim, LANES),
+                (num_layers, num_blocks, num_heads, LANES, self.padded_dim),
+            )
+        )
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> NativeAttention:
         return NativeAttention(self._library, self, batch, rotary)

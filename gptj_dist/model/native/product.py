@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
-import sys
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gptj_dist.model.native.library import NativeFunction, Product
+from gptj_dist.model.native.memory import memory_of
 from gptj_dist.model.native.operands import address_of
-
-HUGE_PAGE_BYTES = 2 << 20
 
 COLUMNS = 32
 """Outputs of a panel, as the library has them."""
@@ -58,7 +54,7 @@ class NativeProduct:
         self._bias = None if bias is None else bias.contiguous()
         if self._bias is not None:
             product.bias = address_of("bias", self._bias, dtype, (self._num_columns,))
-        self._packed = _memory_of(size_of(product))
+        self._packed = memory_of(size_of(product))
         product.weight = self._packed.data_ptr()
         product.element = ELEMENTS.index(dtype)
         pack(product, source, torch.get_num_threads())
@@ -183,19 +179,3 @@ def _in_panels(name: str, numbers: Tensor, num_columns: int, num_groups: int) ->
     address_of(name, numbers.contiguous(), torch.float32, (num_columns, num_groups))
     padded = functional.pad(numbers, (0, 0, 0, -num_columns % COLUMNS)).view(-1, COLUMNS, num_groups)
     return torch.empty(len(padded), num_groups, COLUMNS).copy_(padded.transpose(1, 2))
-
-
-def _memory_of(num_bytes: int) -> Tensor:
-    """Memory uint8 [num_bytes], at a multiple of 64 bytes. In pages of 2 MB if it fills one and there are any.
-
-    A decode step reads all weights once. In pages of 4 KB it waits for their addresses for a sixth of its time or more.
-    """
-    if num_bytes < HUGE_PAGE_BYTES:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if sys.platform == "linux":
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    elements = torch.frombuffer(memory, dtype=torch.uint8)
-    begin = -elements.data_ptr() % HUGE_PAGE_BYTES
-    return elements[begin : begin + num_bytes]

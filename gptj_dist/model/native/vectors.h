@@ -30,9 +30,14 @@ INLINE floats load(const void *base, int64_t index, enum element e) {
         __builtin_memcpy(&result, (const float *)base + index, sizeof result);
         return result;
     }
+#if defined(__AVX512F__) /* gcc 12 takes three times as many instructions for what is below */
+    __m256i upper = _mm256_loadu_si256((const __m256i *)((const uint16_t *)base + index));
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16);
+#else
     halves upper;
     __builtin_memcpy(&upper, (const uint16_t *)base + index, sizeof upper);
     return (floats)(__builtin_convertvector(upper, words) << 16);
+#endif
 }
 
 INLINE float load_one(const void *base, int64_t index, enum element e) {
