@@ -16,6 +16,7 @@ from gptj_dist.config import BLOCK_SIZE_TOKENS
 from gptj_dist.model.inputs import MicroBatch, Span
 from gptj_dist.model.native.attention import LANES, NativeCache
 from gptj_dist.model.native.library import load_library
+from gptj_dist.model.native.memory import HUGE_PAGE_BYTES
 from gptj_dist.model.rotary import RotaryTable
 
 LIBRARY = load_library()
@@ -312,6 +313,12 @@ def test_memory_that_cannot_be_had_is_an_error() -> None:
     attend._batch.max_tokens = 2**55
     with pytest.raises(MemoryError, match="attention of 1 rows"):
         attend(0, stage.heads(0, [Span(1, 0, 0, 1)]))
+
+
+def test_a_large_cache_begins_at_a_huge_page() -> None:
+    assert LIBRARY is not None
+    cache = NativeCache(LIBRARY, NUM_LAYERS, 128, 75, 4, 64, torch.bfloat16)
+    assert cache.keys.data_ptr() % HUGE_PAGE_BYTES == cache.values.data_ptr() % HUGE_PAGE_BYTES == 0
 
 
 def test_a_copy_fills_the_blocks_that_are_not_held_in_common_and_no_others() -> None:
