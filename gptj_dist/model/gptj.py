@@ -64,7 +64,7 @@ class StageModel:
         token_ids = to_device(token_ids, self._device)
         hidden = self._embedding(token_ids)
         if changes is not None:
-            changes.add("wte", None, token_ids, hidden, self._embedding)
+            changes.add(("wte",), None, token_ids, hidden, self._embedding)
         return hidden
 
     def forward(
@@ -103,7 +103,7 @@ class StageModel:
             raise ValueError("only the last stage has the final LayerNorm")
         normed = self._head[0](hidden)
         if changes is not None:
-            changes.add("final", None, normed, normed, unchanged)
+            changes.add(("final",), None, normed, normed, unchanged)
         return normed
 
     def blank_inputs(self, num_rows: int) -> Tensor:
@@ -131,5 +131,5 @@ class StageModel:
         normed = self.normed(hidden, changes)
         logits = self._head[1](normed)
         if changes is not None:
-            changes.add("lm_head", None, normed, logits, self._head[1])
+            changes.add(("lm_head",), None, normed, logits, self._head[1])
         return logits.float()

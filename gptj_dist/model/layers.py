@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptj_dist.config import DTypeName, ModelConfig
-from gptj_dist.model.adapters import LayerChanges, Place, unchanged
+from gptj_dist.model.adapters import LayerChanges, unchanged
 from gptj_dist.model.linear import Linear, can_pack, make_linear
 from gptj_dist.model.quantized import (
     QuantizedEmbedding,
@@ -80,17 +80,17 @@ class FusedLayer:
         """The same, where some rows have adapters."""
         rows, d_model = hidden.shape
         normed = self.norm(hidden)
-        changes.add("norm", hidden, normed, unchanged)
+        changes.add(("norm",), hidden, normed, unchanged)
         qkv = self.qkv(normed)
-        _add_to_heads(changes, normed, qkv, self.qkv)
+        changes.add(("q", "k", "v"), normed, qkv, self.qkv)
         attend(qkv.view(rows, 3, self.num_heads, -1))
         attended = qkv[:, 2 * d_model :]
         hidden = self.out_proj.add(attended, hidden)
-        changes.add("out", attended, hidden, self.out_proj)
+        changes.add(("out",), attended, hidden, self.out_proj)
         inner = changes.inner(normed, self.fc_in)
         hidden = self.fc_out.add(inner, hidden)
-        changes.add("fc_out", inner, hidden, self.fc_out)
-        changes.add("hidden", hidden, hidden, unchanged)
+        changes.add(("fc_out",), inner, hidden, self.fc_out)
+        changes.add(("hidden",), hidden, hidden, unchanged)
         return hidden
 
 
@@ -121,29 +121,21 @@ class JoinedLayer:
         """The same, where some rows have adapters."""
         rows, d_model = hidden.shape
         normed = self.norm(hidden)
-        changes.add("norm", hidden, normed, unchanged)
+        changes.add(("norm",), hidden, normed, unchanged)
         fanned = self.fan_in(normed)
         inner = fanned[:, 3 * d_model :]
-        _add_to_heads(changes, normed, fanned, self.fan_in)
-        changes.add("fc_in", normed, inner, lambda x: self.fan_in(x)[:, 3 * d_model :])
-        attend(fanned[:, : 3 * d_model].view(rows, 3, self.num_heads, -1))
+        heads = fanned[:, : 3 * d_model]
+        changes.add(("q", "k", "v"), normed, heads, lambda x: self.fan_in(x)[:, : 3 * d_model])
+        changes.add(("fc_in",), normed, inner, lambda x: self.fan_in(x)[:, 3 * d_model :])
+        attend(heads.view(rows, 3, self.num_heads, -1))
         torch.ops.aten.gelu.out(inner, approximate="tanh", out=inner)
         hidden = hidden + self.fan_out(fanned[:, 2 * d_model :])
         d_ff = inner.shape[1]
         attended = fanned[:, 2 * d_model : 3 * d_model]
-        changes.add("out", attended, hidden, lambda x: self.fan_out(F.pad(x, (0, d_ff))))
-        changes.add("fc_out", inner, hidden, lambda x: self.fan_out(F.pad(x, (d_model, 0))))
-        changes.add("hidden", hidden, hidden, unchanged)
+        changes.add(("out",), attended, hidden, lambda x: self.fan_out(F.pad(x, (0, d_ff))))
+        changes.add(("fc_out",), inner, hidden, lambda x: self.fan_out(F.pad(x, (d_model, 0))))
+        changes.add(("hidden",), hidden, hidden, unchanged)
         return hidden
-
-
-def _add_to_heads(changes: LayerChanges, normed: Tensor, heads: Tensor, product: Linear) -> None:
-    """Adds to queries, keys and values, the first columns of `heads` and of the product."""
-    d_model = normed.shape[1]
-    places: tuple[Place, ...] = ("q", "k", "v")
-    for first, place in enumerate(places):
-        columns = slice(first * d_model, (first + 1) * d_model)
-        changes.add(place, normed, heads[:, columns], lambda x, columns=columns: product(x)[:, columns])  # type: ignore[misc]
 
 
 class PartLoader:

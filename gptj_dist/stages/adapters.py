@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,9 @@ from gptj_dist.model.adapters import (
     LowRankChange,
     LowRankEmbedding,
     RowAdapter,
+    Spot,
     VectorChange,
+    is_native,
 )
 from gptj_dist.model.weight_changes import EmbeddingChange, WeightChange
 from gptj_dist.params import AdapterChoice, AdapterSource
@@ -104,7 +106,7 @@ class StageAdapters:
     def changes(self, adapted: Iterable[AdaptedRows], num_rows: int) -> Changes | None:
         """The changes of a micro-batch; None if no row has an adapter. For the thread that computes."""
         row_adapters = [each for rows in adapted for each in self._row_adapters(rows)]
-        return Changes.of(row_adapters, num_rows, self._dtype, self._device) if row_adapters else None
+        return Changes(row_adapters, num_rows, self._dtype, self._device) if row_adapters else None
 
     def _row_adapters(self, adapted: AdaptedRows) -> Iterator[RowAdapter]:
         """Of a request: rows at which one of its adapters is special one by one, and the others together."""
@@ -125,7 +127,7 @@ class StageAdapters:
         except CheckpointError as error:
             logger.error("adapter cannot be read", extra=values(path=source.path, error=str(error)))
             nan = torch.full((self._config.d_model,), torch.nan, dtype=self._dtype, device=self._device)
-            return (Adapter({("hidden", self._layers.stop - 1): (VectorChange(nan),)}),)
+            return (self._adapter({}, {("hidden", self._layers.stop - 1): (VectorChange(nan),)}),)
         if not held.adapters:
             num_special = 1 + max((part.position for part, _ in held.parts if part.position is not None), default=-1)
             held.adapters = tuple(
@@ -185,25 +187,35 @@ class StageAdapters:
         return difference.to(self._dtype) if difference.any() else None
 
     def _made(self, parts: _Parts) -> Adapter:
-        changes: dict[tuple[str, int | None], list[Change]] = defaultdict(list)
+        low_ranks: dict[Spot, tuple[Tensor, Tensor]] = {}
+        others: dict[Spot, list[Change]] = defaultdict(list)
         for part, tensors in parts:
+            spot = part.place, part.layer
             a, b, vector, gain, weight = (
                 None if tensor is None else tensor.to(self._device, self._dtype).contiguous() for tensor in tensors
             )
-            spot = changes[part.place, part.layer]
             if vector is not None:
-                spot.append(VectorChange(vector * part.scale))
+                others[spot].append(VectorChange(vector * part.scale))
             elif weight is not None and part.place == "wte":
-                spot.append(EmbeddingChange(weight, part.token_ids, self._config.vocab_size))
+                others[spot].append(EmbeddingChange(weight, part.token_ids, self._config.vocab_size))
             elif weight is not None:
-                spot.append(WeightChange(weight))
-            elif a is not None and b is not None:
-                low_rank = LowRankChange(a, b, part.scale)
-                change: Change = low_rank if gain is None else DoraChange(low_rank, gain)
-                if part.place == "wte":
-                    change = LowRankEmbedding(a, b, part.scale)
-                spot.append(change)
-        return Adapter(dict(changes))  # type: ignore[arg-type]
+                others[spot].append(WeightChange(weight))
+            elif a is None or b is None:
+                continue
+            elif part.place == "wte":
+                others[spot].append(LowRankEmbedding(a, b, part.scale))
+            elif gain is not None:
+                others[spot].append(DoraChange(LowRankChange(a, b, part.scale), gain))
+            elif is_native(self._dtype, self._device) and spot not in low_ranks:
+                low_ranks[spot] = (a, b * part.scale)
+            else:
+                others[spot].append(LowRankChange(a, b, part.scale))
+        return self._adapter(low_ranks, others)
+
+    def _adapter(
+        self, low_ranks: Mapping[Spot, tuple[Tensor, Tensor]], others: Mapping[Spot, Sequence[Change]]
+    ) -> Adapter:
+        return Adapter(low_ranks, others, self._config.num_layers, self._dtype)
 
 
 def _pieces(rows: range, num_single: int) -> list[range]:

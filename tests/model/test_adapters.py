@@ -127,6 +127,20 @@ def test_preempted_requests_keep_their_adapters(model: Model, paths: list[Path],
     assert_same_bits(run, alone)
 
 
+@pytest.mark.parametrize("replaced", ["model.adapters.load_library", "model.layers.can_pack"])
+def test_other_paths_add_the_same(
+    base: Path, paths: list[Path], alone: Run, replaced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the compiled library, whose rows have the same bits, too; and in layers of two products."""
+    monkeypatch.setattr(f"gptj_dist.{replaced}", lambda *_: None)
+    other = Model(str(base))
+    run = other.run(works_of(paths))
+    if replaced == "model.adapters.load_library":
+        assert_same_bits(other.run(works_of(paths), layers=(2, 2), max_chunk_tokens=7), run)
+    assert run.token_ids == alone.token_ids
+    assert all(torch.allclose(row, alone.logits[key], rtol=0, atol=1e-4) for key, row in run.logits.items())
+
+
 def test_a_request_without_adapters_takes_todays_path(
     model: Model, alone: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

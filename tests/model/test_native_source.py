@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from gptj_dist.model.native import low_rank
 from gptj_dist.model.native.attention import LANES, TILE_ROWS
-from gptj_dist.model.native.library import COMPILE, HEADERS, SOURCES, NativeBatch, Product
+from gptj_dist.model.native.library import COMPILE, HEADERS, SOURCES, Adapted, LowRank, NativeBatch, Product
 
 COMPILE_TIMEOUT_S = 120
-ATTENTION, PRODUCT, LOW_BIT = SOURCES
+ATTENTION, PRODUCT, LOW_BIT, LOW_RANK = SOURCES
 _, PANELS = HEADERS
 
 FILLED = r"""
@@ -156,9 +157,52 @@ int main(void) { printf("not for this CPU\n"); return 0; }
 """
 )
 
+LOW_RANK_MAIN = (
+    FILLED
+    + r"""
+/* Two groups of rows; the second one has no matrices at the first of two places. Rows are in reverse. */
+static int run(int64_t rank, int64_t depth, int64_t columns, int64_t own_rows, enum element e) {
+    int64_t size = bytes_of(e), num_rows = 2 * own_rows, x_stride = depth + 3, y_stride = 2 * columns + 1, tiles = 0;
+    int64_t *all = malloc(num_rows * 8), *pieces = malloc(num_rows * 24);
+    float *strengths = filled(num_rows, 4);
+    for (int64_t i = 0; i < num_rows; i++) all[i] = num_rows - 1 - i;
+    for (int64_t group = 0; group < 2; group++)
+        for (int64_t i = 0; i < own_rows; i += TILE_ROWS, tiles++) {
+            pieces[3 * tiles] = group, pieces[3 * tiles + 1] = group * own_rows + i;
+            pieces[3 * tiles + 2] = own_rows - i < TILE_ROWS ? own_rows - i : TILE_ROWS;
+        }
+    pieces = realloc(pieces, tiles * 24);
+    void *a = filled(rank * padded(depth), size), *b = filled((columns + COLUMNS - 1) / COLUMNS * COLUMNS * rank, size);
+    void *x = filled((num_rows - 1) * x_stride + depth, size);
+    void *y = filled((num_rows - 1) * y_stride + 2 * columns, size);
+    struct low_rank full = {rank, depth, columns, a, b}, empty = {0, 0, 0, NULL, NULL};
+    struct low_rank first[] = {full, full}, second[] = {empty, full};
+    const struct low_rank *tables[] = {first, second};
+    struct adapted d = {tiles, 2, 2, depth, columns, x_stride, y_stride, pieces, all, strengths, tables};
+    int failed = 0;
+    for (int threads = 1; threads <= 2; threads++)
+        failed |= (e == FLOAT32 ? add_low_rank_float32 : add_low_rank_bfloat16)(&d, 0, x, y, threads);
+    d.depth++;
+    failed |= add_low_rank_float32(&d, 0, x, y, 1) != MISFIT;
+    free(all), free(pieces), free(strengths), free(a), free(b), free(x), free(y);
+    return failed;
+}
+
+int main(void) {
+    int failed = 0;
+    for (int e = FLOAT32; e <= BFLOAT16; e++)
+        failed |= run(1, 1, 1, 1, e) | run(3, 75, 33, 2, e) | run(16, 64, 48, 5, e) | run(64, 33, 31, 3, e) |
+                  run(5, 190, 17, 9, e);
+    printf("%%s\n", failed ? "failed" : "done");
+    return failed;
+}
+"""
+)
+
 
 @pytest.mark.parametrize(
-    ("source", "main"), [(ATTENTION, ATTENTION_MAIN), (PRODUCT, PRODUCT_MAIN), (LOW_BIT, LOW_BIT_MAIN)]
+    ("source", "main"),
+    [(ATTENTION, ATTENTION_MAIN), (PRODUCT, PRODUCT_MAIN), (LOW_BIT, LOW_BIT_MAIN), (LOW_RANK, LOW_RANK_MAIN)],
 )
 def test_no_access_is_out_of_bounds_and_nothing_is_undefined(tmp_path: Path, source: Path, main: str) -> None:
     """Compiled with the sanitizers, on buffers of just the length that the shapes ask for."""
@@ -206,18 +250,27 @@ def test_tiles_are_as_long_as_the_source_has_them() -> None:
     lines = [line for path in (ATTENTION, *HEADERS) for line in path.read_text().splitlines()]
     assert f"#define LANES {LANES}" in lines
     assert any(line.startswith(f"#define TILE_ROWS {TILE_ROWS} ") for line in lines)
+    lines = LOW_RANK.read_text().splitlines()
+    for name in ("TILE_ROWS", "INPUTS", "MISFIT"):
+        assert any(line.split()[:3] == ["#define", name, str(vars(low_rank)[name])] for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "structure"), [("batch", ATTENTION, NativeBatch), ("product", PANELS, Product)]
+    ("name", "source", "structure"),
+    [
+        ("batch", ATTENTION, NativeBatch),
+        ("product", PANELS, Product),
+        ("low_rank", LOW_RANK, LowRank),
+        ("adapted", LOW_RANK, Adapted),
+    ],
 )
 def test_a_structure_is_passed_as_the_source_has_it(name: str, source: Path, structure: type[ctypes.Structure]) -> None:
     declaration = source.read_text().partition(f"struct {name} {{")[2].partition("};")[0]
     code = " ".join(line.split("/*")[0].strip() for line in declaration.splitlines())
     names = [
-        name.strip().lstrip("*")
+        name.strip().lstrip("* ")
         for statement in code.split(";")
-        for name in statement.replace("const ", "").strip().partition(" ")[2].split(",")
+        for name in statement.replace("const", "").replace("struct", "").strip().partition(" ")[2].split(",")
         if name.strip()
     ]
     assert names == [field[0] for field in structure._fields_]

@@ -3,4 +3,4 @@
 Knows attention and products of matrices. Knows no layers.
 """
 
-__all__ = ["attention", "library", "product"]
+__all__ = ["attention", "library", "low_rank", "product"]

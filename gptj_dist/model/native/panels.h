@@ -56,16 +56,11 @@ INLINE floats load_some(const void *base, int64_t index, __mmask16 mask, enum el
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16);
 }
 
-/* Rounds to nearest, ties to even, as torch does; a NaN stays one. */
 INLINE void store_some(void *base, int64_t index, floats value, __mmask16 mask, enum element e) {
-    if (e == FLOAT32) {
+    if (e == FLOAT32)
         _mm512_mask_storeu_ps((float *)base + index, mask, (__m512)value);
-        return;
-    }
-    words bits = (words)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    ints is_number = value == value;
-    rounded = (rounded & (words)is_number) | (0x7fc0 & ~(words)is_number);
-    _mm256_mask_storeu_epi16((uint16_t *)base + index, mask, _mm512_cvtepi32_epi16((__m512i)rounded));
+    else
+        _mm256_mask_storeu_epi16((uint16_t *)base + index, mask, (__m256i)rounded_halves(value));
 }
 
 /* Swaps the rows and columns of 16 x 16 words: 2 x 2 blocks of words, then of double words, then of quarters. */

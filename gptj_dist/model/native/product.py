@@ -153,9 +153,12 @@ class NativeLowBitLinear(NativeProduct):
             raise ValueError(f"groups must be whole rows, or a multiple of 32 columns, got {group} of {depth} columns")
         values = values.contiguous()
         product = Product(num_columns=num_columns, depth=depth, bits=bits, group=group)
-        self._scales = _in_panels("scales", scales, num_columns, scales.shape[1])
+        address_of("scales", scales.contiguous(), torch.float32, (num_columns, scales.shape[1]))
+        self._scales = in_panels(scales)
         product.scales = self._scales.data_ptr()
-        self._offsets = None if offsets is None else _in_panels("offsets", offsets, *scales.shape)
+        if offsets is not None:
+            address_of("offsets", offsets.contiguous(), torch.float32, tuple(scales.shape))
+        self._offsets = None if offsets is None else in_panels(offsets)
         if self._offsets is not None:
             product.offsets = self._offsets.data_ptr()
         super().__init__(
@@ -174,8 +177,7 @@ def has_groups(depth: int, group: int) -> bool:
     return group == depth or (group % 32 == 0 and depth % group == 0)
 
 
-def _in_panels(name: str, numbers: Tensor, num_columns: int, num_groups: int) -> Tensor:
-    """[out_features, num_groups] as [panel, num_groups, COLUMNS], with zeros for outputs that there are not."""
-    address_of(name, numbers.contiguous(), torch.float32, (num_columns, num_groups))
-    padded = functional.pad(numbers, (0, 0, 0, -num_columns % COLUMNS)).view(-1, COLUMNS, num_groups)
-    return torch.empty(len(padded), num_groups, COLUMNS).copy_(padded.transpose(1, 2))
+def in_panels(numbers: Tensor) -> Tensor:
+    """[out_features, n] as [panel, n, COLUMNS], with zeros for outputs that there are not. Copies."""
+    padded = functional.pad(numbers, (0, 0, 0, -len(numbers) % COLUMNS))
+    return padded.view(-1, COLUMNS, numbers.shape[1]).transpose(1, 2).contiguous()

@@ -60,6 +60,30 @@ INLINE void store_one(void *base, int64_t index, float value, enum element e) {
     ((uint16_t *)base)[index] = value != value ? 0x7fc0 : rounded;
 }
 
+INLINE halves rounded_halves(floats value) {
+#if defined(__AVX512BF16__)
+    return (halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+    words bits = (words)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    ints is_number = value == value;
+    return __builtin_convertvector((rounded & (words)is_number) | (0x7fc0 & ~(words)is_number), halves);
+#endif
+}
+
+/* The first `count` numbers at a place, at most LANES, and zeros. */
+INLINE floats load_first(const void *base, int64_t index, int64_t count, enum element e) {
+    if (count == LANES) return load(base, index, e);
+    char some[VECTOR_BYTES] = {0};
+    __builtin_memcpy(some, (const char *)base + index * bytes_of(e), count * bytes_of(e));
+    return load(some, 0, e);
+}
+
+INLINE void store_first(void *base, int64_t index, int64_t count, floats value, enum element e) {
+    halves upper = rounded_halves(value);
+    __builtin_memcpy((char *)base + index * bytes_of(e), e == FLOAT32 ? (void *)&value : (void *)&upper,
+                     (count == LANES ? LANES : count) * bytes_of(e));
+}
+
 INLINE floats splat(float value) { return value - (floats){0}; }
 
 INLINE floats larger(floats a, floats b) {
