@@ -289,6 +289,7 @@ class PipelineConfig:
         max_queued_tokens: the most tokens of their prompts; a request that comes below may exceed it.
         spares: processes without weights that a server keeps on each node, to take the place of a stage that dies.
         max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
+        prefix_cache: a request begins with what the KV cache still holds of its first tokens.
         generation_config: `none` leaves the checkpoint's sampling defaults and suppressed tokens alone; its end tokens
             still end texts.
 
@@ -313,6 +314,7 @@ class PipelineConfig:
     max_queued_tokens: int = DEFAULT_MAX_QUEUED_TOKENS
     spares: int = 0
     max_chunk_tokens: int | None = None
+    prefix_cache: bool = True
     generation_config: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:

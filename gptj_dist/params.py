@@ -17,6 +17,7 @@ MAX_STOP_STRINGS = 16
 MAX_ADAPTERS = 8
 MAX_STRENGTH = 100.0
 MAX_LOGPROBS = 20
+MAX_SALT_CHARACTERS = 256
 
 RANGES: Mapping[str, tuple[float, float]] = {
     "max_tokens": (0, 2**31),
@@ -127,6 +128,8 @@ class SamplingParams:
         priority: requests with a lower one are served first, and preempted last; among equals the earlier ones. Others
             may wait for ever.
         adapters: change the model for this request; their changes are added.
+        cache_salt: requests with another one share no cached prompt tokens with this one, so that nobody can learn from
+            the time to the first token what others have asked.
 
     Raises:
         InvalidRequestError: a value has another type or is out of its range; `param` names it.
@@ -156,6 +159,7 @@ class SamplingParams:
     priority: int = 0
     pooling: Pooling | None = None
     adapters: tuple[AdapterChoice, ...] = ()
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in tuple(vars(self).items()):
@@ -170,6 +174,9 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be from {least} to {most}, got {excerpt(value)}", name)
         _check(self.repetition_penalty > 0, "repetition_penalty", "must be above 0", self.repetition_penalty)
         self._check_lists()
+        rule = f"must have from 1 to {MAX_SALT_CHARACTERS} characters"
+        if self.cache_salt is not None:
+            _check(1 <= len(self.cache_salt) <= MAX_SALT_CHARACTERS, "cache_salt", rule, self.cache_salt)
         rule = f"must be from 0 to the {self.max_tokens} tokens to generate"
         _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", rule, self.min_tokens)
         if self.pooling is not None:

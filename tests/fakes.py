@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, Result
+from gptj_dist.engine.plan import Chunk, Embedding, KVPrefix, NewRequest, Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
 
 FAKE_VOCAB_SIZE = 1000
@@ -60,21 +60,29 @@ class FakeStages:
         for chunk in plan.chunks:
             self._give_blocks(chunk)
         for new in plan.new_requests:
-            if new.begins_with is not None:
-                self._copy(new.request_id, new.begins_with)
+            if new.begins_with is not None and new.begins_with.source_id is not None:
+                self._copy(new.request_id, new.begins_with.source_id, new.begins_with)
         for chunk in plan.chunks:
             self._compute(chunk)
 
-    def _take_over(self, request_id: int, begins_with: PromptCopy) -> None:
-        assert begins_with.request_id in self.requests, "the KV of a request that no stage knows"
-        source = self.requests[begins_with.request_id]
-        assert 0 < begins_with.num_tokens <= len(source.token_ids), "KV that was not computed by earlier plans"
-        assert begins_with.blocks == tuple(source.blocks[: len(begins_with.blocks)]), "not its blocks"
+    def _take_over(self, request_id: int, begins_with: KVPrefix) -> None:
+        taken = begins_with.token_ids
+        if begins_with.source_id is None:
+            assert len(taken) == begins_with.num_tokens == len(begins_with.blocks) * self._block_size, (
+                "not whole blocks"
+            )
+        else:
+            assert begins_with.source_id in self.requests, "the KV of a request that no stage knows"
+            source = self.requests[begins_with.source_id]
+            assert begins_with.num_tokens <= len(source.token_ids), "KV that was not computed by earlier plans"
+            assert begins_with.blocks == tuple(source.blocks[: len(begins_with.blocks)]), "not its blocks"
+            taken = tuple(source.token_ids[: begins_with.num_tokens])
+        assert begins_with.num_tokens > 0
         assert len(begins_with.blocks) * self._block_size <= begins_with.num_tokens, "blocks that are still written to"
         for block in begins_with.blocks:
             self._holders[block].add(request_id)
         self.requests[request_id].blocks.extend(begins_with.blocks)
-        self.requests[request_id].token_ids.extend(source.token_ids[: begins_with.num_tokens])
+        self.requests[request_id].token_ids.extend(taken)
 
     def _give_blocks(self, chunk: Chunk) -> None:
         assert chunk.request_id in self.requests, f"request {chunk.request_id} was never introduced"
@@ -84,9 +92,9 @@ class FakeStages:
             self._holders[block] = {chunk.request_id}
         self.requests[chunk.request_id].blocks.extend(chunk.new_blocks)
 
-    def _copy(self, request_id: int, begins_with: PromptCopy) -> None:
+    def _copy(self, request_id: int, source_id: int, begins_with: KVPrefix) -> None:
         for position in range(len(begins_with.blocks) * self._block_size, begins_with.num_tokens):
-            self._cells[self._cell(request_id, position)] = self._cells[self._cell(begins_with.request_id, position)]
+            self._cells[self._cell(request_id, position)] = self._cells[self._cell(source_id, position)]
 
     def _compute(self, chunk: Chunk) -> None:
         held = self.requests[chunk.request_id]

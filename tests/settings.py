@@ -10,6 +10,7 @@ from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import AdapterChoice, Pooling, SamplingParams
 
 _CANDIDATES = (
+    "salt",
     2,
     True,
     False,

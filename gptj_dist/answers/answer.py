@@ -10,7 +10,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Protocol
 
-from gptj_dist.answers.completion import TextDelta, whole
+from gptj_dist.answers.completion import TextDelta, TokenCounts, whole
 from gptj_dist.answers.deadline import Deadline
 from gptj_dist.answers.json_writing import json_bytes
 from gptj_dist.answers.merge import merge
@@ -25,13 +25,13 @@ LOGPROB_US = 3
 class Form(Protocol):
     """Writes one answer in an endpoint's shape. The numbers of tokens are those of all completions so far."""
 
-    def whole(self, completions: Iterator[TextDelta], num_tokens: int) -> JsonObject:
+    def whole(self, completions: Iterator[TextDelta], counts: TokenCounts) -> JsonObject:
         """The body of a response that is not streamed, as `json_bytes` writes it."""
 
     def event(self, index: int, delta: TextDelta) -> bytes:
         """The frames of a completion's next piece; empty if the piece says nothing."""
 
-    def end(self, num_tokens: int) -> bytes:
+    def end(self, counts: TokenCounts) -> bytes:
         """The frames after the last piece."""
 
     def failure(self, error: Exception) -> bytes:
@@ -76,10 +76,15 @@ class Answer:
         self._work = work
         self._on_end = on_end
         self.num_tokens = 0
+        self._num_cached_tokens = 0
 
     @property
     def is_streamed(self) -> bool:
         return self._request.stream
+
+    @property
+    def _counts(self) -> TokenCounts:
+        return TokenCounts(self.num_tokens, self._num_cached_tokens)
 
     async def whole(self) -> JsonObject:
         """The response that is not streamed. Raises the error that the request failed with."""
@@ -102,7 +107,7 @@ class Answer:
         return await self._work.run(cost, partial(self._write, deltas_of))
 
     def _write(self, deltas_of: list[list[TextDelta]]) -> bytes:
-        body = json_bytes(self._form.whole(self._kept(deltas_of), self.num_tokens))
+        body = json_bytes(self._form.whole(self._kept(deltas_of), self._counts))
         _free(deltas_of)
         return body
 
@@ -134,7 +139,7 @@ class Answer:
             yield self._form.failure(error)
             return
         # A response repeats all.
-        if frames := await self._work.run(total_cost, partial(self._form.end, self.num_tokens)):
+        if frames := await self._work.run(total_cost, partial(self._form.end, self._counts)):
             yield frames
 
     async def _deltas(
@@ -145,6 +150,7 @@ class Answer:
             async with aclosing(self._deadline.until(merge(streams))) as deltas:
                 async for index, delta in deltas:
                     self.num_tokens += len(delta.token_ids)
+                    self._num_cached_tokens += delta.num_cached_tokens
                     if delta.finish_reason is not None:
                         num_open -= 1
                         self._on_end(delta.finish_reason)

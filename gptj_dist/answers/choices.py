@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gptj_dist.answers.completion import TextDelta
+from gptj_dist.answers.completion import TextDelta, TokenCounts
 from gptj_dist.answers.error_responses import error_response
 from gptj_dist.answers.schema.sampling import ChoiceFields
 from gptj_dist.answers.sse import SSE_DONE, sse_frame
@@ -64,32 +64,33 @@ class ChoicesForm:
         self._head = head
         self._writers = writers
         self._num_prompt_tokens = num_prompt_tokens
-        self._num_tokens = [0] * len(writers)
+        self._counts = [TokenCounts(0, 0)] * len(writers)
 
-    def whole(self, completions: Iterator[TextDelta], num_tokens: int) -> JsonObject:
+    def whole(self, completions: Iterator[TextDelta], counts: TokenCounts) -> JsonObject:
         """The response: all choices, each made when it is written, and their numbers of tokens."""
         choices = (writer.whole(completion) for writer, completion in zip(self._writers, completions, strict=True))
-        usage = _usage(self._num_prompt_tokens, num_tokens)
+        usage = _usage(self._num_prompt_tokens, counts)
         return {**self._head.of(self._head.kind), "choices": choices, "usage": usage}
 
     def event(self, index: int, delta: TextDelta) -> bytes:
         """A chunk of one choice; its usage so far, if wanted, is that of the choice."""
         writer = self._writers[index]
-        self._num_tokens[index] += len(delta.token_ids)
+        output, cached = self._counts[index]
+        self._counts[index] = TokenCounts(output + len(delta.token_ids), cached + delta.num_cached_tokens)
         if not writer.has_news(delta):
             return b""
         chunk = {**self._head.of(self._head.chunk_kind), "choices": [writer.piece(delta)]}
         if self._has_usage_so_far:
-            chunk["usage"] = _usage(writer.num_prompt_tokens, self._num_tokens[index])
+            chunk["usage"] = _usage(writer.num_prompt_tokens, self._counts[index])
         elif self._has_usage:
             chunk["usage"] = None
         return sse_frame(chunk)
 
-    def end(self, num_tokens: int) -> bytes:
+    def end(self, counts: TokenCounts) -> bytes:
         """The usage of the whole request, if wanted, and `[DONE]`."""
         if not self._has_usage:
             return SSE_DONE
-        usage = _usage(self._num_prompt_tokens, num_tokens)
+        usage = _usage(self._num_prompt_tokens, counts)
         return sse_frame({**self._head.of(self._head.chunk_kind), "choices": [], "usage": usage}) + SSE_DONE
 
     def failure(self, error: Exception) -> bytes:
@@ -100,9 +101,10 @@ class ChoicesForm:
         """Events of choices have no numbers."""
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> JsonObject:
+def _usage(prompt_tokens: int, counts: TokenCounts) -> JsonObject:
     return {
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": counts.output,
+        "total_tokens": prompt_tokens + counts.output,
+        "prompt_tokens_details": {"cached_tokens": counts.cached},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
@@ -24,6 +25,7 @@ class TextDelta:
         finish_reason: comes with the last.
         logprobs: of each token, if asked for.
         prompt_logprobs: of the prompt's tokens from the second on, with the first delta, if asked for.
+        num_cached_tokens: see `Delta`.
     """
 
     text: str
@@ -31,6 +33,19 @@ class TextDelta:
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
+
+
+class TokenCounts(NamedTuple):
+    """Numbers of tokens of all completions of a request so far.
+
+    Args:
+        output: generated ones.
+        cached: of the prompts, whose KV was there before.
+    """
+
+    output: int
+    cached: int
 
 
 async def stream_text(
@@ -64,6 +79,7 @@ async def stream_text(
                 FinishReason.STOP if is_stopped else delta.finish_reason,
                 delta.logprobs[:num_new],
                 delta.prompt_logprobs,
+                delta.num_cached_tokens,
             )
             if is_stopped:
                 return
@@ -77,4 +93,5 @@ def whole(deltas: Sequence[TextDelta]) -> TextDelta:
         deltas[-1].finish_reason,
         tuple(token for delta in deltas for token in delta.logprobs),
         deltas[0].prompt_logprobs,
+        deltas[0].num_cached_tokens,
     )

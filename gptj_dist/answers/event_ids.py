@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptj_dist.answers.answer import Form
-from gptj_dist.answers.completion import TextDelta
+from gptj_dist.answers.completion import TextDelta, TokenCounts
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.json_types import JsonObject
 
@@ -76,9 +76,9 @@ class ResumableForm:
         self._num_tokens = [0] * len(received.completions)
         self._ends = [f"{of.num_tokens}{'e' * of.has_end}" for of in received.completions]
 
-    def whole(self, completions: Iterator[TextDelta], num_tokens: int) -> JsonObject:
+    def whole(self, completions: Iterator[TextDelta], counts: TokenCounts) -> JsonObject:
         """As the form's."""
-        return self._form.whole(completions, num_tokens)
+        return self._form.whole(completions, counts)
 
     def event(self, index: int, delta: TextDelta) -> bytes:
         """As the form's, with ids. The last event has the id that says that the piece was received."""
@@ -97,9 +97,9 @@ class ResumableForm:
         self._num_more = self._num_skipped = 0
         return written + self._with_id(last, 0)
 
-    def end(self, num_tokens: int) -> bytes:
+    def end(self, counts: TokenCounts) -> bytes:
         """As the form's, with ids."""
-        return b"".join(map(self._more, self._form.end(num_tokens).split(_END)[:-1]))
+        return b"".join(map(self._more, self._form.end(counts).split(_END)[:-1]))
 
     def failure(self, error: Exception) -> bytes:
         """As the form's. With its id a client may ask for what the failure kept from it."""

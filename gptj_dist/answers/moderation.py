@@ -61,7 +61,13 @@ class Moderation:
             async for delta in stream:
                 text += delta.text
                 if delta.text and await self._ask(text, "output"):
-                    yield TextDelta("", (), FinishReason.CONTENT_FILTER, prompt_logprobs=delta.prompt_logprobs)
+                    yield TextDelta(
+                        "",
+                        (),
+                        FinishReason.CONTENT_FILTER,
+                        prompt_logprobs=delta.prompt_logprobs,
+                        num_cached_tokens=delta.num_cached_tokens,
+                    )
                     return
                 yield delta
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gptj_dist.answers.completion import TextDelta
+from gptj_dist.answers.completion import TextDelta, TokenCounts
 from gptj_dist.answers.error_responses import error_response
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.sse import sse_event
@@ -48,10 +48,10 @@ class ResponseForm:
         self._logprobs: list[JsonObject] = []
         self._finish_reason: FinishReason | None = None
 
-    def whole(self, completions: Iterator[TextDelta], num_tokens: int) -> JsonObject:
+    def whole(self, completions: Iterator[TextDelta], counts: TokenCounts) -> JsonObject:
         """The response with its message."""
         self._take(next(completions))
-        return self._finished(num_tokens)
+        return self._finished(counts)
 
     def event(self, index: int, delta: TextDelta) -> bytes:  # noqa: ARG002  # there is one message
         """New text; before the first, the events that open the response and its message."""
@@ -61,9 +61,9 @@ class ResponseForm:
             frames += self._frame("output_text.delta", **self._place, delta=delta.text, logprobs=logprobs)
         return frames
 
-    def end(self, num_tokens: int) -> bytes:
+    def end(self, counts: TokenCounts) -> bytes:
         """The events that close the message and the response."""
-        response = self._finished(num_tokens)
+        response = self._finished(counts)
         return (
             self._frame("output_text.done", **self._place, text=self._text, logprobs=self._logprobs)
             + self._frame("content_part.done", **self._place, part=self._part())
@@ -111,7 +111,7 @@ class ResponseForm:
         self._finish_reason = delta.finish_reason
         return logprobs
 
-    def _finished(self, num_tokens: int) -> JsonObject:
+    def _finished(self, counts: TokenCounts) -> JsonObject:
         reason = None if self._finish_reason is None else INCOMPLETE.get(self._finish_reason)
         status = "completed" if reason is None else "incomplete"
         return self._response(status) | {
@@ -119,10 +119,10 @@ class ResponseForm:
             "incomplete_details": None if reason is None else {"reason": reason},
             "usage": {
                 "input_tokens": self._num_prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                "output_tokens": num_tokens,
+                "input_tokens_details": {"cached_tokens": counts.cached, "cache_write_tokens": 0},
+                "output_tokens": counts.output,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": self._num_prompt_tokens + num_tokens,
+                "total_tokens": self._num_prompt_tokens + counts.output,
             },
         }
 

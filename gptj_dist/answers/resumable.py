@@ -128,6 +128,6 @@ def _cut(delta: Delta, received: Received) -> list[Delta]:
     number = received.num_tokens
     if not number or (received.has_end and len(delta.token_ids) <= number):
         return [delta]
-    first = Delta(delta.token_ids[:number], None, delta.logprobs[:number], delta.prompt_logprobs)
+    first = delta._replace(token_ids=delta.token_ids[:number], finish_reason=None, logprobs=delta.logprobs[:number])
     rest = Delta(delta.token_ids[number:], delta.finish_reason, delta.logprobs[number:])
     return [first, rest] if rest.token_ids or rest.finish_reason is not None else [first]

@@ -59,6 +59,14 @@ OPTIONS: dict[str, Any] = {
     "spares": Annotated[
         int, _option("Idle processes on each node that can take the place of a stage: a shorter pause when one dies.")
     ],
+    "prefix_cache": Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Begin a prompt with what the KV cache still holds of its first tokens.",
+            rich_help_panel=PIPELINE_PANEL,
+        ),
+    ],
     "generation_config": Annotated[
         Literal["auto", "none"],
         _option("'none' leaves out what generation_config.json says of sampling; its end tokens stay."),

@@ -260,10 +260,12 @@ def _delta(output: TokenOutput) -> Delta:
     """A token, or an embedding, as its stream gets it."""
     request = output.request
     token_ids = () if output.token_id is None else (output.token_id,)
+    is_first = request.num_output_tokens == len(token_ids)
     return Delta(
         token_ids=token_ids,
         finish_reason=output.finish_reason,
         logprobs=() if output.logprobs is None else (output.logprobs,),
-        prompt_logprobs=tuple(request.prompt.logprobs) if request.num_output_tokens == len(token_ids) else (),
+        prompt_logprobs=tuple(request.prompt.logprobs) if is_first else (),
         embedding=output.embedding,
+        num_cached_tokens=request.num_cached_tokens if is_first else 0,
     )

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from gptj_dist.engine.block_pool import BlockPool
-from gptj_dist.engine.request import Prompt, Request, run_order
+from gptj_dist.engine.request import Request, run_order
 from gptj_dist.engine.waiting import WaitingQueue
 
 
@@ -17,21 +17,24 @@ def invariant(holds: bool, message: str) -> None:
 
 
 def check_blocks(running: Sequence[Request], pool: BlockPool) -> None:
-    """Each block is free, or has as many holders as the pool says. Only requests of one prompt share blocks."""
+    """Each block is free, or has as many holders as the pool says. Only requests with the same first tokens, adapters
+    and salt share blocks."""
     held = Counter(block for request in running for block in request.blocks)
     invariant(pool.free_blocks.isdisjoint(held), "a held block is free")
     invariant(len(pool.free_blocks) == pool.num_free, "a block is free twice")
     miscounted = [block for block, number in held.items() if number != pool.num_holders(block)]
     invariant(not miscounted, "the pool miscounts the holders of a block")
     invariant(len(held) + pool.num_free == pool.num_blocks, "a block is lost")
-    places: dict[int, tuple[Prompt, int]] = {}
+    contents: dict[int, object] = {}
     for request in running:
         invariant(len(request.blocks) == pool.blocks_for(request.num_computed), "blocks do not match computed tokens")
         for index, block in enumerate(request.blocks):
-            place = (request.prompt, index)
-            invariant(places.setdefault(block, place) == place, "requests of different prompts share a block")
-            is_read_only = (index + 1) * pool.block_size <= request.prompt.num_shareable
-            invariant(held[block] == 1 or is_read_only, "a shared block is written to")
+            if held[block] == 1:
+                continue
+            stop = (index + 1) * pool.block_size
+            content = (request.token_ids[:stop], request.params.adapters, request.params.cache_salt)
+            invariant(contents.setdefault(block, content) == content, "requests of different prompts share a block")
+            invariant(stop <= request.num_computed, "a shared block is written to")
 
 
 def check_requests(running: Sequence[Request], waiting: WaitingQueue, awaited_ids: Sequence[int]) -> None:

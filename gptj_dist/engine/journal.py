@@ -22,7 +22,8 @@ class RequestTotals:
     """Totals over all requests since the coordinator started.
 
     Attributes:
-        num_prompt_tokens: tokens of the prompts that have been computed.
+        num_prompt_tokens: tokens of the prompts that have been computed, with those that were cached.
+        num_cached_tokens: those of them whose KV earlier requests had left.
         num_generation_tokens: tokens that were sampled, including those after a stop string.
         num_early_ends: requests that ended before their full length.
         num_recomputed_tokens: tokens of prompts and of texts that were lost with stages or a pipeline.
@@ -33,6 +34,7 @@ class RequestTotals:
     """
 
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_generation_tokens: int = 0
     num_early_ends: int = 0
     num_recomputed_tokens: int = 0
@@ -88,6 +90,7 @@ class Journal:
             life.first_ns = now_ns
             if life.request.prompt.first is life.request:  # the other requests of the prompt took over its KV
                 totals.num_prompt_tokens += len(life.request.prompt_ids)
+                totals.num_cached_tokens += life.request.num_cached_tokens
             if output.token_id is not None and not life.request.is_moved:
                 totals.time_to_first_token.observe(now_ns - life.arrived_ns)
         life.last_ns = now_ns
@@ -125,6 +128,7 @@ def _log(level: int, event: str, request: Request, **of_event: object) -> None:
         "request_id": request.log_id,
         "number": request.request_id,
         "prompt_tokens": len(request.prompt_ids),
+        "cached_tokens": request.num_cached_tokens,
         "max_tokens": request.params.max_tokens,
         "generation_tokens": request.num_output_tokens,
     }

@@ -18,6 +18,7 @@ class Delta(NamedTuple):
         logprobs: one for each token, if requested.
         prompt_logprobs: one for each token of the prompt from the second on, if requested; come with the first tokens.
         embedding: float32 numbers as bytes, if requested.
+        num_cached_tokens: of the prompt, whose KV was there before; come with the first tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -25,6 +26,7 @@ class Delta(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     embedding: bytes | None = None
+    num_cached_tokens: int = 0
 
 
 class Mailbox:
@@ -71,5 +73,9 @@ class Mailbox:
 def joined(one: Delta, next_: Delta) -> Delta:
     """Two deltas of a stream that follow each other, as one."""
     return Delta(
-        one.token_ids + next_.token_ids, next_.finish_reason, one.logprobs + next_.logprobs, one.prompt_logprobs
+        one.token_ids + next_.token_ids,
+        next_.finish_reason,
+        one.logprobs + next_.logprobs,
+        one.prompt_logprobs,
+        num_cached_tokens=one.num_cached_tokens,
     )

@@ -12,19 +12,22 @@ from typing import NamedTuple
 from gptj_dist.params import SamplingParams, TokenLogprobs
 
 
-class PromptCopy(NamedTuple):
-    """The KV of a prompt that one request takes over from another request of the same prompt.
+class KVPrefix(NamedTuple):
+    """The KV that a request begins with: of its first tokens, which other requests have had before.
 
     Args:
-        request_id: the other request; all stages have computed its KV in earlier plans.
-        num_tokens: number of positions, from 0 on, that are taken over.
-        blocks: KV blocks that lie wholly within these positions. Both requests hold them from now on, and neither
-            writes to them. The stages copy the rest.
+        source_id: a request of the same prompt; all stages have computed its KV in earlier plans. None if the blocks
+            hold everything.
+        num_tokens: number of positions, from 0 on.
+        blocks: KV blocks that lie wholly within these positions, and that earlier plans have computed. Nobody writes to
+            them any more. The stages copy the rest from the source.
+        token_ids: the tokens at these positions if there is no source.
     """
 
-    request_id: int
+    source_id: int | None
     num_tokens: int
     blocks: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class NewRequest:
         noise_key: 64 bits; with the position of a token they determine the noise that samples it.
         num_prompt_tokens: positions below this belong to the prompt.
         log_id: the request's name in logs; None for one that is not logged.
-        begins_with: KV copied from another request; the first chunk starts after it. None copies nothing.
+        begins_with: KV that is there already; the first chunk starts after it. None if there is none.
     """
 
     request_id: int
@@ -45,7 +48,7 @@ class NewRequest:
     noise_key: int
     num_prompt_tokens: int
     log_id: str | None = None
-    begins_with: PromptCopy | None = None
+    begins_with: KVPrefix | None = None
 
 
 class Chunk(NamedTuple):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 
-from gptj_dist.engine.plan import NewRequest, Plan, PromptCopy, PromptLogprobs
+from gptj_dist.engine.plan import KVPrefix, NewRequest, Plan, PromptLogprobs
 from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, SamplingParams, TokenLogprobs
 
 
@@ -71,6 +71,8 @@ class Request:
         token_ids: the prompt and the tokens generated so far.
         num_computed: tokens whose keys and values are computed, or will be by plans in flight.
         blocks: KV blocks held, in order of position.
+        block_keys: of its first whole blocks, as far as they were asked for (`engine/prefix.py`).
+        num_cached_tokens: tokens whose KV earlier requests had left when it first ran.
         is_running: whether it is among the requests that plans are made of; False while it waits.
         has_run: whether it is or was among them, on any stages of this pipeline.
         is_awaiting_token: whether a plan in flight samples its next token.
@@ -88,6 +90,8 @@ class Request:
     token_ids: list[int] = field(init=False)
     num_computed: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
+    block_keys: list[bytes] = field(init=False, default_factory=list)
+    num_cached_tokens: int = field(init=False, default=0)
     is_running: bool = field(init=False, default=False)
     has_run: bool = field(init=False, default=False)
     is_awaiting_token: bool = field(init=False, default=False)
@@ -141,7 +145,7 @@ class Request:
         is_wanted = self.params.prompt_logprobs is not None and stop < len(self.prompt_ids)
         return self.prompt_ids[stop] if is_wanted else None
 
-    def introduction(self, begins_with: PromptCopy | None = None) -> NewRequest:
+    def introduction(self, begins_with: KVPrefix | None = None) -> NewRequest:
         """What stages need to know of the request, for the first plan that computes it."""
         num_prompt_tokens = len(self.prompt_ids)
         return NewRequest(self.request_id, self.params, self.noise_key, num_prompt_tokens, self.log_id, begins_with)
@@ -155,15 +159,21 @@ def run_order(request: Request) -> tuple[int, bool, int, int]:
     return request.params.priority, not request.is_moved, request.place, request.request_id
 
 
-def num_kept_tokens(running: Sequence[Request], in_flight: Sequence[Plan]) -> int:
+def num_kept_tokens(running: Sequence[Request], in_flight: Sequence[Plan], block_size: int) -> int:
     """Tokens of running requests whose keys and values the stages hold. Those that requests share count once.
 
     Args:
         in_flight: plans that may not have been computed.
+        block_size: tokens in a KV block.
     """
     num_in_flight: Counter[int] = Counter()
     for chunk in (chunk for plan in in_flight for chunk in plan.chunks):
         num_in_flight[chunk.request_id] += len(chunk.token_ids)
     prompts = {request.prompt for request in running if request.prompt.holders}
     num_shared = sum((len(prompt.holders) - 1) * prompt.num_shareable for prompt in prompts)
+    prompts_of_block: dict[int, set[Prompt]] = defaultdict(set)
+    for request in running:
+        for block in request.blocks:
+            prompts_of_block[block].add(request.prompt)
+    num_shared += block_size * sum(len(prompts) - 1 for prompts in prompts_of_block.values())
     return sum(max(0, r.num_computed - num_in_flight[r.request_id]) for r in running) - num_shared

@@ -9,6 +9,9 @@ queue. The first one always continues, so every request finishes unless requests
 
 One of the requests of a prompt computes it. The others wait for it and then begin with its KV: they share whole blocks,
 and the stages copy the rest. If no running request holds the prompt any more, the next one computes it again.
+
+Whole blocks keep what they hold after their requests have ended, until they are needed for something else. A request
+whose first tokens they hold begins with them.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.forecast import Pace, room_after_s
 from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
-from gptj_dist.engine.plan import Chunk, NewRequest, Plan, PromptCopy, Result
+from gptj_dist.engine.plan import Chunk, KVPrefix, NewRequest, Plan, Result
+from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks
 from gptj_dist.engine.request import FinishReason, Request, num_kept_tokens, run_order
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
@@ -52,6 +56,7 @@ class SchedulerConfig:
         max_chunk_tokens: the most prompt tokens in a micro-batch; None chooses from the measured times of steps.
         shares_memory: whether the stages read their weights from the memory of one machine.
         can_share_blocks: whether several requests can hold the same block, on every stage.
+        keeps_prefixes: whether requests begin with what the blocks of earlier ones hold, where blocks can be shared.
     """
 
     num_stages: int
@@ -62,6 +67,7 @@ class SchedulerConfig:
     max_chunk_tokens: int | None = None
     shares_memory: bool = False
     can_share_blocks: bool = True
+    keeps_prefixes: bool = True
 
     @property
     def max_in_flight(self) -> int:
@@ -124,6 +130,7 @@ class Scheduler:
         self._plan_ids = count()
         self._chunk_tokens = 0
         self._step_cost = StepCostEstimate()
+        self._keeps_prefixes = config.keeps_prefixes and config.can_share_blocks
         self.num_preemptions = 0
 
     @property
@@ -155,7 +162,17 @@ class Scheduler:
     @property
     def num_kept_tokens(self) -> int:
         """See `request.num_kept_tokens`."""
-        return num_kept_tokens(self._running, [flight.plan for flight in self._in_flight])
+        return num_kept_tokens(self._running, [flight.plan for flight in self._in_flight], self._config.block_size)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Free blocks that hold what later requests may begin with."""
+        return self._pool.num_kept
+
+    @property
+    def num_evicted_blocks(self) -> int:
+        """Blocks that were needed while they held what later requests might have begun with."""
+        return self._pool.num_evicted
 
     @property
     def has_requests(self) -> bool:
@@ -219,6 +236,7 @@ class Scheduler:
         for request in requests:
             self._remove(request)
             request.is_awaiting_token = False
+        self._pool.forget(range(self._config.num_blocks))
         self._in_flight.clear()
         self._released.clear()
         self._chunk_tokens = 0
@@ -277,8 +295,8 @@ class Scheduler:
             source = self._source(draft, request)
             if source is None and request.prompt.holders:
                 index += 1  # another request computes the prompt; later ones may overtake this one
-            elif self._can_run(request, source):
-                self._admit(draft, request, source)
+            elif self._can_run(request, prefix := self._prefix(request, source)):
+                self._admit(draft, request, prefix)
                 room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
             else:
                 return
@@ -303,32 +321,39 @@ class Scheduler:
         num_needed = request.prompt.num_shareable
         return next((r for r in request.prompt.holders if draft.starts.get(r, r.num_computed) >= num_needed), None)
 
-    def _can_run(self, request: Request, source: Request | None) -> bool:
+    def _prefix(self, request: Request, source: Request | None) -> KVPrefix | None:
+        """The KV that the request can begin with."""
+        if source is not None:
+            num_tokens, num_blocks = request.prompt.num_shareable, 0
+            if self._config.can_share_blocks:
+                num_blocks = num_tokens // self._config.block_size
+            return KVPrefix(source.request_id, num_tokens, tuple(source.blocks[:num_blocks]))
+        if not self._keeps_prefixes or not can_begin_with_prefix(request):
+            return None
+        return find_prefix(self._pool, request)
+
+    def _can_run(self, request: Request, prefix: KVPrefix | None) -> bool:
         """Whether the cache has room for all its present tokens, and all of them are known."""
-        num_blocks = self._pool.blocks_for(request.num_tokens) - len(self._shared_blocks(source))
-        return num_blocks <= self._pool.num_free and not request.is_awaiting_token
+        blocks = () if prefix is None else prefix.blocks
+        num_blocks = self._pool.blocks_for(request.num_tokens) - len(blocks)
+        num_free = self._pool.num_free - sum(not self._pool.num_holders(block) for block in blocks)
+        return num_blocks <= num_free and not request.is_awaiting_token
 
-    def _shared_blocks(self, source: Request | None) -> list[int]:
-        """The source's blocks that a request of the same prompt can share."""
-        if source is None or not self._config.can_share_blocks:
-            return []
-        return source.blocks[: source.prompt.num_shareable // self._config.block_size]
-
-    def _admit(self, draft: _Draft, request: Request, source: Request | None) -> None:
-        """Moves the request from the queue to the running ones. It takes over the source's KV of the prompt."""
+    def _admit(self, draft: _Draft, request: Request, prefix: KVPrefix | None) -> None:
+        """Moves the request from the queue to the running ones. It begins with the KV that is there."""
         self._waiting.remove(request)
         insort(self._running, request, key=run_order)
+        if prefix is not None:
+            request.blocks = list(prefix.blocks)
+            self._pool.share(request.blocks)
+            request.num_computed = prefix.num_tokens
+            if prefix.source_id is None and not request.has_run:
+                request.num_cached_tokens = min(prefix.num_tokens, len(request.prompt_ids))
         request.is_running = request.has_run = True
         self._waiting.last_place = max(self._waiting.last_place, request.place)
         if request.prompt.num_shareable:
             request.prompt.holders.append(request)
-        begins_with = None
-        if source is not None:
-            request.blocks = self._shared_blocks(source)
-            self._pool.share(request.blocks)
-            request.num_computed = request.prompt.num_shareable
-            begins_with = PromptCopy(source.request_id, request.num_computed, tuple(request.blocks))
-        draft.new_requests.append(request.introduction(begins_with))
+        draft.new_requests.append(request.introduction(prefix))
 
     def _draft_chunk(self, draft: _Draft, request: Request, num_tokens: int) -> int:
         """Adds the request's next tokens to the draft; returns their number, 0 if there are no blocks for them."""
@@ -384,6 +409,9 @@ class Scheduler:
     def _commit(self, draft: _Draft) -> Plan:
         plan = Plan(next(self._plan_ids), tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
         self._released.clear()
+        if self._keeps_prefixes:
+            for request, start in draft.starts.items():
+                keep_blocks(self._pool, request, start)
         requests = {request.request_id: request for request in draft.starts}
         self._in_flight.append(_InFlight(plan, draft.num_decodes, requests))
         return plan
@@ -393,6 +421,8 @@ class Scheduler:
         reason = request.append(token_id, self._config.eos_token_ids)
         if not request.is_running:  # preempted while the token was in flight
             self._waiting.num_tokens += request.num_tokens - num_tokens
+        if reason == FinishReason.ERROR:
+            self._pool.forget(request.blocks)
         if reason is not None:
             self._remove(request)
         is_kept = request.params.max_tokens > 0 and token_id >= 0

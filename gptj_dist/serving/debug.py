@@ -30,7 +30,9 @@ class PipelineFacts:
             replaces a lost pipeline.
         pid: the coordinator's process.
         num_used_blocks: KV blocks in use, of `num_blocks`.
-        num_preemptions: since the last start of its stages.
+        num_cached_blocks: free KV blocks that later requests may begin with.
+        num_preemptions, num_evicted_blocks: since the last start of its stages; blocks that were needed while later
+            requests might have begun with them.
         num_restarts: how often its stages were replaced.
         losses: the last stages that died, oldest first.
         problem: what is down and why; None while the pipeline computes.
@@ -60,6 +62,8 @@ class PipelineFacts:
     num_recomputed_tokens: int = 0
     num_adapters: int = 0
     adapter_requests: Mapping[str, int] = field(default_factory=dict)
+    num_cached_blocks: int = 0
+    num_evicted_blocks: int = 0
 
     @property
     def is_up(self) -> bool:

@@ -264,6 +264,24 @@ FAMILIES: Sequence[Family] = (
     _pipeline(
         _COUNTER, "prompt_tokens", "Tokens of prompts that were computed.", lambda p: p.requests.num_prompt_tokens
     ),
+    _pipeline(
+        _COUNTER,
+        "prefix_cache_hits",
+        "Tokens of prompts that were not computed, because the KV cache still held them.",
+        lambda p: p.requests.num_cached_tokens,
+    ),
+    _pipeline(
+        _GAUGE,
+        "prefix_cache_blocks",
+        "Free KV blocks that later requests may begin with.",
+        lambda p: p.num_cached_blocks,
+    ),
+    _pipeline(
+        _COUNTER,
+        "prefix_cache_evictions",
+        "KV blocks that were needed while later requests might have begun with them.",
+        lambda p: p.num_evicted_blocks,
+    ),
     _pipeline(_COUNTER, "generation_tokens", "Tokens that were sampled.", lambda p: p.requests.num_generation_tokens),
     _pipeline(
         _COUNTER,

@@ -300,6 +300,8 @@ class Pipeline:
             num_recomputed_tokens=self._engine.journal.totals.num_recomputed_tokens,
             num_adapters=len(self._adapters.sources),
             adapter_requests=scheduler.num_of_adapters(),
+            num_cached_blocks=scheduler.num_cached_blocks,
+            num_evicted_blocks=scheduler.num_evicted_blocks,
         )
 
     @property

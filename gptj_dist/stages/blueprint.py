@@ -241,6 +241,7 @@ class LoadedPipeline:
                 max_chunk_tokens=config.max_chunk_tokens,
                 shares_memory=len({report.device.memory_pool for report in self.reports}) < len(self.reports),
                 can_share_blocks=all(report.has_blocks for report in self.reports),
+                keeps_prefixes=config.prefix_cache,
             )
         )
 

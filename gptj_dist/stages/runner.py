@@ -15,7 +15,7 @@ from torch import Tensor
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
-from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result
+from gptj_dist.engine.plan import Chunk, Embedding, KVPrefix, NewRequest, Plan, PromptLogprobs, Result
 from gptj_dist.model.adapters import Changes
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
@@ -312,8 +312,9 @@ class StageRunner:
             if chunk.new_blocks:
                 cache.extend(chunk.request_id, chunk.new_blocks)
         for request in plan.new_requests:
-            if request.begins_with is not None:
-                cache.copy(request.begins_with.request_id, request.request_id, request.begins_with.num_tokens)
+            begins_with = request.begins_with
+            if begins_with is not None and begins_with.source_id is not None:
+                cache.copy(begins_with.source_id, request.request_id, begins_with.num_tokens)
 
     def _release(self, request_id: int, cache: KVCache) -> None:
         del self._requests[request_id]
@@ -322,9 +323,13 @@ class StageRunner:
         self._pools.release(request_id)
         cache.release(request_id)
 
-    def _first_history(self, begins_with: PromptCopy | None) -> list[int]:
-        """The tokens that a request shares with the one it copies KV from. Both requests have the same sampling."""
-        return [] if begins_with is None else self._histories[begins_with.request_id][: begins_with.num_tokens]
+    def _first_history(self, begins_with: KVPrefix | None) -> list[int]:
+        """The tokens whose KV a request begins with."""
+        if begins_with is None:
+            return []
+        if begins_with.source_id is None:
+            return list(begins_with.token_ids)
+        return self._histories[begins_with.source_id][: begins_with.num_tokens]
 
     def _sample_spec(self, chunk: Chunk) -> SampleSpec:
         request = self._requests[chunk.request_id]

@@ -17,7 +17,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from gptj_dist.answers.sse import SSE_DONE, sse_event, sse_frame
 from gptj_dist.cli.events import read_events
 from gptj_dist.engine.mailbox import Delta, Mailbox
-from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, Result, StageTiming
+from gptj_dist.engine.plan import Chunk, Embedding, KVPrefix, NewRequest, Plan, Result, StageTiming
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import ServerError
 from gptj_dist.params import Pooling, SamplingParams, TokenLogprobs
@@ -75,7 +75,7 @@ def _check_any_bytes(case: tuple[bytes, int]) -> None:
 
 
 _PARAMS = SamplingParams(stop=("a",), logit_bias=((1, 0.5),), bad_words=((1, 2),), logprobs=2)
-_NEW = NewRequest(1, _PARAMS, 2**64 - 1, 5, "log", PromptCopy(0, 3, (1, 2)))
+_NEW = NewRequest(1, _PARAMS, 2**64 - 1, 5, "log", KVPrefix(0, 3, (1, 2)))
 _EMBEDDING = NewRequest(2, SamplingParams(max_tokens=0, pooling=Pooling("last", 1)), 1, 5)
 _PLAN = Plan(7, (0,), (_NEW, _EMBEDDING), (Chunk(1, 0, (5, 6), (1,), True), Chunk(2, 0, (5,), (2,), False)))
 _LOGPROBS = TokenLogprobs(5, -0.5, 1, ((5, -0.5),))

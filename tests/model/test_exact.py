@@ -92,6 +92,8 @@ class Run:
     logits: dict[tuple[int, int], Tensor]
     num_preemptions: int
     most_in_flight: int
+    num_cached_tokens: int = 0
+    num_evicted_blocks: int = 0
 
 
 class Model:
@@ -115,6 +117,8 @@ class Model:
         layers: Sequence[int] = (),
         max_chunk_tokens: int | None = WHOLE,
         num_blocks: int = PLENTY,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        keeps_prefixes: bool = True,
     ) -> Run:
         """Runs all requests to their ends, as many plans in flight as the scheduler will give.
 
@@ -130,9 +134,10 @@ class Model:
                 num_stages=len(runners),
                 num_blocks=num_blocks,
                 block_size=BLOCK_SIZE_TOKENS,
-                max_batch_size=MAX_BATCH_SIZE,
+                max_batch_size=max_batch_size,
                 eos_token_ids=self.config.eos_token_ids,
                 max_chunk_tokens=max_chunk_tokens,
+                keeps_prefixes=keeps_prefixes,
             )
         )
         requests = [
@@ -147,6 +152,8 @@ class Model:
             logits=dict(runners[-1].logits),
             num_preemptions=scheduler.num_preemptions,
             most_in_flight=most_in_flight,
+            num_cached_tokens=sum(request.num_cached_tokens for request in requests),
+            num_evicted_blocks=scheduler.num_evicted_blocks,
         )
 
     def _load(self, layers: tuple[int, ...]) -> tuple[RecordingRunner, ...]:

@@ -47,7 +47,7 @@ def stage(number: int, weight_bytes: int, quantized: str | None) -> StageReport:
 def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
     """A pipeline of two stages that has worked."""
     requests = RequestTotals(
-        num_prompt_tokens, 11, 0, 9, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60)
+        num_prompt_tokens, 8, 11, 0, 9, histogram(3), histogram(12, 40), histogram(5, 5), histogram(60)
     )
     return PipelineStatus(
         name=name,

@@ -78,6 +78,7 @@ class TestWhole:
         assert response.usage is not None
         num_prompt = len(TOKENIZER.encode("system: Be brief.\nuser: Hello\nassistant:"))
         assert (response.usage.input_tokens, response.usage.output_tokens) == (num_prompt, len(TOKENS))
+        assert response.usage.input_tokens_details.cached_tokens == 0
         assert response.usage.total_tokens == num_prompt + len(TOKENS)
         assert (response.metadata, response.temperature, response.instructions) == ({"a": "b"}, 0.5, "Be brief.")
         assert response.store is False

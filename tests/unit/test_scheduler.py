@@ -31,7 +31,8 @@ class Walk:
     def __init__(self, config: SchedulerConfig, longest_tokens: int, rng: random.Random) -> None:
         self.config, self.longest_tokens, self.rng = config, longest_tokens, rng
         self.next_request_id = 0
-        self.num_preemptions = self.num_drains = self.num_copies = 0
+        self.num_preemptions = self.num_drains = self.num_copies = self.num_cached = 0
+        self.beginnings = [tuple(rng.randrange(1, VOCAB_SIZE) for _ in range(longest_tokens)) for _ in range(3)]
         self.latest: list[tuple[Prompt, SamplingParams]] = []
         self.tokens: dict[int, list[int]] = {}
         self.requests: dict[int, Request] = {}
@@ -42,6 +43,7 @@ class Walk:
         self.scheduler = Scheduler(config)
         self.stages = FakeStages(config.num_blocks, config.block_size, config.max_batch_size)
         self.in_flight: deque[tuple[Plan, list[int]]] = deque()
+        self.computed: set[tuple[str | None, tuple[int, ...]]] = set()
 
     def go(self, num_steps: int) -> None:
         steps: list[Callable[[], object]] = [self.add, self.schedule, self.update, self.abort, self.drain]
@@ -71,8 +73,11 @@ class Walk:
         num_prompt = num_prompt if is_too_long or rng.random() < 0.3 else rng.randint(1, min(num_prompt, 12))
         max_tokens = max_tokens if is_too_long else min(max_tokens, room)
         prompt = tuple(rng.randrange(1, VOCAB_SIZE) for _ in range(max(1, num_prompt)))
+        num_common = rng.randint(0, len(prompt)) if not is_too_long else 0
+        prompt = rng.choice(self.beginnings)[:num_common] + prompt[num_common:]
         params = SamplingParams(
             max_tokens=max_tokens,
+            cache_salt=rng.choice((None, None, "salt")),
             ignore_eos=rng.random() < 0.3,
             min_tokens=rng.randint(0, 1),
             priority=rng.choice((0, 0, 0, -3, 7)),
@@ -104,6 +109,10 @@ class Walk:
         self.stages.apply(plan)
         self.check_new_requests(plan)
         self.check_chunks(plan, awaited)
+        for chunk in plan.chunks:
+            tokens, salt = self.tokens[chunk.request_id], self.requests[chunk.request_id].params.cache_salt
+            stop = chunk.start + len(chunk.token_ids)
+            self.computed |= {(salt, tuple(tokens[:end])) for end in range(self.config.block_size, stop + 1)}
         self.in_flight.append((plan, [chunk.request_id for chunk in plan.chunks if chunk.samples]))
         assert self.scheduler.num_in_flight == len(self.in_flight) <= self.config.num_stages + 1
         return True
@@ -119,10 +128,17 @@ class Walk:
             request, params = self.requests[new.request_id], self.requests[new.request_id].params
             settings = (new.request_id, params, request.noise_key, len(request.prompt_ids))
             assert new == NewRequest(*settings, begins_with=new.begins_with)
-            if new.begins_with is not None:
-                source = self.requests[new.begins_with.request_id]
-                assert (source.prompt, new.begins_with.num_tokens) == (request.prompt, len(request.prompt_ids) - 1)
-                self.num_copies += 1
+            if new.begins_with is None:
+                continue
+            if new.begins_with.source_id is None:
+                assert (params.cache_salt, new.begins_with.token_ids) in self.computed, (
+                    "another salt, or never computed"
+                )
+                self.num_cached += 1
+                continue
+            source = self.requests[new.begins_with.source_id]
+            assert (source.prompt, new.begins_with.num_tokens) == (request.prompt, len(request.prompt_ids) - 1)
+            self.num_copies += 1
 
     def check_chunks(self, plan: Plan, awaited: set[int]) -> None:
         for chunk in plan.chunks:
@@ -206,7 +222,7 @@ def pooled_ids(plan: Plan) -> list[int]:
 @pytest.mark.parametrize("num_stages", STAGE_COUNTS)
 def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_tokens: int | None) -> None:
     rng = random.Random(f"{num_stages} {max_chunk_tokens}")
-    num_preemptions = num_drains = num_copies = 0
+    num_preemptions = num_drains = num_copies = num_cached = 0
     for block_size in (1, 4, 16):
         for slack in (1, 1.3, 3, 12):
             longest_tokens = rng.choice((16, 40, 100))
@@ -224,9 +240,11 @@ def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_toke
             num_preemptions += walk.num_preemptions
             num_drains += walk.num_drains
             num_copies += walk.num_copies
+            num_cached += walk.num_cached
     assert num_preemptions > 0
     assert num_drains > 0
     assert num_copies > 0
+    assert num_cached > 0
 
 
 def make_scheduler(
@@ -236,7 +254,9 @@ def make_scheduler(
     max_batch_size: int = 64,
     max_chunk_tokens: int | None = None,
 ) -> Scheduler:
-    return Scheduler(SchedulerConfig(num_stages, num_blocks, block_size, max_batch_size, (EOS,), max_chunk_tokens))
+    """Without cached prefixes, as most prompts of these tests are alike."""
+    limits = (num_stages, num_blocks, block_size, max_batch_size, (EOS,), max_chunk_tokens)
+    return Scheduler(SchedulerConfig(*limits, keeps_prefixes=False))
 
 
 def make_request(request_id: int, num_prompt_tokens: int, params: SamplingParams | None = None) -> Request:
@@ -707,7 +727,7 @@ def corrupt_lost_block(scheduler: Scheduler) -> None:
 
 
 def corrupt_block_free_twice(scheduler: Scheduler) -> None:
-    scheduler._pool._free[0] = scheduler._pool._free[1]
+    scheduler._pool._empty[0] = scheduler._pool._empty[1]
 
 
 def corrupt_running_order(scheduler: Scheduler) -> None:
@@ -766,6 +786,7 @@ def corrupt_holder_is_gone(scheduler: Scheduler) -> None:
 
 def corrupt_shared_by_strangers(scheduler: Scheduler) -> None:
     one, other = scheduler._running
+    other.token_ids[0] += 1
     scheduler._pool.give_back(other.blocks[:1])
     scheduler._pool.share(one.blocks[:1])
     other.blocks[0] = one.blocks[0]

@@ -72,6 +72,7 @@ class Script:
     error: Exception | None = None
     num_before_error: int = 0
     is_stuck: bool = False
+    num_cached_tokens: int = 0
     asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
     log_ids: list[str] = field(default_factory=list)
     num_open: int = 0
@@ -98,6 +99,7 @@ class Script:
                     FinishReason.LENGTH if is_last else None,
                     logprobs_of([token_id], params.logprobs),
                     logprobs_of(prompt_ids[1:], params.prompt_logprobs) if number == 0 else (),
+                    num_cached_tokens=self.num_cached_tokens if number == 0 else 0,
                 )
         finally:
             self.num_open -= 1
@@ -246,6 +248,15 @@ class TestCompletions:
         assert [chunk["usage"] for chunk in chunks] == [None] * len(TOKENS)
         assert last["choices"] == []
         assert last["usage"]["completion_tokens"] == len(TOKENS)
+
+    def test_usage_says_how_many_tokens_of_prompts_were_cached(self) -> None:
+        assert complete(Script())["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+        script = Script(num_cached_tokens=16)
+        assert complete(script, prompt=["Once upon", "a time"])["usage"]["prompt_tokens_details"]["cached_tokens"] == 32
+        *_, last, _ = events(script, stream_options={"include_usage": True})
+        assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+        chunk, *_ = events(script, stream_options={"continuous_usage_stats": True})
+        assert chunk["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
 
     @pytest.mark.parametrize("include_usage", [True, False])
     @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])

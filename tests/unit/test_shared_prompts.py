@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from gptj_dist.engine.plan import Plan, PromptCopy, PromptLogprobs, Result
+from gptj_dist.engine.plan import KVPrefix, Plan, PromptLogprobs, Result
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig, _Draft
 from gptj_dist.params import SamplingParams, TokenLogprobs
@@ -47,7 +47,7 @@ def num_computed(plans: Sequence[Plan]) -> int:
     return sum(plan.num_tokens for plan in plans)
 
 
-def copies(plans: Sequence[Plan]) -> list[PromptCopy | None]:
+def copies(plans: Sequence[Plan]) -> list[KVPrefix | None]:
     """What each request began with, in the order of their introductions."""
     return [new.begins_with for plan in plans for new in plan.new_requests]
 
@@ -85,7 +85,7 @@ def test_whole_blocks_are_held_in_common_and_the_rest_is_copied() -> None:
     [leader] = first.chunks
     assert (leader.start, leader.token_ids) == (0, tuple(range(1, 12)))
     shared = leader.new_blocks[:2]
-    assert copies([second]) == [PromptCopy(0, 10, shared)] * 2
+    assert copies([second]) == [KVPrefix(0, 10, shared)] * 2
     assert [(chunk.start, chunk.token_ids, len(chunk.new_blocks)) for chunk in second.chunks] == [(10, (11,), 1)] * 2
     assert scheduler.num_used_blocks == 3 + 2
     scheduler.abort(0)
@@ -99,7 +99,7 @@ def test_where_stages_have_no_blocks_everything_is_copied() -> None:
     scheduler = Scheduler(SchedulerConfig(1, 1000, BLOCK_SIZE, 64, (EOS,), can_share_blocks=False))
     add_all(scheduler, make_family(2, 11))
     _, second = fill(scheduler)
-    assert copies([second]) == [PromptCopy(0, 10, ())]
+    assert copies([second]) == [KVPrefix(0, 10, ())]
     assert [len(chunk.new_blocks) for chunk in second.chunks] == [3]
     assert scheduler.num_used_blocks == 6
 
@@ -113,7 +113,7 @@ def test_who_waits_for_a_prompt_lets_others_overtake() -> None:
     assert [chunk.request_id for chunk in second.chunks] == [0, 3]
     land(scheduler, first)
     [third] = fill(scheduler)
-    assert copies([third]) == [PromptCopy(0, 14, ())] * 2
+    assert copies([third]) == [KVPrefix(0, 14, ())] * 2
 
 
 def test_a_prompt_takes_as_long_to_fill_the_pipeline_as_if_it_were_alone() -> None:
@@ -135,7 +135,7 @@ def test_when_the_one_at_the_prompt_is_aborted_the_next_computes_it() -> None:
     land(scheduler, third)
     [begins_with] = copies(drive_on(scheduler))
     assert begins_with is not None
-    assert (begins_with.request_id, begins_with.num_tokens, len(begins_with.blocks)) == (1, 24, 6)
+    assert (begins_with.source_id, begins_with.num_tokens, len(begins_with.blocks)) == (1, 24, 6)
 
 
 def drive_on(scheduler: Scheduler) -> list[Plan]:
@@ -158,7 +158,7 @@ def test_a_request_that_comes_later_finds_whoever_still_holds_the_prompt() -> No
     scheduler.add(second)
     [begins_with] = copies(drive_on(scheduler))
     assert begins_with is not None
-    assert begins_with.request_id == first.request_id
+    assert begins_with.source_id == first.request_id
     scheduler.add(third)
     assert copies(drive_on(scheduler)) == [None]
 

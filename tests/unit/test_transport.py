@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 
-from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, PromptCopy, PromptLogprobs, Result, StageTiming
+from gptj_dist.engine.plan import Chunk, Embedding, KVPrefix, NewRequest, Plan, PromptLogprobs, Result, StageTiming
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.params import Pooling, SamplingParams, TokenLogprobs
 from gptj_dist.stages.actor import _to_tensor, _to_wire
@@ -44,7 +44,7 @@ PLAN = Plan(
     released=(1, 2),
     new_requests=(
         NewRequest(3, SamplingParams(), 2**64 - 1, 12),
-        NewRequest(4, SamplingParams(seed=2**64 - 1), 0, 5, "a request", PromptCopy(3, 17, (9,))),
+        NewRequest(4, SamplingParams(seed=2**64 - 1), 0, 5, "a request", KVPrefix(3, 17, (9,))),
         NewRequest(5, SamplingParams(max_tokens=0, seed=-(2**63), pooling=Pooling("last", 7)), 0, 5),
     ),
     chunks=(Chunk(3, 0, (5, 6, 7), (9, 8), False, 11), Chunk(4, 12, (50_399,), (), True), TELLING),

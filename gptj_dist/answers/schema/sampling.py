@@ -85,6 +85,8 @@ class SamplingFields(Body):
         bad_words: texts that are not generated, at the beginning of a text and within it.
         logit_bias: token ids, as strings, and numbers from -100 to 100 that are added to their logits.
         timeout_s: seconds, more than 0, after which the request is given up and answered with an error.
+        cache_salt: only requests with the same one share cached prompt tokens; for clients that must not learn from the
+            time to the first token what others have asked.
     """
 
     hints: ClassVar = HINTS
@@ -113,6 +115,7 @@ class SamplingFields(Body):
     timeout_s: float | None = None
     priority: Integer = 0
     adapters: Annotated[list[AdapterField], Field(fail_fast=True)] = []
+    cache_salt: str | None = None
 
     @property
     def num_choices(self) -> int:
