@@ -22,7 +22,8 @@ from benchmarks.figures import machine, percentile, print_document
 from gptj_dist.config import BLOCK_SIZE_TOKENS
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.engine.request import Prompt, Request
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.params import SamplingParams
 
 TOKEN_ID = 1

@@ -17,5 +17,6 @@ __all__ = [
     "record",
     "request",
     "scheduler",
+    "scheduling",
     "stats",
 ]

@@ -19,7 +19,8 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord, noise_key
 from gptj_dist.engine.request import FinishReason, Prompt, Request
-from gptj_dist.engine.scheduler import Scheduler, TokenOutput
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import TokenOutput
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
 from gptj_dist.params import SamplingParams

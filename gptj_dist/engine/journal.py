@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.plan import Plan
 from gptj_dist.engine.request import FinishReason, Request
-from gptj_dist.engine.scheduler import TokenOutput
+from gptj_dist.engine.scheduling import TokenOutput
 from gptj_dist.logs import values
 
 logger = logging.getLogger(__name__)

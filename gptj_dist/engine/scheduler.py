@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter, deque
-from dataclasses import dataclass, field
 from itertools import count
 
 from gptj_dist.chunking import (
@@ -32,9 +31,10 @@ from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.forecast import Pace, room_after_s
 from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
-from gptj_dist.engine.plan import Chunk, KVPrefix, NewRequest, Plan, Result
+from gptj_dist.engine.plan import Chunk, KVPrefix, Plan, Result
 from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks
 from gptj_dist.engine.request import FinishReason, Request, num_kept_tokens, run_order
+from gptj_dist.engine.scheduling import Draft, InFlight, SchedulerConfig, TokenOutput
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
 from gptj_dist.params import TokenLogprobs
@@ -42,78 +42,6 @@ from gptj_dist.sizes import ceil_div
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
 """The cost before the first step is measured; only the ratio of its parts matters."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits of one pipeline.
-
-    Args:
-        num_stages: micro-batches needed in flight to keep every stage busy.
-        num_blocks: KV blocks, of `block_size` tokens each.
-        max_batch_size: the most requests that run at once.
-        eos_token_ids: tokens that end a text.
-        max_chunk_tokens: the most prompt tokens in a micro-batch; None chooses from the measured times of steps.
-        shares_memory: whether the stages read their weights from the memory of one machine.
-        can_share_blocks: whether several requests can hold the same block, on every stage.
-        keeps_prefixes: whether requests begin with what the blocks of earlier ones hold, where blocks can be shared.
-    """
-
-    num_stages: int
-    num_blocks: int
-    block_size: int
-    max_batch_size: int
-    eos_token_ids: tuple[int, ...]
-    max_chunk_tokens: int | None = None
-    shares_memory: bool = False
-    can_share_blocks: bool = True
-    keeps_prefixes: bool = True
-
-    @property
-    def max_in_flight(self) -> int:
-        """One micro-batch for each stage, and one more to hide the coordinator's own time."""
-        return self.num_stages + 1
-
-
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
-    """A new token of a request.
-
-    Args:
-        token_id: None if the request generates none.
-        finish_reason: comes with the last token; None before.
-        logprobs: the token's, if requested.
-        embedding: in place of a token, if requested; as `Embedding.data`.
-    """
-
-    request: Request
-    token_id: int | None
-    finish_reason: FinishReason | None
-    logprobs: TokenLogprobs | None = None
-    embedding: bytes | None = None
-
-
-@dataclass(slots=True)
-class _Draft:
-    """The micro-batch that is being drafted.
-
-    Args:
-        starts: for each request in it, the number of tokens that were computed before.
-    """
-
-    new_requests: list[NewRequest] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    starts: dict[Request, int] = field(default_factory=dict)
-    num_decodes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """A plan in flight, and the requests of its chunks by id."""
-
-    plan: Plan
-    num_decodes: int
-    requests: dict[int, Request]
 
 
 class Scheduler:
@@ -126,7 +54,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._by_id: dict[int, Request] = {}
         self._released: list[int] = []
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._plan_ids = count()
         self._chunk_tokens = 0
         self._step_cost = StepCostEstimate()
@@ -200,7 +128,7 @@ class Scheduler:
         """The next micro-batch, or None when there is nothing to do or enough is in flight."""
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        draft = _Draft()
+        draft = Draft()
         self._draft_decodes(draft)
         self._draft_prefills(draft)
         return self._commit(draft) if draft.chunks else None
@@ -266,7 +194,7 @@ class Scheduler:
         awaited_ids = [chunk.request_id for chunk in chunks if chunk.samples or chunk.ends_embedding]
         check_requests(self._running, self._waiting, [id_ for id_ in awaited_ids if id_ in self._by_id])
 
-    def _draft_decodes(self, draft: _Draft) -> None:
+    def _draft_decodes(self, draft: Draft) -> None:
         """Adds a share of the requests with one token to compute. All micro-batches get equal shares."""
         decoding = [request for request in self._running if request.num_uncomputed <= 1]
         ready = [request for request in decoding if not request.is_awaiting_token]
@@ -283,7 +211,7 @@ class Scheduler:
                 self._draft_chunk(draft, request, 1)
         draft.num_decodes = len(draft.chunks)
 
-    def _draft_prefills(self, draft: _Draft) -> None:
+    def _draft_prefills(self, draft: Draft) -> None:
         """Fills the micro-batch with prompt tokens, first of running requests, then of waiting ones."""
         room = self._prompt_room(has_decodes=draft.num_decodes > 0)
         for request in [r for r in self._running if r.num_uncomputed > 1]:
@@ -316,7 +244,7 @@ class Scheduler:
             return min(self._chunk_tokens, most_chunk_tokens_beside_decodes(cost))
         return self._chunk_tokens
 
-    def _source(self, draft: _Draft, request: Request) -> Request | None:
+    def _source(self, draft: Draft, request: Request) -> Request | None:
         """A request whose KV of the same prompt earlier plans have computed, so that it can be taken over."""
         num_needed = request.prompt.num_shareable
         return next((r for r in request.prompt.holders if draft.starts.get(r, r.num_computed) >= num_needed), None)
@@ -339,7 +267,7 @@ class Scheduler:
         num_free = self._pool.num_free - sum(not self._pool.num_holders(block) for block in blocks)
         return num_blocks <= num_free and not request.is_awaiting_token
 
-    def _admit(self, draft: _Draft, request: Request, prefix: KVPrefix | None) -> None:
+    def _admit(self, draft: Draft, request: Request, prefix: KVPrefix | None) -> None:
         """Moves the request from the queue to the running ones. It begins with the KV that is there."""
         self._waiting.remove(request)
         insort(self._running, request, key=run_order)
@@ -355,7 +283,7 @@ class Scheduler:
             request.prompt.holders.append(request)
         draft.new_requests.append(request.introduction(prefix))
 
-    def _draft_chunk(self, draft: _Draft, request: Request, num_tokens: int) -> int:
+    def _draft_chunk(self, draft: Draft, request: Request, num_tokens: int) -> int:
         """Adds the request's next tokens to the draft; returns their number, 0 if there are no blocks for them."""
         start, stop = request.num_computed, request.num_computed + num_tokens
         num_new_blocks = self._pool.blocks_for(stop) - len(request.blocks)
@@ -380,7 +308,7 @@ class Scheduler:
         draft.starts[request] = start
         return num_tokens
 
-    def _make_room(self, num_blocks: int, request: Request, draft: _Draft) -> bool:
+    def _make_room(self, num_blocks: int, request: Request, draft: Draft) -> bool:
         """Preempts requests that come after this one, the last first, until the blocks are free. Else preempts none."""
         num_free = self._pool.num_free
         if num_free >= num_blocks:
@@ -406,14 +334,14 @@ class Scheduler:
         self._waiting.add(request)
         self.num_preemptions += 1
 
-    def _commit(self, draft: _Draft) -> Plan:
+    def _commit(self, draft: Draft) -> Plan:
         plan = Plan(next(self._plan_ids), tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
         self._released.clear()
         if self._keeps_prefixes:
             for request, start in draft.starts.items():
                 keep_blocks(self._pool, request, start)
         requests = {request.request_id: request for request in draft.starts}
-        self._in_flight.append(_InFlight(plan, draft.num_decodes, requests))
+        self._in_flight.append(InFlight(plan, draft.num_decodes, requests))
         return plan
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:

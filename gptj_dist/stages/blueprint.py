@@ -22,7 +22,8 @@ from gptj_dist.config import (
     PipelineConfig,
 )
 from gptj_dist.engine.limits import EngineLimits
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.generation import NO_GENERATION_CONFIG
 from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes, working_bytes

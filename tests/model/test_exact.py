@@ -19,7 +19,8 @@ from gptj_dist.config import BLOCK_SIZE_TOKENS, LayerRange, ModelConfig
 from gptj_dist.engine.plan import Plan, PromptLogprobs, Result
 from gptj_dist.engine.record import noise_key
 from gptj_dist.engine.request import Prompt, Request
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.params import SamplingParams
 from gptj_dist.planning.partition import layer_ranges
 from gptj_dist.quantization import Bits, Quantization

@@ -27,7 +27,8 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Chunk, Plan, Result
 from gptj_dist.engine.record import new_records
 from gptj_dist.engine.request import Prompt, Request
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError, StageFailedError
 from gptj_dist.logs import LogSettings
 from gptj_dist.params import Pooling

@@ -16,7 +16,8 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import PromptLogprobs, Result
 from gptj_dist.engine.record import new_records, noise_key
 from gptj_dist.engine.request import FinishReason
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, RequestTooLongError, StageFailedError
 from gptj_dist.params import (
     BROKEN_TOKEN,

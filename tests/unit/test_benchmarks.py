@@ -54,6 +54,7 @@ SCRIPTS = (
         "overload",
         "nodes",
         "parts",
+        "prefix_cache",
         "soak",
         "plots",
     ),

@@ -18,7 +18,8 @@ from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.plan import Plan, StageTiming
 from gptj_dist.engine.record import new_records
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import StageFailedError, TooManyRequestsError
 from gptj_dist.params import SamplingParams

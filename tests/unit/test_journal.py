@@ -17,7 +17,7 @@ from gptj_dist.engine.journal import Journal, RequestTotals
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Plan
 from gptj_dist.engine.request import FinishReason, Prompt, Request
-from gptj_dist.engine.scheduler import TokenOutput
+from gptj_dist.engine.scheduling import TokenOutput
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import StageFailedError
 from gptj_dist.params import SamplingParams

@@ -10,7 +10,8 @@ import pytest
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.plan import KVPrefix, Plan, Result
 from gptj_dist.engine.request import FinishReason, Prompt, Request
-from gptj_dist.engine.scheduler import Scheduler, SchedulerConfig
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.params import BROKEN_TOKEN, AdapterChoice, AdapterSource, Pooling, SamplingParams
 from tests.fakes import FakeStages
 from tests.unit.test_scheduler import EOS, fill, land

@@ -1,0 +1,81 @@
+"""What a scheduler is given, what it drafts, keeps and returns. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gptj_dist.engine.plan import Chunk, NewRequest, Plan
+from gptj_dist.engine.request import FinishReason, Request
+from gptj_dist.params import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one pipeline.
+
+    Args:
+        num_stages: micro-batches needed in flight to keep every stage busy.
+        num_blocks: KV blocks, of `block_size` tokens each.
+        max_batch_size: the most requests that run at once.
+        eos_token_ids: tokens that end a text.
+        max_chunk_tokens: the most prompt tokens in a micro-batch; None chooses from the measured times of steps.
+        shares_memory: whether the stages read their weights from the memory of one machine.
+        can_share_blocks: whether several requests can hold the same block, on every stage.
+        keeps_prefixes: whether requests begin with what the blocks of earlier ones hold, where blocks can be shared.
+    """
+
+    num_stages: int
+    num_blocks: int
+    block_size: int
+    max_batch_size: int
+    eos_token_ids: tuple[int, ...]
+    max_chunk_tokens: int | None = None
+    shares_memory: bool = False
+    can_share_blocks: bool = True
+    keeps_prefixes: bool = True
+
+    @property
+    def max_in_flight(self) -> int:
+        """One micro-batch for each stage, and one more to hide the coordinator's own time."""
+        return self.num_stages + 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """A new token of a request.
+
+    Args:
+        token_id: None if the request generates none.
+        finish_reason: comes with the last token; None before.
+        logprobs: the token's, if requested.
+        embedding: in place of a token, if requested; as `Embedding.data`.
+    """
+
+    request: Request
+    token_id: int | None
+    finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+    embedding: bytes | None = None
+
+
+@dataclass(slots=True)
+class Draft:
+    """The micro-batch that is being drafted.
+
+    Args:
+        starts: for each request in it, the number of tokens that were computed before.
+    """
+
+    new_requests: list[NewRequest] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    starts: dict[Request, int] = field(default_factory=dict)
+    num_decodes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A plan in flight, and the requests of its chunks by id."""
+
+    plan: Plan
+    num_decodes: int
+    requests: dict[int, Request]
