@@ -76,7 +76,8 @@ class Completer:
     ) -> Output:
         wholes = await asyncio.gather(*(self._whole(stream, params, meter) for stream in streams))
         meter.num_done += 1
-        return Output(tuple(prompt), tuple(map(_completion, wholes)), wholes[0].prompt_logprobs)
+        num_cached_tokens = sum(each.num_cached_tokens for each in wholes)
+        return Output(tuple(prompt), tuple(map(_completion, wholes)), wholes[0].prompt_logprobs, num_cached_tokens)
 
     async def _whole(self, stream: AsyncGenerator[Delta, None], params: SamplingParams, meter: Meter) -> TextDelta:
         deltas = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import TokenLogprobs
@@ -33,11 +33,14 @@ class Output:
         prompt_ids: the prompt's tokens.
         completions: one or more.
         prompt_logprobs: of the prompt's tokens from the second on, if `params.prompt_logprobs` asks for them.
+        num_cached_tokens: tokens of the prompt that were not computed, because the KV cache still held them. Outputs
+            that differ only in this are equal.
     """
 
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = field(default=0, compare=False)
 
     @property
     def text(self) -> str:

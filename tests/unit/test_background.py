@@ -24,6 +24,7 @@ from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.errors import NotReadyError, StageFailedError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving import pipeline
+from gptj_dist.serving.adapters import AdapterList
 from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.pipeline import MAX_LOSSES_IN_WINDOW, MAX_RESTARTS_IN_A_ROW, Pipeline
@@ -125,6 +126,7 @@ class Replica(Pipeline):
         self._group: Any = group
         self._loaded: Any = FakeLoaded()
         self._outbox: Any = SimpleNamespace(num_malformed=0)
+        self._adapters = AdapterList()
         self._engine = AsyncEngine(make_scheduler(), self._group, LIMITS)
         self._driver = run_in_background("driver", self._drive(), self._note_end)
 

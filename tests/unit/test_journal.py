@@ -126,7 +126,13 @@ def test_a_request_is_one_line_at_its_end_and_at_debug_level_one_at_its_arrival(
     journal.note_output(TokenOutput(request, 5, None), 2 * MS)
     journal.note_closed(request, 3 * MS)
     told = [(record.getMessage(), vars(record)["values"]) for record in caplog.records]
-    request_: dict[str, Any] = {"request_id": "req-1", "number": 4, "prompt_tokens": 3, "max_tokens": 9}
+    request_: dict[str, Any] = {
+        "request_id": "req-1",
+        "number": 4,
+        "prompt_tokens": 3,
+        "cached_tokens": 0,
+        "max_tokens": 9,
+    }
     queued = ("request queued", {**request_, "generation_tokens": 0})
     times = {"queue_s": 0.001, "first_token_s": 0.002, "total_s": 0.003}
     ended = ("request ended", {**request_, "generation_tokens": 1, "reason": "closed", **times})

@@ -81,6 +81,13 @@ def test_another_prompt_is_refused_with_its_place(prompts: object, message: str)
         read_prompts(prompts)
 
 
+def test_a_prompt_that_came_before_is_cached_but_for_its_last_block(llm: LLM) -> None:
+    ids = list(range(7, 57))
+    first, again, salted = (llm.generate(ids, replace(GREEDY, cache_salt=salt))[0] for salt in (None, None, "mine"))
+    assert [output.num_cached_tokens for output in (first, again, salted)] == [0, 48, 0]
+    assert first == again == salted
+
+
 def test_a_list_of_parameters_has_one_for_each_prompt(llm: LLM) -> None:
     prompts = ["The captain looked", "In the morning", "It was"]
     params = [GREEDY, SamplingParams(max_tokens=3, seed=1), SamplingParams(max_tokens=4, temperature=0, n=2)]
