@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -213,11 +214,17 @@ def test_packed_weights_are_in_huge_pages() -> None:
 
 def test_small_packed_weights_share_pages() -> None:
     library = load_product_library()
-    if library is None:
-        pytest.skip("this CPU has no compiled product")
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if library is None or not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this machine has no huge pages, or another product")
     before = _huge_bytes()
-    weights = [NativeLinear(library, torch.zeros(128, 128, dtype=torch.bfloat16), None) for _ in range(16)]
-    assert _huge_bytes() - before < 2 * len(weights) * 2**20
+    small = [NativeLinear(library, torch.zeros(128, 128, dtype=torch.bfloat16), None) for _ in range(16)]
+    assert _huge_bytes() - before <= 2 * 2**20
+    large = [NativeLinear(library, torch.zeros(1000, 768, dtype=torch.bfloat16), None) for _ in range(16)]
+    assert 0.8 <= (_huge_bytes() - before) / (2 * 1000 * 768 * len(large)) < 1.5
+    addresses = sorted((weight._packed.data_ptr(), weight._packed.numel()) for weight in (*small, *large))
+    for (first, num_bytes), (second, _) in itertools.pairwise(addresses):
+        assert first + num_bytes <= second
 
 
 def _huge_bytes() -> int:
