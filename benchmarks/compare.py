@@ -93,7 +93,10 @@ def _measure_apart(specs: Mapping[str, Spec], shared: Shared, args: argparse.Nam
                 sides[side] = {"contender": spec.text, **contender.about}
                 for case in args.cases:
                     _warm_up(contender, case)
-                figures[side] = {case: contender.measure(case, seed + 2) for case in args.cases}
+                # Other seeds for other cases, as servers keep the KV of prompts.
+                figures[side] = {
+                    case: contender.measure(case, seed + 2 * number) for number, case in enumerate(args.cases, 1)
+                }
         for case in args.cases:
             rounds[case].append((figures["a"][case], figures["b"][case]))
             _print_case(case, rounds[case][-1:])

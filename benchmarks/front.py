@@ -126,7 +126,7 @@ def _engine_load(engine: EngineContender, streams: int, args: argparse.Namespace
 def _load(way: str, front: Front, streams: int, args: argparse.Namespace) -> dict[str, Any]:
     num_requests = max(streams, LEAST_REQUESTS)
     asyncio.run(closed_loop(front.target, Case(streams, args.input_len, 2), streams, seed=0))
-    runs = [_round(front, streams, num_requests, args, seed=10 + number) for number in range(args.rounds)]
+    runs = [_round(front, streams, num_requests, args, seed=10 + 2 * number) for number in range(args.rounds)]
     figures = medians(runs)
     figures["limit_tokens_per_s"] = 1e6 / figures["ingress_us_per_token"]
     names = ("output_throughput", "median_ttft_ms", "us_per_token", "ingress_us_per_token")
@@ -136,9 +136,9 @@ def _load(way: str, front: Front, streams: int, args: argparse.Namespace) -> dic
 
 
 def _round(front: Front, streams: int, num_requests: int, args: argparse.Namespace, seed: int) -> Figures:
-    """Runs the same prompts with one token each and with many; the difference is the cost of tokens."""
+    """Runs prompts with one token each, and others with many; the difference is the cost of tokens."""
     short, _ = _run(front, Case(streams, args.input_len, 1), num_requests, seed)
-    whole, figures = _run(front, Case(streams, args.input_len, args.output_len), num_requests, seed)
+    whole, figures = _run(front, Case(streams, args.input_len, args.output_len), num_requests, seed + 1)
     num_tokens = num_requests * (args.output_len - 1)
     roles = sorted(set(short) | set(whole))
     a_token = {

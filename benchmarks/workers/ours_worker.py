@@ -19,10 +19,10 @@ from gptj_dist.stages.local import start_local
 
 
 def open_worker(settings: dict[str, Any]) -> Worker:
-    """Loads the model. `settings` are fields of `PipelineConfig`."""
+    """Loads the model. `settings` are fields of `PipelineConfig`. No prompt is cached, as in other engines' workers."""
     if "layers" in settings:
         settings["layers"] = tuple(settings["layers"])
-    return GenerationWorker(OurEngine(PipelineConfig(**settings)))
+    return GenerationWorker(OurEngine(PipelineConfig(**{"prefix_cache": False, **settings})))
 
 
 class OurEngine:
