@@ -180,4 +180,4 @@ def has_groups(depth: int, group: int) -> bool:
 def in_panels(numbers: Tensor) -> Tensor:
     """[out_features, n] as [panel, n, COLUMNS], with zeros for outputs that there are not. Copies."""
     padded = functional.pad(numbers, (0, 0, 0, -len(numbers) % COLUMNS))
-    return padded.view(-1, COLUMNS, numbers.shape[1]).transpose(1, 2).contiguous()
+    return padded.reshape(-1, COLUMNS, numbers.shape[1]).transpose(1, 2).contiguous()
