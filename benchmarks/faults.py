@@ -10,9 +10,9 @@ once, at one moment: `idle` just before the streams are sent, `queued` when requ
 computed and no stream has a token, `first` when one stream has its first token, `middle` when one has 20 tokens, `last`
 when one lacks only its last token. The kind `mixed` has streams of all kinds.
 
-A stream differs if any byte of its texts, token ids, log probabilities, finish reasons or usage does. In float32 none
-may; in bfloat16 texts may go on differently. A stream's pause is its longest time without a frame, from its request on;
-`recovery_s` is the part of it in which the pipeline did not compute.
+A stream differs if any byte of its texts, token ids, log probabilities, finish reasons or numbers of tokens does. In
+float32 none may; in bfloat16 texts may go on differently. A stream's pause is its longest time without a frame, from
+its request on; `recovery_s` is the part of it in which the pipeline did not compute.
 After four kills another server is started, because a pipeline with more in a short time gives up on its requests. The
 last line on standard output is one JSON document. Linux only.
 """
@@ -122,6 +122,8 @@ class Stream:
         told = json.loads(frame)
         parts = {str(choice["index"]): choice for choice in told.get("choices", ())}
         parts |= {name: told[name] for name in ("usage", "error") if told.get(name)}
+        if "usage" in parts:
+            parts["usage"] = {name: told["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
         self.content = joined(self.content, parts)
 
 

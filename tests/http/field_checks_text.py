@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.sampling import ChoiceFields, SamplingFields
 from tests.http.fields import (
     BATCH_SIZE,
@@ -276,6 +277,20 @@ def of_priority(face: Face) -> None:
         first = threads.submit(ended_s, -1)
         assert first.result() < last.result()
         assert len(working.result()["choices"]) == 3 * BATCH_SIZE
+
+
+@check(SamplingFields)
+def of_cache_salt(face: Face) -> None:
+    prompt = 8 * f"Of {face.body.__name__}: {PROMPT} "
+
+    def num_cached(salt: str) -> int:
+        usage = face.post(prompt=prompt, cache_salt=salt).json()["usage"]
+        details = usage["input_tokens_details" if face.body is ResponsesRequest else "prompt_tokens_details"]
+        return int(details["cached_tokens"])
+
+    assert num_cached("one") == num_cached("other") == 0
+    assert num_cached("one") >= 16
+    assert face.post(cache_salt="").status_code == 400
 
 
 @check(SamplingFields)
