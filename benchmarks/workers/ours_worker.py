@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def open_worker(settings: dict[str, Any]) -> Worker:
     """Loads the model. `settings` are fields of `PipelineConfig`. No prompt is cached, as in other engines' workers."""
     if "layers" in settings:
         settings["layers"] = tuple(settings["layers"])
-    return GenerationWorker(OurEngine(PipelineConfig(**{"prefix_cache": False, **settings})))
+    has_prefix_cache = "prefix_cache" in {field.name for field in fields(PipelineConfig)}  # not in an older checkout
+    cached = {"prefix_cache": False} if has_prefix_cache else {}
+    return GenerationWorker(OurEngine(PipelineConfig(**{**cached, **settings})))
 
 
 class OurEngine:
