@@ -128,8 +128,8 @@ class SamplingParams:
         priority: requests with a lower one are served first, and preempted last; among equals the earlier ones. Others
             may wait for ever.
         adapters: change the model for this request; their changes are added.
-        cache_salt: requests with another one share no cached prompt tokens with this one, so that nobody can learn from
-            the time to the first token what others have asked.
+        cache_salt: only requests with the same one share cached prompt tokens. The time to the first token then tells a
+            client nothing of what others have asked.
 
     Raises:
         InvalidRequestError: a value has another type or is out of its range; `param` names it.

@@ -350,7 +350,7 @@ class Scheduler:
         if not request.is_running:  # preempted while the token was in flight
             self._waiting.num_tokens += request.num_tokens - num_tokens
         if reason == FinishReason.ERROR:
-            self._pool.forget(request.blocks)
+            self._pool.forget(self._pool.find(request.block_keys))  # it may have given the blocks back
         if reason is not None:
             self._remove(request)
         is_kept = request.params.max_tokens > 0 and token_id >= 0

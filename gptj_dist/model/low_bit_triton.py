@@ -74,7 +74,7 @@ class TritonLowBitLinear:
 
 
 def can_multiply(bits: Bits, group: int) -> bool:
-    """Whether there is a kernel for groups of so many numbers that share a scale."""
+    """Whether there is a kernel for groups of this number of inputs."""
     return _tile(group) >= (16 if bits == 8 else 32)  # Triton multiplies matrices of 16 columns or more
 
 

@@ -184,10 +184,14 @@ def test_a_request_that_was_preempted_begins_with_its_own_blocks_again() -> None
     assert any(prefix is not None and prefix.num_tokens >= 4 for prefix in begun[2:])
 
 
-def test_blocks_of_a_request_that_computed_nan_are_forgotten() -> None:
+@pytest.mark.parametrize("is_preempted", [False, True])
+def test_blocks_of_a_request_that_computed_nan_are_forgotten(is_preempted: bool) -> None:
     server = Server()
     request = server.begin(TEXT)
     [plan] = fill(server.scheduler)
+    if is_preempted:
+        server.scheduler._preempt(request)
+        assert server.scheduler.num_cached_blocks == len(TEXT) // BLOCK_SIZE
     [output] = server.scheduler.update(Result(plan.plan_id, (BROKEN_TOKEN,)))
     assert (output.request, output.finish_reason) == (request, FinishReason.ERROR)
     assert server.scheduler.num_cached_blocks == 0
