@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from gptj_dist.operate.launch.application import RayGoneError, failure_in, withi
 from gptj_dist.operate.launch.cluster import split_address
 from gptj_dist.operate.launch.environment import LAUNCHER_VARIABLE, bypass_proxies
 from gptj_dist.operate.launch.local_ray import LocalRay
-from gptj_dist.operate.launch.processes import descendants, environments, is_running, kill
+from gptj_dist.operate.launch.processes import descendants, end_all, environments, is_running, kill, marked
 from gptj_dist.operate.launch.session_room import SessionRoom
 from gptj_dist.operate.launch.terminal import open_console
 from gptj_dist.operate.launch.watch import LossReporter, Watcher
@@ -49,6 +50,16 @@ print(child.pid, flush=True)
 if signals.requested.wait(60):
     print("requested", flush=True)
 time.sleep(60)
+"""
+
+BUSY_LAUNCHER = """
+import os, subprocess
+from gptj_dist.operate.launch.processes import descendants, end_all
+from gptj_dist.operate.launch.signals import StopSignals
+
+StopSignals(lambda: end_all(lambda: descendants(os.getpid()))).start()
+while True:
+    print(subprocess.Popen(["sleep", "60"], preexec_fn=lambda: None).pid, flush=True)
 """
 
 
@@ -360,3 +371,28 @@ def test_processes_are_found_by_descent_and_by_mark() -> None:
         assert {pid for pid, value in environments(LAUNCHER_VARIABLE).items() if value == "mark"} == set(found)
         kill(found)
     wait_until(lambda: not any(map(is_running, found)), "both are gone", LIMIT_S)
+
+
+def test_processes_that_start_others_until_they_die_leave_none() -> None:
+    value = uuid.uuid4().hex
+    script = "import subprocess\nwhile True: print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    for _ in range(5):
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, LAUNCHER_VARIABLE: value}
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            end_all(lambda: marked(LAUNCHER_VARIABLE, value))
+        assert marked(LAUNCHER_VARIABLE, value) == []
+
+
+def test_a_launcher_that_starts_processes_when_it_is_stopped_leaves_none() -> None:
+    value = uuid.uuid4().hex
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY_LAUNCHER], stdout=subprocess.PIPE, env={**os.environ, LAUNCHER_VARIABLE: value}
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(LIMIT_S) == 128 + signal.SIGTERM
+        assert marked(LAUNCHER_VARIABLE, value) == []

@@ -9,7 +9,7 @@ from gptj_dist.errors import ConfigurationError
 from gptj_dist.operate.launch.application import Served, remove
 from gptj_dist.operate.launch.cluster import applications_served
 from gptj_dist.operate.launch.environment import LAUNCHER_VARIABLE
-from gptj_dist.operate.launch.processes import environments, is_running, kill, start_tick
+from gptj_dist.operate.launch.processes import end_all, environments, is_running, marked, start_tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,13 @@ class LocalServer:
         launcher: process id of the launcher.
         is_orphaned: the launcher has ended.
         pids: the processes of its Ray.
+        mark: what `LAUNCHER_VARIABLE` is in each of them.
     """
 
     launcher: int
     is_orphaned: bool
     pids: tuple[int, ...]
+    mark: str
 
 
 def find_servers() -> list[LocalServer]:
@@ -36,8 +38,8 @@ def find_servers() -> list[LocalServer]:
 
 
 def end(server: LocalServer) -> None:
-    """Kills the processes of a server whose launcher has ended."""
-    kill(server.pids)
+    """Kills the processes of a server whose launcher has ended, and those that they start meanwhile."""
+    end_all(lambda: marked(LAUNCHER_VARIABLE, server.mark))
 
 
 def remove_application(name: str, drain_s: float) -> int:
@@ -67,4 +69,4 @@ def _server(mark: str, pids: list[int]) -> LocalServer:
     pid, _, tick = mark.partition(":")
     launcher = int(pid) if pid.isdigit() else 0
     is_orphaned = not (is_running(launcher) and str(start_tick(launcher)) == tick)
-    return LocalServer(launcher, is_orphaned, tuple(pids))
+    return LocalServer(launcher, is_orphaned, tuple(pids), mark)

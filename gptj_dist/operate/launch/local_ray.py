@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.operate.launch.environment import prepare_local
-from gptj_dist.operate.launch.processes import descendants, kill
+from gptj_dist.operate.launch.environment import LAUNCHER_VARIABLE, prepare_local
+from gptj_dist.operate.launch.processes import descendants, end_all, marked
 from gptj_dist.operate.launch.session_room import SessionRoom, sessions_of, why_unwritable
 
 LEAST_ATTEMPT_S = 30.0
@@ -78,11 +78,10 @@ class LocalRay:
         import ray
         from ray._private import worker
 
-        pids = descendants(os.getpid())
         if worker._global_node is not None:
             _end_at_once(worker._global_node)
         ray.shutdown()
-        kill(pids)
+        end_all(_own_processes)
 
     def discard_empty_logs(self) -> None:
         """Removes logs of this process's session into which nothing was written. Call when Ray has ended."""
@@ -98,7 +97,7 @@ class LocalRay:
         Args:
             is_session_kept: else the session's directory is removed, too.
         """
-        kill(descendants(os.getpid()))
+        end_all(_own_processes)
         if not is_session_kept:
             self.noise.unlink(missing_ok=True)
             self._discard_sessions()
@@ -158,7 +157,7 @@ def _try_to_start(directory: Path) -> Exception | None:
         )
     except Exception as error:
         ray.shutdown()
-        kill(descendants(os.getpid()))
+        end_all(_own_processes)
         return error
     return None
 
@@ -167,6 +166,12 @@ def _end_at_once(node: Any) -> None:
     """Has `ray.shutdown` kill Ray's processes: it would wait a second for each of them, as they ignore SIGTERM."""
     kill_all = node.kill_all_processes
     node.kill_all_processes = lambda **_: kill_all(check_alive=False, allow_graceful=False, wait=True)
+
+
+def _own_processes() -> list[int]:
+    """All processes that this one has started, and those of its Ray whose parents have died."""
+    mark = os.environ.get(LAUNCHER_VARIABLE, "")
+    return [*descendants(os.getpid()), *(marked(LAUNCHER_VARIABLE, mark) if mark else ())]
 
 
 def _one_line(error: Exception) -> str:

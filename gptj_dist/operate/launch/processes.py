@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+END_LIMIT_S = 5.0
+
+LOOK_PERIOD_S = 0.02
+
+QUIET_LOOKS = 2
+"""A process that is being started has no environment for a moment, and is then not found by it."""
 
 _PROC = Path("/proc")
 
@@ -31,6 +39,20 @@ def kill(pids: Iterable[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def end_all(find: Callable[[], Iterable[int]]) -> None:
+    """Kills the processes that `find` gives, and looks again: one that dies may have started another meanwhile.
+
+    It ends when nothing runs any more, or after `END_LIMIT_S`.
+    """
+    deadline = time.monotonic() + END_LIMIT_S
+    num_quiet_looks = 0
+    while num_quiet_looks < QUIET_LOOKS and time.monotonic() < deadline:
+        pids = [pid for pid in find() if is_running(pid)]
+        num_quiet_looks = 0 if pids else num_quiet_looks + 1
+        kill(pids)
+        time.sleep(LOOK_PERIOD_S)
 
 
 def is_running(pid: int) -> bool:
@@ -58,6 +80,11 @@ def environments(variable: str) -> Mapping[int, str]:
         for entry in entries
         if entry.startswith(prefix)
     }
+
+
+def marked(variable: str, value: str) -> list[int]:
+    """Process ids of this user's processes in whose environment the variable has this value."""
+    return [pid for pid, found in environments(variable).items() if found == value]
 
 
 def command_lines() -> Mapping[int, list[str]]:

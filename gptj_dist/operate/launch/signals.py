@@ -62,6 +62,7 @@ class StopSignals:
             self._end(number)
 
     def _end(self, number: int) -> None:
+        os.register_at_fork(before=threading.Event().wait)  # other threads start no more processes
         try:
             self.clean_up()
         finally:  # an error must not leave a process that no signal ends
