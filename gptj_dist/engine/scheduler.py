@@ -34,7 +34,7 @@ from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, KVPrefix, Plan, Result
 from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks
 from gptj_dist.engine.request import FinishReason, Request, num_kept_tokens, run_order
-from gptj_dist.engine.scheduling import Draft, InFlight, SchedulerConfig, TokenOutput
+from gptj_dist.engine.scheduling import InFlight, NextPlan, SchedulerConfig, TokenOutput
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
 from gptj_dist.params import TokenLogprobs
@@ -128,10 +128,10 @@ class Scheduler:
         """The next micro-batch, or None when there is nothing to do or enough is in flight."""
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        draft = Draft()
-        self._draft_decodes(draft)
-        self._draft_prefills(draft)
-        return self._commit(draft) if draft.chunks else None
+        next_plan = NextPlan()
+        self._add_decodes(next_plan)
+        self._add_prefills(next_plan)
+        return self._commit(next_plan) if next_plan.chunks else None
 
     def update(self, result: Result) -> list[TokenOutput]:
         """Takes the result of the oldest plan in flight; returns the new tokens, in the plan's order.
@@ -194,7 +194,7 @@ class Scheduler:
         awaited_ids = [chunk.request_id for chunk in chunks if chunk.samples or chunk.ends_embedding]
         check_requests(self._running, self._waiting, [id_ for id_ in awaited_ids if id_ in self._by_id])
 
-    def _draft_decodes(self, draft: Draft) -> None:
+    def _add_decodes(self, next_plan: NextPlan) -> None:
         """Adds a share of the requests with one token to compute. All micro-batches get equal shares."""
         decoding = [request for request in self._running if request.num_uncomputed <= 1]
         ready = [request for request in decoding if not request.is_awaiting_token]
@@ -208,24 +208,24 @@ class Scheduler:
         share = max(1, min(ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
             if request.is_running:  # a request before it in the share may have preempted it
-                self._draft_chunk(draft, request, 1)
-        draft.num_decodes = len(draft.chunks)
+                self._add_chunk(next_plan, request, 1)
+        next_plan.num_decodes = len(next_plan.chunks)
 
-    def _draft_prefills(self, draft: Draft) -> None:
+    def _add_prefills(self, next_plan: NextPlan) -> None:
         """Fills the micro-batch with prompt tokens, first of running requests, then of waiting ones."""
-        room = self._prompt_room(has_decodes=draft.num_decodes > 0)
+        room = self._prompt_room(has_decodes=next_plan.num_decodes > 0)
         for request in [r for r in self._running if r.num_uncomputed > 1]:
             if room and request.is_running:  # a request before it may have preempted it
-                room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
+                room -= self._add_chunk(next_plan, request, min(room, request.num_uncomputed))
         index = 0
         while room and index < len(self._waiting) and len(self._running) < self._config.max_batch_size:
             request = self._waiting[index]
-            source = self._source(draft, request)
+            source = self._source(next_plan, request)
             if source is None and request.prompt.holders:
                 index += 1  # another request computes the prompt; later ones may overtake this one
             elif self._can_run(request, prefix := self._prefix(request, source)):
-                self._admit(draft, request, prefix)
-                room -= self._draft_chunk(draft, request, min(room, request.num_uncomputed))
+                self._admit(next_plan, request, prefix)
+                room -= self._add_chunk(next_plan, request, min(room, request.num_uncomputed))
             else:
                 return
 
@@ -244,10 +244,10 @@ class Scheduler:
             return min(self._chunk_tokens, most_chunk_tokens_beside_decodes(cost))
         return self._chunk_tokens
 
-    def _source(self, draft: Draft, request: Request) -> Request | None:
+    def _source(self, next_plan: NextPlan, request: Request) -> Request | None:
         """A request whose KV of the same prompt earlier plans have computed, so that it can be taken over."""
         num_needed = request.prompt.num_shareable
-        return next((r for r in request.prompt.holders if draft.starts.get(r, r.num_computed) >= num_needed), None)
+        return next((r for r in request.prompt.holders if next_plan.starts.get(r, r.num_computed) >= num_needed), None)
 
     def _prefix(self, request: Request, source: Request | None) -> KVPrefix | None:
         """The KV that the request can begin with."""
@@ -267,7 +267,7 @@ class Scheduler:
         num_free = self._pool.num_free - sum(not self._pool.num_holders(block) for block in blocks)
         return num_blocks <= num_free and not request.is_awaiting_token
 
-    def _admit(self, draft: Draft, request: Request, prefix: KVPrefix | None) -> None:
+    def _admit(self, next_plan: NextPlan, request: Request, prefix: KVPrefix | None) -> None:
         """Moves the request from the queue to the running ones. It begins with the KV that is there."""
         self._waiting.remove(request)
         insort(self._running, request, key=run_order)
@@ -281,20 +281,20 @@ class Scheduler:
         self._waiting.last_place = max(self._waiting.last_place, request.place)
         if request.prompt.num_shareable:
             request.prompt.holders.append(request)
-        draft.new_requests.append(request.introduction(prefix))
+        next_plan.new_requests.append(request.introduction(prefix))
 
-    def _draft_chunk(self, draft: Draft, request: Request, num_tokens: int) -> int:
-        """Adds the request's next tokens to the draft; returns their number, 0 if there are no blocks for them."""
+    def _add_chunk(self, next_plan: NextPlan, request: Request, num_tokens: int) -> int:
+        """Adds the request's next tokens to the plan; returns their number, 0 if there are no blocks for them."""
         start, stop = request.num_computed, request.num_computed + num_tokens
         num_new_blocks = self._pool.blocks_for(stop) - len(request.blocks)
-        if not self._make_room(num_new_blocks, request, draft):
+        if not self._make_room(num_new_blocks, request, next_plan):
             return 0
         new_blocks = self._pool.take(num_new_blocks)
         request.blocks.extend(new_blocks)
         request.num_computed = stop
         request.is_awaiting_token = stop == request.num_tokens
         pools = request.params.pooling is not None
-        draft.chunks.append(
+        next_plan.chunks.append(
             Chunk(
                 request_id=request.request_id,
                 start=start,
@@ -305,10 +305,10 @@ class Scheduler:
                 ends_embedding=request.is_awaiting_token and pools,
             )
         )
-        draft.starts[request] = start
+        next_plan.starts[request] = start
         return num_tokens
 
-    def _make_room(self, num_blocks: int, request: Request, draft: Draft) -> bool:
+    def _make_room(self, num_blocks: int, request: Request, next_plan: NextPlan) -> bool:
         """Preempts requests that come after this one, the last first, until the blocks are free. Else preempts none."""
         num_free = self._pool.num_free
         if num_free >= num_blocks:
@@ -318,7 +318,7 @@ class Scheduler:
         for victim in reversed(self._running):
             if num_free >= num_blocks or victim is request:
                 break
-            if victim not in draft.starts and victim.blocks:
+            if victim not in next_plan.starts and victim.blocks:
                 victims.append(victim)
                 num_given_back.update(victim.blocks)
                 num_free = self._pool.num_free + self._pool.num_freed(num_given_back)
@@ -334,14 +334,14 @@ class Scheduler:
         self._waiting.add(request)
         self.num_preemptions += 1
 
-    def _commit(self, draft: Draft) -> Plan:
-        plan = Plan(next(self._plan_ids), tuple(self._released), tuple(draft.new_requests), tuple(draft.chunks))
+    def _commit(self, next_plan: NextPlan) -> Plan:
+        plan = Plan(next(self._plan_ids), tuple(self._released), tuple(next_plan.new_requests), tuple(next_plan.chunks))
         self._released.clear()
         if self._keeps_prefixes:
-            for request, start in draft.starts.items():
+            for request, start in next_plan.starts.items():
                 keep_blocks(self._pool, request, start)
-        requests = {request.request_id: request for request in draft.starts}
-        self._in_flight.append(InFlight(plan, draft.num_decodes, requests))
+        requests = {request.request_id: request for request in next_plan.starts}
+        self._in_flight.append(InFlight(plan, next_plan.num_decodes, requests))
         return plan
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:

@@ -1,4 +1,4 @@
-"""What a scheduler is given, what it drafts, keeps and returns. Plain data."""
+"""What a scheduler is given, what it makes, keeps and returns. Plain data."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class TokenOutput:
 
 
 @dataclass(slots=True)
-class Draft:
-    """The micro-batch that is being drafted.
+class NextPlan:
+    """The plan that is being made.
 
     Args:
         starts: for each request in it, the number of tokens that were computed before.

@@ -12,7 +12,7 @@ from gptj_dist.chunking import MAX_CHUNK_TOKENS, StepCost, best_chunk_tokens, mo
 from gptj_dist.engine.plan import Embedding, NewRequest, Plan, Result, StageTiming
 from gptj_dist.engine.request import FinishReason, Prompt, Request, run_order
 from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler
-from gptj_dist.engine.scheduling import Draft, SchedulerConfig, TokenOutput
+from gptj_dist.engine.scheduling import NextPlan, SchedulerConfig, TokenOutput
 from gptj_dist.errors import RequestTooLongError
 from gptj_dist.params import AdapterChoice, Pooling, SamplingParams, TokenLogprobs
 from tests.fakes import FakeStages
@@ -745,7 +745,7 @@ def corrupt_lost_request(scheduler: Scheduler) -> None:
 
 def corrupt_batch_size(scheduler: Scheduler) -> None:
     for request in list(scheduler._waiting):
-        scheduler._admit(Draft(), request, None)
+        scheduler._admit(NextPlan(), request, None)
 
 
 def corrupt_too_many_in_flight(scheduler: Scheduler) -> None:

@@ -10,7 +10,7 @@ import pytest
 from gptj_dist.engine.plan import KVPrefix, Plan, PromptLogprobs, Result
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler
-from gptj_dist.engine.scheduling import Draft, SchedulerConfig
+from gptj_dist.engine.scheduling import NextPlan, SchedulerConfig
 from gptj_dist.params import SamplingParams, TokenLogprobs
 from tests.fakes import FakeStages
 from tests.unit.test_scheduler import EOS, fill, land, make_request, make_scheduler
@@ -182,10 +182,10 @@ def test_blocks_are_free_when_all_who_hold_them_have_gone_and_no_sooner() -> Non
         land(scheduler, plan)
     assert scheduler.num_used_blocks == 1 + 2 + 1 + 1
     # The youngest alone would free one, beside the free one; the other then three, two of which both hold.
-    assert scheduler._make_room(4, oldest, Draft())
+    assert scheduler._make_room(4, oldest, NextPlan())
     assert [request.is_running for request in family] == [False, False]
     assert scheduler.num_used_blocks == 1
-    assert not scheduler._make_room(6, oldest, Draft())
+    assert not scheduler._make_room(6, oldest, NextPlan())
     scheduler.check_integrity()
 
 
