@@ -78,12 +78,16 @@ class Plan:
 
     A stage drops the `released` requests, adds the `new_requests`, gives them and the `chunks` their blocks, copies
     the KV that new requests begin with, and then computes all chunks.
+
+    Args:
+        is_lone: no other plan is in flight, and until this one's result none follows, unless requests arrive.
     """
 
     plan_id: int
     released: tuple[int, ...]
     new_requests: tuple[NewRequest, ...]
     chunks: tuple[Chunk, ...]
+    is_lone: bool = False
 
     @property
     def num_tokens(self) -> int:

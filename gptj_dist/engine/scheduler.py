@@ -335,7 +335,13 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _commit(self, next_plan: NextPlan) -> Plan:
-        plan = Plan(next(self._plan_ids), tuple(self._released), tuple(next_plan.new_requests), tuple(next_plan.chunks))
+        plan = Plan(
+            next(self._plan_ids),
+            tuple(self._released),
+            tuple(next_plan.new_requests),
+            tuple(next_plan.chunks),
+            is_lone=not self._in_flight and all(request.is_awaiting_token for request in self._running),
+        )
         self._released.clear()
         if self._keeps_prefixes:
             for request, start in next_plan.starts.items():

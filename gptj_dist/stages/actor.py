@@ -18,6 +18,7 @@ from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.params import AdapterSource
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
+from gptj_dist.stages.lone_steps import LoneCores
 from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.request_log import RequestLog
@@ -107,15 +108,20 @@ class Stage:
         )
 
     @ray.method(concurrency_group="run")
-    def load(self, dtype: DTypeName, num_threads: int) -> StageReport:
-        """Calls `StageRunner.load` on the computing thread. Claims cores for this stage alone if enough are free."""
-        self._cores = claim_cores(num_threads)
+    def load(self, dtype: DTypeName, num_threads: int, num_lone_threads: int) -> StageReport:
+        """Calls `StageRunner.load` on the computing thread. Claims cores for this stage alone if enough are free.
+
+        Args:
+            num_threads, num_lone_threads: maximum number of torch threads of a CPU stage, and in its lone steps.
+        """
+        claim = self._cores = claim_cores(num_threads)
+        lone = LoneCores(num_lone_threads, None if claim is None else claim.allowed)
         logger.info("stage loads", extra=values(dtype=dtype, threads=num_threads, pid=os.getpid()))
 
         def note(progress: str) -> None:
             self._progress = progress
 
-        report = self._runner.load(dtype, num_threads, on_progress=note)
+        report = self._runner.load(dtype, num_threads, note, lone)
         logger.info("stage loaded", extra=values(layers=report.layers.num_layers, device=report.device.name))
         return report
 

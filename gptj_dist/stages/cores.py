@@ -23,10 +23,12 @@ class CoreClaim:
 
     Args:
         tokens: one bound socket for each core. The kernel closes them when the process ends, however it ends.
+        allowed: all cores on which the process could run before.
     """
 
     cores: frozenset[int]
     tokens: tuple[socket.socket, ...]
+    allowed: frozenset[int]
 
 
 def available_cores() -> int:
@@ -72,7 +74,7 @@ def _try_to_claim(cores: list[int], num_cores: int) -> CoreClaim | None:
             continue
         tokens[core] = token
         if len(tokens) == num_cores:
-            return CoreClaim(frozenset(tokens), tuple(tokens.values()))
+            return CoreClaim(frozenset(tokens), tuple(tokens.values()), frozenset(cores))
     for token in tokens.values():
         token.close()
     return None

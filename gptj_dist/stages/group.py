@@ -280,7 +280,11 @@ class StageGroup:
         require_equal_bits(config, dtype, devices)
         shares = _share_cores(devices)
         loading = {
-            index: newcomer.actor.load.remote(dtype, config.threads_per_stage or shares[index])
+            index: newcomer.actor.load.remote(
+                dtype,
+                config.threads_per_stage or shares[index],
+                config.threads_per_stage or devices[index].num_cores,
+            )
             for index, newcomer in newcomers.items()
         }
         for index, report in (await _answers(placed, loading)).items():

@@ -31,6 +31,7 @@ from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, qua
 from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.embeddings import EmbeddingPools
+from gptj_dist.stages.lone_steps import LoneCores, StageThreads, find_end_of_team
 from gptj_dist.stages.threads import ThreadChooser
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class StageRunner:
         self._steps: RecordedSteps | None = None
         self._adapters: StageAdapters | None = None
         self._adapted: set[int] = set()
-        self._threads: ThreadChooser | None = None
+        self._threads: StageThreads | None = None
         self._sampler = Sampler(spec.rules, self._device)
         self.num_beats = 0
 
@@ -93,13 +94,18 @@ class StageRunner:
         return describe_device(self._device)
 
     def load(
-        self, dtype: DTypeName, num_threads: int | None, on_progress: Callable[[str], None] = lambda _: None
+        self,
+        dtype: DTypeName,
+        num_threads: int | None,
+        on_progress: Callable[[str], None] = lambda _: None,
+        lone: LoneCores | None = None,
     ) -> StageReport:
         """Fetches, reads and packs the stage's weights.
 
         Args:
             num_threads: maximum number of torch threads of a CPU stage; None means `default_threads()`.
             on_progress: called with the current activity, such as `fetching model.safetensors` or `9/14 layers`.
+            lone: what a CPU stage may use in lone steps; None if they are like others.
 
         Raises:
             CheckpointError: tensors of the stage are missing, or the hub denies access to them.
@@ -108,7 +114,7 @@ class StageRunner:
         if self._device.type == "cpu":
             num_threads = num_threads or default_threads()
             torch.set_num_threads(num_threads)
-            self._threads = ThreadChooser(num_threads, spec.layers.num_layers, torch.set_num_threads)
+            self._threads = _stage_threads(num_threads, lone, spec.layers.num_layers)
         directory = resolve_model(spec.model, spec.revision)
         fetch_weights(spec.model, directory, spec.layers, spec.config, lambda file: on_progress(f"fetching {file}"))
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
@@ -187,10 +193,13 @@ class StageRunner:
         """
         output, prompt_logprobs = self._compute(plan, None if before is None else before.hidden)
         embeddings = (() if before is None else before.embeddings) + self._pools.complete(plan.chunks)
+        if self._spec.layers.is_last:
+            specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
+            token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
+        if self._threads is not None:
+            self._threads.end_step()
         if not self._spec.layers.is_last:
             return StageOutput(output, embeddings)
-        specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
-        token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
         return Result(plan.plan_id, tuple(token_ids), (), logprobs, prompt_logprobs, embeddings)
 
     @torch.inference_mode()
@@ -214,7 +223,7 @@ class StageRunner:
         if self._steps is not None and self._steps.has(batch) and is_plain:
             return self._steps(batch, inputs), ()
         hidden = self._model.embed(inputs, changes) if hidden is None else to_device(hidden, self._device)
-        hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled), changes)
+        hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled, plan.is_lone), changes)
         if not is_last:
             return hidden, ()
         prompt_logprobs = tuple(
@@ -245,12 +254,12 @@ class StageRunner:
             first += num_rows
         return self._adapters.changes(adapted, first)
 
-    def _pass(self, pooled: Mapping[int, Sequence[Span]], depth: int, hidden: Tensor) -> None:
+    def _pass(self, pooled: Mapping[int, Sequence[Span]], is_lone: bool, depth: int, hidden: Tensor) -> None:
         """Called with the hidden states before the first layer and after each layer."""
         self.num_beats += 1
         if self._threads is not None:
             num_layers = depth - self._spec.layers.start
-            self._threads.end_layer(num_layers - 1) if num_layers else self._threads.begin_step()
+            self._threads.end_layer(num_layers - 1) if num_layers else self._threads.begin_step(is_lone)
         if depth in pooled:
             self._pool(pooled[depth], depth, hidden)
 
@@ -346,6 +355,15 @@ def default_threads() -> int:
     """Default maximum number of threads of a CPU stage: OMP_NUM_THREADS if set, else one per available core."""
     num_threads = torch.get_num_threads()  # respects OMP_NUM_THREADS and affinity, but not a CPU quota
     return num_threads if "OMP_NUM_THREADS" in os.environ else min(num_threads, available_cores())
+
+
+def _stage_threads(num_threads: int, lone: LoneCores | None, num_layers: int) -> StageThreads:
+    own = ThreadChooser(num_threads, num_layers, torch.set_num_threads)
+    if lone is None or lone.num_threads <= num_threads or (end_team := find_end_of_team()) is None:
+        return StageThreads(own)
+    own_cores = None if lone.cores is None else frozenset(os.sched_getaffinity(0))
+    of_lone = ThreadChooser(lone.num_threads, num_layers, torch.set_num_threads)
+    return StageThreads(own, of_lone, own_cores, lone.cores, end_team)
 
 
 def _read_weight(directory: Path, config: ModelConfig, layers: LayerRange, name: str, out: Tensor) -> None:
