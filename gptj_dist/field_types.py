@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from types import UnionType
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from gptj_dist.errors import excerpt
 
@@ -45,7 +45,7 @@ def _in_words(annotation: str, hint: Any) -> str:
 def _fits(hint: Any) -> Fits:
     """The check for a type hint."""
     origin, args = get_origin(hint), get_args(hint)
-    if origin is UnionType:
+    if origin is UnionType or origin is Union:
         return _fits_union(args)
     if origin is Literal:
         return lambda value: value in args

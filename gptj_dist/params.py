@@ -32,9 +32,17 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "repetition_penalty": (0, 10),
     "logprobs": (0, MAX_LOGPROBS),
     "prompt_logprobs": (0, MAX_LOGPROBS),
+    "best_of": (1, 128),
+    "length_penalty": (-5, 5),
     "priority": (-(2**31), 2**31 - 1),
 }
 """Smallest and largest value of each number."""
+
+BEAM_DEFAULTS: Mapping[str, object] = {"best_of": None, "length_penalty": 1.0, "early_stopping": False}
+"""Settings that only a beam search has."""
+
+NOT_SAMPLED: Mapping[str, tuple[float, ...]] = {"temperature": (1, 0), "top_p": (1,), "top_k": (0, -1), "min_p": (0,)}
+"""What settings of sampling may be in a beam search."""
 
 NO_TOKEN = -1
 """The sampler's answer where every token is ruled out."""
@@ -130,6 +138,13 @@ class SamplingParams:
         adapters: change the model for this request; their changes are added.
         cache_salt: only requests with the same one share cached prompt tokens. The time to the first token then tells a
             client nothing of what others have asked.
+        use_beam_search: search for the likeliest texts, the best first, instead of sampling; a stop string cuts them
+            afterwards.
+        best_of: number of beams, `n` or more; None takes `n`.
+        length_penalty: a text's log probability is divided by its number of tokens to this power, in [-5, 5]; more than
+            0 favours long texts.
+        early_stopping: when a beam search ends: true as soon as there are as many texts as beams, false when none of
+            the beams is better at its present length, "never" when none can become better.
 
     Raises:
         InvalidRequestError: a value has another type or is out of its range; `param` names it.
@@ -160,6 +175,10 @@ class SamplingParams:
     pooling: Pooling | None = None
     adapters: tuple[AdapterChoice, ...] = ()
     cache_salt: str | None = None
+    use_beam_search: bool = False
+    best_of: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         for name, value in tuple(vars(self).items()):
@@ -174,6 +193,7 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be from {least} to {most}, got {excerpt(value)}", name)
         _check(self.repetition_penalty > 0, "repetition_penalty", "must be above 0", self.repetition_penalty)
         self._check_lists()
+        self._check_beams()
         rule = f"must have from 1 to {MAX_SALT_CHARACTERS} characters"
         if self.cache_salt is not None:
             _check(1 <= len(self.cache_salt) <= MAX_SALT_CHARACTERS, "cache_salt", rule, self.cache_salt)
@@ -194,6 +214,15 @@ class SamplingParams:
         _check(len(names) <= MAX_ADAPTERS, "adapters", f"takes at most {MAX_ADAPTERS}", len(names))
         _check(len(set(names)) == len(names), "adapters", "must name each adapter once", names)
 
+    def _check_beams(self) -> None:
+        _check(self.best_of is None or self.best_of >= self.n, "best_of", f"must be n ({self.n}) or more", self.best_of)
+        if not self.use_beam_search:
+            return
+        _check(self.max_tokens > 0, "max_tokens", "must be at least 1 with use_beam_search", self.max_tokens)
+        for name, plain in NOT_SAMPLED.items():
+            rule = f"must be {plain[0]}: use_beam_search does not sample"
+            _check(vars(self)[name] in plain, name, rule, vars(self)[name])
+
     @property
     def listed_token_ids(self) -> dict[str, tuple[int, ...]]:
         """All token ids that the settings name, by the name of the setting."""
@@ -207,7 +236,12 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self.temperature == 0 or self.top_p == 0
+        return self.temperature == 0 or self.top_p == 0 or self.use_beam_search
+
+    @property
+    def num_beams(self) -> int:
+        """Texts that a search continues at once; 1 without a search."""
+        return (self.best_of or self.n) if self.use_beam_search else 1
 
 
 class TokenLogprobs(NamedTuple):
@@ -222,6 +256,19 @@ class TokenLogprobs(NamedTuple):
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
+
+
+class Continuation(NamedTuple):
+    """A token that may come next in a beam.
+
+    Args:
+        logprob: after penalties and biases.
+        shown: the token's log probabilities, if they are requested.
+    """
+
+    token_id: int
+    logprob: float
+    shown: TokenLogprobs | None = None
 
 
 def _check(is_valid: bool, param: str, rule: str, value: object) -> None:

@@ -7,6 +7,7 @@ probabilities. Takes tokens from a `TokenSource` and does not know where they ar
 __all__ = [
     "adapters",
     "answer",
+    "beams",
     "chat_defaults",
     "completion",
     "embedding",

@@ -45,7 +45,7 @@ class Answer:
     """A request that was understood and can be served. Nothing is computed before `whole` or `events` is called.
 
     Args:
-        open_streams: starts the completions, `request.num_sampled` for each prompt.
+        open_streams: starts the completions, `request.num_streams` for each prompt.
         num_prompt_tokens: of all prompts.
         most_tokens: the most that all completions together may have.
         deadline: of the whole request.
@@ -113,7 +113,7 @@ class Answer:
 
     def _kept(self, deltas_of: Sequence[Sequence[TextDelta]]) -> Iterator[TextDelta]:
         """The completions that are returned, each as one piece."""
-        number, num_kept = self._request.num_sampled, self._request.num_choices
+        number, num_kept = self._request.num_streams, self._request.num_choices
         for first in range(0, len(deltas_of), number):
             completions = map(whole, deltas_of[first : first + number])
             yield from best(completions, num_kept) if number > num_kept else completions

@@ -26,6 +26,7 @@ class TextDelta:
         logprobs: of each token, if asked for.
         prompt_logprobs: of the prompt's tokens from the second on, with the first delta, if asked for.
         num_cached_tokens: see `Delta`.
+        score: of a text that a beam search has found, see `Beam`.
     """
 
     text: str
@@ -34,6 +35,7 @@ class TextDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    score: float | None = None
 
 
 class TokenCounts(NamedTuple):
@@ -80,6 +82,7 @@ async def stream_text(
                 delta.logprobs[:num_new],
                 delta.prompt_logprobs,
                 delta.num_cached_tokens,
+                delta.beams[0].score if delta.beams else None,
             )
             if is_stopped:
                 return
@@ -94,4 +97,5 @@ def whole(deltas: Sequence[TextDelta]) -> TextDelta:
         tuple(token for delta in deltas for token in delta.logprobs),
         deltas[0].prompt_logprobs,
         deltas[0].num_cached_tokens,
+        deltas[0].score,
     )

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from gptj_dist.answers.adapters import listing, with_sources
 from gptj_dist.answers.answer import Answer, Form
+from gptj_dist.answers.beams import choices
 from gptj_dist.answers.choices import ChoicesForm, Head
 from gptj_dist.answers.completion import TextDelta, stream_text
 from gptj_dist.answers.deadline import Deadline
@@ -267,7 +268,8 @@ class AnswerService:
                     if resumable is None
                     else resumable.streams(self._source, records, len(streams))
                 )
-                streams += [stream_text(each, self._model.tokenizer, params, prepared.stops) for each in tokens]
+                for each in choices(tokens, params):
+                    streams.append(stream_text(each, self._model.tokenizer, params, prepared.stops))
             return list(map(self._watched, streams))
 
         most_tokens = len(prepared.prompts) * number * params.max_tokens

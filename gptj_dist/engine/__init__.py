@@ -6,6 +6,7 @@ Ray.
 
 __all__ = [
     "async_engine",
+    "beams",
     "block_pool",
     "clock",
     "fairness",

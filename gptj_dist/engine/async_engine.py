@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from itertools import count
+from itertools import count, islice
 
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.executor import Executor
@@ -93,7 +93,7 @@ class AsyncEngine:
         """Streams what is left of each completion. Those that start together compute the prompt once.
 
         Args:
-            records: of one prompt, with the same parameters.
+            records: of one prompt, with the same parameters; one if they ask for a beam search.
 
         Raises:
             InvalidRequestError: the request can never be served. Other errors come out of each stream.
@@ -174,8 +174,9 @@ class AsyncEngine:
     def _admit(self, prompt: Prompt, record: RequestRecord) -> tuple[Request, Mailbox]:
         if self._refusal is not None:
             raise NotReadyError(self._refusal)
+        request_id, *_ = islice(self._request_ids, record.params.num_beams)
         request = Request(
-            next(self._request_ids),
+            request_id,
             prompt,
             record.params,
             record.noise_key,
@@ -261,7 +262,7 @@ def _delta(output: TokenOutput) -> Delta:
     """A token, or an embedding, as its stream gets it."""
     request = output.request
     token_ids = () if output.token_id is None else (output.token_id,)
-    is_first = request.num_output_tokens == len(token_ids)
+    is_first = bool(output.beams) or request.num_output_tokens == len(token_ids)
     return Delta(
         token_ids=token_ids,
         finish_reason=output.finish_reason,
@@ -269,4 +270,5 @@ def _delta(output: TokenOutput) -> Delta:
         prompt_logprobs=tuple(request.prompt.logprobs) if is_first else (),
         embedding=output.embedding,
         num_cached_tokens=request.num_cached_tokens if is_first else 0,
+        beams=output.beams,
     )

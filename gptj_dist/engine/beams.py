@@ -13,20 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from gptj_dist.params import TokenLogprobs
-
-
-class Continuation(NamedTuple):
-    """A token that may come next.
-
-    Args:
-        logprob: after penalties and biases.
-        shown: the token's log probabilities, if they are requested.
-    """
-
-    token_id: int
-    logprob: float
-    shown: TokenLogprobs | None = None
+from gptj_dist.params import Continuation, TokenLogprobs
 
 
 class Beam(NamedTuple):

@@ -41,14 +41,14 @@ class FairShares:
 
     def leave(self, request: Request) -> None:
         """Gives back the tokens that the request asked for and did not use: later ones of its key come sooner."""
-        num_left = request.params.max_tokens - request.num_output_tokens
+        num_left = (request.params.max_tokens - request.num_output_tokens) * request.params.num_beams
         self._shares[request.key].end -= num_left if request.num_output_tokens else _num_asked(request)
 
 
 def _num_asked(request: Request) -> int:
     """Tokens that it may take, those of a prompt only for the first request that has it."""
     num_shared = 0 if request.prompt.first is request else request.prompt.num_shareable
-    return len(request.prompt_ids) - num_shared + request.params.max_tokens
+    return len(request.prompt_ids) - num_shared + request.params.max_tokens * request.params.num_beams
 
 
 def has_room(num_of_keys: Mapping[str | None, int], key: str | None, most: int) -> bool:

@@ -82,8 +82,7 @@ class Journal:
         life, totals = self._lives.get(output.request.request_id), self.totals
         if life is None:
             return
-        if output.token_id is not None:
-            totals.num_generation_tokens += 1
+        totals.num_generation_tokens += sum(len(beam.token_ids) for beam in output.beams) or output.token_id is not None
         if life.first_ns is not None:
             totals.inter_token_latency.observe(now_ns - life.last_ns)
         else:

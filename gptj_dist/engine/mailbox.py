@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
+from gptj_dist.engine.beams import Beam
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import TokenLogprobs
 
@@ -19,6 +20,7 @@ class Delta(NamedTuple):
         prompt_logprobs: one for each token of the prompt from the second on, if requested; come with the first tokens.
         embedding: float32 numbers as bytes, if requested.
         num_cached_tokens: of the prompt, whose KV was there before; come with the first tokens.
+        beams: the texts that a beam search has found, in place of tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -27,6 +29,7 @@ class Delta(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     embedding: bytes | None = None
     num_cached_tokens: int = 0
+    beams: tuple[Beam, ...] = ()
 
 
 class Mailbox:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gptj_dist.params import SamplingParams, TokenLogprobs
+from gptj_dist.params import Continuation, SamplingParams, TokenLogprobs
 
 
 class KVPrefix(NamedTuple):
@@ -116,6 +116,13 @@ class Embedding(NamedTuple):
     data: bytes
 
 
+class Continuations(NamedTuple):
+    """How a beam may go on, as `BeamSearch.step` takes it."""
+
+    request_id: int
+    tokens: tuple[Continuation, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """The outcome of a plan.
@@ -126,6 +133,7 @@ class Result:
         logprobs: one for each of `token_ids`, None where it was not requested; empty if none was requested.
         prompt_logprobs: one for each chunk whose tokens' log probabilities were requested.
         embeddings: one for each chunk with `ends_embedding`.
+        continuations: one for each chunk with `samples` of a beam search; its sampled token does not count.
     """
 
     plan_id: int
@@ -134,3 +142,4 @@ class Result:
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
+    continuations: tuple[Continuations, ...] = ()

@@ -61,8 +61,9 @@ class RequestRecord:
 def new_records(
     prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str | None = None
 ) -> list[RequestRecord]:
-    """Records of completions of one prompt, which have not begun."""
+    """Records of completions of one prompt, which have not begun. A beam search is one, whatever it finds."""
     prompt = tuple(prompt_ids)
+    num_choices = 1 if params.use_beam_search else num_choices
     return [RequestRecord(prompt, params, noise_key(params.seed, choice), log_id) for choice in range(num_choices)]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 
+from gptj_dist.engine.beams import Beam, BeamSearch
 from gptj_dist.engine.plan import KVPrefix, NewRequest, Plan, PromptLogprobs
-from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, SamplingParams, TokenLogprobs
+from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, Continuation, SamplingParams, TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -19,6 +20,13 @@ class FinishReason(StrEnum):
     CONTENT_FILTER = "content_filter"
     ERROR = "error"
     """Its stream ends with an error instead."""
+
+
+def finish_reason(beam: Beam | None) -> FinishReason:
+    """Why a text that a beam search has found ended; None stands for one that is missing, as too much was ruled out."""
+    if beam is None:
+        return FinishReason.CONTENT_FILTER
+    return FinishReason.STOP if beam.has_stopped else FinishReason.LENGTH
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +65,7 @@ class Request:
     """A request and its progress.
 
     Args:
-        request_id: unique, and larger for a later arrival.
+        request_id: unique, and larger for a later arrival; a beam search takes as many as it has beams, from here on.
         prompt: its prompt, which other requests may share.
         params: its parameters; a request is one completion, whatever `params.n` is.
         noise_key: 64 bits that determine all of the request's sampling noise.
@@ -76,6 +84,8 @@ class Request:
         is_running: whether it is among the requests that plans are made of; False while it waits.
         has_run: whether it is or was among them, on any stages of this pipeline.
         is_awaiting_token: whether a plan in flight samples its next token.
+        group: the beam search of which it is a beam; None if it is none.
+        source: the beam from which it takes over its KV in the next plan that has it; no stage knows it before.
     """
 
     request_id: int
@@ -95,6 +105,8 @@ class Request:
     is_running: bool = field(init=False, default=False)
     has_run: bool = field(init=False, default=False)
     is_awaiting_token: bool = field(init=False, default=False)
+    group: BeamGroup | None = field(init=False, default=None)
+    source: Request | None = field(init=False, default=None)
 
     def __post_init__(self, generated: tuple[int, ...]) -> None:
         self.token_ids = [*self.prompt.token_ids, *generated]
@@ -112,6 +124,21 @@ class Request:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether no more than one token is to be computed."""
+        return self.num_uncomputed <= 1 or self.source is not None
+
+    @property
+    def leader(self) -> Request:
+        """The request that asked for the beam search of which this is a beam; else the request itself."""
+        return self if self.group is None else self.group.leader
+
+    @property
+    def beams(self) -> Sequence[Request]:
+        """The running beams of its search; else the request itself."""
+        return (self,) if self.group is None else self.group.beams
 
     @property
     def num_expected(self) -> int:
@@ -151,6 +178,82 @@ class Request:
         return NewRequest(self.request_id, self.params, self.noise_key, num_prompt_tokens, self.log_id, begins_with)
 
 
+class BeamGroup:
+    """The requests that are the beams of a search. They share blocks, and are in the same plans.
+
+    Args:
+        leader: the request that asks for the search. It computes the prompt, and then is one of the beams.
+        eos_token_ids: tokens that end a text.
+
+    Attributes:
+        beams: in the order of `search.running`.
+    """
+
+    def __init__(self, leader: Request, eos_token_ids: Collection[int]) -> None:
+        self.leader = leader
+        self._ending_ids = frozenset(
+            (*leader.params.stop_token_ids, *(() if leader.params.ignore_eos else eos_token_ids))
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins the search anew."""
+        params = self.leader.params
+        self.search = BeamSearch(
+            params.num_beams, params.max_tokens, params.length_penalty, params.early_stopping, self._ending_ids
+        )
+        self.beams = [self.leader]
+        self._received: dict[int, Sequence[Continuation]] = {}
+        self.leader.token_ids = list(self.leader.prompt_ids)
+        self.leader.block_keys = []
+
+    @property
+    def num_reserved(self) -> int:
+        """Beams that the search will have beside those that run."""
+        return self.search.width - len(self.beams)
+
+    def take(self, beam: Request, continuations: Sequence[Continuation]) -> list[Request] | None:
+        """Takes a beam's continuations. With those of the last beam, the search makes a step.
+
+        Returns:
+            The requests that become beams with another one's KV, their `source`; the others go on. None if there was no
+            step, or if it was the last.
+        """
+        beam.is_awaiting_token = False
+        self._received[beam.request_id] = continuations
+        if len(self._received) < len(self.beams):
+            return None
+        self.search = self.search.step([self._received[beam.request_id] for beam in self.beams])
+        self._received.clear()
+        return self._reorder() if self.search.running else None
+
+    def _reorder(self) -> list[Request]:
+        """Each beam's first continuation stays in its request. The others are in requests that no beam needs."""
+        before, leader = self.beams, self.leader
+        new_ids = range(leader.request_id + len(before), leader.request_id + self.search.width)
+        parents = [before[beam.parent] for beam in self.search.running]
+        free = [request for request in before if request not in parents]
+        free += [self._new_request(request_id) for request_id in new_ids]
+        self.beams, moved = [], list[Request]()
+        for beam, parent in zip(self.search.running, parents, strict=True):
+            request = parent
+            if parent in self.beams:
+                request = free.pop()
+                request.source = parent
+                moved.append(request)
+            request.token_ids = [*leader.prompt_ids, *beam.token_ids]
+            self.beams.append(request)
+        return moved
+
+    def _new_request(self, request_id: int) -> Request:
+        leader = self.leader
+        new = Request(
+            request_id, leader.prompt, leader.params, leader.noise_key, leader.log_id, leader.is_moved, leader.key
+        )
+        new.place, new.group = leader.place, self
+        return new
+
+
 def run_order(request: Request) -> tuple[int, bool, int, int]:
     """The order in which requests run: by priority, then those that were moved, then by place, then by arrival.
 
@@ -166,11 +269,13 @@ def num_kept_tokens(running: Sequence[Request], in_flight: Sequence[Plan], block
         in_flight: plans that may not have been computed.
         block_size: tokens in a KV block.
     """
+    running = [request for request in running if request.source is None]
     num_in_flight: Counter[int] = Counter()
     for chunk in (chunk for plan in in_flight for chunk in plan.chunks):
         num_in_flight[chunk.request_id] += len(chunk.token_ids)
     prompts = {request.prompt for request in running if request.prompt.holders}
-    num_shared = sum((len(prompt.holders) - 1) * prompt.num_shareable for prompt in prompts)
+    num_holders = Counter(request.prompt for request in running)
+    num_shared = sum((num_holders[prompt] - 1) * prompt.num_shareable for prompt in prompts)
     prompts_of_block: dict[int, set[Prompt]] = defaultdict(set)
     for request in running:
         for block in request.blocks:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter, deque
+from collections.abc import Sequence
 from itertools import count
 
 from gptj_dist.chunking import (
@@ -33,11 +34,11 @@ from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, KVPrefix, Plan, Result
 from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks
-from gptj_dist.engine.request import FinishReason, Request, num_kept_tokens, run_order
+from gptj_dist.engine.request import BeamGroup, FinishReason, Request, finish_reason, num_kept_tokens, run_order
 from gptj_dist.engine.scheduling import InFlight, NextPlan, SchedulerConfig, TokenOutput
 from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
-from gptj_dist.params import TokenLogprobs
+from gptj_dist.params import BROKEN_TOKEN, Continuation, TokenLogprobs
 from gptj_dist.sizes import ceil_div
 
 UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
@@ -113,7 +114,11 @@ class Scheduler:
             RequestTooLongError: it could never fit the KV cache.
         """
         kv_tokens = self._config.num_blocks * self._config.block_size
-        check_fits_cache(len(request.prompt_ids), request.params.max_tokens, kv_tokens)
+        check_fits_cache(
+            request.prompt_ids, request.params, kv_tokens, self._config.block_size, self._config.can_share_blocks
+        )
+        if request.params.use_beam_search:
+            request.group = BeamGroup(request, self._config.eos_token_ids)
         self._by_id[request.request_id] = request
         self._waiting.add(request)
 
@@ -150,17 +155,24 @@ class Scheduler:
         sampled_ids = [chunk.request_id for chunk in landed.plan.chunks if chunk.samples]
         logprobs = result.logprobs or (None,) * len(result.token_ids)
         sampled = zip(sampled_ids, result.token_ids, logprobs, strict=True)
-        return [
+        outputs = [
             *(self._take_token(self._by_id[id_], token, top) for id_, token, top in sampled if id_ in self._by_id),
+            *(
+                self._take_beam(self._by_id[id_], several)
+                for id_, several in result.continuations
+                if id_ in self._by_id
+            ),
             *(self._take_embedding(self._by_id[id_], data) for id_, data in result.embeddings if id_ in self._by_id),
         ]
+        return [output for output in outputs if output is not None]
 
     def drain(self) -> list[Request]:
         """Drops all requests and plans, because the pipeline has died; returns the requests in their order.
 
         Each request keeps its tokens. Added to another scheduler, it is recomputed and continues where it was.
         """
-        requests = sorted([*self._running, *self._waiting], key=run_order)
+        all_requests = (*self._running, *self._waiting)
+        requests = sorted((request for request in all_requests if request.leader is request), key=run_order)
         for request in requests:
             self._remove(request)
             request.is_awaiting_token = False
@@ -196,7 +208,7 @@ class Scheduler:
 
     def _add_decodes(self, next_plan: NextPlan) -> None:
         """Adds a share of the requests with one token to compute. All micro-batches get equal shares."""
-        decoding = [request for request in self._running if request.num_uncomputed <= 1]
+        decoding = [request for request in self._running if request.is_decoding]
         ready = [request for request in decoding if not request.is_awaiting_token]
         num_groups = num_decode_groups(len(decoding), self._config.num_stages, self._config.shares_memory)
         groups = [flight.num_decodes for flight in self._in_flight if flight.num_decodes]
@@ -207,18 +219,18 @@ class Scheduler:
         is_larger = sum(group > size for group in groups) < num_larger
         share = max(1, min(ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
-            if request.is_running:  # a request before it in the share may have preempted it
-                self._add_chunk(next_plan, request, 1)
+            if request.is_running and request not in next_plan.starts:  # one before it may have preempted it
+                self._add_token(next_plan, request)
         next_plan.num_decodes = len(next_plan.chunks)
 
     def _add_prefills(self, next_plan: NextPlan) -> None:
         """Fills the micro-batch with prompt tokens, first of running requests, then of waiting ones."""
         room = self._prompt_room(has_decodes=next_plan.num_decodes > 0)
-        for request in [r for r in self._running if r.num_uncomputed > 1]:
+        for request in [r for r in self._running if not r.is_decoding]:
             if room and request.is_running:  # a request before it may have preempted it
                 room -= self._add_chunk(next_plan, request, min(room, request.num_uncomputed))
         index = 0
-        while room and index < len(self._waiting) and len(self._running) < self._config.max_batch_size:
+        while room and index < len(self._waiting) and self._has_place(self._waiting[index]):
             request = self._waiting[index]
             source = self._source(next_plan, request)
             if source is None and request.prompt.holders:
@@ -233,7 +245,7 @@ class Scheduler:
         """The most prompt tokens for the micro-batch."""
         if self._config.max_chunk_tokens is not None:
             return self._config.max_chunk_tokens
-        num_tokens = self._waiting.num_tokens + sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
+        num_tokens = self._waiting.num_tokens + sum(r.num_uncomputed for r in self._running if not r.is_decoding)
         if not num_tokens:
             self._chunk_tokens = 0
             return 0
@@ -260,6 +272,12 @@ class Scheduler:
             return None
         return find_prefix(self._pool, request)
 
+    def _has_place(self, request: Request) -> bool:
+        """Whether the batch has room for it, beside the beams that searches will have."""
+        groups = {r.group for r in self._running if r.group is not None}
+        num_running = len(self._running) + sum(group.num_reserved for group in groups)
+        return num_running + request.params.num_beams <= self._config.max_batch_size
+
     def _can_run(self, request: Request, prefix: KVPrefix | None) -> bool:
         """Whether the cache has room for all its present tokens, and all of them are known."""
         blocks = () if prefix is None else prefix.blocks
@@ -282,6 +300,19 @@ class Scheduler:
         if request.prompt.num_shareable:
             request.prompt.holders.append(request)
         next_plan.new_requests.append(request.introduction(prefix))
+
+    def _add_token(self, next_plan: NextPlan, request: Request) -> None:
+        """Adds the request's next token; of a beam search, that of every beam or none."""
+        num_blocks = sum(self._pool.blocks_for(beam.num_tokens) - len(beam.blocks) for beam in request.beams)
+        if not self._make_room(num_blocks, request, next_plan):
+            return
+        for beam in request.beams:
+            if beam.source is not None:
+                beam.num_computed = beam.num_tokens - 1
+                prefix = KVPrefix(beam.source.request_id, beam.num_computed, tuple(beam.blocks))
+                next_plan.new_requests.append(beam.introduction(prefix))
+                beam.source = None
+            self._add_chunk(next_plan, beam, 1)
 
     def _add_chunk(self, next_plan: NextPlan, request: Request, num_tokens: int) -> int:
         """Adds the request's next tokens to the plan; returns their number, 0 if there are no blocks for them."""
@@ -316,21 +347,26 @@ class Scheduler:
         victims: list[Request] = []
         num_given_back: Counter[int] = Counter()
         for victim in reversed(self._running):
-            if num_free >= num_blocks or victim is request:
+            if num_free >= num_blocks or victim.leader is request.leader:
                 break
-            if victim not in next_plan.starts and victim.blocks:
+            is_needed = victim in next_plan.starts or (victim.group is not None and victim.is_awaiting_token)
+            if victim.blocks and not is_needed:
                 victims.append(victim)
                 num_given_back.update(victim.blocks)
                 num_free = self._pool.num_free + self._pool.num_freed(num_given_back)
         if num_free < num_blocks:
             return False
         for victim in victims:
-            self._preempt(victim)
+            if victim.is_running:  # not with another beam of its search
+                self._preempt(victim.leader)
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Frees the request's blocks and puts it back into the queue. It will be recomputed from its first token."""
+        """Frees the request's blocks and puts it back into the queue. It will be recomputed from its first token; a
+        beam search begins anew."""
         self._stop_running(request)
+        if request.group is not None:
+            request.group.restart()
         self._waiting.add(request)
         self.num_preemptions += 1
 
@@ -350,17 +386,48 @@ class Scheduler:
         self._in_flight.append(InFlight(plan, next_plan.num_decodes, requests))
         return plan
 
-    def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+    def _take_beam(self, beam: Request, continuations: Sequence[Continuation]) -> TokenOutput | None:
+        """Takes a beam's continuations. Returns the texts that the search has found if they were its last."""
+        assert beam.group is not None, "only beams have continuations"
+        for moved in beam.group.take(beam, continuations) or ():
+            self._move_beam(moved)
+        if beam.group.search.running:
+            return None
+        ended = beam.group.search.ended
+        self._remove(beam.leader)
+        return TokenOutput(beam.leader, None, finish_reason(ended[0] if ended else None), beams=ended)
+
+    def _move_beam(self, beam: Request) -> None:
+        """Lets a beam begin with the whole blocks of its source. The stages copy the rest with its next token."""
+        assert beam.source is not None, "another beam's KV is taken over"
+        if beam.is_running:
+            self._pool.give_back(beam.blocks)
+            self._released.append(beam.request_id)
+        else:
+            self._by_id[beam.request_id] = beam
+            insort(self._running, beam, key=run_order)
+            beam.is_running = beam.has_run = True
+            if beam.prompt.num_shareable:
+                beam.prompt.holders.append(beam)
+        num_blocks = beam.source.num_computed // self._config.block_size if self._config.can_share_blocks else 0
+        beam.blocks, beam.block_keys = beam.source.blocks[:num_blocks], beam.source.block_keys[:num_blocks]
+        self._pool.share(beam.blocks)
+        beam.num_computed = num_blocks * self._config.block_size
+
+    def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput | None:
+        if request.group is not None and token_id != BROKEN_TOKEN:
+            return None  # its continuations count
         num_tokens = request.num_tokens
         reason = request.append(token_id, self._config.eos_token_ids)
         if not request.is_running:  # preempted while the token was in flight
             self._waiting.num_tokens += request.num_tokens - num_tokens
         if reason == FinishReason.ERROR:
-            self._pool.forget(self._pool.find(request.block_keys))  # it may have given the blocks back
+            for beam in request.beams:
+                self._pool.forget(self._pool.find(beam.block_keys))  # it may have given the blocks back
         if reason is not None:
-            self._remove(request)
+            self._remove(request.leader)
         is_kept = request.params.max_tokens > 0 and token_id >= 0
-        return TokenOutput(request, token_id, reason, logprobs) if is_kept else TokenOutput(request, None, reason)
+        return TokenOutput(request.leader, *((token_id, reason, logprobs) if is_kept else (None, reason)))
 
     def _take_embedding(self, request: Request, data: bytes) -> TokenOutput:
         request.is_awaiting_token = False
@@ -375,12 +442,15 @@ class Scheduler:
             self._waiting.remove(request)
 
     def _stop_running(self, request: Request) -> None:
-        """Frees its blocks. The next plan lists it as released, so that the stages drop it."""
-        self._running.remove(request)
-        request.is_running = False
-        if request.prompt.num_shareable:
-            request.prompt.holders.remove(request)
-        self._pool.give_back(request.blocks)
-        self._released.append(request.request_id)
-        request.blocks = []
-        request.num_computed = 0
+        """Frees its blocks, of a beam search those of all beams. The next plan lists what the stages have to drop."""
+        for one in request.beams:
+            self._running.remove(one)
+            one.is_running = False
+            if one.prompt.num_shareable:
+                one.prompt.holders.remove(one)
+            self._pool.give_back(one.blocks)
+            if one.source is None:
+                self._released.append(one.request_id)
+            one.blocks, one.num_computed, one.source = [], 0, None
+            if one is not request:
+                del self._by_id[one.request_id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gptj_dist.engine.beams import Beam
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
 from gptj_dist.engine.request import FinishReason, Request
 from gptj_dist.params import TokenLogprobs
@@ -49,6 +50,7 @@ class TokenOutput:
         finish_reason: comes with the last token; None before.
         logprobs: the token's, if requested.
         embedding: in place of a token, if requested; as `Embedding.data`.
+        beams: in place of a token, the texts that a beam search has found, the best first.
     """
 
     request: Request
@@ -56,6 +58,7 @@ class TokenOutput:
     finish_reason: FinishReason | None
     logprobs: TokenLogprobs | None = None
     embedding: bytes | None = None
+    beams: tuple[Beam, ...] = ()
 
 
 @dataclass(slots=True)

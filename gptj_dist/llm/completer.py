@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from queue import SimpleQueue
 
+from gptj_dist.answers.beams import choices
 from gptj_dist.answers.completion import TextDelta, stream_text, whole
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.mailbox import Delta
@@ -41,7 +42,7 @@ class Completer:
             InvalidRequestError: one of them cannot be served; none is completed.
         """
         streams = [
-            self._engine.generate_all(new_records(prompt, settings, settings.n))
+            choices(self._engine.generate_all(new_records(prompt, settings, settings.n)), settings)
             for prompt, settings in zip(prompts, params, strict=True)
         ]
         return await asyncio.gather(
@@ -95,4 +96,4 @@ async def _embedding(stream: AsyncGenerator[Delta, None]) -> tuple[float, ...]:
 
 def _completion(delta: TextDelta) -> Completion:
     assert delta.finish_reason is not None, "a stream ends with a reason"
-    return Completion(delta.text, delta.token_ids, delta.finish_reason, delta.logprobs)
+    return Completion(delta.text, delta.token_ids, delta.finish_reason, delta.logprobs, delta.score)

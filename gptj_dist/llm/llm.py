@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
@@ -27,7 +27,7 @@ from gptj_dist.llm.completer import Completer
 from gptj_dist.llm.outputs import Output
 from gptj_dist.llm.progress import metered
 from gptj_dist.llm.prompts import Prompt, PromptInput, params_of_prompts, read_prompt, read_prompts
-from gptj_dist.params import AdapterSource, Pooling, PoolingKind, SamplingParams
+from gptj_dist.params import NOT_SAMPLED, AdapterSource, Pooling, PoolingKind, SamplingParams
 from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
 from gptj_dist.text.chat import ChatTemplate, load_chat_template
@@ -117,6 +117,26 @@ class LLM:
         """
         token_ids = self._encode_all(prompts)
         return self._complete(token_ids, self._params_of(params, token_ids, self.defaults), use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Output]:
+        """Completes prompts with the likeliest texts that a beam search finds, the best first.
+
+        Args:
+            prompts, use_tqdm: as for `generate`.
+            params: as for `generate`; `n` is the number of texts, and of beams unless `best_of` is given.
+
+        Raises:
+            InvalidRequestError, NotReadyError: as for `generate`.
+        """
+        token_ids = self._encode_all(prompts)
+        defaults = {name: value for name, value in self.defaults.items() if name not in NOT_SAMPLED}
+        each = self._params_of(params, token_ids, defaults)
+        return self._complete(token_ids, [replace(one, use_beam_search=True) for one in each], use_tqdm)
 
     def chat(
         self,

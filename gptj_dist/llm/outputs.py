@@ -17,12 +17,15 @@ class Completion:
         token_ids: the generated tokens, with end of text or the tokens of a stop string.
         finish_reason: why the text ended.
         logprobs: of each token, if `params.logprobs` asks for them.
+        score: of a text that a beam search has found: the sum of the log probabilities of its tokens, divided by their
+            number to the power of `params.length_penalty`.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] = ()
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,7 +249,13 @@ class LoadedPipeline:
     def limits(self) -> EngineLimits:
         """The limits that requests are checked against."""
         blueprint = self.blueprint
-        return EngineLimits(blueprint.rules, blueprint.max_model_len, self.num_kv_tokens, blueprint.model.num_layers)
+        return EngineLimits(
+            blueprint.rules,
+            blueprint.max_model_len,
+            self.num_kv_tokens,
+            blueprint.model.num_layers,
+            blueprint.config.max_batch_size,
+        )
 
 
 def choose_dtype(config: PipelineConfig, model: ModelConfig, devices: Sequence[DeviceReport]) -> DTypeName:

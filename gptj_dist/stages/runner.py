@@ -15,7 +15,7 @@ from torch import Tensor
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
-from gptj_dist.engine.plan import Chunk, Embedding, KVPrefix, NewRequest, Plan, PromptLogprobs, Result
+from gptj_dist.engine.plan import Chunk, Continuations, Embedding, KVPrefix, NewRequest, Plan, PromptLogprobs, Result
 from gptj_dist.model.adapters import Changes
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
@@ -195,12 +195,22 @@ class StageRunner:
         embeddings = (() if before is None else before.embeddings) + self._pools.complete(plan.chunks)
         if self._spec.layers.is_last:
             specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
+            continuations = self._continuations(plan, output, specs)
             token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
         if self._threads is not None:
             self._threads.end_step()
         if not self._spec.layers.is_last:
             return StageOutput(output, embeddings)
-        return Result(plan.plan_id, tuple(token_ids), (), logprobs, prompt_logprobs, embeddings)
+        return Result(plan.plan_id, tuple(token_ids), (), logprobs, prompt_logprobs, embeddings, continuations)
+
+    def _continuations(self, plan: Plan, logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[Continuations, ...]:
+        """The likeliest tokens of the plan's beams."""
+        ids = [chunk.request_id for chunk in plan.chunks if chunk.samples]
+        rows = [row for row, spec in enumerate(specs) if spec.params.use_beam_search]
+        if not rows:
+            return ()
+        likeliest = self._sampler.continuations(logits[rows], [specs[row] for row in rows])
+        return tuple(Continuations(ids[row], tokens) for row, tokens in zip(rows, likeliest, strict=True))
 
     @torch.inference_mode()
     def forward(self, plan: Plan, hidden: Tensor | None) -> Tensor:

@@ -88,6 +88,37 @@ def of_best_of(face: Face) -> None:
     assert [(entry["text"], entry["logprobs"]) for entry in plain] == [(e["text"], None) for e in body["choices"]]
 
 
+@check(ChoiceFields)
+def of_use_beam_search(face: Face) -> None:
+    """The best text is at least as likely as the greedy one, and the first of more beams at least as likely as it."""
+    width = 3
+    body = complete(face, use_beam_search=True, n=width, length_penalty=0, return_token_ids=True)
+    assert len({tuple(entry["token_ids"]) for entry in body["choices"]}) == width
+    assert [entry["finish_reason"] for entry in body["choices"]] == ["length"] * width
+    assert body["usage"]["completion_tokens"] == 12 * width
+    assert choice(face, use_beam_search=True, n=1)["text"] == choice(face)["text"] != body["choices"][0]["text"]
+    assert face.post(use_beam_search=True, stream=True).json()["error"]["param"] == "stream"
+    assert face.post(use_beam_search=True, temperature=0.5).json()["error"]["param"] == "temperature"
+
+
+@check(ChoiceFields)
+def of_length_penalty(face: Face) -> None:
+    """Texts that end at any of many tokens have different lengths."""
+    asked = {"use_beam_search": True, "n": 3, "stop_token_ids": [11, 13, 198, 262, 286, 290], "return_token_ids": True}
+    short, long = (choice(face, length_penalty=penalty, **asked)["token_ids"] for penalty in (-2, 2))
+    assert len(short) < len(long)
+    assert face.post(length_penalty=2).json()["error"]["param"] == "length_penalty"
+
+
+@check(ChoiceFields)
+def of_early_stopping(face: Face) -> None:
+    """To stop as soon as there are texts finds shorter ones than not to stop while longer ones may be better."""
+    asked = {"use_beam_search": True, "n": 3, "stop_token_ids": [11, 13, 198, 262, 286, 290], "length_penalty": 2}
+    early, never = (complete(face, early_stopping=when, **asked)["usage"] for when in (True, "never"))
+    assert early["completion_tokens"] < never["completion_tokens"]
+    assert face.post(early_stopping="soon", use_beam_search=True).json()["error"]["param"] == "early_stopping"
+
+
 @check(SamplingFields)
 def of_stop(face: Face) -> None:
     text = choice(face)["text"]

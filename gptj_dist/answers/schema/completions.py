@@ -21,7 +21,8 @@ class CompletionRequest(ChoiceFields):
         prompt: a text, several, token ids, or several lists of them; an empty text stands for end of text.
         max_tokens: the most tokens to generate; left out, the checkpoint's `max_new_tokens`, or 16.
         add_special_tokens: begin and end texts with the tokens that the checkpoint asks for, if it does.
-        best_of: completions to sample, of which the `n` with the highest mean log probability are returned.
+        best_of: completions to sample, of which the `n` with the highest mean log probability are returned; with
+            `use_beam_search` the number of beams.
         echo: begin the text with the prompt, and its log probabilities with the prompt's.
     """
 
@@ -52,9 +53,10 @@ class CompletionRequest(ChoiceFields):
 
     def own_params(self) -> dict[str, Any]:
         asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
-        picks_best = self.num_sampled > self.n
+        picks_best = self.num_streams > self.n
         return {
             "max_tokens": self.max_tokens,
+            "best_of": self.best_of if self.use_beam_search else None,
             "logprobs": 0 if picks_best and self.logprobs is None else self.logprobs,
             "prompt_logprobs": max((number for number in asked if number is not None), default=None),
         }

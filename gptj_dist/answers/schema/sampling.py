@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from gptj_dist.answers.schema.base import Body, Ids, Integer, Strings, Unserved, one_of
 from gptj_dist.errors import InvalidRequestError
-from gptj_dist.params import AdapterChoice, SamplingParams
+from gptj_dist.params import NOT_SAMPLED, AdapterChoice, SamplingParams
 
 BadWords: TypeAlias = tuple[tuple[int, ...], ...]
 Defaults: TypeAlias = Mapping[str, Any]
@@ -128,6 +128,11 @@ class SamplingFields(Body):
         return self.num_choices
 
     @property
+    def num_streams(self) -> int:
+        """Streams of each prompt, of which the best are returned."""
+        return self.num_sampled
+
+    @property
     def num_completions(self) -> int:
         """Completions of all prompts that are computed."""
         return self.num_sampled
@@ -172,6 +177,8 @@ class ChoiceFields(SamplingFields):
         truncate_prompt_tokens: keep this number of the prompt's last tokens; -1 keeps all that fit beside the output.
         return_token_ids: return the ids of prompt and output with each choice.
         return_tokens_as_token_ids: name tokens in log probabilities by their ids, such as `token_id:198`.
+        use_beam_search: search for the `n` likeliest texts, and return the best first; not with `stream`. A stop string
+            cuts them afterwards.
     """
 
     n: Integer = 1
@@ -179,13 +186,29 @@ class ChoiceFields(SamplingFields):
     truncate_prompt_tokens: Integer | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     @property
     def num_choices(self) -> int:
         return self.n
 
+    @property
+    def num_streams(self) -> int:
+        return self.n if self.use_beam_search else self.num_sampled
+
+    def sampling_params(
+        self, max_tokens: int | None = None, bad_words: BadWords = (), defaults: Defaults = NO_DEFAULTS
+    ) -> SamplingParams:
+        if self.use_beam_search:
+            defaults = {name: value for name, value in defaults.items() if name not in NOT_SAMPLED}
+        return super().sampling_params(max_tokens, bad_words, defaults)
+
     def check(self) -> None:
         super().check()
+        if self.use_beam_search and self.stream:
+            raise InvalidRequestError("use_beam_search has no stream: the texts are known last", "stream")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options may be given only when stream is true", "stream_options")
         if self.truncate_prompt_tokens is not None and (
