@@ -23,6 +23,8 @@ from tests.http.fields import (
 )
 from tests.waiting import wait_until
 
+COMMON_TOKENS = [14, 260, 270, 480, 549, 582]
+
 
 @check(SamplingFields)
 def of_model(face: Face) -> None:
@@ -104,7 +106,7 @@ def of_use_beam_search(face: Face) -> None:
 @check(ChoiceFields)
 def of_length_penalty(face: Face) -> None:
     """Texts that end at any of many tokens have different lengths."""
-    asked = {"use_beam_search": True, "n": 3, "stop_token_ids": [11, 13, 198, 262, 286, 290], "return_token_ids": True}
+    asked = {"use_beam_search": True, "n": 3, "stop_token_ids": COMMON_TOKENS, "return_token_ids": True}
     short, long = (choice(face, length_penalty=penalty, **asked)["token_ids"] for penalty in (-2, 2))
     assert len(short) < len(long)
     assert face.post(length_penalty=2).json()["error"]["param"] == "length_penalty"
@@ -113,7 +115,7 @@ def of_length_penalty(face: Face) -> None:
 @check(ChoiceFields)
 def of_early_stopping(face: Face) -> None:
     """To stop as soon as there are texts finds shorter ones than not to stop while longer ones may be better."""
-    asked = {"use_beam_search": True, "n": 3, "stop_token_ids": [11, 13, 198, 262, 286, 290], "length_penalty": 2}
+    asked = {"use_beam_search": True, "n": 3, "stop_token_ids": COMMON_TOKENS, "length_penalty": 2}
     early, never = (complete(face, early_stopping=when, **asked)["usage"] for when in (True, "never"))
     assert early["completion_tokens"] < never["completion_tokens"]
     assert face.post(early_stopping="soon", use_beam_search=True).json()["error"]["param"] == "early_stopping"
