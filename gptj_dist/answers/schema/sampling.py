@@ -19,6 +19,7 @@ Defaults: TypeAlias = Mapping[str, Any]
 NO_DEFAULTS: Defaults = {}
 
 Stop: TypeAlias = Annotated[str | Strings, one_of("a string or a list of strings")]
+EarlyStopping: TypeAlias = Annotated[bool | Literal["never"], one_of('true, false or "never"')]
 MAX_TIMEOUT_S = 86_400.0
 
 HINTS = frozenset((
@@ -188,7 +189,7 @@ class ChoiceFields(SamplingFields):
     return_tokens_as_token_ids: bool = False
     use_beam_search: bool = False
     length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
+    early_stopping: EarlyStopping = False
 
     @property
     def num_choices(self) -> int:
