@@ -19,6 +19,7 @@ from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord, noise_key
 from gptj_dist.engine.request import FinishReason, Prompt, Request
+from gptj_dist.engine.routing import RoutingFacts
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import TokenOutput
 from gptj_dist.engine.stats import PipelineStats
@@ -167,9 +168,16 @@ class AsyncEngine:
 
     def room_after_s(self) -> float:
         """Estimate of the seconds of computing until the next request of the queue can run."""
+        return self.scheduler.room_after_s(self.stats.token_s(), self._early_share)
+
+    def routing_facts(self) -> RoutingFacts:
+        """What a choice among pipelines needs to know of this one."""
+        return RoutingFacts.of(self.scheduler, self.room_after_s(), self._early_share)
+
+    @property
+    def _early_share(self) -> float:
         totals = self.journal.totals
-        early_share = totals.num_early_ends / max(1, totals.num_generation_tokens)
-        return self.scheduler.room_after_s(self.stats.token_s(), early_share)
+        return totals.num_early_ends / max(1, totals.num_generation_tokens)
 
     def _admit(self, prompt: Prompt, record: RequestRecord) -> tuple[Request, Mailbox]:
         if self._refusal is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 
 from gptj_dist.sizes import ceil_div
@@ -98,6 +98,10 @@ class BlockPool:
         """The blocks of the first keys, up to the first key that no block has."""
         found = (self._block_of.get(key) for key in keys)
         return [block for block in takewhile(lambda block: block is not None, found) if block is not None]
+
+    def kept_keys(self) -> Iterator[bytes]:
+        """The keys of free blocks, those that will be evicted last first."""
+        return (self._key_of[block] for block in reversed(self._kept))
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Takes the keys of blocks away."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.plan import KVPrefix
 from gptj_dist.engine.request import Request
+from gptj_dist.params import SamplingParams
 
 KEY_BYTES = 16
 """Of a hash: too many to meet the same one by chance, or by intent."""
@@ -32,24 +34,38 @@ def find_prefix(pool: BlockPool, request: Request) -> KVPrefix | None:
     return KVPrefix(None, num_tokens, tuple(blocks), tuple(request.token_ids[:num_tokens])) if blocks else None
 
 
-def can_begin_with_prefix(request: Request) -> bool:
-    """Whether nothing is wanted of the first tokens but their KV."""
-    return request.params.prompt_logprobs is None and request.params.pooling is None
+def known_keys(pool: BlockPool, requests: Iterable[Request], max_keys: int) -> list[bytes]:
+    """Keys of the blocks that later requests begin with: those that the requests compute, then the free ones.
+
+    Args:
+        max_keys: the most that are returned. The least recently used blocks are left out first.
+    """
+    computed = (key for request in requests for key in _keys(pool, request, request.num_tokens // pool.block_size))
+    return list(islice(dict.fromkeys(chain(computed, pool.kept_keys())), max_keys))
+
+
+def can_begin_with_prefix(params: SamplingParams) -> bool:
+    """Whether nothing is wanted of a request's first tokens but their KV."""
+    return params.prompt_logprobs is None and params.pooling is None
+
+
+def extend_keys(
+    keys: list[bytes], params: SamplingParams, token_ids: Sequence[int], block_size: int, num_blocks: int
+) -> None:
+    """Adds the keys of the first blocks of a text, as far as they are missing.
+
+    Each covers its tokens, all before them, the adapters, and the client's salt.
+    """
+    while len(keys) < num_blocks:
+        before = keys[-1] if keys else _hash(repr((params.cache_salt, params.adapters)).encode())
+        tokens = array("i", token_ids[len(keys) * block_size : (len(keys) + 1) * block_size])
+        keys.append(_hash(before + tokens.tobytes()))
 
 
 def _keys(pool: BlockPool, request: Request, num_blocks: int) -> Sequence[bytes]:
-    """The keys of the first blocks. Each covers its tokens, all before them, the adapters, and the client's salt."""
-    keys, size = request.block_keys, pool.block_size
-    while len(keys) < num_blocks:
-        before = keys[-1] if keys else _root(request)
-        tokens = array("i", request.token_ids[len(keys) * size : (len(keys) + 1) * size])
-        keys.append(_hash(before + tokens.tobytes()))
-    return keys[:num_blocks]
-
-
-def _root(request: Request) -> bytes:
-    """What comes before the first block's key."""
-    return _hash(repr((request.params.cache_salt, request.params.adapters)).encode())
+    """The keys of the first blocks."""
+    extend_keys(request.block_keys, request.params, request.token_ids, pool.block_size, num_blocks)
+    return request.block_keys[:num_blocks]
 
 
 def _hash(data: bytes) -> bytes:

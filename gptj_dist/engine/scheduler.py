@@ -19,7 +19,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, islice
 
 from gptj_dist.chunking import (
     USUAL_OVERHEAD_ROWS,
@@ -33,7 +33,7 @@ from gptj_dist.engine.forecast import Pace, room_after_s
 from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, KVPrefix, Plan, Result
-from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks
+from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks, known_keys
 from gptj_dist.engine.request import BeamGroup, FinishReason, Request, finish_reason, num_kept_tokens, run_order
 from gptj_dist.engine.scheduling import InFlight, NextPlan, SchedulerConfig, TokenOutput
 from gptj_dist.engine.step_cost import StepCostEstimate
@@ -102,6 +102,25 @@ class Scheduler:
     def num_evicted_blocks(self) -> int:
         """Blocks that were needed while they held what later requests might have begun with."""
         return self._pool.num_evicted
+
+    @property
+    def row_s(self) -> float:
+        """Measured seconds of a token's row on the slowest stage; 0 before the first step."""
+        cost = self._step_cost.cost
+        return cost.row_s if cost is not None else 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no other request can run before one ends."""
+        is_short = bool(self._waiting) and not self._can_run(self._waiting[0], None)
+        return is_short or len(self._running) >= self._config.max_batch_size
+
+    def known_keys(self, max_keys: int) -> list[bytes]:
+        """See `prefix.known_keys`; of the requests that wait, only those that are next."""
+        if not self._keeps_prefixes:
+            return []
+        next_ones = islice(self._waiting, self._config.max_batch_size)
+        return known_keys(self._pool, (*self._running, *next_ones), max_keys)
 
     @property
     def has_requests(self) -> bool:
@@ -188,8 +207,7 @@ class Scheduler:
         Args:
             token_s, early_share: see `Pace`.
         """
-        cost = self._step_cost.cost
-        row_s = cost.row_s if cost is not None else 0.0
+        row_s = self.row_s
         in_flight_s = row_s * sum(flight.plan.num_tokens for flight in self._in_flight)
         pace = Pace(token_s, row_s, early_share)
         size = self._config.max_batch_size
@@ -268,7 +286,7 @@ class Scheduler:
             if self._config.can_share_blocks:
                 num_blocks = num_tokens // self._config.block_size
             return KVPrefix(source.request_id, num_tokens, tuple(source.blocks[:num_blocks]))
-        if not self._keeps_prefixes or not can_begin_with_prefix(request):
+        if not self._keeps_prefixes or not can_begin_with_prefix(request.params):
             return None
         return find_prefix(self._pool, request)
 

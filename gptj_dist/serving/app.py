@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
@@ -17,6 +18,7 @@ from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.ingress import Ingress
 from gptj_dist.serving.kept_streams import Streams
 from gptj_dist.serving.pipeline import Pipeline
+from gptj_dist.serving.request_router import PrefixRouter
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages
 from gptj_dist.stages.blueprint import draw_blueprint
@@ -34,6 +36,9 @@ HEALTH_CHECK_TIMEOUT_S = 4.0
 """How long a replica may take to answer that. Serve replaces one that has not answered three times in a row. No replica
 computes on its event loop, so that a busy one answers within milliseconds, and on a crowded machine when it gets CPU.
 """
+
+ROUTING_PERIOD_S = 1.0
+"""How often a pipeline publishes what the choice among pipelines needs to know of it."""
 
 STOP_POLL_S = 0.2
 """How often a replica that stops looks whether its last requests are answered."""
@@ -77,6 +82,9 @@ def make_application(
         "ray_actor_options": {"num_cpus": COORDINATOR_CPUS},
         "placement_group_bundles": size.bundles,
         "placement_group_strategy": "PACK",
+        "request_router_config": RequestRouterConfig(
+            request_router_class=PrefixRouter, request_routing_stats_period_s=ROUTING_PERIOD_S
+        ),
         **(scaling or {"num_replicas": 1}),
     }
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(**of_pipelines)

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from gptj_dist.engine.histogram import BOUNDS_NS, Histogram
 from gptj_dist.engine.request import FinishReason
+from gptj_dist.engine.routing import Route
 from gptj_dist.quantization import weights_text
 from gptj_dist.stages.transport.edge import edge_names
 from gptj_dist.stages.transport.frames import FrameFault
@@ -182,6 +183,12 @@ def _adapter_requests(exposition: Exposition) -> _Rows:
             yield (pipeline.name, name), number
 
 
+def _routed(exposition: Exposition) -> _Rows:
+    for pipeline in exposition.pipelines:
+        for route in Route:
+            yield (pipeline.name, route), pipeline.num_routed.get(route, 0)
+
+
 def _weights(exposition: Exposition) -> _Rows:
     for pipeline in exposition.pipelines:
         for report in pipeline.stages:
@@ -269,6 +276,13 @@ FAMILIES: Sequence[Family] = (
         "prefix_cache_hits",
         "Tokens of prompts that were not computed, because the KV cache still held them.",
         lambda p: p.requests.num_cached_tokens,
+    ),
+    Family(
+        _COUNTER,
+        "routed_prompts",
+        ("pipeline", "reason"),
+        "Prompts that came to this one of several pipelines: for their prefix, for the load, or new ones.",
+        _routed,
     ),
     _pipeline(
         _GAUGE,

@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -26,6 +27,7 @@ from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import RequestRecord
+from gptj_dist.engine.routing import Route
 from gptj_dist.engine.stats import StageWork
 from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
@@ -54,6 +56,9 @@ MAX_RETRY_AFTER_S = 600
 MAX_LOSSES_IN_WINDOW, LOSS_WINDOW_S = 5, 120.0
 """Requests survive the loss of a stage, but not this number of losses within this time."""
 
+MAX_INBOXES = 64
+"""Inboxes whose newest stream is remembered: more than there are ingresses."""
+
 MAX_RESTARTS_IN_A_ROW = 3
 RESTART_DELAY_S = 1.0
 
@@ -72,6 +77,7 @@ class PipelineStatus(PipelineFacts):
         back_in_s, recovery_time: see `Outages`.
         start_s: seconds that it took to start.
         adapter_digest: see `AdapterList`.
+        num_routed: calls that came here, by the reason, where there was a choice.
     """
 
     actor: str
@@ -90,6 +96,7 @@ class PipelineStatus(PipelineFacts):
     recovery_time: Histogram
     start_s: float
     adapter_digest: str
+    num_routed: Mapping[Route, int]
 
 
 class Pipeline:
@@ -145,6 +152,8 @@ class Pipeline:
         self._outbox = FeedOutbox(self._stop_sending, self._actor)
         self._beating = run_in_background("beat of the pipeline", self._beat(), _note_no_beat)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
+        self._received: dict[str, int] = {}
+        self._num_routed: Counter[Route] = Counter()
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self._read_adapters(list(self._adapters.sources.values()))
         await self.prove_ready()
@@ -153,19 +162,22 @@ class Pipeline:
         self._watch = LoopWatch()
         logger.info("pipeline up", extra=values(version=gptj_dist.__version__, pid=os.getpid(), **_shape(self._loaded)))
 
-    async def generate(self, records: Sequence[RequestRecord], reply_to: ReplyTo) -> None:
+    async def generate(self, records: Sequence[RequestRecord], reply_to: ReplyTo, route: Route | None = None) -> None:
         """Runs `AsyncEngine.generate_all`, and sends the tokens to an ingress.
 
         Serve's cancellation closes all completions. A single one is closed when the ingress no longer reads it.
 
         Args:
             reply_to: stream of the first record; the following streams are those of the others.
+            route: why it came to this pipeline; None if there is no other one.
 
         Raises:
             TooManyRequestsError: too many requests or tokens wait already; not for one that was accepted before.
         """
         if not records[0].is_accepted:
             self._require_room(records[0].key)
+        if route is not None:
+            self._num_routed[route] += 1
         streams = self._engine.generate_all(records)
         tasks = {
             (to := reply_to.plus(choice)): asyncio.create_task(self._send(to, stream))
@@ -200,7 +212,10 @@ class Pipeline:
         return TooManyRequestsError(f"{what} are waiting already; try again later", retry_after_s)
 
     async def _send(self, reply_to: ReplyTo, stream: AsyncGenerator[Delta, None]) -> None:
-        number = 0
+        number, inbox = 0, reply_to.inbox.endpoint
+        self._received[inbox] = max(self._received.pop(inbox, 0), reply_to.stream_id)
+        if len(self._received) > MAX_INBOXES:
+            del self._received[next(iter(self._received))]
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 self._outbox.put(reply_to, number, delta)
@@ -251,7 +266,14 @@ class Pipeline:
             recovery_time=self._outages.recovery_time,
             start_s=self._start_s,
             adapter_digest=self._adapters.digest,
+            num_routed=dict(self._num_routed),
         )
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve, which passes it to all handles. See `RoutingFacts`."""
+        facts = self._engine.routing_facts()
+        down_s = math.inf if self._end is not None else self._outages.back_in_s
+        return asdict(replace(facts, received=dict(self._received), wait_s=down_s + facts.wait_s))
 
     async def load_adapter(self, source: AdapterSource) -> Loaded:
         """Has all stages read an adapter."""

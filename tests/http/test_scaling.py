@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -54,7 +55,29 @@ def test_with_two_replicas_both_answer() -> None:
         assert texts == {here.text}
         stages = [name for name in actor_names() if "stage-" in name]
         assert Counter(name.rpartition("/")[2] for name in stages) == {"stage-0": 2, "stage-1": 2}
+        _talk_about_several_things(server)
         _look_at_both_and_at_one_that_dies(server, names)
+
+
+def _talk_about_several_things(server: Server) -> None:
+    """The next turn of a conversation always goes where the last one was computed, also the turns of one request."""
+
+    def answer(prompts: list[str]) -> tuple[list[str], int]:
+        body = server.complete(prompt=prompts, max_tokens=20, ignore_eos=True)
+        texts = [prompt + choice["text"] for prompt, choice in zip(prompts, body["choices"], strict=True)]
+        return texts, body["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    talks = [f"{number} things are to be said, and none of them was said here before. " * 3 for number in range(6)]
+    for pair in (talks[:1], talks[1:2], talks[2:4], talks[4:]):
+        texts, num_cached = answer(pair)
+        assert num_cached == 0
+        for _ in range(2):
+            texts, num_cached = answer([f"{text} And then?" for text in texts])
+            assert num_cached >= 16 * len(pair)
+    metrics = server.client.get("/metrics").text
+    routed = re.findall(r'routed_prompts_total\{.*reason="(\w+)"\} (\d+)', metrics)
+    assert len(routed) == 6
+    assert sum(int(number) for reason, number in routed if reason == "prefix") >= 12
 
 
 def _look_at_both_and_at_one_that_dies(server: Server, names: set[str]) -> None:

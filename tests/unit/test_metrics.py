@@ -18,6 +18,7 @@ from gptj_dist.config import LayerRange
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.routing import Route
 from gptj_dist.engine.stats import StageWork
 from gptj_dist.serving.debug import DownPipeline
 from gptj_dist.serving.metrics import FAMILIES, Exposition, IngressMetrics
@@ -76,6 +77,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         recovery_time=histogram(1500, 500),
         start_s=4.0,
         adapter_digest="",
+        num_routed={Route.PREFIX: 6},
         num_adapters=3,
         adapter_requests={"poet": 2},
     )
@@ -135,6 +137,8 @@ def test_the_numbers_are_those_of_each_replica(
         ("num_plans_in_flight", labels(pipeline="p")): 1,
         ("num_adapters", labels(pipeline="p")): 3,
         ("num_adapter_requests", labels(pipeline="q", adapter="poet")): 2,
+        ("routed_prompts_total", labels(pipeline="q", reason="prefix")): 6,
+        ("routed_prompts_total", labels(pipeline="q", reason="load")): 0,
         ("stage_weight_bytes", labels(pipeline="p", stage="0", dtype="int4 in float32")): 3_000,
         ("stage_weight_bytes", labels(pipeline="q", stage="1", dtype="float32")): 9_000,
         ("pipeline_up", labels(pipeline="p")): 1,

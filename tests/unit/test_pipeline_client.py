@@ -79,6 +79,7 @@ class Replica(Pipeline):
         self._outages = Outages(1.0)
         self._outbox = FeedOutbox(self._stop_sending)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
+        self._received: dict[str, int] = {}
         self._group: Any = SimpleNamespace(kill=lambda: None)
 
     def __del__(self) -> None:  # type: ignore[override]
