@@ -17,6 +17,7 @@ __all__ = [
     "plan",
     "record",
     "request",
+    "routing",
     "scheduler",
     "scheduling",
     "stats",

@@ -55,6 +55,7 @@ SCRIPTS = (
         "nodes",
         "parts",
         "prefix_cache",
+        "router",
         "soak",
         "plots",
     ),
@@ -394,6 +395,12 @@ def test_the_scheduler_benchmark_ends_in_a_document(stages: str) -> None:
     assert document["requests_per_plan"] == pytest.approx(8 / int(stages), rel=0.3)
     assert document["plans_per_s"] > 0
     assert {"num_plans", "median_step_us", "p99_step_us", "add_s"} <= document.keys()
+
+
+def test_conversations_find_what_an_oracle_finds_and_pipelines_have_equal_loads() -> None:
+    document = run("router", "--sessions", "90")
+    assert document["router"]["of_oracle"] > 0.9 > document["fewest"]["of_oracle"]
+    assert document["router"]["load"] < 1.1
 
 
 def test_the_step_benchmark_tells_operators_apart() -> None:

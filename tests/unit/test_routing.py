@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.router import Simulation, make_sessions
 from gptj_dist.engine.prefix import extend_keys
 from gptj_dist.engine.record import RequestRecord, new_records
 from gptj_dist.engine.request import Prompt, Request
@@ -196,9 +195,3 @@ class TestFacts:
         server = Server(keeps_prefixes=False)
         server.run(TEXT)
         assert RoutingFacts.of(server.scheduler, 0.0, 0.0).keys == b""
-
-
-def test_conversations_find_what_an_oracle_finds_and_pipelines_have_equal_loads() -> None:
-    outcome = Simulation(num_pipelines=3, num_blocks=8192, has_router=True).run(make_sessions(90, per_s=1.5, seed=0))
-    assert outcome.of_oracle > 0.9
-    assert outcome.load < 1.1
