@@ -290,6 +290,7 @@ class PipelineConfig:
         spares: processes without weights that a server keeps on each node, to take the place of a stage that dies.
         max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
         prefix_cache: a request begins with what the KV cache still holds of its first tokens.
+        speculation: the next tokens of repetitive text are guessed, and several of them computed in one step.
         generation_config: `none` leaves the checkpoint's sampling defaults and suppressed tokens alone; its end tokens
             still end texts.
 
@@ -315,6 +316,7 @@ class PipelineConfig:
     spares: int = 0
     max_chunk_tokens: int | None = None
     prefix_cache: bool = True
+    speculation: bool = False
     generation_config: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:

@@ -15,11 +15,12 @@ FAKE_EOS_TOKEN_ID = 0
 
 @dataclass(slots=True)
 class HeldRequest:
-    """The state of one request on the stages: the tokens whose KV they hold, and its blocks."""
+    """The state of one request on the stages: the tokens whose KV they hold, drafts last, and its blocks."""
 
     introduction: NewRequest
     token_ids: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    num_drafts: int = 0
 
 
 class FakeStages:
@@ -99,10 +100,13 @@ class FakeStages:
     def _compute(self, chunk: Chunk) -> None:
         held = self.requests[chunk.request_id]
         assert chunk.token_ids, "an empty chunk"
-        assert chunk.start == len(held.token_ids), "a chunk does not continue where its request was"
-        held.token_ids.extend(chunk.token_ids)
+        num_held = len(held.token_ids)
+        assert num_held - held.num_drafts <= chunk.start <= num_held, "a chunk does not continue where its request was"
+        held.token_ids[chunk.start :] = chunk.token_ids
+        held.num_drafts = chunk.num_drafts
         num_needed = -(-len(held.token_ids) // self._block_size)
-        assert len(held.blocks) == num_needed, "blocks do not cover the positions, or there are too many"
+        assert len(held.blocks) >= num_needed, "blocks do not cover the positions"
+        assert not chunk.new_blocks or len(held.blocks) == num_needed, "there are too many blocks"
         for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
             cell = self._cell(chunk.request_id, position)
             assert self._holders[cell[0]] == {chunk.request_id}, "a block is written to that others read"

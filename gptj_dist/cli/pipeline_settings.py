@@ -67,6 +67,14 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=PIPELINE_PANEL,
         ),
     ],
+    "speculation": Annotated[
+        bool,
+        typer.Option(
+            "--speculation/--no-speculation",
+            help="Guess the next tokens of repetitive text, and compute several in one step.",
+            rich_help_panel=PIPELINE_PANEL,
+        ),
+    ],
     "generation_config": Annotated[
         Literal["auto", "none"],
         _option("'none' leaves out what generation_config.json says of sampling; its end tokens stay."),

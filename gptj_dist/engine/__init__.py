@@ -9,6 +9,7 @@ __all__ = [
     "beams",
     "block_pool",
     "clock",
+    "drafts",
     "fairness",
     "histogram",
     "journal",

@@ -16,18 +16,20 @@ def invariant(holds: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def check_blocks(running: Sequence[Request], pool: BlockPool) -> None:
+def check_blocks(running: Sequence[Request], pool: BlockPool, max_drafts: int) -> None:
     """Each block is free, or has as many holders as the pool says. Only requests with the same first tokens, adapters
     and salt share blocks."""
     held = Counter(block for request in running for block in request.blocks)
     invariant(pool.free_blocks.isdisjoint(held), "a held block is free")
+    num_spare = pool.blocks_for(max_drafts)  # of drafts that were rejected
     invariant(len(pool.free_blocks) == pool.num_free, "a block is free twice")
     miscounted = [block for block, number in held.items() if number != pool.num_holders(block)]
     invariant(not miscounted, "the pool miscounts the holders of a block")
     invariant(len(held) + pool.num_free == pool.num_blocks, "a block is lost")
     contents: dict[int, object] = {}
     for request in running:
-        invariant(len(request.blocks) == pool.blocks_for(request.num_computed), "blocks do not match computed tokens")
+        num_needed = pool.blocks_for(request.num_computed)
+        invariant(num_needed <= len(request.blocks) <= num_needed + num_spare, "blocks do not match computed tokens")
         for index, block in enumerate(request.blocks):
             if held[block] == 1:
                 continue

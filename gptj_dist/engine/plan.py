@@ -6,7 +6,9 @@ so a block that one plan releases may be written by the next.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from gptj_dist.params import Continuation, SamplingParams, TokenLogprobs
@@ -56,11 +58,12 @@ class Chunk(NamedTuple):
 
     Args:
         start: position of the first token.
-        token_ids: the tokens, one or more.
+        token_ids: the tokens, one or more, and then the drafts.
         new_blocks: KV blocks that are added to the request's with this chunk; no other request holds them.
-        samples: whether the last token's logits are to be sampled.
+        samples: whether the logits of the last token are to be sampled, and those of each draft.
         next_id: the prompt's token after the chunk, if its log probability is requested; else None.
         ends_embedding: whether the request's embedding is complete after this chunk.
+        num_drafts: of `token_ids`, the last ones that are drafts: guesses of the tokens to be sampled.
     """
 
     request_id: int
@@ -70,6 +73,16 @@ class Chunk(NamedTuple):
     samples: bool
     next_id: int | None = None
     ends_embedding: bool = False
+    num_drafts: int = 0
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that are no drafts."""
+        return len(self.token_ids) - self.num_drafts
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.token_ids[self.num_known :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +141,14 @@ class Result:
     """The outcome of a plan.
 
     Args:
-        token_ids: the sampled tokens, one for each chunk with `samples`, in the plan's order.
+        token_ids: the sampled tokens of each chunk with `samples`, in the plan's order: its accepted drafts, and the
+            token after them.
         timings: one for each stage, first to last; empty if the executor does not measure.
         logprobs: one for each of `token_ids`, None where it was not requested; empty if none was requested.
         prompt_logprobs: one for each chunk whose tokens' log probabilities were requested.
         embeddings: one for each chunk with `ends_embedding`.
         continuations: one for each chunk with `samples` of a beam search; its sampled token does not count.
+        num_accepted: for each chunk with drafts, how many of them, from the first on, are what was sampled.
     """
 
     plan_id: int
@@ -143,3 +158,18 @@ class Result:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
     continuations: tuple[Continuations, ...] = ()
+    num_accepted: tuple[int, ...] = ()
+
+    def sampled(self, plan: Plan) -> Iterator[tuple[Chunk, list[tuple[int, TokenLogprobs | None]]]]:
+        """Each chunk with `samples`, and its tokens with their log probabilities.
+
+        Raises:
+            ValueError: the result has tokens of more or fewer chunks than the plan.
+        """
+        chunks = [chunk for chunk in plan.chunks if chunk.samples]
+        accepted = iter(self.num_accepted)
+        counts = [1 + next(accepted, 0) if chunk.num_drafts else 1 for chunk in chunks]
+        if sum(counts) != len(self.token_ids):
+            raise ValueError(f"plan {self.plan_id} has {len(self.token_ids)} tokens for {sum(counts)} rows")
+        tokens = zip(self.token_ids, self.logprobs or (None,) * len(self.token_ids), strict=True)
+        return ((chunk, list(islice(tokens, count))) for chunk, count in zip(chunks, counts, strict=True))

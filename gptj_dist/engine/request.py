@@ -8,6 +8,7 @@ from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 
 from gptj_dist.engine.beams import Beam, BeamSearch
+from gptj_dist.engine.drafts import Drafter
 from gptj_dist.engine.plan import KVPrefix, NewRequest, Plan, PromptLogprobs
 from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, Continuation, SamplingParams, TokenLogprobs
 
@@ -86,6 +87,7 @@ class Request:
         is_awaiting_token: whether a plan in flight samples its next token.
         group: the beam search of which it is a beam; None if it is none.
         source: the beam from which it takes over its KV in the next plan that has it; no stage knows it before.
+        drafter: guesses its next tokens; None before it first does.
     """
 
     request_id: int
@@ -107,6 +109,7 @@ class Request:
     is_awaiting_token: bool = field(init=False, default=False)
     group: BeamGroup | None = field(init=False, default=None)
     source: Request | None = field(init=False, default=None)
+    drafter: Drafter | None = field(init=False, default=None)
 
     def __post_init__(self, generated: tuple[int, ...]) -> None:
         self.token_ids = [*self.prompt.token_ids, *generated]
@@ -272,7 +275,7 @@ def num_kept_tokens(running: Sequence[Request], in_flight: Sequence[Plan], block
     running = [request for request in running if request.source is None]
     num_in_flight: Counter[int] = Counter()
     for chunk in (chunk for plan in in_flight for chunk in plan.chunks):
-        num_in_flight[chunk.request_id] += len(chunk.token_ids)
+        num_in_flight[chunk.request_id] += chunk.num_known
     prompts = {request.prompt for request in running if request.prompt.holders}
     num_holders = Counter(request.prompt for request in running)
     num_shared = sum((num_holders[prompt] - 1) * prompt.num_shareable for prompt in prompts)

@@ -29,6 +29,7 @@ from gptj_dist.chunking import (
     num_decode_groups,
 )
 from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.drafts import Drafter
 from gptj_dist.engine.forecast import Pace, room_after_s
 from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
@@ -171,11 +172,13 @@ class Scheduler:
             self._step_cost.observe(landed.plan.num_tokens, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
         for of_prompt in result.prompt_logprobs:  # even if the request has ended: others of its prompt need them
             landed.requests[of_prompt.request_id].prompt.add_logprobs(of_prompt)
-        sampled_ids = [chunk.request_id for chunk in landed.plan.chunks if chunk.samples]
-        logprobs = result.logprobs or (None,) * len(result.token_ids)
-        sampled = zip(sampled_ids, result.token_ids, logprobs, strict=True)
         outputs = [
-            *(self._take_token(self._by_id[id_], token, top) for id_, token, top in sampled if id_ in self._by_id),
+            *(
+                output
+                for chunk, tokens in result.sampled(landed.plan)
+                if chunk.request_id in self._by_id
+                for output in self._take_tokens(chunk, tokens)
+            ),
             *(
                 self._take_beam(self._by_id[id_], several)
                 for id_, several in result.continuations
@@ -219,7 +222,7 @@ class Scheduler:
         invariant(set(ids) == set(self._by_id) and len(ids) == len(self._by_id), "a request is lost")
         invariant(len(self._running) <= self._config.max_batch_size, "too many requests run")
         invariant(len(self._in_flight) <= self._config.max_in_flight, "too many plans in flight")
-        check_blocks(self._running, self._pool)
+        check_blocks(self._running, self._pool, self._config.max_drafts)
         chunks = [chunk for flight in self._in_flight for chunk in flight.plan.chunks]
         awaited_ids = [chunk.request_id for chunk in chunks if chunk.samples or chunk.ends_embedding]
         check_requests(self._running, self._waiting, [id_ for id_ in awaited_ids if id_ in self._by_id])
@@ -238,8 +241,25 @@ class Scheduler:
         share = max(1, min(ceil_div(len(ready), num_groups_free), size + is_larger))
         for request in ready[:share]:
             if request.is_running and request not in next_plan.starts:  # one before it may have preempted it
-                self._add_token(next_plan, request)
+                self._add_token(next_plan, request, min(share, len(ready)))
         next_plan.num_decodes = len(next_plan.chunks)
+
+    def _drafts(self, request: Request, num_decodes: int) -> Sequence[int]:
+        """Guesses of the request's next tokens, for a micro-batch of `num_decodes` requests.
+
+        None for beams, nor before the first token, with which results come that belong to no other.
+        """
+        num_output_tokens = request.num_output_tokens
+        num_free = self._pool.num_free - len(self._running)  # drafts preempt no request
+        room = (len(request.blocks) + num_free) * self._config.block_size - request.num_tokens
+        most = min(self._config.max_drafts, request.params.max_tokens - num_output_tokens - 1, room)
+        if most <= 0 or not num_output_tokens or request.group is not None:
+            return ()
+        if request.drafter is None:
+            request.drafter = Drafter(request.prompt_ids)
+        cost = self._step_cost.cost or UNKNOWN_COST
+        rows_s = num_decodes * cost.row_s
+        return request.drafter.draft(request.token_ids, most, rows_s / (cost.overhead_s + rows_s))
 
     def _add_prefills(self, next_plan: NextPlan) -> None:
         """Fills the micro-batch with prompt tokens, first of running requests, then of waiting ones."""
@@ -319,8 +339,12 @@ class Scheduler:
             request.prompt.holders.append(request)
         next_plan.new_requests.append(request.introduction(prefix))
 
-    def _add_token(self, next_plan: NextPlan, request: Request) -> None:
-        """Adds the request's next token; of a beam search, that of every beam or none."""
+    def _add_token(self, next_plan: NextPlan, request: Request, num_decodes: int) -> None:
+        """Adds the request's next token; of a beam search, that of every beam or none.
+
+        Args:
+            num_decodes: requests with one token in the plan.
+        """
         num_blocks = sum(self._pool.blocks_for(beam.num_tokens) - len(beam.blocks) for beam in request.beams)
         if not self._make_room(num_blocks, request, next_plan):
             return
@@ -330,12 +354,15 @@ class Scheduler:
                 prefix = KVPrefix(beam.source.request_id, beam.num_computed, tuple(beam.blocks))
                 next_plan.new_requests.append(beam.introduction(prefix))
                 beam.source = None
-            self._add_chunk(next_plan, beam, 1)
+            self._add_chunk(next_plan, beam, 1, self._drafts(beam, num_decodes))
 
-    def _add_chunk(self, next_plan: NextPlan, request: Request, num_tokens: int) -> int:
-        """Adds the request's next tokens to the plan; returns their number, 0 if there are no blocks for them."""
+    def _add_chunk(self, next_plan: NextPlan, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> int:
+        """Adds the request's next tokens, and drafts after its last one; returns their number without drafts.
+
+        0 if there are no blocks for them.
+        """
         start, stop = request.num_computed, request.num_computed + num_tokens
-        num_new_blocks = self._pool.blocks_for(stop) - len(request.blocks)
+        num_new_blocks = max(0, self._pool.blocks_for(stop + len(drafts)) - len(request.blocks))
         if not self._make_room(num_new_blocks, request, next_plan):
             return 0
         new_blocks = self._pool.take(num_new_blocks)
@@ -347,11 +374,12 @@ class Scheduler:
             Chunk(
                 request_id=request.request_id,
                 start=start,
-                token_ids=tuple(request.token_ids[start:stop]),
+                token_ids=(*request.token_ids[start:stop], *drafts),
                 new_blocks=tuple(new_blocks),
                 samples=request.is_awaiting_token and not pools,
                 next_id=request.next_prompt_id(stop),
                 ends_embedding=request.is_awaiting_token and pools,
+                num_drafts=len(drafts),
             )
         )
         next_plan.starts[request] = start
@@ -431,6 +459,23 @@ class Scheduler:
         beam.blocks, beam.block_keys = beam.source.blocks[:num_blocks], beam.source.block_keys[:num_blocks]
         self._pool.share(beam.blocks)
         beam.num_computed = num_blocks * self._config.block_size
+
+    def _take_tokens(self, chunk: Chunk, sampled: Sequence[tuple[int, TokenLogprobs | None]]) -> list[TokenOutput]:
+        """Takes accepted drafts and the token after them, up to one that ends the request."""
+        request = self._by_id[chunk.request_id]
+        if chunk.num_drafts and request.drafter is not None:
+            request.drafter.note(chunk.num_drafts, len(sampled) - 1)
+        outputs: list[TokenOutput] = []
+        for token_id, logprobs in sampled:
+            if outputs and request.is_running:  # the token before was a draft, so its KV is computed
+                request.num_computed += 1
+                if self._keeps_prefixes:
+                    keep_blocks(self._pool, request, request.num_computed - 1)
+            output = self._take_token(request, token_id, logprobs)
+            outputs += [] if output is None else [output]
+            if output is None or output.finish_reason is not None:
+                break
+        return outputs
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput | None:
         if request.group is not None and token_id != BROKEN_TOKEN:

@@ -23,6 +23,7 @@ class SchedulerConfig:
         shares_memory: whether the stages read their weights from the memory of one machine.
         can_share_blocks: whether several requests can hold the same block, on every stage.
         keeps_prefixes: whether requests begin with what the blocks of earlier ones hold, where blocks can be shared.
+        max_drafts: the most drafts of a request in a micro-batch.
     """
 
     num_stages: int
@@ -34,6 +35,7 @@ class SchedulerConfig:
     shares_memory: bool = False
     can_share_blocks: bool = True
     keeps_prefixes: bool = True
+    max_drafts: int = 0
 
     @property
     def max_in_flight(self) -> int:

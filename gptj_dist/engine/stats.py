@@ -33,8 +33,9 @@ class PlanRecord:
 
     Args:
         number: counts the pipeline's plans from 0. Unlike `plan_id` it does not restart when stages are replaced.
-        num_decodes: requests with one token in the plan.
+        num_decodes: requests with one token in the plan, beside drafts.
         num_prefill_tokens: tokens in chunks of more than one token.
+        num_drafts: of all requests.
         num_context_tokens: tokens that attention reads: for each request, all up to its last one in the plan.
         num_sampled_tokens: tokens that the plan sampled.
         scheduling: from the start of the scheduling until the plan was submitted.
@@ -46,6 +47,7 @@ class PlanRecord:
     plan_id: int
     num_decodes: int
     num_prefill_tokens: int
+    num_drafts: int
     num_context_tokens: int
     num_sampled_tokens: int
     scheduling: StageTiming
@@ -139,14 +141,15 @@ class PipelineStats:
         plan, scheduling = self._flights.popleft()
         if len(self._records) == self._records.maxlen:
             self._complete_since_ns = self._records[0].landing.begin_ns
-        lengths = [len(chunk.token_ids) for chunk in plan.chunks]
-        num_decodes, num_tokens = lengths.count(1), sum(lengths)
+        lengths = [chunk.num_known for chunk in plan.chunks]
+        num_decodes, num_known = lengths.count(1), sum(lengths)
         record = PlanRecord(
             number=self._num_plans,
             plan_id=plan.plan_id,
             num_decodes=num_decodes,
-            num_prefill_tokens=num_tokens - num_decodes,
-            num_context_tokens=num_tokens + sum(chunk.start for chunk in plan.chunks),
+            num_prefill_tokens=num_known - num_decodes,
+            num_drafts=plan.num_tokens - num_known,
+            num_context_tokens=plan.num_tokens + sum(chunk.start for chunk in plan.chunks),
             num_sampled_tokens=len(result.token_ids),
             scheduling=scheduling,
             landing=StageTiming(begin_ns, self.now_ns()),

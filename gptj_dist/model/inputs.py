@@ -32,6 +32,11 @@ class Span:
     def stop(self) -> int:
         return self.start + self.num_tokens
 
+    def last(self, num_tokens: int) -> Span:
+        """Its last rows."""
+        num_before = self.num_tokens - num_tokens
+        return Span(self.request_id, self.row + num_before, self.start + num_before, num_tokens)
+
     def tiles(self, most_rows: int) -> list[tuple[int, int]]:
         """First row and number of rows of each piece, of at most `most_rows` rows."""
         stop = self.row + self.num_tokens

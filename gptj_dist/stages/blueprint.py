@@ -21,6 +21,7 @@ from gptj_dist.config import (
     ModelConfig,
     PipelineConfig,
 )
+from gptj_dist.engine.drafts import MAX_DRAFTS
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import SchedulerConfig
@@ -243,6 +244,7 @@ class LoadedPipeline:
                 shares_memory=len({report.device.memory_pool for report in self.reports}) < len(self.reports),
                 can_share_blocks=all(report.has_blocks for report in self.reports),
                 keeps_prefixes=config.prefix_cache,
+                max_drafts=MAX_DRAFTS if config.speculation else 0,
             )
         )
 

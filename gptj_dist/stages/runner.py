@@ -30,6 +30,7 @@ from gptj_dist.stages.adapters import AdaptedRows, StageAdapters
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, quantized_name
 from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
+from gptj_dist.stages.drafts import accept
 from gptj_dist.stages.embeddings import EmbeddingPools
 from gptj_dist.stages.lone_steps import LoneCores, StageThreads, find_end_of_team
 from gptj_dist.stages.threads import ThreadChooser
@@ -194,18 +195,23 @@ class StageRunner:
         output, prompt_logprobs = self._compute(plan, None if before is None else before.hidden)
         embeddings = (() if before is None else before.embeddings) + self._pools.complete(plan.chunks)
         if self._spec.layers.is_last:
-            specs = [self._sample_spec(chunk) for chunk in plan.chunks if chunk.samples]
-            continuations = self._continuations(plan, output, specs)
+            sampled = [chunk for chunk in plan.chunks if chunk.samples]
+            specs = [spec for chunk in sampled for spec in self._sample_specs(chunk)]
+            continuations = self._continuations(sampled, output, specs)
             token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
         if self._threads is not None:
             self._threads.end_step()
         if not self._spec.layers.is_last:
             return StageOutput(output, embeddings)
-        return Result(plan.plan_id, tuple(token_ids), (), logprobs, prompt_logprobs, embeddings, continuations)
+        token_ids, logprobs, num_accepted = accept(sampled, token_ids, logprobs)
+        told = (prompt_logprobs, embeddings, continuations)
+        return Result(plan.plan_id, tuple(token_ids), (), logprobs, *told, num_accepted)
 
-    def _continuations(self, plan: Plan, logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[Continuations, ...]:
-        """The likeliest tokens of the plan's beams."""
-        ids = [chunk.request_id for chunk in plan.chunks if chunk.samples]
+    def _continuations(
+        self, sampled: Sequence[Chunk], logits: Tensor, specs: Sequence[SampleSpec]
+    ) -> tuple[Continuations, ...]:
+        """The likeliest tokens of the beams among the chunks whose rows are sampled."""
+        ids = [chunk.request_id for chunk in sampled for _ in range(1 + chunk.num_drafts)]
         rows = [row for row, spec in enumerate(specs) if spec.params.use_beam_search]
         if not rows:
             return ()
@@ -241,12 +247,16 @@ class StageRunner:
             for chunk, token_ids, span in zip(plan.chunks, targets, batch.spans, strict=True)
             if token_ids
         )
-        sampled = [span for chunk, span in zip(plan.chunks, batch.spans, strict=True) if chunk.samples]
+        sampled = [
+            span.last(1 + chunk.num_drafts)
+            for chunk, span in zip(plan.chunks, batch.spans, strict=True)
+            if chunk.samples
+        ]
         if not sampled:
             return torch.empty(0, self._spec.config.vocab_size), prompt_logprobs
-        last_rows = torch.tensor([span.row + span.num_tokens - 1 for span in sampled])
-        changes = self._changes([(span.request_id, span.stop - 1, 1) for span in sampled])
-        return self._model.logits(hidden[to_device(last_rows, self._device)], changes), prompt_logprobs
+        rows = torch.cat([torch.arange(span.row, span.row + span.num_tokens) for span in sampled])
+        changes = self._changes([(span.request_id, span.start, span.num_tokens) for span in sampled])
+        return self._model.logits(hidden[to_device(rows, self._device)], changes), prompt_logprobs
 
     def _changes(self, rows: Sequence[tuple[int, int, int]]) -> Changes | None:
         """The changes of consecutive rows; None if no request has an adapter.
@@ -327,7 +337,7 @@ class StageRunner:
                 self._histories[request.request_id] = self._first_history(request.begins_with)
         for chunk in plan.chunks:
             if chunk.request_id in self._histories:
-                self._histories[chunk.request_id] += chunk.token_ids
+                self._histories[chunk.request_id][chunk.start :] = chunk.token_ids  # in place of rejected drafts
             if chunk.new_blocks:
                 cache.extend(chunk.request_id, chunk.new_blocks)
         for request in plan.new_requests:
@@ -350,15 +360,19 @@ class StageRunner:
             return list(begins_with.token_ids)
         return self._histories[begins_with.source_id][: begins_with.num_tokens]
 
-    def _sample_spec(self, chunk: Chunk) -> SampleSpec:
-        request = self._requests[chunk.request_id]
-        return SampleSpec(
-            request.params,
-            request.noise_key,
-            chunk.start + len(chunk.token_ids),
-            request.num_prompt_tokens,
-            self._histories[chunk.request_id],
-        )
+    def _sample_specs(self, chunk: Chunk) -> list[SampleSpec]:
+        """Of the chunk's last token and of each draft."""
+        request, history = self._requests[chunk.request_id], self._histories[chunk.request_id]
+        return [
+            SampleSpec(
+                request.params,
+                request.noise_key,
+                position,
+                request.num_prompt_tokens,
+                history if position == len(history) else history[:position],
+            )
+            for position in range(chunk.start + chunk.num_known, len(history) + 1)
+        ]
 
 
 def default_threads() -> int:

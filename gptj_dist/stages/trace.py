@@ -146,8 +146,9 @@ def check_trace_path(path: Path | None) -> None:
 
 
 def work_text(record: PlanRecord) -> str:
-    """`decode 16 + prefill 128`: the number of decoding requests, and of prompt tokens."""
+    """`decode 16 + drafts 5 + prefill 128`: the number of decoding requests, of their drafts, and of prompt tokens."""
     parts = [f"decode {record.num_decodes}"] if record.num_decodes else []
+    parts += [f"drafts {record.num_drafts}"] if record.num_drafts else []
     parts += [f"prefill {record.num_prefill_tokens}"] if record.num_prefill_tokens else []
     return " + ".join(parts)
 
@@ -155,6 +156,7 @@ def work_text(record: PlanRecord) -> str:
 def _work(record: PlanRecord) -> dict[str, int]:
     return {
         "decodes": record.num_decodes,
+        "drafts": record.num_drafts,
         "prefill tokens": record.num_prefill_tokens,
         "context tokens": record.num_context_tokens,
         "new tokens": record.num_sampled_tokens,

@@ -62,7 +62,10 @@ WIDE = ModelConfig(
 
 
 class RecordingRunner(StageRunner):
-    """A stage that keeps what it gave to the sampler: one row of logits for each (request id, position)."""
+    """A stage that keeps what it gave to the sampler: one row of logits for each (request id, position).
+
+    After a rejected draft, the row is replaced when the position comes again.
+    """
 
     def __init__(self, spec: StageSpec) -> None:
         super().__init__(spec)
@@ -71,9 +74,14 @@ class RecordingRunner(StageRunner):
     def _compute(self, plan: Plan, hidden: Tensor | None) -> tuple[Tensor, tuple[PromptLogprobs, ...]]:
         output, told = super()._compute(plan, hidden)
         if self._spec.layers.is_last:
-            sampled = [chunk for chunk in plan.chunks if chunk.samples]
-            for chunk, row in zip(sampled, output, strict=True):
-                self.logits[chunk.request_id, chunk.start + len(chunk.token_ids)] = row.clone()
+            sampled = [
+                (chunk.request_id, chunk.start + chunk.num_known + number)
+                for chunk in plan.chunks
+                if chunk.samples
+                for number in range(chunk.num_drafts + 1)
+            ]
+            for place, row in zip(sampled, output, strict=True):
+                self.logits[place] = row.clone()
         return output, told
 
 
@@ -95,6 +103,7 @@ class Run:
     most_in_flight: int
     num_cached_tokens: int = 0
     num_evicted_blocks: int = 0
+    num_accepted: int = 0
 
 
 class Model:
@@ -120,6 +129,7 @@ class Model:
         num_blocks: int = PLENTY,
         max_batch_size: int = MAX_BATCH_SIZE,
         keeps_prefixes: bool = True,
+        max_drafts: int = 0,
     ) -> Run:
         """Runs all requests to their ends, as many plans in flight as the scheduler will give.
 
@@ -139,6 +149,7 @@ class Model:
                 eos_token_ids=self.config.eos_token_ids,
                 max_chunk_tokens=max_chunk_tokens,
                 keeps_prefixes=keeps_prefixes,
+                max_drafts=max_drafts,
             )
         )
         requests = [
@@ -147,7 +158,7 @@ class Model:
         ]
         for request in requests:
             scheduler.add(request)
-        most_in_flight = _drive(scheduler, runners)
+        most_in_flight, num_accepted = _drive(scheduler, runners)
         return Run(
             token_ids={request.request_id: request.token_ids for request in requests},
             logits=dict(runners[-1].logits),
@@ -155,6 +166,7 @@ class Model:
             most_in_flight=most_in_flight,
             num_cached_tokens=sum(request.num_cached_tokens for request in requests),
             num_evicted_blocks=scheduler.num_evicted_blocks,
+            num_accepted=num_accepted,
         )
 
     def _load(self, layers: tuple[int, ...]) -> tuple[RecordingRunner, ...]:
@@ -177,18 +189,19 @@ class Model:
         )
 
 
-def _drive(scheduler: Scheduler, runners: Sequence[StageRunner]) -> int:
-    """Keeps the pipeline full until all is done; returns the most plans that were in flight."""
+def _drive(scheduler: Scheduler, runners: Sequence[StageRunner]) -> tuple[int, int]:
+    """Keeps the pipeline full until all is done; returns the most plans that were in flight, and accepted drafts."""
     results: deque[Result] = deque()
-    most_in_flight = 0
+    most_in_flight = num_accepted = 0
     while scheduler.has_requests:
         while (plan := scheduler.schedule()) is not None:
             results.append(_compute(plan, runners))
         most_in_flight = max(most_in_flight, scheduler.num_in_flight)
         scheduler.check_integrity()
+        num_accepted += sum(results[0].num_accepted)
         scheduler.update(results.popleft())
     assert scheduler.num_used_blocks == 0
-    return most_in_flight
+    return most_in_flight, num_accepted
 
 
 def _compute(plan: Plan, runners: Sequence[StageRunner]) -> Result:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from gptj_dist.chunking import MAX_CHUNK_TOKENS, StepCost, best_chunk_tokens, most_chunk_tokens_beside_decodes
-from gptj_dist.engine.plan import Embedding, NewRequest, Plan, Result, StageTiming
+from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, Result, StageTiming
 from gptj_dist.engine.request import FinishReason, Prompt, Request, run_order
 from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler
 from gptj_dist.engine.scheduling import NextPlan, SchedulerConfig, TokenOutput
@@ -32,6 +32,7 @@ class Walk:
     def __init__(self, config: SchedulerConfig, longest_tokens: int, rng: random.Random) -> None:
         self.config, self.longest_tokens, self.rng = config, longest_tokens, rng
         self.next_request_id = 0
+        self.num_drafts = self.num_accepted = 0
         self.num_preemptions = self.num_drains = self.num_copies = self.num_cached = 0
         self.beginnings = [tuple(rng.randrange(1, VOCAB_SIZE) for _ in range(longest_tokens)) for _ in range(3)]
         self.latest: list[tuple[Prompt, SamplingParams]] = []
@@ -111,12 +112,15 @@ class Walk:
         self.check_new_requests(plan)
         self.check_chunks(plan, awaited)
         for chunk in plan.chunks:
-            tokens, salt = self.tokens[chunk.request_id], self.requests[chunk.request_id].params.cache_salt
-            stop = chunk.start + len(chunk.token_ids)
-            self.computed |= {(salt, tuple(tokens[:end])) for end in range(self.config.block_size, stop + 1)}
+            self.note_computed(chunk, chunk.num_known)
         self.in_flight.append((plan, [chunk.request_id for chunk in plan.chunks if chunk.samples]))
         assert self.scheduler.num_in_flight == len(self.in_flight) <= self.config.num_stages + 1
         return True
+
+    def note_computed(self, chunk: Chunk, num_tokens: int) -> None:
+        tokens, salt = self.tokens[chunk.request_id], self.requests[chunk.request_id].params.cache_salt
+        computed = [*tokens[: chunk.start], *chunk.token_ids[:num_tokens]]
+        self.computed |= {(salt, tuple(computed[:end])) for end in range(self.config.block_size, len(computed) + 1)}
 
     def check_released(self, plan: Plan) -> None:
         preempted = [id_ for id_ in plan.released if id_ in self.requests]
@@ -145,22 +149,35 @@ class Walk:
         for chunk in plan.chunks:
             assert chunk.request_id in self.requests, "a chunk of a request that is gone"
             assert chunk.request_id not in awaited, "a chunk of a request whose next token is not known yet"
-            tokens, stop = self.tokens[chunk.request_id], chunk.start + len(chunk.token_ids)
-            assert list(chunk.token_ids) == tokens[chunk.start : stop], "wrong tokens"
+            tokens, stop = self.tokens[chunk.request_id], chunk.start + chunk.num_known
+            assert list(chunk.token_ids[: chunk.num_known]) == tokens[chunk.start : stop], "wrong tokens"
+            assert chunk.num_drafts <= self.config.max_drafts
+            assert not chunk.num_drafts or (chunk.samples and chunk.num_known == 1), "drafts beside other work"
+            self.num_drafts += chunk.num_drafts
             is_due = chunk.ends_embedding if self.pools(chunk.request_id) else chunk.samples
             assert is_due == (stop == len(tokens)), "samples too early, or not at all"
             assert not (chunk.samples and chunk.ends_embedding)
-        num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
+        num_prompt_tokens = sum(chunk.num_known for chunk in plan.chunks if chunk.num_known > 1)
         assert num_prompt_tokens <= (self.config.max_chunk_tokens or MAX_CHUNK_TOKENS)
 
     def update(self) -> None:
         if not self.in_flight:
             return
-        plan, sampled = self.in_flight.popleft()
-        tokens = tuple(EOS if self.rng.random() < 0.05 else self.rng.randrange(1, VOCAB_SIZE) for _ in sampled)
+        plan, _ = self.in_flight.popleft()
+        tokens, num_accepted = list[tuple[int, int]](), list[int]()
+        for chunk in (chunk for chunk in plan.chunks if chunk.samples):
+            accepted = chunk.drafts[: self.rng.randint(0, chunk.num_drafts)]
+            if chunk.request_id in self.requests:
+                self.note_computed(chunk, chunk.num_known + len(accepted))
+            token = EOS if self.rng.random() < 0.05 else self.rng.randrange(1, self.rng.choice((3, VOCAB_SIZE)))
+            tokens += [(chunk.request_id, each) for each in (*accepted, token)]
+            num_accepted += [len(accepted)] if chunk.num_drafts else []
+        self.num_accepted += sum(num_accepted)
         embeddings = tuple(Embedding(id_, str(id_).encode()) for id_ in pooled_ids(plan))
-        outputs = self.scheduler.update(Result(plan.plan_id, tokens, self.timings(), embeddings=embeddings))
-        expected = list(self.take_tokens(zip(sampled, tokens, strict=True)))
+        token_ids, timings = tuple(token for _, token in tokens), self.timings()
+        result = Result(plan.plan_id, token_ids, timings, embeddings=embeddings, num_accepted=tuple(num_accepted))
+        outputs = self.scheduler.update(result)
+        expected = list(self.take_tokens(tokens))
         for id_ in pooled_ids(plan):
             if (request := self.requests.pop(id_, None)) is not None:
                 del self.tokens[id_]
@@ -175,12 +192,12 @@ class Walk:
         num_stages = self.config.num_stages if self.rng.random() < 0.8 else 0
         return tuple(StageTiming(7, 7 + self.rng.choice((0, 1, 10**5, 10**9))) for _ in range(num_stages))
 
-    def take_tokens(self, pairs: Iterator[tuple[int, int]]) -> Iterator[TokenOutput]:
+    def take_tokens(self, pairs: Iterable[tuple[int, int]]) -> Iterator[TokenOutput]:
         for request_id, token in pairs:
             if request_id in self.requests:
                 request = self.requests[request_id]
                 self.tokens[request_id].append(token)
-                assert request.token_ids == self.tokens[request_id]
+                assert request.token_ids[: len(self.tokens[request_id])] == self.tokens[request_id]
                 is_full = len(self.tokens[request_id]) == len(request.prompt_ids) + request.params.max_tokens
                 reason = FinishReason.LENGTH if is_full else None
                 reason = FinishReason.STOP if token == EOS and not request.params.ignore_eos else reason
@@ -222,15 +239,16 @@ def pooled_ids(plan: Plan) -> list[int]:
 @pytest.mark.parametrize("max_chunk_tokens", [None, 1, 7, 64])
 @pytest.mark.parametrize("num_stages", STAGE_COUNTS)
 def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_tokens: int | None) -> None:
-    rng = random.Random(f"{num_stages} {max_chunk_tokens}")
-    num_preemptions = num_drains = num_copies = num_cached = 0
+    rng = random.Random(f"{max_chunk_tokens} {num_stages}")
+    num_preemptions = num_drains = num_copies = num_cached = num_drafts = num_accepted = 0
     for block_size in (1, 4, 16):
         for slack in (1, 1.3, 3, 12):
             longest_tokens = rng.choice((16, 40, 100))
             num_blocks = max(1, int(-(-longest_tokens // block_size) * slack))
             max_batch_size = rng.choice((1, 2, 5, 16) if slack < 3 else (3, 8, 16))
             limits = (num_stages, num_blocks, block_size, max_batch_size, (EOS,), max_chunk_tokens)
-            config = SchedulerConfig(*limits, shares_memory=rng.random() < 0.5, can_share_blocks=rng.random() < 0.75)
+            shares_memory, can_share_blocks = rng.random() < 0.5, rng.random() < 0.75
+            config = SchedulerConfig(*limits, shares_memory, can_share_blocks, max_drafts=rng.choice((0, 3, 16)))
             walk = Walk(config, longest_tokens, rng)
             try:
                 walk.go(num_steps=400)
@@ -242,10 +260,13 @@ def test_random_walks_keep_every_promise_and_end(num_stages: int, max_chunk_toke
             num_drains += walk.num_drains
             num_copies += walk.num_copies
             num_cached += walk.num_cached
+            num_drafts += walk.num_drafts
+            num_accepted += walk.num_accepted
     assert num_preemptions > 0
     assert num_drains > 0
     assert num_copies > 0
     assert num_cached > 0
+    assert num_drafts > num_accepted > 0
 
 
 def make_scheduler(

@@ -33,6 +33,7 @@ def record(number: int, num_decodes: int = 1, num_prefill_tokens: int = 0) -> Pl
         number,
         num_decodes,
         num_prefill_tokens,
+        0,
         100,
         1,
         scheduling=timing(0, 1.5),

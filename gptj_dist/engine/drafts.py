@@ -1,0 +1,161 @@
+"""Guesses the next tokens of a request: those that followed the same tokens before. Knows no plans and no clock.
+
+Guesses cost rows of a micro-batch, so a request has as many of them as have been worth it lately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice, takewhile
+
+MAX_DRAFTS = 16
+"""The most drafts of a request in a micro-batch."""
+
+FIRST_DRAFTS = 4
+MEMORY_TOKENS = 16.0
+"""Drafts after which earlier ones count half or less."""
+
+FIRST_WAIT = 16
+LONGEST_WAIT = 256
+"""Drafts that are not made because they are not worth it, until one is made to see whether that has changed."""
+
+LONGEST_MATCH = 32
+MOST_MATCHES = 16
+"""Limits of the search, in tokens and in places where the last two tokens stood before."""
+
+_KINDS = (4, 8)
+"""Lengths of a match from which on drafts are more reliable, and count by themselves."""
+
+_GAP = -1
+"""No token: stands between two texts."""
+
+
+class Lookup:
+    """Finds the longest run of tokens that ends a text and stood in it before; of equally long ones the latest.
+
+    Args:
+        before: another text to search, which comes before.
+    """
+
+    def __init__(self, before: Sequence[int] = ()) -> None:
+        self._text: list[int] = []
+        self._last: dict[tuple[int, int], int] = {}  # by two tokens: the index after the last place where they stand
+        self._earlier: list[int] = [0, 0]  # by that index: the one of the place before, or 0
+        self._start = 0
+        if before:
+            self.extend([*before, _GAP])
+            self._start = len(self._text)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Adds tokens at the end of the text."""
+        text = self._text
+        for token_id in token_ids:
+            text.append(token_id)
+            if len(text) > 1:
+                pair = (text[-2], token_id)
+                self._earlier.append(self._last.get(pair, 0))
+                self._last[pair] = len(text)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the text, without the one before it."""
+        return len(self._text) - self._start
+
+    def following(self, most: int) -> tuple[list[int], int]:
+        """What followed the run: at most `most` tokens, and the run's length. A run that repeats itself goes on."""
+        text = self._text
+        stop = len(text)
+        place, longest = 0, 0
+        candidate = self._earlier[stop] if stop > 1 else 0
+        for _ in range(MOST_MATCHES):
+            if not candidate or longest == LONGEST_MATCH:
+                break
+            if (length := self._length(candidate, stop)) > longest:
+                place, longest = candidate, length
+            candidate = self._earlier[candidate]
+        if not longest:
+            return [], 0
+        found = islice(cycle(text[place : place + most]), most)
+        return list(takewhile(lambda token_id: token_id != _GAP, found)), longest
+
+    def _length(self, place: int, stop: int) -> int:
+        text, length = self._text, 2
+        limit = min(place, LONGEST_MATCH)
+        while length < limit and text[place - 1 - length] == text[stop - 1 - length]:
+            length += 1
+        return length
+
+
+@dataclass(slots=True)
+class Chance:
+    """How often drafts of one kind have been accepted lately, and so how many are worth it.
+
+    Attributes:
+        accepted, rejected: numbers of drafts; those before make room for later ones.
+        reach: limit that grows with success, and shrinks at once without.
+        wait: drafts to leave out before one is tried; `num_left_out` have been.
+    """
+
+    accepted: float = 1.0
+    rejected: float = 1.0
+    reach: int = FIRST_DRAFTS
+    wait: int = FIRST_WAIT
+    num_left_out: int = 0
+
+    def num_worthwhile(self, row_share: float) -> int:
+        """Drafts that are worth their rows: the j-th is if j drafts are accepted more often than `row_share`."""
+        chance = self.accepted / (self.accepted + self.rejected)
+        number = 0
+        while number < self.reach and chance ** (number + 1) > row_share:
+            number += 1
+        if number:
+            return number
+        self.num_left_out += 1
+        if self.num_left_out < self.wait:
+            return 0
+        self.num_left_out = 0
+        return 1
+
+    def note(self, num_drafts: int, num_accepted: int) -> None:
+        """Takes the outcome of drafts. Those after the first rejected one count for nothing."""
+        is_rejected = num_accepted < num_drafts
+        self.accepted += num_accepted
+        self.rejected += is_rejected
+        scale = min(1.0, MEMORY_TOKENS / (self.accepted + self.rejected))
+        self.accepted, self.rejected = scale * self.accepted, scale * self.rejected
+        self.reach = min(MAX_DRAFTS, 2 * num_accepted + 1 if is_rejected else max(self.reach, 2 * num_drafts))
+        self.wait = FIRST_WAIT if num_accepted else min(2 * self.wait, LONGEST_WAIT)
+
+
+class Drafter:
+    """Makes the drafts of one request, which has at most one chunk with drafts in flight.
+
+    Args:
+        prompt_ids: the request's.
+        prediction_ids: what its client expects to follow.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], prediction_ids: Sequence[int] = ()) -> None:
+        self._lookup = Lookup((*prompt_ids[-LONGEST_MATCH:], *prediction_ids) if prediction_ids else ())
+        self._chances = [Chance() for _ in range(len(_KINDS) + 1)]
+        self._present = self._chances[0]
+
+    def draft(self, token_ids: Sequence[int], most: int, row_share: float) -> Sequence[int]:
+        """Guesses what follows.
+
+        Args:
+            token_ids: the request's prompt and all its tokens so far.
+            most: limit of the number of drafts.
+            row_share: share of a step's time that its rows take, as the request's tokens share it.
+        """
+        self._lookup.extend(token_ids[self._lookup.num_tokens :])
+        found, length = self._lookup.following(most)
+        if not found:
+            return ()
+        self._present = self._chances[sum(length >= least for least in _KINDS)]
+        return found[: self._present.num_worthwhile(row_share)]
+
+    def note(self, num_drafts: int, num_accepted: int) -> None:
+        """Takes the outcome of the last drafts."""
+        self._present.note(num_drafts, num_accepted)

@@ -1,0 +1,98 @@
+"""Runs many mixed requests with drafts and without, and compares all tokens and logits bit by bit.
+
+python -m tests.model.draft_walk --requests 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+
+import torch
+
+from gptj_dist.config import ModelConfig
+from gptj_dist.engine.drafts import MAX_DRAFTS
+from gptj_dist.params import SamplingParams
+from tests.model.test_exact import Model, Run, Work
+
+NUM_BLOCKS = 19
+"""Few, so that cached blocks are evicted and requests preempted."""
+
+MAX_BATCH_SIZE = 6
+
+
+def make_works(config: ModelConfig, num_requests: int, seed: int) -> dict[int, Work]:
+    """Requests whose text repeats itself: few tokens are allowed, or the prompt does. Every control is among them."""
+    chooser = random.Random(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(chooser.randrange(config.vocab_size) for _ in range(count))
+
+    works = {}
+    for id_ in range(num_requests):
+        pattern = tokens(chooser.randrange(1, 12))
+        allowed = tuple(sorted({*pattern, *tokens(2)}))
+        max_tokens = chooser.randrange(1, 60)
+        controls = chooser.choice(
+            (
+                {},
+                {"repetition_penalty": 1.1, "presence_penalty": 0.2},
+                {"frequency_penalty": 0.3, "logprobs": 2},
+                {"bad_words": (pattern[:2],), "logit_bias": ((pattern[0], 1.5),)},
+                {"min_tokens": min(5, max_tokens), "stop_token_ids": (pattern[-1],)},
+            )
+        )
+        params = SamplingParams(
+            max_tokens,
+            temperature=chooser.choice((0.0, 0.0, 0.1, 1.0)),
+            seed=id_,
+            allowed_token_ids=chooser.choice((None, allowed)),
+            top_k=chooser.choice((0, 3)),
+            ignore_eos=chooser.random() < 0.5,
+            **controls,
+        )
+        works[id_] = Work(pattern * chooser.randrange(1, 8), params)
+    return works
+
+
+def compare(model: Model, num_requests: int, seed: int, layers: Sequence[int], max_chunk_tokens: int | None) -> Run:
+    """The run with drafts. Raises AssertionError if any token or bit differs without them."""
+    works = make_works(model.config, num_requests, seed)
+
+    def run(max_drafts: int) -> Run:
+        return model.run(
+            works,
+            layers=layers,
+            max_chunk_tokens=max_chunk_tokens,
+            num_blocks=NUM_BLOCKS,
+            max_batch_size=MAX_BATCH_SIZE,
+            max_drafts=max_drafts,
+        )
+
+    drafted, plain = run(MAX_DRAFTS), run(0)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.logits.keys() >= plain.logits.keys()
+    different = [key for key, row in plain.logits.items() if not torch.equal(row, drafted.logits[key])]
+    assert not different, f"logits of (request, position) differ: {different[:10]}"
+    return drafted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    run = compare(Model("demo"), args.requests, args.seed, (14, 14), None)
+    figures = {
+        "requests": args.requests,
+        "tokens": sum(map(len, run.token_ids.values())),
+        "accepted_drafts": run.num_accepted,
+        "preemptions": run.num_preemptions,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
