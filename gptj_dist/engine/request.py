@@ -265,6 +265,12 @@ def run_order(request: Request) -> tuple[int, bool, int, int]:
     return request.params.priority, not request.is_moved, request.place, request.request_id
 
 
+def num_places(running: Sequence[Request]) -> int:
+    """Running requests, with the beams that their searches will have."""
+    groups = {request.group for request in running if request.group is not None}
+    return len(running) + sum(group.num_reserved for group in groups)
+
+
 def num_kept_tokens(running: Sequence[Request], in_flight: Sequence[Plan], block_size: int) -> int:
     """Tokens of running requests whose keys and values the stages hold. Those that requests share count once.
 

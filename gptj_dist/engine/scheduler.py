@@ -16,34 +16,34 @@ whose first tokens they hold begins with them.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import count, islice
 
-from gptj_dist.chunking import (
-    USUAL_OVERHEAD_ROWS,
-    StepCost,
-    best_chunk_tokens,
-    most_chunk_tokens_beside_decodes,
-    num_decode_groups,
-)
+from gptj_dist.chunking import num_decode_groups
 from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.chunk_sizes import UNKNOWN_COST, ChunkSizes
 from gptj_dist.engine.drafts import Drafter
 from gptj_dist.engine.forecast import Pace, room_after_s
 from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, KVPrefix, Plan, Result
+from gptj_dist.engine.preemption import choose_victims
 from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks, known_keys
-from gptj_dist.engine.request import BeamGroup, FinishReason, Request, finish_reason, num_kept_tokens, run_order
+from gptj_dist.engine.request import (
+    BeamGroup,
+    FinishReason,
+    Request,
+    finish_reason,
+    num_kept_tokens,
+    num_places,
+    run_order,
+)
+from gptj_dist.engine.running import begin_anew, start, stop
 from gptj_dist.engine.scheduling import InFlight, NextPlan, SchedulerConfig, TokenOutput
-from gptj_dist.engine.step_cost import StepCostEstimate
 from gptj_dist.engine.waiting import WaitingQueue
 from gptj_dist.params import BROKEN_TOKEN, Continuation, TokenLogprobs
 from gptj_dist.sizes import ceil_div
-
-UNKNOWN_COST = StepCost(USUAL_OVERHEAD_ROWS, 1.0)
-"""The cost before the first step is measured; only the ratio of its parts matters."""
 
 
 class Scheduler:
@@ -58,8 +58,7 @@ class Scheduler:
         self._released: list[int] = []
         self._in_flight: deque[InFlight] = deque()
         self._plan_ids = count()
-        self._chunk_tokens = 0
-        self._step_cost = StepCostEstimate()
+        self._chunk_sizes = ChunkSizes(config.num_stages, config.max_chunk_tokens)
         self._keeps_prefixes = config.keeps_prefixes and config.can_share_blocks
         self.num_preemptions = 0
 
@@ -107,7 +106,7 @@ class Scheduler:
     @property
     def row_s(self) -> float:
         """Measured seconds of a token's row on the slowest stage; 0 before the first step."""
-        cost = self._step_cost.cost
+        cost = self._chunk_sizes.cost
         return cost.row_s if cost is not None else 0.0
 
     @property
@@ -147,7 +146,7 @@ class Scheduler:
         request = self._by_id.get(request_id)
         if request is not None:
             self._remove(request)
-            self._chunk_tokens = 0
+            self._chunk_sizes.forget_backlog()
 
     def schedule(self) -> Plan | None:
         """The next micro-batch, or None when there is nothing to do or enough is in flight."""
@@ -169,7 +168,7 @@ class Scheduler:
             raise ValueError(f"result of plan {result.plan_id} arrived, expected {expected}")
         landed = self._in_flight.popleft()
         if result.timings:
-            self._step_cost.observe(landed.plan.num_tokens, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
+            self._chunk_sizes.observe(landed.plan.num_tokens, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
         for of_prompt in result.prompt_logprobs:  # even if the request has ended: others of its prompt need them
             landed.requests[of_prompt.request_id].prompt.add_logprobs(of_prompt)
         outputs = [
@@ -201,7 +200,7 @@ class Scheduler:
         self._pool.forget(range(self._config.num_blocks))
         self._in_flight.clear()
         self._released.clear()
-        self._chunk_tokens = 0
+        self._chunk_sizes.forget_backlog()
         return requests
 
     def room_after_s(self, token_s: float, early_share: float) -> float:
@@ -257,19 +256,23 @@ class Scheduler:
             return ()
         if request.drafter is None:
             request.drafter = Drafter(request.prompt_ids)
-        cost = self._step_cost.cost or UNKNOWN_COST
+        cost = self._chunk_sizes.cost or UNKNOWN_COST
         rows_s = num_decodes * cost.row_s
         return request.drafter.draft(request.token_ids, most, rows_s / (cost.overhead_s + rows_s))
 
     def _add_prefills(self, next_plan: NextPlan) -> None:
         """Fills the micro-batch with prompt tokens, first of running requests, then of waiting ones."""
-        room = self._prompt_room(has_decodes=next_plan.num_decodes > 0)
-        for request in [r for r in self._running if not r.is_decoding]:
+        prompts = [request for request in self._running if not request.is_decoding]
+        num_tokens = self._waiting.num_tokens + sum(request.num_uncomputed for request in prompts)
+        room = self._chunk_sizes.room(num_tokens, has_decodes=next_plan.num_decodes > 0)
+        for request in prompts:
             if room and request.is_running:  # a request before it may have preempted it
                 room -= self._add_chunk(next_plan, request, min(room, request.num_uncomputed))
         index = 0
-        while room and index < len(self._waiting) and self._has_place(self._waiting[index]):
+        while room and index < len(self._waiting):
             request = self._waiting[index]
+            if num_places(self._running) + request.params.num_beams > self._config.max_batch_size:
+                return
             source = self._source(next_plan, request)
             if source is None and request.prompt.holders:
                 index += 1  # another request computes the prompt; later ones may overtake this one
@@ -278,21 +281,6 @@ class Scheduler:
                 room -= self._add_chunk(next_plan, request, min(room, request.num_uncomputed))
             else:
                 return
-
-    def _prompt_room(self, has_decodes: bool) -> int:
-        """The most prompt tokens for the micro-batch."""
-        if self._config.max_chunk_tokens is not None:
-            return self._config.max_chunk_tokens
-        num_tokens = self._waiting.num_tokens + sum(r.num_uncomputed for r in self._running if not r.is_decoding)
-        if not num_tokens:
-            self._chunk_tokens = 0
-            return 0
-        cost = self._step_cost.cost
-        best = best_chunk_tokens(num_tokens, self._config.num_stages, cost or UNKNOWN_COST)
-        self._chunk_tokens = max(self._chunk_tokens, best)  # keep the chunk size of a backlog until it is done
-        if has_decodes and cost is not None:
-            return min(self._chunk_tokens, most_chunk_tokens_beside_decodes(cost))
-        return self._chunk_tokens
 
     def _source(self, next_plan: NextPlan, request: Request) -> Request | None:
         """A request whose KV of the same prompt earlier plans have computed, so that it can be taken over."""
@@ -310,12 +298,6 @@ class Scheduler:
             return None
         return find_prefix(self._pool, request)
 
-    def _has_place(self, request: Request) -> bool:
-        """Whether the batch has room for it, beside the beams that searches will have."""
-        groups = {r.group for r in self._running if r.group is not None}
-        num_running = len(self._running) + sum(group.num_reserved for group in groups)
-        return num_running + request.params.num_beams <= self._config.max_batch_size
-
     def _can_run(self, request: Request, prefix: KVPrefix | None) -> bool:
         """Whether the cache has room for all its present tokens, and all of them are known."""
         blocks = () if prefix is None else prefix.blocks
@@ -326,17 +308,8 @@ class Scheduler:
     def _admit(self, next_plan: NextPlan, request: Request, prefix: KVPrefix | None) -> None:
         """Moves the request from the queue to the running ones. It begins with the KV that is there."""
         self._waiting.remove(request)
-        insort(self._running, request, key=run_order)
-        if prefix is not None:
-            request.blocks = list(prefix.blocks)
-            self._pool.share(request.blocks)
-            request.num_computed = prefix.num_tokens
-            if prefix.source_id is None and not request.has_run:
-                request.num_cached_tokens = min(prefix.num_tokens, len(request.prompt_ids))
-        request.is_running = request.has_run = True
+        start(self._running, self._pool, request, prefix)
         self._waiting.last_place = max(self._waiting.last_place, request.place)
-        if request.prompt.num_shareable:
-            request.prompt.holders.append(request)
         next_plan.new_requests.append(request.introduction(prefix))
 
     def _add_token(self, next_plan: NextPlan, request: Request, num_decodes: int) -> None:
@@ -387,25 +360,11 @@ class Scheduler:
 
     def _make_room(self, num_blocks: int, request: Request, next_plan: NextPlan) -> bool:
         """Preempts requests that come after this one, the last first, until the blocks are free. Else preempts none."""
-        num_free = self._pool.num_free
-        if num_free >= num_blocks:
-            return True
-        victims: list[Request] = []
-        num_given_back: Counter[int] = Counter()
-        for victim in reversed(self._running):
-            if num_free >= num_blocks or victim.leader is request.leader:
-                break
-            is_needed = victim in next_plan.starts or (victim.group is not None and victim.is_awaiting_token)
-            if victim.blocks and not is_needed:
-                victims.append(victim)
-                num_given_back.update(victim.blocks)
-                num_free = self._pool.num_free + self._pool.num_freed(num_given_back)
-        if num_free < num_blocks:
-            return False
-        for victim in victims:
-            if victim.is_running:  # not with another beam of its search
+        victims = choose_victims(num_blocks, request, self._running, next_plan.starts, self._pool)
+        for victim in victims or ():
+            if victim.is_running:  # not preempted with another beam of its search
                 self._preempt(victim.leader)
-        return True
+        return victims is not None
 
     def _preempt(self, request: Request) -> None:
         """Frees the request's blocks and puts it back into the queue. It will be recomputed from its first token; a
@@ -436,29 +395,17 @@ class Scheduler:
         """Takes a beam's continuations. Returns the texts that the search has found if they were its last."""
         assert beam.group is not None, "only beams have continuations"
         for moved in beam.group.take(beam, continuations) or ():
-            self._move_beam(moved)
+            if moved.is_running:
+                self._released.append(moved.request_id)
+            else:
+                self._by_id[moved.request_id] = moved
+                start(self._running, self._pool, moved, None)
+            begin_anew(self._pool, moved, self._config.can_share_blocks)
         if beam.group.search.running:
             return None
         ended = beam.group.search.ended
         self._remove(beam.leader)
         return TokenOutput(beam.leader, None, finish_reason(ended[0] if ended else None), beams=ended)
-
-    def _move_beam(self, beam: Request) -> None:
-        """Lets a beam begin with the whole blocks of its source. The stages copy the rest with its next token."""
-        assert beam.source is not None, "another beam's KV is taken over"
-        if beam.is_running:
-            self._pool.give_back(beam.blocks)
-            self._released.append(beam.request_id)
-        else:
-            self._by_id[beam.request_id] = beam
-            insort(self._running, beam, key=run_order)
-            beam.is_running = beam.has_run = True
-            if beam.prompt.num_shareable:
-                beam.prompt.holders.append(beam)
-        num_blocks = beam.source.num_computed // self._config.block_size if self._config.can_share_blocks else 0
-        beam.blocks, beam.block_keys = beam.source.blocks[:num_blocks], beam.source.block_keys[:num_blocks]
-        self._pool.share(beam.blocks)
-        beam.num_computed = num_blocks * self._config.block_size
 
     def _take_tokens(self, chunk: Chunk, sampled: Sequence[tuple[int, TokenLogprobs | None]]) -> list[TokenOutput]:
         """Takes accepted drafts and the token after them, up to one that ends the request."""
@@ -505,15 +452,8 @@ class Scheduler:
             self._waiting.remove(request)
 
     def _stop_running(self, request: Request) -> None:
-        """Frees its blocks, of a beam search those of all beams. The next plan lists what the stages have to drop."""
-        for one in request.beams:
-            self._running.remove(one)
-            one.is_running = False
-            if one.prompt.num_shareable:
-                one.prompt.holders.remove(one)
-            self._pool.give_back(one.blocks)
-            if one.source is None:
-                self._released.append(one.request_id)
-            one.blocks, one.num_computed, one.source = [], 0, None
-            if one is not request:
-                del self._by_id[one.request_id]
+        """Frees its blocks. The next plan lists it as released, so that the stages drop it."""
+        for beam in request.beams:
+            if beam is not request:
+                del self._by_id[beam.request_id]
+        self._released += stop(self._running, self._pool, request)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from gptj_dist.chunking import MAX_CHUNK_TOKENS, StepCost, best_chunk_tokens, most_chunk_tokens_beside_decodes
+from gptj_dist.engine.chunk_sizes import UNKNOWN_COST
 from gptj_dist.engine.plan import Chunk, Embedding, NewRequest, Plan, Result, StageTiming
 from gptj_dist.engine.request import FinishReason, Prompt, Request, run_order
-from gptj_dist.engine.scheduler import UNKNOWN_COST, Scheduler
+from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import NextPlan, SchedulerConfig, TokenOutput
 from gptj_dist.errors import RequestTooLongError
 from gptj_dist.params import AdapterChoice, Pooling, SamplingParams, TokenLogprobs
