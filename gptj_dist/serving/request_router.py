@@ -31,16 +31,18 @@ class PrefixRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Called by Serve. Ranks the replicas; a call of `Pipeline.generate` also gets why it went to the first."""
-        if len(candidate_replicas) < 2 or pending_request is None or pending_request.metadata.call_method != "generate":
+        if pending_request is None:
+            return [candidate_replicas]
+        call = pending_request.metadata.internal_request_id
+        # Serve finds the request that it has chosen for by this id, which the calls of an HTTP request may share.
+        self._pending_requests_by_id[call] = pending_request
+        if len(candidate_replicas) < 2 or pending_request.metadata.call_method != "generate":
             return [random.sample(candidate_replicas, len(candidate_replicas))]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         records, reply_to = pending_request.args
         stream = (reply_to.inbox.endpoint, reply_to.stream_id)
-        call = pending_request.metadata.internal_request_id
         names, route = self._router.choose(by_name, call, stream, records, time.monotonic())
         pending_request.kwargs["route"] = route
-        # Serve finds the request that it has chosen for by this id, which the calls of an HTTP request may share.
-        self._pending_requests_by_id[call] = pending_request
         return [[by_name[name]] for name in names]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:

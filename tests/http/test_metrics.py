@@ -107,6 +107,14 @@ def test_the_sums_over_all_replicas_are_what_was_sent(server: Server) -> None:
     wait_until(lambda: grown(server, before, expected), f"all has grown by {expected}", timeout_s=20)
 
 
+def test_several_prompts_of_one_request_are_all_routed(server: Server) -> None:
+    """Behind Serve's proxy their calls share an id."""
+    before = sums(server)["routed_prompts_total"]
+    prompts = [f"{number} things are to be said" for number in range(6)]
+    assert len(server.complete(prompt=prompts, max_tokens=2)["choices"]) == len(prompts)
+    wait_until(lambda: sums(server)["routed_prompts_total"] == before + 6, "all are counted", timeout_s=20)
+
+
 def test_a_stop_string_is_a_stop_and_a_client_that_goes_is_an_abort(server: Server) -> None:
     before = sums(server)
     word = server.client.post("/tokenize", json={"prompt": " the"}).json()["tokens"]
