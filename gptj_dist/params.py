@@ -6,9 +6,10 @@ on the model, which `engine/limits.py` checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.field_types import type_problems
@@ -18,6 +19,7 @@ MAX_ADAPTERS = 8
 MAX_STRENGTH = 100.0
 MAX_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 256
+MAX_GRAMMAR_CHARACTERS = 1 << 17
 
 RANGES: Mapping[str, tuple[float, float]] = {
     "max_tokens": (0, 2**31),
@@ -50,7 +52,14 @@ NO_TOKEN = -1
 BROKEN_TOKEN = -2
 """The sampler's answer where the model computed no numbers, but NaN."""
 
+COMPLETE_TOKEN = -3
+"""The sampler's answer where the text matches the request's grammar, and no token may follow."""
+
+BLANKS = r"\n?[ \t]{0,16}"
+"""Blanks between the tokens of JSON, as a regular expression. Without a limit, some models write blanks for ever."""
+
 PoolingKind = Literal["mean", "last"]
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,61 @@ class AdapterChoice:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What a generated text matches, from its first character to its last.
+
+    `Grammar("regex", r"[0-9]{4}")` and `Grammar("grammar", 'start: "yes" | "no"')` are written directly; for the other
+    kinds there are `json` and `choice`.
+
+    Args:
+        kind: of `text`: a JSON schema, a regular expression in Rust's syntax, a JSON list of strings, or a
+            context-free grammar in Lark's or GBNF's notation.
+        text: at most 131,072 characters.
+
+    Raises:
+        InvalidRequestError: the text is too long. Whether it is valid is checked where it is compiled.
+    """
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        rule = f"takes at most {MAX_GRAMMAR_CHARACTERS} characters"
+        _check(len(self.text) <= MAX_GRAMMAR_CHARACTERS, "structured_outputs", rule, len(self.text))
+
+    @classmethod
+    def json(cls, schema: Mapping[str, object] | str, blanks: str = BLANKS) -> Self:
+        """JSON that is valid by a schema.
+
+        Args:
+            schema: an object, or its JSON. `{"type": "object"}` allows every object.
+            blanks: what may stand between tokens, as a regular expression; "" for nothing.
+
+        Raises:
+            InvalidRequestError: it is not an object.
+        """
+        try:
+            parsed = json.loads(schema) if isinstance(schema, str) else dict(schema)
+            is_object = isinstance(parsed, dict)
+            options = {"whitespace_pattern": blanks} if blanks else {"whitespace_flexible": False}
+            text = json.dumps({**parsed, "x-guidance": options}) if is_object else ""
+        except (TypeError, ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise InvalidRequestError(
+                "structured_outputs must have a JSON schema that is an object", "structured_outputs"
+            )
+        return cls("json", text)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> Self:
+        """One of some texts. Raises InvalidRequestError if there is none."""
+        _check(len(choices) > 0, "structured_outputs", "must have a choice", choices)
+        return cls("choice", json.dumps(list(choices)))
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """Sampling settings of a request; the names and meanings are those of OpenAI's and vLLM's APIs.
 
@@ -145,6 +209,7 @@ class SamplingParams:
             0 favours long texts.
         early_stopping: when a beam search ends: true as soon as there are as many texts as beams, false when none of
             the beams is better at its present length, "never" when none can become better.
+        structured_outputs: what the text matches when it ends by itself; None for any text.
 
     Raises:
         InvalidRequestError: a value has another type or is out of its range; `param` names it.
@@ -179,6 +244,7 @@ class SamplingParams:
     best_of: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    structured_outputs: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, value in tuple(vars(self).items()):

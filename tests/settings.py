@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from gptj_dist.errors import InvalidRequestError
-from gptj_dist.params import AdapterChoice, Pooling, SamplingParams
+from gptj_dist.params import AdapterChoice, Grammar, Pooling, SamplingParams
 
 _CANDIDATES = (
     "salt",
@@ -21,6 +21,7 @@ _CANDIDATES = (
     ((3, 4), (5,)),
     Pooling("last", 1),
     (AdapterChoice("poet", 0.5),),
+    Grammar("regex", "[a-z]+"),
 )
 
 FIELD_NAMES = tuple(field.name for field in fields(SamplingParams))

@@ -42,6 +42,9 @@ NO_TEMPLATE = (
     "or use /v1/completions"
 )
 
+GRAMMAR_COST = 100_000
+"""Of a grammar, at most: it is compiled."""
+
 PART_COST = 30
 """Of a text or a list of ids, beside one for each character or id."""
 
@@ -147,6 +150,8 @@ class PromptReader:
         limits: EngineLimits,
     ) -> Prepared:
         params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), defaults)
+        if params.structured_outputs is not None:
+            self._model.tokenizer.grammars.check(params.structured_outputs)
         prepared = _checked(prompts, params, limits)
         _check_logprobs(prepared, request.num_sampled)
         return prepared
@@ -227,7 +232,8 @@ def _checked(prompts: list[EncodedPrompt], params: SamplingParams, limits: Engin
 
 def reading_cost(request: SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest) -> int:
     """An estimate of the microseconds that reading the request takes, for `Work`."""
-    return sum(len(part) + PART_COST for part in _parts(request))
+    has_grammar = isinstance(request, SamplingFields) and request.grammar is not None
+    return GRAMMAR_COST * has_grammar + sum(len(part) + PART_COST for part in _parts(request))
 
 
 def _parts(request: SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest) -> Iterable[Any]:

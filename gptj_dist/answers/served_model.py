@@ -64,6 +64,7 @@ class ServedModel:
         directory = resolve_model(config.model, config.revision)
         model = read_model_config(directory)
         tokenizer, template = Tokenizer.load(directory), load_chat_template(directory, chat_template)
+        _ = tokenizer.grammars  # now, since it would hold up the requests of an event loop
         end_of_text = tokenizer.token_text(model.eos_token_ids[0]) if model.eos_token_ids else ""
         return cls(
             names=names,

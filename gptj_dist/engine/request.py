@@ -10,7 +10,7 @@ from enum import StrEnum
 from gptj_dist.engine.beams import Beam, BeamSearch
 from gptj_dist.engine.drafts import Drafter
 from gptj_dist.engine.plan import KVPrefix, NewRequest, Plan, PromptLogprobs
-from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, Continuation, SamplingParams, TokenLogprobs
+from gptj_dist.params import BROKEN_TOKEN, COMPLETE_TOKEN, NO_TOKEN, Continuation, SamplingParams, TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -156,7 +156,7 @@ class Request:
         """Adds a sampled token; returns the reason if it ends the request.
 
         Args:
-            token_id: `NO_TOKEN` and `BROKEN_TOKEN` end the request before `max_tokens`.
+            token_id: `NO_TOKEN`, `BROKEN_TOKEN` and `COMPLETE_TOKEN` end the request before `max_tokens`.
         """
         self.is_awaiting_token = False
         if token_id == BROKEN_TOKEN:
@@ -165,6 +165,8 @@ class Request:
             return FinishReason.LENGTH
         if token_id == NO_TOKEN:
             return FinishReason.CONTENT_FILTER
+        if token_id == COMPLETE_TOKEN:
+            return FinishReason.STOP
         self.token_ids.append(token_id)
         if token_id in self.params.stop_token_ids or (token_id in eos_token_ids and not self.params.ignore_eos):
             return FinishReason.STOP

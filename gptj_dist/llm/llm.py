@@ -262,6 +262,9 @@ class LLM:
             each = params_of_prompts(params, len(prompts))
             if any(settings.pooling is not None for settings in each):
                 raise InvalidRequestError("pooling makes embeddings: call embed", "pooling")
+            for grammar in {settings.structured_outputs for settings in each}:
+                if grammar is not None:
+                    self.tokenizer.grammars.check(grammar)
             return [with_sources(settings, self._adapters) for settings in each]
         if "max_tokens" not in defaults:
             return [SamplingParams(**defaults)] * len(prompts)

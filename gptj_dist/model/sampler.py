@@ -19,7 +19,7 @@ from torch import Tensor
 from gptj_dist.model.controls import apply_controls, completing
 from gptj_dist.model.inputs import to_device
 from gptj_dist.model.logprobs import token_logprobs
-from gptj_dist.params import BROKEN_TOKEN, NO_TOKEN, Continuation, SamplingParams, TokenLogprobs
+from gptj_dist.params import BROKEN_TOKEN, COMPLETE_TOKEN, NO_TOKEN, Continuation, SamplingParams, TokenLogprobs
 from gptj_dist.token_rules import TokenRules
 
 CPU_ROWS_AT_ONCE = 2
@@ -32,6 +32,19 @@ GROUP_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarMask:
+    """What a request's grammar allows at a position.
+
+    Args:
+        banned: bool [vocab_size], on the CPU.
+        is_complete: whether the text may end before this position.
+    """
+
+    banned: Tensor
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SampleSpec:
     """How one row is sampled.
 
@@ -41,6 +54,7 @@ class SampleSpec:
         position: where the sampled token will stand in its sequence.
         num_prompt_tokens: positions below this belong to the prompt.
         history: the request's tokens so far; only controls read it.
+        mask: by the request's grammar; None without one.
     """
 
     params: SamplingParams
@@ -48,6 +62,7 @@ class SampleSpec:
     position: int
     num_prompt_tokens: int = 0
     history: Sequence[int] = ()
+    mask: GrammarMask | None = None
 
     @property
     def may_end(self) -> bool:
@@ -86,8 +101,9 @@ class Sampler:
     def draw(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         """One token for each row of float32 [rows, vocab_size]: int64 [rows]. The logits are overwritten.
 
-        The token is `NO_TOKEN` for rows in which every token is banned, and `BROKEN_TOKEN` for rows with a NaN. The
-        tokens stay on the device, and the host does not wait for them.
+        The token is `BROKEN_TOKEN` for rows with a NaN; for rows in which every token is banned it is `COMPLETE_TOKEN`
+        if the text may end by its grammar, else `NO_TOKEN`. The tokens stay on the device, and the host does not wait
+        for them.
         """
         self._control(logits, specs)
         tokens = _likeliest(logits)
@@ -95,7 +111,9 @@ class Sampler:
         for rows in _group_by_kind(specs, self._rows_at_once):
             places = to_device(torch.tensor(rows), self._device)
             tokens[places] = self._sample_kind(logits[places], [specs[row] for row in rows])
-        return tokens.where(largest > -math.inf, torch.where(largest.isnan(), BROKEN_TOKEN, NO_TOKEN))
+        no_tokens = [COMPLETE_TOKEN if spec.mask is not None and spec.mask.is_complete else NO_TOKEN for spec in specs]
+        no_token = to_device(torch.tensor(no_tokens), self._device)
+        return tokens.where(largest > -math.inf, torch.where(largest.isnan(), BROKEN_TOKEN, no_token))
 
     def continuations(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[tuple[Continuation, ...]]:
         """How the beam of each row of float32 [rows, vocab_size] may go on, as `BeamSearch.step` takes it.
@@ -129,6 +147,8 @@ class Sampler:
         for row, spec, spare in zip(each_row, specs, spares, strict=True):
             if spare is not None:
                 row[spare[0]] = spare[1]
+            if spec.mask is not None:
+                row.masked_fill_(to_device(spec.mask.banned, self._device), -math.inf)
             apply_controls(row, spec.params, spec.history, spec.num_prompt_tokens, self._banned_ids(spec))
 
     def _named_spares(self, row: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor] | None:

@@ -32,6 +32,7 @@ from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.drafts import accept
 from gptj_dist.stages.embeddings import EmbeddingPools
+from gptj_dist.stages.grammars import GrammarMasks
 from gptj_dist.stages.lone_steps import LoneCores, StageThreads, find_end_of_team
 from gptj_dist.stages.threads import ThreadChooser
 
@@ -88,6 +89,7 @@ class StageRunner:
         self._adapted: set[int] = set()
         self._threads: StageThreads | None = None
         self._sampler = Sampler(spec.rules, self._device)
+        self._masks = GrammarMasks(spec.rules)
         self.num_beats = 0
 
     def describe_device(self) -> DeviceReport:
@@ -117,6 +119,8 @@ class StageRunner:
             torch.set_num_threads(num_threads)
             self._threads = _stage_threads(num_threads, lone, spec.layers.num_layers)
         directory = resolve_model(spec.model, spec.revision)
+        if spec.layers.is_last:
+            self._masks.load(directory)
         fetch_weights(spec.model, directory, spec.layers, spec.config, lambda file: on_progress(f"fetching {file}"))
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
             self._model = StageModel(
@@ -199,6 +203,7 @@ class StageRunner:
             specs = [spec for chunk in sampled for spec in self._sample_specs(chunk)]
             continuations = self._continuations(sampled, output, specs)
             token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
+            self._masks.prepare_next(sampled, token_ids)
         if self._threads is not None:
             self._threads.end_step()
         if not self._spec.layers.is_last:
@@ -334,12 +339,14 @@ class StageRunner:
             if request.begins_with is not None:
                 cache.extend(request.request_id, request.begins_with.blocks)
             if self._spec.layers.is_last:
-                self._histories[request.request_id] = self._first_history(request.begins_with)
+                self._histories[request.request_id] = history = self._first_history(request.begins_with)
+                self._masks.add(request, history)
         for chunk in plan.chunks:
             if chunk.request_id in self._histories:
                 self._histories[chunk.request_id][chunk.start :] = chunk.token_ids  # in place of rejected drafts
             if chunk.new_blocks:
                 cache.extend(chunk.request_id, chunk.new_blocks)
+        self._masks.prepare(plan.chunks)
         for request in plan.new_requests:
             begins_with = request.begins_with
             if begins_with is not None and begins_with.source_id is not None:
@@ -349,6 +356,7 @@ class StageRunner:
         del self._requests[request_id]
         self._adapted.discard(request_id)
         self._histories.pop(request_id, None)
+        self._masks.release(request_id)
         self._pools.release(request_id)
         cache.release(request_id)
 
@@ -363,6 +371,7 @@ class StageRunner:
     def _sample_specs(self, chunk: Chunk) -> list[SampleSpec]:
         """Of the chunk's last token and of each draft."""
         request, history = self._requests[chunk.request_id], self._histories[chunk.request_id]
+        first = chunk.start + chunk.num_known
         return [
             SampleSpec(
                 request.params,
@@ -370,8 +379,9 @@ class StageRunner:
                 position,
                 request.num_prompt_tokens,
                 history if position == len(history) else history[:position],
+                mask,
             )
-            for position in range(chunk.start + chunk.num_known, len(history) + 1)
+            for position, mask in enumerate(self._masks.masks(chunk), first)
         ]
 
 

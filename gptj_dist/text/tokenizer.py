@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tokenizers
 
+from gptj_dist.text.grammar import Grammars
 from gptj_dist.text.tokenizer_files import read_bpe
 
 # GPT-J's embedding has 143 rows more than its vocabulary: named like this, never trained.
@@ -43,6 +44,12 @@ class Tokenizer:
         if self._bpe.normalizer is not None or any(token.lstrip or token.rstrip for token in added):
             return None  # characters may be dropped, or blanks belong to a token beside them
         return max(len(self.token_or_special_bytes(id)) for id in self._names)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles grammars for these tokens. The first use takes some 100 ms, in which no other thread runs."""
+        ids = range(max(self._names) + 1)
+        return Grammars([self.token_or_special_bytes(id) for id in ids], [id for id in ids if self.special_name(id)])
 
     @property
     def num_entries(self) -> int:

@@ -16,18 +16,19 @@ from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.chat import ChatRequest, Conversation, Message, TextPart
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs
 from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest, TextOptions
 from gptj_dist.answers.schema.sampling import AdapterField, ChoiceFields, SamplingFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tests.adapters import model_config, write_lora
-from tests.http import field_checks_adapters, field_checks_others, field_checks_text
+from tests.http import field_checks_adapters, field_checks_grammars, field_checks_others, field_checks_text
 from tests.http.fields import BATCH_SIZE, Face, checks_of, choice, ids, text_of
 from tests.http.keys import key_of, write_keys
 from tests.http.server import Server, serving
 from tests.http.test_completions import stream_events
 
 pytestmark = pytest.mark.ray
-CHECKS_REGISTERED_BY = (field_checks_adapters, field_checks_text, field_checks_others)
+CHECKS_REGISTERED_BY = (field_checks_adapters, field_checks_grammars, field_checks_text, field_checks_others)
 TEMPLATE = (
     "{% for message in messages %}{{ prefix }}{{ message.name }}"
     "{% if message.role == 'system' %}({{ message.content }}) {% else %}{{ message.content }}{% endif %}{% endfor %}"
@@ -47,6 +48,9 @@ BODIES = (
     TextOptions,
     StreamOptions,
     AdapterField,
+    StructuredOutputs,
+    ResponseFormat,
+    NamedSchema,
     LoadAdapterRequest,
     UnloadAdapterRequest,
 )

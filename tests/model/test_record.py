@@ -11,7 +11,7 @@ import pytest
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import RequestRecord, new_records
-from gptj_dist.params import TokenLogprobs
+from gptj_dist.params import Grammar, TokenLogprobs
 
 PROMPT = "It was the best of times, it was"
 MAX_TOKENS, NUM_CHOICES = 12, 3
@@ -26,6 +26,7 @@ KINDS = {
         MAX_TOKENS, seed=9, temperature=2.0, min_tokens=8, stop_token_ids=tuple(range(0, 1000, 2)), logprobs=0
     ),
     "bad words": SamplingParams(MAX_TOKENS, seed=2, bad_words=((5, 6), (11,)), logit_bias=((13, 4.0),)),
+    "grammar": SamplingParams(MAX_TOKENS, seed=4, structured_outputs=Grammar.json({"type": "object"}), logprobs=0),
     "prompt_logprobs": SamplingParams(MAX_TOKENS, seed=3, prompt_logprobs=1, logprobs=1),
 }
 

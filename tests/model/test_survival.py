@@ -15,7 +15,7 @@ from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.engine.record import new_records
 from gptj_dist.errors import StageFailedError
-from gptj_dist.params import Pooling, SamplingParams
+from gptj_dist.params import Grammar, Pooling, SamplingParams
 from gptj_dist.stages.local import LocalExecutor, start_local
 from tests.adapters import chosen, model_config, write_lora
 
@@ -30,6 +30,7 @@ REQUESTS = (
     (PROMPT[:20], SamplingParams(max_tokens=0, prompt_logprobs=2), 1),
     (PROMPT, SamplingParams(max_tokens=0, pooling=Pooling("mean", 5)), 1),
     (PROMPT[:9], SamplingParams(max_tokens=1, temperature=0, logprobs=0), 1),
+    (PROMPT[2:], replace(SAMPLED, ignore_eos=False, structured_outputs=Grammar.json({"type": "array"})), 2),
     (PROMPT[5:], SamplingParams(max_tokens=25, temperature=0, stop_token_ids=(198,), min_tokens=3, logprobs=0), 1),
 )
 

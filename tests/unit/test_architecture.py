@@ -42,7 +42,7 @@ THIRD_PARTY_OF = {
         STDLIB_ONLY,
     ),
     "yaml_files": {"yaml"},
-    "text": {"tokenizers", "jinja2"},
+    "text": {"tokenizers", "jinja2", "llguidance"},
     "model": {"torch", "triton"},
     "checkpoint": {"torch", "huggingface_hub"},
     "answers": {"pydantic", "pydantic_core"},

@@ -3,4 +3,4 @@
 Checks every field, and turns the fields into `SamplingParams`. Knows no model and no tokenizer.
 """
 
-__all__ = ["adapters", "base", "chat", "completions", "embeddings", "responses", "sampling", "tokens"]
+__all__ = ["adapters", "base", "chat", "completions", "embeddings", "grammars", "responses", "sampling", "tokens"]

@@ -100,6 +100,11 @@ class Body(BaseModel):
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
 
+    @classmethod
+    def field_names(cls) -> set[str]:
+        """The served fields, as clients call them: pydantic has methods of the names `json` and `schema`."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
+
     def own_names(self) -> Mapping[str, str]:
         """Names of `SamplingParams`, and `prompt`, for which this body has another name; and that name."""
         return {}
@@ -114,7 +119,7 @@ class Body(BaseModel):
     @classmethod
     def _is_served(cls, name: str, value: object) -> bool:
         """Whether the field counts. Raises PydanticCustomError if it is unknown, or asks for what is not served."""
-        if name in cls.model_fields:
+        if name in cls.field_names():
             return value is not None
         if name in cls.hints:
             return False
@@ -128,7 +133,7 @@ class Body(BaseModel):
 
     @classmethod
     def _nearest(cls, name: str) -> str:
-        nearest = difflib.get_close_matches(name[:100], [*cls.model_fields, *cls.hints, *cls.unserved], n=1)
+        nearest = difflib.get_close_matches(name[:100], [*cls.field_names(), *cls.hints, *cls.unserved], n=1)
         return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 

@@ -129,7 +129,7 @@ class ChatRequest(ChoiceFields):
 
     def own_names(self) -> Mapping[str, str]:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        return {**super().own_names(), "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
 
     def check(self) -> None:
         super().check()

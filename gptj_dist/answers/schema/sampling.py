@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from gptj_dist.answers.schema.base import Body, Ids, Integer, Strings, Unserved, one_of
+from gptj_dist.answers.schema.grammars import ResponseFormat, StructuredOutputs
 from gptj_dist.errors import InvalidRequestError
-from gptj_dist.params import NOT_SAMPLED, AdapterChoice, SamplingParams
+from gptj_dist.params import NOT_SAMPLED, AdapterChoice, Grammar, SamplingParams
 
 BadWords: TypeAlias = tuple[tuple[int, ...], ...]
 Defaults: TypeAlias = Mapping[str, Any]
@@ -35,14 +37,13 @@ UNSERVED: Unserved = {
         "guided_whitespace_pattern", "kv_transfer_params", "logits_processors", "logprob_token_ids",
         "media_io_kwargs", "mm_processor_kwargs", "moderation", "prediction", "prompt_embeds", "reasoning_effort",
         "repetition_detection", "request_id", "return_token_offsets", "session_id", "stream_interval",
-        "structured_outputs", "suffix", "thinking_token_budget", "tools", "top_logprobs", "use_beam_search",
+        "suffix", "thinking_token_budget", "tools", "top_logprobs", "use_beam_search",
         "verbosity", "vllm_xargs", "watermarking", "web_search_options",
     )),
     "best_of": 1,
     "function_call": "none",
     "length_penalty": 1,
     "modalities": ["text"],
-    "response_format": {"type": "text"},
     "tool_choice": "none",
     "truncation_side": "left",
 }  # fmt: skip
@@ -88,6 +89,7 @@ class SamplingFields(Body):
         timeout_s: seconds, more than 0, after which the request is given up and answered with an error.
         cache_salt: only requests with the same one share cached prompt tokens; for clients that must not learn from the
             time to the first token what others have asked.
+        structured_outputs: what the text matches when it ends by itself.
     """
 
     hints: ClassVar = HINTS
@@ -117,6 +119,7 @@ class SamplingFields(Body):
     priority: Integer = 0
     adapters: Annotated[list[AdapterField], Field(fail_fast=True)] = []
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def num_choices(self) -> int:
@@ -143,6 +146,13 @@ class SamplingFields(Body):
             raise InvalidRequestError("bad_words must not hold an empty word", "bad_words")
         if self.timeout_s is not None and not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequestError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:.0f}", "timeout_s")
+        if self.structured_outputs is not None:
+            self.structured_outputs.check()
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """What the text must match; None for any text."""
+        return None if self.structured_outputs is None else self.structured_outputs.as_grammar()
 
     def own_params(self) -> dict[str, Any]:
         """Parameters that the body calls by another name, or makes of several fields."""
@@ -164,6 +174,7 @@ class SamplingFields(Body):
         params = {**defaults, **self.model_dump(include=SAME_IN_PARAMS, exclude_unset=True), **self.own_params()}
         params["logit_bias"] = tuple((_token_id(text), bias) for text, bias in self.logit_bias.items())
         params["bad_words"] = bad_words
+        params["structured_outputs"] = self.grammar
         params["adapters"] = tuple(AdapterChoice(each.name, each.strength) for each in self.adapters)
         if max_tokens is not None:
             params["max_tokens"] = max_tokens
@@ -180,6 +191,7 @@ class ChoiceFields(SamplingFields):
         return_tokens_as_token_ids: name tokens in log probabilities by their ids, such as `token_id:198`.
         use_beam_search: search for the `n` likeliest texts, and return the best first; not with `stream`. A stop string
             cuts them afterwards.
+        response_format: OpenAI's name for the JSON forms of `structured_outputs`.
     """
 
     n: Integer = 1
@@ -190,6 +202,7 @@ class ChoiceFields(SamplingFields):
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
+    response_format: ResponseFormat | None = None
 
     @property
     def num_choices(self) -> int:
@@ -206,10 +219,24 @@ class ChoiceFields(SamplingFields):
             defaults = {name: value for name, value in defaults.items() if name not in NOT_SAMPLED}
         return super().sampling_params(max_tokens, bad_words, defaults)
 
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        of_format = None if self.response_format is None else self.response_format.grammar()
+        return super().grammar if of_format is None else of_format
+
+    def own_names(self) -> Mapping[str, str]:
+        return {} if self.structured_outputs is not None else {"structured_outputs": "response_format"}
+
     def check(self) -> None:
         super().check()
         if self.use_beam_search and self.stream:
             raise InvalidRequestError("use_beam_search has no stream: the texts are known last", "stream")
+        if self.response_format is not None:
+            self.response_format.check()
+            if self.structured_outputs is not None and self.response_format.type != "text":
+                raise InvalidRequestError(
+                    "response_format and structured_outputs contradict each other", "response_format"
+                )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options may be given only when stream is true", "stream_options")
         if self.truncate_prompt_tokens is not None and (
@@ -222,6 +249,7 @@ SAME_IN_PARAMS = {field.name for field in fields(SamplingParams)} & ChoiceFields
     "bad_words",
     "logit_bias",
     "adapters",
+    "structured_outputs",
 }
 """Fields that mean in `SamplingParams` what they mean here."""
 

@@ -1,0 +1,190 @@
+"""Which tokens may come next in a text that must match a schema, an expression or a grammar, by llguidance.
+
+Tokens are compared as bytes, so a text may be cut into tokens in any way that a model likes: none is forced. No input
+raises an error of llguidance's, and its limits bound the time of each call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from threading import Lock
+from typing import NamedTuple
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from, regex_to_lark
+
+from gptj_dist.errors import InvalidRequestError, one_line
+from gptj_dist.params import Grammar
+
+NUM_KEPT = 64
+"""Compiled grammars that are kept."""
+
+NUM_PROBED = 3
+"""Tokens that are tried before a grammar is accepted."""
+
+MAX_PROPERTIES = 512
+"""Of one object in a schema: the time to compile them grows with the square of their number."""
+
+LIMITS, JSON_LIMITS = (
+    LLParserLimits(
+        max_grammar_size=size,
+        max_items_in_row=items // 10,
+        step_max_items=items,
+        step_lexer_fuel=100_000,
+        max_lexer_states=50_000,
+        verbose_errors=False,
+    )
+    for size, items in ((2_000, 10_000), (16_000, 100_000))
+)
+"""What compiling a grammar, and a mask, may take. A schema's rules are simpler than others, so it may have more."""
+
+OPTIONS = "%llguidance"
+"""Begins a line of options in a Lark grammar."""
+
+
+class NextTokens(NamedTuple):
+    """What may follow a text.
+
+    Args:
+        bits: bit `i % 8` of byte `i // 8` says whether token `i` may.
+        may_end: whether the text may end here.
+    """
+
+    bits: bytes
+    may_end: bool
+
+
+class Matcher:
+    """Follows one text from its beginning. One thread at a time may call it.
+
+    Args:
+        end_id: the id of a token that stands for the end of the text.
+    """
+
+    def __init__(self, matcher: LLMatcher, end_id: int) -> None:
+        self._matcher = matcher
+        self._end_id = end_id
+
+    def consume(self, token_ids: Sequence[int]) -> None:
+        """Goes on after these tokens."""
+        if token_ids:
+            self._matcher.consume_tokens(list(token_ids))
+
+    def next_tokens(self) -> NextTokens:
+        """What may come next; nothing if the text does not match, or if a limit is exceeded."""
+        bits = bytearray(self._matcher.compute_bitmask())
+        if self._matcher.is_error():
+            return NextTokens(bytes(len(bits)), may_end=False)
+        place, bit = self._end_id // 8, 1 << self._end_id % 8
+        may_end = bool(bits[place] & bit)
+        bits[place] &= ~bit
+        return NextTokens(bytes(bits), may_end)
+
+
+class Grammars:
+    """Compiles grammars for a vocabulary.
+
+    Args:
+        tokens: the bytes of each token.
+        special_ids: tokens that stand for no text.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int]) -> None:
+        self._end_id = len(tokens)
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokens, special_ids)))
+        self._compiled = lru_cache(NUM_KEPT)(self._compile)
+        self._lock = Lock()
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises InvalidRequestError if it is not valid, too large, or if no text matches it."""
+        self._compiled(grammar)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """A matcher of an empty text. Raises InvalidRequestError, as `check`."""
+        compiled = self._compiled(grammar)
+        with self._lock:
+            return Matcher(compiled.deep_copy(), self._end_id)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        """The grammar with its first mask, whose parts all copies share."""
+        text = LLMatcher.grammar_from_lark(f'{_as_lark(grammar)}\n{OPTIONS} {{"no_forcing": true}}\n')
+        limits = JSON_LIMITS if grammar.kind == "json" else LIMITS
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
+        if error := matcher.get_error() or self._first_problem(matcher):
+            raise _invalid(_problem(error, grammar))
+        return matcher
+
+    def _first_problem(self, matcher: LLMatcher) -> str:
+        """The error in the first masks, if there is one."""
+        matcher.compute_bitmask()
+        probe = matcher.deep_copy()
+        for _ in range(NUM_PROBED):
+            mask = int.from_bytes(probe.compute_bitmask(), "little")
+            first = (mask & -mask).bit_length() - 1
+            if probe.is_stopped() or first == self._end_id:
+                break
+            probe.consume_token(first)
+        return probe.get_error()
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants it, with a token more for the end of a text."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int]) -> None:
+        self.eos_token_id = len(tokens)
+        self.tokens = [*tokens, b"<|end|>"]
+        self.special_token_ids = [*special_ids, self.eos_token_id]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        raise NotImplementedError("called only where tokens are forced")
+
+
+def _as_lark(grammar: Grammar) -> str:
+    match grammar.kind:
+        case "json":
+            if (number := _most_properties(json.loads(grammar.text))) > MAX_PROPERTIES:
+                raise _invalid(f"an object has {number} properties, at most {MAX_PROPERTIES} are taken")
+            return f"start: %json {grammar.text}"
+        case "regex":
+            return f"start: /{regex_to_lark(grammar.text, '')}/"
+        case "choice":
+            return f"start: /{regex_to_lark('|'.join(map(re.escape, json.loads(grammar.text))), '')}/"
+        case "grammar":
+            if OPTIONS in grammar.text:
+                raise _invalid(f"{OPTIONS} is not taken")
+            try:
+                return grammar_from("grammar", grammar.text)
+            except (ValueError, RecursionError) as error:
+                raise _invalid(one_line(error)) from None
+
+
+def _most_properties(schema: object) -> int:
+    """The largest number of members of an object in the schema."""
+    parts, most = [schema], 0
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            most = max(most, len(part))
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return most
+
+
+def _problem(error: str, grammar: Grammar) -> str:
+    """What is wrong, in a line; llguidance quotes the text around it in further lines."""
+    if error.startswith("NoExtension"):
+        return "no text matches it"
+    first, *others = error.splitlines()
+    reason = next((line.removeprefix("error: ") for line in others if line.startswith("error: ")), first)
+    if grammar.kind != "grammar":  # only there the place is one that the client knows
+        reason = re.sub(r"^(at )?\d+\(\d+\): ", "", reason)
+    return one_line(reason.removeprefix("failed to compile JSON schema: "))
+
+
+def _invalid(problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"structured_outputs cannot be served: {problem:.300}", "structured_outputs")
