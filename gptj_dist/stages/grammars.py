@@ -77,19 +77,20 @@ class GrammarMasks:
         if self._requests:
             for chunk, token_ids in zip(_sampled(chunks), chain(([id] for id in sampled), repeat([])), strict=False):
                 if (followed := self._requests.get(chunk.request_id)) is not None:
-                    text = followed.history[followed.request.num_prompt_tokens :]
-                    self._prepare(followed, [*text, *token_ids])
+                    self._prepare(followed, token_ids)
 
     def mask(self, request_id: int) -> GrammarMask | None:
         """The mask that was prepared last; None for a request without a grammar. May wait for it."""
         followed = self._requests.get(request_id)
         return None if followed is None or followed.mask is None else followed.mask.result()
 
-    def _prepare(self, followed: _Followed, text: Sequence[int]) -> None:
-        """Begins to compute the mask after a text, unless it was begun before."""
-        if len(text) > followed.num_tokens:
-            new_ids = text[max(followed.num_tokens, 0) :]
-            followed.num_tokens = len(text)
+    def _prepare(self, followed: _Followed, sampled: Sequence[int]) -> None:
+        """Begins to compute the mask after the history and the sampled tokens, unless it was begun before."""
+        num_prompt_tokens = followed.request.num_prompt_tokens
+        num_tokens = max(0, len(followed.history) - num_prompt_tokens) + len(sampled)
+        if num_tokens > followed.num_tokens:
+            new_ids = [*followed.history[num_prompt_tokens + max(0, followed.num_tokens) :], *sampled]
+            followed.num_tokens = num_tokens
             followed.mask = self._thread.submit(self._compute, followed, new_ids)
 
     def _compute(self, followed: _Followed, new_ids: Sequence[int]) -> GrammarMask:
