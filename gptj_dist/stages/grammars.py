@@ -72,11 +72,13 @@ class GrammarMasks:
         """Begins to compute the masks of the next tokens.
 
         Args:
-            sampled: tokens that are not in the histories yet, one for each of the chunks that are sampled.
+            sampled: tokens that are not in the histories yet, one for each of the chunks that are sampled; those of
+                beams do not count.
         """
         if self._requests:
             for chunk, token_ids in zip(_sampled(chunks), chain(([id] for id in sampled), repeat([])), strict=False):
-                if (followed := self._requests.get(chunk.request_id)) is not None:
+                followed = self._requests.get(chunk.request_id)
+                if followed is not None and not (token_ids and followed.request.params.use_beam_search):
                     self._prepare(followed, token_ids)
 
     def mask(self, request_id: int) -> GrammarMask | None:

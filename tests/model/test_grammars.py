@@ -106,6 +106,14 @@ def test_requests_with_and_without_grammars_get_what_they_get_alone(llm: LLM) ->
     assert together[1::3] == [llm.generate(PROMPT * 4, params)[0] for params in each[1::3]]
 
 
+def test_beams_are_texts_of_the_grammar(llm: LLM, kept: dict[str, Any]) -> None:
+    params = replace(BASE, structured_outputs=WORDS, use_beam_search=True, best_of=4, temperature=0, max_tokens=12)
+    beams = complete(llm, params)
+    assert beams == kept.setdefault("beams", beams)
+    assert len({one.text for one in beams}) == 3
+    assert [one.text for one in beams if not re.fullmatch(WORDS.text, one.text)] == []
+
+
 def test_a_grammar_that_is_not_valid_is_refused(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="structured_outputs cannot be served"):
         llm.generate([PROMPT] * 2, [BASE, replace(BASE, structured_outputs=Grammar("regex", "(a"))])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from jsonschema import ValidationError  # type: ignore[import-untyped]  # comes with Ray
+from jsonschema import ValidationError
 from ray._common.utils import import_attr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
