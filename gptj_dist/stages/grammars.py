@@ -68,6 +68,10 @@ class GrammarMasks:
         """Forgets a request, with or without a grammar."""
         self._requests.pop(request_id, None)
 
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown()
+
     def prepare(self, chunks: Sequence[Chunk], sampled: Sequence[int] = ()) -> None:
         """Begins to compute the masks of the next tokens.
 

@@ -47,6 +47,8 @@ class LocalExecutor:
     def close(self) -> None:
         """Waits for the plan being computed, and drops the plans queued after it."""
         self._thread.shutdown(cancel_futures=True)
+        for runner in self._runners:
+            runner.close()
 
     def _compute(self, plan: Plan) -> Result:
         output: StageOutput | Result | None = None

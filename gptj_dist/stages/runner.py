@@ -180,6 +180,10 @@ class StageRunner:
             raise RuntimeError("load() comes before load_adapter()")
         self._adapters.load(source)
 
+    def close(self) -> None:
+        """Ends the stage's threads. No step may follow."""
+        self._masks.close()
+
     def reset(self) -> None:
         """Releases all requests. Weights and the cache's memory stay."""
         if self._cache is not None:
