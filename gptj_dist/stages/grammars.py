@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,15 @@ class _Followed:
     """A request whose text is followed.
 
     Attributes:
-        num_tokens: of the text for which `mask` is, or is being computed; -1 before the first.
+        num_tokens: of the text for which `masks` are, or are being computed; -1 before the first.
+        masks: of the next token, and of those after each draft.
         matcher: used by the thread alone; None before the first mask.
     """
 
     request: NewRequest
     history: Sequence[int]
     num_tokens: int = -1
-    mask: Future[GrammarMask] | None = None
+    masks: Future[list[GrammarMask]] | None = None
     matcher: Matcher | None = None
 
 
@@ -62,7 +62,7 @@ class GrammarMasks:
         """
         if request.params.structured_outputs is not None:
             self._requests[request.request_id] = followed = _Followed(request, history)
-            self._prepare(followed, ())
+            self._prepare(followed, 0)
 
     def release(self, request_id: int) -> None:
         """Forgets a request, with or without a grammar."""
@@ -72,34 +72,49 @@ class GrammarMasks:
         """Ends the thread."""
         self._thread.shutdown()
 
-    def prepare(self, chunks: Sequence[Chunk], sampled: Sequence[int] = ()) -> None:
-        """Begins to compute the masks of the next tokens.
+    def prepare(self, chunks: Sequence[Chunk]) -> None:
+        """Begins to compute the masks of the tokens that are sampled after these chunks, which are in the histories."""
+        for chunk in chunks if self._requests else ():
+            if chunk.samples and (followed := self._requests.get(chunk.request_id)) is not None:
+                self._prepare(followed, chunk.start + chunk.num_known, drafts=chunk.drafts)
+
+    def prepare_next(self, chunks: Sequence[Chunk], sampled: Sequence[int]) -> None:
+        """Begins to compute masks for the next step, of texts of which it is known how they go on.
 
         Args:
-            sampled: tokens that are not in the histories yet, one for each of the chunks that are sampled; those of
-                beams do not count.
+            chunks: those that were sampled.
+            sampled: tokens after each chunk's last token, and after each of its drafts.
         """
-        if self._requests:
-            for chunk, token_ids in zip(_sampled(chunks), chain(([id] for id in sampled), repeat([])), strict=False):
-                followed = self._requests.get(chunk.request_id)
-                if followed is not None and not (token_ids and followed.request.params.use_beam_search):
-                    self._prepare(followed, token_ids)
+        row = 0
+        for chunk in chunks if self._requests else ():
+            followed = self._requests.get(chunk.request_id)
+            if followed is not None and not chunk.num_drafts and not followed.request.params.use_beam_search:
+                self._prepare(followed, chunk.start + chunk.num_known, sampled[row : row + 1])
+            row += 1 + chunk.num_drafts
 
-    def mask(self, request_id: int) -> GrammarMask | None:
-        """The mask that was prepared last; None for a request without a grammar. May wait for it."""
-        followed = self._requests.get(request_id)
-        return None if followed is None or followed.mask is None else followed.mask.result()
+    def masks(self, chunk: Chunk) -> Sequence[GrammarMask | None]:
+        """The masks that were prepared for a chunk; None for a request without a grammar. May wait for them."""
+        followed = self._requests.get(chunk.request_id)
+        if followed is None or followed.masks is None:
+            return [None] * (1 + chunk.num_drafts)
+        return followed.masks.result()
 
-    def _prepare(self, followed: _Followed, sampled: Sequence[int]) -> None:
-        """Begins to compute the mask after the history and the sampled tokens, unless it was begun before."""
-        num_prompt_tokens = followed.request.num_prompt_tokens
-        num_tokens = max(0, len(followed.history) - num_prompt_tokens) + len(sampled)
-        if num_tokens > followed.num_tokens:
-            new_ids = [*followed.history[num_prompt_tokens + max(0, followed.num_tokens) :], *sampled]
+    def _prepare(self, followed: _Followed, stop: int, sampled: Sequence[int] = (), drafts: Sequence[int] = ()) -> None:
+        """Begins to compute masks, unless that was begun before.
+
+        Args:
+            stop: position after the last token of the history that belongs to the text.
+            sampled: the tokens after those.
+            drafts: guesses of the tokens after those.
+        """
+        first = followed.request.num_prompt_tokens
+        num_tokens = max(0, stop - first) + len(sampled)
+        if num_tokens > followed.num_tokens or drafts:
+            new_ids = [*followed.history[first + max(0, followed.num_tokens) : stop], *sampled]
             followed.num_tokens = num_tokens
-            followed.mask = self._thread.submit(self._compute, followed, new_ids)
+            followed.masks = self._thread.submit(self._compute, followed, new_ids, drafts)
 
-    def _compute(self, followed: _Followed, new_ids: Sequence[int]) -> GrammarMask:
+    def _compute(self, followed: _Followed, new_ids: Sequence[int], drafts: Sequence[int]) -> list[GrammarMask]:
         params = followed.request.params
         grammar = params.structured_outputs
         assert grammar is not None, "only requests with a grammar are followed"
@@ -107,10 +122,11 @@ class GrammarMasks:
             try:
                 followed.matcher = self._grammars.result().matcher(grammar)
             except GPTJDistError:  # the request was checked where it arrived, so only this machine's files can differ
-                return GrammarMask(torch.ones(self._rules.vocab_size, dtype=torch.bool), is_complete=False)
+                nothing = torch.ones(self._rules.vocab_size, dtype=torch.bool)
+                return [GrammarMask(nothing, is_complete=False)] * (1 + len(drafts))
         followed.matcher.consume(new_ids)
-        bits, may_end = followed.matcher.next_tokens()
-        return GrammarMask(self._banned(bits, may_end, params), may_end)
+        along = followed.matcher.along(drafts)
+        return [GrammarMask(self._banned(bits, may_end, params), may_end) for bits, may_end in along]
 
     def _banned(self, bits: bytes, may_end: bool, params: SamplingParams) -> Tensor:
         """The tokens that must not come next. Those that end the request may come exactly where the text may end."""
@@ -120,7 +136,3 @@ class GrammarMasks:
         for token_ids, ends in ((rules.eos_token_ids, not params.ignore_eos), (params.stop_token_ids, True)):
             banned[list(token_ids)] = not (may_end and ends)
         return banned
-
-
-def _sampled(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-    return (chunk for chunk in chunks if chunk.samples)

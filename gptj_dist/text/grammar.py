@@ -55,6 +55,10 @@ class NextTokens(NamedTuple):
     bits: bytes
     may_end: bool
 
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may come next."""
+        return token_id // 8 < len(self.bits) and bool(self.bits[token_id // 8] >> token_id % 8 & 1)
+
 
 class Matcher:
     """Follows one text from its beginning. One thread at a time may call it.
@@ -81,6 +85,21 @@ class Matcher:
         may_end = bool(bits[place] & bit)
         bits[place] &= ~bit
         return NextTokens(bytes(bits), may_end)
+
+    def along(self, drafts: Sequence[int]) -> list[NextTokens]:
+        """What may come next, and what may come after each of the drafts. The text stays as it is."""
+        found = [self.next_tokens()]
+        num_consumed = 0
+        for draft in drafts:
+            if found[-1].allows(draft):
+                self._matcher.consume_token(draft)
+                num_consumed += 1
+                found.append(self.next_tokens())
+            else:
+                found.append(NextTokens(b"", may_end=False))
+        if num_consumed:
+            self._matcher.rollback(num_consumed)
+        return found
 
 
 class Grammars:

@@ -24,13 +24,17 @@ SCHEMA = {
     "required": ["kind", "age"],
     "additionalProperties": False,
 }
+ROWS = Grammar.json({"type": "array", "items": SCHEMA, "minItems": 4})
 WORDS = Grammar("regex", "[a-z]+( [a-z]+){0,3}[.]")
 BASE = SamplingParams(max_tokens=60, seed=1, n=3, structured_outputs=Grammar.json(SCHEMA))
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[(1, False), (2, False), (4, False), (2, True)], ids=str)
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    with LLM("demo", device="cpu", dtype="float32", stages=request.param, max_batch_size=8, kv_cache_gb=0.006) as llm:
+    """In several cuts, the last one with speculation."""
+    num_stages, speculation = request.param
+    settings = {"stages": num_stages, "speculation": speculation, "max_batch_size": 8, "kv_cache_gb": 0.006}
+    with LLM("demo", device="cpu", dtype="float32", **settings) as llm:
         yield llm
 
 
@@ -42,6 +46,7 @@ def kept() -> dict[str, Any]:
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "sampled": {},
+    "repetitive": {"temperature": 0, "max_tokens": 80, "structured_outputs": ROWS, "n": 1},
     "greedy": {"temperature": 0},
     "logprobs": {"logprobs": 2},
     "penalties": {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
@@ -63,8 +68,8 @@ def test_json_that_ends_is_valid_and_every_cut_gives_the_same(
     completions = complete(llm, replace(BASE, **controls))
     assert completions == kept.setdefault(str(controls), completions)
     ended = [each.text for each in completions if each.finish_reason == FinishReason.STOP]
-    assert ended
-    for text in ended if "stop" not in controls else ():
+    assert ended or "structured_outputs" in controls
+    for text in ended if {"stop", "structured_outputs"}.isdisjoint(controls) else ():
         jsonschema.validate(json.loads(text), SCHEMA)
 
 

@@ -15,7 +15,7 @@ from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import Grammar
-from gptj_dist.text.grammar import Grammars, NextTokens
+from gptj_dist.text.grammar import Grammars
 from gptj_dist.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(resolve_model("demo"))
@@ -62,14 +62,10 @@ def matches(grammar: Grammar, text: bytes) -> bool:
     """Whether the bytes are a whole text of the grammar."""
     matcher = BYTES.matcher(grammar)
     for byte in text:
-        if not is_allowed(matcher.next_tokens(), byte):
+        if not matcher.next_tokens().allows(byte):
             return False
         matcher.consume([byte])
     return matcher.next_tokens().may_end
-
-
-def is_allowed(tokens: NextTokens, token_id: int) -> bool:
-    return bool(tokens.bits[token_id // 8] >> token_id % 8 & 1)
 
 
 def walk(grammar: Grammar, seed: int, most: int = 60) -> tuple[str, bool]:
@@ -77,7 +73,7 @@ def walk(grammar: Grammar, seed: int, most: int = 60) -> tuple[str, bool]:
     draw, matcher, text = random.Random(seed), GRAMMARS.matcher(grammar), b""
     for _ in range(most):
         tokens = matcher.next_tokens()
-        ids = [id for id in range(TOKENIZER.num_entries) if is_allowed(tokens, id)]
+        ids = [id for id in range(TOKENIZER.num_entries) if tokens.allows(id)]
         if tokens.may_end and (not ids or draw.random() < 0.3):
             return text.decode(), True
         token_id = draw.choice(ids)
@@ -196,12 +192,28 @@ def test_nothing_follows_tokens_that_do_not_match() -> None:
     assert (set(tokens.bits), tokens.may_end) == ({0}, False)
 
 
+def test_drafts_are_followed_as_far_as_they_match() -> None:
+    grammar = Grammar.json({"type": "array", "items": {"enum": ["ab", "cd"]}})
+    drafts = TOKENIZER.encode('["ab", "cd"xxx')
+    matcher, other = GRAMMARS.matcher(grammar), GRAMMARS.matcher(grammar)
+    along = matcher.along(drafts)
+    assert matcher.next_tokens() == along[0]
+    assert len(along) == len(drafts) + 1
+    for draft, expected in zip(drafts, along, strict=False):
+        if not any(expected.bits):
+            break
+        assert expected == other.next_tokens()
+        other.consume([draft])
+    assert not any(along[-1].bits)
+    assert matcher.along(drafts) == along
+
+
 def test_special_tokens_belong_to_no_text() -> None:
     tokens = GRAMMARS.matcher(Grammar("regex", "(?s:.*)")).next_tokens()
     [end_of_text] = TOKENIZER.encode("<|endoftext|>")
     assert tokens.may_end
-    assert not is_allowed(tokens, end_of_text)
-    assert is_allowed(tokens, TOKENIZER.encode("a")[0])
+    assert not tokens.allows(end_of_text)
+    assert tokens.allows(TOKENIZER.encode("a")[0])
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "null"}}}
