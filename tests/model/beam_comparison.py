@@ -13,10 +13,9 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GPTJForCausalLM
@@ -41,6 +40,8 @@ LENGTHS = (1, 2, 7, 15, 16, 17, 31, 40)
 MAX_SCORE_ERROR = 1e-5
 """Relative. Both sum up float32 log probabilities, whose last bits differ."""
 
+EARLY_STOPPING: tuple[bool | Literal["never"], ...] = (True, False, "never")
+
 SETTINGS = [
     SamplingParams(
         max_tokens=24,
@@ -51,7 +52,7 @@ SETTINGS = [
         length_penalty=length_penalty,
         early_stopping=early_stopping,
     )
-    for length_penalty, early_stopping in product((0.0, 0.5, 1.0, 2.0), (True, False, "never"))
+    for length_penalty, early_stopping in product((0.0, 0.5, 1.0, 2.0), EARLY_STOPPING)
 ]
 
 Search = tuple[tuple[int, ...], SamplingParams]
@@ -123,10 +124,10 @@ async def _search(engine: AsyncEngine, search: Search) -> tuple[Search, Texts]:
     return search, [(beam.token_ids, beam.score) for beam in delta.beams[: search[1].n]]
 
 
-def ours(model: Path, searches: Iterable[Search], num_stages: int, **settings: object) -> dict[Search, Texts]:
-    """What our engine finds; all searches at once."""
-    config = PipelineConfig(str(model), device="cpu", dtype="float32", stages=num_stages)
-    return asyncio.run(_ours(replace(config, **settings), searches))
+def ours(model: Path, searches: Iterable[Search], **settings: Any) -> dict[Search, Texts]:
+    """What our engine finds with these settings of its pipeline; all searches at once."""
+    config = PipelineConfig(str(model), device="cpu", dtype="float32", **settings)
+    return asyncio.run(_ours(config, searches))
 
 
 def differences(one: dict[Search, Texts], other: dict[Search, Texts]) -> list[Search]:
@@ -155,7 +156,7 @@ def main() -> None:
         for params in SETTINGS:
             expected |= theirs(transformer, prompts, params)
         for num_stages in options.stages:
-            different = differences(expected, ours(model, expected, num_stages))
+            different = differences(expected, ours(model, expected, stages=num_stages))
             for prompt, params in different[:5]:
                 print(f"differs: {prompt}, {params.length_penalty}, {params.early_stopping}")
             totals[num_stages] = len(different)

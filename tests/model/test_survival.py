@@ -32,6 +32,7 @@ REQUESTS = (
     (PROMPT[:9], SamplingParams(max_tokens=1, temperature=0, logprobs=0), 1),
     (PROMPT[2:], replace(SAMPLED, ignore_eos=False, structured_outputs=Grammar.json({"type": "array"})), 2),
     (PROMPT[5:], SamplingParams(max_tokens=25, temperature=0, stop_token_ids=(198,), min_tokens=3, logprobs=0), 1),
+    (PROMPT[:25], SamplingParams(max_tokens=20, use_beam_search=True, n=3, length_penalty=2, logprobs=1), 1),
 )
 
 
@@ -56,7 +57,12 @@ async def collect(stream: AsyncGenerator[Delta, None]) -> list[object]:
     """All that a stream tells, each list joined."""
     deltas = [delta async for delta in stream]
     lists = [(delta.token_ids, delta.logprobs, delta.prompt_logprobs) for delta in deltas]
-    return [*(sum(parts, ()) for parts in zip(*lists, strict=True)), deltas[-1].finish_reason, deltas[-1].embedding]
+    return [
+        *(sum(parts, ()) for parts in zip(*lists, strict=True)),
+        deltas[-1].finish_reason,
+        deltas[-1].embedding,
+        deltas[-1].beams,
+    ]
 
 
 @pytest.fixture(scope="module")
