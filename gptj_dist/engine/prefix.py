@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.plan import KVPrefix
@@ -42,6 +42,30 @@ def known_keys(pool: BlockPool, requests: Iterable[Request], max_keys: int) -> l
     """
     computed = (key for request in requests for key in _keys(pool, request, request.num_tokens // pool.block_size))
     return list(islice(dict.fromkeys(chain(computed, pool.kept_keys())), max_keys))
+
+
+class ComingBlocks:
+    """Blocks that the next plan, or later ones, compute for running requests: others can begin with them afterwards."""
+
+    def __init__(self, pool: BlockPool, requests: Iterable[Request] = ()) -> None:
+        self._pool = pool
+        self._coming: set[bytes] = set()
+        for request in requests:
+            self.add(request)
+
+    def add(self, request: Request) -> None:
+        """Adds those of a request, before the plan computes more of it."""
+        size = self._pool.block_size
+        self._coming.update(_keys(self._pool, request, request.num_tokens // size)[request.num_computed // size :])
+
+    def num_tokens(self, request: Request, begins_with: KVPrefix | None) -> int:
+        """How many more tokens the request finds if it waits for them."""
+        if not self._coming or not can_begin_with_prefix(request.params):
+            return 0
+        size = self._pool.block_size
+        num_found = 0 if begins_with is None else len(begins_with.blocks)
+        missing = _keys(self._pool, request, (request.num_tokens - 1) // size)[num_found:]
+        return size * sum(1 for _ in takewhile(self._coming.__contains__, missing))
 
 
 def can_begin_with_prefix(params: SamplingParams) -> bool:

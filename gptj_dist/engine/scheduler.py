@@ -11,7 +11,7 @@ One of the requests of a prompt computes it. The others wait for it and then beg
 and the stages copy the rest. If no running request holds the prompt any more, the next one computes it again.
 
 Whole blocks keep what they hold after their requests have ended, until they are needed for something else. A request
-whose first tokens they hold begins with them.
+whose first tokens they hold begins with them, and waits for those that running requests compute.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gptj_dist.engine.integrity import check_blocks, check_requests, invariant
 from gptj_dist.engine.limits import check_fits_cache
 from gptj_dist.engine.plan import Chunk, KVPrefix, Plan, Result
 from gptj_dist.engine.preemption import choose_victims
-from gptj_dist.engine.prefix import can_begin_with_prefix, find_prefix, keep_blocks, known_keys
+from gptj_dist.engine.prefix import ComingBlocks, can_begin_with_prefix, find_prefix, keep_blocks, known_keys
 from gptj_dist.engine.request import (
     BeamGroup,
     FinishReason,
@@ -113,7 +113,7 @@ class Scheduler:
     def is_full(self) -> bool:
         """Whether no other request can run before one ends."""
         is_short = bool(self._waiting) and not self._can_run(self._waiting[0], None)
-        return is_short or len(self._running) >= self._config.max_batch_size
+        return is_short or num_places(self._running) >= self._config.max_batch_size
 
     def known_keys(self, max_keys: int) -> list[bytes]:
         """See `prefix.known_keys`; of the requests that wait, only those that are next."""
@@ -265,6 +265,9 @@ class Scheduler:
         prompts = [request for request in self._running if not request.is_decoding]
         num_tokens = self._waiting.num_tokens + sum(request.num_uncomputed for request in prompts)
         room = self._chunk_sizes.room(num_tokens, has_decodes=next_plan.num_decodes > 0)
+        coming = ComingBlocks(self._pool, prompts if self._waiting and self._keeps_prefixes else ())
+        cost = self._chunk_sizes.cost or UNKNOWN_COST
+        min_tokens = cost.overhead_s / cost.row_s  # fewer are computed sooner than the next plan begins
         for request in prompts:
             if room and request.is_running:  # a request before it may have preempted it
                 room -= self._add_chunk(next_plan, request, min(room, request.num_uncomputed))
@@ -276,8 +279,15 @@ class Scheduler:
             source = self._source(next_plan, request)
             if source is None and request.prompt.holders:
                 index += 1  # another request computes the prompt; later ones may overtake this one
-            elif self._can_run(request, prefix := self._prefix(request, source)):
+                continue
+            prefix = self._prefix(request, source)
+            is_soon = source is None and coming.num_tokens(request, prefix) > min_tokens
+            if is_soon and index < self._config.max_batch_size:
+                index += 1  # others compute more of its first tokens
+            elif self._can_run(request, prefix):
                 self._admit(next_plan, request, prefix)
+                if self._keeps_prefixes:
+                    coming.add(request)
                 room -= self._add_chunk(next_plan, request, min(room, request.num_uncomputed))
             else:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -23,10 +24,15 @@ TEXT = tuple(range(1, 100))
 class Server:
     """A scheduler with stages that check its plans."""
 
-    def __init__(self, num_blocks: int = 1000, max_batch_size: int = 8, keeps_prefixes: bool = True) -> None:
-        self.scheduler = Scheduler(
-            SchedulerConfig(1, num_blocks, BLOCK_SIZE, max_batch_size, (EOS,), keeps_prefixes=keeps_prefixes)
-        )
+    def __init__(
+        self,
+        num_blocks: int = 1000,
+        max_batch_size: int = 8,
+        keeps_prefixes: bool = True,
+        max_chunk_tokens: int | None = None,
+    ) -> None:
+        config = SchedulerConfig(1, num_blocks, BLOCK_SIZE, max_batch_size, (EOS,), max_chunk_tokens)
+        self.scheduler = Scheduler(replace(config, keeps_prefixes=keeps_prefixes))
         self.stages = FakeStages(num_blocks, BLOCK_SIZE, max_batch_size)
         self.num_requests = 0
 
@@ -173,6 +179,47 @@ def test_requests_of_one_prompt_begin_with_it_once_and_then_with_each_other() ->
     assert first is not None
     assert (first.source_id, first.num_tokens) == (None, 20)
     assert [other and (other.source_id, other.num_tokens) for other in others] == [(1, 29), (1, 29)]
+
+
+def test_requests_that_begin_alike_and_arrive_together_compute_it_once() -> None:
+    server = Server()
+    one, other = server.begin((*TEXT[:40], 1, 1)), server.begin((*TEXT[:40], 2, 2))
+    unlike = server.begin(range(200, 210))
+    first, second = fill(server.scheduler)
+    assert [chunk.request_id for chunk in first.chunks] == [one.request_id, unlike.request_id]
+    assert [(chunk.request_id, chunk.start) for chunk in second.chunks] == [(other.request_id, 40)]
+    server.scheduler.check_integrity()
+
+
+def test_a_request_waits_for_all_that_is_alike_also_over_several_plans() -> None:
+    server = Server(max_chunk_tokens=20)
+    server.begin(TEXT)
+    other = server.begin((*TEXT[:50], *range(200, 210)))
+    server.finish()
+    assert other.num_cached_tokens == 48
+
+
+def test_a_request_does_not_wait_for_less_than_a_step_costs_nor_for_one_that_is_gone() -> None:
+    server = Server()
+    server.begin(TEXT[:40])
+    short, long = server.begin((*TEXT[:12], 0, 0)), server.begin((*TEXT[:16], 0, 0))
+    next_plan = server.scheduler.schedule()
+    assert next_plan is not None
+    assert [short.is_running, long.is_running] == [True, False]
+    server = Server(max_chunk_tokens=8)
+    gone, left = server.begin(TEXT[:40]), server.begin(TEXT[:41])
+    server.scheduler.schedule()
+    server.scheduler.abort(gone.request_id)
+    server.scheduler.schedule()
+    assert left.is_running
+
+
+def test_what_wants_logprobs_of_its_prompt_does_not_wait() -> None:
+    server = Server()
+    server.begin(TEXT)
+    scored = server.begin(TEXT, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    server.scheduler.schedule()
+    assert scored.is_running
 
 
 def test_a_request_that_was_preempted_begins_with_its_own_blocks_again() -> None:
