@@ -316,7 +316,7 @@ class PipelineConfig:
     spares: int = 0
     max_chunk_tokens: int | None = None
     prefix_cache: bool = True
-    speculation: bool = False
+    speculation: bool = True
     generation_config: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:

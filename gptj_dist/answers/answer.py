@@ -51,9 +51,6 @@ class Answer:
         deadline: of the whole request.
         work: runs what takes CPU time.
         on_end: called with how each completion ended: a `FinishReason`, `error`, or `abort` if the client left.
-
-    Attributes:
-        num_tokens: generated so far, in all completions.
     """
 
     def __init__(
@@ -75,16 +72,16 @@ class Answer:
         self._deadline = deadline
         self._work = work
         self._on_end = on_end
-        self.num_tokens = 0
-        self._num_cached_tokens = 0
+        self._counts = TokenCounts()
 
     @property
     def is_streamed(self) -> bool:
         return self._request.stream
 
     @property
-    def _counts(self) -> TokenCounts:
-        return TokenCounts(self.num_tokens, self._num_cached_tokens)
+    def num_tokens(self) -> int:
+        """Generated so far, in all completions."""
+        return self._counts.output
 
     async def whole(self) -> JsonObject:
         """The response that is not streamed. Raises the error that the request failed with."""
@@ -149,8 +146,7 @@ class Answer:
         try:
             async with aclosing(self._deadline.until(merge(streams))) as deltas:
                 async for index, delta in deltas:
-                    self.num_tokens += len(delta.token_ids)
-                    self._num_cached_tokens += delta.num_cached_tokens
+                    self._counts = self._counts.plus(delta)
                     if delta.finish_reason is not None:
                         num_open -= 1
                         self._on_end(delta.finish_reason)

@@ -55,33 +55,41 @@ class ChoicesForm:
     Args:
         writers: one for each choice, `request.n` for each prompt.
         num_prompt_tokens: of all prompts; each counts once, whatever n is.
+        num_prediction_tokens: of the request's prediction.
     """
 
-    def __init__(self, request: ChoiceFields, head: Head, writers: Sequence[Writer], num_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        request: ChoiceFields,
+        head: Head,
+        writers: Sequence[Writer],
+        num_prompt_tokens: int,
+        num_prediction_tokens: int,
+    ) -> None:
         options = request.stream_options
         self._has_usage = options is not None and options.include_usage
         self._has_usage_so_far = options is not None and options.continuous_usage_stats
         self._head = head
         self._writers = writers
         self._num_prompt_tokens = num_prompt_tokens
-        self._counts = [TokenCounts(0, 0)] * len(writers)
+        self._num_prediction_tokens = None if request.prediction is None else num_prediction_tokens
+        self._counts = [TokenCounts()] * len(writers)
 
     def whole(self, completions: Iterator[TextDelta], counts: TokenCounts) -> JsonObject:
         """The response: all choices, each made when it is written, and their numbers of tokens."""
         choices = (writer.whole(completion) for writer, completion in zip(self._writers, completions, strict=True))
-        usage = _usage(self._num_prompt_tokens, counts)
+        usage = self._usage(self._num_prompt_tokens, counts)
         return {**self._head.of(self._head.kind), "choices": choices, "usage": usage}
 
     def event(self, index: int, delta: TextDelta) -> bytes:
         """A chunk of one choice; its usage so far, if wanted, is that of the choice."""
         writer = self._writers[index]
-        output, cached = self._counts[index]
-        self._counts[index] = TokenCounts(output + len(delta.token_ids), cached + delta.num_cached_tokens)
+        self._counts[index] = self._counts[index].plus(delta)
         if not writer.has_news(delta):
             return b""
         chunk = {**self._head.of(self._head.chunk_kind), "choices": [writer.piece(delta)]}
         if self._has_usage_so_far:
-            chunk["usage"] = _usage(writer.num_prompt_tokens, self._counts[index])
+            chunk["usage"] = self._usage(writer.num_prompt_tokens, self._counts[index], 1)
         elif self._has_usage:
             chunk["usage"] = None
         return sse_frame(chunk)
@@ -90,7 +98,7 @@ class ChoicesForm:
         """The usage of the whole request, if wanted, and `[DONE]`."""
         if not self._has_usage:
             return SSE_DONE
-        usage = _usage(self._num_prompt_tokens, counts)
+        usage = self._usage(self._num_prompt_tokens, counts)
         return sse_frame({**self._head.of(self._head.chunk_kind), "choices": [], "usage": usage}) + SSE_DONE
 
     def failure(self, error: Exception) -> bytes:
@@ -100,11 +108,18 @@ class ChoicesForm:
     def renumber(self, num_events: int) -> None:
         """Events of choices have no numbers."""
 
-
-def _usage(prompt_tokens: int, counts: TokenCounts) -> JsonObject:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": counts.output,
-        "total_tokens": prompt_tokens + counts.output,
-        "prompt_tokens_details": {"cached_tokens": counts.cached},
-    }
+    def _usage(self, prompt_tokens: int, counts: TokenCounts, num_choices: int | None = None) -> JsonObject:
+        """The numbers of tokens of some choices, by default of all."""
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": counts.output,
+            "total_tokens": prompt_tokens + counts.output,
+            "prompt_tokens_details": {"cached_tokens": counts.cached},
+        }
+        if self._num_prediction_tokens is not None:
+            num_predicted = self._num_prediction_tokens * (num_choices or len(self._writers))
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": counts.foretold,
+                "rejected_prediction_tokens": max(0, num_predicted - counts.foretold),
+            }
+        return usage

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gptj_dist.engine.drafts import Foretelling
 from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import SamplingParams, TokenLogprobs
@@ -26,6 +27,7 @@ class TextDelta:
         logprobs: of each token, if asked for.
         prompt_logprobs: of the prompt's tokens from the second on, with the first delta, if asked for.
         num_cached_tokens: see `Delta`.
+        num_foretold: of `token_ids`, see `Foretelling`.
         score: of a text that a beam search has found, see `Beam`.
     """
 
@@ -35,6 +37,7 @@ class TextDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    num_foretold: int = 0
     score: float | None = None
 
 
@@ -44,10 +47,20 @@ class TokenCounts(NamedTuple):
     Args:
         output: generated ones.
         cached: of the prompts, whose KV was there before.
+        foretold: generated ones that the request's prediction has foretold.
     """
 
-    output: int
-    cached: int
+    output: int = 0
+    cached: int = 0
+    foretold: int = 0
+
+    def plus(self, delta: TextDelta) -> TokenCounts:
+        """With those of a completion's next piece."""
+        return TokenCounts(
+            self.output + len(delta.token_ids),
+            self.cached + delta.num_cached_tokens,
+            self.foretold + delta.num_foretold,
+        )
 
 
 async def stream_text(
@@ -55,12 +68,15 @@ async def stream_text(
     tokenizer: Tokenizer,
     params: SamplingParams,
     stops: Sequence[StopPattern] | None = None,
+    prediction_ids: Sequence[int] = (),
 ) -> AsyncGenerator[TextDelta, None]:
     """Yields the text of `deltas`, and closes them as soon as a stop string is complete.
 
     Args:
         stops: those of `params`, if several completions share them.
+        prediction_ids: tokens that the client expects.
     """
+    foretelling = Foretelling(prediction_ids)
     output = TextOutput(
         tokenizer,
         prepare_stops(params.stop) if stops is None else stops,
@@ -82,6 +98,7 @@ async def stream_text(
                 delta.logprobs[:num_new],
                 delta.prompt_logprobs,
                 delta.num_cached_tokens,
+                foretelling.count(delta.token_ids[:num_new]),
                 delta.beams[0].score if delta.beams else None,
             )
             if is_stopped:
@@ -97,5 +114,6 @@ def whole(deltas: Sequence[TextDelta]) -> TextDelta:
         tuple(token for delta in deltas for token in delta.logprobs),
         deltas[0].prompt_logprobs,
         deltas[0].num_cached_tokens,
+        sum(delta.num_foretold for delta in deltas),
         deltas[0].score,
     )

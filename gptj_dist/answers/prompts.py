@@ -9,7 +9,7 @@ prompt of more bytes than the context window has room for is refused by its leng
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from gptj_dist.answers.request_limits import (
@@ -23,9 +23,10 @@ from gptj_dist.answers.request_limits import (
 )
 from gptj_dist.answers.schema.chat import ChatRequest, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.content import Prediction, text_of
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
-from gptj_dist.answers.schema.sampling import Defaults, SamplingFields
+from gptj_dist.answers.schema.sampling import ChoiceFields, Defaults, SamplingFields
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.engine.limits import EngineLimits
@@ -55,11 +56,13 @@ class Prepared:
 
     Args:
         stops: the stop strings of `params`.
+        prediction_ids: tokens that the client expects to follow.
     """
 
     prompts: Sequence[EncodedPrompt]
     params: SamplingParams
     stops: tuple[StopPattern, ...]
+    prediction_ids: tuple[int, ...] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -154,7 +157,16 @@ class PromptReader:
             self._model.tokenizer.grammars.check(params.structured_outputs)
         prepared = _checked(prompts, params, limits)
         _check_logprobs(prepared, request.num_sampled)
-        return prepared
+        if not isinstance(request, ChoiceFields) or request.prediction is None:
+            return prepared
+        return replace(prepared, prediction_ids=self._predicted(request.prediction, limits))
+
+    def _predicted(self, prediction: Prediction, limits: EngineLimits) -> tuple[int, ...]:
+        text = text_of(prediction.content)
+        self._check_length(text, limits, is_cut=False, field="prediction")
+        token_ids = tuple(self._model.tokenizer.encode(text))
+        limits.check_vocabulary("prediction", token_ids)
+        return token_ids
 
     def _render(
         self,
@@ -199,15 +211,15 @@ class PromptReader:
             return self._text_of(token_ids), token_ids
         return prompt if isinstance(prompt, str) else self._text_of(token_ids), token_ids
 
-    def _check_length(self, text: str, limits: EngineLimits, *, is_cut: bool) -> None:
+    def _check_length(self, text: str, limits: EngineLimits, *, is_cut: bool, field: str = "prompt") -> None:
         bytes_per_token = self._model.tokenizer.max_token_bytes
         if is_cut or bytes_per_token is None:
-            _check_number("prompt", "bytes", _num_bytes(text), MAX_TEXT_BYTES)
+            _check_number(field, "bytes", _num_bytes(text), MAX_TEXT_BYTES)
         elif (num_bytes := _num_bytes(text)) > (most := bytes_per_token * limits.max_model_len):
             raise RequestTooLongError(
-                f"prompt has {num_bytes} bytes, and the context window of {limits.max_model_len} tokens holds {most} "
+                f"{field} has {num_bytes} bytes, and the context window of {limits.max_model_len} tokens holds {most} "
                 "at most",
-                "prompt",
+                field,
             )
 
     def _answer_tokens(self, min_tokens: int, prompts: Sequence[EncodedPrompt], limits: EngineLimits) -> int:
@@ -240,6 +252,8 @@ def _parts(request: SamplingFields | EmbeddingRequest | TokenizeRequest | Detoke
     if isinstance(request, SamplingFields):
         yield from request.bad_words * 2
         yield from [request.stop] if isinstance(request.stop, str) else request.stop
+    if isinstance(request, ChoiceFields) and request.prediction is not None:
+        yield text_of(request.prediction.content)
     match request:
         case CompletionRequest() | EmbeddingRequest():
             yield from request.prompts()

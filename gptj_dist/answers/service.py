@@ -127,7 +127,7 @@ class AnswerService:
         ]
         kinds = ("text_completion", "text_completion")
         head = Head(f"cmpl-{request_id}", _created(resumable), self._name(request.model, resumable), *kinds)
-        form = ChoicesForm(request, head, writers, prepared.num_prompt_tokens)
+        form = ChoicesForm(request, head, writers, prepared.num_prompt_tokens, len(prepared.prediction_ids))
         return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
     async def chat(self, request: ChatRequest, request_id: str, resumable: ResumableStream | None = None) -> Answer:
@@ -142,7 +142,7 @@ class AnswerService:
         writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", _created(resumable), self._name(request.model, resumable), *kinds)
-        form = ChoicesForm(request, head, writers, len(prompt_ids))
+        form = ChoicesForm(request, head, writers, len(prompt_ids), len(prepared.prediction_ids))
         return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
     async def respond(
@@ -262,14 +262,15 @@ class AnswerService:
         def open_streams() -> list[AsyncGenerator[TextDelta, None]]:
             streams: list[AsyncGenerator[TextDelta, None]] = []
             for _, prompt_ids in prepared.prompts:
-                records = new_records(prompt_ids, params, number, request_id)
+                records = new_records(prompt_ids, params, number, request_id, prepared.prediction_ids)
                 tokens = (
                     self._source.streams(records)
                     if resumable is None
                     else resumable.streams(self._source, records, len(streams))
                 )
                 for each in choices(tokens, params):
-                    streams.append(stream_text(each, self._model.tokenizer, params, prepared.stops))
+                    text = stream_text(each, self._model.tokenizer, params, prepared.stops, prepared.prediction_ids)
+                    streams.append(text)
             return list(map(self._watched, streams))
 
         most_tokens = len(prepared.prompts) * number * params.max_tokens

@@ -192,6 +192,7 @@ class AsyncEngine:
             generated=record.token_ids,
             is_moved=record.is_accepted,
             key=record.key,
+            prediction_ids=record.prediction_ids,
         )
         self._shares.enter(request, self.scheduler.waiting.place_now(record.params.priority))
         self.scheduler.add(request)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice, takewhile
+from itertools import cycle, islice, pairwise, takewhile
 
 MAX_DRAFTS = 16
 """The most drafts of a request in a micro-batch."""
@@ -159,3 +159,27 @@ class Drafter:
     def note(self, num_drafts: int, num_accepted: int) -> None:
         """Takes the outcome of the last drafts."""
         self._present.note(num_drafts, num_accepted)
+
+
+class Foretelling:
+    """Counts the tokens of a completion that a prediction has foretold: those that follow in it on the last ones."""
+
+    def __init__(self, prediction_ids: Sequence[int]) -> None:
+        self._prediction_ids = tuple(prediction_ids)
+        self._place_after = {pair: index for index, pair in enumerate(pairwise(prediction_ids), 2)}
+        self._place = 0
+        self._last = _GAP
+
+    def count(self, token_ids: Sequence[int]) -> int:
+        """How many of the completion's next tokens were foretold."""
+        if not self._prediction_ids:
+            return 0
+        number = 0
+        for token_id in token_ids:
+            if self._prediction_ids[self._place : self._place + 1] == (token_id,):
+                number += 1
+                self._place += 1
+            else:
+                self._place = self._place_after.get((self._last, token_id), len(self._prediction_ids))
+            self._last = token_id
+        return number

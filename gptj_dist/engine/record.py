@@ -25,6 +25,7 @@ class RequestRecord:
         token_ids: generated so far.
         num_moves: pipelines that were lost while they served the request.
         key: name of the client's key where several keys share the server.
+        prediction_ids: what its client expects to be generated.
         is_resumed: whether its client asked for the rest after its connection broke.
 
     Raises:
@@ -39,6 +40,7 @@ class RequestRecord:
     num_moves: int = 0
     key: str | None = None
     is_resumed: bool = False
+    prediction_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.token_ids and len(self.token_ids) >= self.params.max_tokens:
@@ -59,12 +61,19 @@ class RequestRecord:
 
 
 def new_records(
-    prompt_ids: Sequence[int], params: SamplingParams, num_choices: int, log_id: str | None = None
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    num_choices: int,
+    log_id: str | None = None,
+    prediction_ids: tuple[int, ...] = (),
 ) -> list[RequestRecord]:
     """Records of completions of one prompt, which have not begun. A beam search is one, whatever it finds."""
     prompt = tuple(prompt_ids)
     num_choices = 1 if params.use_beam_search else num_choices
-    return [RequestRecord(prompt, params, noise_key(params.seed, choice), log_id) for choice in range(num_choices)]
+    return [
+        RequestRecord(prompt, params, noise_key(params.seed, choice), log_id, prediction_ids=prediction_ids)
+        for choice in range(num_choices)
+    ]
 
 
 def noise_key(seed: int | None, choice: int) -> int:

@@ -73,6 +73,7 @@ class Request:
         log_id: its name in logs; None for one that is neither logged nor counted.
         is_moved: see `RequestRecord.is_accepted`.
         key: see `RequestRecord`.
+        prediction_ids: see `RequestRecord`.
         generated: tokens that were generated before, by another scheduler.
 
     Attributes:
@@ -97,6 +98,7 @@ class Request:
     log_id: str | None = None
     is_moved: bool = False
     key: str | None = None
+    prediction_ids: tuple[int, ...] = ()
     generated: InitVar[tuple[int, ...]] = ()
     place: int = field(init=False, default=0)
     token_ids: list[int] = field(init=False)

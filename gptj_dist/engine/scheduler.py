@@ -255,7 +255,7 @@ class Scheduler:
         if most <= 0 or not num_output_tokens or request.group is not None:
             return ()
         if request.drafter is None:
-            request.drafter = Drafter(request.prompt_ids)
+            request.drafter = Drafter(request.prompt_ids, request.prediction_ids)
         cost = self._chunk_sizes.cost or UNKNOWN_COST
         rows_s = num_decodes * cost.row_s
         return request.drafter.draft(request.token_ids, most, rows_s / (cost.overhead_s + rows_s))

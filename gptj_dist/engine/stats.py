@@ -117,6 +117,7 @@ class PipelineStats:
     Attributes:
         stages: first to last; empty before the first plan has come back.
         coordinator_ns: time in which the coordinator scheduled plans and took in results.
+        num_drafts, num_accepted: drafts in the plans that came back, and those of them that were accepted.
     """
 
     def __init__(self, clock: Callable[[], int], window_s: float = WINDOW_S, max_records: int = MAX_RECORDS) -> None:
@@ -129,6 +130,7 @@ class PipelineStats:
         self._before: PlanRecord | None = None
         self.stages: tuple[StageWork, ...] = ()
         self.coordinator_ns = 0
+        self.num_drafts = self.num_accepted = 0
 
     def note_submitted(self, plan: Plan, begin_ns: int) -> int:
         """The plan was submitted; its scheduling began at `begin_ns`. Returns the time now."""
@@ -157,6 +159,8 @@ class PipelineStats:
         )
         self._records.append(record)
         self._num_plans += 1
+        self.num_drafts += record.num_drafts
+        self.num_accepted += sum(result.num_accepted)
         self._add_up(record)
 
     def note_lost(self) -> None:

@@ -297,6 +297,13 @@ FAMILIES: Sequence[Family] = (
         lambda p: p.num_evicted_blocks,
     ),
     _pipeline(_COUNTER, "generation_tokens", "Tokens that were sampled.", lambda p: p.requests.num_generation_tokens),
+    _pipeline(_COUNTER, "spec_decode_num_draft_tokens", "Next tokens that were guessed.", lambda p: p.num_drafts),
+    _pipeline(
+        _COUNTER,
+        "spec_decode_num_accepted_tokens",
+        "Guessed tokens that are what was sampled.",
+        lambda p: p.num_accepted,
+    ),
     _pipeline(
         _COUNTER,
         "num_preemptions",

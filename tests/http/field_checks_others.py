@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
+from gptj_dist.answers.schema.chat import ChatRequest, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.content import Prediction, TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest
 from gptj_dist.answers.schema.sampling import StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
-from tests.http.field_checks_text import of_stream_options
+from tests.http.field_checks_text import of_prediction, of_stream_options
 from tests.http.fields import (
     PROMPT,
     Face,
@@ -221,6 +222,17 @@ def of_type(face: Face) -> None:
 @check(TextPart)
 def of_text(face: Face) -> None:
     assert prompt_of(face, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}) == "Hi"
+
+
+@check(Prediction)
+def of_type___(face: Face) -> None:
+    refused = Face(face.server, CompletionRequest).post(prediction={"type": "text", "content": "x"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prediction.type")
+
+
+@check(Prediction)
+def of_content__(face: Face) -> None:
+    of_prediction(Face(face.server, ChatRequest))
 
 
 @check(StreamOptions)

@@ -280,6 +280,21 @@ def of_truncate_prompt_tokens(face: Face) -> None:
     assert len(long["prompt_token_ids"]) == 1024 - 12
 
 
+@check(ChoiceFields)
+def of_prediction(face: Face) -> None:
+    text = choice(face)["text"]
+    parts = [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:]}]
+    for content in (text, parts):
+        told = complete(face, prediction={"type": "content", "content": content})
+        assert told["choices"][0]["text"] == text
+        details = told["usage"]["completion_tokens_details"]
+        assert details["accepted_prediction_tokens"] > 8
+        assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] in range(10, 16)
+    assert "completion_tokens_details" not in complete(face)["usage"]
+    too_long = face.post(prediction={"type": "content", "content": "a" * 1_000_000})
+    assert (too_long.status_code, too_long.json()["error"]["param"]) == (400, "prediction")
+
+
 @check(SamplingFields)
 def of_stream(face: Face) -> None:
     assert "".join(text_of(event) for event in events(face)) == choice(face)["text"]

@@ -13,8 +13,9 @@ import pytest
 
 from gptj_dist.answers.schema.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from gptj_dist.answers.schema.base import Body
-from gptj_dist.answers.schema.chat import ChatRequest, Conversation, Message, TextPart
+from gptj_dist.answers.schema.chat import ChatRequest, Conversation, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.content import Prediction, TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs
 from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest, TextOptions
@@ -43,6 +44,7 @@ BODIES = (
     DetokenizeRequest,
     Message,
     TextPart,
+    Prediction,
     InputItem,
     InputPart,
     TextOptions,

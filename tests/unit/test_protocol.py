@@ -22,8 +22,9 @@ from gptj_dist.answers.error_responses import (
 )
 from gptj_dist.answers.moderation import ContentRefusedError
 from gptj_dist.answers.schema.base import Body, parse_body
-from gptj_dist.answers.schema.chat import ChatRequest, Message, TextPart
+from gptj_dist.answers.schema.chat import ChatRequest, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.content import TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.sampling import SAME_IN_PARAMS, ChoiceFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest

@@ -271,7 +271,7 @@ def test_what_a_client_left_behind_is_freed_in_a_thread_if_that_takes_long() -> 
 
         work = Work()
         costs = recorded_costs(work)
-        form = ChoicesForm(request, Head("", 0, "", "", ""), [], 1)
+        form = ChoicesForm(request, Head("", 0, "", "", ""), [], 1, 0)
         answer = Answer(request, form, lambda: [stream()], 1, 1, Deadline(None), work, lambda _: None)
         answering = asyncio.create_task(answer.body())
         await eventually(lambda: answer.num_tokens > 0)

@@ -7,29 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import ConfigDict, model_validator
 
-from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, refused_field, text_or_list
+from gptj_dist.answers.schema.base import NON_EMPTY, Body, Integer, refused_field
+from gptj_dist.answers.schema.content import Content, text_of
 from gptj_dist.answers.schema.sampling import ChoiceFields
 from gptj_dist.errors import InvalidRequestError, excerpt
-
-
-class TextPart(Body):
-    """A part of a message's content.
-
-    Args:
-        type: only text, because GPT-J reads nothing else.
-        text: the part's text.
-    """
-
-    hints: ClassVar = frozenset(("annotations", "cache_control", "prompt_cache_breakpoint"))
-    unserved: ClassVar = dict.fromkeys(("audio_url", "file", "image_url", "input_audio", "refusal", "video_url"))
-
-    type: Literal["text"]
-    text: str
-
-
-Content: TypeAlias = Annotated[
-    Annotated[str, AS_TEXT] | Annotated[list[TextPart], AS_LIST], text_or_list("a string or a list of text parts")
-]
 
 
 class Message(Body):
@@ -54,8 +35,8 @@ class Message(Body):
 
     def for_template(self) -> dict[str, str]:
         """The message as chat templates read it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content} | ({} if self.name is None else {"name": self.name})
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text_of(self.content)} | name
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from gptj_dist.answers.schema.base import Body, Ids, Integer, Strings, Unserved, one_of
+from gptj_dist.answers.schema.content import Prediction
 from gptj_dist.answers.schema.grammars import ResponseFormat, StructuredOutputs
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import NOT_SAMPLED, AdapterChoice, Grammar, SamplingParams
@@ -35,7 +36,7 @@ UNSERVED: Unserved = {
         "audio", "cache_salt", "chat_template", "documents", "echo", "ec_transfer_params", "functions",
         "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex",
         "guided_whitespace_pattern", "kv_transfer_params", "logits_processors", "logprob_token_ids",
-        "media_io_kwargs", "mm_processor_kwargs", "moderation", "prediction", "prompt_embeds", "reasoning_effort",
+        "media_io_kwargs", "mm_processor_kwargs", "moderation", "prompt_embeds", "reasoning_effort",
         "repetition_detection", "request_id", "return_token_offsets", "session_id", "stream_interval",
         "suffix", "thinking_token_budget", "tools", "top_logprobs", "use_beam_search",
         "verbosity", "vllm_xargs", "watermarking", "web_search_options",
@@ -188,6 +189,7 @@ class ChoiceFields(SamplingFields):
         stream_options: only with `stream`.
         truncate_prompt_tokens: keep this number of the prompt's last tokens; -1 keeps all that fit beside the output.
         return_token_ids: return the ids of prompt and output with each choice.
+        prediction: text that is expected: where it is what is sampled, its tokens take no steps of their own.
         return_tokens_as_token_ids: name tokens in log probabilities by their ids, such as `token_id:198`.
         use_beam_search: search for the `n` likeliest texts, and return the best first; not with `stream`. A stop string
             cuts them afterwards.
@@ -199,6 +201,7 @@ class ChoiceFields(SamplingFields):
     truncate_prompt_tokens: Integer | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    prediction: Prediction | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
