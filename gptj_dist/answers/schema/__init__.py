@@ -3,4 +3,15 @@
 Checks every field, and turns the fields into `SamplingParams`. Knows no model and no tokenizer.
 """
 
-__all__ = ["adapters", "base", "chat", "completions", "embeddings", "grammars", "responses", "sampling", "tokens"]
+__all__ = [
+    "adapters",
+    "base",
+    "chat",
+    "completions",
+    "content",
+    "embeddings",
+    "grammars",
+    "responses",
+    "sampling",
+    "tokens",
+]
