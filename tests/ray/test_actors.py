@@ -103,7 +103,7 @@ def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
     stages = [actor_class.options(num_cpus=0.5).remote() for _ in specs]
     places = ray.get([stage.become.remote(spec, 3) for stage, spec in zip(stages, specs, strict=True)])
     addresses = [placed.address for placed in places]
-    ray.get([stage.load.remote("float32", 1) for stage in stages])
+    ray.get([stage.load.remote("float32", 1, 2) for stage in stages])
     ray.get([stage.allocate.remote(NUM_BLOCKS) for stage in stages])
     transport = open_transport(epoch=3)
     inbound, outbound = transport.inbound("127.0.0.1"), transport.outbound(addresses[0])
