@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     *(
         "adapters",
+        "beams",
         "beside_load",
         "compare",
         "faults",
