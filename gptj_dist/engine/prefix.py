@@ -80,10 +80,15 @@ def extend_keys(
 
     Each covers its tokens, all before them, the adapters, and the client's salt.
     """
-    while len(keys) < num_blocks:
-        before = keys[-1] if keys else _hash(repr((params.cache_salt, params.adapters)).encode())
-        tokens = array("i", token_ids[len(keys) * block_size : (len(keys) + 1) * block_size])
-        keys.append(_hash(before + tokens.tobytes()))
+    num_known = len(keys)
+    if num_known >= num_blocks:
+        return
+    key = keys[-1] if keys else _hash(repr((params.cache_salt, params.adapters)).encode())
+    tokens = array("i", token_ids[num_known * block_size : num_blocks * block_size])
+    data, size = tokens.tobytes(), block_size * tokens.itemsize
+    for start in range(0, len(data), size):
+        key = _hash(key + data[start : start + size])
+        keys.append(key)
 
 
 def _keys(pool: BlockPool, request: Request, num_blocks: int) -> Sequence[bytes]:

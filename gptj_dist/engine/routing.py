@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import takewhile
 
 from gptj_dist.engine.prefix import can_begin_with_prefix, extend_keys
 from gptj_dist.engine.record import RequestRecord
@@ -72,7 +71,7 @@ class RoutingFacts:
         """
         num_turns = scheduler.num_waiting + 1 if scheduler.is_full else 1
         return cls(
-            keys=b"".join(key[:SHORT_KEY_BYTES] for key in scheduler.known_keys(MAX_KEYS)),
+            keys=_shortened(scheduler.known_keys(MAX_KEYS)),
             wait_s=max(num_turns * room_after_s, room_after_s + scheduler.waiting.num_tokens * scheduler.row_s),
             row_s=scheduler.row_s,
             num_requests=scheduler.num_running + scheduler.num_waiting,
@@ -102,7 +101,7 @@ class _Sent:
     """A call that was sent to a pipeline. It has no rows and requests any more once it has ended."""
 
     call: str
-    keys: Sequence[bytes]
+    keys: Sequence[int]
     num_rows: int
     num_requests: int
     sent_s: float
@@ -113,47 +112,57 @@ class _Known:
     """What is known of a pipeline.
 
     Attributes:
-        keys: short keys of the blocks that it has published, and of requests that were sent to it since.
-        sent: these requests, by their first stream.
+        keys: short keys of the blocks that it has published.
+        sent: requests that were sent to it since, by their first stream.
+        sent_keys: short keys of their blocks.
         calls: the open ones.
         num_ended: calls that have ended since it published that it computes them.
         num_rows: that were sent to it, ever.
     """
 
     facts: RoutingFacts = RoutingFacts()
-    keys: set[bytes] = field(default_factory=set)
+    keys: set[int] = field(default_factory=set)
     sent: dict[Stream, _Sent] = field(default_factory=dict)
+    sent_keys: set[int] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     num_ended: int = 0
     num_rows: int = 0
 
     def take(self, facts: RoutingFacts) -> None:
-        """Takes newer facts."""
+        """Takes facts, unless they are the same again."""
+        if facts == self.facts:
+            return
         self.facts = facts
+        self.keys = set(_numbers(facts.keys))
         self.num_ended = 0
         self.sent = {
             (inbox, number): sent
             for (inbox, number), sent in self.sent.items()
             if number > facts.received.get(inbox, -1)
         }
-        published = range(0, len(facts.keys), SHORT_KEY_BYTES)
-        self.keys = {facts.keys[start : start + SHORT_KEY_BYTES] for start in published}
-        self.keys.update(*(sent.keys for sent in self.sent.values()))
+        self._gather_keys()
 
     def drop(self, stream: Stream, now_s: float) -> None:
         """Forgets a request that is sent elsewhere, and those that did not get there."""
         first = next(iter(self.sent.values()), None)
-        while first is not None and now_s - first.sent_s >= SENT_LIFETIME_S:
-            del self.sent[next(iter(self.sent))]
-            self.calls.discard(first.call)
-            first = next(iter(self.sent.values()), None)
-        self.sent.pop(stream, None)
+        is_lost = first is not None and now_s - first.sent_s >= SENT_LIFETIME_S
+        if not is_lost and stream not in self.sent:
+            return
+        kept = {
+            name: sent for name, sent in self.sent.items() if now_s - sent.sent_s < SENT_LIFETIME_S and name != stream
+        }
+        self.calls -= {sent.call for name, sent in self.sent.items() if name not in kept}
+        self.sent = kept
+        self._gather_keys()
+
+    def _gather_keys(self) -> None:
+        self.sent_keys = {key for sent in self.sent.values() for key in sent.keys}
 
     def put(self, stream: Stream, new: _Sent) -> None:
         """Notes what is sent to it."""
         self.sent[stream] = new
         self.calls.add(new.call)
-        self.keys.update(new.keys)
+        self.sent_keys.update(new.keys)
         self.num_rows += new.num_rows
 
     def end(self, call: str) -> None:
@@ -166,21 +175,22 @@ class _Known:
             self.sent[stream] = replace(self.sent[stream], num_rows=0, num_requests=0)
         self.num_ended += not streams
 
-    def num_cached(self, keys: Iterable[bytes]) -> int:
+    def num_cached(self, keys: Sequence[int]) -> int:
         """How many of the first blocks it holds."""
-        return sum(1 for _ in takewhile(self.keys.__contains__, keys))
+        for number, key in enumerate(keys):
+            if key not in self.keys and key not in self.sent_keys:
+                return number
+        return len(keys)
 
-    def expected_s(self, num_rows: int, num_tokens: int) -> float:
-        """See the function of this name."""
+    def expected_s(self, num_rows: int, num_tokens: int, usual_row_s: float) -> float:
+        """See the function of this name. What has ended since the facts is taken off."""
         published = self.facts.num_requests
-        present = max(0, published - self.num_ended)
-        facts = (
-            replace(self.facts, wait_s=self.facts.wait_s * present / published)
-            if self.num_ended and published
-            else self.facts
-        )
+        num_requests = max(0, published - self.num_ended)
+        wait_s = self.facts.wait_s * num_requests / published if self.num_ended and published else self.facts.wait_s
         num_rows += sum(sent.num_rows for sent in self.sent.values())
-        return expected_s(facts, num_rows, present + sum(sent.num_requests for sent in self.sent.values()), num_tokens)
+        num_requests += sum(sent.num_requests for sent in self.sent.values())
+        facts = replace(self.facts, wait_s=wait_s, row_s=self.facts.row_s or usual_row_s)
+        return expected_s(facts, num_rows, num_requests, num_tokens)
 
 
 class Router:
@@ -193,15 +203,15 @@ class Router:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._known: dict[str, _Known] = {}
+        self._usual_row_s = 1.0
 
     def meet(self, facts: Mapping[str, RoutingFacts | None]) -> None:
         """Takes the newest facts of all pipelines; None for one that has not published any."""
-        usual_row_s = max((new.row_s for new in facts.values() if new is not None), default=0.0) or 1.0
+        self._usual_row_s = max((new.row_s for new in facts.values() if new is not None), default=0.0) or 1.0
         least = min((known.num_rows for name, known in self._known.items() if name in facts), default=0)
         self._known = {name: self._known.get(name) or _Known(num_rows=least) for name in facts}
         for name, known in self._known.items():
-            new = facts[name] or RoutingFacts()
-            known.take(new if new.row_s else replace(new, row_s=usual_row_s))
+            known.take(facts[name] or RoutingFacts())
 
     def choose(
         self, names: Iterable[str], call: str, stream: Stream, records: Sequence[RequestRecord], now_s: float
@@ -223,7 +233,7 @@ class Router:
         findable = keys[: (len(tokens) - 1) // size]  # the last token is always computed
         cached = {name: size * known.num_cached(findable) for name, known in pipelines.items()}
         costs_s = {
-            name: known.expected_s(len(tokens) - cached[name], record.params.max_tokens)
+            name: known.expected_s(len(tokens) - cached[name], record.params.max_tokens, self._usual_row_s)
             for name, known in pipelines.items()
         }
         near_s = NEAR * min(costs_s.values())
@@ -244,9 +254,17 @@ class Router:
             known.end(call)
 
 
-def _short_keys(record: RequestRecord, tokens: Sequence[int], block_size: int) -> list[bytes]:
+def _short_keys(record: RequestRecord, tokens: Sequence[int], block_size: int) -> list[int]:
     """Of all whole blocks of a request."""
     keys: list[bytes] = []
     if can_begin_with_prefix(record.params):
         extend_keys(keys, record.params, tokens, block_size, len(tokens) // block_size)
-    return [key[:SHORT_KEY_BYTES] for key in keys]
+    return _numbers(_shortened(keys))
+
+
+def _shortened(keys: Iterable[bytes]) -> bytes:
+    return b"".join(key[:SHORT_KEY_BYTES] for key in keys)
+
+
+def _numbers(short_keys: bytes) -> list[int]:
+    return memoryview(short_keys).cast("I").tolist()
