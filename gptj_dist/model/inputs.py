@@ -55,6 +55,15 @@ class MicroBatch:
     spans: tuple[Span, ...]
     positions: Tensor
 
+    def row_by_row(self) -> MicroBatch:
+        """The same with a span for each row. Rows see those before them, as keys and values are stored first."""
+        spans = [
+            Span(span.request_id, span.row + offset, span.start + offset, 1)
+            for span in self.spans
+            for offset in range(span.num_tokens)
+        ]
+        return MicroBatch(tuple(spans), self.positions)
+
     @property
     def span_of_row(self) -> Tensor:
         """Index of each row's span: int32 [rows]."""

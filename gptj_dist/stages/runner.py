@@ -245,8 +245,10 @@ class StageRunner:
         pooled = self._pools.spans_by_depth(batch.spans)
         changes = self._changes([(span.request_id, span.start, span.num_tokens) for span in batch.spans])
         is_plain = wants_all_rows and not any(targets) and not pooled and changes is None
-        if self._steps is not None and self._steps.has(batch) and is_plain:
-            return self._steps(batch, inputs), ()
+        if self._steps is not None and is_plain and all(chunk.num_known == 1 for chunk in plan.chunks):
+            single_rows = batch.row_by_row()
+            if self._steps.has(single_rows):
+                return self._steps(single_rows, inputs), ()
         hidden = self._model.embed(inputs, changes) if hidden is None else to_device(hidden, self._device)
         hidden = self._model.forward(hidden, batch, self._cache, partial(self._pass, pooled, plan.is_lone), changes)
         if not is_last:

@@ -103,6 +103,17 @@ def test_rows_that_fill_up_change_nothing(directory: Path, layers: LayerRange) -
 
 
 @torch.inference_mode()
+def test_rows_of_one_request_are_replayed_as_single_rows(directory: Path) -> None:
+    stage = Stage(directory, LayerRange(0, 1, 0, 2))
+    steps = RecordedSteps(stage.model, stage.cache, [8], _recorder())
+    batch = MicroBatch((Span(0, 0, 14, 4), Span(1, 4, 15, 1)), torch.tensor([14, 15, 16, 17, 15]))
+    expected = stage.eager(batch, stage.inputs(5))
+    assert not steps.has(batch)
+    ours = steps(batch.row_by_row(), stage.inputs(5))
+    assert float((ours - expected).abs().max()) < 1e-5
+
+
+@torch.inference_mode()
 def test_recording_writes_to_no_request(directory: Path) -> None:
     stage = Stage(directory, LayerRange(0, 1, 0, 2))
     before = [part[:-1].clone() for layer in range(2) for part in stage.cache.layer(layer)]
