@@ -65,6 +65,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "logprobs": {**SAMPLED, "logprobs": 3, "prompt_logprobs": 1, "echo": True},
     "penalties": {**SAMPLED, **PENALTIES, "min_tokens": 9},
     "stop": {"temperature": 0.9, "stop": [" the", "\n"], "min_tokens": MIDDLE_TOKENS + 2},
+    "grammar": {**SAMPLED, "structured_outputs": {"json": {"type": "array", "items": {}, "minItems": 99}}},
     "chat": {**SAMPLED, "logprobs": True, "top_logprobs": 2},
 }
 """The fields of a request of each kind, besides its prompt and its seed."""

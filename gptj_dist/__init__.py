@@ -5,12 +5,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from gptj_dist.params import AdapterChoice, SamplingParams
+from gptj_dist.params import AdapterChoice, Grammar, SamplingParams
 
 if TYPE_CHECKING:
     from gptj_dist.llm import LLM, Completion
 
-__all__ = ["LLM", "AdapterChoice", "Completion", "SamplingParams"]
+__all__ = ["LLM", "AdapterChoice", "Completion", "Grammar", "SamplingParams"]
 __version__ = "0.1.0"
 
 

@@ -202,7 +202,7 @@ def _problem(error: str, grammar: Grammar) -> str:
     reason = next((line.removeprefix("error: ") for line in others if line.startswith("error: ")), first)
     if grammar.kind != "grammar":  # only there the place is one that the client knows
         reason = re.sub(r"^(at )?\d+\(\d+\): ", "", reason)
-    return one_line(reason.removeprefix("failed to compile JSON schema: "))
+    return one_line(reason.removeprefix("failed to compile JSON schema: ").partition(" Enable ")[0])
 
 
 def _invalid(problem: str) -> InvalidRequestError:

@@ -45,6 +45,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**PROMPT, "temperature": 0, "presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
     ),
     "echo": (COMPLETIONS, {**PROMPT, "seed": 3, "echo": True, "logprobs": 1}),
+    "grammar": (COMPLETIONS, {**PROMPT, "seed": 6, "structured_outputs": {"regex": "(the [a-z ]+, )*"}}),
     "whole": (COMPLETIONS, {**PROMPT, "seed": 4, "stream": False}),
     "chat": (CHAT, {**MESSAGES, "seed": 5, "logprobs": True, "top_logprobs": 1}),
 }

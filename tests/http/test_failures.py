@@ -87,23 +87,25 @@ Told = tuple[str, list[float]]
 
 
 def test_when_a_stage_dies_its_streams_go_on_to_the_same_texts(server: Server) -> None:
-    """Also with adapters, which the new stage reads again."""
+    """Also with adapters, which the new stage reads again, and with a grammar, which it follows anew."""
     request = {"prompt": "My fellow citizens", "max_tokens": 300, "ignore_eos": True, "temperature": 0.8}
     request |= {"seed": 7, "n": 3, "logprobs": 1, "presence_penalty": 0.5}
     with ThreadPoolExecutor() as clients:
 
-        def ask_adapted() -> list[Future[list[Told]]]:
-            return [clients.submit(whole, server, request | {"model": name, "n": 1}) for name in NAMES]
+        def ask_others() -> list[Future[list[Told]]]:
+            grammar = {"json": {"type": "array", "items": {}, "minItems": 300}}
+            each = [{"model": name} for name in NAMES] + [{"structured_outputs": grammar}]
+            return [clients.submit(whole, server, request | {"n": 1} | fields) for fields in each]
 
-        asked = ask_adapted()
-        undisturbed, adapted = whole(server, request), [one.result() for one in asked]
-        assert len({text for text, _ in (undisturbed[0], *chain(*adapted))}) == 3
+        asked = ask_others()
+        undisturbed, others = whole(server, request), [one.result() for one in asked]
+        assert len({text for text, _ in (undisturbed[0], *chain(*others))}) == 4
         num_restarts = server.status().num_restarts
         client = start_client(server, stream=True, **request)
         assert client.stdout is not None
         first_line = client.stdout.readline()
-        asked = ask_adapted()
-        wait_until(lambda: server.status().num_running == 5, "all run")
+        asked = ask_others()
+        wait_until(lambda: server.status().num_running == 6, "all run")
         pid = server.status().stages[1].pid
         os.kill(pid, signal.SIGKILL)
         events = [line for line in (first_line + client.stdout.read()).splitlines() if line]
@@ -111,7 +113,7 @@ def test_when_a_stage_dies_its_streams_go_on_to_the_same_texts(server: Server) -
         assert events.pop() == "data: [DONE]"
         chunks = [json.loads(event.removeprefix("data: ")) for event in events]
         assert [completion(chunks, index) for index in range(3)] == undisturbed
-        assert [one.result() for one in asked] == adapted
+        assert [one.result() for one in asked] == others
     status = server.status()
     assert status.num_restarts == num_restarts + 1
     assert pid not in [stage.pid for stage in status.stages]

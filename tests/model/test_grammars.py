@@ -11,11 +11,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from gptj_dist import LLM, SamplingParams
+from benchmarks.schemas import KINDS
+from benchmarks.structured_output import fill_in
+from gptj_dist import LLM, Grammar, SamplingParams
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.llm.outputs import Completion
-from gptj_dist.params import Grammar
 
 PROMPT = "It was the best of times, it was"
 SCHEMA = {
@@ -71,6 +72,13 @@ def test_json_that_ends_is_valid_and_every_cut_gives_the_same(
     assert ended or "structured_outputs" in controls
     for text in ended if {"stop", "structured_outputs"}.isdisjoint(controls) else ():
         jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_json_of_many_kinds_of_schemas_is_valid(llm: LLM) -> None:
+    if len(llm.pipeline.reports) == 1:
+        figures = fill_in(llm, num_schemas=3 * len(KINDS), max_tokens=100)
+        assert (figures["wrong"], figures["refused"]) == ([], {})
+        assert figures["num_by_finish_reason"]["stop"] > len(KINDS)
 
 
 def test_a_text_may_be_cut_by_its_number_of_tokens(llm: LLM) -> None:

@@ -33,7 +33,9 @@ LEVELS = [
 
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 UNITS_THAT_SHARE_THEIR_LEVEL = LEVELS[0]
-UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm", "SamplingParams": "params", "AdapterChoice": "params"}
+UNIT_OF_ROOT_NAME = {"LLM": "llm", "Completion": "llm"} | dict.fromkeys(
+    ("SamplingParams", "AdapterChoice", "Grammar"), "params"
+)
 
 STDLIB_ONLY: set[str] = set()
 THIRD_PARTY_OF = {

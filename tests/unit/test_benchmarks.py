@@ -60,7 +60,7 @@ SCRIPTS = (
         "soak",
         "plots",
     ),
-    *("same_logits", "scheduler", "speculation", "startup", "step", "transport"),
+    *("same_logits", "scheduler", "speculation", "startup", "step", "structured_output", "transport"),
 )
 TIME_LIMIT_S = 60
 CASE = Case(2, 5, 3)
