@@ -17,15 +17,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 
 from gptj_dist.errors import InvalidRequestError, one_line
 from gptj_dist.params import Grammar
+from gptj_dist.text.exact_schema import exact_schema
 
 NUM_KEPT = 64
 """Compiled grammars that are kept."""
 
 NUM_PROBED = 3
 """Tokens that are tried before a grammar is accepted."""
-
-MAX_PROPERTIES = 512
-"""Of one object in a schema: the time to compile them grows with the square of their number."""
 
 LIMITS, JSON_LIMITS = (
     LLParserLimits(
@@ -128,7 +126,10 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         """The grammar with its first mask, whose parts all copies share."""
-        text = LLMatcher.grammar_from_lark(f'{_as_lark(grammar)}\n{OPTIONS} {{"no_forcing": true}}\n')
+        try:
+            text = LLMatcher.grammar_from_lark(f'{_as_lark(grammar)}\n{OPTIONS} {{"no_forcing": true}}\n')
+        except (ValueError, RecursionError) as error:
+            raise _invalid(one_line(error)) from None
         limits = JSON_LIMITS if grammar.kind == "json" else LIMITS
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if error := matcher.get_error() or self._first_problem(matcher):
@@ -165,33 +166,15 @@ class _Vocabulary:
 def _as_lark(grammar: Grammar) -> str:
     match grammar.kind:
         case "json":
-            if (number := _most_properties(json.loads(grammar.text))) > MAX_PROPERTIES:
-                raise _invalid(f"an object has {number} properties, at most {MAX_PROPERTIES} are taken")
-            return f"start: %json {grammar.text}"
+            return f"start: %json {json.dumps(exact_schema(json.loads(grammar.text)))}"
         case "regex":
             return f"start: /{regex_to_lark(grammar.text, '')}/"
         case "choice":
             return f"start: /{regex_to_lark('|'.join(map(re.escape, json.loads(grammar.text))), '')}/"
         case "grammar":
             if OPTIONS in grammar.text:
-                raise _invalid(f"{OPTIONS} is not taken")
-            try:
-                return grammar_from("grammar", grammar.text)
-            except (ValueError, RecursionError) as error:
-                raise _invalid(one_line(error)) from None
-
-
-def _most_properties(schema: object) -> int:
-    """The largest number of members of an object in the schema."""
-    parts, most = [schema], 0
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            most = max(most, len(part))
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
-    return most
+                raise ValueError(f"{OPTIONS} is not taken")
+            return grammar_from("grammar", grammar.text)
 
 
 def _problem(error: str, grammar: Grammar) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -126,6 +127,20 @@ def test_json_is_valid_by_its_schema_with_or_without_blanks() -> None:
     assert not matches(Grammar.json(schema, ""), b'{ "a":1}')
     assert matches(Grammar.json(json.dumps(schema), "[ ]{3}"), b'{   "a":1}')
     assert not matches(Grammar.json(schema), b'{"a":"1"}')
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "2023-02-28", "1999-12-31"], ["2023-02-29", "1900-02-29", "2023-02-30"]),
+        ("time", ["23:59:59Z", "10:00:00.5+01:00"], ["23:59:60Z", "24:00:00Z", "10:00:00"]),
+        ("date-time", ["2024-02-29T10:00:00Z"], ["2023-02-29T10:00:00Z", "2024-02-29T10:00:60Z"]),
+    ],
+)
+def test_a_date_and_a_time_exist(form: str, good: Sequence[str], bad: Sequence[str]) -> None:
+    schema = {"type": "object", "properties": {"a": {"format": form, "type": "string"}}, "required": ["a"]}
+    for text in (*good, *bad):
+        assert matches(Grammar.json(schema), json.dumps({"a": text}).encode()) == (text in good)
 
 
 def test_a_schema_cannot_switch_its_own_rules_off() -> None:
