@@ -132,8 +132,8 @@ class Grammars:
             raise _invalid(one_line(error)) from None
         limits = JSON_LIMITS if grammar.kind == "json" else LIMITS
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
-        if error := matcher.get_error() or self._first_problem(matcher):
-            raise _invalid(_problem(error, grammar))
+        if problem := matcher.get_error() or self._first_problem(matcher):
+            raise _invalid(_problem(problem, grammar))
         return matcher
 
     def _first_problem(self, matcher: LLMatcher) -> str:
