@@ -10,7 +10,7 @@ from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs
 from gptj_dist.answers.schema.sampling import ChoiceFields, SamplingFields
-from tests.http.fields import Face, check, choice, ids, text_of
+from tests.http.fields import Face, check, choice, ids
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 WHOLE = {"ignore_eos": False, "max_tokens": 60, "temperature": 1.0, "seed": 1}
@@ -20,13 +20,13 @@ def text(face: Face, **grammar: Any) -> str:
     """A text that ended by itself."""
     answer = choice(face, **WHOLE, structured_outputs=grammar)
     assert answer["finish_reason"] == "stop"
-    return text_of(answer)
+    return str(answer["text"])
 
 
 def formatted(face: Face, body: type[ChoiceFields], **response_format: Any) -> str:
     answer = choice(Face(face.server, body), **WHOLE, response_format=response_format)
     assert answer["finish_reason"] == "stop"
-    return text_of(answer)
+    return str(answer["text"])
 
 
 @check(SamplingFields)
