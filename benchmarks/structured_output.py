@@ -85,7 +85,8 @@ def fill_in(llm: LLM, num_schemas: int, max_tokens: int) -> dict[str, Any]:
 def problem_of(number: int, text: str) -> str:
     """What is wrong with a text for a schema; empty if nothing is."""
     try:
-        jsonschema.validate(json.loads(text), schema(number), format_checker=jsonschema.FormatChecker())
+        checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+        jsonschema.Draft202012Validator(schema(number), format_checker=checker).validate(json.loads(text))
     except (ValueError, jsonschema.ValidationError) as error:
         return f"{text[:100]!r}: {str(error).splitlines()[0]}"
     return ""
