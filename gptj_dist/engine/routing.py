@@ -1,8 +1,7 @@
 """Chooses the pipeline that computes a prompt, by what pipelines publish and what was sent to them since. Knows no Ray.
 
 What counts is the time until the request has its tokens. A pipeline that holds the prompt's first blocks computes less
-of it; one with many requests takes longer for each token. Nothing is concluded from requests of the past: pipelines
-publish which blocks they hold.
+of it; one with many requests takes longer for each token.
 """
 
 from __future__ import annotations
@@ -49,7 +48,8 @@ class RoutingFacts:
     Args:
         keys: short keys of the blocks that it holds or is about to compute, one after the other.
         received: the number of the newest stream that it has received, by the endpoint of its inbox.
-        wait_s: seconds until a request that arrives now can run.
+        down_s: seconds until the pipeline computes again; 0 while it does.
+        wait_s: seconds from then until a request that arrives now can run.
         row_s: seconds for each row on its slowest stage; 0 if that is not known.
         num_requests: running and waiting ones.
         early_share: see `Pace`.
@@ -57,6 +57,7 @@ class RoutingFacts:
 
     keys: bytes = b""
     received: Mapping[str, int] = field(default_factory=dict)
+    down_s: float = 0.0
     wait_s: float = 0.0
     row_s: float = 0.0
     num_requests: int = 0
@@ -83,13 +84,13 @@ def expected_s(facts: RoutingFacts, num_rows: int, num_requests: int, num_tokens
     """Seconds until a request has its tokens, without those that it takes on any pipeline.
 
     Args:
-        num_rows: to be computed until its first token, besides those of `facts.wait_s`.
+        num_rows: to be computed until its first token, besides those of the facts.
         num_requests: other requests that the pipeline computes.
         num_tokens: that the request generates at most.
     """
     if facts.early_share:
         num_tokens = min(num_tokens, round(1 / facts.early_share))
-    return facts.wait_s + facts.row_s * (num_rows + OVERLAP * num_tokens * num_requests)
+    return facts.down_s + facts.wait_s + facts.row_s * (num_rows + OVERLAP * num_tokens * num_requests)
 
 
 Stream = tuple[str, int]

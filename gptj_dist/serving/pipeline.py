@@ -275,9 +275,8 @@ class Pipeline:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve, which passes it to all handles. See `RoutingFacts`."""
-        facts = self._engine.routing_facts()
         down_s = math.inf if self._end is not None else self._outages.back_in_s
-        return asdict(replace(facts, received=dict(self._received), wait_s=down_s + facts.wait_s))
+        return asdict(replace(self._engine.routing_facts(), received=dict(self._received), down_s=down_s))
 
     async def load_adapter(self, source: AdapterSource) -> Loaded:
         """Has all stages read an adapter."""

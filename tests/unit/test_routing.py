@@ -82,7 +82,7 @@ def test_unless_that_pipeline_is_busier_than_that_saves() -> None:
 
 
 def test_a_pipeline_that_has_ended_is_the_last_choice() -> None:
-    ingress = Ingress(a=holding(TEXT, wait_s=float("inf")), b=replace(IDLE, num_requests=100))
+    ingress = Ingress(a=holding(TEXT, down_s=float("inf")), b=replace(IDLE, num_requests=100))
     assert ingress.send(TEXT) == ("b", Route.LOAD)
 
 
