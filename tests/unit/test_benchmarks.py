@@ -51,6 +51,7 @@ SCRIPTS = (
         "gpu_report",
         "hostile",
         "http",
+        "mlperf",
         "offline",
         "overload",
         "nodes",
