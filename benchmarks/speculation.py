@@ -155,10 +155,15 @@ async def _case(
             ignore_eos=True,
             allowed_token_ids=FEW if kind == "few" else None,
         )
-        nothing: list[Text] = [()] * len(prompts)
-        expected, without_s = await without.texts(prompts, params, nothing)
-        predictions = [_changed(text, chooser, vocab_size) for text in expected] if kind == "quote" else nothing
-        texts, drafting_s = await drafting.texts(prompts, params, predictions)
+        predictions: list[Text] = [()] * len(prompts)
+        if number % 2 or kind == "quote":  # which needs the text
+            expected, without_s = await without.texts(prompts, params, predictions)
+            if kind == "quote":
+                predictions = [_changed(text, chooser, vocab_size) for text in expected]
+            texts, drafting_s = await drafting.texts(prompts, params, predictions)
+        else:
+            texts, drafting_s = await drafting.texts(prompts, params, predictions)
+            expected, without_s = await without.texts(prompts, params, predictions)
         if number:
             ratios.append(without_s / drafting_s)
             num_equal += sum(map(tuple.__eq__, texts, expected))
