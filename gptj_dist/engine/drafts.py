@@ -12,7 +12,6 @@ from itertools import cycle, islice, pairwise, takewhile
 MAX_DRAFTS = 16
 """The most drafts of a request in a micro-batch."""
 
-FIRST_DRAFTS = 4
 MEMORY_TOKENS = 16.0
 """Drafts after which earlier ones count half or less."""
 
@@ -23,9 +22,6 @@ LONGEST_WAIT = 256
 LONGEST_MATCH = 32
 MOST_MATCHES = 16
 """Limits of the search, in tokens and in places where the last two tokens stood before."""
-
-_KINDS = (4, 8)
-"""Lengths of a match from which on drafts are more reliable, and count by themselves."""
 
 _GAP = -1
 """No token: stands between two texts."""
@@ -62,8 +58,8 @@ class Lookup:
         """Of the text, without the one before it."""
         return len(self._text) - self._start
 
-    def following(self, most: int) -> tuple[list[int], int]:
-        """What followed the run: at most `most` tokens, and the run's length. A run that repeats itself goes on."""
+    def following(self, most: int) -> list[int]:
+        """What followed the run, at most `most` tokens. A run that repeats itself goes on."""
         text = self._text
         stop = len(text)
         place, longest = 0, 0
@@ -75,9 +71,9 @@ class Lookup:
                 place, longest = candidate, length
             candidate = self._earlier[candidate]
         if not longest:
-            return [], 0
+            return []
         found = islice(cycle(text[place : place + most]), most)
-        return list(takewhile(lambda token_id: token_id != _GAP, found)), longest
+        return list(takewhile(lambda token_id: token_id != _GAP, found))
 
     def _length(self, place: int, stop: int) -> int:
         text, length = self._text, 2
@@ -89,17 +85,15 @@ class Lookup:
 
 @dataclass(slots=True)
 class Chance:
-    """How often drafts of one kind have been accepted lately, and so how many are worth it.
+    """How often drafts have been accepted lately, and so how many are worth it.
 
     Attributes:
         accepted, rejected: numbers of drafts; those before make room for later ones.
-        reach: limit that grows with success, and shrinks at once without.
         wait: drafts to leave out before one is tried; `num_left_out` have been.
     """
 
     accepted: float = 1.0
     rejected: float = 1.0
-    reach: int = FIRST_DRAFTS
     wait: int = FIRST_WAIT
     num_left_out: int = 0
 
@@ -107,7 +101,7 @@ class Chance:
         """Drafts that are worth their rows: the j-th is if j drafts are accepted more often than `row_share`."""
         chance = self.accepted / (self.accepted + self.rejected)
         number = 0
-        while number < self.reach and chance ** (number + 1) > row_share:
+        while number < MAX_DRAFTS and chance ** (number + 1) > row_share:
             number += 1
         if number:
             return number
@@ -124,7 +118,6 @@ class Chance:
         self.rejected += is_rejected
         scale = min(1.0, MEMORY_TOKENS / (self.accepted + self.rejected))
         self.accepted, self.rejected = scale * self.accepted, scale * self.rejected
-        self.reach = min(MAX_DRAFTS, 2 * num_accepted + 1 if is_rejected else max(self.reach, 2 * num_drafts))
         self.wait = FIRST_WAIT if num_accepted else min(2 * self.wait, LONGEST_WAIT)
 
 
@@ -138,8 +131,7 @@ class Drafter:
 
     def __init__(self, prompt_ids: Sequence[int], prediction_ids: Sequence[int] = ()) -> None:
         self._lookup = Lookup((*prompt_ids[-LONGEST_MATCH:], *prediction_ids) if prediction_ids else ())
-        self._chances = [Chance() for _ in range(len(_KINDS) + 1)]
-        self._present = self._chances[0]
+        self._chance = Chance()
 
     def draft(self, token_ids: Sequence[int], most: int, row_share: float) -> Sequence[int]:
         """Guesses what follows.
@@ -150,15 +142,12 @@ class Drafter:
             row_share: share of a step's time that its rows take, as the request's tokens share it.
         """
         self._lookup.extend(token_ids[self._lookup.num_tokens :])
-        found, length = self._lookup.following(most)
-        if not found:
-            return ()
-        self._present = self._chances[sum(length >= least for least in _KINDS)]
-        return found[: self._present.num_worthwhile(row_share)]
+        found = self._lookup.following(most)
+        return found[: self._chance.num_worthwhile(row_share)] if found else ()
 
     def note(self, num_drafts: int, num_accepted: int) -> None:
         """Takes the outcome of the last drafts."""
-        self._present.note(num_drafts, num_accepted)
+        self._chance.note(num_drafts, num_accepted)
 
 
 class Foretelling:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import pytest
 
+from gptj_dist.engine.drafts import FIRST_WAIT, LONGEST_WAIT, MAX_DRAFTS, Chance, Drafter, Foretelling, Lookup
 from gptj_dist.engine.plan import Chunk, Plan, Result
 from gptj_dist.params import NO_TOKEN, TokenLogprobs
 from gptj_dist.stages.drafts import accept
@@ -50,3 +54,104 @@ def test_a_result_with_tokens_of_no_row_is_refused(num_accepted: tuple[int, ...]
     plan = Plan(0, (), (), (chunk(1, 1, 2, 3, num_drafts=2),))
     with pytest.raises(ValueError, match="plan 0 has 2 tokens"):
         Result(0, (2, 3), num_accepted=num_accepted).sampled(plan)
+
+
+# What is guessed
+
+
+def following(text: Sequence[int], most: int = 4, before: Sequence[int] = ()) -> list[int]:
+    lookup = Lookup(before)
+    lookup.extend(text)
+    return lookup.following(most)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ((1, 2, 3, 4, 5, 6, 1, 2), [3, 4, 5, 6]),
+        ((9, 1, 2, 3, 9, 8, 1, 2, 4, 9, 7, 1, 2), [4, 9, 7, 1]),
+        ((7, 9, 1, 2, 3, 9, 8, 1, 2, 4, 5, 9, 1, 2), [3, 9, 8, 1]),
+        ((5, 6, 7, 5, 6, 7, 5, 6), [7, 5, 6, 7]),
+        ((3, 3, 3), [3, 3, 3, 3]),
+        ((1, 2, 3, 4, 2, 1), []),
+        ((1,), []),
+        ((), []),
+    ],
+    ids=["once", "the latest", "the longest", "goes on", "one token", "no pair", "short", "empty"],
+)
+def test_what_followed_the_same_tokens_before_is_guessed(text: Sequence[int], expected: list[int]) -> None:
+    assert following(text) == expected
+
+
+def test_another_text_is_searched_up_to_its_end() -> None:
+    assert following((8, 1, 2), before=(1, 2, 3, 4)) == [3, 4]
+    assert following((1, 2, 9, 1, 2), before=(1, 2, 3, 4)) == [9, 1, 2, 9]
+
+
+def test_a_text_that_grows_is_searched_as_a_whole() -> None:
+    grown = Lookup()
+    text = [(number * number) % 7 for number in range(60)]
+    for number in range(len(text)):
+        grown.extend(text[number : number + 1])
+        assert grown.following(5) == following(text[: number + 1], 5)
+    assert grown.num_tokens == 60
+
+
+def test_a_prediction_follows_the_prompt() -> None:
+    drafter = Drafter((1, 2, 3), (4, 5, 6, 7))
+    assert list(drafter.draft([1, 2, 3, 4], 8, 0.01)) == [5, 6, 7]
+
+
+# How many
+
+
+def test_success_makes_more_drafts_and_failure_fewer() -> None:
+    chance = Chance()
+    first = chance.num_worthwhile(0.08)
+    chance.note(first, first)
+    more = chance.num_worthwhile(0.08)
+    assert 0 < first < more
+    for _ in range(8):
+        chance.note(more, more)
+    assert chance.num_worthwhile(0.08) == MAX_DRAFTS
+    for _ in range(3):
+        chance.note(MAX_DRAFTS, 0)
+    assert chance.num_worthwhile(0.08) < MAX_DRAFTS
+
+
+def test_dear_rows_take_more_reliable_drafts() -> None:
+    chance = Chance()
+    chance.note(8, 7)
+    numbers = [chance.num_worthwhile(share) for share in (0.02, 0.1, 0.5, 0.9)]
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[0] > numbers[-1] == 0
+
+
+def test_drafts_that_are_never_accepted_are_tried_ever_more_rarely() -> None:
+    chance, tries = Chance(), []
+    for number in range(3000):
+        if num_drafts := chance.num_worthwhile(0.3):
+            chance.note(num_drafts, 0)
+            tries.append(number)
+    gaps = [after - before for before, after in pairwise(tries)]
+    assert gaps == sorted(gaps)
+    assert FIRST_WAIT <= gaps[4] <= gaps[-1] == LONGEST_WAIT
+    chance.note(1, 1)
+    assert chance.wait == FIRST_WAIT
+
+
+# What a prediction foretold
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [((1, 2, 3, 4, 5), 5), ((1, 9, 3, 4, 5), 2), ((9, 3, 4, 5), 1), ((9, 8), 0), ((1, 2, 3, 4, 5, 1, 2, 3), 6)],
+)
+def test_tokens_that_follow_in_the_prediction_are_foretold(text: Sequence[int], expected: int) -> None:
+    foretelling = Foretelling((1, 2, 3, 4, 5))
+    assert sum(foretelling.count((token_id,)) for token_id in text) == expected
+    assert Foretelling((1, 2, 3, 4, 5)).count(text) == expected
+
+
+def test_without_a_prediction_nothing_is_foretold() -> None:
+    assert Foretelling(()).count((1, 2)) == 0
