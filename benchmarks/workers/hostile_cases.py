@@ -189,6 +189,15 @@ def _dripping(head: bytes, byte: bytes) -> Case:
     return run
 
 
+def _properties(number: int, prefix: str = "") -> dict[str, Any]:
+    return {f"{prefix}{i}": {"type": "string"} for i in range(number)}
+
+
+def _following(**grammar: Any) -> Case:
+    """A few texts that follow a grammar."""
+    return _repeated(4, structured_outputs=grammar, max_tokens=64)
+
+
 CASES: Mapping[str, Callable[[], Case]] = {
     "nothing": _nothing,
     "one header of 126 MB": _one_header,
@@ -213,6 +222,17 @@ CASES: Mapping[str, Callable[[], Case]] = {
     "/tokenize": lambda: _tokenizing(prompt=_english()),
     "/tokenize with strings": lambda: _tokenizing(prompt=_english(), return_token_strs=True),
     "/tokenize of 1 MB with strings": lambda: _tokenizing(prompt=_letters()[:900_000], return_token_strs=True),
+    "schema: 512 properties": lambda: _following(json={"type": "object", "properties": _properties(512)}),
+    "schema: 20 x 80 properties": lambda: _following(
+        json={"anyOf": [{"type": "object", "properties": _properties(80, f"{i}-")} for i in range(20)]}
+    ),
+    "schema: 2,000 properties": lambda: _following(json={"type": "object", "properties": _properties(2000)}),
+    "schema: 9,000 values": lambda: _following(json={"enum": [f"value {i}" for i in range(9000)]}),
+    "schema: 150 deep": lambda: _following(json=json.loads('{"items":' * 150 + "{}" + "}" * 150)),
+    "regex: repetitions": lambda: _following(regex="((a{1,1000}){1000}b){1000}"),
+    "grammar: repetitions": lambda: _following(grammar='start: ("a"{1,1000}){1,1000}'),
+    "grammar: 900 options": lambda: _following(grammar="start: " + '"a"? ' * 900),
+    "grammar: 5,000 brackets": lambda: _following(grammar="root ::= " + "(" * 5000),
     "field name of 3.9 MB": lambda: _completing(**{"x" * LARGE: 1}),
     "300 slow headers": lambda: _dripping(b"GET / HTTP/1.1\r\nx: ", b"a"),
     "300 slow bodies": lambda: _dripping(

@@ -141,6 +141,7 @@ class ResponseForm:
     def _response(self, status: str) -> JsonObject:
         """All fields of a response that has no output yet."""
         request = self._request
+        form = request.text_format
         return {
             "id": f"resp_{self._request_id}",
             "object": "response",
@@ -157,7 +158,7 @@ class ResponseForm:
             "previous_response_id": None,
             "store": False,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": request.tool_choice,
             "tools": [],
             "top_logprobs": request.top_logprobs,

@@ -8,9 +8,10 @@ from typing import Any
 
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
-from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs
+from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs, TextFormat
+from gptj_dist.answers.schema.responses import ResponsesRequest, TextOptions
 from gptj_dist.answers.schema.sampling import ChoiceFields, SamplingFields
-from tests.http.fields import Face, check, choice, ids
+from tests.http.fields import CHECKS, Face, check, choice, ids
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 WHOLE = {"ignore_eos": False, "max_tokens": 60, "temperature": 1.0, "seed": 1}
@@ -101,6 +102,14 @@ def of_schema(face: Face) -> None:
     assert json.loads(formatted(face, ChatRequest, type="json_schema", json_schema=schema)) in ({"a": 1}, {"a": 2})
 
 
-for body, name in ((ResponseFormat, "json_schema"), (NamedSchema, "schema_object")):
-    of_schema.__name__ = f"of_{name}"
-    check(body)(of_schema)
+CHECKS[ResponseFormat, "json_schema"] = CHECKS[NamedSchema, "schema_object"] = of_schema
+
+
+def of_format(face: Face) -> None:
+    format = {"type": "json_schema", "name": "a", "strict": True, "schema": SCHEMA}
+    answer = Face(face.server, ResponsesRequest).post(**WHOLE, text={"format": format}).json()
+    assert json.loads(answer["output"][0]["content"][0]["text"]) in ({"a": 1}, {"a": 2})
+    assert answer["text"] == {"format": {"type": "json_schema", "schema": SCHEMA}}
+
+
+CHECKS[TextOptions, "format"] = CHECKS[TextFormat, "type"] = CHECKS[TextFormat, "schema_object"] = of_format

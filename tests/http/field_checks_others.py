@@ -147,8 +147,8 @@ def of_metadata(face: Face) -> None:
 
 @check(ResponsesRequest)
 def of_text__(face: Face) -> None:
-    refused = face.server.client.post("/v1/responses", json={"input": "x", "text": {"format": {"type": "json_object"}}})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "text.format")
+    refused = face.server.client.post("/v1/responses", json={"input": "x", "text": {"format": {"type": "json_schema"}}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "text")
     assert response(face, text={"format": {"type": "text"}})["text"] == {"format": {"type": "text"}}
 
 

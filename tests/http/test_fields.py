@@ -17,7 +17,7 @@ from gptj_dist.answers.schema.chat import ChatRequest, Conversation, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.content import Prediction, TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
-from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs
+from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs, TextFormat
 from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest, TextOptions
 from gptj_dist.answers.schema.sampling import AdapterField, ChoiceFields, SamplingFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
@@ -53,6 +53,7 @@ BODIES = (
     StructuredOutputs,
     ResponseFormat,
     NamedSchema,
+    TextFormat,
     LoadAdapterRequest,
     UnloadAdapterRequest,
 )

@@ -13,6 +13,7 @@ import pytest
 from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import Grammar
@@ -255,6 +256,16 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "s
 def test_a_request_asks_for_a_grammar(fields: dict[str, Any], grammar: Grammar | None) -> None:
     request = parse_body(json.dumps({"prompt": "a", **fields}).encode(), CompletionRequest)
     assert request.sampling_params().structured_outputs == grammar
+
+
+def test_a_response_asks_for_a_grammar_by_its_format() -> None:
+    body = {"input": "a", "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}}
+    request = parse_body(json.dumps(body).encode(), ResponsesRequest)
+    assert request.sampling_params(9).structured_outputs == Grammar.json(SCHEMA)
+    for wrong in ({"type": "json_schema"}, {"schema": SCHEMA}):
+        with pytest.raises(InvalidRequestError) as refused:
+            parse_body(json.dumps({"input": "a", "text": {"format": wrong}}).encode(), ResponsesRequest)
+        assert refused.value.param == "text"
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ class TestInput:
             ({"conversation": "c"}, "conversation"),
             ({"background": True}, "background"),
             ({"truncation": "auto"}, "truncation"),
-            ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+            ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
             ({"reasoning": {"effort": "high"}}, "reasoning"),
             ({"tools": [{"type": "web_search"}]}, "tools"),
             ({"include": ["file_search_call.results"]}, "include.0"),

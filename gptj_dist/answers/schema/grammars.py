@@ -48,6 +48,29 @@ class ResponseFormat(Body):
         return None if self.type == "text" else Grammar.json(schema)
 
 
+class TextFormat(Body):
+    """OpenAI's form of it for responses.
+
+    Args:
+        type: text, json_object or json_schema.
+        schema: with json_schema, the schema.
+    """
+
+    hints: ClassVar = NamedSchema.hints
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    schema_object: dict[str, Any] | None = Field(None, alias="schema")
+
+    def check(self) -> None:
+        if (self.type == "json_schema") != (self.schema_object is not None):
+            raise InvalidRequestError("text.format must have a schema with the type json_schema, and only then", "text")
+
+    def grammar(self) -> Grammar | None:
+        """What the text must match; None for any text."""
+        schema = ANY_OBJECT if self.schema_object is None else self.schema_object
+        return None if self.type == "text" else Grammar.json(schema)
+
+
 class StructuredOutputs(Body):
     """vLLM's form of it. Exactly one of the first five is given.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, text_or_list
 from gptj_dist.answers.schema.chat import Message, ToolChoice, check_tools
+from gptj_dist.answers.schema.grammars import TextFormat
 from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.errors import InvalidRequestError, excerpt
+from gptj_dist.params import Grammar
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -57,9 +60,15 @@ class InputItem(Body):
 
 
 class TextOptions(Body):
-    """Options of the text, of which the default is served."""
+    """Options of the text.
 
-    unserved: ClassVar = {"format": {"type": "text"}, "verbosity": "medium"}
+    Args:
+        format: what the text matches when it ends by itself.
+    """
+
+    unserved: ClassVar = {"verbosity": "medium"}
+
+    format: TextFormat | None = None
 
 
 Input: TypeAlias = Annotated[
@@ -80,7 +89,7 @@ class ResponsesRequest(SamplingFields):
         include: what else to return: `message.output_text.logprobs`, each token's log probability.
         top_logprobs: with those, the log probabilities of this number of the likeliest tokens, 0 to 20.
         metadata: returned with the response, and changes nothing.
-        text: only the default, plain text.
+        text: with `format`, OpenAI's name for the JSON forms of `structured_outputs`.
         tools: GPT-J calls no tools; they are accepted with a `tool_choice` of none, and the model does not see them.
         tool_choice: none, or auto without tools.
     """
@@ -113,14 +122,29 @@ class ResponsesRequest(SamplingFields):
             return [*messages, Message(role="user", content=self.input)]
         return [*messages, *(item.as_message() for item in self.input)]
 
+    @property
+    def text_format(self) -> TextFormat | None:
+        """What the text must match by OpenAI's field, if the request has it."""
+        return None if self.text is None else self.text.format
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        of_format = None if self.text_format is None else self.text_format.grammar()
+        return super().grammar if of_format is None else of_format
+
     def own_params(self) -> dict[str, Any]:
         return {"logprobs": self.top_logprobs if self.has_logprobs else None}
 
     def own_names(self) -> Mapping[str, str]:
-        return {"prompt": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
+        names = {"prompt": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
+        return names if self.structured_outputs is not None else names | {"structured_outputs": "text"}
 
     def check(self) -> None:
         super().check()
+        if self.text_format is not None:
+            self.text_format.check()
+            if self.structured_outputs is not None and self.text_format.type != "text":
+                raise InvalidRequestError("text.format and structured_outputs contradict each other", "text")
         check_tools(self.tools, self.tool_choice)
         if self.top_logprobs and not self.has_logprobs:
             raise InvalidRequestError(f"top_logprobs may be given only when include has {LOGPROBS!r}", "top_logprobs")
