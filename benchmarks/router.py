@@ -117,7 +117,9 @@ class SimulatedPipeline:
 
     def facts(self) -> RoutingFacts:
         room_after_s = self.scheduler.room_after_s(OVERHEAD_S, early_share=0.0)
-        return replace(RoutingFacts.of(self.scheduler, room_after_s, 0.0), received={INBOX: self.received})
+        computing = {INBOX: [request.request_id for request in self._on_end]}
+        facts = RoutingFacts.of(self.scheduler, room_after_s, 0.0)
+        return replace(facts, received={INBOX: self.received}, computing=computing)
 
     def _fill(self) -> None:
         while (plan := self.scheduler.schedule()) is not None:

@@ -48,6 +48,7 @@ class RoutingFacts:
     Args:
         keys: short keys of the blocks that it holds or is about to compute, one after the other.
         received: the number of the newest stream that it has received, by the endpoint of its inbox.
+        computing: the streams that it computes now, by their inbox.
         down_s: seconds until the pipeline computes again; 0 while it does.
         wait_s: seconds from then until a request that arrives now can run.
         row_s: seconds for each row on its slowest stage; 0 if that is not known.
@@ -57,6 +58,7 @@ class RoutingFacts:
 
     keys: bytes = b""
     received: Mapping[str, int] = field(default_factory=dict)
+    computing: Mapping[str, Sequence[int]] = field(default_factory=dict)
     down_s: float = 0.0
     wait_s: float = 0.0
     row_s: float = 0.0
@@ -116,8 +118,8 @@ class _Known:
         keys: short keys of the blocks that it has published.
         sent: requests that were sent to it since, by their first stream.
         sent_keys: short keys of their blocks.
-        calls: the open ones.
-        num_ended: calls that have ended since it published that it computes them.
+        calls: the streams of open calls.
+        ended: streams that have ended, as far as its facts may still contain them.
         num_rows: that were sent to it, ever.
     """
 
@@ -125,8 +127,8 @@ class _Known:
     keys: set[int] = field(default_factory=set)
     sent: dict[Stream, _Sent] = field(default_factory=dict)
     sent_keys: set[int] = field(default_factory=set)
-    calls: set[str] = field(default_factory=set)
-    num_ended: int = 0
+    calls: dict[str, set[Stream]] = field(default_factory=dict)
+    ended: set[Stream] = field(default_factory=set)
     num_rows: int = 0
 
     def take(self, facts: RoutingFacts) -> None:
@@ -135,12 +137,9 @@ class _Known:
             return
         self.facts = facts
         self.keys = set(_numbers(facts.keys))
-        self.num_ended = 0
-        self.sent = {
-            (inbox, number): sent
-            for (inbox, number), sent in self.sent.items()
-            if number > facts.received.get(inbox, -1)
-        }
+        new = {stream for stream in (*self.sent, *self.ended) if stream[1] > facts.received.get(stream[0], -1)}
+        self.sent = {stream: sent for stream, sent in self.sent.items() if stream in new}
+        self.ended &= new | {(inbox, number) for inbox, numbers in facts.computing.items() for number in numbers}
         self._gather_keys()
 
     def drop(self, stream: Stream, now_s: float) -> None:
@@ -152,7 +151,8 @@ class _Known:
         kept = {
             name: sent for name, sent in self.sent.items() if now_s - sent.sent_s < SENT_LIFETIME_S and name != stream
         }
-        self.calls -= {sent.call for name, sent in self.sent.items() if name not in kept}
+        for sent in (sent for name, sent in self.sent.items() if name not in kept):
+            self.calls.pop(sent.call, None)
         self.sent = kept
         self._gather_keys()
 
@@ -162,19 +162,17 @@ class _Known:
     def put(self, stream: Stream, new: _Sent) -> None:
         """Notes what is sent to it."""
         self.sent[stream] = new
-        self.calls.add(new.call)
+        inbox, first = stream
+        self.calls.setdefault(new.call, set()).update((inbox, first + choice) for choice in range(new.num_requests))
         self.sent_keys.update(new.keys)
         self.num_rows += new.num_rows
 
     def end(self, call: str) -> None:
         """A call has ended: what it computed is still there."""
-        if call not in self.calls:  # of another method
-            return
-        self.calls.remove(call)
-        streams = [stream for stream, sent in self.sent.items() if sent.call == call]
-        for stream in streams:
+        streams = self.calls.pop(call, set())
+        self.ended |= streams
+        for stream in streams & self.sent.keys():
             self.sent[stream] = replace(self.sent[stream], num_rows=0, num_requests=0)
-        self.num_ended += not streams
 
     def num_cached(self, keys: Sequence[int]) -> int:
         """How many of the first blocks it holds."""
@@ -186,8 +184,9 @@ class _Known:
     def expected_s(self, num_rows: int, num_tokens: int, usual_row_s: float) -> float:
         """See the function of this name. What has ended since the facts is taken off."""
         published = self.facts.num_requests
-        num_requests = max(0, published - self.num_ended)
-        wait_s = self.facts.wait_s * num_requests / published if self.num_ended and published else self.facts.wait_s
+        num_ended = sum(number in self.facts.computing.get(inbox, ()) for inbox, number in self.ended)
+        num_requests = max(0, published - num_ended)
+        wait_s = self.facts.wait_s * (num_requests / published if published else 1)
         num_rows += sum(sent.num_rows for sent in self.sent.values())
         num_requests += sum(sent.num_requests for sent in self.sent.values())
         facts = replace(self.facts, wait_s=wait_s, row_s=self.facts.row_s or usual_row_s)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
@@ -276,7 +276,11 @@ class Pipeline:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve, which passes it to all handles. See `RoutingFacts`."""
         down_s = math.inf if self._end is not None else self._outages.back_in_s
-        return asdict(replace(self._engine.routing_facts(), received=dict(self._received), down_s=down_s))
+        computing: defaultdict[str, list[int]] = defaultdict(list)
+        for stream in self._sending:
+            computing[stream.inbox.endpoint].append(stream.stream_id)
+        facts = self._engine.routing_facts()
+        return asdict(replace(facts, received=dict(self._received), computing=dict(computing), down_s=down_s))
 
     async def load_adapter(self, source: AdapterSource) -> Loaded:
         """Has all stages read an adapter."""

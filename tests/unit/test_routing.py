@@ -126,14 +126,25 @@ def test_calls_that_have_ended_are_no_load_but_what_they_computed_is_there() -> 
     assert ingress.send(TEXT) == (first, Route.PREFIX)
     ingress = Ingress(a=IDLE, b=holding(TEXT))
     assert [ingress.send(TEXT), ingress.send(TEXT)] == [("b", Route.PREFIX)] * 2
-    received = {INBOX: ingress.stream_id}
-    ingress.publish(b=holding(TEXT, wait_s=5.0, num_requests=2, received=received))
+    computing, received = {INBOX: [0, 1], "tcp://other": [0]}, {INBOX: 1}
+    ingress.publish(b=holding(TEXT, wait_s=5.0, num_requests=2, received=received, computing=computing))
     for call in ("other", "0", "0"):
         ingress.router.end("b", call)
     assert ingress.send(TEXT) == ("a", Route.LOAD)
     ingress.router.end("b", "1")
     assert ingress.send(TEXT) == ("b", Route.PREFIX)
     ingress.router.end("gone", "2")
+
+
+def test_facts_from_before_a_call_ended_do_not_bring_it_back() -> None:
+    ingress = Ingress(a=IDLE, b=holding(TEXT))
+    assert ingress.send(TEXT, num_choices=2) == ("b", Route.PREFIX)
+    ingress.router.end("b", "0")
+    late = holding(TEXT, wait_s=5.0, num_requests=2, received={INBOX: 0}, computing={INBOX: [0, 1]})
+    ingress.publish(b=late)
+    assert ingress.send(TEXT) == ("b", Route.PREFIX)
+    ingress.publish(b=replace(late, num_requests=3, received={INBOX: 1}, computing={"tcp://other": [0, 1], INBOX: [2]}))
+    assert ingress.send(TEXT)[1] is Route.LOAD
 
 
 def test_another_choice_for_a_request_replaces_the_last_one() -> None:
