@@ -285,6 +285,8 @@ class SamplingParams:
         if not self.use_beam_search:
             return
         _check(self.max_tokens > 0, "max_tokens", "must be at least 1 with use_beam_search", self.max_tokens)
+        has_end = self.structured_outputs is None or not self.ignore_eos
+        _check(has_end, "ignore_eos", "must be false with use_beam_search and structured_outputs", self.ignore_eos)
         for name, plain in NOT_SAMPLED.items():
             rule = f"must be {plain[0]}: use_beam_search does not sample"
             _check(vars(self)[name] in plain, name, rule, vars(self)[name])

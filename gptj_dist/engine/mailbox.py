@@ -31,6 +31,11 @@ class Delta(NamedTuple):
     num_cached_tokens: int = 0
     beams: tuple[Beam, ...] = ()
 
+    @property
+    def num_logprobs(self) -> int:
+        """Tokens with their log probabilities."""
+        return len(self.logprobs) + len(self.prompt_logprobs) + sum(len(beam.logprobs) for beam in self.beams)
+
 
 class Mailbox:
     """Holds the tokens that a stream's reader has not taken yet. A slow reader gets several deltas joined into one.
@@ -48,7 +53,7 @@ class Mailbox:
     def put(self, delta: Delta) -> None:
         """Adds new tokens."""
         self._delta = delta if self._delta is None else joined(self._delta, delta)
-        self.num_logprobs += len(delta.logprobs) + len(delta.prompt_logprobs)
+        self.num_logprobs += delta.num_logprobs
         self._filled.set()
 
     def cut(self, error: Exception) -> None:

@@ -216,7 +216,7 @@ class FeedInbox:
                 self._note_fault(fault, part, stream)
             else:
                 stream.sender = sender if part.delta.finish_reason is None and not sender.startswith(UNNAMED) else b""
-                self._num_new_logprobs += len(part.delta.logprobs) + len(part.delta.prompt_logprobs)
+                self._num_new_logprobs += part.delta.num_logprobs
         if self._num_new_logprobs >= min(UNREAD_CHECK_LOGPROBS, MAX_UNREAD_LOGPROBS):
             self._num_new_logprobs = 0
             self._cut_slow_readers()
@@ -293,7 +293,7 @@ class FeedOutbox:
         while self._waiting and num_logprobs < MAX_TURN_LOGPROBS:
             inbox, part = self._waiting.popleft()
             messages[inbox].append(part)
-            num_logprobs += len(part.delta.logprobs) + len(part.delta.prompt_logprobs)
+            num_logprobs += part.delta.num_logprobs
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._send_waiting)
         for inbox, parts in messages.items():

@@ -79,7 +79,11 @@ async def told_with_deaths(lifetimes: Sequence[int], adapted: SamplingParams) ->
     engine = AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits())
     streams = [
         stream
-        for prompt_ids, params, num_choices in (*REQUESTS, (PROMPT[3:], adapted, 2))
+        for prompt_ids, params, num_choices in (
+            *REQUESTS,
+            (PROMPT[3:], adapted, 2),
+            (PROMPT[:9], replace(adapted, use_beam_search=True, n=2), 1),
+        )
         for stream in engine.generate_all(new_records(prompt_ids, params, num_choices))
     ]
     telling = asyncio.gather(*map(collect, streams))

@@ -7,17 +7,19 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from gptj_dist.engine.beams import Beam, BeamSearch
+from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.plan import Continuations, Plan, Result
 from gptj_dist.engine.request import FinishReason, Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import SchedulerConfig, TokenOutput
-from gptj_dist.errors import RequestTooLongError
-from gptj_dist.params import BROKEN_TOKEN, Continuation, SamplingParams
+from gptj_dist.errors import InvalidRequestError, RequestTooLongError
+from gptj_dist.params import BROKEN_TOKEN, Continuation, Grammar, SamplingParams
+from gptj_dist.token_rules import TokenRules
 from tests.fakes import FakeStages
 
 EOS, VOCAB_SIZE, BLOCK_SIZE = 0, 12, 4
@@ -256,3 +258,32 @@ class TestSelection:
         assert search.step([[Continuation(5, logprob)]]).running == (
             () if is_over else (Beam((5, 5, 5), -2.0 + logprob),)
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"top_k": 4}, "top_k"),
+        ({"n": 4, "best_of": 3}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"length_penalty": 6.0}, "length_penalty"),
+        ({"early_stopping": "soon"}, "early_stopping"),
+        ({"structured_outputs": Grammar("regex", "[0-9]"), "ignore_eos": True}, "ignore_eos"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_search_can_have_are_refused(settings: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        SamplingParams(use_beam_search=True, **settings)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("settings", [{"length_penalty": 2.0}, {"early_stopping": True}, {"best_of": 2}], ids=str)
+def test_settings_that_only_a_search_has_are_refused_without_one(settings: dict[str, Any]) -> None:
+    limits = EngineLimits(TokenRules(50), 100, 400, 4, max_batch_size=3)
+    limits.check([1], SamplingParams(use_beam_search=True, **settings))
+    with pytest.raises(InvalidRequestError, match="needs use_beam_search"):
+        limits.check([1], SamplingParams(**settings))
+    with pytest.raises(InvalidRequestError, match="at most 3 beams"):
+        limits.check([1], SamplingParams(use_beam_search=True, n=4))
