@@ -16,7 +16,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzzing import api_cases, client_cases, file_cases, wire_cases
+from tests.fuzzing import api_cases, client_cases, file_cases, grammar_cases, wire_cases
 from tests.fuzzing.strategies import Target
 from tests.memory import peak_bytes
 
@@ -30,7 +30,8 @@ PART_CASES = 2000
 FORBIDDEN_EVENTS = frozenset(
     ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen")
 )
-TARGETS = (*api_cases.TARGETS, *wire_cases.TARGETS, *file_cases.TARGETS, *client_cases.TARGETS)
+CASES = (api_cases, wire_cases, file_cases, client_cases, grammar_cases)
+TARGETS = tuple(target for cases in CASES for target in cases.TARGETS)
 
 
 class Guard:
