@@ -31,6 +31,7 @@ REQUESTS = (
     (PROMPT, SamplingParams(max_tokens=0, pooling=Pooling("mean", 5)), 1),
     (PROMPT[:9], SamplingParams(max_tokens=1, temperature=0, logprobs=0), 1),
     (PROMPT[2:], replace(SAMPLED, ignore_eos=False, structured_outputs=Grammar.json({"type": "array"})), 2),
+    ((5, 6, 7, 8), SamplingParams(max_tokens=30, seed=1, ignore_eos=True, logprobs=1, allowed_token_ids=(5, 6)), 1),
     (PROMPT[5:], SamplingParams(max_tokens=25, temperature=0, stop_token_ids=(198,), min_tokens=3, logprobs=0), 1),
     (PROMPT[:25], SamplingParams(max_tokens=20, use_beam_search=True, n=3, length_penalty=2, logprobs=1), 1),
 )
@@ -73,9 +74,12 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> SamplingParams:
     return SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, adapters=(chosen(path, config),))
 
 
-async def told_with_deaths(lifetimes: Sequence[int], adapted: SamplingParams) -> tuple[list[list[object]], int]:
-    """What all requests tell, and the number of preemptions; stages die after these numbers of results."""
-    pipeline, executor = start_local(CONFIG)
+async def told_with_deaths(
+    lifetimes: Sequence[int], adapted: SamplingParams, config: PipelineConfig = CONFIG
+) -> tuple[list[list[object]], int, int]:
+    """What all requests tell, and the numbers of preemptions and accepted drafts; stages die after these numbers of
+    results."""
+    pipeline, executor = start_local(config)
     engine = AsyncEngine(pipeline.make_scheduler(), executor, pipeline.limits())
     streams = [
         stream
@@ -94,20 +98,21 @@ async def told_with_deaths(lifetimes: Sequence[int], adapted: SamplingParams) ->
             await engine.run()
         num_preemptions += engine.scheduler.num_preemptions
         executor.close()
-        pipeline, executor = start_local(CONFIG)
+        pipeline, executor = start_local(config)
     engine.resume(pipeline.make_scheduler(), executor, pipeline.limits())
     driver = asyncio.create_task(engine.run())
     told = await telling
     driver.cancel()
     executor.close()
-    return told, num_preemptions + engine.scheduler.num_preemptions
+    return told, num_preemptions + engine.scheduler.num_preemptions, engine.stats.num_accepted
 
 
 @pytest.mark.parametrize("lifetimes", [(1, 2, 3, 5), (12, 25), (9, 40)])
 def test_nothing_is_told_twice_and_nothing_is_missing_after_deaths(
     lifetimes: Sequence[int], adapted: SamplingParams
 ) -> None:
-    expected, _ = asyncio.run(told_with_deaths((), adapted))
-    told, num_preemptions = asyncio.run(told_with_deaths(lifetimes, adapted))
+    expected, *_ = asyncio.run(told_with_deaths((), adapted, replace(CONFIG, speculation=False)))
+    told, num_preemptions, num_accepted = asyncio.run(told_with_deaths(lifetimes, adapted))
     assert told == expected
     assert num_preemptions > 0
+    assert num_accepted > 0
