@@ -238,21 +238,26 @@ class Scheduler:
         size, num_larger = divmod(len(decoding), num_groups)
         is_larger = sum(group > size for group in groups) < num_larger
         share = max(1, min(ceil_div(len(ready), num_groups_free), size + is_larger))
+        share = min(share, len(ready))
         for request in ready[:share]:
-            if request.is_running and request not in next_plan.starts:  # one before it may have preempted it
-                self._add_token(next_plan, request, min(share, len(ready)))
+            if not request.is_running or request in next_plan.starts:
+                continue  # one before it has preempted it, or was another beam of its search
+            if request.group is None:
+                self._add_chunk(next_plan, request, 1, self._drafts(request, num_decodes=share))
+            else:
+                self._add_beams(next_plan, request)
         next_plan.num_decodes = len(next_plan.chunks)
 
     def _drafts(self, request: Request, num_decodes: int) -> Sequence[int]:
         """Guesses of the request's next tokens, for a micro-batch of `num_decodes` requests.
 
-        None for beams, nor before the first token, with which results come that belong to no other.
+        None before the first token, with which results come that belong to no other.
         """
         num_output_tokens = request.num_output_tokens
         num_free = self._pool.num_free - len(self._running)  # drafts preempt no request
         room = (len(request.blocks) + num_free) * self._config.block_size - request.num_tokens
         most = min(self._config.max_drafts, request.params.max_tokens - num_output_tokens - 1, room)
-        if most <= 0 or not num_output_tokens or request.group is not None:
+        if most <= 0 or not num_output_tokens:
             return ()
         if request.drafter is None:
             request.drafter = Drafter(request.prompt_ids, request.prediction_ids)
@@ -322,22 +327,18 @@ class Scheduler:
         self._waiting.last_place = max(self._waiting.last_place, request.place)
         next_plan.new_requests.append(request.introduction(prefix))
 
-    def _add_token(self, next_plan: NextPlan, request: Request, num_decodes: int) -> None:
-        """Adds the request's next token; of a beam search, that of every beam or none.
-
-        Args:
-            num_decodes: requests with one token in the plan.
-        """
-        num_blocks = sum(self._pool.blocks_for(beam.num_tokens) - len(beam.blocks) for beam in request.beams)
-        if not self._make_room(num_blocks, request, next_plan):
+    def _add_beams(self, next_plan: NextPlan, search: Request) -> None:
+        """Adds the next token of every beam of a search, or of none."""
+        num_blocks = sum(self._pool.blocks_for(beam.num_tokens) - len(beam.blocks) for beam in search.beams)
+        if not self._make_room(num_blocks, search, next_plan):
             return
-        for beam in request.beams:
+        for beam in search.beams:
             if beam.source is not None:
                 beam.num_computed = beam.num_tokens - 1
                 prefix = KVPrefix(beam.source.request_id, beam.num_computed, tuple(beam.blocks))
                 next_plan.new_requests.append(beam.introduction(prefix))
                 beam.source = None
-            self._add_chunk(next_plan, beam, 1, self._drafts(beam, num_decodes))
+            self._add_chunk(next_plan, beam, 1)
 
     def _add_chunk(self, next_plan: NextPlan, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> int:
         """Adds the request's next tokens, and drafts after its last one; returns their number without drafts.
@@ -370,6 +371,8 @@ class Scheduler:
 
     def _make_room(self, num_blocks: int, request: Request, next_plan: NextPlan) -> bool:
         """Preempts requests that come after this one, the last first, until the blocks are free. Else preempts none."""
+        if num_blocks <= self._pool.num_free:
+            return True
         victims = choose_victims(num_blocks, request, self._running, next_plan.starts, self._pool)
         for victim in victims or ():
             if victim.is_running:  # not preempted with another beam of its search
