@@ -15,9 +15,10 @@ MAX_DRAFTS = 16
 MEMORY_TOKENS = 16.0
 """Drafts after which earlier ones count half or less."""
 
-FIRST_WAIT = 16
-LONGEST_WAIT = 256
-"""Drafts that are not made because they are not worth it, until one is made to see whether that has changed."""
+FIRST_WAIT = 200
+LONGEST_WAIT = 3200
+"""Drafts that are not worth it and not made, until one is made to see whether that has changed; for a row that takes as
+long as a token. A trial costs at most half a percent of the time of the tokens before it, however dear rows are."""
 
 LONGEST_MATCH = 32
 MOST_MATCHES = 16
@@ -106,7 +107,7 @@ class Chance:
         if number:
             return number
         self.num_left_out += 1
-        if self.num_left_out < self.wait:
+        if self.num_left_out < self.wait * row_share:
             return 0
         self.num_left_out = 0
         return 1
