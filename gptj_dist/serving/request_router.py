@@ -37,7 +37,7 @@ class PrefixRouter(RequestRouter):
         # Serve finds the request that it has chosen for by this id, which the calls of an HTTP request may share.
         self._pending_requests_by_id[call] = pending_request
         if len(candidate_replicas) < 2 or pending_request.metadata.call_method != "generate":
-            return [random.sample(candidate_replicas, len(candidate_replicas))]
+            return [random.SystemRandom().sample(candidate_replicas, len(candidate_replicas))]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         records, reply_to = pending_request.args
         stream = (reply_to.inbox.endpoint, reply_to.stream_id)

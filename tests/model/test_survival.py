@@ -86,6 +86,7 @@ async def told_with_deaths(
         for prompt_ids, params, num_choices in (
             *REQUESTS,
             (PROMPT[3:], adapted, 2),
+            (PROMPT[4:], replace(adapted, structured_outputs=Grammar("regex", "[a-z ]{9,}"), logprobs=1), 1),
             (PROMPT[:9], replace(adapted, use_beam_search=True, n=2), 1),
         )
         for stream in engine.generate_all(new_records(prompt_ids, params, num_choices))
