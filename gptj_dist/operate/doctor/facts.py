@@ -24,8 +24,8 @@ from gptj_dist.stages.blueprint import DeviceReport
 from gptj_dist.stages.cores import available_cores
 
 PACKAGES = (
-    "ray", "torch", "tokenizers", "huggingface_hub", "pyzmq", "msgspec", "llguidance", "pydantic", "starlette", "uvicorn", "jinja2",
-    "prometheus_client", "numpy", "typer", "rich", "httpx", "pyyaml", "grpcio",
+    "ray", "torch", "tokenizers", "huggingface_hub", "pyzmq", "msgspec", "llguidance", "pydantic", "starlette",
+    "uvicorn", "jinja2", "prometheus_client", "numpy", "typer", "rich", "httpx", "pyyaml", "grpcio",
 )  # fmt: skip
 """What gptj-dist needs, as `pyproject.toml` has it: a package that is not installed by pip has no list to be read."""
 
