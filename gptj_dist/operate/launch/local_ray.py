@@ -78,10 +78,11 @@ class LocalRay:
         import ray
         from ray._private import worker
 
+        started = descendants(os.getpid())  # an agent of Ray's has a title in place of its environment
         if worker._global_node is not None:
             _end_at_once(worker._global_node)
         ray.shutdown()
-        end_all(_own_processes)
+        end_all(lambda: [*started, *_own_processes()])
 
     def discard_empty_logs(self) -> None:
         """Removes logs of this process's session into which nothing was written. Call when Ray has ended."""
