@@ -20,12 +20,15 @@ from gptj_dist.stages.local import start_local
 
 
 def open_worker(settings: dict[str, Any]) -> Worker:
-    """Loads the model. `settings` are fields of `PipelineConfig`. No prompt is cached, as in other engines' workers."""
+    """Loads the model. `settings` are fields of `PipelineConfig`.
+
+    As in other engines' workers, no prompt is cached and no token is guessed unless the settings say so.
+    """
     if "layers" in settings:
         settings["layers"] = tuple(settings["layers"])
-    has_prefix_cache = "prefix_cache" in {field.name for field in fields(PipelineConfig)}  # not in an older checkout
-    cached = {"prefix_cache": False} if has_prefix_cache else {}
-    return GenerationWorker(OurEngine(PipelineConfig(**{**cached, **settings})))
+    known = {field.name for field in fields(PipelineConfig)}  # of an older checkout fewer
+    plain = {name: False for name in ("prefix_cache", "speculation") if name in known}
+    return GenerationWorker(OurEngine(PipelineConfig(**{**plain, **settings})))
 
 
 class OurEngine:
