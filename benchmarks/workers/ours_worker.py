@@ -27,7 +27,7 @@ def open_worker(settings: dict[str, Any]) -> Worker:
     if "layers" in settings:
         settings["layers"] = tuple(settings["layers"])
     known = {field.name for field in fields(PipelineConfig)}  # of an older checkout fewer
-    plain = {name: False for name in ("prefix_cache", "speculation") if name in known}
+    plain: dict[str, Any] = {name: False for name in ("prefix_cache", "speculation") if name in known}
     return GenerationWorker(OurEngine(PipelineConfig(**{**plain, **settings})))
 
 
