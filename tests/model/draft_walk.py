@@ -5,17 +5,15 @@ python -m tests.model.draft_walk --requests 500
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
-
-import torch
 
 from gptj_dist.config import ModelConfig
 from gptj_dist.engine.drafts import MAX_DRAFTS
 from gptj_dist.params import SamplingParams
 from tests.model.test_exact import Model, Run, Work
+from tests.model.walks import require_same_bits, walk_arguments
 
 NUM_BLOCKS = 19
 """Few, so that cached blocks are evicted and requests preempted."""
@@ -72,18 +70,12 @@ def compare(model: Model, num_requests: int, seed: int, layers: Sequence[int], m
         )
 
     drafted, plain = run(MAX_DRAFTS), run(0)
-    assert drafted.token_ids == plain.token_ids
-    assert drafted.logits.keys() >= plain.logits.keys()
-    different = [key for key, row in plain.logits.items() if not torch.equal(row, drafted.logits[key])]
-    assert not different, f"logits of (request, position) differ: {different[:10]}"
+    require_same_bits(drafted, plain)
     return drafted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = walk_arguments(__doc__, num_requests=500)
     run = compare(Model("demo"), args.requests, args.seed, (14, 14), None)
     figures = {
         "requests": args.requests,
