@@ -32,6 +32,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "repetition_penalty": (0, 10),
+    "repetition_penalty_range": (-1, 2**31),
     "logprobs": (0, MAX_LOGPROBS),
     "prompt_logprobs": (0, MAX_LOGPROBS),
     "best_of": (1, 128),
@@ -191,6 +192,7 @@ class SamplingParams:
         frequency_penalty: taken from it for each time that it was, in [-2, 2].
         repetition_penalty: divides positive logits, and multiplies negative ones, of every token of prompt and output,
             in (0, 10] (Keskar et al. 2019, section 4.1).
+        repetition_penalty_range: only this number of last tokens is penalised; 0 or -1 for all.
         logit_bias: (token id, number from -100 to 100 that is added to its logit).
         allowed_token_ids: no other token is sampled; None allows all.
         bad_words: runs of token ids; the last token of a run is never sampled right after the others.
@@ -231,6 +233,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repetition_penalty_range: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()

@@ -134,6 +134,8 @@ async def front_app(
     max_requests: int = 1000,
     source: Any = None,
     streams: DeploymentHandle | None = None,
+    pipelines: Any = None,
+    cors_origins: Sequence[str] = (),
 ) -> AsyncIterator[FrontApp]:
     """Runs the application on a free port of loopback until the context ends.
 
@@ -142,6 +144,8 @@ async def front_app(
         max_requests: the most requests that are answered at a time.
         source: a `TokenSource`; None takes a `Source` that waits for nothing.
         streams: keeps streams, as the deployment of `Streams`.
+        pipelines: the part of a `PipelineClient` that is used; None takes `Pipelines`.
+        cors_origins: web pages that browsers may call it from.
     """
     metrics = IngressMetrics("i")
     if source is None:
@@ -150,10 +154,10 @@ async def front_app(
     model = ServedModel(names, TOKENIZER, (50256,), TEMPLATE)
     texts = AnswerService(model, source, moderation, metrics.note_end)
     admission = Admission(max_requests)
-    pipelines = cast("PipelineClient", Pipelines(unready, unhealthy))
+    pipelines = cast("PipelineClient", pipelines or Pipelines(unready, unhealthy))
     keeper = None if streams is None else Keeper(streams, texts.work)
     endpoints = Endpoints(names, texts, pipelines, Allowances(None), cast("Scrape", None), admission, keeper)
-    app = make_http_app(endpoints.table(), metrics, keys, (), has_proxy=False, gate=Gate())
+    app = make_http_app(endpoints.table(), metrics, keys, cors_origins, has_proxy=False, gate=Gate())
     address = Address("127.0.0.1", free_port())
     listener = Listener(app, address, drain_s=1)
     try:

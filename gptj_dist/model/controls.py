@@ -36,7 +36,8 @@ def apply_controls(
     for token_id, bias in params.logit_bias:
         row[token_id] += bias
     if params.repetition_penalty != 1:
-        seen = _ids(sorted(set(history)), row)
+        begin = max(0, len(history) - params.repetition_penalty_range) if params.repetition_penalty_range > 0 else 0
+        seen = _ids(sorted(set(history[begin:])), row)
         logits, penalty = row[seen], params.repetition_penalty
         row[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
     if params.frequency_penalty or params.presence_penalty:

@@ -199,6 +199,13 @@ def of_repetition_penalty(face: Face) -> None:
     assert len(set(generated)) == len(generated)
 
 
+@check(SamplingFields)
+def of_repetition_penalty_range(face: Face) -> None:
+    everywhere = ids(face, repetition_penalty=10.0)
+    assert ids(face, repetition_penalty=10.0, repetition_penalty_range=-1) == everywhere
+    assert ids(face, repetition_penalty=10.0, repetition_penalty_range=1) != everywhere
+
+
 @check(CompletionRequest)
 def of_logprobs(face: Face) -> None:
     told = choice(face, logprobs=3, return_token_ids=True)

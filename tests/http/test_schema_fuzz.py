@@ -131,7 +131,7 @@ def test_what_is_no_request_at_all_is_refused(server: Server, body: bytes) -> No
 
 # Keys
 
-OPEN_PATHS = {"/", "/docs", "/openapi.json"}
+OPEN_PATHS = {"/", "/docs", "/openapi.json", "/page/main.js"}
 PATHS = [
     *((path.replace("{model}", "demo"), method) for path, method in OPERATIONS),
     *((path, "get") for path in ("/v1", "/no/such/path", "/v1/models/demo/", "/static/%2e%2e/metrics", "//metrics")),

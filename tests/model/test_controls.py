@@ -51,6 +51,14 @@ def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
     torch.testing.assert_close(ours(replace(NONE, repetition_penalty=penalty)), expected)
 
 
+@pytest.mark.parametrize("last", [-1, 0, 1, 3, len(HISTORY), 1000])
+def test_the_repetition_penalty_takes_the_last_tokens(last: int) -> None:
+    settings = replace(NONE, repetition_penalty=1.7, repetition_penalty_range=last)
+    row = logits_of(0)
+    apply_controls(row, replace(NONE, repetition_penalty=1.7), HISTORY[-last:] if last > 0 else HISTORY, 0)
+    torch.testing.assert_close(ours(settings), row)
+
+
 def test_biases_are_transformers() -> None:
     expected = theirs(SequenceBiasLogitsProcessor([[[3], 1.5], [[8], -2.5]]))
     torch.testing.assert_close(ours(replace(NONE, logit_bias=((3, 1.5), (8, -2.5)))), expected)

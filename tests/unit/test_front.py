@@ -16,6 +16,7 @@ from gptj_dist.answers.request_limits import KEEP_ALIVE_S, MAX_BODY_BYTES
 from gptj_dist.errors import ConfigurationError, NotReadyError, StageFailedError
 from gptj_dist.serving.http.connection import ConnectionLimits
 from gptj_dist.serving.http.listener import Address
+from gptj_dist.serving.http.page_files import FILES, page_file
 from gptj_dist.serving.keys import ApiKey, hash_key
 from tests.front_app import FrontApp, front_app
 
@@ -63,39 +64,55 @@ def post(body: bytes, **headers: str) -> Any:
 
 
 class TestPages:
-    def test_the_front_page_says_what_is_served_and_how_to_use_it(self) -> None:
-        response = get("/", names=("my-gptj", "<b>"))
-        page = Page(response.text)
+    def test_the_page_and_its_parts_are_served_and_ask_for_nothing_from_elsewhere(self) -> None:
+        response = get("/")
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/html")
-        assert "Serves my-gptj, <b>: ready." in " ".join(page.text.split())
-        assert f"curl -N {str(response.url).rstrip('/')}/v1/completions -d" in page.text
-        assert {"/docs", "/openapi.json", "/v1/models"} <= set(page.links)
-        assert all(link is not None and link.startswith("/") for link in page.links)
+        links = [link for link in Page(response.text).links if link not in ("/", "data:,")]
+        assert {"docs", "openapi.json", "v1/models", "page/main.js", "page/style.css"} <= set(links)
+        assert not any(link is None or ":" in link or link.startswith("/") for link in links)
+        for name in FILES:
+            part = get(f"/page/{name}")
+            assert part.status_code == 200
+            assert "'none'" in part.headers["content-security-policy"]
+            assert "unsafe" not in part.headers["content-security-policy"]
+            assert "http" not in part.text.replace("http-equiv", "")
+
+    def test_the_page_has_at_most_100_kb(self) -> None:
+        assert sum(len(page_file(name).content) for name in (*FILES, "index.html")) <= 100_000
+
+    def test_a_browser_that_has_a_part_gets_a_304(self) -> None:
+        for path in ("/", "/page/main.js"):
+            etag = get(path).headers["etag"]
+            again = get(path, {"if-none-match": f'"other", W/{etag}'})
+            assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
+            assert get(path, {"if-none-match": '"other"'}).status_code == 200
+
+    def test_below_a_prefix_the_page_asks_there(self) -> None:
+        assert b'<base href="/gptj/">' in page_file("index.html", "/gptj").content
+        assert page_file("index.html", "/gptj").etag != page_file("index.html").etag
+        assert b'<base href="/&quot;&lt;/">' in page_file("index.html", '/"<').content
+
+    @pytest.mark.parametrize("name", ["other.js", "index.html", "..%2fpages.py", "%2e%2e/pages.py", ""])
+    def test_other_files_are_not_served(self, name: str) -> None:
+        response = get(f"/page/{name}")
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "not_found"
 
     def test_health_is_200_while_no_pipeline_is_ready_and_503_once_no_tokens_can_be_received(self) -> None:
         assert get("/health", unready=NotReadyError("the model is still loading")).status_code == 200
         response = get("/health", unhealthy=StageFailedError("the ingress can no longer receive tokens: closed"))
         assert (response.status_code, "can no longer receive" in response.text) == (503, True)
 
-    def test_the_front_page_says_that_the_model_is_loading(self) -> None:
-        page = Page(get("/", unready=NotReadyError("the model is still loading")).text)
-        assert "not ready (the model is still loading)" in page.text
-
     def test_with_keys_a_browser_opens_the_pages_that_say_no_more_than_the_documentation(self) -> None:
-        for path in ("/", "/docs", "/openapi.json"):
-            assert get(path, keys=KEYS, names=("hidden-name",)).status_code == 200
-        page = Page(get("/", keys=KEYS, names=("hidden-name",), unready=NotReadyError("hidden-state")).text)
-        assert "need an API key" in page.text
-        assert "hidden" not in page.text
-        assert "Authorization: Bearer" in page.text
+        for path in ("/", "/docs", "/openapi.json", *(f"/page/{name}" for name in FILES)):
+            response = get(path, keys=KEYS, names=("hidden-name",))
+            assert response.status_code == 200
+            assert "hidden-name" not in response.text
 
-    def test_with_keys_a_caller_who_has_one_sees_all_of_the_front_page(self) -> None:
-        page = Page(get("/", WITH_KEY, keys=KEYS).text)
-        assert "Serves demo: ready." in page.text
-        assert "Authorization: Bearer" in page.text
-
-    @pytest.mark.parametrize("path", ["/v1/models", "/tokenizer_info", "/metrics", "/ready", "/docs/", "/docsx"])
+    @pytest.mark.parametrize(
+        "path", ["/v1/models", "/tokenizer_info", "/metrics", "/ready", "/docs/", "/docsx", "/page/x.js"]
+    )
     def test_with_keys_nothing_else_is_open(self, path: str) -> None:
         assert get(path, keys=KEYS).status_code == 401
 

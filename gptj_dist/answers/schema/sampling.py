@@ -30,23 +30,30 @@ HINTS = frozenset((
     "spaces_between_special_tokens",
     "cache_control", "include_reasoning", "metadata", "parallel_tool_calls", "prompt_cache_key",
     "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
+    # They shape samplers of other servers that are off: see `UNSERVED`.
+    "dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breakers", "dynatemp_exponent",
+    "mirostat_eta", "mirostat_tau", "xtc_threshold",
 ))  # fmt: skip
 UNSERVED: Unserved = {
     **dict.fromkeys((
-        "audio", "cache_salt", "chat_template", "documents", "echo", "ec_transfer_params", "functions",
-        "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex",
-        "guided_whitespace_pattern", "kv_transfer_params", "logits_processors", "logprob_token_ids",
-        "media_io_kwargs", "mm_processor_kwargs", "moderation", "prompt_embeds", "reasoning_effort",
-        "repetition_detection", "request_id", "return_token_offsets", "session_id", "stream_interval",
-        "suffix", "thinking_token_budget", "tools", "top_logprobs", "use_beam_search",
-        "verbosity", "vllm_xargs", "watermarking", "web_search_options",
+        "audio", "ban_eos_token", "banned_tokens", "cache_salt", "chat_template", "do_sample", "documents",
+        "dry_multiplier", "dynamic_temperature", "dynatemp_range", "ec_transfer_params", "echo", "functions",
+        "grammar_string", "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json",
+        "guided_regex", "guided_whitespace_pattern", "kv_transfer_params", "logits_processors",
+        "logprob_token_ids", "media_io_kwargs", "mirostat_mode", "mm_processor_kwargs", "moderation",
+        "penalize_nl", "prompt_embeds", "reasoning_effort", "repetition_detection", "request_id",
+        "return_token_offsets", "session_id", "stream_interval", "suffix", "thinking_token_budget", "tools",
+        "top_logprobs", "use_beam_search", "verbosity", "vllm_xargs", "watermarking", "web_search_options",
+        "xtc_probability",
     )),
     "best_of": 1,
     "function_call": "none",
     "length_penalty": 1,
     "modalities": ["text"],
+    "tfs": 1,
     "tool_choice": "none",
     "truncation_side": "left",
+    "typical_p": 1,
 }  # fmt: skip
 """Of completions and of chat; a body that has such a field itself serves it."""
 
@@ -111,6 +118,7 @@ class SamplingFields(Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repetition_penalty_range: Integer = 0
     stop_token_ids: Ids = []
     include_stop_str_in_output: bool = False
     bad_words: Strings = []

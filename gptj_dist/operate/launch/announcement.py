@@ -46,6 +46,7 @@ def announce(
             console.print(f"The {model.dtype} weights are rounded to {dtype}, because the memory is small.")
     names = " or ".join(launch.app.model_names)
     console.print(f"Ready after {elapsed_s:.1f} s: {names} at {base}", soft_wrap=True)
+    console.print(f"Write with it in a browser: {base}/", soft_wrap=True)
     console.print(f"\n  {example_command(base, launch.api_key is not None, has_proxy)}\n", soft_wrap=True)
     console.print(f"Logs: {log_directory()}", soft_wrap=True)
     console.print("Ctrl-C stops.")

@@ -20,6 +20,7 @@ from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.meter import HttpMeter
 from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, InTurns, LimitHead, RequestIds, RequireKey, route_path
+from gptj_dist.serving.http.page_files import FILES
 from gptj_dist.serving.keys import ApiKey
 from gptj_dist.serving.metrics import IngressMetrics
 
@@ -63,7 +64,7 @@ def make_http_app(
         )
         middleware.append(cors)  # before keys: a browser asks first, without one
     if keys:
-        open_paths = {one.path for one in endpoints if one.is_open}
+        open_paths = {one.path for one in endpoints if one.is_open} | {f"/page/{name}" for name in FILES}
         middleware.append(Middleware(RequireKey, keys=keys, open_paths=open_paths))
     no_such_route = partial(_no_such_route, {one.path for one in endpoints})
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: no_such_route})

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial, wraps
 from typing import TypeAlias, TypeVar
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -34,9 +35,9 @@ from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.body import BodyRoom, read_body
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST, unless_gone
 from gptj_dist.serving.http.endpoint import EVENTS, HTML, JSON, Endpoint, Handler, refusal
-from gptj_dist.serving.http.middleware import is_anonymous
 from gptj_dist.serving.http.openapi import openapi_document
-from gptj_dist.serving.http.pages import docs_page, front_page
+from gptj_dist.serving.http.page_files import FILES, page_file
+from gptj_dist.serving.http.pages import docs_page
 from gptj_dist.serving.keeper import Keeper, Run
 from gptj_dist.serving.keys import CALLER, ApiKey
 from gptj_dist.serving.pipeline_client import PipelineClient
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 MEDIA = (JSON, EVENTS)
 """Types of the answers to requests for text."""
+
+PARTS = ("text/javascript", "text/css")
+"""Types of the page's parts."""
 
 TRACED_PLAN_US = 50
 """Microseconds that it takes to write a plan's events."""
@@ -112,7 +116,8 @@ class Endpoints:
             Endpoint("GET", "/metrics", self.metrics, "Counters and gauges, for Prometheus.", media=("text/plain",)),
             Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "The state of every pipeline and its stages."),
             Endpoint("GET", "/debug/trace", self.debug_trace, "The last plans of every pipeline, as a Chrome trace."),
-            Endpoint("GET", "/", self.front, "A page with links.", media=(HTML,), is_open=True),
+            Endpoint("GET", "/", self.front, "The page: write with the model.", media=(HTML,), is_open=True),
+            Endpoint("GET", "/page/{name}", self.page_part, "A part of that page.", media=PARTS, is_open=True),
             Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs.", is_open=True),
             Endpoint("GET", "/docs", self.docs, "This list, as a page.", media=(HTML,), is_open=True),
         )
@@ -211,17 +216,14 @@ class Endpoints:
         return Response(trace, media_type=JSON)
 
     async def front(self, request: Request) -> Response:
-        """A page with links. A caller who has not shown a key sees neither the model's names nor its state."""
-        root_path, base = request.scope.get("root_path", ""), str(request.base_url).rstrip("/")
-        if is_anonymous(request.scope):
-            return HTMLResponse(front_page((), "Calls to this server need an API key", base, root_path, needs_key=True))
-        try:
-            await self._pipelines.prove_ready()
-            state = "ready"
-        except GPTJDistError as error:
-            state = f"not ready ({error})"
-        needs_key = "api_key" in request.scope["state"]
-        return HTMLResponse(front_page(self._names, state, base, root_path, needs_key))
+        return page_file("index.html", request.scope.get("root_path", "")).answer(request)
+
+    async def page_part(self, request: Request) -> Response:
+        """A file of the page at `/`. It holds nothing about the model, so no key is needed."""
+        name = request.path_params["name"]
+        if name not in FILES:
+            raise HTTPException(404)
+        return page_file(name).answer(request)
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(openapi_document(self.table(), request.scope.get("root_path", "")))
@@ -308,6 +310,8 @@ def answering(handler: Handler) -> Handler:
             return await handler(request)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except HTTPException:  # the application's own answer
+            raise
         except Exception as error:
             if not isinstance(error, GPTJDistError):
                 logger.exception("endpoint failed", extra=values(request_id=request.state.request_id))

@@ -17,7 +17,6 @@ from gptj_dist.serving.http.endpoint import refusal
 from gptj_dist.serving.keys import CALLER, ApiKey, find_key
 
 REQUEST_ID_HEADER = "x-request-id"
-ANONYMOUS = "is_anonymous"
 _ACCEPTABLE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -115,13 +114,11 @@ class RequireKey:
         if scope["type"] == "http":
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             key = find_key(self._keys, given.strip()) if scheme.lower() == "bearer" else None
-            if key is None and self._is_open(scope):
-                scope.setdefault("state", {})[ANONYMOUS] = True
-            elif key is None:
+            if key is None and not self._is_open(scope):
                 error = AuthenticationError("this server needs an API key: Authorization: Bearer <key>")
                 await refusal(error)(scope, receive, send)
                 return
-            else:
+            if key is not None:
                 scope.setdefault("state", {})["api_key"] = key
                 CALLER.set(key.name if len(self._keys) > 1 else None)
         await self._app(scope, receive, send)
@@ -134,8 +131,3 @@ def route_path(scope: Scope) -> str:
     """The path of a call without the prefix that the application is served at."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"
-
-
-def is_anonymous(scope: Scope) -> bool:
-    """Whether the call came to an open path without a key, at a server that has keys."""
-    return ANONYMOUS in scope["state"]

@@ -1,0 +1,46 @@
+// Documents in the browser's own storage (IndexedDB), and as files.
+
+const NAME = "gptj-dist";
+
+function opened() {
+  return new Promise((resolve, reject) => {
+    const request = indexedDB.open(NAME, 1);
+    request.onupgradeneeded = () => request.result.createObjectStore("documents", { keyPath: "id" });
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(new Error("This browser keeps no documents here (a private window?). Export them."));
+  });
+}
+
+async function run(mode, work) {
+  const database = await opened();
+  try {
+    return await new Promise((resolve, reject) => {
+      const transaction = database.transaction("documents", mode);
+      const request = work(transaction.objectStore("documents"));
+      transaction.oncomplete = () => resolve(request.result);
+      transaction.onabort = transaction.onerror = () =>
+        reject(new Error(`The document is not kept: ${transaction.error?.message ?? "the storage is full"}. Export it.`));
+    });
+  } finally {
+    database.close();
+  }
+}
+
+export const store = {
+  // All documents, the newest first: [{ id, title, at }].
+  async list() {
+    const all = await run("readonly", (documents) => documents.getAll());
+    return all.map(({ id, at, tree }) => ({ id, at, title: tree.name ?? tree.title })).sort((a, b) => b.at - a.at);
+  },
+  load: (id) => run("readonly", (documents) => documents.get(id)),
+  save: (id, tree) => run("readwrite", (documents) => documents.put({ id, at: Date.now(), tree })),
+  remove: (id) => run("readwrite", (documents) => documents.delete(id)),
+};
+
+export function download(name, type, content) {
+  const url = URL.createObjectURL(new Blob([content], { type }));
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+export const fileName = (title, end) => `${title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "document"}.${end}`;
