@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,7 +100,8 @@ class Desk:
 
     def bodies(self, path: str = "completions") -> list[dict[str, Any]]:
         """The bodies that were sent to a path that ends so."""
-        return [one.post_data_json for one in self.requests if one.method == "POST" and one.url.endswith(path)]
+        posts = (one for one in self.requests if one.method == "POST" and one.url.endswith(path))
+        return [json.loads(one.post_data or "") for one in posts]
 
     def caret(self, at: int, end: int | None = None) -> None:
         self["text"].evaluate("(one, [at, end]) => one.setSelectionRange(at, end)", [at, at if end is None else end])
@@ -116,7 +118,7 @@ def desk(browser: Browser, base: str, is_open: bool = True, **options: Any) -> I
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
     one = Desk(page, base)
-    page.on("request", one.requests.append)
+    page.on("request", lambda request: one.requests.append(request))
     page.on("pageerror", lambda error: one.complaints.append(str(error)))
     page.on("console", lambda message: one.complaints.append(message.text) if message.type == "error" else None)
     try:

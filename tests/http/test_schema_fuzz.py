@@ -133,7 +133,7 @@ def test_what_is_no_request_at_all_is_refused(server: Server, body: bytes) -> No
 
 OPEN_PATHS = {"/", "/docs", "/openapi.json", "/page/main.js"}
 PATHS = [
-    *((path.replace("{model}", "demo"), method) for path, method in OPERATIONS),
+    *((path.replace("{model}", "demo").replace("{name}", "main.js"), method) for path, method in OPERATIONS),
     *((path, "get") for path in ("/v1", "/no/such/path", "/v1/models/demo/", "/static/%2e%2e/metrics", "//metrics")),
     *((path, "post") for path in ("/v1/models", "/v1/embeddings", "/metrics")),
     ("/v1/models", "options"),
@@ -169,7 +169,7 @@ def test_nothing_but_the_documentation_is_open_without_the_key(server: Server, s
 def test_with_the_key_everything_is(server: Server) -> None:
     for path, method in PATHS:
         response = server.client.request(method, server.base + path, json={"prompt": "x"})
-        is_served = (path.replace("demo", "{model}"), method) in OPERATIONS
+        is_served = (path.replace("demo", "{model}").replace("main.js", "{name}"), method) in OPERATIONS
         assert response.status_code in ((200, 400) if is_served else (307, 404, 405)), (path, method)
 
 

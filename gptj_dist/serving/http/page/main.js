@@ -339,6 +339,11 @@ async function whenReady(model) {
 function listen() {
   document.addEventListener("keydown", onKey);
   $.text.addEventListener("input", () => { tree.edit($.text.value); chosenFrom = null; showChoices([]); render(); });
+  $.text.addEventListener("beforeinput", (event) => {
+    if (!event.inputType.startsWith("history")) return;  // the browser's own undo would know nothing of the tree
+    event.preventDefault();
+    if (document.activeElement === $.text) move(event.inputType === "historyUndo");
+  });
   $.go.addEventListener("click", () => proceed());
   $.stop.addEventListener("click", () => generator.stop());
   $.again.addEventListener("click", again);
