@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,7 +11,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ ROOT = Path(__file__).parent.parent
 READY_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
 POLL_S = 0.02
+
+GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Where Linux names the first and the last port that it gives to programs that ask for any."""
+FIRST_PORT = 20_000
+"""Ray's processes take ports below this one."""
 
 
 @contextmanager
@@ -101,15 +108,22 @@ def is_ready(base: str, path: str = "/ready") -> bool:
     try:
         with urllib.request.urlopen(base + path, timeout=10) as response:
             return bool(response.status == 200)
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
 def free_port() -> int:
-    """A free port of 127.0.0.1."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """A free port of 127.0.0.1 for a server that is about to start.
+
+    It is none of those that the system gives to programs that ask for any: one of Ray's many would be given it before
+    the server listens.
+    """
+    first_given, last_given = map(int, GIVEN_PORTS.read_text().split())
+    ports = [port for port in range(FIRST_PORT, 2**16) if not first_given <= port <= last_given]
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.choice(ports))) as listener:
+            port: int = listener.getsockname()[1]
+            return port
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import httpx
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from benchmarks.servers import free_port
 from gptj_dist.answers.moderation import Moderation
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.service import AnswerService
@@ -36,7 +37,6 @@ from gptj_dist.serving.scrape import Scrape
 from gptj_dist.text.chat import ChatTemplate
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.token_rules import TokenRules
-from tests.http.server import free_port
 
 WAIT_S = 30
 TOKENIZER = Tokenizer.load(resolve_model("demo"))

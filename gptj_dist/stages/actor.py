@@ -115,7 +115,7 @@ class Stage:
             num_threads, num_lone_threads: maximum number of torch threads of a CPU stage, and in its lone steps.
         """
         claim = self._cores = claim_cores(num_threads)
-        lone = LoneCores(num_lone_threads, None if claim is None else claim.allowed)
+        lone = LoneCores(num_lone_threads) if claim is None else LoneCores(num_lone_threads, claim.allowed, claim.cores)
         logger.info("stage loads", extra=values(dtype=dtype, threads=num_threads, pid=os.getpid()))
 
         def note(progress: str) -> None:
@@ -156,7 +156,7 @@ class Stage:
         outbound = self._transport.outbound(next_address)
         garbage.settle()
         try:
-            while not isinstance(frame := self._inbound.receive(), EndFrame):
+            while not isinstance(frame := self._runner.wait_for(self._inbound.receive), EndFrame):
                 if not self._is_leaving:
                     self._num_frames += 1
                     self._is_computing = True

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,11 +33,12 @@ from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.drafts import accept
 from gptj_dist.stages.embeddings import EmbeddingPools
 from gptj_dist.stages.grammars import GrammarMasks
-from gptj_dist.stages.lone_steps import LoneCores, StageThreads, find_end_of_team
-from gptj_dist.stages.threads import ThreadChooser
+from gptj_dist.stages.lone_steps import LoneCores, StageThreads, stage_threads
 
 if TYPE_CHECKING:
     from gptj_dist.model.graphs import RecordedSteps
+
+T = TypeVar("T")
 
 TORCH_DTYPES: Mapping[DTypeName, torch.dtype] = {
     "float32": torch.float32,
@@ -117,7 +118,7 @@ class StageRunner:
         if self._device.type == "cpu":
             num_threads = num_threads or default_threads()
             torch.set_num_threads(num_threads)
-            self._threads = _stage_threads(num_threads, lone, spec.layers.num_layers)
+            self._threads = stage_threads(num_threads, lone, spec.layers.num_layers)
         directory = resolve_model(spec.model, spec.revision)
         if spec.layers.is_last:
             self._masks.load(directory)
@@ -190,6 +191,10 @@ class StageRunner:
             for request_id in list(self._requests):
                 self._release(request_id, self._cache)
 
+    def wait_for(self, receive: Callable[[], T]) -> T:
+        """The result of `receive`, which waits for the next plan. The stage's other threads sleep meanwhile."""
+        return receive() if self._threads is None else self._threads.wait_for(receive)
+
     @torch.inference_mode()
     def step(self, plan: Plan, before: StageOutput | None) -> StageOutput | Result:
         """Computes one plan.
@@ -208,8 +213,6 @@ class StageRunner:
             continuations = self._continuations(sampled, output, specs)
             token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
             self._masks.prepare_next(sampled, token_ids)
-        if self._threads is not None:
-            self._threads.end_step()
         if not self._spec.layers.is_last:
             return StageOutput(output, embeddings)
         token_ids, logprobs, num_accepted = accept(sampled, token_ids, logprobs)
@@ -395,15 +398,6 @@ def default_threads() -> int:
     """Default maximum number of threads of a CPU stage: OMP_NUM_THREADS if set, else one per available core."""
     num_threads = torch.get_num_threads()  # respects OMP_NUM_THREADS and affinity, but not a CPU quota
     return num_threads if "OMP_NUM_THREADS" in os.environ else min(num_threads, available_cores())
-
-
-def _stage_threads(num_threads: int, lone: LoneCores | None, num_layers: int) -> StageThreads:
-    own = ThreadChooser(num_threads, num_layers, torch.set_num_threads)
-    if lone is None or lone.num_threads <= num_threads or (end_team := find_end_of_team()) is None:
-        return StageThreads(own)
-    own_cores = None if lone.cores is None else frozenset(os.sched_getaffinity(0))
-    of_lone = ThreadChooser(lone.num_threads, num_layers, torch.set_num_threads)
-    return StageThreads(own, of_lone, own_cores, lone.cores, end_team)
 
 
 def _read_weight(directory: Path, config: ModelConfig, layers: LayerRange, name: str, out: Tensor) -> None:

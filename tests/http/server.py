@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.servers import free_port
 from gptj_dist.operate.launch.local_ray import omit_unused_processes
 from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.pipeline import PipelineStatus
@@ -56,13 +56,6 @@ class Server:
     def wait_until_idle(self) -> None:
         """Waits until no request holds a KV block."""
         wait_until(lambda: self.status().num_used_blocks == 0, "no KV block is in use", timeout_s=20)
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that is free right now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @dataclass

@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.servers import free_port
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.operate.launch.processes import command_lines
 from gptj_dist.operate.launch.tokens import why_refused
 from gptj_dist.serving.debug import DebugDocument
 from tests.http.command import STOP_LIMIT_S, Command, running, wait_until_gone
-from tests.http.server import free_port
 from tests.http.test_stop import NUM_STREAMS, Streams
 from tests.unit.test_trace import check
 from tests.verbs import run_verb

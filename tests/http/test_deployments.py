@@ -24,9 +24,10 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from benchmarks.servers import free_port
 from gptj_dist.serving.sizing import COORDINATOR_CPUS
 from gptj_dist.stages.group import ACTOR_NAME_PREFIX
-from tests.http.server import Server, free_port, local_ray, serve_http
+from tests.http.server import Server, local_ray, serve_http
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.http.server import free_port
+from benchmarks.servers import free_port
 from tests.http.test_deployments import ROOT, SERVE
 from tests.http.test_local_nodes import Nodes, descendants, local_nodes
 from tests.waiting import wait_until
@@ -89,7 +89,7 @@ import os
 from gptj_dist.operate.launch.cluster import connected
 with connected(os.environ["RAY_ADDRESS"]):
     from gptj_dist.operate.doctor.survey import survey_cluster
-    cluster = survey_cluster(None, ("127.0.0.1", 0), timeout_s=8)
+    cluster = survey_cluster(None, ("127.0.0.1", 0), timeout_s=30)
     print(len(cluster.nodes), len(cluster.silent))
 """
     (raylet,) = [pid for pid in descendants(nodes.process.pid) if is_raylet_of_a_worker_node(pid)]

@@ -17,7 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.http.server import Server, free_port
+from benchmarks.servers import free_port
+from tests.http.server import Server
 from tests.http.test_deployments import REQUEST, ROOT, SERVE, model, on_logical_resources, read
 from tests.waiting import wait_until
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import free_port
 from tests.http.command import ROOT, STOP_LIMIT_S, Command, running
-from tests.http.server import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray

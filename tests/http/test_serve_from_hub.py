@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.servers import free_port
 from gptj_dist.checkpoint.hub import DEMO, resolve_model
 from tests.http.command import running, wait_until_gone
-from tests.http.server import free_port
 from tests.hub_server import running_hub
 
 pytestmark = pytest.mark.ray

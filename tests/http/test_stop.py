@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.servers import free_port
 from tests.http.command import Command, running, wait_until_gone
-from tests.http.server import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray

@@ -13,8 +13,8 @@ import httpx
 import pytest
 import trustme
 
+from benchmarks.servers import free_port
 from tests.http.command import Command, running
-from tests.http.server import free_port
 
 pytestmark = pytest.mark.ray
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,9 +9,9 @@ from torch import Tensor
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
 from gptj_dist.params import SamplingParams
+from gptj_dist.stages import lone_steps
 from gptj_dist.stages import runner as runner_module
 from gptj_dist.stages.local import load_local
-from gptj_dist.stages.lone_steps import find_end_of_team
 from gptj_dist.stages.runner import default_threads
 from gptj_dist.stages.threads import ThreadChooser
 
@@ -46,7 +44,7 @@ def logits_of_a_prompt_and_eight_tokens(threads: int | None) -> Tensor:
 
 def test_no_bit_depends_on_the_number_of_threads_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits_of_a_prompt_and_eight_tokens(threads=1)
-    monkeypatch.setattr(runner_module, "ThreadChooser", RestlessChooser)
+    monkeypatch.setattr(lone_steps, "ThreadChooser", RestlessChooser)
     assert torch.equal(logits_of_a_prompt_and_eight_tokens(threads=5), expected)
 
 
@@ -77,23 +75,6 @@ def test_a_stage_tells_its_chooser_of_every_layer_in_order(monkeypatch: pytest.M
         def end_layer(self, layer: int) -> None:
             calls.append(layer)
 
-    monkeypatch.setattr(runner_module, "ThreadChooser", Recorder)
+    monkeypatch.setattr(lone_steps, "ThreadChooser", Recorder)
     logits_of_a_prompt_and_eight_tokens(threads=None)
     assert calls == list(range(-1, 28)) * 9
-
-
-def test_the_end_of_a_team_ends_its_threads_and_the_next_product_starts_them_again() -> None:
-    end_team = find_end_of_team()
-    if end_team is None:
-        pytest.skip("torch's OpenMP library is not libgomp")
-
-    def num_threads() -> int:
-        return len(list(Path("/proc/self/task").iterdir()))
-
-    torch.set_num_threads(4)
-    x = torch.ones(256, 256)
-    for _ in range(2):
-        x @ x
-        before = num_threads()
-        end_team()
-        assert num_threads() == before - 3

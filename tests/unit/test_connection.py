@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from benchmarks.servers import free_port
 from gptj_dist.answers.request_limits import KEEP_ALIVE_S
 from gptj_dist.serving.http.connection import ConnectionLimits
 from gptj_dist.serving.http.listener import Address, Listener
-from tests.http.server import free_port
 
 LIMITS = ConnectionLimits(head_bytes=2000, headers=10, pipelined_requests=3, linger_s=0.05)
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"

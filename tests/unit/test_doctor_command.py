@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import free_port
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.checkpoint.index import expected_tensors, read_model_config
 from gptj_dist.config import LayerRange
@@ -55,13 +56,8 @@ def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return str(listener.getsockname()[1])
-
-
 def test_the_demo_would_be_served_here() -> None:
-    done = doctor("demo", "--stages", "2", "--device", "cpu", "--port", free_port())
+    done = doctor("demo", "--stages", "2", "--device", "cpu", "--port", str(free_port()))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this machine" in done.stdout
     assert "demo: 28 layers of width 128 in 2 stages" in done.stdout
@@ -69,7 +65,7 @@ def test_the_demo_would_be_served_here() -> None:
 
 
 def test_without_a_model_the_memory_check_is_said_to_be_skipped() -> None:
-    done = doctor("--port", free_port())
+    done = doctor("--port", str(free_port()))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not checked: no MODEL was named" in done.stdout
 
@@ -101,7 +97,7 @@ def test_a_port_in_use_fails_with_its_cure() -> None:
     ],
 )
 def test_a_plan_that_cannot_work_here_fails_with_its_cure(arguments: list[str], message: str) -> None:
-    done = doctor(*arguments, "--device", "cpu", "--port", free_port())
+    done = doctor(*arguments, "--device", "cpu", "--port", str(free_port()))
     assert done.returncode == 1, done.stdout + done.stderr
     assert message in done.stdout
     assert "cure: " in done.stdout
@@ -110,7 +106,7 @@ def test_a_plan_that_cannot_work_here_fails_with_its_cure(arguments: list[str], 
 def test_a_model_that_is_far_too_large_fails_without_being_loaded(tmp_path: Path) -> None:
     num_layers, d_model = 400, 16384
     write_sparse_checkpoint(tmp_path, num_layers, d_model)
-    done = doctor(str(tmp_path), "--stages", "2", "--device", "cpu", "--port", free_port())
+    done = doctor(str(tmp_path), "--stages", "2", "--device", "cpu", "--port", str(free_port()))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "of weights in" in done.stdout
     assert "too much" in done.stdout
@@ -120,7 +116,7 @@ def test_a_broken_checkpoint_fails_with_the_checkpoints_own_error(tmp_path: Path
     for file in resolve_model("demo").iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes()[: 5_000_000 if "safetensors" in file.name else None])
-    done = doctor(str(tmp_path), "--device", "cpu", "--port", free_port())
+    done = doctor(str(tmp_path), "--device", "cpu", "--port", str(free_port()))
     assert done.returncode == 1
     assert "model.safetensors is truncated or corrupt" in done.stdout.replace("\n", " ")
 

@@ -2,67 +2,84 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import pytest
+import torch
 
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import SchedulerConfig
+from gptj_dist.model.native.team import Team
 from gptj_dist.params import SamplingParams
-from gptj_dist.stages.lone_steps import StageThreads
-from gptj_dist.stages.threads import ThreadChooser
+from gptj_dist.stages import lone_steps
+from gptj_dist.stages.lone_steps import LoneCores, StageThreads, stage_threads
 from tests.unit.test_scheduler import land
+
+T = TypeVar("T")
+
+
+class FakeTeam(Team):
+    """Keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+
+    def resize(self, num_threads: int, cores: tuple[int, ...]) -> None:
+        self.events.append((num_threads, cores))
+
+    def wait_for(self, receive: Callable[[], T]) -> T:
+        self.events.append("asleep")
+        return receive()
 
 
 @dataclass
 class Stage:
-    """A stage of two cores on a machine of eight."""
+    """A stage of two cores on a machine of four."""
 
-    events: list[object] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.threads = StageThreads(
-            ThreadChooser(2, 1, self.events.append),
-            ThreadChooser(8, 1, self.events.append),
-            frozenset({2, 3}),
-            frozenset(range(8)),
-            lambda: self.events.append("end"),
-        )
+    threads: StageThreads
+    team: FakeTeam
 
     def step(self, is_lone: bool) -> list[object]:
-        self.events.clear()
+        self.team.events.clear()
         self.threads.begin_step(is_lone)
         self.threads.end_layer(0)
-        self.threads.end_step()
-        return list(self.events)
+        assert self.threads.wait_for(lambda: "frame") == "frame"
+        return list(self.team.events)
 
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
-    made = Stage()
-    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: made.events.append(cores))
-    return made
+    team = FakeTeam()
+    monkeypatch.setattr(lone_steps, "load_library", object)
+    monkeypatch.setattr(lone_steps, "Team", lambda _: team)
+    lone = LoneCores(4, frozenset(range(4)), frozenset({2, 3}))
+    return Stage(stage_threads(2, lone, num_layers=1), team)
 
 
-def test_the_threads_of_a_lone_step_have_all_cores_and_end_with_it(stage: Stage) -> None:
-    assert stage.step(is_lone=True) == ["end", frozenset(range(8)), 8, "end"]
-    assert stage.step(is_lone=True) == [8, "end"]
+def test_the_threads_of_a_lone_step_have_all_cores_and_sleep_after_it(stage: Stage) -> None:
+    assert stage.step(is_lone=True) == [(4, (2, 3, 0, 1)), "asleep"]
+    assert stage.step(is_lone=True) == [(4, (2, 3, 0, 1)), "asleep"]
 
 
-def test_other_steps_keep_to_the_stages_own_cores_and_keep_their_threads(stage: Stage) -> None:
-    assert stage.step(is_lone=False) == [2]
+def test_other_steps_keep_to_the_stages_own_cores(stage: Stage) -> None:
+    assert stage.step(is_lone=False) == [(2, (2, 3))]
     stage.step(is_lone=True)
-    assert stage.step(is_lone=False) == ["end", frozenset({2, 3}), 2]
-    assert stage.step(is_lone=False) == [2]
+    assert stage.step(is_lone=False) == [(2, (2, 3))]
 
 
-def test_a_stage_that_has_its_machine_for_itself_computes_lone_steps_like_others() -> None:
+@pytest.mark.parametrize("has_library", [True, False])
+def test_lone_steps_are_like_others_where_a_stage_has_all_cores_or_there_is_no_compiler(
+    has_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts: list[int] = []
-    threads = StageThreads(ThreadChooser(2, 1, counts.append))
+    monkeypatch.setattr(lone_steps, "load_library", lambda: object() if has_library else None)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    threads = stage_threads(2, LoneCores(2 if has_library else 4), num_layers=1)
     threads.begin_step(is_lone=True)
-    threads.end_step()
+    assert threads.wait_for(lambda: "frame") == "frame"
     assert counts == [2]
 
 

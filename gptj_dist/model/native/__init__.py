@@ -1,6 +1,6 @@
 """C code for CPUs, compiled where it runs.
 
-Knows attention and products of matrices. Knows no layers.
+Knows attention, products of matrices, and the threads that compute them. Knows no layers.
 """
 
-__all__ = ["attention", "library", "low_rank", "product"]
+__all__ = ["attention", "library", "low_rank", "product", "team"]

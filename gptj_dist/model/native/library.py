@@ -1,7 +1,7 @@
 """Compiles the C sources once for this machine and loads them. Knows no tensors.
 
 torch has no operator that reads a paged cache, or one of 16 bits, near the speed of memory, and its products read
-weights and multiply one after the other; 1,100 lines of C, compiled for this very CPU, do both at once.
+weights and multiply one after the other; 1,200 lines of C, compiled for this very CPU, do both at once.
 The library links against nothing: it finds OpenMP's symbols in the library that torch has loaded.
 """
 
@@ -21,12 +21,17 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "product.c", "low_bit.c", "low_rank.c"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("attention.c", "product.c", "low_bit.c", "low_rank.c", "team.c")
+)
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "panels.h"))
 COMPILERS = ("gcc", "cc")
 COMPILE_TIMEOUT_S = 120
 COMPILE = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-c")
 _LINK = ("-shared", "-nostdlib")
+
+WaitFunction = ctypes.CFUNCTYPE(None)
+"""A function that `wait_as_team` calls."""
 
 NativeFunction = Any
 """A function of the library; ctypes has no public name for the type."""
@@ -160,6 +165,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.add_low_rank_float32, library.add_low_rank_bfloat16):
         function.argtypes = (ctypes.POINTER(Adapted), ctypes.c_int64, *pointers[1:], ctypes.c_int)
         function.restype = ctypes.c_int
+    library.place_team.argtypes, library.place_team.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int), None
+    library.wait_as_team.argtypes, library.wait_as_team.restype = (WaitFunction,), None
     if library.can_multiply_bfloat16():
         _declare_product(library.size_of_bfloat16, library.pack_bfloat16, library.multiply_bfloat16)
     if library.can_multiply_low_bit():
