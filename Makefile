@@ -24,7 +24,7 @@ WORKERS := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 export PIP_COMPILE := 0
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test quick lint style types test-without-ray test-with-ray bench eval audit clean
+.PHONY: serve test quick lint style types test-without-ray test-with-ray bench docs eval audit clean
 
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
@@ -56,6 +56,12 @@ types: $(DEVELOPMENT)
 
 bench: $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.http
+
+# The documentation as a site, in build/docs. A link that leads nowhere is an error.
+docs: $(RUNTIME)
+	$(PIP) install --quiet --editable ".[docs]"
+	$(BIN)/python docs/make_site.py
+	$(BIN)/zensical build --strict --config-file mkdocs.yml
 
 # lm-eval against a server and against transformers; it brings 600 MB of packages, so it is no part of `test`.
 eval: $(DEVELOPMENT)

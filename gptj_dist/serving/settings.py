@@ -76,8 +76,17 @@ class AppConfig:
         return self.served_model_names or (model_name(self.pipeline.model),)
 
 
-class _Arguments(BaseModel):
-    """The `args` of a Serve config other than the fields of `PipelineConfig`."""
+class Arguments(BaseModel):
+    """The `args` of a Serve config other than the fields of `PipelineConfig`. `AppConfig` describes the others.
+
+    Args:
+        served_model_name: what clients call the model, one name or a list; by default the model's own name.
+        chat_template: a file with Jinja, in place of the checkpoint's template.
+        chat_max_tokens: the most tokens of a chat's answer, where the request sets no limit.
+        chat_stop: a string or a list of strings that end a chat's answer, where the request has no stop.
+        api_keys: a file of hashed keys; without one, calls need no key.
+        adapters: paths of the adapters that are there from the start, by name.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -105,13 +114,12 @@ T = TypeVar("T")
 def parse_settings(args: Mapping[str, Any]) -> AppConfig:
     """Reads the `args` of a Serve config: fields of `PipelineConfig`, and of `AppConfig`.
 
-    `served_model_name` and `chat_stop` are a string or a list; `chat_template` and `api_keys` are files, read here;
-    `adapters` are directories by name.
+    `chat_template` and `api_keys` are read here.
 
     Raises:
         ConfigurationError: a name is unknown (the message suggests the nearest one), or a value is invalid.
     """
-    own_names = list(_Arguments.model_fields)
+    own_names = list(Arguments.model_fields)
     refuse_unknown_keys(args, [*(field.name for field in fields(PipelineConfig)), *own_names])
     settings = {name: value for name, value in args.items() if name not in own_names}
     if settings.get("kv_cache_gb") == "auto":
@@ -120,7 +128,7 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
     for name in ("served_model_name", "chat_stop"):
         if isinstance(others.get(name), str):
             others[name] = [others[name]]
-    own = _validated(TypeAdapter(_Arguments), others)
+    own = _validated(TypeAdapter(Arguments), others)
     converted = {"served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "api_keys", "cors_origins"} | {
         "adapters"
     }

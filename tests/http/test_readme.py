@@ -157,7 +157,7 @@ def test_each_way_to_serve_becomes_ready(command: str) -> None:
 
 def test_the_make_targets_exist() -> None:
     targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
-    assert {"serve", "quick", "test", "bench"} == set(targets)
+    assert {"serve", "quick", "test", "bench", "docs"} == set(targets)
     for target in targets:
         run(f"make --dry-run {target}")
 

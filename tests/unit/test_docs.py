@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,19 @@ def test_links_and_named_files_exist(page: Path) -> None:
     named = re.findall(r"`((?:cluster|deployments|docs|examples|tests|gptj_dist|benchmarks)/[\w./-]+)`", text)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert missing == []
+
+
+def test_reference_pages_are_made_of_the_code() -> None:
+    made = runpy.run_path(str(ROOT / "docs/make_site.py"))
+    settings, http = made["settings_page"](), made["http_page"]()
+    for name in ("max_batch_size", "resumable", "chat_stop"):
+        assert re.search(rf"^\| `{name}` \| `.+` \| .+ \|$", settings, re.MULTILINE)
+    assert "## POST /v1/completions\n" in http
+    assert "<code>temperature</code>" in http
+    assert made["link_named_pages"]("see `docs/api.md`", "how-to/x.md") == "see [The HTTP API](../api.md)"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert [page for page in pages if not page.startswith("decisions/0") and page not in navigation] == []
