@@ -1,4 +1,4 @@
-"""A thousand requests of all shapes at once: every answer is the one to its own request."""
+"""Hundreds of requests of all shapes at once: every answer is the one to its own request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.http.test_completions import stream_events
 
 pytestmark = pytest.mark.ray
 
-NUM_REQUESTS = 1000
+NUM_REQUESTS = 500
 NUM_CONNECTIONS = 64
 TEXT = (resolve_model("demo") / "heldout.txt").read_text("utf-8")
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
@@ -181,7 +181,7 @@ def _numbers(logprobs: Mapping[str, Any]) -> list[float]:
     return list(logprobs["token_logprobs"])
 
 
-def test_a_thousand_requests_of_all_shapes_get_their_own_answers_and_leave_nothing(
+def test_hundreds_of_requests_of_all_shapes_get_their_own_answers_and_leave_nothing(
     cases: Sequence[Case], expected: Sequence[Sequence[Said]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     template = tmp_path / "template.jinja"

@@ -1,4 +1,4 @@
-"""How `gptj-dist serve` ends: by signals to it, to its group or to all of its processes, with streams under way."""
+"""How `gptj-dist serve` ends, with streams under way, and what it says of a stage that dies before."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from benchmarks.servers import free_port
+from gptj_dist.serving.debug import DebugDocument
 from tests.http.command import Command, running, wait_until_gone
 from tests.waiting import wait_until
 
@@ -57,16 +58,19 @@ class Streams:
 
 
 @contextmanager
-def served() -> Iterator[tuple[Command, str]]:
+def served(*options: str) -> Iterator[tuple[Command, str]]:
     """A server that is ready, and its URL."""
-    with running([*SERVE, "--port", str(free_port())]) as command:
+    with running([*SERVE, *options, "--port", str(free_port())]) as command:
         base = command.wait_for(r"Ready after [\d.]+ s: demo at (http://127\.0\.0\.1:\d+)")
         command.wait_for(r"(Ctrl-C stops)")
         yield command, base
 
 
 def test_running_streams_finish_while_new_requests_are_refused_even_if_all_processes_get_the_signal() -> None:
-    with served() as (command, base):
+    """Also after the loss of a stage, which is all that is said in between."""
+    with served("--stages", "2", "--log-format", "json") as (command, base):
+        before = command.output()
+        _lose_a_stage(command, base)
         streams = Streams(base)
         for pid in command.family():  # as systemd does with KillMode=control-group
             os.kill(pid, signal.SIGTERM)
@@ -81,7 +85,29 @@ def test_running_streams_finish_while_new_requests_are_refused_even_if_all_proce
         assert streams.ends() == {"data: [DONE]"}
         assert streams.num_tokens() == [NUM_TOKENS] * NUM_STREAMS
         assert command.process.returncode == 0
-        assert "Traceback" not in command.output()
+        *said, draining, stopped = command.output().removeprefix(before).splitlines()
+        assert all(line.startswith("Pipeline ") for line in said)
+        assert sum("has lost a stage" in line for line in said) == 1
+        assert sum("is back" in line for line in said) == 1
+        assert draining.startswith("Draining")
+        assert stopped == "Stopped."
+
+
+def _lose_a_stage(command: Command, base: str) -> None:
+    """Kills a stage, and waits until the log and the terminal say that it is lost, and the pipeline back."""
+    logs = Path(command.wait_for(r"Logs: (\S+)"))
+    document = DebugDocument.from_json(httpx.get(f"{base}/debug/pipeline").content)
+    pid = document.pipelines[0].stages[1].pid
+    os.kill(pid, signal.SIGKILL)
+    (log,) = logs.glob("coordinator-*")
+    wait_until(lambda: _events_of(log).count("pipeline back") == 1, "the pipeline is back")
+    assert "stage lost, pipeline replaces it" in _events_of(log)
+    command.wait_for(r"(is back)")
+    command.wait_for(rf"stage 1 \(pid {pid} on (\S+)\)")
+
+
+def _events_of(log: Path) -> list[str]:
+    return [json.loads(line)["event"] for line in log.read_text().splitlines()]
 
 
 def _refusal(base: str, body: dict[str, object]) -> httpx.Response | None:
