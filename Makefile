@@ -11,6 +11,7 @@ PORT ?= 8000
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(VENV)/.torch-$(TORCH_VERSION)
 RUNTIME := $(VENV)/.runtime-$(TORCH_VERSION)
 DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 
@@ -24,7 +25,7 @@ WORKERS := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 export PIP_COMPILE := 0
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test quick lint style types test-without-ray test-with-ray bench docs eval audit clean
+.PHONY: serve test quick lint style types test-without-ray test-with-ray wheel-check bench docs eval audit clean
 
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
@@ -54,6 +55,10 @@ style: $(DEVELOPMENT)
 types: $(DEVELOPMENT)
 	$(BIN)/mypy
 
+# The wheel from an empty directory: its files, every Python that there is, and a server.
+wheel-check: $(DEVELOPMENT)
+	$(PYTEST) tests/unit/test_wheel.py tests/http/test_cli_serve.py -k wheel
+
 bench: $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.http
 
@@ -80,12 +85,15 @@ $(VENV)/bin/python:
 	$(PYTHON) cluster/require_python.py
 	$(PYTHON) -m venv $(VENV)
 
-$(RUNTIME): pyproject.toml | $(VENV)/bin/python
+$(TORCH): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python cluster/require_python.py
 	$(BIN)/python cluster/install_torch.py $(TORCH_VERSION) $(TORCH_INDEX)
+	touch $@
+
+$(RUNTIME): $(TORCH)
 	$(PIP) install --quiet --editable .
 	touch $@
 
-$(DEVELOPMENT): $(RUNTIME)
+$(DEVELOPMENT): $(TORCH)
 	$(PIP) install --quiet --editable ".[dev]"
-	touch $@
+	touch $(RUNTIME) $@

@@ -1,14 +1,24 @@
 """The command line: `gptj-dist` and `python -m gptj_dist`."""
 
 import signal
+import sys
+
+VERSIONS = ((3, 11), (3, 13))
+"""The first and the last version of Python that is supported."""
 
 
 def main() -> None:
     """Loads the commands and runs one. Ctrl-C while they load ends the process without a traceback."""
+    if not VERSIONS[0] <= sys.version_info[:2] <= VERSIONS[1]:
+        version = ".".join(map(str, sys.version_info[:3]))
+        sys.exit(f"gptj-dist: Python {version} is not supported: take 3.11, 3.12 or 3.13")
     on_interrupt = signal.getsignal(signal.SIGINT)
     if on_interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from gptj_dist.cli import main as run
+    try:
+        from gptj_dist.cli import main as run
+    except ModuleNotFoundError as error:
+        sys.exit(f"gptj-dist: the package {error.name} is missing in {sys.executable}: `pip install gptj-dist` adds it")
 
     signal.signal(signal.SIGINT, on_interrupt)
     run()

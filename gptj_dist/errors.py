@@ -21,6 +21,7 @@ All of them survive pickling, because they cross process borders.
 import reprlib
 
 MAX_EXCERPT_CHARS = 80
+MAX_INTERNAL_CHARS = 300
 
 
 class GPTJDistError(Exception):
@@ -99,6 +100,13 @@ class ServerError(GPTJDistError):
 def one_line(error: object) -> str:
     """An error's text with a space for each run of white space and of characters that a terminal does not show."""
     return " ".join("".join(char if char.isprintable() else " " for char in str(error)).split())
+
+
+def internal_error(error: Exception) -> str:
+    """An error that is not one of ours, in a line."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    return f"internal error: {type(error).__name__}: {one_line(error)[:MAX_INTERNAL_CHARS]}"
 
 
 def excerpt(value: object) -> str:

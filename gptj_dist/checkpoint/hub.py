@@ -156,7 +156,7 @@ def _download(model: str, file: str, revision: str | None) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_advice)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_for_users)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", DISK_WARNING)  # better now than when the disk is full
@@ -166,9 +166,15 @@ def _download(model: str, file: str, revision: str | None) -> Path:
         raise explain(error, model, file, revision) from error
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    """Filters out the hub client's advice to use a token. Where a token is needed, `explain` says so."""
-    return "unauthenticated requests" not in record.getMessage()
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Filters out the hub client's advice to use a token, which `explain` gives where one is needed, and its URLs.
+
+    What it says of another attempt gets a reason.
+    """
+    message = record.getMessage()
+    if message.startswith("Retrying in "):
+        record.msg, record.args = f"The hub does not answer. {message}", ()
+    return "unauthenticated requests" not in message and " thrown while requesting " not in message
 
 
 @lru_cache

@@ -69,6 +69,10 @@ class StageTensors(AbstractContextManager["StageTensors"]):
         config: the whole model's.
         layers: the stage's.
 
+    Attributes:
+        num_bytes: of the stage's tensors in their files.
+        num_read_bytes: that have been read so far.
+
     Raises:
         CheckpointError: a tensor of the stage is missing or has another shape, or a file is broken.
     """
@@ -85,6 +89,8 @@ class StageTensors(AbstractContextManager["StageTensors"]):
         paths = {header.path for header in self._headers.values()}
         self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+        self.num_bytes = sum(header.num_bytes for header in self._headers.values())
+        self.num_read_bytes = 0
 
     def _foreign_matrices(self, layout: Layout, config: ModelConfig, layers: LayerRange) -> dict[str, _FileMatrix]:
         """By the names of `expected_tensors`, the matrices of another tool that they follow from."""
@@ -190,6 +196,7 @@ class StageTensors(AbstractContextManager["StageTensors"]):
                 # Of this tensor only: another stage on this machine may be about to read the rest.
                 os.posix_fadvise(file, offset_bytes + num_read, num_bytes, os.POSIX_FADV_DONTNEED)
             num_read += num_bytes
+        self.num_read_bytes += num_read
 
 
 def _grouped(layout: Layout) -> GroupedLayout:

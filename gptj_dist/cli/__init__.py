@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect as inspect_
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Annotated
 
@@ -31,7 +32,7 @@ from gptj_dist.cli.text.batch import batch
 from gptj_dist.cli.text.chat import chat
 from gptj_dist.cli.text.complete import complete
 from gptj_dist.cli.text.generate import generate
-from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError
+from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError, internal_error
 
 FAILED = 1
 CANNOT_WORK = 2
@@ -74,6 +75,8 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    # `_call` takes it, wherever it is in the line.
+    debug: Annotated[bool, typer.Option("--debug", help="With an error, show where it was raised.")] = False,
 ) -> None:
     pass
 
@@ -101,14 +104,30 @@ def main() -> None:
 
 def _call() -> int:
     """Runs the command that the arguments name. Returns its exit code."""
+    arguments, is_debug = _without_debug(sys.argv[1:])
     try:
-        app()
+        app(arguments)
+        return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else FAILED
-    except GPTJDistError as error:
-        complain(str(error))
+    except Exception as error:
+        if is_debug:
+            traceback.print_exc()
+        complain(_told(error, is_debug))
         return CANNOT_WORK if isinstance(error, ConfigurationError | InvalidRequestError) else FAILED
-    except OSError as error:
-        complain(os_error_text(error))
-        return FAILED
-    return 0
+
+
+def _told(error: Exception, is_debug: bool) -> str:
+    """An error in a line."""
+    if isinstance(error, GPTJDistError):
+        return str(error)
+    if isinstance(error, OSError):
+        return os_error_text(error)
+    return f"{internal_error(error)}{'' if is_debug else '; --debug shows where'}"
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--debug`, which may be anywhere before a `--`; and whether it was there."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [argument for argument in arguments[:end] if argument != "--debug"]
+    return options + arguments[end:], len(options) < end

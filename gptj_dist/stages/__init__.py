@@ -10,6 +10,7 @@ __all__ = [
     "cores",
     "device",
     "group",
+    "load_progress",
     "local",
     "loss",
     "on_node",

@@ -18,6 +18,7 @@ from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.params import AdapterSource
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
+from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.lone_steps import LoneCores
 from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.pulse import Pulse
@@ -71,7 +72,7 @@ class Stage:
         with garbage.paused():
             import gptj_dist.stages.runner  # noqa: F401  # takes most of the time that a process needs to start
 
-        self._progress = "starting"
+        self._progress = LoadProgress("starting")
         self._is_computing = False
         self._clock = SteadyClock()
         self._requests = RequestLog()
@@ -118,7 +119,7 @@ class Stage:
         lone = LoneCores(num_lone_threads) if claim is None else LoneCores(num_lone_threads, claim.allowed, claim.cores)
         logger.info("stage loads", extra=values(dtype=dtype, threads=num_threads, pid=os.getpid()))
 
-        def note(progress: str) -> None:
+        def note(progress: LoadProgress) -> None:
             self._progress = progress
 
         report = self._runner.load(dtype, num_threads, note, lone)
@@ -126,8 +127,8 @@ class Stage:
         return report
 
     @ray.method(concurrency_group="progress")
-    def progress(self) -> str:
-        """A readable description of what `load` is doing. Can be called while `load` runs."""
+    def progress(self) -> LoadProgress:
+        """What `load` is doing. Can be called while `load` runs."""
         return self._progress
 
     @ray.method(concurrency_group="adapters")

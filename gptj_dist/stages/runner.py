@@ -23,6 +23,7 @@ from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
 from gptj_dist.model.kv_cache import cache_dtype, has_blocks, make_cache
 from gptj_dist.model.logprobs import token_logprobs
+from gptj_dist.model.native.library import load_library
 from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import AdapterSource, TokenLogprobs
 from gptj_dist.planning.cost import weight_bytes
@@ -33,6 +34,7 @@ from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.drafts import accept
 from gptj_dist.stages.embeddings import EmbeddingPools
 from gptj_dist.stages.grammars import GrammarMasks
+from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.lone_steps import LoneCores, StageThreads, stage_threads
 
 if TYPE_CHECKING:
@@ -101,14 +103,14 @@ class StageRunner:
         self,
         dtype: DTypeName,
         num_threads: int | None,
-        on_progress: Callable[[str], None] = lambda _: None,
+        on_progress: Callable[[LoadProgress], None] = lambda _: None,
         lone: LoneCores | None = None,
     ) -> StageReport:
         """Fetches, reads and packs the stage's weights.
 
         Args:
             num_threads: maximum number of torch threads of a CPU stage; None means `default_threads()`.
-            on_progress: called with the current activity, such as `fetching model.safetensors` or `9/14 layers`.
+            on_progress: called at every step.
             lone: what a CPU stage may use in lone steps; None if they are like others.
 
         Raises:
@@ -122,7 +124,12 @@ class StageRunner:
         directory = resolve_model(spec.model, spec.revision)
         if spec.layers.is_last:
             self._masks.load(directory)
-        fetch_weights(spec.model, directory, spec.layers, spec.config, lambda file: on_progress(f"fetching {file}"))
+        fetch_weights(
+            spec.model, directory, spec.layers, spec.config, lambda file: on_progress(LoadProgress(f"fetching {file}"))
+        )
+        if self._device.type == "cpu":
+            on_progress(LoadProgress("preparing code for this CPU"))
+            load_library()
         with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
             self._model = StageModel(
                 spec.config,
@@ -130,7 +137,7 @@ class StageRunner:
                 tensors.read,
                 TORCH_DTYPES[dtype],
                 self._device,
-                lambda num_layers: on_progress(f"{num_layers}/{spec.layers.num_layers} layers"),
+                lambda num_layers: on_progress(_loaded(num_layers, spec.layers, tensors)),
             )
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # of the memory in which matrices were quantised
@@ -392,6 +399,10 @@ class StageRunner:
             )
             for position, mask in enumerate(self._masks.masks(chunk), first)
         ]
+
+
+def _loaded(num_layers: int, layers: LayerRange, tensors: StageTensors) -> LoadProgress:
+    return LoadProgress(f"{num_layers}/{layers.num_layers} layers", tensors.num_read_bytes, tensors.num_bytes)
 
 
 def default_threads() -> int:

@@ -67,17 +67,20 @@ def wait_until_gone(command: Command) -> None:
 
 
 @contextmanager
-def running(command: Sequence[str], inherited: Mapping[str, str] = os.environ) -> Iterator[Command]:
+def running(
+    command: Sequence[str], inherited: Mapping[str, str] = os.environ, directory: Path = ROOT
+) -> Iterator[Command]:
     """Runs the command in its own process group, and kills its remaining processes when the context ends.
 
     Args:
         inherited: the environment, to which the mark and a width of 120 columns are added.
+        directory: where it runs.
     """
     mark = f"GPTJ_DIST_TEST={uuid.uuid4().hex}"
     environment = {**inherited, "COLUMNS": "120", mark.partition("=")[0]: mark.partition("=")[2]}
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=0
+            command, cwd=directory, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=0
         )
         started = Command(process, mark, log)
         try:

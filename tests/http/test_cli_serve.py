@@ -25,6 +25,7 @@ from tests.http.test_stop import NUM_STREAMS, Streams
 from tests.unit.test_trace import check
 from tests.verbs import run_verb
 from tests.waiting import wait_until
+from tests.wheel import build_wheel, install_wheel
 
 pytestmark = pytest.mark.ray
 
@@ -35,18 +36,21 @@ HOSTILE_ENVIRONMENT = {
     "http_proxy": "http://127.0.0.1:9",
     "HTTPS_PROXY": "http://127.0.0.1:9",
     "ALL_PROXY": "socks5://127.0.0.1:9",
-    "HOME": "/dev/null",
     "TMPDIR": "/dev/shm/" + "d" * 100,
 }
-"""Proxies that answer nothing, no home, and a directory whose path is too long for Ray's sockets."""
+"""Proxies that answer nothing, and a directory whose path is too long for Ray's sockets."""
 
 
-def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mid_stream(tmp_path: Path) -> None:
-    environment = {**os.environ, **HOSTILE_ENVIRONMENT}
+def test_it_serves_says_where_and_leaves_nothing_but_the_trace_even_in_mid_stream_and_from_a_wheel(
+    tmp_path: Path,
+) -> None:
+    install_wheel(build_wheel(tmp_path), tmp_path / "installed")
+    environment = {**os.environ, **HOSTILE_ENVIRONMENT, "PYTHONPATH": str(tmp_path / "installed")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     port, trace = free_port(), tmp_path / "trace.json"
     options = ["--stages", "2", "--port", str(port), "--served-model-name", "tiny", "--trace", str(trace)]
     options += ["--log-prompts", "--drain-s", "1"]
-    with running([*SERVE, "demo", *options], environment) as command:
+    with running([*SERVE, "demo", *options], environment, tmp_path) as command:
         base = command.wait_for(r"Ready after [\d.]+ s: tiny at (http://127\.0\.0\.1:\d+)")
         command.wait_for(r"(Ctrl-C stops)")
         output = command.output()
@@ -63,8 +67,11 @@ def test_it_serves_says_where_and_leaves_nothing_behind_but_the_trace_even_in_mi
         answer = subprocess.run(curl, shell=True, env=environment, capture_output=True, text=True, check=True).stdout
         assert answer.rstrip().endswith("data: [DONE]")
         for verb in (["status"], ["complete", "Call me", "--max-tokens", "2"]):
-            done = run_verb(*verb, "--url", base, **HOSTILE_ENVIRONMENT)
+            asked = [sys.executable, "-m", "gptj_dist", *verb, "--url", base]
+            done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
             assert (done.returncode, done.stderr) == (0, "")
+        compiled = {path.name.partition(".")[0] for path in tmp_path.glob("installed/gptj_dist/*/__pycache__/*")}
+        assert {"ingress", "pipeline", "runner"} <= compiled  # by processes of Ray's
         found = {path.name.rpartition("-")[0]: path.read_text() for path in logs.iterdir()}
         assert found.keys() == {"ingress", "coordinator", "stage-0", "stage-1"}
         assert "INFO ingress request accepted model=tiny" in found["ingress"]

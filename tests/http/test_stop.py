@@ -169,9 +169,10 @@ def _program(pid: int) -> str:
 IN_A_TERMINAL = "import pty, sys; pty.spawn(sys.argv[1:])"
 
 
-def test_when_its_terminal_is_closed_running_streams_still_finish() -> None:
+def test_when_its_terminal_is_closed_running_streams_still_finish_also_without_a_home() -> None:
     port = free_port()
-    with running([sys.executable, "-c", IN_A_TERMINAL, *SERVE, "--port", str(port)]) as command:
+    command_line = [sys.executable, "-c", IN_A_TERMINAL, *SERVE, "--port", str(port)]
+    with running(command_line, {**os.environ, "HOME": "/dev/null"}) as command:
         command.wait_for(r"(Ctrl-C stops)")
         streams = Streams(f"http://127.0.0.1:{port}")
         command.process.kill()  # it holds the terminal's other end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,11 +76,24 @@ def check(llm: LLM, embeddings: list[tuple[float, ...]], pooling: Pooling, hidde
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_they_are_transformers_however_work_is_cut(settings: dict[str, Any], hidden_states: HiddenStates) -> None:
+    poolings = [  # the next settings swap the kinds
+        Pooling(KINDS[number % 2], depth) for number, depth in enumerate(DEPTHS, start=SETTINGS.index(settings))
+    ]
     with start(**settings) as llm:
-        for number, depth in enumerate(DEPTHS, start=SETTINGS.index(settings)):  # the next settings swap the kinds
-            kind = KINDS[number % 2]
-            check(llm, llm.embed(PROMPTS, kind, depth), Pooling(kind, depth), hidden_states)
+        for pooling, embeddings in zip(poolings, embed_at_once(llm, poolings), strict=True):
+            check(llm, embeddings, pooling, hidden_states)
         assert not llm._engine.scheduler.has_requests
+
+
+def embed_at_once(llm: LLM, poolings: list[Pooling]) -> list[list[tuple[float, ...]]]:
+    """The embeddings of all prompts by each pooling, computed beside each other."""
+    prompts = [llm._encode(prompt) for prompt in PROMPTS]
+
+    async def run() -> list[list[tuple[float, ...]]]:
+        each = [SamplingParams(max_tokens=0, pooling=pooling) for pooling in poolings]
+        return await asyncio.gather(*(llm._completer.embed_all(prompts, params) for params in each))
+
+    return llm._loop.run(run())
 
 
 def test_no_bit_depends_on_the_cut() -> None:
@@ -96,8 +110,6 @@ def beside_completions(llm: LLM, params: SamplingParams) -> tuple[list[Output], 
     prompts = [llm._encode(prompt) for prompt in PROMPTS]
 
     async def run() -> tuple[list[Output], list[tuple[float, ...]]]:
-        import asyncio
-
         completing = asyncio.ensure_future(
             llm._completer.complete_all(prompts, [params] * len(prompts), Meter(len(prompts)))
         )

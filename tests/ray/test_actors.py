@@ -217,55 +217,53 @@ def test_shared_prompts_and_embeddings_of_actors_are_those_of_one_process() -> N
     assert asyncio.run(run()) == (expected, expected_embeddings)
 
 
-@pytest.mark.parametrize(
-    ("signal_number", "cause"),
-    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSEGV, "crashed: Segmentation fault"), (None, "died: ")],
-)
-def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line(
-    signal_number: signal.Signals | None, cause: str
-) -> None:
+def test_a_stage_that_dies_is_named_with_its_cause_process_and_last_log_line() -> None:
+    causes = {signal.SIGKILL: "was killed by SIGKILL", signal.SIGSEGV: "crashed: Segmentation fault", None: "died: "}
+
     async def run() -> None:
-        config = PipelineConfig("demo", stages=2)
-        log = LogSettings("text", "demo", f"of-test-{signal_number}")
-        async with running_group(config, epoch=1, log=log) as (group, engine, driver):
+        log = LogSettings("text", "demo", "of-test")
+        async with running_group(PipelineConfig("demo", stages=2), epoch=1, log=log) as (group, engine, driver):
             stream = engine.generate([1, 2, 3], SamplingParams(max_tokens=900, ignore_eos=True))
-            await anext(stream)
-            process = group._members[1].placed.process
-            if signal_number is None:
-                ray.kill(group._members[1].actor)
-            else:
-                os.kill(process.pid, signal_number)
-            with pytest.raises(StageFailedError, match="stage 1 died"):
-                await asyncio.wait_for(driver, timeout=20)
-            (loss,) = await group.losses()
-        assert (loss.stage, loss.pid, loss.node) == (1, process.pid, socket.gethostname())
-        assert loss.cause.startswith(cause)
-        assert loss.last_log_line is not None
-        assert "stage ready" in loss.last_log_line
+            for epoch, (signal_number, cause) in enumerate(causes.items(), start=2):
+                await anext(stream)
+                process = group._members[1].placed.process
+                if signal_number is None:
+                    ray.kill(group._members[1].actor)
+                else:
+                    os.kill(process.pid, signal_number)
+                with pytest.raises(StageFailedError, match="stage 1 died"):
+                    await asyncio.wait_for(driver, timeout=20)
+                (loss,) = await group.losses()
+                assert (loss.stage, loss.pid, loss.node) == (1, process.pid, socket.gethostname())
+                assert loss.cause.startswith(cause)
+                assert loss.last_log_line is not None
+                assert "stage ready" in loss.last_log_line
+                driver = await rejoined(group, engine, epoch)
+            driver.cancel()
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("lost", [(1,), (0, 2), (0, 1, 2)])
-def test_streams_go_on_when_lost_stages_are_replaced_and_the_others_keep_their_processes(lost: tuple[int, ...]) -> None:
+def test_streams_go_on_when_lost_stages_are_replaced_and_the_others_keep_their_processes() -> None:
     params = SamplingParams(max_tokens=60, ignore_eos=True, seed=3)
 
     async def run() -> None:
         config = PipelineConfig("demo", stages=3, dtype="float32")
         async with running_group(config, epoch=20) as (group, engine, driver):
             expected = [await complete(engine, prompt, params, 0) for prompt in ([1, 2, 3], [4] * 40)]
-            streams = [engine.generate(prompt, params) for prompt in ([1, 2, 3], [4] * 40)]
-            begun = [(await anext(stream)).token_ids for stream in streams]
-            pids = _pids(group)
-            for index in lost:
-                os.kill(pids[index], signal.SIGKILL)
-            with pytest.raises(StageFailedError):
-                await asyncio.wait_for(driver, timeout=20)
-            second_driver = await rejoined(group, engine, 21)
-            rest = await asyncio.gather(*map(_tokens, streams))
-            assert [first + later for first, later in zip(begun, rest, strict=True)] == expected
-            assert [index for index in range(3) if _pids(group)[index] != pids[index]] == list(lost)
-            second_driver.cancel()
+            for epoch, lost in ((21, [1]), (22, [0, 2]), (23, [0, 1, 2])):
+                streams = [engine.generate(prompt, params) for prompt in ([1, 2, 3], [4] * 40)]
+                begun = [(await anext(stream)).token_ids for stream in streams]
+                pids = _pids(group)
+                for index in lost:
+                    os.kill(pids[index], signal.SIGKILL)
+                with pytest.raises(StageFailedError):
+                    await asyncio.wait_for(driver, timeout=20)
+                driver = await rejoined(group, engine, epoch)
+                rest = await asyncio.gather(*map(_tokens, streams))
+                assert [first + later for first, later in zip(begun, rest, strict=True)] == expected
+                assert [index for index in range(3) if _pids(group)[index] != pids[index]] == lost
+            driver.cancel()
 
     asyncio.run(run())
 
@@ -364,9 +362,11 @@ def _pids(group: StageGroup) -> list[int]:
     return [group._members[index].placed.process.pid for index in sorted(group._members)]
 
 
-def test_an_exception_in_a_stage_is_the_cause_of_its_death() -> None:
+def test_an_exception_in_a_stage_is_the_cause_of_its_death_and_processes_are_called_by_pipeline_and_stage() -> None:
     async def run() -> None:
         async with running_group(PipelineConfig("demo", stages=2), epoch=5) as (group, _, _):
+            titles = [title_of(pid).removesuffix(".run") for pid in _pids(group)]
+            assert titles == [f"ray::gptj-dist:test-5-2:stage-{index}" for index in range(2)]
             group.submit(Plan(0, (), (), (Chunk(7, 0, (1,), (), True),)))  # a request that no stage knows
             while not group._present_ring.deaths:  # noqa: ASYNC110  # a death sets no event; the timeout of the test limits it
                 await asyncio.sleep(0.01)
@@ -374,15 +374,6 @@ def test_an_exception_in_a_stage_is_the_cause_of_its_death() -> None:
             assert (loss.stage, loss.cause) == (0, "failed: KeyError: 7")
 
     asyncio.run(run())
-
-
-def test_processes_are_called_by_pipeline_and_stage() -> None:
-    async def titles() -> list[str]:
-        async with running_group(PipelineConfig("demo", stages=2), epoch=6) as (group, _, _):
-            return [title_of(pid) for pid in _pids(group)]
-
-    expected = [f"ray::gptj-dist:test-6-2:stage-{index}" for index in range(2)]
-    assert [title.removesuffix(".run") for title in asyncio.run(titles())] == expected
 
 
 def title_of(pid: int) -> str:

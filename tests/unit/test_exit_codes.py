@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from gptj_dist import cli
 from gptj_dist.cli import COMMANDS
 from tests.adapters import model_config, write_lora
 from tests.fake_server import Call, FakeServer, Reply, events, fake_server, refused
@@ -226,3 +228,48 @@ def test_without_a_home_verbs_work_or_say_what_they_lack(arguments: list[str], e
 def test_every_verb_that_is_quick_and_leaves_others_alone_is_tried() -> None:
     verbs = {verb.__name__ for group in COMMANDS.values() for verb in group}
     assert {arguments[0] for arguments in READ_BY_HEAD} == verbs - {"serve", "stop", "verify"}
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "plan", MISSING], ["plan", MISSING, "--debug"]], ids=" ".join)
+def test_debug_shows_where_an_error_was_raised_before_its_line(arguments: list[str]) -> None:
+    done = run(*arguments)
+    told = done.stderr.decode().splitlines()
+    assert done.returncode == 2
+    assert told[0] == "Traceback (most recent call last):"
+    assert told[-1] == f"gptj-dist: there is no directory {MISSING}"
+
+
+def test_an_error_that_nothing_foresaw_is_a_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(arguments: list[str]) -> None:
+        raise (MemoryError if "much" in arguments else KeyError)("a\nb")
+
+    monkeypatch.setattr(cli, "app", app)
+    for arguments, told in (
+        (["plan"], "gptj-dist: internal error: KeyError: 'a\\nb'; --debug shows where\n"),
+        (["plan", "much"], "gptj-dist: there is not enough memory; --debug shows where\n"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["gptj-dist", *arguments])
+        assert cli._call() == 1
+        assert capsys.readouterr().err == told
+
+
+def test_a_prompt_may_be_called_debug() -> None:
+    assert cli._without_debug(["complete", "--debug", "--", "--debug"]) == (["complete", "--", "--debug"], True)
+    assert cli._without_debug(["complete", "--", "--debug"]) == (["complete", "--", "--debug"], False)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
+    """As if another Python were taken than the one that the packages were installed for."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "gptj_dist", "plan", "demo"],
+        env=environment(PYTHONPATH=str(Path(cli.__file__).parents[2])),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("gptj-dist: the package typer is missing in ")
+    assert done.stderr.count("\n") == 1

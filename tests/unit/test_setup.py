@@ -10,7 +10,6 @@ import runpy
 import stat
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -109,17 +108,6 @@ def test_another_python_is_named_as_the_reason(version: tuple[int, ...]) -> None
 
 def test_an_old_python_can_read_why_it_is_refused() -> None:
     assert ast.parse((CLUSTER / "require_python.py").read_text(), feature_version=(3, 7)).body
-
-
-def test_the_wheel_has_all_files_of_the_package(tmp_path: Path) -> None:
-    root = CLUSTER.parent
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(root)], timeout=120, check=True)
-    (wheel,) = tmp_path.iterdir()
-    listed = subprocess.run(["git", "ls-files", "gptj_dist"], cwd=root, capture_output=True, text=True, check=True)
-    with zipfile.ZipFile(wheel) as archive:
-        assert set(listed.stdout.splitlines()) <= set(archive.namelist())
-        assert "gptj_dist/py.typed" in archive.namelist()
 
 
 def test_what_readme_names_outside_the_wheel_is_in_a_clone() -> None:

@@ -10,11 +10,11 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 
-from rich.console import Console
-
 from gptj_dist.errors import StageFailedError
 from gptj_dist.operate.launch.application import failure_of, within
 from gptj_dist.operate.launch.settings import Launch
+from gptj_dist.operate.launch.start_display import StartDisplay
+from gptj_dist.stages.load_progress import LoadProgress
 
 POLL_S = 0.05
 PROGRESS_S = 0.5
@@ -24,7 +24,7 @@ RAY_TIMEOUT_S = 60.0
 
 
 def await_ready(
-    launch: Launch, base: str, stop: threading.Event, lost_process: Callable[[], str | None], console: Console
+    launch: Launch, base: str, stop: threading.Event, lost_process: Callable[[], str | None], display: StartDisplay
 ) -> bool:
     """Waits until the server is ready. Returns whether it is: false if `stop` came first.
 
@@ -36,22 +36,18 @@ def await_ready(
         ConfigurationError, StageFailedError: the application cannot start, or Ray has died.
         RayGoneError: Ray does not answer.
     """
-    shown, next_progress_s = "", 0.0
-    with console.status("Starting Serve ...") as status:
-        while not is_ready(base, launch.api_key):
-            if time.monotonic() >= next_progress_s:
-                next_progress_s = time.monotonic() + PROGRESS_S
-                if (process := lost_process()) is not None:
-                    raise StageFailedError(f"Ray's process {process} has ended")
-                failure, progress = within(RAY_TIMEOUT_S, lambda: (failure_of(launch.name), _progress(launch.name)))
-                if failure is not None:
-                    raise failure
-                status.update(progress)
-                if progress != shown and not console.is_terminal:
-                    console.print(progress)
-                shown = progress
-            if stop.wait(POLL_S):
-                return False
+    next_progress_s = 0.0
+    while not is_ready(base, launch.api_key):
+        if time.monotonic() >= next_progress_s:
+            next_progress_s = time.monotonic() + PROGRESS_S
+            if (process := lost_process()) is not None:
+                raise StageFailedError(f"Ray's process {process} has ended")
+            failure, stages = within(RAY_TIMEOUT_S, lambda: (failure_of(launch.name), _progress(launch.name)))
+            if failure is not None:
+                raise failure
+            display.show("Loading the model" if stages else "Placing the stages", stages)
+        if stop.wait(POLL_S):
+            return False
     return True
 
 
@@ -68,18 +64,25 @@ def is_ready(base: str, api_key: str | None) -> bool:
         return False
 
 
-def _progress(name: str) -> str:
-    """`Loading the model (stage-0: 9/14 layers, stage-1: fetching model.safetensors) ...`."""
+def _progress(name: str) -> dict[str, LoadProgress]:
+    """How far the stages are that have a process: by `stage-0`, or by `1/stage-0` where there are several pipelines."""
     import ray
 
     from gptj_dist.stages.group import ACTOR_NAME_PREFIX
 
     named = ray.util.list_named_actors(all_namespaces=True)
     actors = [a for a in named if a["name"].startswith(ACTOR_NAME_PREFIX) and f"::{name}#" in a["name"]]
-    parts = []
+    pipelines = sorted({_pipeline_of(actor["name"]) for actor in actors})
+    stages = {}
     for actor in sorted(actors, key=lambda a: str(a["name"])):
+        stage = actor["name"].rpartition("/")[2]
+        label = stage if len(pipelines) == 1 else f"{pipelines.index(_pipeline_of(actor['name'])) + 1}/{stage}"
         with suppress(ray.exceptions.RayError, ValueError):
             handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
-            progress = ray.get(handle.progress.remote(), timeout=PROGRESS_S)
-            parts.append(f"{actor['name'].rpartition('/')[2]}: {progress}")
-    return f"Loading the model ({', '.join(parts)}) ..." if parts else "Placing the stages ..."
+            stages[label] = ray.get(handle.progress.remote(), timeout=PROGRESS_S)
+    return stages
+
+
+def _pipeline_of(actor_name: str) -> str:
+    """What stands before epoch and stage."""
+    return actor_name.rsplit("/", 2)[0]

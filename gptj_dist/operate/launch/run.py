@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.config import LayerRange, PipelineConfig
-from gptj_dist.errors import ConfigurationError, StageFailedError
+from gptj_dist.errors import ConfigurationError, GPTJDistError, StageFailedError, internal_error
 from gptj_dist.operate.launch.announcement import announce, needs_noproxy
 from gptj_dist.operate.launch.application import RayGoneError, Served, deploy, remove
 from gptj_dist.operate.launch.cluster import connected
@@ -23,6 +24,7 @@ from gptj_dist.operate.launch.ready import await_ready
 from gptj_dist.operate.launch.session_room import find_room
 from gptj_dist.operate.launch.settings import Launch
 from gptj_dist.operate.launch.signals import StopSignals
+from gptj_dist.operate.launch.start_display import StartDisplay
 from gptj_dist.operate.launch.terminal import diverted, open_console, say_last
 from gptj_dist.operate.launch.watch import Watcher
 from gptj_dist.serving.sockets import why_not_listen
@@ -33,12 +35,14 @@ class _Start:
     """A launch, and its circumstances when it began.
 
     Args:
+        display: what happens until the server is ready.
         begin_s: the time, of `time.monotonic`.
         has_proxy: the environment would send requests to the server through a proxy.
     """
 
     launch: Launch
     console: Console
+    display: StartDisplay
     begin_s: float
     has_proxy: bool
 
@@ -65,12 +69,16 @@ def run_until_stopped(launch: Launch, signals: StopSignals) -> None:
             fit, or the trace cannot be written.
         StageFailedError: the pipelines cannot start, or Ray has died.
     """
-    start = _Start(launch, open_console(), time.monotonic(), needs_noproxy(launch.listen.host))
-    if launch.address is None:
-        _serve_here(start, signals)
-    else:
-        _serve_on_cluster(start, signals, launch.address)
-    start.console.print("Stopped.")
+    console = open_console()
+    start = _Start(launch, console, StartDisplay(console), time.monotonic(), needs_noproxy(launch.listen.host))
+    try:
+        if launch.address is None:
+            _serve_here(start, signals)
+        else:
+            _serve_on_cluster(start, signals, launch.address)
+    finally:
+        start.display.end()
+    console.print("Stopped.")
 
 
 def _serve_here(start: _Start, signals: StopSignals) -> None:
@@ -86,13 +94,15 @@ def _serve_here(start: _Start, signals: StopSignals) -> None:
 
     signals.clean_up = clean_up
     _fetch_all_weights(launch.app.pipeline, console)
-    console.print("Starting Ray on this machine ...")
     try:
         with diverted(local.noise):
+            start.display.show("Starting Ray on this machine")
             local.start(launch.start_timeout_s, start.say)
             try:
-                _serve(start, deploy(launch, console), signals, local.lost_process)
+                with _pointing_to(local.noise.parent):
+                    _serve(start, _deploy(start), signals, local.lost_process)
             finally:
+                start.display.end()
                 local.stop()
     finally:
         local.discard_empty_logs()
@@ -106,13 +116,37 @@ def _serve_on_cluster(start: _Start, signals: StopSignals, address: str) -> None
         say_last(f"Stopped{hint if signals.can_finish else ''}.")
 
     signals.clean_up = say_stopped
+    start.display.show(f"Joining Ray at {address}")
     with diverted(Path(os.devnull)), connected(address):
         signals.let_finish()
-        base = deploy(start.launch, start.console)
+        base = _deploy(start)
         try:
             _serve(start, base, signals, lambda: None)
         finally:
             remove(start.launch.name)
+
+
+@contextmanager
+def _pointing_to(logs: Path) -> Iterator[None]:
+    """Says with an error where the logs are, unless the settings are at fault. Standard error is diverted to one.
+
+    Raises:
+        StageFailedError: in place of any error but a ConfigurationError.
+    """
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        said = str(error) if isinstance(error, GPTJDistError) else internal_error(error)
+        raise StageFailedError(f"{said}; logs: {logs}") from error
+
+
+def _deploy(start: _Start) -> str:
+    """As `deploy`, with the display."""
+    start.display.show("Starting Serve")
+    return deploy(start.launch, start.console)
 
 
 def _serve(start: _Start, base: str, signals: StopSignals, lost_process: Callable[[], str | None]) -> None:
@@ -128,8 +162,9 @@ def _serve(start: _Start, base: str, signals: StopSignals, lost_process: Callabl
     from gptj_dist.operate.tracing import tracing  # with Ray, which reads its environment when it is imported
 
     launch, console = start.launch, start.console
-    if not await_ready(launch, base, signals.requested, lost_process, console):
+    if not await_ready(launch, base, signals.requested, lost_process, start.display):
         return
+    start.display.end()
     signals.let_finish()
     served = Served(launch.name)
     watcher = Watcher(served, signals.requested, lost_process, start.say)

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 STDOUT, STDERR = 1, 2
-SHOW_CURSOR = "\x1b[?25h"
+SHOW_CURSOR, CLEAR_LINE = "\x1b[?25h", "\r\x1b[2K"
 
 
 class LastingOutput(io.RawIOBase):
@@ -73,6 +73,11 @@ def diverted(path: Path) -> Iterator[None]:
 
 
 def say_last(text: str) -> None:
-    """Prints a line at once, whatever other threads are printing; a hidden cursor is shown again."""
-    line = f"{SHOW_CURSOR}\r{text}\n" if os.isatty(STDOUT) else f"{text}\n"
+    """Prints a line at once, whatever other threads are printing, and nothing after it.
+
+    At a terminal it replaces a line of a progress display, and a hidden cursor is shown again.
+    """
+    line = f"{SHOW_CURSOR}{CLEAR_LINE}{text}\n" if os.isatty(STDOUT) else f"{text}\n"
     LastingOutput().write(line.encode(errors="replace"))
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
