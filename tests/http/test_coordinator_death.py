@@ -33,12 +33,12 @@ NUM_LOOKS = 8
 """Each look is at any of the pipelines; so many find the one with the most requests."""
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-COMMON = {"max_tokens": 250, "ignore_eos": True, "stream": True}
+COMMON = {"max_tokens": 180, "ignore_eos": True, "stream": True}
 PROMPT = {"prompt": "My fellow citizens", **COMMON}
 MESSAGES = {"messages": [{"role": "user", "content": "What is the state of the Union?"}], **COMMON}
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy": (COMPLETIONS, {**PROMPT, "temperature": 0, "stream_options": {"include_usage": True}}),
-    "seeded": (COMPLETIONS, {**PROMPT, "seed": 1, "top_p": 0.9, "min_tokens": 240}),
+    "seeded": (COMPLETIONS, {**PROMPT, "seed": 1, "top_p": 0.9, "min_tokens": 170}),
     "three": (COMPLETIONS, {**PROMPT, "seed": 2, "n": 3, "logprobs": 2}),
     "penalties": (
         COMPLETIONS,

@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
-NUM_CLIENTS = 8
+NUM_CLIENTS = 6
 SETTINGS: dict[str, Any] = {"model": "demo", "stages": 2, "device": "cpu", "cpus_per_stage": 0.5}
 
 
@@ -117,19 +117,19 @@ def test_the_autoscaler_goes_from_one_to_two_under_load_and_back_and_no_request_
         num_actors = len(actor_names())
         assert server.complete(model="poet", prompt="Call me", max_tokens=2)["model"] == "poet"
         texts = asyncio.run(_load_until_two(server))
-        assert [len(set(of_client)) for of_client in texts.values()] == [1] * 12
-        assert len({of_client[0] for of_client in texts.values()}) == 12
+        assert [len(set(of_client)) for of_client in texts.values()] == [1] * NUM_CLIENTS
+        assert len({of_client[0] for of_client in texts.values()}) == NUM_CLIENTS
         wait_until(lambda: num_pipelines() == 1, "one pipeline is left", timeout_s=60)
         wait_until(lambda: len(actor_names()) == num_actors, "its actors are gone", timeout_s=30)
         assert server.complete(prompt="Call me", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
 async def _load_until_two(server: Server) -> dict[int, list[str]]:
-    """Twelve clients that go on until there are two pipelines and both have computed for all; the texts of each.
+    """Clients that go on until there are two pipelines and both have computed for all; the texts of each.
 
     Every other one wants the adapter, which was loaded when there was one pipeline.
     """
-    texts: dict[int, list[str]] = {number: [] for number in range(12)}
+    texts: dict[int, list[str]] = {number: [] for number in range(NUM_CLIENTS)}
     is_over = asyncio.Event()
 
     async def client(http: httpx.AsyncClient, number: int) -> None:

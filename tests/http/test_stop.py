@@ -143,7 +143,9 @@ def test_when_ray_dies_the_launcher_says_so_in_one_line_and_ends() -> None:
         wait_until_gone(command)
         assert command.process.returncode == 1
         (line,) = command.output().removeprefix(before).splitlines()
-        assert line == "gptj-dist: the server has ended: Ray's process gcs_server has ended"
+        said, _, logs = line.partition("; logs: ")
+        assert said == "gptj-dist: the server has ended: Ray's process gcs_server has ended"
+        assert "StageFailedError" in Path(logs, "launcher.err").read_text()
 
 
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
@@ -155,7 +157,7 @@ def test_when_ray_dies_while_stages_load_the_launcher_ends_with_one_line(victim:
         command.process.wait(DRAIN_LIMIT_S)
         wait_until_gone(command)
         assert command.process.returncode == 1
-        assert command.output().splitlines()[-1] == f"gptj-dist: Ray's process {victim} has ended"
+        assert command.output().splitlines()[-1].startswith(f"gptj-dist: Ray's process {victim} has ended; logs: /")
         assert "Traceback" not in command.output()
 
 
