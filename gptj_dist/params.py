@@ -60,7 +60,7 @@ BLANKS = r"\n?[ \t]{0,16}"
 """Blanks between the tokens of JSON, as a regular expression. Without a limit, some models write blanks for ever."""
 
 PoolingKind = Literal["mean", "last"]
-GrammarKind = Literal["json", "regex", "choice", "grammar"]
+GrammarKind = Literal["json", "regex", "choice", "grammar", "calls"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Grammar:
     kinds there are `json` and `choice`.
 
     Args:
-        kind: of `text`: a JSON schema, a regular expression in Rust's syntax, a JSON list of strings, or a
-            context-free grammar in Lark's or GBNF's notation.
+        kind: of `text`: a JSON schema, a regular expression in Rust's syntax, a JSON list of strings, a context-free
+            grammar in Lark's or GBNF's notation, or one in Lark's for calls of tools.
         text: at most 131,072 characters.
 
     Raises:

@@ -20,11 +20,8 @@ class Writer(Protocol):
     def num_prompt_tokens(self) -> int:
         """Of the prompt that the choice continues."""
 
-    def has_news(self, delta: TextDelta) -> bool:
-        """Whether a piece would say anything."""
-
-    def piece(self, delta: TextDelta) -> JsonObject:
-        """The choice's next piece."""
+    def piece(self, delta: TextDelta) -> JsonObject | None:
+        """The choice's next piece; None if it would say nothing."""
 
     def whole(self, delta: TextDelta) -> JsonObject:
         """The choice, all at once."""
@@ -85,9 +82,10 @@ class ChoicesForm:
         """A chunk of one choice; its usage so far, if wanted, is that of the choice."""
         writer = self._writers[index]
         self._counts[index] = self._counts[index].plus(delta)
-        if not writer.has_news(delta):
+        piece = writer.piece(delta)
+        if piece is None:
             return b""
-        chunk = {**self._head.of(self._head.chunk_kind), "choices": [writer.piece(delta)]}
+        chunk = {**self._head.of(self._head.chunk_kind), "choices": [piece]}
         if self._has_usage_so_far:
             chunk["usage"] = self._usage(writer.num_prompt_tokens, self._counts[index], 1)
         elif self._has_usage:

@@ -28,12 +28,14 @@ from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.sampling import ChoiceFields, Defaults, SamplingFields
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.answers.schema.tools import Function, NamedTool
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.errors import InvalidRequestError, RequestTooLongError
 from gptj_dist.json_types import JsonObject
-from gptj_dist.params import SamplingParams
+from gptj_dist.params import Grammar, SamplingParams
 from gptj_dist.text.stop_strings import StopPattern, prepare_stops
+from gptj_dist.text.tool_calls import MAX_CALLS, calls_grammar
 
 EncodedPrompt: TypeAlias = tuple[str, list[int]]
 """Its text, and its tokens."""
@@ -41,6 +43,11 @@ EncodedPrompt: TypeAlias = tuple[str, list[int]]
 NO_TEMPLATE = (
     "the model has no chat template, as GPT-J has none: start the server with --chat-template FILE, "
     "or use /v1/completions"
+)
+
+NO_TOOLS = (
+    "the chat template has no place for tools: start the server with --chat-template FILE that has, "
+    "or let tool_choice be 'none'"
 )
 
 GRAMMAR_COST = 100_000
@@ -96,14 +103,17 @@ class PromptReader:
         _check_sizes(request)
         text = self._render(
             request.messages,
-            request.chat_template_kwargs,
+            self._with_tools(request.chat_template_kwargs, request.shown_tools),
             begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
             continues_last=request.continue_final_message,
         )
         room = request.most_tokens or min(self._model.max_answer_tokens, limits.max_model_len // 2)
         prompts = self._encoded([text], limits, request.add_special_tokens, request.truncate_prompt_tokens, room)
         max_tokens = request.most_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
-        return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits)
+        if not request.shown_tools:
+            return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits)
+        defaults = self._chat_defaults | ({} if request.tool_choice == "auto" else {"stop": ()})  # calls end themselves
+        return self._prepared(request, prompts, max_tokens, defaults, limits, self._calls(request))
 
     def respond(self, request: ResponsesRequest, limits: EngineLimits) -> Prepared:
         """The prompt of a request for a response. Raises InvalidRequestError."""
@@ -129,7 +139,8 @@ class PromptReader:
             field, text = "prompt", request.prompt or ""
         else:
             begins_answer = request.add_generation_prompt
-            text = self._render(request.messages, request.chat_template_kwargs, begins_answer=begins_answer)
+            variables = self._with_tools(request.chat_template_kwargs, [tool.function for tool in request.tools])
+            text = self._render(request.messages, variables, begins_answer=begins_answer)
             field = "messages"
         _check_number(field, "bytes", _num_bytes(text), MAX_TEXT_BYTES)
         adds = field == "prompt" if request.add_special_tokens is None else request.add_special_tokens
@@ -151,8 +162,11 @@ class PromptReader:
         max_tokens: int | None,
         defaults: Defaults,
         limits: EngineLimits,
+        calls: Grammar | None = None,
     ) -> Prepared:
         params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), defaults)
+        if calls is not None:
+            params = replace(params, structured_outputs=calls)
         if params.structured_outputs is not None:
             self._model.tokenizer.grammars.check(params.structured_outputs)
         prepared = _checked(prompts, params, limits)
@@ -168,6 +182,28 @@ class PromptReader:
         limits.check_vocabulary("prediction", token_ids)
         return token_ids
 
+    def _calls(self, request: ChatRequest) -> Grammar:
+        """What a text with calls of the request's tools matches."""
+        form = self._model.form_of_calls
+        assert form is not None, "there is a template, which has rendered the tools"
+        is_single = isinstance(request.tool_choice, NamedTool) or not request.parallel_tool_calls
+        return calls_grammar(
+            form,
+            {tool.name: tool.parameters for tool in request.callable_tools},
+            must_call=request.tool_choice != "auto",
+            most=1 if is_single else MAX_CALLS,
+        )
+
+    def _with_tools(self, variables: Mapping[str, Any], tools: Sequence[Function]) -> Mapping[str, Any]:
+        """The variables of a template that shows tools to the model."""
+        template = self._model.chat_template
+        if not tools or template is None:
+            return variables
+        if not template.shows("tools"):
+            raise InvalidRequestError(NO_TOOLS, "tools")
+        shown = [tool.model_dump(exclude_none=True) for tool in tools]
+        return {**variables, "tools": [{"type": "function", "function": tool} for tool in shown]}
+
     def _render(
         self,
         messages: Sequence[Message],
@@ -180,6 +216,8 @@ class PromptReader:
         if self._model.chat_template is None:
             raise InvalidRequestError(NO_TEMPLATE)
         _check_number("prompt", "messages", len(messages), MAX_MESSAGES)
+        if not self._model.chat_template.shows("tool_calls") and any(message.tool_calls for message in messages):
+            raise InvalidRequestError("the chat template shows no tool_calls", "messages")
         return self._model.chat_template.render(
             [message.for_template() for message in messages],
             variables,
@@ -245,6 +283,7 @@ def _checked(prompts: list[EncodedPrompt], params: SamplingParams, limits: Engin
 def reading_cost(request: SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest) -> int:
     """An estimate of the microseconds that reading the request takes, for `Work`."""
     has_grammar = isinstance(request, SamplingFields) and request.grammar is not None
+    has_grammar |= isinstance(request, ChatRequest) and bool(request.shown_tools)
     return GRAMMAR_COST * has_grammar + sum(len(part) + PART_COST for part in _parts(request))
 
 
@@ -258,9 +297,11 @@ def _parts(request: SamplingFields | EmbeddingRequest | TokenizeRequest | Detoke
         case CompletionRequest() | EmbeddingRequest():
             yield from request.prompts()
         case ResponsesRequest():
-            yield from (message.content for message in request.messages())
+            yield from (text_of(message.content) for message in request.messages())
         case ChatRequest() | TokenizeRequest():
-            yield from (message.for_template()["content"] for message in request.messages or ())
+            for message in request.messages or ():
+                yield text_of(message.content)
+                yield from (call.function.arguments for call in message.tool_calls)
     if isinstance(request, TokenizeRequest):
         yield request.prompt or ""
     if isinstance(request, DetokenizeRequest):

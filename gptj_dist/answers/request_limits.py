@@ -59,6 +59,12 @@ MAX_COMPLETIONS = 8 * MAX_CHOICES
 MAX_MESSAGES = 2048
 """Messages of a conversation: a message has a token or more."""
 
+MAX_TOOLS = 128
+"""Tools of a request, as at OpenAI."""
+
+MAX_ARGUMENTS_CHARS = 131_072
+"""Characters of the arguments of all calls in a conversation: they are JSON, which is parsed."""
+
 MAX_TEXT_BYTES = 1_000_000
 """UTF-8 bytes of a text to be tokenised where the context window sets no lower limit."""
 

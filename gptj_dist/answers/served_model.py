@@ -14,6 +14,7 @@ from gptj_dist.json_types import JsonObject
 from gptj_dist.text.chat import ChatTemplate, load_chat_template
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.text.tokenizer_info import tokenizer_info
+from gptj_dist.text.tool_calls import ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class ServedModel:
     def max_answer_tokens(self) -> int:
         """The most tokens of an answer to a conversation whose request does not say."""
         return int(self.defaults.get("max_tokens", self.chat.max_tokens))
+
+    @property
+    def form_of_calls(self) -> ToolFormat | None:
+        """How the model writes calls of tools; None without a chat template."""
+        return None if self.chat_template is None else self.chat.form_of_calls(self.chat_template)
 
     @classmethod
     def load(

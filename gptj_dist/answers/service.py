@@ -40,6 +40,7 @@ from gptj_dist.engine.record import new_records
 from gptj_dist.json_types import JsonObject
 from gptj_dist.logs import values
 from gptj_dist.params import AdapterChoice, AdapterSource
+from gptj_dist.text.tool_calls import CallReader
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,18 @@ class AnswerService:
         deadline = Deadline(request.timeout_s)
         prepared = await deadline.bound(self._prepare(request, self._reader.chat, resumable))
         ((_, prompt_ids),) = prepared.prompts
-        writers = [ChatWriter(choice, request, prompt_ids, self._model.tokenizer) for choice in range(request.n)]
+        form_of_calls = self._model.form_of_calls if request.shown_tools else None
+        writers = [
+            ChatWriter(
+                choice,
+                request,
+                prompt_ids,
+                self._model.tokenizer,
+                None if form_of_calls is None else CallReader(form_of_calls),
+                request_id,
+            )
+            for choice in range(request.n)
+        ]
         kinds = ("chat.completion", "chat.completion.chunk")
         head = Head(f"chatcmpl-{request_id}", _created(resumable), self._name(request.model, resumable), *kinds)
         form = ChoicesForm(request, head, writers, len(prompt_ids), len(prepared.prediction_ids))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 from gptj_dist.answers.completion import TextDelta
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
+from gptj_dist.engine.request import FinishReason
 from gptj_dist.json_types import JsonObject
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.text.detokenizer import Detokenizer
 from gptj_dist.text.tokenizer import Tokenizer
+from gptj_dist.text.tool_calls import CallReader
 
 
 class TokenNames:
@@ -99,16 +102,14 @@ class CompletionWriter:
     def num_prompt_tokens(self) -> int:
         return len(self._prompt_ids)
 
-    def has_news(self, delta: TextDelta) -> bool:
+    def piece(self, delta: TextDelta) -> JsonObject | None:
         request = self._request
         has_tokens = request.logprobs is not None or request.return_token_ids
         is_due = not self._is_begun and (request.echo or request.prompt_logprobs is not None)
-        return bool(delta.text or delta.finish_reason or is_due or (has_tokens and delta.token_ids))
+        has_news = delta.text or delta.finish_reason or is_due or (has_tokens and delta.token_ids)
+        return self.whole(delta) if has_news else None
 
     def whole(self, delta: TextDelta) -> JsonObject:
-        return self.piece(delta)
-
-    def piece(self, delta: TextDelta) -> JsonObject:
         request, is_first = self._request, not self._is_begun
         has_prompt = request.echo and is_first
         self._is_begun = True
@@ -170,39 +171,78 @@ class ChatWriter:
 
     Args:
         prompt_ids: the conversation, as the chat template renders it.
+        calls: reads the calls of tools in the text; None if there are none.
+        request_id: ids of calls are made of it.
     """
 
-    def __init__(self, index: int, request: ChatRequest, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: ChatRequest,
+        prompt_ids: Sequence[int],
+        tokenizer: Tokenizer,
+        calls: CallReader | None = None,
+        request_id: str = "",
+    ) -> None:
         self._index = index
         self._request = request
         self._prompt_ids = prompt_ids
         self._tokenizer = tokenizer
         self._names = TokenNames(tokenizer, request.return_tokens_as_token_ids)
+        self._calls = calls
+        self._request_id = request_id
         self._is_begun = False
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._prompt_ids)
 
-    def has_news(self, delta: TextDelta) -> bool:
-        has_tokens = self._request.logprobs or self._request.return_token_ids
-        return bool(delta.text or delta.finish_reason or not self._is_begun or (has_tokens and delta.token_ids))
-
     def whole(self, delta: TextDelta) -> JsonObject:
-        return self._choice("message", {"role": "assistant", "content": delta.text}, delta)
+        text, calls = self._read(delta)
+        message: JsonObject = {"role": "assistant", "content": text}
+        if calls:
+            message |= {"content": text or None, "tool_calls": list(calls.values())}
+        return self._choice("message", message, delta)
 
-    def piece(self, delta: TextDelta) -> JsonObject:
-        role = {} if self._is_begun else {"role": "assistant"}
-        return self._choice("delta", {**role, "content": delta.text}, delta)
+    def piece(self, delta: TextDelta) -> JsonObject | None:
+        text, calls = self._read(delta)
+        has_tokens = self._request.logprobs or self._request.return_token_ids
+        if not (text or calls or delta.finish_reason or not self._is_begun or (has_tokens and delta.token_ids)):
+            return None
+        content: JsonObject = {} if self._is_begun else {"role": "assistant"}
+        if text or not calls:
+            content["content"] = text
+        if calls:
+            content["tool_calls"] = [{"index": number, **call} for number, call in calls.items()]
+        return self._choice("delta", content, delta)
+
+    def _read(self, delta: TextDelta) -> tuple[str, dict[int, JsonObject]]:
+        """The text outside of calls, and what is new of each call, by its number."""
+        if self._calls is None:
+            return delta.text, {}
+        text, pieces = self._calls.push(delta.text, delta.finish_reason is not None)
+        calls: dict[int, JsonObject] = {}
+        for piece in pieces:
+            call = calls.setdefault(piece.number, {"function": {"arguments": ""}})
+            if piece.name is not None:
+                begin = {"id": self._call_id(piece.number), "type": "function"}
+                calls[piece.number] = call = {**begin, "function": {"name": piece.name, "arguments": ""}}
+            call["function"]["arguments"] += piece.arguments
+        return text, calls
+
+    def _call_id(self, number: int) -> str:
+        """The same in every process; nine letters and digits, as Mistral's templates demand."""
+        return sha256(f"{self._request_id} {self._index} {number}".encode()).hexdigest()[:9]
 
     def _choice(self, name: str, content: JsonObject, delta: TextDelta) -> JsonObject:
         is_first, self._is_begun = not self._is_begun, True
         logprobs = [listed_logprobs(token, self._names, self._tokenizer) for token in delta.logprobs]
+        is_called = self._calls is not None and self._calls.ends_with_call and delta.finish_reason == FinishReason.STOP
         choice: JsonObject = {
             "index": self._index,
             name: content,
             "logprobs": {"content": logprobs} if self._request.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": "tool_calls" if is_called else delta.finish_reason,
         }
         if self._request.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)

@@ -10,6 +10,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from gptj_dist.cli.streams import as_text
+from gptj_dist.text.tool_calls import ToolFormatName
 
 PIPELINE_PANEL = "Pipeline"
 
@@ -76,6 +77,10 @@ ChatStop: TypeAlias = Annotated[
         metavar="STRING",
         show_default=False,
     ),
+]
+ToolFormat: TypeAlias = Annotated[
+    ToolFormatName | None,
+    typer.Option(help="How the model writes calls of tools; by default as the chat template does.", show_default=False),
 ]
 Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen at.")]
 Port: TypeAlias = Annotated[int, typer.Option(help="Port to listen at.")]

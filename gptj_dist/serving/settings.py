@@ -19,6 +19,7 @@ from gptj_dist.logs import LogFormat, LogLevel
 from gptj_dist.serving.adapters import GivenAdapters, given_adapters
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
+from gptj_dist.text.tool_calls import ToolFormatName
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Arguments(BaseModel):
         chat_template: a file with Jinja, in place of the checkpoint's template.
         chat_max_tokens: the most tokens of a chat's answer, where the request sets no limit.
         chat_stop: a string or a list of strings that end a chat's answer, where the request has no stop.
+        tool_format: how the model writes calls of tools; by default as the chat template does.
         api_keys: a file of hashed keys; without one, calls need no key.
         adapters: paths of the adapters that are there from the start, by name.
     """
@@ -94,6 +96,7 @@ class Arguments(BaseModel):
     chat_template: str | None = None
     chat_max_tokens: int = DEFAULT_CHAT_MAX_TOKENS
     chat_stop: list[str] | None = None
+    tool_format: ToolFormatName | None = None
     api_keys: str | None = None
     cors_origins: list[str] = []
     moderation: str | None = None
@@ -129,15 +132,16 @@ def parse_settings(args: Mapping[str, Any]) -> AppConfig:
         if isinstance(others.get(name), str):
             others[name] = [others[name]]
     own = _validated(TypeAdapter(Arguments), others)
-    converted = {"served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "api_keys", "cors_origins"} | {
-        "adapters"
+    converted = {"served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "tool_format"} | {
+        *("api_keys", "cors_origins", "adapters")
     }
     pipeline = _validated(TypeAdapter(PipelineConfig), settings)
+    chat_stop = None if own.chat_stop is None else tuple(own.chat_stop)
     return AppConfig(
         pipeline,
         served_model_names=tuple(own.served_model_name),
         chat_template=None if own.chat_template is None else read_template(Path(own.chat_template)),
-        chat=ChatDefaults(own.chat_max_tokens, None if own.chat_stop is None else tuple(own.chat_stop)),
+        chat=ChatDefaults(own.chat_max_tokens, chat_stop, own.tool_format),
         api_keys=() if own.api_keys is None else read_keys(Path(own.api_keys)),
         cors_origins=tuple(own.cors_origins),
         adapters=given_adapters(own.adapters, pipeline),

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -39,13 +39,14 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
+            self._names = _names(environment.parse(source))
         except Exception as error:  # Python compiles what Jinja makes of it, and has errors of its own
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise CheckpointError(f"the chat template is not valid Jinja: {one_line(error)[:200]}{line}") from error
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any],
         *,
         begins_answer: bool,
@@ -72,6 +73,10 @@ class ChatTemplate:
             ) from error
         return _cut_after(text, messages[-1]["content"].strip()) if continues_last else text
 
+    def shows(self, name: str) -> bool:
+        """Whether it uses a variable such as `tools`, or a field such as `tool_calls`."""
+        return name in self._names
+
     def next_message_mark(self) -> str:
         """The text between an answer and a user's next message, without white space at its end.
 
@@ -96,6 +101,13 @@ class ChatTemplate:
             return self.render(messages, {}, begins_answer=False).partition("[1]")[2]
         except InvalidRequestError:
             return ""
+
+
+def _names(tree: nodes.Template) -> set[str]:
+    """The variables that a template is given, and what may be fields of them."""
+    fields = {field.attr for field in tree.find_all(nodes.Getattr)}
+    texts = {text.value for text in tree.find_all(nodes.Const) if isinstance(text.value, str)}
+    return meta.find_undeclared_variables(tree) | fields | texts
 
 
 def load_chat_template(directory: Path, source: str | None = None) -> ChatTemplate | None:

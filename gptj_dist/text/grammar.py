@@ -130,7 +130,7 @@ class Grammars:
             text = LLMatcher.grammar_from_lark(f'{_as_lark(grammar)}\n{OPTIONS} {{"no_forcing": true}}\n')
         except (ValueError, RecursionError) as error:
             raise _invalid(one_line(error)) from None
-        limits = JSON_LIMITS if grammar.kind == "json" else LIMITS
+        limits = JSON_LIMITS if grammar.kind in ("json", "calls") else LIMITS
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if problem := matcher.get_error() or self._first_problem(matcher):
             raise _invalid(_problem(problem, grammar))
@@ -175,6 +175,8 @@ def _as_lark(grammar: Grammar) -> str:
             if OPTIONS in grammar.text:
                 raise ValueError(f"{OPTIONS} is not taken")
             return grammar_from("grammar", grammar.text)
+        case "calls":
+            return grammar.text
 
 
 def _problem(error: str, grammar: Grammar) -> str:

@@ -14,6 +14,7 @@ import tokenizers
 
 from gptj_dist.text.grammar import Grammars
 from gptj_dist.text.tokenizer_files import read_bpe
+from gptj_dist.text.tool_calls import MARKS
 
 # GPT-J's embedding has 143 rows more than its vocabulary: named like this, never trained.
 PADDING_PREFIX = "<|extratoken_"
@@ -25,7 +26,8 @@ class Tokenizer:
     def __init__(self, bpe: tokenizers.Tokenizer) -> None:
         self._bpe = bpe
         self._names = {id: name for name, id in bpe.get_vocab(with_added_tokens=True).items()}
-        special = {id for id, token in bpe.get_added_tokens_decoder().items() if token.special}
+        added = bpe.get_added_tokens_decoder().items()
+        special = {id for id, token in added if token.special and token.content not in MARKS}
         self._bytes = {id: _raw_bytes(name) for id, name in self._names.items() if id not in special}
 
     @classmethod

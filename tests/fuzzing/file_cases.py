@@ -116,8 +116,8 @@ def _check_config(case: tuple[bytes, bytes | None]) -> None:
 _SETTINGS: Mapping[str, Any] = {"model": "demo", "stages": 2}
 _SETTING_NAMES = (
     *_SETTINGS, *PipelineConfig.__dataclass_fields__, "served_model_name", "chat_template", "chat_max_tokens",
-    "chat_stop", "api_keys", "cors_origins", "moderation", "moderation_timeout_s", "ingress_replicas", "log_format",
-    "log_level", "log_prompts", "drain_s",
+    "chat_stop", "tool_format", "api_keys", "cors_origins", "moderation", "moderation_timeout_s", "ingress_replicas",
+    "log_format", "log_level", "log_prompts", "drain_s",
 )  # fmt: skip
 
 

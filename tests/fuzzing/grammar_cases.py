@@ -11,6 +11,7 @@ from benchmarks.schemas import schema
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.params import Grammar, GrammarKind
 from gptj_dist.text.grammar import Grammars
+from gptj_dist.text.tool_calls import FORMATS, calls_grammar
 from tests.fuzzing.strategies import Target, texts, values
 
 BYTES = Grammars([bytes([byte]) for byte in range(256)], [])
@@ -41,12 +42,14 @@ def _schemas(draw: st.DrawFn) -> dict[str, Any]:
     return made
 
 
-def _check_grammar(case: tuple[str, Any]) -> None:
+def _check_grammar(case: tuple[Any, Any]) -> None:
     """A grammar is refused, or some bytes follow it, each of which it allows."""
     kind, content = case
     try:
         if kind == "json":
             grammar = Grammar.json(content)
+        elif kind in FORMATS:
+            grammar = calls_grammar(FORMATS[kind], {"f": content, "g": {}}, must_call=True, most=2)
         elif kind == "choice":
             grammar = Grammar.choice(content)
         else:
@@ -67,7 +70,7 @@ def _check_grammar(case: tuple[str, Any]) -> None:
 TARGETS = (
     Target(
         "grammars",
-        st.tuples(st.just("json"), _schemas())
+        st.tuples(st.sampled_from(("json", *FORMATS)), _schemas())
         | st.tuples(_KINDS, _NOTATION)
         | st.tuples(st.just("choice"), st.lists(texts(), max_size=4)),
         _check_grammar,

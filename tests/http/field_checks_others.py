@@ -70,19 +70,6 @@ def of_prompt_logprobs_(face: Face) -> None:
 
 
 @check(ChatRequest)
-def of_tools(face: Face) -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert face.post(tools=tools).status_code == 400
-    assert choice(face, tools=tools, tool_choice="none") == choice(face, tools=[])
-
-
-@check(ChatRequest)
-def of_tool_choice(face: Face) -> None:
-    of_tools(face)
-    assert face.post(tool_choice="required").status_code == 400
-
-
-@check(ChatRequest)
 def of_chat_template_kwargs(face: Face) -> None:
     prefixed = choice(face, prompt="state", chat_template_kwargs={"prefix": "The "}, return_token_ids=True)
     assert tokenizer().decode(prefixed["prompt_token_ids"]) == "The state"
@@ -153,13 +140,16 @@ def of_text__(face: Face) -> None:
 
 
 @check(ResponsesRequest)
-def of_tools_(face: Face) -> None:
-    of_tools(face)
+def of_tools(face: Face) -> None:
+    tools = [{"type": "function", "name": "f"}]
+    assert face.post(tools=tools).status_code == 400
+    assert choice(face, tools=tools, tool_choice="none") == choice(face, tools=[])
 
 
 @check(ResponsesRequest)
-def of_tool_choice_(face: Face) -> None:
-    of_tool_choice(face)
+def of_tool_choice(face: Face) -> None:
+    of_tools(face)
+    assert face.post(tool_choice="required").status_code == 400
 
 
 def prompt_tokens(face: Face, **item: Any) -> int:

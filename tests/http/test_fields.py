@@ -21,18 +21,33 @@ from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, Struc
 from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest, TextOptions
 from gptj_dist.answers.schema.sampling import AdapterField, ChoiceFields, SamplingFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
+from gptj_dist.answers.schema.tools import CalledFunction, Function, NamedFunction, NamedTool, Tool, ToolCall
 from tests.adapters import model_config, write_lora
-from tests.http import field_checks_adapters, field_checks_grammars, field_checks_others, field_checks_text
+from tests.http import (
+    field_checks_adapters,
+    field_checks_grammars,
+    field_checks_others,
+    field_checks_text,
+    field_checks_tools,
+)
 from tests.http.fields import BATCH_SIZE, Face, checks_of, choice, ids, text_of
 from tests.http.keys import key_of, write_keys
 from tests.http.server import Server, serving
 from tests.http.test_completions import stream_events
 
 pytestmark = pytest.mark.ray
-CHECKS_REGISTERED_BY = (field_checks_adapters, field_checks_grammars, field_checks_text, field_checks_others)
+CHECKS_REGISTERED_BY = (
+    field_checks_adapters,
+    field_checks_grammars,
+    field_checks_text,
+    field_checks_others,
+    field_checks_tools,
+)
 TEMPLATE = (
-    "{% for message in messages %}{{ prefix }}{{ message.name }}"
-    "{% if message.role == 'system' %}({{ message.content }}) {% else %}{{ message.content }}{% endif %}{% endfor %}"
+    "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{% for message in messages %}{{ prefix }}{{ message.name }}{{ message.tool_call_id }}"
+    "{% if message.role == 'system' %}({{ message.content }}) {% else %}{{ message.content }}{% endif %}"
+    "{% for call in message.tool_calls %}<tool_call>{{ call | tojson }}</tool_call>{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ suffix }}{% endif %}"
 )
 BODIES = (
@@ -56,6 +71,12 @@ BODIES = (
     TextFormat,
     LoadAdapterRequest,
     UnloadAdapterRequest,
+    Tool,
+    Function,
+    NamedTool,
+    NamedFunction,
+    ToolCall,
+    CalledFunction,
 )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from openai.types import Completion
@@ -26,7 +28,9 @@ MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": [{"type": "text", "text": "How is"}, {"type": "text", "text": " the Union?"}]},
 ]
 TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% for call in message.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor +%}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 NUM_RUNNING = 16
@@ -249,6 +253,37 @@ def test_the_asynchronous_client_gets_the_same(server: Server, client: openai.Op
         chat = client.chat.completions.create(messages=MESSAGES, **asked(seed))
         assert chats[seed] == chat.choices[0].message.content
         assert texts[seed].choices == client.completions.create(prompt=PROMPT, **asked(seed)).choices
+
+
+# Tools
+
+
+def test_calls_of_tools_are_whole_and_streamed_the_same_and_go_back_in(client: openai.OpenAI) -> None:
+    properties = {"city": {"type": "string", "maxLength": 20}, "days": {"enum": [1, 2, 3]}}
+    schema: Any = {"type": "object", "properties": properties, "required": ["city"], "additionalProperties": False}
+    tools: Any = [{"type": "function", "function": {"name": "forecast", "parameters": schema, "strict": True}}]
+    asked: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 200, "seed": 4, "n": 2}
+    asked |= {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.stream(**asked) as stream:
+        final = stream.get_final_completion()
+    for choice, streamed in zip(whole.choices, final.choices, strict=True):
+        [call] = choice.message.tool_calls or []
+        [same] = streamed.message.tool_calls or []
+        assert call.type == same.type == "function"
+        jsonschema.Draft202012Validator(schema).validate(json.loads(call.function.arguments))
+        assert (same.function.name, same.function.arguments) == ("forecast", call.function.arguments)
+        assert choice.finish_reason == streamed.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        assert not streamed.message.content
+    message = whole.choices[0].message
+    assert message.tool_calls is not None
+    result: Any = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Rain."}
+    followed: Any = [*MESSAGES, message.model_dump(), result]
+    answer = client.chat.completions.create(model="demo", messages=followed, tools=tools, max_tokens=4)
+    assert answer.usage is not None
+    assert whole.usage is not None
+    assert answer.usage.prompt_tokens > whole.usage.prompt_tokens
 
 
 # Responses

@@ -17,6 +17,7 @@ from gptj_dist import LLM, Grammar, SamplingParams
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import InvalidRequestError
 from gptj_dist.llm.outputs import Completion
+from gptj_dist.text.tool_calls import FORMATS, calls_grammar
 
 PROMPT = "It was the best of times, it was"
 SCHEMA = {
@@ -26,6 +27,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ROWS = Grammar.json({"type": "array", "items": SCHEMA, "minItems": 4})
+CALLS = calls_grammar(FORMATS["hermes"], {"f": SCHEMA, "g": {"type": "object"}}, must_call=True, most=2)
 WORDS = Grammar("regex", "[a-z]+( [a-z]+){0,3}[.]")
 BASE = SamplingParams(max_tokens=60, seed=1, n=3, structured_outputs=Grammar.json(SCHEMA))
 
@@ -55,6 +57,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "bad words": {"bad_words": ((82,), (5, 6))},
     "top": {"top_k": 5, "top_p": 0.9, "min_p": 0.01},
     "stop": {"stop": ("age",)},
+    "calls": {"structured_outputs": CALLS},
 }
 
 

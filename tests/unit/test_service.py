@@ -433,7 +433,7 @@ class TestChat:
             ({"top_logprobs": 1}, "top_logprobs"),
             ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
             ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-            ({"tools": [{}]}, "tools"),
+            ({"tools": [{}]}, "tools.0.type"),
             ({"n": 0}, "n"),
         ],
     )

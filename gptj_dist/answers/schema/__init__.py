@@ -14,4 +14,5 @@ __all__ = [
     "responses",
     "sampling",
     "tokens",
+    "tools",
 ]

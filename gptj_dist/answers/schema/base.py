@@ -90,12 +90,14 @@ class Body(BaseModel):
         hints: fields of other servers that have no effect on the text: any value is accepted.
         unserved: fields of OpenAI's and vLLM's APIs that are not served, each with the value that it has there when it
             is left out. A neutral value is accepted, see `is_neutral`; any other is refused.
+        successors: of these, the fields to use instead.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     hints: ClassVar[frozenset[str]] = frozenset()
     unserved: ClassVar[Unserved] = {}
+    successors: ClassVar[Mapping[str, str]] = {}
 
     def check(self) -> None:
         """Raises InvalidRequestError if fields contradict each other or a value is out of its range."""
@@ -128,6 +130,8 @@ class Body(BaseModel):
         if not is_neutral(value, cls.unserved[name]):
             default = cls.unserved[name]
             choice = "leave it out" if default is None else f"it can only be {json.dumps(default)}"
+            if name in cls.successors:
+                choice = f"use {cls.successors[name]!r}"
             raise refused_field(name, f"is not supported: {choice}")
         return False
 

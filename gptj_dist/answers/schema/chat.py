@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
-from pydantic import ConfigDict, model_validator
+from pydantic import AfterValidator, ConfigDict, model_validator
 
+from gptj_dist.answers.request_limits import MAX_ARGUMENTS_CHARS
 from gptj_dist.answers.schema.base import NON_EMPTY, Body, Integer, refused_field
 from gptj_dist.answers.schema.content import Content, text_of
 from gptj_dist.answers.schema.sampling import ChoiceFields
+from gptj_dist.answers.schema.tools import Function, NamedTool, ToolCalls, ToolChoice, Tools
 from gptj_dist.errors import InvalidRequestError, excerpt
 
 
@@ -20,32 +22,62 @@ class Message(Body):
         role: such as system, user or assistant; the chat template decides which there are.
         content: text, or parts that are joined; an assistant's message may have none.
         name: of the speaker, for templates that show it.
+        tool_calls: that an assistant's message made.
+        tool_call_id: of the call whose result the message is.
     """
 
     model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
 
     hints: ClassVar = frozenset(("annotations", "cache_control", "metadata", "options"))
-    unserved: ClassVar = dict.fromkeys(
-        ("audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_call_id", "tool_calls")
-    )
+    unserved: ClassVar = dict.fromkeys(("audio", "function_call", "reasoning", "reasoning_content", "refusal"))
+    successors: ClassVar = {"function_call": "tool_calls"}
 
     role: str
     content: Content = ""
     name: str | None = None
+    tool_calls: ToolCalls = []
+    tool_call_id: str | None = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it."""
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text_of(self.content)} | name
+        message: dict[str, Any] = {"role": self.role, "content": text_of(self.content)}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if "content" not in self.model_fields_set and self.role != "assistant":
             raise refused_field("content", "is required")
+        if self.tool_calls and self.role != "assistant":
+            raise refused_field("tool_calls", "may be only in a message of the assistant")
         return self
 
 
-Messages: TypeAlias = Annotated[list[Message], NON_EMPTY]
+def _with_arguments(messages: list[Message]) -> list[Message]:
+    """Checks the arguments of calls, all together small enough to be parsed."""
+    calls = [
+        (f"{i}.tool_calls.{k}.function.arguments", call.function)
+        for i, message in enumerate(messages)
+        for k, call in enumerate(message.tool_calls)
+    ]
+    num_chars = 0
+    for place, function in calls:
+        num_chars += len(function.arguments)
+        if num_chars > MAX_ARGUMENTS_CHARS:
+            raise refused_field(place, f"is too long: all calls may have {MAX_ARGUMENTS_CHARS} characters of arguments")
+        try:
+            function.parsed()
+        except ValueError:
+            raise refused_field(place, "must be JSON of an object") from None
+    return messages
+
+
+Messages: TypeAlias = Annotated[list[Message], NON_EMPTY, AfterValidator(_with_arguments)]
 
 
 class Conversation(Body):
@@ -56,15 +88,6 @@ class Conversation(Body):
     """
 
     messages: Messages
-
-
-ToolChoice: TypeAlias = Literal["none", "auto"]
-
-
-def check_tools(tools: Sequence[Any], choice: ToolChoice) -> None:
-    """Raises InvalidRequestError if the model is to call tools."""
-    if tools and choice != "none":
-        raise InvalidRequestError("tools are not supported: leave them out, or let tool_choice be 'none'", "tools")
 
 
 class ChatRequest(ChoiceFields):
@@ -79,13 +102,18 @@ class ChatRequest(ChoiceFields):
         logprobs: return each token's log probability.
         top_logprobs: and that of this number of the likeliest tokens, 0 to 20.
         prompt_logprobs: only null: the prompt's log probabilities are returned by completions.
-        tools: GPT-J calls no tools; they are accepted with a `tool_choice` of none, and the model does not see them.
-        tool_choice: none, or auto without tools.
+        tools: functions that the model may call, where the chat template shows them to it; at most 128.
+        tool_choice: none does not show them; auto leaves it to the model whether it calls one; required and a named one
+            make it call.
+        parallel_tool_calls: whether an answer may have several calls, in a format that has.
         chat_template_kwargs: variables for the template.
         add_generation_prompt: let the template end with the beginning of an answer; null does unless the last message
             is continued.
         continue_final_message: continue the last message instead of answering it.
     """
+
+    hints: ClassVar = ChoiceFields.hints - {"parallel_tool_calls"}
+    successors: ClassVar = {"functions": "tools", "function_call": "tool_choice"}
 
     messages: Messages
     max_tokens: Integer | None = None
@@ -94,8 +122,9 @@ class ChatRequest(ChoiceFields):
     logprobs: bool = False
     top_logprobs: Integer | None = None
     prompt_logprobs: None = None
-    tools: list[Any] = []
+    tools: Tools = []
     tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -105,16 +134,29 @@ class ChatRequest(ChoiceFields):
         """The most tokens to generate, under either name; None leaves it to the server."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def shown_tools(self) -> list[Function]:
+        """The functions that the model learns of."""
+        return [] if self.tool_choice == "none" else [tool.function for tool in self.tools]
+
+    @property
+    def callable_tools(self) -> list[Function]:
+        """Those that it may call."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.shown_tools if tool.name == self.tool_choice.function.name]
+        return self.shown_tools
+
     def own_params(self) -> dict[str, Any]:
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
     def own_names(self) -> Mapping[str, str]:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {**super().own_names(), "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        names = {**super().own_names(), "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        return names | {"structured_outputs": "tools"} if self.shown_tools else names
 
     def check(self) -> None:
         super().check()
-        check_tools(self.tools, self.tool_choice)
+        self._check_tools()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidRequestError(
                 "max_tokens and max_completion_tokens contradict each other", "max_completion_tokens"
@@ -128,3 +170,17 @@ class ChatRequest(ChoiceFields):
                 "continue_final_message and add_generation_prompt contradict each other", "continue_final_message"
             )
         self.sampling_params(self.most_tokens or max(self.min_tokens, 1))
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise InvalidRequestError(f"tools must have different names, got {double!r} twice", "tools")
+        if self.tool_choice in ("none", "auto") and not self.shown_tools:
+            return
+        if not self.callable_tools:
+            problem = "is not one of the tools" if isinstance(self.tool_choice, NamedTool) else "needs tools"
+            raise InvalidRequestError(f"tool_choice {problem}", "tool_choice")
+        if self.grammar is not None:
+            raise InvalidRequestError(
+                "tools contradict response_format and structured_outputs, unless tool_choice is 'none'", "tools"
+            )

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, text_or_list
-from gptj_dist.answers.schema.chat import Message, ToolChoice, check_tools
+from gptj_dist.answers.schema.chat import Message
 from gptj_dist.answers.schema.grammars import TextFormat
 from gptj_dist.answers.schema.sampling import SamplingFields
 from gptj_dist.errors import InvalidRequestError, excerpt
@@ -90,7 +90,7 @@ class ResponsesRequest(SamplingFields):
         top_logprobs: with those, the log probabilities of this number of the likeliest tokens, 0 to 20.
         metadata: returned with the response, and changes nothing.
         text: with `format`, OpenAI's name for the JSON forms of `structured_outputs`.
-        tools: GPT-J calls no tools; they are accepted with a `tool_choice` of none, and the model does not see them.
+        tools: accepted with a `tool_choice` of none, and the model does not see them: only chat calls tools.
         tool_choice: none, or auto without tools.
     """
 
@@ -108,7 +108,7 @@ class ResponsesRequest(SamplingFields):
     metadata: dict[str, Any] = {}
     text: TextOptions | None = None
     tools: list[Any] = []
-    tool_choice: ToolChoice = "auto"
+    tool_choice: Literal["none", "auto"] = "auto"
 
     @property
     def has_logprobs(self) -> bool:
@@ -145,7 +145,10 @@ class ResponsesRequest(SamplingFields):
             self.text_format.check()
             if self.structured_outputs is not None and self.text_format.type != "text":
                 raise InvalidRequestError("text.format and structured_outputs contradict each other", "text")
-        check_tools(self.tools, self.tool_choice)
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequestError(
+                "tools are not supported in responses: let tool_choice be 'none', or use /v1/chat/completions", "tools"
+            )
         if self.top_logprobs and not self.has_logprobs:
             raise InvalidRequestError(f"top_logprobs may be given only when include has {LOGPROBS!r}", "top_logprobs")
         if self.max_output_tokens is not None and self.max_output_tokens < 1:

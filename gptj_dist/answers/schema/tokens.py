@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from gptj_dist.answers.schema.base import Body, TokenIds
 from gptj_dist.answers.schema.chat import Messages
+from gptj_dist.answers.schema.tools import Tools
 from gptj_dist.errors import InvalidRequestError
 
 
@@ -21,9 +22,10 @@ class TokenizeRequest(Body):
         return_token_strs: return the tokens as texts, too.
         add_generation_prompt: let the template end with the beginning of an answer.
         chat_template_kwargs: variables for the template.
+        tools: as in chat, for the template.
     """
 
-    unserved: ClassVar = dict.fromkeys(("chat_template", "continue_final_message", "mm_processor_kwargs", "tools"))
+    unserved: ClassVar = dict.fromkeys(("chat_template", "continue_final_message", "mm_processor_kwargs"))
 
     model: str | None = None
     prompt: str | None = None
@@ -32,6 +34,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}
+    tools: Tools = []
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):

@@ -25,6 +25,7 @@ from gptj_dist.cli.options import (
     Port,
     ServedModelName,
     TemplateFile,
+    ToolFormat,
     TraceFile,
     parse_chat_stop,
     seconds,
@@ -66,6 +67,7 @@ def serve(
     chat_template: TemplateFile = None,
     chat_max_tokens: ChatMaxTokens = DEFAULT_CHAT_MAX_TOKENS,
     chat_stop: ChatStop = None,
+    tool_format: ToolFormat = None,
     moderation: Annotated[
         str | None, typer.Option(metavar="MODULE:CALLABLE", help="Asked whether prompts and answers may pass.")
     ] = None,
@@ -123,7 +125,7 @@ def serve(
         config,
         served_model_names=tuple(served_model_name or ()),
         chat_template=None if chat_template is None else read_template(chat_template),
-        chat=ChatDefaults(chat_max_tokens, parse_chat_stop(chat_stop)),
+        chat=ChatDefaults(chat_max_tokens, parse_chat_stop(chat_stop), tool_format),
         api_keys=keys,
         cors_origins=tuple(cors_origin or ()),
         moderation=moderation,

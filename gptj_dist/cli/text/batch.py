@@ -16,6 +16,7 @@ from gptj_dist.cli.options import (
     ChatStop,
     ServedModelName,
     TemplateFile,
+    ToolFormat,
     parse_chat_stop,
     seconds,
 )
@@ -43,7 +44,7 @@ LOCAL_SETTINGS = tuple(
 )
 """Settings with an effect without Ray and without other clients."""
 
-LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template", "chat_max_tokens", "chat_stop")
+LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "tool_format")
 
 
 @takes_settings(*LOCAL_SETTINGS)
@@ -80,6 +81,7 @@ def batch(
     chat_template: TemplateFile = None,
     chat_max_tokens: ChatMaxTokens = DEFAULT_CHAT_MAX_TOKENS,
     chat_stop: ChatStop = None,
+    tool_format: ToolFormat = None,
     *,
     settings: Settings,
 ) -> None:
@@ -105,7 +107,7 @@ def batch(
         from gptj_dist.answers.chat_defaults import ChatDefaults
         from gptj_dist.cli.text.batch_local import answering_here
 
-        chat = ChatDefaults(chat_max_tokens, parse_chat_stop(chat_stop))
+        chat = ChatDefaults(chat_max_tokens, parse_chat_stop(chat_stop), tool_format)
         config = PipelineConfig(model, **settings)
         answerer = answering_here(config, tuple(served_model_name or ()), chat_template, chat)
     with RequestFile(requests) as asked, AnswerFile(answers, asked.check()) as file:
