@@ -39,7 +39,7 @@ test-without-ray: $(DEVELOPMENT)
 	$(PYTEST) $(WORKERS) -m "not ray"
 
 test-with-ray: $(DEVELOPMENT)
-	$(PYTEST) $(WORKERS) -m ray tests/http tests/ray
+	$(PYTEST) $(WORKERS) -m ray tests/http tests/ray tests/browser
 
 # All but what starts Ray and the long comparisons of numbers.
 quick: lint

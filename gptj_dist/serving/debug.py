@@ -42,6 +42,7 @@ class PipelineFacts:
         num_frame_faults: frames between stages that did not arrive as they were sent.
         num_adapters: those that requests can name.
         adapter_requests: running and waiting requests by the adapters that they have.
+        num_drafts, num_accepted: see `PipelineStats`.
     """
 
     name: str
@@ -64,6 +65,8 @@ class PipelineFacts:
     adapter_requests: Mapping[str, int] = field(default_factory=dict)
     num_cached_blocks: int = 0
     num_evicted_blocks: int = 0
+    num_drafts: int = 0
+    num_accepted: int = 0
 
     @property
     def is_up(self) -> bool:

@@ -69,7 +69,7 @@ class PipelineStatus(PipelineFacts):
 
     Args:
         actor, process, node_id: the coordinator's; the name of its actor is in Serve's namespace.
-        work, coordinator_ns, num_drafts, num_accepted: see `PipelineStats`.
+        work, coordinator_ns: see `PipelineStats`.
         edge_bytes: see `Ring`; since the stages were joined last.
         port_dropped: what the ports of the stages, the coordinator's port and the outbox have dropped, in this order.
         loop_lag: see `LoopWatch`.
@@ -88,8 +88,6 @@ class PipelineStatus(PipelineFacts):
     requests: RequestTotals
     work: tuple[StageWork, ...]
     coordinator_ns: int
-    num_drafts: int
-    num_accepted: int
     edge_bytes: tuple[int, ...]
     port_dropped: tuple[int, ...]
     loop_lag: Histogram
@@ -260,8 +258,6 @@ class Pipeline:
             requests=self._engine.journal.totals,
             work=self._engine.stats.stages,
             coordinator_ns=self._engine.stats.coordinator_ns,
-            num_drafts=self._engine.stats.num_drafts,
-            num_accepted=self._engine.stats.num_accepted,
             edge_bytes=tuple(self._group.edge_bytes),
             port_dropped=self._port_dropped(),
             loop_lag=self._watch.lag,
@@ -331,6 +327,8 @@ class Pipeline:
             adapter_requests=scheduler.num_of_adapters(),
             num_cached_blocks=scheduler.num_cached_blocks,
             num_evicted_blocks=scheduler.num_evicted_blocks,
+            num_drafts=self._engine.stats.num_drafts,
+            num_accepted=self._engine.stats.num_accepted,
         )
 
     @property

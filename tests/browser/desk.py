@@ -19,17 +19,22 @@ WAIT_MS = 20_000
 PHONE = {"width": 390, "height": 844}
 
 
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    """The system's Chromium. Skips the test if there is none.
-
-    Until it ends, the thread has a running event loop: `asyncio.run` fails within.
-    """
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+def require_chromium() -> str:
+    """The path of the system's Chromium. Skips the test if there is none, or no playwright."""
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         pytest.skip("no Chromium is installed: apt-get install chromium")
-    with sync_api.sync_playwright() as play:
+    return path
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """The system's Chromium. Until it ends, the thread has a running event loop: `asyncio.run` fails within."""
+    path = require_chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -82,12 +87,25 @@ class Desk:
     def go_on(self, **sampling: object) -> None:
         """Continues with these settings, and waits for the end."""
         self.set(**sampling)
-        self["say"].evaluate("one => { one.textContent = ''; }")
+        self.hush()
         self["text"].focus()
         self.press("Control+Enter")
         self.settle()
 
+    def again(self) -> None:
+        """Tries again, and waits for the end."""
+        self.hush()
+        self["text"].focus()
+        self.press("Control+r")
+        self.settle()
+
+    def hush(self) -> None:
+        """Forgets what a screen reader was told last, which `settle` waits for."""
+        self["say"].evaluate("one => { one.textContent = ''; }")
+
     def set(self, **sampling: object) -> None:
+        if sampling:
+            self.unfold("sampling")
         for name, value in sampling.items():
             self.page.locator(f"#sampling [name={name}]").fill(str(value))
 

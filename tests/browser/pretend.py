@@ -112,8 +112,9 @@ def stage(number: int, layers: tuple[int, int]) -> StageDocument:
 
 PIPELINE = PipelineDocument(
     name="Pipeline#1", state="up", pid=99, num_running=2, num_waiting=0, num_in_flight=3, num_used_blocks=12,
-    num_blocks=128, num_preemptions=0, num_restarts=0, window_s=10.0, plans_per_s=25.0, prompt_tokens_per_s=4.0,
-    output_tokens_per_s=47.5, coordinator_share=0.02, stages=(stage(0, (0, 13)), stage(1, (14, 27))),
+    num_blocks=128, num_preemptions=0, num_restarts=0, num_drafts=60, num_accepted=41, window_s=10.0, plans_per_s=25.0,
+    prompt_tokens_per_s=4.0, output_tokens_per_s=47.5, coordinator_share=0.02,
+    stages=(stage(0, (0, 13)), stage(1, (14, 27))),
 )  # fmt: skip
 
 

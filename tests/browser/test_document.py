@@ -109,9 +109,7 @@ class TestMoves:
     def test_ctrl_r_tries_again_from_the_same_place(self, page: Desk) -> None:
         page.write(BEGIN)
         page.go_on(max_tokens=5)
-        page["say"].evaluate("one => { one.textContent = ''; }")
-        page.press("Control+r")
-        page.settle()
+        page.again()
         assert [body["prompt"] for body in page.bodies()] == [BEGIN, BEGIN]
         assert page.text == BEGIN + said(5)
         assert page["forkplace"].text_content() == "2 of 2"
@@ -203,9 +201,7 @@ class TestSideBySide:
     def test_trying_again_asks_for_as_many(self, page: Desk) -> None:
         page.write(BEGIN)
         page.go_on(n=2, max_tokens=6)
-        page["say"].evaluate("one => { one.textContent = ''; }")
-        page.press("Control+r")
-        page.settle()
+        page.again()
         assert [body["prompt"] for body in page.bodies()] == [BEGIN, BEGIN]
         assert page.page.locator(".choice").count() == 2
 

@@ -2,7 +2,7 @@
 
 import { ApiError, call, key } from "./api.js";
 import { Generator, request } from "./generate.js";
-import { PipelineView } from "./pipeline.js";
+import { PipelineView, short } from "./pipeline.js";
 import { Settings } from "./settings.js";
 import { download, fileName, store } from "./storage.js";
 import { TokenView } from "./tokens.js";
@@ -77,7 +77,7 @@ function showChoices(ids) {
 function showTook({ usage, firstMs, tookMs, numTokens }) {
   const facts = {
     "First token": firstMs === null ? "–" : `${Math.round(firstMs)} ms`,
-    Rate: tookMs > firstMs && numTokens > 1 ? `${((numTokens - 1) / ((tookMs - firstMs) / 1000)).toFixed(1)} tokens/s` : "–",
+    Rate: tookMs > firstMs && numTokens > 1 ? `${short((numTokens - 1) / ((tookMs - firstMs) / 1000))} tokens/s` : "–",
     Written: `${numTokens} tokens`,
     Prompt: usage ? `${usage.prompt_tokens} tokens` : "–",
     Cached: usage ? `${usage.prompt_tokens_details?.cached_tokens ?? 0} tokens` : "–",

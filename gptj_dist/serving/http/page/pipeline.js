@@ -70,12 +70,12 @@ export class PipelineView {
 
   rates(one) {
     const used = one.num_blocks ? Math.round((100 * one.num_used_blocks) / one.num_blocks) : 0;
-    const rate = one.output_tokens_per_s;
     return [
-      `${rate >= 10 ? rate.toFixed(0) : rate.toFixed(1)} tokens/s`,
+      `${short(one.output_tokens_per_s)} tokens/s`,
       `${one.num_running} running, ${one.num_waiting} waiting`,
       `${one.num_in_flight} micro-batch${one.num_in_flight === 1 ? "" : "es"} in flight`,
       `KV ${used} % in use`,
+      ...(one.num_drafts ? [`${one.num_accepted} of ${one.num_drafts} guessed tokens accepted`] : []),
     ].join(" · ");
   }
 
@@ -106,8 +106,10 @@ function gauge(label, share, words) {
 
 export const size = (bytes) => {
   const [unit, by] = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e6 ? ["MB", 1e6] : ["KB", 1e3];
-  return `${bytes / by >= 10 || bytes === 0 ? (bytes / by).toFixed(0) : (bytes / by).toFixed(1)} ${unit}`;
+  return `${bytes === 0 ? 0 : short(bytes / by)} ${unit}`;
 };
+
+export const short = (number) => number.toFixed(number >= 10 ? 0 : 1);
 
 function made(tag, className, text = "") {
   return Object.assign(document.createElement(tag), { className, textContent: text });

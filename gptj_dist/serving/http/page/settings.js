@@ -19,7 +19,7 @@ const PRESETS = {
   Likeliest: { temperature: 0, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 },
   Careful: { temperature: 0.5, top_p: 0.9, top_k: 40, min_p: 0, repetition_penalty: 1.05 },
   Wild: { temperature: 1.2, top_p: 1, top_k: 0, min_p: 0.05, repetition_penalty: 1 },
-  "As it is": { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 },
+  Plain: { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 },
 };
 
 const KEPT = "gptj-dist settings";

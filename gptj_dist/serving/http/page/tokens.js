@@ -127,7 +127,7 @@ export class TokenView {
     this.popover.hidden = false;
     this.shown?.classList.remove("shown");
     (this.shown = element).classList.add("shown");
-    const place = element.getClientRects()[0];
+    const place = [...element.getClientRects()].at(-1);  // the first one may be the blank that ends a line
     const { offsetWidth: width, offsetHeight: height } = this.popover;
     const below = place.bottom + height + 8 < innerHeight || place.top < height + 8;
     this.popover.style.left = `${Math.max(8, Math.min(place.left, innerWidth - width - 8))}px`;

@@ -55,7 +55,7 @@ export class TreeView {
     item.className = `${nodes.some(({ by }) => by === "model") ? "model" : "user"}${onPath.has(ids[0]) ? " on" : ""}`;
     item.style.setProperty("--level", Math.min(level, 8) - 1);
     if (end.mark) item.append(Object.assign(document.createElement("b"), { textContent: `★ ${end.label} ` }));
-    item.append(text.length > MAX_CHARS ? `${text.slice(0, MAX_CHARS)} …` : text || "(blank)");
+    item.append(text.length > MAX_CHARS ? `${text.slice(0, MAX_CHARS).replace(/\s\S*$/, "")} …` : text || "(blank)");
     return item;
   }
 
