@@ -1,20 +1,26 @@
 """Measures what guessing the next tokens gains on text that repeats itself, and what it costs on text that does not.
 
     python -m benchmarks.speculation deep
-    python -m benchmarks.speculation deep --stages 4 --link-ms 10 --cases loops quote
+    python -m benchmarks.speculation deep --stages 4 --link-ms 10 --cases loops quote code lists
+    python -m benchmarks.speculation deep --cases few-32 random-32 --output-len 64
 
-`deep` is a directory that `gptj-dist synth deep deep` makes. Random prompts of 64 tokens are continued in this process,
-without drafts and with them in turn; `speed` is the median of the ratios of tokens per second, with over without, and
-`equal` the share of texts that are the same. Tokens are always the model's own:
+`deep` is a directory that `gptj-dist synth deep deep` makes. One pipeline in this process continues prompts without
+drafts and with them in turn; `speed` is the median of the ratios of tokens per second, with over without, and `equal`
+the share of texts that are the same. Each case is one request at a time:
 
-    loops    greedy text, which falls into loops where weights are random
-    quote    greedy text, with a `prediction` that differs from it in 3 % of the tokens
-    random   temperature 1: no two tokens come again
-    few      temperature 1 over 10 tokens: whatever comes has come before, and says nothing of what follows
-    *-32     the same with 32 requests at once
+    loops       greedy text, which falls into loops where weights are random
+    prediction  greedy text, with a `prediction` that differs from it in 3 % of the tokens
+    again       greedy text that the pipeline has just written for another request
+    random      temperature 1: no two tokens come again
+    few         temperature 1 over 10 tokens: whatever comes has come before, and says nothing of what follows
+    quote       the prompt is a passage of this repository's documents, and the text repeats 97 % of its tokens
+    code        the text goes on with a module of this repository
+    lists       the text goes on with a table or a JSON list of this repository
+    *-32        32 requests at once
 
-`--link-ms` delays every plan as if each edge from coordinator over the stages and back took this time. The last line on
-standard output is one JSON document.
+A random model writes no prose, code or lists: there, the tokens of the files replace those that it samples, and are
+what it computes next. `--link-ms` delays every plan as if each edge from coordinator over the stages and back took this
+time. The last line on standard output is one JSON document.
 """
 
 from __future__ import annotations
@@ -25,21 +31,37 @@ import random
 import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
 
 from benchmarks.figures import machine, print_document, print_row
+from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.plan import Plan, Result
-from gptj_dist.engine.record import new_records
+from gptj_dist.engine.record import RequestRecord
+from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.params import SamplingParams
-from gptj_dist.stages.local import LocalExecutor, start_local
+from gptj_dist.stages.blueprint import LoadedPipeline
+from gptj_dist.stages.local import LocalExecutor, load_local
+from gptj_dist.stages.runner import StageRunner
+from gptj_dist.text.tokenizer import Tokenizer
 
-CASES = ("loops", "quote", "random", "few", "loops-32", "random-32", "few-32")
+SAMPLED = ("loops", "prediction", "again", "random", "few")
+FILES = {
+    "quote": ("docs/*.md", "docs/decisions/*.md"),
+    "code": ("gptj_dist/engine/*.py", "gptj_dist/serving/*.py", "gptj_dist/model/*.py"),
+    "lists": ("docs/metrics.md", "docs/api.md", "cluster/dashboards/*.json"),
+}
+CASES = tuple(f"{kind}{batch}" for batch in ("", "-32") for kind in (*SAMPLED, *FILES))
 PROMPT_LEN = 64
+FILE_PROMPT_LEN = 256
 CHANGED_SHARE = 0.03
 FEW = tuple(range(1000, 1010))
+ROOT = Path(__file__).parent.parent
 
 Text = tuple[int, ...]
 
@@ -61,71 +83,113 @@ def main() -> None:
 
 async def measured(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     figures = {}
-    async with AsyncExitStack() as stack:
-        without, drafting = [
-            await stack.enter_async_context(_running(args, speculation)) for speculation in (False, True)
-        ]
-        vocab_size = min(50_000, without.vocab_size)
+    async with _running(args) as contest:
         print_row(["case", "speed", "equal", "tokens/step"])
         for case in args.cases:
-            figures[case] = await _case(case, without, drafting, random.Random(case), vocab_size, args)
+            figures[case] = await _case(case, contest, random.Random(case), args)
             print_row([case, *figures[case].values()])
     return figures
 
 
-class DelayedExecutor:
-    """An executor whose results arrive later."""
+class Stages:
+    """An executor whose results arrive later, with the tokens of texts in place of those that were sampled.
+
+    Attributes:
+        texts: by the noise key of their requests; what is sampled for others is left as it is.
+    """
 
     def __init__(self, executor: LocalExecutor, delay_s: float) -> None:
+        self.texts: dict[int, Text] = {}
         self._executor = executor
         self._delay_s = delay_s
+        self._plans: list[Plan] = []
+        self._written: dict[int, tuple[int, Text]] = {}  # by request: the length of the prompt, and the text
 
     def submit(self, plan: Plan) -> None:
+        for new in plan.new_requests:
+            if new.noise_key in self.texts:
+                self._written[new.request_id] = new.num_prompt_tokens, self.texts[new.noise_key]
+        self._plans.append(plan)
         self._executor.submit(plan)
 
     async def receive(self) -> Result:
         result = await self._executor.receive()
         await asyncio.sleep(self._delay_s)
-        return result
+        plan = self._plans.pop(0)
+        return self._replaced(plan, result) if self.texts else result
+
+    def _replaced(self, plan: Plan, result: Result) -> Result:
+        token_ids: list[int] = []
+        num_accepted: list[int] = []
+        for chunk in (chunk for chunk in plan.chunks if chunk.samples):
+            num_prompt_tokens, text = self._written[chunk.request_id]
+            rest = text[chunk.start + chunk.num_known - num_prompt_tokens :]
+            is_equal = [draft == token_id for draft, token_id in zip(chunk.drafts, rest, strict=False)]
+            num_equal = sum(takewhile(bool, is_equal))
+            token_ids += rest[: num_equal + 1]
+            num_accepted += [num_equal] if chunk.drafts else []
+        return replace(result, token_ids=tuple(token_ids), num_accepted=tuple(num_accepted))
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """A running pipeline."""
+class Work:
+    """Requests that run at once.
 
+    Args:
+        texts: what is written in place of what is sampled; empty if nothing is.
+    """
+
+    prompts: Sequence[Text]
+    params: SamplingParams
+    predictions: Sequence[Text]
+    texts: Sequence[Text] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A running pipeline, and its two schedulers."""
+
+    pipeline: LoadedPipeline
     engine: AsyncEngine
-    vocab_size: int
+    stages: Stages
+    thread: ThreadPoolExecutor
+    runners: Sequence[StageRunner]
+    without: Scheduler
+    drafting: Scheduler
+    tokenizer: Tokenizer
 
-    async def texts(
-        self, prompts: Sequence[Text], params: SamplingParams, predictions: Sequence[Text]
-    ) -> tuple[list[Text], float]:
-        """The texts of all prompts at once, and the seconds that they took."""
+    async def texts(self, scheduler: Scheduler, work: Work) -> tuple[list[Text], float]:
+        """The texts of all requests, and the seconds that they took."""
+        if self.engine.scheduler is not scheduler:
+            for runner in self.runners:
+                await asyncio.wrap_future(self.thread.submit(runner.reset))
+            self.engine.resume(scheduler, self.stages, self.pipeline.limits())
+        self.stages.texts = dict(enumerate(work.texts))
 
-        async def text(prompt: Text, prediction: Text) -> Text:
-            [stream] = self.engine.generate_all(new_records(prompt, params, 1, None, prediction))
+        async def text(number: int) -> Text:
+            record = RequestRecord(work.prompts[number], work.params, number, prediction_ids=work.predictions[number])
+            [stream] = self.engine.generate_all([record])
             return tuple([token_id async for delta in stream for token_id in delta.token_ids])
 
         begin_s = time.perf_counter()
-        texts = await asyncio.gather(*map(text, prompts, predictions))
+        texts = await asyncio.gather(*map(text, range(len(work.prompts))))
         return list(texts), time.perf_counter() - begin_s
 
 
 @asynccontextmanager
-async def _running(args: argparse.Namespace, speculation: bool) -> AsyncIterator[Contender]:
-    config = PipelineConfig(
-        args.model,
-        stages=args.stages,
-        dtype=args.dtype,
-        kv_cache_gb=1.0,
-        prefix_cache=False,
-        speculation=speculation,
-    )
-    pipeline, executor = start_local(config)
-    delayed = DelayedExecutor(executor, (args.stages + 1) * args.link_ms / 1000)
-    engine = AsyncEngine(pipeline.make_scheduler(), delayed, pipeline.limits())
+async def _running(args: argparse.Namespace) -> AsyncIterator[Contest]:
+    config = PipelineConfig(args.model, stages=args.stages, dtype=args.dtype, kv_cache_gb=1.0)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="stages")
+    pipeline, runners = thread.submit(load_local, config).result()
+    executor = LocalExecutor(runners, thread)
+    stages = Stages(executor, (args.stages + 1) * args.link_ms / 1000)
+    silent = replace(pipeline, blueprint=replace(pipeline.blueprint, config=replace(config, speculation=False)))
+    without, drafting = silent.make_scheduler(), pipeline.make_scheduler()
+    engine = AsyncEngine(without, stages, pipeline.limits())
     running = asyncio.create_task(engine.run())
+    tokenizer = Tokenizer.load(resolve_model(args.model, None))
     try:
-        yield Contender(engine, pipeline.blueprint.model.vocab_size)
+        yield Contest(pipeline, engine, stages, thread, runners, without, drafting, tokenizer)
     finally:
         running.cancel()
         with suppress(asyncio.CancelledError):
@@ -133,50 +197,76 @@ async def _running(args: argparse.Namespace, speculation: bool) -> AsyncIterator
         executor.close()
 
 
-async def _case(
-    name: str,
-    without: Contender,
-    drafting: Contender,
-    chooser: random.Random,
-    vocab_size: int,
-    args: argparse.Namespace,
-) -> dict[str, float]:
+async def _case(name: str, contest: Contest, chooser: random.Random, args: argparse.Namespace) -> dict[str, float]:
     kind, _, batch = name.partition("-")
-    is_greedy = kind in ("loops", "quote")
-    ratios, num_equal, num_texts = [], 0, 0
-    records = drafting.engine.stats.records()
-    first_step = records[-1].number + 1 if records else 0
+    ratios, num_equal, num_texts, num_tokens, num_decodes = [], 0, 0, 0, 0
     for number in range(args.rounds + 1):  # the first warms up
-        prompts = [tuple(chooser.randrange(vocab_size) for _ in range(PROMPT_LEN)) for _ in range(int(batch or 1))]
-        params = SamplingParams(
-            args.output_len,
-            temperature=0.0 if is_greedy else 1.0,
-            seed=number,
-            ignore_eos=True,
-            allowed_token_ids=FEW if kind == "few" else None,
-        )
-        predictions: list[Text] = [()] * len(prompts)
-        if number % 2 or kind == "quote":  # which needs the text
-            expected, without_s = await without.texts(prompts, params, predictions)
-            if kind == "quote":
-                predictions = [_changed(text, chooser, vocab_size) for text in expected]
-            texts, drafting_s = await drafting.texts(prompts, params, predictions)
-        else:
-            texts, drafting_s = await drafting.texts(prompts, params, predictions)
-            expected, without_s = await without.texts(prompts, params, predictions)
+        work = _work(kind, int(batch or 1), number, contest, chooser, args.output_len)
+        is_drafting_first = not number % 2 and kind != "prediction"  # which needs the text
+        taken: dict[bool, tuple[list[Text], float]] = {}
+        for drafts in (is_drafting_first, not is_drafting_first):
+            if drafts and kind == "prediction":
+                predictions = [_changed(text, chooser, contest) for text in taken[False][0]]
+                work = replace(work, predictions=predictions)
+            scheduler = contest.drafting if drafts else contest.without
+            if kind == "again":
+                await contest.texts(scheduler, work)
+            records = contest.engine.stats.records()
+            first = records[-1].number + 1 if records else 0
+            taken[drafts] = await contest.texts(scheduler, work)
+            if drafts and number:
+                steps = [record for record in contest.engine.stats.records(first) if record.num_decodes]
+                num_tokens += sum(step.num_sampled_tokens for step in steps)
+                num_decodes += sum(step.num_decodes for step in steps)
         if number:
-            ratios.append(without_s / drafting_s)
-            num_equal += sum(map(tuple.__eq__, texts, expected))
-            num_texts += len(texts)
-    steps = [record for record in drafting.engine.stats.records(first_step) if record.num_decodes]
+            ratios.append(taken[False][1] / taken[True][1])
+            num_equal += sum(map(tuple.__eq__, taken[True][0], taken[False][0]))
+            num_texts += len(work.prompts)
     return {
         "speed": statistics.median(ratios),
         "equal": num_equal / num_texts,
-        "tokens_per_step": sum(step.num_sampled_tokens for step in steps) / sum(step.num_decodes for step in steps),
+        "tokens_per_step": num_tokens / num_decodes,
     }
 
 
-def _changed(text: Text, chooser: random.Random, vocab_size: int) -> Text:
+def _work(kind: str, num_requests: int, number: int, contest: Contest, chooser: random.Random, length: int) -> Work:
+    params = SamplingParams(
+        length,
+        temperature=1.0 if kind in ("random", "few") else 0.0,
+        seed=number,
+        ignore_eos=True,
+        allowed_token_ids=FEW if kind == "few" else None,
+    )
+    no_predictions: list[Text] = [()] * num_requests
+    if kind in SAMPLED:
+        vocab_size = _vocab_size(contest)
+        prompts = [tuple(chooser.randrange(vocab_size) for _ in range(PROMPT_LEN)) for _ in range(num_requests)]
+        return Work(prompts, params, no_predictions)
+    passages = [_passage(kind, contest.tokenizer, chooser, FILE_PROMPT_LEN + length) for _ in range(num_requests)]
+    if kind == "quote":
+        texts = [_changed(passage[:length], chooser, contest) for passage in passages]
+        return Work([passage[:length] for passage in passages], params, no_predictions, texts)
+    texts = [passage[-length:] for passage in passages]
+    return Work([passage[:-length] for passage in passages], params, no_predictions, texts)
+
+
+def _passage(kind: str, tokenizer: Tokenizer, chooser: random.Random, length: int) -> Text:
+    """Consecutive tokens of the files."""
+    paths = sorted(path for pattern in FILES[kind] for path in ROOT.glob(pattern))
+    while True:
+        content = chooser.choice(paths).read_text()
+        first = chooser.randrange(len(content))
+        token_ids = tokenizer.encode(content[first : first + 12 * length])[:length]
+        if len(token_ids) == length:
+            return tuple(token_ids)
+
+
+def _vocab_size(contest: Contest) -> int:
+    return min(50_000, contest.pipeline.blueprint.model.vocab_size)
+
+
+def _changed(text: Text, chooser: random.Random, contest: Contest) -> Text:
+    vocab_size = _vocab_size(contest)
     return tuple(chooser.randrange(vocab_size) if chooser.random() < CHANGED_SHARE else token_id for token_id in text)
 
 

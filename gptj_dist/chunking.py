@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from gptj_dist.sizes import ceil_div
 
 MIN_CHUNK_TOKENS = 32
 MAX_CHUNK_TOKENS = 512
@@ -59,3 +62,19 @@ def num_decode_groups(num_requests: int, num_stages: int, shares_memory: bool) -
     if not shares_memory:
         return num_stages
     return min(max(1, round(math.sqrt(num_requests / USUAL_OVERHEAD_ROWS))), num_stages)
+
+
+def decode_share(num_requests: int, num_ready: int, groups: Sequence[int], num_stages: int, shares_memory: bool) -> int:
+    """How many of the requests with one token to compute go into the next micro-batch, so that all get equal shares.
+
+    Args:
+        num_ready: those whose last token is known.
+        groups: how many each micro-batch in flight has, if any.
+    """
+    num_groups = num_decode_groups(num_requests, num_stages, shares_memory)
+    num_groups_free = num_groups - len(groups)
+    if not num_ready or num_groups_free <= 0:
+        return 0
+    size, num_larger = divmod(num_requests, num_groups)
+    is_larger = sum(group > size for group in groups) < num_larger
+    return min(num_ready, max(1, min(ceil_div(num_ready, num_groups_free), size + is_larger)))

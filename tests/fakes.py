@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from gptj_dist.engine.plan import Chunk, Embedding, KVPrefix, NewRequest, Plan, Result
+from gptj_dist.engine.plan import Chunk, Continuations, Embedding, KVPrefix, NewRequest, Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
+from gptj_dist.params import Continuation
 
 FAKE_VOCAB_SIZE = 1000
 FAKE_EOS_TOKEN_ID = 0
@@ -158,7 +160,8 @@ class FakeExecutor:
         self.plans.append(plan)
         tokens = tuple(self._sample(chunk) for chunk in plan.chunks if chunk.samples)
         embeddings = tuple(fake_embedding(chunk) for chunk in plan.chunks if chunk.ends_embedding)
-        self._computed.append(Result(plan.plan_id, tokens, embeddings=embeddings))
+        continuations = tuple(map(self._continuations, filter(self._is_beam, plan.chunks)))
+        self._computed.append(Result(plan.plan_id, tokens, embeddings=embeddings, continuations=continuations))
         if not self._is_paused and self._failure is None:
             self.step()
 
@@ -196,3 +199,15 @@ class FakeExecutor:
         if position in self._end_positions:
             return FAKE_EOS_TOKEN_ID
         return fake_token(self._stages.requests[chunk.request_id].introduction.noise_key, position)
+
+    def _is_beam(self, chunk: Chunk) -> bool:
+        return chunk.samples and self._stages.requests[chunk.request_id].introduction.params.use_beam_search
+
+    def _continuations(self, chunk: Chunk) -> Continuations:
+        """Any, but always the same after the same tokens."""
+        held = self._stages.requests[chunk.request_id]
+        chooser = random.Random(str(held.token_ids))
+        token_ids = chooser.sample(range(1, FAKE_VOCAB_SIZE), held.introduction.params.num_beams)
+        return Continuations(
+            chunk.request_id, tuple(Continuation(token_id, -0.1 * place) for place, token_id in enumerate(token_ids))
+        )

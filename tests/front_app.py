@@ -24,6 +24,7 @@ from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import SamplingParams, TokenLogprobs
 from gptj_dist.serving.allowances import Allowances
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
@@ -31,7 +32,6 @@ from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.keeper import Keeper
 from gptj_dist.serving.keys import ApiKey
-from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.text.chat import ChatTemplate

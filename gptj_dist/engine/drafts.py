@@ -31,6 +31,8 @@ _GAP = -1
 class Lookup:
     """Finds the longest run of tokens that ends a text and stood in it before; of equally long ones the latest.
 
+    As long as the run goes on, a token takes no search.
+
     Args:
         before: another text to search, which comes before.
     """
@@ -40,6 +42,7 @@ class Lookup:
         self._last: dict[tuple[int, int], int] = {}  # by two tokens: the index after the last place where they stand
         self._earlier: list[int] = [0, 0]  # by that index: the one of the place before, or 0
         self._start = 0
+        self._place = 0  # the index after the place where the run stood before; 0 if it is not known
         if before:
             self.extend([*before, _GAP])
             self._start = len(self._text)
@@ -48,6 +51,7 @@ class Lookup:
         """Adds tokens at the end of the text."""
         text = self._text
         for token_id in token_ids:
+            self._place = self._place + 1 if self._place and text[self._place] == token_id else 0
             text.append(token_id)
             if len(text) > 1:
                 pair = (text[-2], token_id)
@@ -59,24 +63,33 @@ class Lookup:
         """Of the text, without the one before it."""
         return len(self._text) - self._start
 
+    @property
+    def has_run(self) -> bool:
+        """Whether there is one, of two tokens or more."""
+        return self._place > 0 or (len(self._text) > 1 and self._earlier[-1] > 0)
+
     def following(self, most: int) -> list[int]:
         """What followed the run, at most `most` tokens. A run that repeats itself goes on."""
-        text = self._text
-        stop = len(text)
+        if not self.has_run:
+            return []
+        self._place = self._place or self._search()
+        found = islice(cycle(self._text[self._place : self._place + most]), most)
+        return list(takewhile(lambda token_id: token_id != _GAP, found))
+
+    def _search(self) -> int:
+        stop = len(self._text)
         place, longest = 0, 0
-        candidate = self._earlier[stop] if stop > 1 else 0
+        candidate = self._earlier[stop]
         for _ in range(MOST_MATCHES):
             if not candidate or longest == LONGEST_MATCH:
                 break
-            if (length := self._length(candidate, stop)) > longest:
+            if (length := self._equal(candidate, stop)) > longest:
                 place, longest = candidate, length
             candidate = self._earlier[candidate]
-        if not longest:
-            return []
-        found = islice(cycle(text[place : place + most]), most)
-        return list(takewhile(lambda token_id: token_id != _GAP, found))
+        return place
 
-    def _length(self, place: int, stop: int) -> int:
+    def _equal(self, place: int, stop: int) -> int:
+        """Tokens before `place` and before `stop` that are equal."""
         text, length = self._text, 2
         limit = min(place, LONGEST_MATCH)
         while length < limit and text[place - 1 - length] == text[stop - 1 - length]:
@@ -128,23 +141,33 @@ class Drafter:
     Args:
         prompt_ids: the request's.
         prediction_ids: what its client expects to follow.
+
+    Attributes:
+        may_be_known: whether its text may be the one of an earlier request.
     """
 
     def __init__(self, prompt_ids: Sequence[int], prediction_ids: Sequence[int] = ()) -> None:
+        self.may_be_known = True
         self._lookup = Lookup((*prompt_ids[-LONGEST_MATCH:], *prediction_ids) if prediction_ids else ())
         self._chance = Chance()
 
-    def draft(self, token_ids: Sequence[int], most: int, row_share: float) -> Sequence[int]:
+    def draft(
+        self, token_ids: Sequence[int], most: int, row_share: float, known_ids: Sequence[int] = ()
+    ) -> Sequence[int]:
         """Guesses what follows.
 
         Args:
             token_ids: the request's prompt and all its tokens so far.
             most: limit of the number of drafts.
             row_share: share of a step's time that its rows take, as the request's tokens share it.
+            known_ids: what followed in an earlier text that is the same up to here.
         """
-        self._lookup.extend(token_ids[self._lookup.num_tokens :])
-        found = self._lookup.following(most)
-        return found[: self._chance.num_worthwhile(row_share)] if found else ()
+        if not known_ids:
+            self._lookup.extend(token_ids[self._lookup.num_tokens :])
+            if not self._lookup.has_run:
+                return ()
+        most = min(most, self._chance.num_worthwhile(row_share))
+        return (known_ids[:most] or self._lookup.following(most)) if most else ()
 
     def note(self, num_drafts: int, num_accepted: int) -> None:
         """Takes the outcome of the last drafts."""

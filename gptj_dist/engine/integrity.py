@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.request import Request, run_order
@@ -39,12 +39,18 @@ def check_blocks(running: Sequence[Request], pool: BlockPool, max_drafts: int) -
             invariant(stop <= request.num_computed, "a shared block is written to")
 
 
-def check_requests(running: Sequence[Request], waiting: WaitingQueue, awaited_ids: Sequence[int]) -> None:
+def check_requests(
+    running: Sequence[Request], waiting: WaitingQueue, known_ids: Collection[int], sampled_ids: Sequence[int]
+) -> None:
     """Requests are in order, and their state matches the queues and the plans in flight.
 
     Args:
-        awaited_ids: the request of each token that the plans in flight sample.
+        known_ids: those of all requests.
+        sampled_ids: the request of each token that the plans in flight sample; it may have ended.
     """
+    ids = [request.request_id for request in (*running, *waiting)]
+    invariant(set(ids) == set(known_ids) and len(ids) == len(known_ids), "a request is lost")
+    awaited_ids = [id_ for id_ in sampled_ids if id_ in known_ids]
     invariant(list(running) == sorted(running, key=run_order), "running requests are out of order")
     invariant(list(waiting) == sorted(waiting, key=run_order), "waiting requests are out of order")
     invariant(len(awaited_ids) == len(set(awaited_ids)), "two plans in flight sample for one request")

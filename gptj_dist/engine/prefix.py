@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice, takewhile
 
 from gptj_dist.engine.block_pool import BlockPool
@@ -23,15 +23,39 @@ def keep_blocks(pool: BlockPool, request: Request, start: int) -> None:
         start: tokens from here on were computed since the last call.
     """
     first, stop = start // pool.block_size, request.num_computed // pool.block_size
-    for block, key in zip(request.blocks[first:stop], _keys(pool, request, stop)[first:], strict=True):
+    for block, key in zip(request.blocks[first:stop], block_keys(pool, request, stop)[first:], strict=True):
         pool.keep(block, key)
 
 
 def find_prefix(pool: BlockPool, request: Request) -> KVPrefix | None:
     """The KV of the request's first tokens that the pool's blocks hold. At least one token is left to be computed."""
-    blocks = pool.find(_keys(pool, request, (request.num_tokens - 1) // pool.block_size))
+    if not can_begin_with_prefix(request.params):
+        return None
+    blocks = pool.find(block_keys(pool, request, (request.num_tokens - 1) // pool.block_size))
     num_tokens = len(blocks) * pool.block_size
     return KVPrefix(None, num_tokens, tuple(blocks), tuple(request.token_ids[:num_tokens])) if blocks else None
+
+
+def find_source(request: Request, starts: Mapping[Request, int]) -> Request | None:
+    """A request whose KV of the same prompt earlier plans have computed, so that it can be taken over.
+
+    Args:
+        starts: see `NextPlan`.
+    """
+    num_needed = request.prompt.num_shareable
+    holders = request.prompt.holders
+    return next((holder for holder in holders if starts.get(holder, holder.num_computed) >= num_needed), None)
+
+
+def prefix_of(source: Request, block_size: int | None) -> KVPrefix:
+    """The KV that other requests of the source's prompt begin with.
+
+    Args:
+        block_size: None if blocks cannot be shared.
+    """
+    num_tokens = source.prompt.num_shareable
+    num_blocks = 0 if block_size is None else num_tokens // block_size
+    return KVPrefix(source.request_id, num_tokens, tuple(source.blocks[:num_blocks]))
 
 
 def known_keys(pool: BlockPool, requests: Iterable[Request], max_keys: int) -> list[bytes]:
@@ -40,7 +64,7 @@ def known_keys(pool: BlockPool, requests: Iterable[Request], max_keys: int) -> l
     Args:
         max_keys: the most that are returned. The least recently used blocks are left out first.
     """
-    computed = (key for request in requests for key in _keys(pool, request, request.num_tokens // pool.block_size))
+    computed = (key for request in requests for key in block_keys(pool, request, request.num_tokens // pool.block_size))
     return list(islice(dict.fromkeys(chain(computed, pool.kept_keys())), max_keys))
 
 
@@ -56,7 +80,7 @@ class ComingBlocks:
     def add(self, request: Request) -> None:
         """Adds those of a request, before the plan computes more of it."""
         size = self._pool.block_size
-        self._coming.update(_keys(self._pool, request, request.num_tokens // size)[request.num_computed // size :])
+        self._coming.update(block_keys(self._pool, request, request.num_tokens // size)[request.num_computed // size :])
 
     def num_tokens(self, request: Request, begins_with: KVPrefix | None) -> int:
         """How many more tokens the request finds if it waits for them."""
@@ -64,7 +88,7 @@ class ComingBlocks:
             return 0
         size = self._pool.block_size
         num_found = 0 if begins_with is None else len(begins_with.blocks)
-        missing = _keys(self._pool, request, (request.num_tokens - 1) // size)[num_found:]
+        missing = block_keys(self._pool, request, (request.num_tokens - 1) // size)[num_found:]
         return size * sum(1 for _ in takewhile(self._coming.__contains__, missing))
 
 
@@ -91,10 +115,15 @@ def extend_keys(
         keys.append(key)
 
 
-def _keys(pool: BlockPool, request: Request, num_blocks: int) -> Sequence[bytes]:
+def block_keys(pool: BlockPool, request: Request, num_blocks: int) -> Sequence[bytes]:
     """The keys of the first blocks."""
     extend_keys(request.block_keys, request.params, request.token_ids, pool.block_size, num_blocks)
     return request.block_keys[:num_blocks]
+
+
+def key_after(key: bytes, token_ids: Sequence[int]) -> bytes:
+    """The key of a block of these tokens after the block with this key."""
+    return _hash(key + array("i", token_ids).tobytes())
 
 
 def _hash(data: bytes) -> bytes:

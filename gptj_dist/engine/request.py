@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 
 from gptj_dist.engine.beams import Beam, BeamSearch
 from gptj_dist.engine.drafts import Drafter
-from gptj_dist.engine.plan import KVPrefix, NewRequest, Plan, PromptLogprobs
+from gptj_dist.engine.plan import KVPrefix, NewRequest, PromptLogprobs
 from gptj_dist.params import BROKEN_TOKEN, COMPLETE_TOKEN, NO_TOKEN, Continuation, SamplingParams, TokenLogprobs
 
 
@@ -133,7 +132,7 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Whether no more than one token is to be computed."""
-        return self.num_uncomputed <= 1 or self.source is not None
+        return len(self.token_ids) - self.num_computed <= 1 or self.source is not None
 
     @property
     def leader(self) -> Request:
@@ -152,7 +151,7 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_ids)
+        return len(self.token_ids) - len(self.prompt.token_ids)
 
     def append(self, token_id: int, eos_token_ids: Collection[int]) -> FinishReason | None:
         """Adds a sampled token; returns the reason if it ends the request.
@@ -183,6 +182,14 @@ class Request:
         """What stages need to know of the request, for the first plan that computes it."""
         num_prompt_tokens = len(self.prompt_ids)
         return NewRequest(self.request_id, self.params, self.noise_key, num_prompt_tokens, self.log_id, begins_with)
+
+    def take_over(self) -> NewRequest:
+        """Introduces a beam, which begins with the KV of its source."""
+        assert self.source is not None, "another beam's KV is taken over"
+        self.num_computed = self.num_tokens - 1
+        prefix = KVPrefix(self.source.request_id, self.num_computed, tuple(self.blocks))
+        self.source = None
+        return self.introduction(prefix)
 
 
 class BeamGroup:
@@ -267,31 +274,3 @@ def run_order(request: Request) -> tuple[int, bool, int, int]:
     They are preempted in the opposite order.
     """
     return request.params.priority, not request.is_moved, request.place, request.request_id
-
-
-def num_places(running: Sequence[Request]) -> int:
-    """Running requests, with the beams that their searches will have."""
-    groups = {request.group for request in running if request.group is not None}
-    return len(running) + sum(group.num_reserved for group in groups)
-
-
-def num_kept_tokens(running: Sequence[Request], in_flight: Sequence[Plan], block_size: int) -> int:
-    """Tokens of running requests whose keys and values the stages hold. Those that requests share count once.
-
-    Args:
-        in_flight: plans that may not have been computed.
-        block_size: tokens in a KV block.
-    """
-    running = [request for request in running if request.source is None]
-    num_in_flight: Counter[int] = Counter()
-    for chunk in (chunk for plan in in_flight for chunk in plan.chunks):
-        num_in_flight[chunk.request_id] += chunk.num_known
-    prompts = {request.prompt for request in running if request.prompt.holders}
-    num_holders = Counter(request.prompt for request in running)
-    num_shared = sum((num_holders[prompt] - 1) * prompt.num_shareable for prompt in prompts)
-    prompts_of_block: dict[int, set[Prompt]] = defaultdict(set)
-    for request in running:
-        for block in request.blocks:
-            prompts_of_block[block].add(request.prompt)
-    num_shared += block_size * sum(len(prompts) - 1 for prompts in prompts_of_block.values())
-    return sum(max(0, r.num_computed - num_in_flight[r.request_id]) for r in running) - num_shared

@@ -1,8 +1,10 @@
-"""What a scheduler is given, what it makes, keeps and returns. Plain data."""
+"""What a scheduler is given, what it makes, keeps and returns. Decides nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gptj_dist.engine.beams import Beam
 from gptj_dist.engine.plan import Chunk, NewRequest, Plan
@@ -43,8 +45,7 @@ class SchedulerConfig:
         return self.num_stages + 1
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):
     """A new token of a request.
 
     Args:
@@ -75,6 +76,24 @@ class NextPlan:
     chunks: list[Chunk] = field(default_factory=list)
     starts: dict[Request, int] = field(default_factory=dict)
     num_decodes: int = 0
+
+    def add(self, request: Request, start: int, drafts: Sequence[int], new_blocks: Sequence[int]) -> None:
+        """Adds the request's tokens from `start` up to those that are now computed, and drafts after the last one."""
+        stop = request.num_computed
+        is_last = request.is_awaiting_token = stop == len(request.token_ids)
+        pools = request.params.pooling is not None
+        chunk = Chunk(
+            request.request_id,
+            start,
+            (*request.token_ids[start:stop], *drafts),
+            tuple(new_blocks),
+            samples=is_last and not pools,
+            next_id=request.next_prompt_id(stop),
+            ends_embedding=is_last and pools,
+            num_drafts=len(drafts),
+        )
+        self.chunks.append(chunk)
+        self.starts[request] = start
 
 
 @dataclass(frozen=True, slots=True)

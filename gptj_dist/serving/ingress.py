@@ -17,6 +17,7 @@ from gptj_dist.logs import LogSettings, open_log
 from gptj_dist.serving.adapter_registry import AdapterRegistry
 from gptj_dist.serving.adapters import AdapterChanges
 from gptj_dist.serving.allowances import Allowances
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
@@ -25,7 +26,6 @@ from gptj_dist.serving.http.listener import Address, Listener
 from gptj_dist.serving.keeper import Keeper
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
-from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.settings import AppConfig

@@ -5,9 +5,8 @@ The names are vLLM's where it has one, under the prefix `gptj_dist_`. `docs/metr
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -15,60 +14,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from gptj_dist.engine.histogram import BOUNDS_NS, Histogram
-from gptj_dist.engine.request import FinishReason
+from gptj_dist.engine.histogram import BOUNDS_NS
 from gptj_dist.engine.routing import Route
 from gptj_dist.quantization import weights_text
 from gptj_dist.stages.transport.edge import edge_names
 from gptj_dist.stages.transport.frames import FrameFault
-from gptj_dist.stages.transport.guard import DropCount
 
 if TYPE_CHECKING:
     from gptj_dist.engine.stats import StageWork
+    from gptj_dist.serving.counters import IngressMetrics
     from gptj_dist.serving.debug import DownPipeline
     from gptj_dist.serving.pipeline import PipelineStatus
 
-FINISH_REASONS = (*FinishReason, "abort")
 _BOUNDS = (*(f"{bound / 1e9:g}" for bound in BOUNDS_NS), "+Inf")
 
 _Kind = type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]
 _Rows = Iterable[tuple[tuple[str, ...], Any]]
 """Values of the labels, and what they label: a `Histogram` for a histogram, else a number."""
-
-
-@dataclass(slots=True)
-class IngressMetrics:
-    """Counters of one ingress since it started.
-
-    Args:
-        name: the replica's.
-
-    Attributes:
-        feed_dropped: connections and messages that the port for pipelines' tokens has dropped.
-        feed_faults: parts of streams that did not arrive there in order.
-        num_responses: by method, path of the route, and status.
-        num_in_flight: HTTP requests that are being answered.
-        num_finished: completions, by how they ended.
-        num_moves: how often a completion moved to another pipeline because its own was lost.
-        loop_lag: see `LoopWatch`.
-    """
-
-    name: str
-    feed_dropped: DropCount = field(default_factory=DropCount)
-    feed_faults: Counter[FrameFault] = field(default_factory=Counter)
-    num_responses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-    num_in_flight: int = 0
-    num_finished: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FINISH_REASONS, 0)))
-    num_moves: int = 0
-    loop_lag: Histogram = field(default_factory=Histogram)
-
-    def note_end(self, reason: str) -> None:
-        """Counts a completion that has ended."""
-        self.num_finished[reason] += 1
-
-    def note_move(self) -> None:
-        """Counts a completion that moves to another pipeline."""
-        self.num_moves += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,6 @@ from gptj_dist.engine.fairness import has_room
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
-from gptj_dist.engine.mailbox import Delta
 from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.routing import Route
 from gptj_dist.engine.stats import StageWork
@@ -35,10 +34,11 @@ from gptj_dist.params import AdapterSource, SamplingParams
 from gptj_dist.quantization import weights_text
 from gptj_dist.serving.adapters import AdapterChanges, AdapterList, GivenAdapters, Loaded
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
-from gptj_dist.serving.feed import BEAT_S, FeedOutbox, ReplyTo
+from gptj_dist.serving.feed import ReplyTo
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.outages import Outages
+from gptj_dist.serving.sending import StreamSender
 from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
@@ -55,9 +55,6 @@ PROOF_LIFETIME_S = 10.0
 MAX_RETRY_AFTER_S = 600
 MAX_LOSSES_IN_WINDOW, LOSS_WINDOW_S = 5, 120.0
 """Requests survive the loss of a stage, but not this number of losses within this time."""
-
-MAX_INBOXES = 64
-"""Inboxes whose newest stream is remembered: more than there are ingresses."""
 
 MAX_RESTARTS_IN_A_ROW = 3
 RESTART_DELAY_S = 1.0
@@ -149,10 +146,7 @@ class Pipeline:
         self._start_s = time.monotonic() - began_s
         self._outages = Outages(usual_s=self._start_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
-        self._outbox = FeedOutbox(self._stop_sending, self._actor)
-        self._beating = run_in_background("beat of the pipeline", self._beat(), _note_no_beat)
-        self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
-        self._received: dict[str, int] = {}
+        self._sender = StreamSender(self._actor)
         self._num_routed: Counter[Route] = Counter()
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self._read_adapters(list(self._adapters.sources.values()))
@@ -178,20 +172,7 @@ class Pipeline:
             self._require_room(records[0].key)
         if route is not None:
             self._num_routed[route] += 1
-        streams = self._engine.generate_all(records)
-        tasks = {
-            (to := reply_to.plus(choice)): asyncio.create_task(self._send(to, stream))
-            for choice, stream in enumerate(streams)
-        }
-        self._sending |= tasks
-        try:
-            ends = await asyncio.gather(*tasks.values(), return_exceptions=True)
-        finally:
-            for to in tasks:
-                del self._sending[to]
-        for end in ends:
-            if isinstance(end, Exception):  # and not the cancellation of one
-                raise end
+        await self._sender.send(self._engine.generate_all(records), reply_to)
 
     def _require_room(self, key: str | None) -> None:
         waiting = self._engine.scheduler.waiting
@@ -210,25 +191,6 @@ class Pipeline:
         room_after_s = self._outages.back_in_s + num_before * self._engine.room_after_s()
         retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(room_after_s)))
         return TooManyRequestsError(f"{what} are waiting already; try again later", retry_after_s)
-
-    async def _send(self, reply_to: ReplyTo, stream: AsyncGenerator[Delta, None]) -> None:
-        number, inbox = 0, reply_to.inbox.endpoint
-        self._received[inbox] = max(self._received.pop(inbox, 0), reply_to.stream_id)
-        if len(self._received) > MAX_INBOXES:
-            del self._received[next(iter(self._received))]
-        async with aclosing(stream) as deltas:
-            async for delta in deltas:
-                self._outbox.put(reply_to, number, delta)
-                number += 1
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(BEAT_S)
-            self._outbox.beat({to.inbox for to in self._sending})
-
-    def _stop_sending(self, reply_to: ReplyTo) -> None:
-        if (task := self._sending.get(reply_to)) is not None:
-            task.cancel()
 
     async def prove_ready(self) -> None:
         """Returns when a token has recently been through every stage; generates one if needed.
@@ -272,11 +234,8 @@ class Pipeline:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve, which passes it to all handles. See `RoutingFacts`."""
         down_s = math.inf if self._end is not None else self._outages.back_in_s
-        computing: defaultdict[str, list[int]] = defaultdict(list)
-        for stream in self._sending:
-            computing[stream.inbox.endpoint].append(stream.stream_id)
-        facts = self._engine.routing_facts()
-        return asdict(replace(facts, received=dict(self._received), computing=dict(computing), down_s=down_s))
+        received, computing = dict(self._sender.received), self._sender.computing()
+        return asdict(replace(self._engine.routing_facts(), received=received, computing=computing, down_s=down_s))
 
     async def load_adapter(self, source: AdapterSource) -> Loaded:
         """Has all stages read an adapter."""
@@ -325,8 +284,8 @@ class Pipeline:
             num_recomputed_tokens=self._engine.journal.totals.num_recomputed_tokens,
             num_adapters=len(self._adapters.sources),
             adapter_requests=scheduler.num_of_adapters(),
-            num_cached_blocks=scheduler.num_cached_blocks,
-            num_evicted_blocks=scheduler.num_evicted_blocks,
+            num_cached_blocks=scheduler.pool.num_kept,
+            num_evicted_blocks=scheduler.pool.num_evicted,
             num_drafts=self._engine.stats.num_drafts,
             num_accepted=self._engine.stats.num_accepted,
         )
@@ -336,7 +295,7 @@ class Pipeline:
         return None if self._end is None else f"the pipeline has ended: {self._end}"
 
     def _port_dropped(self) -> tuple[int, ...]:
-        return *self._group.num_dropped, self._outbox.num_malformed
+        return *self._group.num_dropped, self._sender.num_malformed
 
     async def trace_part(self, since: Mapping[str, int]) -> TracePart:
         """The completed plans that are still kept.
@@ -356,8 +315,7 @@ class Pipeline:
         """Called by Serve when the replica has drained."""
         self._watch.stop()
         self._driver.cancel()
-        self._beating.cancel()
-        self._outbox.stop()
+        self._sender.stop()
         await self._group.stop()
 
     async def _drive(self) -> None:
@@ -410,10 +368,6 @@ class Pipeline:
         self._end = error
         self._engine.fail(PipelineLostError(f"the pipeline has ended: {error}"))
         self._group.kill()
-
-
-def _note_no_beat(error: Exception) -> None:
-    logger.error("pipeline has no beat", exc_info=error)
 
 
 def _shape(loaded: LoadedPipeline) -> dict[str, object]:

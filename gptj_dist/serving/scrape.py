@@ -10,7 +10,8 @@ from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.errors import NotReadyError
 from gptj_dist.serving.broadcast import Replies, ask_all
-from gptj_dist.serving.metrics import Exposition, IngressMetrics
+from gptj_dist.serving.counters import IngressMetrics
+from gptj_dist.serving.metrics import Exposition
 from gptj_dist.serving.pipeline_client import PipelineClient
 
 T = TypeVar("T")

@@ -14,6 +14,7 @@ __all__ = [
     "local",
     "loss",
     "on_node",
+    "room",
     "runner",
     "stopwatch",
     "trace",

@@ -1,4 +1,4 @@
-"""Plans a pipeline from its settings: reads the model's config, cuts its layers, sizes the KV cache.
+"""Plans a pipeline from its settings: reads the model's config, cuts its layers, chooses the type they compute in.
 
 A blueprint is drawn before any process starts, so that a wrong setting or a broken checkpoint is reported at once.
 """
@@ -6,8 +6,7 @@ A blueprint is drawn before any process starts, so that a wrong setting or a bro
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gptj_dist.checkpoint.hub import DEMO, local_directory, resolve_model
@@ -27,11 +26,9 @@ from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.generation import NO_GENERATION_CONFIG
-from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes, working_bytes
-from gptj_dist.planning.forecast import FREE_MEMORY_USED
+from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
-from gptj_dist.quantization import AUTO, NONE, Quantization, stage_bits, weights_text
-from gptj_dist.sizes import bytes_text, ceil_div
+from gptj_dist.quantization import AUTO, NONE, Quantization, stage_bits
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.token_rules import TokenRules
 
@@ -287,30 +284,6 @@ def is_lossless(model: ModelConfig, dtype: DTypeName) -> bool:
     return dtype in (model.dtype, "float32")
 
 
-def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
-    """Refuses weights that are larger than a device's total memory, before a stage runs out of memory.
-
-    Only weights count: what else a stage needs is an estimate.
-
-    Args:
-        devices: of each stage, first to last.
-
-    Raises:
-        ConfigurationError: a memory is too small; the message names it and the bytes that its stages need.
-    """
-    needed: Counter[str] = Counter()
-    for layers, device in zip(blueprint.layers, devices, strict=True):
-        needed[device.memory_pool] += weight_bytes(blueprint.model, layers, dtype)
-    weights = weights_text(quantized_name(blueprint.model, LayerRange.whole(blueprint.model.num_layers)), dtype)
-    for device in devices:
-        if needed[device.memory_pool] > device.total_bytes:
-            raise ConfigurationError(
-                f"the stages on {device.memory_pool} need {bytes_text(needed[device.memory_pool])} for their weights "
-                f"in {weights}, but it has {bytes_text(device.total_bytes)} in all; more stages on other devices, or a "
-                "--dtype of 16 bits, would help"
-            )
-
-
 def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
     """Refuses a float32 pipeline whose stages would compute different bits, because float32 is the exact mode.
 
@@ -343,69 +316,3 @@ def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequen
                 "version of torch, or serve with --dtype auto, bfloat16 or float16"
             )
         logger.warning("bits of the results depend on which machine computes a layer: %s", difference)
-
-
-def foresee_reports(
-    blueprint: Blueprint, kind: DeviceKind, devices: Sequence[DeviceReport], free_bytes: Mapping[str, int]
-) -> tuple[StageReport, ...]:
-    """The reports that stages would give after loading.
-
-    Args:
-        devices: of each stage, first to last.
-        free_bytes: of each memory pool, before loading. In the reports it is negative where stages do not fit.
-    """
-    model, dtype = blueprint.model, choose_dtype(blueprint.config, blueprint.model, devices)
-    left = dict(free_bytes)
-    for layers, device in zip(blueprint.layers, devices, strict=True):
-        left[device.memory_pool] -= weight_bytes(model, layers, dtype) + working_bytes(model, dtype, kind)
-    return tuple(
-        StageReport(
-            layers=layers,
-            device=device,
-            kind=kind,
-            dtype=dtype,
-            weight_bytes=weight_bytes(model, layers, dtype),
-            free_bytes=left[device.memory_pool],
-            kv_bytes_per_token=kv_bytes_per_token(model, layers.num_layers, dtype, kind),
-            pid=0,
-            quantized=quantized_name(model, layers),
-        )
-        for layers, device in zip(blueprint.layers, devices, strict=True)
-    )
-
-
-def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int:
-    """Number of KV blocks of every stage. It is the same for all, because each token needs room on every stage.
-
-    Raises:
-        ConfigurationError: not even one block fits, or `kv_cache_gb` exceeds the free memory.
-    """
-    blocks_per_request = ceil_div(blueprint.max_model_len, BLOCK_SIZE_TOKENS)
-    most_useful = blueprint.config.max_batch_size * blocks_per_request * BLOCK_SIZE_TOKENS
-    free_tokens = min(_free_tokens_by_pool(reports, blueprint.config.kv_cache_gb is None))
-    if blueprint.config.kv_cache_gb is None:
-        num_tokens = min(free_tokens, most_useful)
-    else:
-        num_tokens = int(blueprint.config.kv_cache_gb * 1e9) // sum(report.kv_bytes_per_token for report in reports)
-        if num_tokens > free_tokens:
-            raise ConfigurationError(
-                f"kv_cache_gb {blueprint.config.kv_cache_gb} is room for {num_tokens} tokens, but the memory left is "
-                f"enough for {free_tokens}"
-            )
-    if num_tokens < BLOCK_SIZE_TOKENS:
-        raise ConfigurationError(
-            f"the KV cache has room for {num_tokens} tokens, at least {BLOCK_SIZE_TOKENS} are needed"
-        )
-    return num_tokens // BLOCK_SIZE_TOKENS
-
-
-def _free_tokens_by_pool(reports: Sequence[StageReport], has_margin: bool) -> list[int]:
-    """Tokens that fit in each memory pool. Stages that share a pool divide it."""
-    pools: dict[str, list[StageReport]] = defaultdict(list)
-    for report in reports:
-        pools[report.device.memory_pool].append(report)
-    return [
-        int(max(0, min(r.free_bytes for r in pool)) * (FREE_MEMORY_USED[pool[0].kind] if has_margin else 1))
-        // sum(r.kv_bytes_per_token for r in pool)
-        for pool in pools.values()
-    ]

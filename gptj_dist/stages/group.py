@@ -29,15 +29,14 @@ from gptj_dist.stages.blueprint import (
     LoadedPipeline,
     StageReport,
     choose_dtype,
-    count_kv_blocks,
     require_equal_bits,
-    require_memory,
 )
 from gptj_dist.stages.loss import StageLoss, death_cause, end_process, last_words
 from gptj_dist.stages.on_node import on_node
 from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.ring import Ring
+from gptj_dist.stages.room import count_kv_blocks, require_memory
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.leash import LeashPost

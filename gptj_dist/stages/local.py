@@ -11,8 +11,9 @@ from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Plan, Result, StageTiming
 from gptj_dist.errors import StageFailedError
 from gptj_dist.params import AdapterSource
-from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, count_kv_blocks, draw_blueprint, require_memory
+from gptj_dist.stages.blueprint import LoadedPipeline, choose_dtype, draw_blueprint
 from gptj_dist.stages.device import local_device
+from gptj_dist.stages.room import count_kv_blocks, require_memory
 from gptj_dist.stages.runner import StageOutput, StageRunner
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
-from gptj_dist.engine.plan import Chunk, Continuations, Embedding, KVPrefix, NewRequest, Plan, PromptLogprobs, Result
+from gptj_dist.engine.plan import Chunk, Continuations, Embedding, Plan, PromptLogprobs, Result
 from gptj_dist.model.adapters import Changes
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
@@ -32,10 +32,9 @@ from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, qua
 from gptj_dist.stages.cores import available_cores
 from gptj_dist.stages.device import describe_device, free_bytes, open_device
 from gptj_dist.stages.drafts import accept
-from gptj_dist.stages.embeddings import EmbeddingPools
-from gptj_dist.stages.grammars import GrammarMasks
 from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.lone_steps import LoneCores, StageThreads, stage_threads
+from gptj_dist.stages.requests import StageRequests
 
 if TYPE_CHECKING:
     from gptj_dist.model.graphs import RecordedSteps
@@ -82,17 +81,13 @@ class StageRunner:
     def __init__(self, spec: StageSpec) -> None:
         self._spec = spec
         self._device = open_device(spec.device)
-        self._requests: dict[int, NewRequest] = {}
-        self._histories: dict[int, list[int]] = {}
-        self._pools = EmbeddingPools(spec.layers, spec.config.num_layers)
+        self._requests = StageRequests(spec)
         self._model: StageModel | None = None
         self._cache: KVCache | None = None
         self._steps: RecordedSteps | None = None
         self._adapters: StageAdapters | None = None
-        self._adapted: set[int] = set()
         self._threads: StageThreads | None = None
         self._sampler = Sampler(spec.rules, self._device)
-        self._masks = GrammarMasks(spec.rules)
         self.num_beats = 0
 
     def describe_device(self) -> DeviceReport:
@@ -122,8 +117,7 @@ class StageRunner:
             torch.set_num_threads(num_threads)
             self._threads = stage_threads(num_threads, lone, spec.layers.num_layers)
         directory = resolve_model(spec.model, spec.revision)
-        if spec.layers.is_last:
-            self._masks.load(directory)
+        self._requests.load(directory)
         fetch_weights(
             spec.model, directory, spec.layers, spec.config, lambda file: on_progress(LoadProgress(f"fetching {file}"))
         )
@@ -190,13 +184,12 @@ class StageRunner:
 
     def close(self) -> None:
         """Ends the stage's threads. No step may follow."""
-        self._masks.close()
+        self._requests.masks.close()
 
     def reset(self) -> None:
         """Releases all requests. Weights and the cache's memory stay."""
         if self._cache is not None:
-            for request_id in list(self._requests):
-                self._release(request_id, self._cache)
+            self._requests.release_all(self._cache)
 
     def wait_for(self, receive: Callable[[], T]) -> T:
         """The result of `receive`, which waits for the next plan. The stage's other threads sleep meanwhile."""
@@ -213,13 +206,13 @@ class StageRunner:
             The input of the next stage, or the sampled tokens if this is the last stage.
         """
         output, prompt_logprobs = self._compute(plan, None if before is None else before.hidden)
-        embeddings = (() if before is None else before.embeddings) + self._pools.complete(plan.chunks)
+        embeddings = (() if before is None else before.embeddings) + self._requests.pools.complete(plan.chunks)
         if self._spec.layers.is_last:
             sampled = [chunk for chunk in plan.chunks if chunk.samples]
-            specs = [spec for chunk in sampled for spec in self._sample_specs(chunk)]
+            specs = [spec for chunk in sampled for spec in self._requests.sample_specs(chunk)]
             continuations = self._continuations(sampled, output, specs)
             token_ids, logprobs = self._sampler.sample_with_logprobs(output, specs) if specs else ([], ())
-            self._masks.prepare_next(sampled, token_ids)
+            self._requests.masks.prepare_next(sampled, token_ids)
         if not self._spec.layers.is_last:
             return StageOutput(output, embeddings)
         token_ids, logprobs, num_accepted = accept(sampled, token_ids, logprobs)
@@ -246,13 +239,13 @@ class StageRunner:
         """The result of `forward`, and the requested log probabilities of prompt tokens."""
         if self._model is None or self._cache is None:
             raise RuntimeError("load() and allocate() come before the first plan")
-        self._register(plan, self._cache)
+        self._requests.register(plan, self._cache)
         batch = _micro_batch(plan.chunks)
         inputs = _token_ids(plan) if hidden is None else hidden
         is_last = self._spec.layers.is_last
-        targets = [self._prompt_targets(chunk) if is_last else () for chunk in plan.chunks]
+        targets = [self._requests.prompt_targets(chunk) for chunk in plan.chunks]
         wants_all_rows = not is_last or all(chunk.samples for chunk in plan.chunks)
-        pooled = self._pools.spans_by_depth(batch.spans)
+        pooled = self._requests.pools.spans_by_depth(batch.spans)
         changes = self._changes([(span.request_id, span.start, span.num_tokens) for span in batch.spans])
         is_plain = wants_all_rows and not any(targets) and not pooled and changes is None
         if self._steps is not None and is_plain and all(chunk.num_known == 1 for chunk in plan.chunks):
@@ -285,12 +278,12 @@ class StageRunner:
         Args:
             rows: request ids, positions of first tokens, and numbers of rows.
         """
-        if self._adapters is None or not self._adapted:
+        if self._adapters is None or not self._requests.has_adapters:
             return None
         adapted: list[AdaptedRows] = []
         first = 0
         for request_id, start, num_rows in rows:
-            adapters = self._requests[request_id].params.adapters
+            adapters = self._requests.adapters(request_id)
             adapted.append(AdaptedRows(range(first, first + num_rows), start, adapters))
             first += num_rows
         return self._adapters.changes(adapted, first)
@@ -312,7 +305,7 @@ class StageRunner:
             if depth == self._spec.config.num_layers:
                 changes = self._changes([(span.request_id, span.start, span.num_tokens)])
                 rows = self._model.normed(rows, changes)
-            self._pools.add(span.request_id, rows)
+            self._requests.pools.add(span.request_id, rows)
 
     @torch.inference_mode()
     def embed(self, plan: Plan) -> Tensor:
@@ -320,14 +313,6 @@ class StageRunner:
         if self._model is None:
             raise RuntimeError("load() comes before the first plan")
         return self._model.embed(_token_ids(plan))
-
-    def _prompt_targets(self, chunk: Chunk) -> tuple[int, ...]:
-        """The prompt's tokens that the chunk's rows predict, if the request asks for their log probabilities."""
-        request = self._requests[chunk.request_id]
-        if request.params.prompt_logprobs is None:
-            return ()
-        next_ids = chunk.token_ids[1:] if chunk.next_id is None else (*chunk.token_ids[1:], chunk.next_id)
-        return next_ids[: max(0, request.num_prompt_tokens - chunk.start - 1)]
 
     def _prompt_logprobs(self, chunk: Chunk, targets: Sequence[int], hidden: Tensor) -> PromptLogprobs:
         """Log probabilities of the prompt tokens `targets`, which a chunk's rows [rows, d_model] predict."""
@@ -341,64 +326,6 @@ class StageRunner:
             logits = self._model.logits(hidden[first : first + len(some)], changes)
             logprobs += token_logprobs(logits, some, [num_top] * len(some))
         return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(logprobs))
-
-    def _register(self, plan: Plan, cache: KVCache) -> None:
-        """Updates the stage's requests, histories and KV blocks from the plan."""
-        for request_id in plan.released:
-            self._release(request_id, cache)
-        for request in plan.new_requests:
-            self._requests[request.request_id] = request
-            if request.params.adapters:
-                self._adapted.add(request.request_id)
-            cache.add(request.request_id)
-            self._pools.register(request)
-            if request.begins_with is not None:
-                cache.extend(request.request_id, request.begins_with.blocks)
-            if self._spec.layers.is_last:
-                self._histories[request.request_id] = history = self._first_history(request.begins_with)
-                self._masks.add(request, history)
-        for chunk in plan.chunks:
-            if chunk.request_id in self._histories:
-                self._histories[chunk.request_id][chunk.start :] = chunk.token_ids  # in place of rejected drafts
-            if chunk.new_blocks:
-                cache.extend(chunk.request_id, chunk.new_blocks)
-        self._masks.prepare(plan.chunks)
-        for request in plan.new_requests:
-            begins_with = request.begins_with
-            if begins_with is not None and begins_with.source_id is not None:
-                cache.copy(begins_with.source_id, request.request_id, begins_with.num_tokens)
-
-    def _release(self, request_id: int, cache: KVCache) -> None:
-        del self._requests[request_id]
-        self._adapted.discard(request_id)
-        self._histories.pop(request_id, None)
-        self._masks.release(request_id)
-        self._pools.release(request_id)
-        cache.release(request_id)
-
-    def _first_history(self, begins_with: KVPrefix | None) -> list[int]:
-        """The tokens whose KV a request begins with."""
-        if begins_with is None:
-            return []
-        if begins_with.source_id is None:
-            return list(begins_with.token_ids)
-        return self._histories[begins_with.source_id][: begins_with.num_tokens]
-
-    def _sample_specs(self, chunk: Chunk) -> list[SampleSpec]:
-        """Of the chunk's last token and of each draft."""
-        request, history = self._requests[chunk.request_id], self._histories[chunk.request_id]
-        first = chunk.start + chunk.num_known
-        return [
-            SampleSpec(
-                request.params,
-                request.noise_key,
-                position,
-                request.num_prompt_tokens,
-                history if position == len(history) else history[:position],
-                mask,
-            )
-            for position, mask in enumerate(self._masks.masks(chunk), first)
-        ]
 
 
 def _loaded(num_layers: int, layers: LayerRange, tensors: StageTensors) -> LoadProgress:

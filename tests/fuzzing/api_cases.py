@@ -28,11 +28,11 @@ from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.serving.allowances import Allowances
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoints import Endpoints
 from gptj_dist.serving.http.gate import Gate
-from gptj_dist.serving.metrics import IngressMetrics
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.token_rules import TokenRules

@@ -165,7 +165,7 @@ class Model:
             num_preemptions=scheduler.num_preemptions,
             most_in_flight=most_in_flight,
             num_cached_tokens=sum(request.num_cached_tokens for request in requests),
-            num_evicted_blocks=scheduler.num_evicted_blocks,
+            num_evicted_blocks=scheduler.pool.num_evicted,
             num_accepted=num_accepted,
         )
 

@@ -594,7 +594,7 @@ def test_an_error_in_scheduling_is_logged_by_the_loop_while_the_engine_does_not_
     async def scenario() -> None:
         engine, logged = make_engine(make_executor()), list[dict[str, Any]]()
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
-        engine.scheduler._released.append(99)
+        engine.scheduler._running.released.append(99)
         reader = asyncio.create_task(collect(engine.generate(PROMPT, SamplingParams())))
         await turns()
         reader.cancel()

@@ -125,7 +125,7 @@ class Replica(Pipeline):
         self._loss_times_s = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: Any = group
         self._loaded: Any = FakeLoaded()
-        self._outbox: Any = SimpleNamespace(num_malformed=0)
+        self._sender: Any = SimpleNamespace(num_malformed=0)
         self._adapters = AdapterList()
         self._engine = AsyncEngine(make_scheduler(), self._group, LIMITS)
         self._driver = run_in_background("driver", self._drive(), self._note_end)

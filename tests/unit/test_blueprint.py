@@ -23,12 +23,10 @@ from gptj_dist.stages.blueprint import (
     DeviceReport,
     StageReport,
     choose_dtype,
-    count_kv_blocks,
     draw_blueprint,
-    foresee_reports,
     require_equal_bits,
-    require_memory,
 )
+from gptj_dist.stages.room import count_kv_blocks, foresee_reports, require_memory
 from gptj_dist.token_rules import TokenRules
 
 GIGABYTE = 10**9

@@ -22,11 +22,11 @@ from gptj_dist.answers.schema.base import parse_body
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.work import Work
 from gptj_dist.errors import InvalidRequestError, TimeoutReachedError
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.body import BodyLimits, BodyRoom, read_body
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.meter import HttpMeter
 from gptj_dist.serving.http.middleware import LimitHead
-from gptj_dist.serving.metrics import IngressMetrics
 
 
 def request_of(parts: list[bytes], headers: dict[str, str] | None = None, is_whole: bool = True) -> Request:

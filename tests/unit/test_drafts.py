@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from gptj_dist.engine.drafts import FIRST_WAIT, LONGEST_WAIT, MAX_DRAFTS, Chance, Drafter, Foretelling, Lookup
+from gptj_dist.engine.known_texts import KnownTexts
 from gptj_dist.engine.plan import Chunk, Plan, Result
-from gptj_dist.params import NO_TOKEN, TokenLogprobs
+from gptj_dist.engine.prefix import key_after
+from gptj_dist.engine.request import Prompt, Request
+from gptj_dist.engine.scheduler import Scheduler
+from gptj_dist.engine.scheduling import SchedulerConfig
+from gptj_dist.params import NO_TOKEN, SamplingParams, TokenLogprobs
 from gptj_dist.stages.drafts import accept
 
 
@@ -100,6 +106,45 @@ def test_a_text_that_grows_is_searched_as_a_whole() -> None:
 def test_a_prediction_follows_the_prompt() -> None:
     drafter = Drafter((1, 2, 3), (4, 5, 6, 7))
     assert list(drafter.draft([1, 2, 3, 4], 8, 0.01)) == [5, 6, 7]
+
+
+def test_what_followed_in_an_earlier_text_is_known_as_long_as_it_is_remembered() -> None:
+    texts, first, second = KnownTexts(max_blocks=2), key_after(b"", (1, 2, 3)), key_after(b"", (7, 7, 7))
+    texts.note(first, (4, 5, 6))
+    texts.note(key_after(first, (4, 5, 6)), (7, 8, 9))
+    assert texts.following(first, (), 9) == [4, 5, 6, 7, 8, 9]
+    assert texts.following(first, (4, 5), 2) == [6, 7]
+    assert texts.following(first, (4, 6), 2) == texts.following(second, (), 2) == []
+    texts.note(second, (1, 1, 1))
+    assert texts.following(second, (1,), 9) == [1, 1]
+    assert texts.following(first, (), 9) == []
+
+
+@pytest.mark.parametrize(("salt", "num_steps"), [(None, 5), ("another", 20)])
+def test_a_prompt_that_comes_again_is_continued_with_the_earlier_text(salt: str | None, num_steps: int) -> None:
+    """No token of the text comes twice."""
+    text, num_prompt_tokens = tuple(range(1, 27)), 6
+    scheduler = Scheduler(SchedulerConfig(1, 100, 4, 8, (0,), max_drafts=MAX_DRAFTS))
+
+    def steps(request: Request) -> int:
+        scheduler.add(request)
+        num_steps = 0
+        while scheduler.has_requests:
+            num_steps += 1
+            plan = scheduler.schedule()
+            assert plan is not None
+            [only] = plan.chunks
+            rest = text[only.start + only.num_known :]
+            assert only.drafts == rest[: only.num_drafts]
+            accepted = (only.num_drafts,) if only.drafts else ()
+            scheduler.update(Result(plan.plan_id, rest[: only.num_drafts + 1], num_accepted=accepted))
+            scheduler.check_integrity()
+        assert tuple(request.token_ids) == text
+        return num_steps
+
+    params = SamplingParams(max_tokens=len(text) - num_prompt_tokens)
+    assert steps(Request(0, Prompt(text[:num_prompt_tokens]), params, 0)) == 20
+    assert steps(Request(1, Prompt(text[:num_prompt_tokens]), replace(params, cache_salt=salt), 0)) == num_steps
 
 
 # How many

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.application import make_http_app
 from gptj_dist.serving.http.endpoint import Endpoint
 from gptj_dist.serving.http.gate import Gate
-from gptj_dist.serving.metrics import IngressMetrics
 
 LIMIT_S = 10.0
 

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.meter import HttpMeter
-from gptj_dist.serving.metrics import IngressMetrics
 
 
 async def answer(request: Request) -> Response:

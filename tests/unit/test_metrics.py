@@ -20,8 +20,9 @@ from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.routing import Route
 from gptj_dist.engine.stats import StageWork
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.debug import DownPipeline
-from gptj_dist.serving.metrics import FAMILIES, Exposition, IngressMetrics
+from gptj_dist.serving.metrics import FAMILIES, Exposition
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
 from gptj_dist.stages.loss import StageProcess

@@ -34,6 +34,7 @@ from tests.unit.test_pipeline_client import MOST_WAITING, NUM_CHOICES, Replica, 
 
 PARAMS = SamplingParams(max_tokens=6, seed=6)
 TOKENS = expected_tokens(PROMPT, PARAMS)
+SEARCH = SamplingParams(max_tokens=5, n=3, use_beam_search=True, ignore_eos=True)
 LOST = PipelineLostError("the pipeline's coordinator died")
 NOT_READY = NotReadyError("no pipeline takes requests right now")
 TIMEOUT_S = 20
@@ -187,7 +188,7 @@ class Serve:
 
     def kill(self) -> None:
         """Ends the replica with its calls."""
-        self.replica._outbox.stop()
+        self.replica._sender.stop()
         self._death.set_result(None)
 
     async def _status(self) -> SimpleNamespace:
@@ -221,7 +222,7 @@ async def served(*, is_paused: bool) -> AsyncIterator[tuple[Rig, Serve, Pipeline
         yield rig, serve, client
         await polled(lambda: all(call.done() for call in serve.calls), rig)
         assert not client._feed._streams
-        serve.replica._outbox.stop()
+        serve.replica._sender.stop()
         client.close()
 
 
@@ -238,7 +239,7 @@ def test_all_completions_of_a_prompt_outlive_the_coordinator_wherever_it_dies(nu
             streams = client.streams(new_records(PROMPT, PARAMS, NUM_CHOICES, "r"))
             reading = [asyncio.create_task(read(choice, stream)) for choice, stream in enumerate(streams)]
             while len(got[0]) < num_tokens:
-                num_made = max((request.num_output_tokens for request in rig.scheduler._running), default=0)
+                num_made = max((request.num_output_tokens for request in rig.scheduler._running.requests), default=0)
                 if rig.executor._computed and num_made < num_tokens:  # tokens take their time to the client
                     rig.executor.step()
                 await asyncio.sleep(0.001)
@@ -250,6 +251,26 @@ def test_all_completions_of_a_prompt_outlive_the_coordinator_wherever_it_dies(nu
             computed = sum(plan.num_tokens for plan in other.executor.plans)
             assert computed == len(PROMPT) + (NUM_CHOICES - 1) + NUM_CHOICES * (PARAMS.max_tokens - 1)
             await polled(lambda: not rig.scheduler.has_requests, rig)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("num_steps", range(SEARCH.max_tokens))
+def test_a_beam_search_outlives_the_coordinator_wherever_it_dies(num_steps: int) -> None:
+    async def scenario() -> None:
+        async with served(is_paused=True) as (rig, serve, client), running() as other:
+            [expected] = [delta async for delta in other.engine.generate(PROMPT, SEARCH)]
+            [stream] = client.streams(new_records(PROMPT, SEARCH, SEARCH.n, "r"))
+            reading = asyncio.create_task(anext(stream))
+            for number in range(1, num_steps + 1):
+                await rig.submitted(number)
+                rig.executor.step()
+            await rig.submitted(num_steps + 1)
+            serve.kill()
+            serve.put(other)
+            assert await reading == expected
+            assert len(expected.beams) == SEARCH.n
+            await stream.aclose()
 
     run(scenario())
 
@@ -332,7 +353,7 @@ def test_tokens_that_were_lost_behind_their_call_come_from_another_pipeline(monk
 
     async def scenario() -> None:
         async with served(is_paused=False) as (rig, serve, client):
-            silent, put = serve.replica._outbox, serve.replica._outbox.put
+            silent, put = serve.replica._sender._outbox, serve.replica._sender._outbox.put
             monkeypatch.setattr(silent, "put", lambda to, number, delta: put(to, number, delta) if not number else None)
             [stream] = client.streams(new_records(PROMPT, PARAMS, 1, "r"))
             first = await anext(stream)
@@ -357,7 +378,7 @@ def test_streams_whose_tokens_are_lost_swapped_or_doubled_on_their_way_are_whole
 ) -> None:
     async def scenario() -> None:
         async with served(is_paused=False) as (_, serve, client):
-            outbox, put = serve.replica._outbox, serve.replica._outbox.put
+            outbox, put = serve.replica._sender._outbox, serve.replica._sender._outbox.put
             deltas: dict[int, list[Delta]] = {}
 
             def disturbed(to: ReplyTo, number: int, delta: Delta) -> None:

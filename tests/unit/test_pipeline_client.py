@@ -23,10 +23,11 @@ from gptj_dist.engine.record import new_records
 from gptj_dist.errors import InvalidRequestError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import Pooling, SamplingParams
 from gptj_dist.serving import pipeline_client
-from gptj_dist.serving.feed import FeedInbox, FeedOutbox, ReplyTo
+from gptj_dist.serving.feed import FeedInbox
 from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.pipeline_client import PipelineClient, _Call
+from gptj_dist.serving.sending import StreamSender
 from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, turns, until
 
 PARAMS = SamplingParams(max_tokens=9, seed=6)
@@ -77,9 +78,7 @@ class Replica(Pipeline):
         self._max_queued_tokens = DEFAULT_MAX_QUEUED_TOKENS
         self._engine = rig.engine
         self._outages = Outages(1.0)
-        self._outbox = FeedOutbox(self._stop_sending)
-        self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
-        self._received: dict[str, int] = {}
+        self._sender = StreamSender()
         self._group: Any = SimpleNamespace(kill=lambda: None)
 
     def __del__(self) -> None:  # type: ignore[override]
@@ -99,9 +98,9 @@ async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, C
 
         yield rig, handle, ask
         assert all(call.done() for call in handle.calls)
-        assert not replica._sending
+        assert not replica._sender.computing()
         assert not inbox._streams
-        replica._outbox.stop()
+        replica._sender.stop()
         inbox.stop()
 
 

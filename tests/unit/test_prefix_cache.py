@@ -100,9 +100,9 @@ def test_the_least_recently_used_blocks_go_first_and_of_a_request_the_last_ones(
     server.run(TEXT[:16])
     server.run(range(200, 216))
     assert server.run(TEXT[:17]) == 16  # used again
-    assert server.scheduler.num_cached_blocks == 8
+    assert server.scheduler.pool.num_kept == 8
     server.run(range(300, 320))  # one more than is empty
-    assert server.scheduler.num_evicted_blocks == 1
+    assert server.scheduler.pool.num_evicted == 1
     assert server.run((*TEXT[:16], 5)) == 16
     assert server.run(range(200, 217)) == 8, "the last block was taken, and then the one before it"
 
@@ -238,24 +238,24 @@ def test_blocks_of_a_request_that_computed_nan_are_forgotten(is_preempted: bool)
     [plan] = fill(server.scheduler)
     if is_preempted:
         server.scheduler._preempt(request)
-        assert server.scheduler.num_cached_blocks == len(TEXT) // BLOCK_SIZE
+        assert server.scheduler.pool.num_kept == len(TEXT) // BLOCK_SIZE
     [output] = server.scheduler.update(Result(plan.plan_id, (BROKEN_TOKEN,)))
     assert (output.request, output.finish_reason) == (request, FinishReason.ERROR)
-    assert server.scheduler.num_cached_blocks == 0
+    assert server.scheduler.pool.num_kept == 0
 
 
 def test_blocks_of_lost_stages_are_forgotten() -> None:
     server = Server()
     server.run(TEXT)
     server.scheduler.drain()
-    assert server.scheduler.num_cached_blocks == 0
+    assert server.scheduler.pool.num_kept == 0
     server.scheduler.check_integrity()
 
 
 def test_it_can_be_turned_off() -> None:
     server = Server(keeps_prefixes=False)
     assert [server.run(TEXT), server.run(TEXT)] == [0, 0]
-    assert server.scheduler.num_cached_blocks == 0
+    assert server.scheduler.pool.num_kept == 0
 
 
 class TestPool:

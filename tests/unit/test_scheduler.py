@@ -738,11 +738,11 @@ def busy_scheduler() -> Scheduler:
 
 
 def corrupt_two_holders(scheduler: Scheduler) -> None:
-    scheduler._running[1].blocks[0] = scheduler._running[0].blocks[0]
+    scheduler._running.requests[1].blocks[0] = scheduler._running.requests[0].blocks[0]
 
 
 def corrupt_held_block_is_free(scheduler: Scheduler) -> None:
-    scheduler._pool.give_back(scheduler._running[0].blocks[:1])
+    scheduler._pool.give_back(scheduler._running.requests[0].blocks[:1])
 
 
 def corrupt_lost_block(scheduler: Scheduler) -> None:
@@ -754,7 +754,7 @@ def corrupt_block_free_twice(scheduler: Scheduler) -> None:
 
 
 def corrupt_running_order(scheduler: Scheduler) -> None:
-    scheduler._running.reverse()
+    scheduler._running.requests.reverse()
 
 
 def corrupt_waiting_order(scheduler: Scheduler) -> None:
@@ -779,20 +779,20 @@ def corrupt_two_samplings(scheduler: Scheduler) -> None:
 
 
 def corrupt_awaited_in_vain(scheduler: Scheduler) -> None:
-    scheduler._running[1].is_awaiting_token = True
+    scheduler._running.requests[1].is_awaiting_token = True
 
 
 def corrupt_too_much_computed(scheduler: Scheduler) -> None:
-    scheduler._running[0].num_computed += 1
+    scheduler._running.requests[0].num_computed += 1
 
 
 def corrupt_missing_block(scheduler: Scheduler) -> None:
-    scheduler._pool.give_back([scheduler._running[0].blocks.pop()])
+    scheduler._pool.give_back([scheduler._running.requests[0].blocks.pop()])
 
 
 def corrupt_waiting_request_holds(scheduler: Scheduler) -> None:
     scheduler._waiting[0].num_computed = 1
-    scheduler._waiting[0].blocks = scheduler._running[0].blocks[:1]
+    scheduler._waiting[0].blocks = scheduler._running.requests[0].blocks[:1]
 
 
 def corrupt_waiting_tokens(scheduler: Scheduler) -> None:
@@ -800,15 +800,15 @@ def corrupt_waiting_tokens(scheduler: Scheduler) -> None:
 
 
 def corrupt_holders(scheduler: Scheduler) -> None:
-    scheduler._running[0].prompt.holders.clear()
+    scheduler._running.requests[0].prompt.holders.clear()
 
 
 def corrupt_holder_is_gone(scheduler: Scheduler) -> None:
-    scheduler._running[0].prompt.holders.append(make_request(99, 9))
+    scheduler._running.requests[0].prompt.holders.append(make_request(99, 9))
 
 
 def corrupt_shared_by_strangers(scheduler: Scheduler) -> None:
-    one, other = scheduler._running
+    one, other = scheduler._running.requests
     other.token_ids[0] += 1
     scheduler._pool.give_back(other.blocks[:1])
     scheduler._pool.share(one.blocks[:1])
@@ -816,7 +816,7 @@ def corrupt_shared_by_strangers(scheduler: Scheduler) -> None:
 
 
 def corrupt_shared_block_is_written(scheduler: Scheduler) -> None:
-    one, other = scheduler._running
+    one, other = scheduler._running.requests
     scheduler._pool.give_back(other.blocks)
     scheduler._pool.share(one.blocks)
     other.blocks = list(one.blocks)

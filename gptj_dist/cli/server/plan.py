@@ -77,7 +77,8 @@ def _print_cut(config: PipelineConfig) -> None:
     from rich.console import Console
 
     from gptj_dist.operate.tables import stage_table
-    from gptj_dist.stages.blueprint import count_kv_blocks, draw_blueprint
+    from gptj_dist.stages.blueprint import draw_blueprint
+    from gptj_dist.stages.room import count_kv_blocks
 
     blueprint = draw_blueprint(config)
     reports = _foresee(blueprint)
@@ -101,8 +102,8 @@ def _print_cut(config: PipelineConfig) -> None:
 
 def _foresee(blueprint: Blueprint) -> tuple[StageReport, ...]:
     """The reports of stages that are all on this machine's first device."""
-    from gptj_dist.stages.blueprint import foresee_reports
     from gptj_dist.stages.device import describe_device, free_bytes, local_device
+    from gptj_dist.stages.room import foresee_reports
 
     kind, device = local_device(blueprint.config.device)
     report = describe_device(device)

@@ -19,7 +19,8 @@ from gptj_dist.planning.cost import weight_bytes, working_bytes
 from gptj_dist.quantization import weights_text
 from gptj_dist.serving.sizing import PipelineSize, size_stages
 from gptj_dist.sizes import bytes_text
-from gptj_dist.stages.blueprint import Blueprint, StageReport, count_kv_blocks, foresee_reports, quantized_name
+from gptj_dist.stages.blueprint import Blueprint, StageReport, quantized_name
+from gptj_dist.stages.room import count_kv_blocks, foresee_reports
 
 LOCAL_RAY_BYTES = 1_000_000_000
 """What a Ray and a Serve that are started here take, ingress and coordinator included: measured 0.9 GB."""

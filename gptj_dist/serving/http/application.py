@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gptj_dist.answers.error_responses import error_body
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.endpoint import EVENTS, Endpoint
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.gate import Gate
@@ -22,7 +23,6 @@ from gptj_dist.serving.http.meter import HttpMeter
 from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, InTurns, LimitHead, RequestIds, RequireKey, route_path
 from gptj_dist.serving.http.page_files import FILES
 from gptj_dist.serving.keys import ApiKey
-from gptj_dist.serving.metrics import IngressMetrics
 
 MAX_PATH_CHARS, MAX_METHOD_CHARS = 100, 20
 """Of a path and a method that are not served, in the error."""

@@ -10,8 +10,8 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj_dist.logs import values
+from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.disconnect import CLIENT_CLOSED_REQUEST
-from gptj_dist.serving.metrics import IngressMetrics
 
 logger = logging.getLogger(__name__)
 
