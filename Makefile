@@ -82,6 +82,7 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/bin/python:
+	@echo "Installing into $(VENV): 2 GB. This takes minutes, and pip prints little meanwhile."
 	$(PYTHON) cluster/require_python.py
 	$(PYTHON) -m venv $(VENV)
 
