@@ -111,7 +111,8 @@ def test_an_old_python_can_read_why_it_is_refused() -> None:
 
 
 def test_what_readme_names_outside_the_wheel_is_in_a_clone() -> None:
-    readme = (CLUSTER.parent / "README.md").read_text()
+    pages = [CLUSTER.parent / "README.md", *sorted((CLUSTER.parent / "docs/how-to").glob("*.md"))]
+    readme = "\n".join(page.read_text() for page in pages)
     named = set(re.findall(r"\b(?:examples|deployments|cluster)/[\w./-]+\w", readme))
     assert len(named) > 8
     assert [path for path in sorted(named) if not (CLUSTER.parent / path).exists()] == []
@@ -133,7 +134,7 @@ def test_the_tests_that_the_threat_model_names_exist() -> None:
 def test_tests_that_start_ray_are_where_make_looks_for_them() -> None:
     tests = CLUSTER.parent / "tests"
     marked = {path.parent.name for path in tests.rglob("test_*.py") if re.search(r"mark\.ray\b", path.read_text())}
-    assert marked == {"http", "ray"}
+    assert marked == {"browser", "http", "ray"}
 
 
 def test_modules_that_are_said_to_take_longest_exist() -> None:
