@@ -113,7 +113,7 @@ def test_an_old_python_can_read_why_it_is_refused() -> None:
 def test_what_readme_names_outside_the_wheel_is_in_a_clone() -> None:
     pages = [CLUSTER.parent / "README.md", *sorted((CLUSTER.parent / "docs/how-to").glob("*.md"))]
     readme = "\n".join(page.read_text() for page in pages)
-    named = set(re.findall(r"\b(?:examples|deployments|cluster)/[\w./-]+\w", readme))
+    named = set(re.findall(r"(?<![\w/])(?:examples|deployments|cluster)/[\w./-]+\w", readme))
     assert len(named) > 8
     assert [path for path in sorted(named) if not (CLUSTER.parent / path).exists()] == []
     assert "in the repository, as `examples/` and `benchmarks/` are, and not in the installed package" in " ".join(
