@@ -169,6 +169,19 @@ class TestMoves:
         page.press("Alt+ArrowRight")
         assert page.text == BEGIN + " Then"
 
+    def test_ctrl_shift_enter_continues_at_the_caret_and_keeps_the_rest_in_the_tree(self, page: Desk) -> None:
+        page.write(BEGIN)
+        page.caret(11)
+        page.hush()
+        page.set(max_tokens=4)
+        page["text"].focus()
+        page.press("Control+Shift+Enter")
+        page.settle()
+        assert page.bodies()[0]["prompt"] == BEGIN[:11]
+        assert page.text == BEGIN[:11] + said(4)
+        page.press("Alt+ArrowLeft")
+        assert page.text == BEGIN
+
 
 class TestSideBySide:
     def test_n_continuations_come_from_one_request(self, page: Desk) -> None:

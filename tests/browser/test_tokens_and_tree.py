@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from math import log
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.browser.desk import PHONE, Desk, desk
 from tests.browser.pretend import SHARES, PretendServer, said
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 BEGIN = "The old man sat in the boat."
 
@@ -118,9 +122,9 @@ class TestTokens:
         assert "none has a log probability yet" in (written["about"].text_content() or "")
 
     def test_on_a_phone_the_likeliest_open_by_a_button_and_stay_in_sight(
-        self, written: Desk, server: PretendServer
+        self, browser: Browser, server: PretendServer
     ) -> None:
-        with desk(written.page.context.browser, server.base, viewport=PHONE) as phone:  # type: ignore[arg-type]
+        with desk(browser, server.base, viewport=PHONE) as phone:
             phone.write(BEGIN)
             phone["go"].click()
             phone.settle()
@@ -188,9 +192,8 @@ class TestTree:
 
 
 class TestDocuments:
-    def test_a_document_is_there_after_a_reload_with_its_tree_and_scores(self, written: Desk) -> None:
+    def test_a_document_is_there_after_a_reload_at_once_with_its_tree_and_scores(self, written: Desk) -> None:
         old = written.text
-        written.wait("() => document.querySelector('#documents option')?.textContent.startsWith('The old man')")
         written.page.reload()
         written.wait("() => document.querySelector('#text').value.length > 0")
         assert written.text == old
@@ -207,6 +210,35 @@ class TestDocuments:
         written.wait("() => document.querySelectorAll('#documents option').length === 2")
         written["documents"].select_option(index=1)
         written.wait("text => document.querySelector('#text').value === text", old)
+
+    def test_another_document_stops_the_writing_and_keeps_what_has_come(
+        self, page: Desk, server: PretendServer
+    ) -> None:
+        server.story.pace_s = 0.03
+        page.write(BEGIN)
+        page.set(max_tokens=1000)
+        page["go"].click()
+        page.wait("length => document.querySelector('#text').value.length > length", len(BEGIN) + 10)
+        page["new"].click()
+        page.wait("() => document.querySelector('#text').value === ''")
+        page["documents"].select_option(index=1)
+        page.wait("length => document.querySelector('#text').value.length > length", len(BEGIN) + 10)
+        assert page.models_words == page.text.removeprefix(BEGIN)
+
+    def test_a_browser_that_keeps_nothing_has_the_page_all_the_same(
+        self, browser: Browser, server: PretendServer
+    ) -> None:
+        with desk(browser, server.base, is_open=False) as page:
+            page.page.add_init_script(
+                "for (const name of ['localStorage', 'sessionStorage', 'indexedDB'])"
+                " Object.defineProperty(window, name, {get() { throw new DOMException('denied', 'SecurityError'); }})"
+            )
+            page.open()
+            page.write(BEGIN)
+            page.go_on(max_tokens=3)
+            assert page.text == BEGIN + said(3)
+            page.unfold("files")
+            page.wait("() => document.querySelector('#filenote').textContent.includes('keeps no documents')")
 
     def test_exported_json_comes_back_as_the_same_tree(self, written: Desk, tmp_path: Path) -> None:
         written.unfold("files")

@@ -1,6 +1,6 @@
 // The server, by its public API. Paths are relative to the page, so a prefix of the server's is kept.
 
-const KEY = "gptj-dist key";
+import { kept } from "./storage.js";
 
 // An answer of the server that is an error, or none at all (status 0).
 export class ApiError extends Error {
@@ -15,8 +15,9 @@ export class ApiError extends Error {
     if (this.status === 401) return "Enter a key that this server knows.";
     if (this.status === 403) return "Ask whoever runs the server for a key that may do this.";
     if (this.status === 429) return `Try again in ${this.retryAfter ?? "a few"} s: the server is busy, or your key has a limit.`;
+    if (this.code === "content_filter") return "The server's moderator refuses this text: change it, then continue.";
     if (this.status === 503) return "Wait until the pipeline is up; this page watches it. Then continue.";
-    if (/context|truncate_prompt_tokens/.test(this.message)) {
+    if (this.code === "context_length_exceeded") {
       return "Shorten the text, ask for fewer tokens, or let the beginning be left out (under Sampling).";
     }
     if (this.param) return `Change ${this.param}, then continue.`;
@@ -24,9 +25,10 @@ export class ApiError extends Error {
   }
 }
 
+// It stays in this tab.
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  get: () => kept.get("key", "sessionStorage"),
+  set: (value) => kept.set("key", value, "sessionStorage"),
 };
 
 async function ask(path, body, signal) {

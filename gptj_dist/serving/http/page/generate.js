@@ -22,7 +22,7 @@ export class Generator {
   // Goes on from a node. Returns what it took: { nodes, usage, reasons, firstMs, tookMs, isStopped, error }.
   async run(leaf, fields, isChat) {
     const { tree } = this;
-    const run = { gen: tree.begin(), leaf, streams: [], usage: null, firstMs: null, begin: performance.now() };
+    const run = { tree, gen: tree.begin(), leaf, streams: [], usage: null, firstMs: null, begin: performance.now() };
     this.controller = new AbortController();
     const took = { isStopped: false, error: null };
     try {
@@ -57,7 +57,7 @@ export class Generator {
   // Text that has come goes into the tree.
   write(run) {
     cancelAnimationFrame(run.frame);
-    const { tree } = this;
+    const { tree } = run;
     for (const stream of run.streams) {
       if (!stream?.isNew || !(stream.text || stream.reason)) continue;
       stream.isNew = false;

@@ -4,7 +4,7 @@ import { ApiError, call, key } from "./api.js";
 import { Generator, request } from "./generate.js";
 import { PipelineView, short } from "./pipeline.js";
 import { Settings } from "./settings.js";
-import { download, fileName, store } from "./storage.js";
+import { download, fileName, kept, store } from "./storage.js";
 import { TokenView } from "./tokens.js";
 import { Tree, UNTITLED } from "./tree.js";
 import { TreeView } from "./treeview.js";
@@ -14,9 +14,13 @@ const SAVE_MS = 400;
 const LONGEST_FILE = 20_000_000;
 
 let tree = new Tree();
-let documentId = crypto.randomUUID?.() ?? String(Math.random());
+const newId = () => crypto.randomUUID?.() ?? String(Math.random());  // the former only with TLS or on this machine
+
+let documentId = newId();
 let chosenFrom = null;
+let running = null;
 let saveTimer = 0;
+let isUnsaved = false;
 
 const settings = new Settings({
   sampling: $.sampling, fields: $.fields, presets: $.presets, structure: $.structure,
@@ -123,7 +127,7 @@ async function proceed(leaf = tree.current, only = {}) {
     fields = { ...settings.fields(), ...only };
   } catch (error) { showProblem(error); return; }
   if (tree.current !== leaf) goTo(leaf);
-  const running = generator.run(leaf, fields, settings.isChat);
+  running = generator.run(leaf, fields, settings.isChat);
   pipeline.isBusy = true;
   pipeline.look();
   say("Writing.");
@@ -139,6 +143,11 @@ async function proceed(leaf = tree.current, only = {}) {
   if (took.error) showProblem(took.error);
   else if (took.nodes.length > 1 && !took.isStopped) $.choices.querySelector("button")?.focus();
   else toEnd();
+}
+
+// What follows the caret stays in the tree.
+function proceedAtCaret() {
+  if (!generator.isRunning) proceed(tree.cut(tree.current, $.text.selectionStart));
 }
 
 function again() {
@@ -206,7 +215,7 @@ function onKey(event) {
   const { key: name, ctrlKey, metaKey, altKey, target } = event;
   const isElsewhere = target !== $.text && target.matches?.("input, select, textarea");
   const commands = {
-    Enter: () => proceed(),
+    Enter: () => (event.shiftKey ? proceedAtCaret() : proceed()),
     r: () => again(),
     z: () => (event.shiftKey ? move(false) : move(true)),
     y: () => move(false),
@@ -231,22 +240,31 @@ function onKey(event) {
 // Documents
 
 function keep() {
+  isUnsaved = tree.nodes.size > 1;
   clearTimeout(saveTimer);
   saveTimer = setTimeout(save, SAVE_MS);
+}
+
+// The model stops writing; what has come is kept.
+async function leave() {
+  generator.stop();
+  await running;
+  await save();
 }
 
 async function save() {
   clearTimeout(saveTimer);
   if (tree.nodes.size === 1) return;
   try {
+    kept.set("document", documentId);
     await store.save(documentId, tree.toJSON());
-    localStorage.setItem("gptj-dist document", documentId);
+    isUnsaved = false;
     await listDocuments();
   } catch (error) { $.filenote.textContent = error.message; }
 }
 
 async function listDocuments() {
-  const all = await store.list();
+  const all = await store.list().catch((error) => { $.filenote.textContent = error.message; return []; });
   if (!all.some(({ id }) => id === documentId)) all.unshift({ id: documentId, title: tree.name });
   $.documents.replaceChildren(...all.map(({ id, title }) => new Option(title, id, false, id === documentId)));
 }
@@ -260,16 +278,16 @@ function use(id, next) {
 }
 
 async function openDocument(id) {
-  await save();
+  await leave();
   const kept = await store.load(id);
   if (kept) use(id, Tree.from(kept.tree));
 }
 
 async function begin() {
-  await save();
-  use(crypto.randomUUID?.() ?? String(Math.random()), new Tree());
-  await listDocuments();
+  await leave();
+  use(newId(), new Tree());
   $.text.focus();
+  await listDocuments();
 }
 
 async function importFile(file) {
@@ -285,19 +303,20 @@ async function importFile(file) {
       next = new Tree(file.name.replace(/\.\w+$/, ""));
       next.edit(text.replaceAll("\r\n", "\n"));
     }
-    await save();
-    use(crypto.randomUUID?.() ?? String(Math.random()), next);
+    await leave();
+    use(newId(), next);
     $.filenote.textContent = `Imported “${next.title}”.`;
   } catch (error) { $.filenote.textContent = `Not imported. ${error.message}`; }
 }
 
 async function dropDocument() {
   if (!confirm(`Delete “${tree.title}” and all its branches from this browser?`)) return;
+  await leave();
   clearTimeout(saveTimer);
   await store.remove(documentId);
   const [first] = await store.list();
   if (first) use(first.id, Tree.from((await store.load(first.id)).tree));
-  else use(crypto.randomUUID?.() ?? String(Math.random()), new Tree());
+  else use(newId(), new Tree());
   await listDocuments();
 }
 
@@ -364,11 +383,15 @@ function listen() {
   $.load.addEventListener("click", () => $.file.click());
   $.file.addEventListener("change", () => { if ($.file.files[0]) importFile($.file.files[0]); $.file.value = ""; });
   $.drop.addEventListener("click", dropDocument);
-  $.copy.addEventListener("click", () => navigator.clipboard?.writeText($.curl.textContent));
+  $.copy.addEventListener("click", () => {
+    if (navigator.clipboard) navigator.clipboard.writeText($.curl.textContent);
+    else getSelection().selectAllChildren($.curl);  // without TLS a page may not write to the clipboard
+  });
   $.keyform.addEventListener("submit", () => { key.set($.key.value.trim()); $.key.value = ""; connect(); });
   $.keycancel.addEventListener("click", () => $.keydialog.close());
   $.keybutton.addEventListener("click", () => askKey());
-  addEventListener("pagehide", save);
+  // A page that is closed has no time for the database.
+  addEventListener("pagehide", () => { if (isUnsaved) kept.set("unsaved", JSON.stringify({ id: documentId, tree })); });
   settings.onchange = showCurl;
   if (matchMedia("(max-width: 60rem)").matches) for (const one of document.querySelectorAll("details")) one.open = false;
 }
@@ -379,7 +402,10 @@ async function start() {
   connect();
   $.text.focus({ preventScroll: true });
   try {
-    const last = await store.load(localStorage.getItem("gptj-dist document") ?? "");
+    const unsaved = JSON.parse(kept.get("unsaved") || "null");
+    kept.set("unsaved", "");
+    if (unsaved) await store.save(unsaved.id, unsaved.tree);
+    const last = await store.load(unsaved?.id ?? kept.get("document"));
     if (last && tree.nodes.size === 1) use(last.id, Tree.from(last.tree));
     await listDocuments();
   } catch (error) { $.filenote.textContent = error.message; }

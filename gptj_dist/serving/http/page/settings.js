@@ -1,5 +1,7 @@
 // Sampling: the form of its fields, presets, and the fields of a request. Errors appear at the field that they name.
 
+import { kept } from "./storage.js";
+
 const NUMBERS = [
   // name, label, default, neutral (left out of requests), min, max, step, what it does
   ["max_tokens", "Tokens", 64, null, 1, 2048, 1, "the most tokens to write"],
@@ -22,7 +24,6 @@ const PRESETS = {
   Plain: { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 },
 };
 
-const KEPT = "gptj-dist settings";
 
 export class Settings {
   constructor({ sampling, fields, presets, structure, adapters, adapterPanel, chatBox }) {
@@ -55,22 +56,21 @@ export class Settings {
   changed() {
     for (const button of this.buttons) button.setAttribute("aria-pressed", String(button.fits()));
     this.structure.elements.structured_outputs.parentElement.hidden = !this.structure.elements.kind.value;
-    const kept = {};
+    const values = {};
     for (const form of [this.sampling, this.structure]) {
-      for (const { name, type, checked, value } of form.elements) if (name) kept[name] = type === "checkbox" ? checked : value;
+      for (const { name, type, checked, value } of form.elements) if (name) values[name] = type === "checkbox" ? checked : value;
     }
-    localStorage.setItem(KEPT, JSON.stringify(kept));
+    kept.set("settings", JSON.stringify(values));
     this.onchange?.();
   }
 
   restore() {
-    let kept = {};
-    try { kept = JSON.parse(localStorage.getItem(KEPT)) ?? {}; } catch { /* begin with the defaults */ }
+    const values = JSON.parse(kept.get("settings") || "{}");
     for (const form of [this.sampling, this.structure]) {
       for (const field of form.elements) {
-        if (!(field.name in kept)) continue;
-        if (field.type === "checkbox") field.checked = kept[field.name] === true;
-        else field.value = kept[field.name];
+        if (!(field.name in values)) continue;
+        if (field.type === "checkbox") field.checked = values[field.name] === true;
+        else field.value = values[field.name];
       }
     }
   }

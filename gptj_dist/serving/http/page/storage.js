@@ -2,28 +2,26 @@
 
 const NAME = "gptj-dist";
 
-function opened() {
+function open() {
   return new Promise((resolve, reject) => {
     const request = indexedDB.open(NAME, 1);
     request.onupgradeneeded = () => request.result.createObjectStore("documents", { keyPath: "id" });
     request.onsuccess = () => resolve(request.result);
-    request.onerror = () => reject(new Error("This browser keeps no documents here (a private window?). Export them."));
-  });
+    request.onerror = reject;
+  }).catch(() => { throw new Error("This browser keeps no documents here (a private window?). Export them."); });
 }
 
+let database = null;
+
 async function run(mode, work) {
-  const database = await opened();
-  try {
-    return await new Promise((resolve, reject) => {
-      const transaction = database.transaction("documents", mode);
-      const request = work(transaction.objectStore("documents"));
-      transaction.oncomplete = () => resolve(request.result);
-      transaction.onabort = transaction.onerror = () =>
-        reject(new Error(`The document is not kept: ${transaction.error?.message ?? "the storage is full"}. Export it.`));
-    });
-  } finally {
-    database.close();
-  }
+  const opened = await (database ??= open());
+  return new Promise((resolve, reject) => {
+    const transaction = opened.transaction("documents", mode);
+    const request = work(transaction.objectStore("documents"));
+    transaction.oncomplete = () => resolve(request.result);
+    transaction.onabort = transaction.onerror = () =>
+      reject(new Error(`The document is not kept: ${transaction.error?.message ?? "the storage is full"}. Export it.`));
+  });
 }
 
 export const store = {
@@ -35,6 +33,16 @@ export const store = {
   load: (id) => run("readonly", (documents) => documents.get(id)),
   save: (id, tree) => run("readwrite", (documents) => documents.put({ id, at: Date.now(), tree })),
   remove: (id) => run("readwrite", (documents) => documents.delete(id)),
+};
+
+// Small values of this browser. Where it keeps nothing, they are forgotten.
+export const kept = {
+  get(name, storage = "localStorage") {
+    try { return window[storage].getItem(`gptj-dist ${name}`) ?? ""; } catch { return ""; }
+  },
+  set(name, value, storage = "localStorage") {
+    try { window[storage].setItem(`gptj-dist ${name}`, value); } catch { /* until the page is closed */ }
+  },
 };
 
 export function download(name, type, content) {
