@@ -54,8 +54,8 @@ def link_named_pages(text: str, page: str) -> str:
 
 
 def title_of(page: Path) -> str:
-    """Its first heading."""
-    return page.read_text().partition("\n")[0].removeprefix("# ")
+    """Its first heading; its name if there is no such page, which the generator then reports."""
+    return page.read_text().partition("\n")[0].removeprefix("# ") if page.exists() else page.name
 
 
 def decisions_list() -> str:
