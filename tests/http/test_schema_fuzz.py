@@ -93,7 +93,7 @@ def fuzz(schema: BaseSchema, operation: tuple[str, str], mode: GenerationMode, c
 @pytest.mark.parametrize("operation", OPERATIONS, ids=" ".join)
 def test_what_fits_the_description_is_answered_as_it_promises(schema: BaseSchema, operation: tuple[str, str]) -> None:
     statuses = fuzz(schema, operation, GenerationMode.POSITIVE, CHECKS)
-    assert statuses[404 if "{model}" in operation[0] else 200] > 0
+    assert statuses[404 if "{" in operation[0] else 200] > 0
 
 
 @pytest.mark.parametrize("operation", WITH_BODY, ids=" ".join)
