@@ -3,15 +3,9 @@
 import signal
 import sys
 
-VERSIONS = ((3, 11), (3, 13))
-"""The first and the last version of Python that is supported."""
-
 
 def main() -> None:
     """Loads the commands and runs one. Ctrl-C while they load ends the process without a traceback."""
-    if not VERSIONS[0] <= sys.version_info[:2] <= VERSIONS[1]:
-        version = ".".join(map(str, sys.version_info[:3]))
-        sys.exit(f"gptj-dist: Python {version} is not supported: take 3.11, 3.12 or 3.13")
     on_interrupt = signal.getsignal(signal.SIGINT)
     if on_interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,17 @@ def test_a_supported_python_takes_it_and_compiles_and_imports_it(wheel: Path, ve
     subprocess.run([python, "-m", "compileall", "-q", "installed"], cwd=tmp_path, timeout=120, check=True)
     code = f"PARTS = {STDLIB_ONLY}{IMPORT_ALL}"
     subprocess.run([python, "-S", "-c", code], cwd=tmp_path, env=_environment(), timeout=120, check=True)
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9", "3.10", "3.14"])
+def test_another_python_is_refused_in_a_line(version: str) -> None:
+    python = _find(version)
+    if python is None:
+        pytest.skip(f"this machine has no Python {version}")
+    command = [python, "-m", "gptj_dist", "serve", "demo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"gptj-dist: Python {version}\.\d+ at {python} is not supported: .*\n", done.stderr)
 
 
 def _environment() -> dict[str, str]:
