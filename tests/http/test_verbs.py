@@ -1,18 +1,28 @@
-"""The verbs that ask a running server, against one: `complete`, `chat`, `status` and `batch`."""
+"""The verbs that ask a running server, against one: `complete`, `chat`, `status`, `batch`, `top` and `stop --address`.
+
+And what they ask for: `GET /debug/pipeline` and `GET /debug/trace`.
+"""
 
 from __future__ import annotations
 
 import json
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import ray
+from ray import serve
 
 import gptj_dist
-from tests.http.server import Server, serving
+from gptj_dist.serving.debug import DebugDocument, PipelineDocument
+from tests.http.server import APP_NAME, Server, serving
+from tests.unit.test_trace import check
 from tests.verbs import command_line, environment, run_verb
 from tests.waiting import wait_until
 
@@ -131,3 +141,98 @@ def test_a_batch_is_answered_in_process_exactly_as_by_a_server(server: Server, t
     ]
     assert answers_in(tmp_path / "served") == answers_in(tmp_path / "here")
     server.wait_until_idle()
+
+
+@contextmanager
+def load(server: Server) -> Iterator[None]:
+    """Eight streams that flow while the context lasts."""
+    has_flown = threading.Event()
+    is_over = threading.Event()
+
+    def read() -> None:
+        body = {"prompt": "Call me", "max_tokens": 1000, "ignore_eos": True, "stream": True, "n": 8}
+        with httpx.stream("POST", f"{server.base}/v1/completions", json=body, timeout=60) as response:
+            for number, _ in enumerate(response.iter_lines()):
+                if number == 200:
+                    has_flown.set()
+                if is_over.is_set():
+                    return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert has_flown.wait(timeout=60)
+        yield
+    finally:
+        is_over.set()
+        reader.join(timeout=60)
+        server.wait_until_idle()
+
+
+def look(server: Server) -> PipelineDocument:
+    response = server.client.get("/debug/pipeline")
+    assert response.status_code == 200, response.text
+    document = DebugDocument.from_json(response.content)
+    assert (document.model, document.num_silent) == ("demo", 0)
+    (pipeline,) = document.pipelines
+    return pipeline
+
+
+def test_under_load_every_stage_says_how_busy_it_is_and_what_it_holds(server: Server) -> None:
+    with load(server):
+        pipeline = look(server)
+        table = ask(server, "top", "--once")
+        by_top = DebugDocument.from_json(ask(server, "top", "--json"))
+    assert (pipeline.state, pipeline.num_running, pipeline.num_waiting) == ("up", 8, 0)
+    assert pipeline.num_in_flight >= 1
+    assert pipeline.plans_per_s > 0
+    assert pipeline.output_tokens_per_s > pipeline.plans_per_s
+    assert 0 < pipeline.num_used_blocks <= pipeline.num_blocks
+    assert [stage.layers for stage in pipeline.stages] == [(0, 13), (14, 27)]
+    for stage in pipeline.stages:
+        assert stage.busy_share is not None
+        assert stage.bubble_share is not None
+        assert 0 < stage.busy_share <= stage.busy_share + stage.bubble_share <= 1
+        assert stage.step_ms is not None
+        assert stage.step_ms > 0
+        assert stage.queue is not None
+        assert stage.queue >= 0
+        assert 0 < stage.kv_used_bytes < stage.kv_total_bytes
+    assert f"{pipeline.name}  up  8 running" in table
+    assert all(text in table for text in ("0-13", "14-27", "busy", "bubble"))
+    assert by_top.pipelines[0].stages[0].pid == pipeline.stages[0].pid
+
+
+def test_when_the_load_has_gone_nothing_is_in_use(server: Server) -> None:
+    server.complete(prompt="Call me", max_tokens=2)
+    wait_until(lambda: look(server).num_in_flight == 0, "nothing is in flight", timeout_s=20)
+    pipeline = look(server)
+    assert (pipeline.num_running, pipeline.num_used_blocks) == (0, 0)
+    assert [stage.kv_used_bytes for stage in pipeline.stages] == [0, 0]
+
+
+def test_the_last_plans_can_be_had_as_a_trace(server: Server) -> None:
+    server.complete(prompt="Call me", max_tokens=5, ignore_eos=True)
+    lanes = check(server.client.get("/debug/trace").json())
+    assert {name for _, name in lanes} == {"coordinator", "stage 0 (layers 0-13)", "stage 1 (layers 14-27)"}
+    assert all(len(slices) >= 5 for slices in lanes.values())
+
+
+def stop(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_verb("stop", "--address", ray.get_runtime_context().gcs_address, *arguments)
+
+
+def test_an_application_is_removed_by_its_name_and_the_cluster_stays(server: Server) -> None:
+    """Comes last: it takes the server away. Its launcher is none, as if that were gone."""
+    wrong = stop("--name", "another")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == f"gptj-dist: the cluster serves no application 'another'; it serves {APP_NAME}\n"
+    assert server.is_ready()
+    done = stop("--name", APP_NAME)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Removed the application {APP_NAME!r} from the cluster at ")
+    assert not server.is_ready()
+    assert APP_NAME not in serve.status().applications
+    assert any(node["Alive"] for node in ray.nodes())
+    again = stop("--name", APP_NAME)
+    assert (again.returncode, again.stderr) == (2, f"gptj-dist: the cluster serves no application {APP_NAME!r}\n")
