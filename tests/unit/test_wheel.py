@@ -45,16 +45,6 @@ def test_it_has_all_files_of_the_package_and_names_the_pythons(wheel: Path) -> N
     assert "\nRequires-Python: <3.14,>=3.11\n" in metadata
 
 
-def test_it_generates_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
-    install_wheel(wheel, tmp_path / "installed")
-    command = [sys.executable, "-m", "gptj_dist", "generate", "demo", "--prompt", "Call me Ishmael."]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip()
-    assert list(tmp_path.glob("installed/gptj_dist/stages/__pycache__/runner.*"))
-
-
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_a_supported_python_takes_it_and_compiles_and_imports_it(wheel: Path, version: str, tmp_path: Path) -> None:
     """All of it is compiled; what needs no other package is imported."""
