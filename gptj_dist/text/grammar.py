@@ -38,6 +38,9 @@ LIMITS, JSON_LIMITS = (
 )
 """What compiling a grammar, and a mask, may take. A schema's rules are simpler than others, so it may have more."""
 
+MAX_LARK_CHARS, MAX_GBNF_CHARS = 16_384, 8_192
+"""Of a grammar, by its notation: GBNF is converted first, which takes quadratic time."""
+
 OPTIONS = "%llguidance"
 """Begins a line of options in a Lark grammar."""
 
@@ -111,7 +114,8 @@ class Grammars:
     def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int]) -> None:
         self._end_id = len(tokens)
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokens, special_ids)))
-        self._compiled = lru_cache(NUM_KEPT)(self._compile)
+        self._kept = lru_cache(NUM_KEPT)(self._compile)
+        self._compiling = [Lock() for _ in range(NUM_KEPT)]
         self._lock = Lock()
 
     def check(self, grammar: Grammar) -> None:
@@ -123,6 +127,11 @@ class Grammars:
         compiled = self._compiled(grammar)
         with self._lock:
             return Matcher(compiled.deep_copy(), self._end_id)
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
+        """Of requests that come together with the same grammar, one compiles it."""
+        with self._compiling[hash(grammar) % NUM_KEPT]:
+            return self._kept(grammar)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         """The grammar with its first mask, whose parts all copies share."""
@@ -174,9 +183,24 @@ def _as_lark(grammar: Grammar) -> str:
         case "grammar":
             if OPTIONS in grammar.text:
                 raise ValueError(f"{OPTIONS} is not taken")
-            return grammar_from("grammar", grammar.text)
+            most = MAX_GBNF_CHARS if "::=" in grammar.text else MAX_LARK_CHARS
+            if len(grammar.text) > most:
+                raise ValueError(f"a grammar in this notation has at most {most} characters, got {len(grammar.text)}")
+            return grammar_from("grammar", _with_exact_schemas(grammar.text))
         case "calls":
             return grammar.text
+
+
+def _with_exact_schemas(text: str) -> str:
+    """A grammar whose own schemas are as those that come alone."""
+    first, *others = re.split(r"(?<=%json)\s*", text)
+    for i, other in enumerate(others):
+        try:
+            schema, end = json.JSONDecoder().raw_decode(other)
+        except ValueError as error:
+            raise ValueError(f"what follows %json is not JSON: {error}") from None
+        others[i] = f" {json.dumps(exact_schema(schema) if isinstance(schema, dict) else schema)}{other[end:]}"
+    return "".join([first, *others])
 
 
 def _problem(error: str, grammar: Grammar) -> str:

@@ -72,7 +72,8 @@ def calls_grammar(form: ToolFormat, tools: Mapping[str, Mapping[str, Any]], must
     Raises:
         InvalidRequestError: a schema is not one of an object, or they are too large.
     """
-    body = "\n  | ".join(f"{_head(form, name)} %json {_arguments(name, tools[name])}" for name in tools)
+    schemas = _exact_arguments(tools)
+    body = "\n  | ".join(f"{_head(form, name)} %json {schema}" for name, schema in schemas.items())
     num_more = 0 if form.between is None else most - 1
     more = f" (/{GAP}\\}}{GAP}{form.between}/ body){{0,{num_more}}}" if num_more else ""
     calls = (f"/{GAP}{form.first}/ " if form.first else "") + f"body{more} /{GAP}\\}}{GAP}{form.last}/"
@@ -93,15 +94,20 @@ def _head(form: ToolFormat, name: str) -> str:
     return f"/{GAP}{GAP.join(map(re.escape, tokens))}{GAP}/"
 
 
-def _arguments(name: str, schema: Mapping[str, Any]) -> str:
+def _exact_arguments(tools: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The schema of each tool's arguments, for llguidance; all together may take as long as one that comes alone."""
     try:
-        if schema.get("type", "object") != "object":
-            raise ValueError(f"the type must be 'object', got {schema['type']!r:.80}")
-        copy = json.loads(json.dumps(schema))
-        return json.dumps(exact_schema({**copy, "type": "object", "x-guidance": {"whitespace_pattern": GAP}}))
-    except ValueError as error:
-        message = f"structured_outputs cannot be served: parameters of {name!r}: {error}"
-        raise InvalidRequestError(message, "structured_outputs") from None
+        schemas = json.loads(json.dumps(tools))
+        for name, schema in schemas.items():
+            if schema.get("type", "object") != "object":
+                raise ValueError(
+                    f"the parameters of {name!r} have the type {schema['type']!r:.80}, and must be an object"
+                )
+            schema |= {"type": "object", "x-guidance": {"whitespace_pattern": GAP}}
+        exact_schema({"$defs": schemas})
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"structured_outputs cannot be served: {error}", "structured_outputs") from None
+    return {name: json.dumps(schema) for name, schema in schemas.items()}
 
 
 class CallPiece(NamedTuple):

@@ -57,6 +57,16 @@ HOSTILE = {
     "two types at once": {"allOf": [{"type": "string"}, {"type": "integer"}]},
     "an unknown rule": {"not": {"type": "string"}},
     "half a character": {"const": "\ud800"},
+    "a large multiple": {"type": "integer", "multipleOf": 10_000_003},
+    "a multiple of ten decimals": {"type": "number", "multipleOf": 1.0000000003},
+    "multiples of several numbers": {"allOf": [{"type": "integer", "multipleOf": 97 + 2 * i} for i in range(3)]},
+    "a large multiple by a property's name": {"properties": {"default": {"type": "integer", "multipleOf": 10_000_003}}},
+    "a large multiple by a reference to data": {
+        "$ref": "#/default",
+        "default": {"type": "integer", "multipleOf": 99991},
+    },
+    "a date four hundred times": {"prefixItems": [{"type": "string", "format": "date-time"}] * 400, "type": "array"},
+    "a thousand bounds": {"anyOf": [{"type": "integer", "minimum": i, "maximum": 10**18 + i} for i in range(1000)]},
 }
 
 
@@ -172,6 +182,10 @@ def test_a_schema_that_takes_long_or_that_nothing_matches_is_refused(schema: dic
         ("grammar", "start: " + "(" * 5000),
         ("grammar", "root ::= " + "(" * 5000),
         ("grammar", "start: " + " ".join(['"a"?'] * 9000)),
+        ("grammar", "start: " + " ".join(['"a"'] * 5000)),
+        ("grammar", "root ::= " + " ".join(['"a"'] * 2500)),
+        ("grammar", 'start: "a" %json{"type": "integer", "multipleOf": 10000003}'),
+        ("grammar", "start: %json x"),
     ],
 )
 def test_other_grammars_are_refused_likewise(kind: Any, text: str) -> None:
@@ -199,6 +213,12 @@ HARD = {
 @pytest.mark.parametrize("grammar", HARD.values(), ids=HARD)
 def test_a_hard_grammar_is_followed_for_some_tokens(grammar: Grammar) -> None:
     walk(grammar, seed=1)
+
+
+def test_a_schema_within_a_grammar_is_as_strict_as_alone() -> None:
+    grammar = Grammar("grammar", 'start: %json {"format": "date", "type": "string"} "x" | "y" %json {"const": 1}\n')
+    for text, expected in (('"2024-02-29"x', True), ('"2023-02-29"x', False), ("y1", True), ("y2", False)):
+        assert matches(grammar, text.encode()) == expected
 
 
 def test_nothing_follows_tokens_that_do_not_match() -> None:
