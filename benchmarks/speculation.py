@@ -1,7 +1,7 @@
 """Measures what guessing the next tokens gains on text that repeats itself, and what it costs on text that does not.
 
     python -m benchmarks.speculation deep
-    python -m benchmarks.speculation deep --stages 4 --link-ms 10 --cases loops quote code lists
+    python -m benchmarks.speculation deep --stages 4 --link-ms 10 --cases loops quote edit lists
     python -m benchmarks.speculation deep --cases few-32 random-32 --output-len 64
 
 `deep` is a directory that `gptj-dist synth deep deep` makes. One pipeline in this process continues prompts without
@@ -14,12 +14,13 @@ the share of texts that are the same. Each case is one request at a time:
     random      temperature 1: no two tokens come again
     few         temperature 1 over 10 tokens: whatever comes has come before, and says nothing of what follows
     quote       the prompt is a passage of this repository's documents, and the text repeats 97 % of its tokens
+    edit        the same of a module of this repository
     code        the text goes on with a module of this repository
-    lists       the text goes on with a table or a JSON list of this repository
+    lists       the text goes on with a list of JSON records, each of other values
     *-32        32 requests at once
 
-A random model writes no prose, code or lists: there, the tokens of the files replace those that it samples, and are
-what it computes next. `--link-ms` delays every plan as if each edge from coordinator over the stages and back took this
+A random model writes no prose, code or lists: their tokens replace those that it samples, and are what it computes
+next. `--link-ms` delays every plan as if each edge from coordinator over the stages and back took this
 time. The last line on standard output is one JSON document.
 """
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -53,10 +55,12 @@ from gptj_dist.text.tokenizer import Tokenizer
 SAMPLED = ("loops", "prediction", "again", "random", "few")
 FILES = {
     "quote": ("docs/*.md", "docs/decisions/*.md"),
+    "edit": ("gptj_dist/engine/*.py", "gptj_dist/serving/*.py", "gptj_dist/model/*.py"),
     "code": ("gptj_dist/engine/*.py", "gptj_dist/serving/*.py", "gptj_dist/model/*.py"),
-    "lists": ("docs/metrics.md", "docs/api.md", "cluster/dashboards/*.json"),
 }
-CASES = tuple(f"{kind}{batch}" for batch in ("", "-32") for kind in (*SAMPLED, *FILES))
+CASES = tuple(f"{kind}{batch}" for batch in ("", "-32") for kind in (*SAMPLED, *FILES, "lists"))
+NAMES = ("Ada", "Bohr", "Curie", "Darwin", "Euler", "Fermi", "Gauss", "Hopper", "Jansky", "Kepler")
+TOWNS = ("Berlin", "London", "Paris", "Rome", "Vienna", "Warsaw")
 PROMPT_LEN = 64
 FILE_PROMPT_LEN = 256
 CHANGED_SHARE = 0.03
@@ -243,7 +247,7 @@ def _work(kind: str, num_requests: int, number: int, contest: Contest, chooser: 
         prompts = [tuple(chooser.randrange(vocab_size) for _ in range(PROMPT_LEN)) for _ in range(num_requests)]
         return Work(prompts, params, no_predictions)
     passages = [_passage(kind, contest.tokenizer, chooser, FILE_PROMPT_LEN + length) for _ in range(num_requests)]
-    if kind == "quote":
+    if kind in ("quote", "edit"):
         texts = [_changed(passage[:length], chooser, contest) for passage in passages]
         return Work([passage[:length] for passage in passages], params, no_predictions, texts)
     texts = [passage[-length:] for passage in passages]
@@ -251,14 +255,31 @@ def _work(kind: str, num_requests: int, number: int, contest: Contest, chooser: 
 
 
 def _passage(kind: str, tokenizer: Tokenizer, chooser: random.Random, length: int) -> Text:
-    """Consecutive tokens of the files."""
-    paths = sorted(path for pattern in FILES[kind] for path in ROOT.glob(pattern))
+    """Consecutive tokens of a text of this kind."""
     while True:
-        content = chooser.choice(paths).read_text()
+        content = _records(chooser) if kind == "lists" else _content(FILES[kind], chooser)
         first = chooser.randrange(len(content))
         token_ids = tokenizer.encode(content[first : first + 12 * length])[:length]
         if len(token_ids) == length:
             return tuple(token_ids)
+
+
+def _content(patterns: Sequence[str], chooser: random.Random) -> str:
+    return chooser.choice(sorted(path for pattern in patterns for path in ROOT.glob(pattern))).read_text()
+
+
+def _records(chooser: random.Random) -> str:
+    records = (
+        {
+            "id": chooser.randrange(10_000),
+            "name": chooser.choice(NAMES),
+            "town": chooser.choice(TOWNS),
+            "is_open": chooser.random() < 0.5,
+            "amount": chooser.randrange(10**5) / 100,
+        }
+        for _ in range(200)
+    )
+    return "\n".join(json.dumps(record) for record in records)
 
 
 def _vocab_size(contest: Contest) -> int:

@@ -32,11 +32,6 @@ class ChunkSizes:
         """What a step costs; None before the first one is measured."""
         return self._step_cost.cost
 
-    def share_of_rows(self, num_rows: int) -> float:
-        """Share of a step's time that its rows take, from 0 to 1. The rest is the same for any number."""
-        cost = self.cost or UNKNOWN_COST
-        return num_rows * cost.row_s / (cost.overhead_s + num_rows * cost.row_s)
-
     def observe(self, num_rows: int, seconds: float) -> None:
         """Adds the time of a step."""
         self._step_cost.observe(num_rows, seconds)

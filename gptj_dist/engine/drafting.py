@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.chunk_sizes import UNKNOWN_COST
 from gptj_dist.engine.drafts import Drafter
 from gptj_dist.engine.known_texts import KnownTexts
+from gptj_dist.engine.plan import Plan
 from gptj_dist.engine.prefix import block_keys
 from gptj_dist.engine.request import Request
+from gptj_dist.engine.step_cost import StepCostEstimate
 
 
 class Drafting:
@@ -22,7 +25,18 @@ class Drafting:
     def __init__(self, max_drafts: int, pool: BlockPool) -> None:
         self._max_drafts = max_drafts
         self._pool = pool
+        self._step_cost = StepCostEstimate()
         self._texts = KnownTexts(pool.num_blocks)
+
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """Adds the time of a step. Rows of prompts say nothing of drafts: they are cheaper, as nothing is sampled."""
+        if all(chunk.samples and chunk.num_known == 1 for chunk in plan.chunks):
+            self._step_cost.observe(plan.num_tokens, seconds)
+
+    def row_share(self, num_rows: int) -> float:
+        """Share of a step's time that its rows take, from 0 to 1. The rest is the same for any number."""
+        cost = self._step_cost.cost or UNKNOWN_COST
+        return num_rows * cost.row_s / (cost.overhead_s + num_rows * cost.row_s)
 
     def drafts(self, request: Request, num_running: int, row_share: float) -> Sequence[int]:
         """Guesses of the request's next tokens.

@@ -154,7 +154,9 @@ class Scheduler:
             raise ValueError(f"result of plan {result.plan_id} arrived, expected {expected}")
         landed = self._in_flight.popleft()
         if result.timings:
-            self._chunk_sizes.observe(landed.plan.num_tokens, max(t.end_ns - t.begin_ns for t in result.timings) * 1e-9)
+            step_s = max(timing.end_ns - timing.begin_ns for timing in result.timings) * 1e-9
+            self._chunk_sizes.observe(landed.plan.num_tokens, step_s)
+            self._drafting.observe(landed.plan, step_s)
         for of_prompt in result.prompt_logprobs:  # even if the request has ended: others of its prompt need them
             landed.requests[of_prompt.request_id].prompt.add_logprobs(of_prompt)
         outputs: list[TokenOutput] = []
@@ -191,9 +193,8 @@ class Scheduler:
         Args:
             token_s, early_share: see `Pace`.
         """
-        row_s = self.row_s
-        in_flight_s = row_s * sum(flight.plan.num_tokens for flight in self._in_flight)
-        pace = Pace(token_s, row_s, early_share)
+        in_flight_s = self.row_s * sum(flight.plan.num_tokens for flight in self._in_flight)
+        pace = Pace(token_s, self.row_s, early_share)
         size = self._config.max_batch_size
         return in_flight_s + room_after_s(self._running.requests, self._waiting, self._pool, size, pace)
 
@@ -214,7 +215,7 @@ class Scheduler:
         ready = [request for request in running if not request.is_awaiting_token and request.is_decoding]
         groups = [flight.num_decodes for flight in self._in_flight if flight.num_decodes]
         share = decode_share(num_decoding, len(ready), groups, config.num_stages, config.shares_memory)
-        row_share = self._chunk_sizes.share_of_rows(share)
+        row_share = self._drafting.row_share(share)
         for request in ready[:share]:
             if not request.is_running or request in next_plan.starts:
                 continue  # one before it has preempted it, or was another beam of its search
@@ -393,7 +394,6 @@ class Scheduler:
 
     def _stop_running(self, request: Request) -> None:
         """Frees its blocks. The next plan lists it as released, so that the stages drop it."""
-        for beam in request.beams:
-            if beam is not request:
-                del self._by_id[beam.request_id]
+        for beam in {*request.beams} - {request}:
+            del self._by_id[beam.request_id]
         self._running.stop(request)

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import pytest
 
+from gptj_dist.engine.block_pool import BlockPool
+from gptj_dist.engine.drafting import Drafting
 from gptj_dist.engine.drafts import FIRST_WAIT, LONGEST_WAIT, MAX_DRAFTS, Chance, Drafter, Foretelling, Lookup
 from gptj_dist.engine.known_texts import KnownTexts
 from gptj_dist.engine.plan import Chunk, Plan, Result
@@ -185,6 +187,22 @@ def test_drafts_that_are_never_accepted_are_tried_ever_more_rarely(row_share: fl
     assert gaps[-1] == LONGEST_WAIT * row_share
     chance.note(1, 1)
     assert chance.wait == FIRST_WAIT
+
+
+def test_rows_of_prompts_do_not_make_drafts_look_cheap() -> None:
+    drafting = Drafting(MAX_DRAFTS, BlockPool(100, 4))
+    before = drafting.row_share(16)
+    tokens = Plan(0, (), (), tuple(chunk(number, 1) for number in range(16)))
+    prompt = Plan(0, (), (), (chunk(0, *range(500), samples=False),))
+    for _ in range(20):
+        drafting.observe(tokens, 0.02)
+        drafting.observe(prompt, 0.03)
+    assert drafting.row_share(16) == pytest.approx(before)
+    drafted = Plan(0, (), (), tuple(chunk(number, 1, 2, num_drafts=1) for number in range(16)))
+    for _ in range(20):
+        drafting.observe(tokens, 0.02)
+        drafting.observe(drafted, 0.038)
+    assert drafting.row_share(16) == pytest.approx(0.9)
 
 
 # What a prediction foretold
