@@ -38,7 +38,6 @@ CHECKPOINT_COMMANDS = [
     for command in COMMANDS
     if "random-gptj" in command or command == "gptj-dist plan demo --devices examples/devices.yaml"
 ]
-DRIFT_COMMANDS = [command for command in COMMANDS if command.startswith("gptj-dist drift")]
 ASKING_COMMANDS = [command for command in COMMANDS if re.search(r"gptj-dist (status|complete|batch) ?", command)]
 SERVE_COMMANDS = [command for command in COMMANDS if command.startswith("gptj-dist serve")]
 
@@ -136,13 +135,6 @@ def test_what_comes_before_serving_works_in_the_order_of_the_readme(tmp_path: Pa
     assert "Serving would work." in outputs[5]
 
 
-@pytest.mark.parametrize("command", DRIFT_COMMANDS)
-def test_drift_measures_both_bits(command: str) -> None:
-    printed = run(f"{command} --tokens 256")
-    assert "int8" in printed
-    assert "int4" in printed
-
-
 def test_plan_shows_the_stages() -> None:
     (command,) = [command for command in COMMANDS if command.startswith("gptj-dist plan demo --stages")]
     assert "23-27 (5) + head" in run(command)
@@ -174,7 +166,6 @@ def test_every_command_is_covered() -> None:
         ),
         SERVE_COMMANDS.__contains__,
         CHECKPOINT_COMMANDS.__contains__,
-        DRIFT_COMMANDS.__contains__,
         ASKING_COMMANDS.__contains__,
     )
     for command in COMMANDS:
