@@ -35,7 +35,9 @@ test: style
 	$(MAKE) --jobs 2 --output-sync=target types test-without-ray
 	$(MAKE) test-with-ray
 
+# One process compiles the large packages when they are new: all workers would, at the same time.
 test-without-ray: $(DEVELOPMENT)
+	$(BIN)/python -c "import ray.serve, schemathesis, torch, transformers.models.gptj.modeling_gptj"
 	$(PYTEST) $(WORKERS) -m "not ray"
 
 test-with-ray: $(DEVELOPMENT)
