@@ -20,7 +20,7 @@ from gptj_dist.params import Grammar
 from gptj_dist.text.exact_schema import exact_schema
 
 NUM_KEPT = 64
-"""Compiled grammars that are kept."""
+"""Grammars that are kept: compiled, or why they are refused."""
 
 NUM_PROBED = 3
 """Tokens that are tried before a grammar is accepted."""
@@ -131,18 +131,22 @@ class Grammars:
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         """Of requests that come together with the same grammar, one compiles it."""
         with self._compiling[hash(grammar) % NUM_KEPT]:
-            return self._kept(grammar)
+            compiled = self._kept(grammar)
+        if isinstance(compiled, str):
+            message = f"structured_outputs cannot be served: {compiled:.300}"
+            raise InvalidRequestError(message, "structured_outputs")
+        return compiled
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        """The grammar with its first mask, whose parts all copies share."""
+    def _compile(self, grammar: Grammar) -> LLMatcher | str:
+        """The grammar with its first mask, whose parts all copies share; or why it is refused."""
         try:
             text = LLMatcher.grammar_from_lark(f'{_as_lark(grammar)}\n{OPTIONS} {{"no_forcing": true}}\n')
         except (ValueError, RecursionError) as error:
-            raise _invalid(one_line(error)) from None
+            return one_line(error)
         limits = JSON_LIMITS if grammar.kind in ("json", "calls") else LIMITS
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if problem := matcher.get_error() or self._first_problem(matcher):
-            raise _invalid(_problem(problem, grammar))
+            return _problem(problem, grammar)
         return matcher
 
     def _first_problem(self, matcher: LLMatcher) -> str:
@@ -212,7 +216,3 @@ def _problem(error: str, grammar: Grammar) -> str:
     if grammar.kind != "grammar":  # only there the place is one that the client knows
         reason = re.sub(r"^(at )?\d+\(\d+\): ", "", reason)
     return one_line(reason.removeprefix("failed to compile JSON schema: ").partition(" Enable ")[0])
-
-
-def _invalid(problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"structured_outputs cannot be served: {problem:.300}", "structured_outputs")
