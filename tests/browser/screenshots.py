@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 MAX_BYTES = 150_000
 BEGIN = "The old man sat in the boat and looked at the water."
-WIDE = {"width": 1280, "height": 800}
+WIDE = {"width": 1280, "height": 760}
 
 
 def _written(page: Desk, _: PretendServer) -> None:
