@@ -28,8 +28,11 @@ def make_works(config: ModelConfig, num_requests: int, seed: int) -> dict[int, W
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(chooser.randrange(config.vocab_size) for _ in range(count))
 
-    works = {}
+    works: dict[int, Work] = {}
     for id_ in range(num_requests):
+        if works and chooser.random() < 0.2:  # comes again, and greedily with the same text
+            works[id_] = chooser.choice(list(works.values()))
+            continue
         pattern = tokens(chooser.randrange(1, 12))
         allowed = tuple(sorted({*pattern, *tokens(2)}))
         max_tokens = chooser.randrange(1, 60)
