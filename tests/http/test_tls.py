@@ -1,8 +1,7 @@
-"""`gptj-dist serve` with a certificate and a key, from start to end."""
+"""`gptj-dist serve owner/name` with a certificate and a key: a model of the hub, from start to end."""
 
 from __future__ import annotations
 
-import os
 import ssl
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,9 @@ import pytest
 import trustme
 
 from benchmarks.servers import free_port
-from tests.http.command import Command, running
+from gptj_dist.checkpoint.hub import DEMO, resolve_model
+from tests.http.command import Command, running, wait_until_gone
+from tests.hub_server import Hub, running_hub
 
 pytestmark = pytest.mark.ray
 
@@ -28,11 +29,13 @@ class Guarded:
 
     Args:
         trust: what believes its certificate.
+        hub: where its model is from.
     """
 
     command: Command
     base: str
     trust: ssl.SSLContext
+    hub: Hub
 
     def client(self, **headers: str) -> httpx.Client:
         return httpx.Client(base_url=self.base, verify=self.trust, timeout=60, headers=headers)
@@ -54,16 +57,35 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "-m",
         "gptj_dist",
         "serve",
-        "demo",
+        "owner/name",
+        "--revision",
+        "float16",
+        "--stages",
+        "2",
         "--device",
         "cpu",
         "--port",
         str(free_port()),
         *files,
     ]
-    with running(command, os.environ | {"GPTJ_API_KEY": KEY}) as started:
-        base = started.wait_for(r"Ready after [\d.]+ s: demo at (https://127\.0\.0\.1:\d+)")
-        yield Guarded(started, base, trust)
+    with running_hub() as hub:
+        hub.add("owner/name", directory).move("float16", resolve_model(DEMO))
+        with running(command, {**hub.environment(directory), "GPTJ_API_KEY": KEY}) as started:
+            base = started.wait_for(r"Ready after [\d.]+ s: owner/name at (https://127\.0\.0\.1:\d+)")
+            yield Guarded(started, base, trust, hub)
+            started.interrupt()
+            wait_until_gone(started)
+            assert started.process.returncode == 0
+
+
+def test_its_model_was_fetched_once_before_ray_started_and_is_served_by_its_name(server: Guarded) -> None:
+    output = server.command.output()
+    assert output.index("Fetching model.safetensors") < output.index("Starting Ray")
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(server.hub.downloads()) == files
+    with server.client(authorization=f"Bearer {KEY}") as client:
+        answer = client.post("/v1/completions", json={"prompt": "Call me", "max_tokens": 4, "temperature": 0}).json()
+    assert (answer["model"], answer["usage"]["completion_tokens"]) == ("owner/name", 4)
 
 
 def test_it_answers_over_tls_whole_and_streamed(server: Guarded) -> None:
