@@ -16,10 +16,11 @@ from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.fairness import FairShares
 from gptj_dist.engine.journal import Journal
 from gptj_dist.engine.limits import EngineLimits
+from gptj_dist.engine.load import Load
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord, noise_key
 from gptj_dist.engine.request import FinishReason, Prompt, Request
-from gptj_dist.engine.routing import RoutingFacts
+from gptj_dist.engine.routing import RoutingFacts, wait_s
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import TokenOutput
 from gptj_dist.engine.stats import PipelineStats
@@ -173,6 +174,10 @@ class AsyncEngine:
     def routing_facts(self) -> RoutingFacts:
         """What a choice among pipelines needs to know of this one."""
         return RoutingFacts.of(self.scheduler, self.room_after_s(), self._early_share)
+
+    def load(self) -> Load:
+        """How much of the pipeline its requests take."""
+        return Load.of(self.scheduler, self._limits.max_batch_size, wait_s(self.scheduler, self.room_after_s()))
 
     @property
     def _early_share(self) -> float:

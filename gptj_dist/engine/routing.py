@@ -72,14 +72,23 @@ class RoutingFacts:
         Args:
             room_after_s: seconds until the next new request can run.
         """
-        num_turns = scheduler.num_waiting + 1 if scheduler.is_full else 1
         return cls(
             keys=_shortened(scheduler.known_keys(MAX_KEYS)),
-            wait_s=max(num_turns * room_after_s, room_after_s + scheduler.waiting.num_tokens * scheduler.row_s),
+            wait_s=wait_s(scheduler, room_after_s),
             row_s=scheduler.row_s,
             num_requests=scheduler.num_running + scheduler.num_waiting,
             early_share=early_share,
         )
+
+
+def wait_s(scheduler: Scheduler, room_after_s: float) -> float:
+    """Seconds until a request that arrives now can run.
+
+    Args:
+        room_after_s: seconds until the next new request can run.
+    """
+    num_turns = scheduler.num_waiting + 1 if scheduler.is_full else 1
+    return max(num_turns * room_after_s, room_after_s + scheduler.waiting.num_tokens * scheduler.row_s)
 
 
 def expected_s(facts: RoutingFacts, num_rows: int, num_requests: int, num_tokens: int) -> float:

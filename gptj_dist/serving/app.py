@@ -19,6 +19,7 @@ from gptj_dist.serving.ingress import Ingress
 from gptj_dist.serving.kept_streams import Streams
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.request_router import PrefixRouter
+from gptj_dist.serving.scaling import SETTINGS as SCALING
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages
 from gptj_dist.stages.blueprint import draw_blueprint
@@ -60,6 +61,8 @@ def make_application(
 
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config` for the pipelines, or other settings of the deployment.
+            Our policy scales (`scaling.scale`), unless `target_ongoing_requests` asks for Serve's or `policy` names
+            another.
         listen: address at which the ingress itself serves HTTP; None leaves HTTP to Serve's proxies.
 
     Raises:
@@ -85,7 +88,7 @@ def make_application(
         "request_router_config": RequestRouterConfig(
             request_router_class=PrefixRouter, request_routing_stats_period_s=ROUTING_PERIOD_S
         ),
-        **(scaling or {"num_replicas": 1}),
+        **_scaling(scaling or {"num_replicas": 1}),
     }
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(**of_pipelines)
     # In a rolling update the next replica is there before this one goes.
@@ -121,3 +124,10 @@ def size_pipeline(config: PipelineConfig) -> PipelineSize:
 
 def _num_in_cluster(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0.0))
+
+
+def _scaling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    given = settings.get("autoscaling_config")
+    if given is None or "target_ongoing_requests" in given:
+        return dict(settings)
+    return {**settings, "autoscaling_config": {**SCALING, **given}}

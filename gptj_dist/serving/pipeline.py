@@ -38,6 +38,7 @@ from gptj_dist.serving.feed import ReplyTo
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.outages import Outages
+from gptj_dist.serving.scaling import LOAD
 from gptj_dist.serving.sending import StreamSender
 from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.background import run_in_background
@@ -236,6 +237,10 @@ class Pipeline:
         down_s = math.inf if self._end is not None else self._outages.back_in_s
         received, computing = dict(self._sender.received), self._sender.computing()
         return asdict(replace(self._engine.routing_facts(), received=received, computing=computing, down_s=down_s))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, which passes it to `scaling.scale`."""
+        return {LOAD: self._engine.load().share}
 
     async def load_adapter(self, source: AdapterSource) -> Loaded:
         """Has all stages read an adapter."""

@@ -105,15 +105,12 @@ def test_the_autoscaler_goes_from_one_to_two_under_load_and_back_and_no_request_
         "autoscaling_config": {
             "min_replicas": 1,
             "max_replicas": 2,
-            "target_ongoing_requests": 2,
-            "upscale_delay_s": 0.5,
-            "downscale_delay_s": 2,
-            "metrics_interval_s": 0.2,
-            "look_back_period_s": 1,
         }
     }
     write_lora(tmp_path / "poet", model_config("demo"), seed=1, size=0.5)
-    with serving(SETTINGS | {"dtype": "float32", "adapter_dir": str(tmp_path)}, scaling) as server:
+    with serving(
+        SETTINGS | {"max_batch_size": NUM_CLIENTS, "dtype": "float32", "adapter_dir": str(tmp_path)}, scaling
+    ) as server:
         num_actors = len(actor_names())
         assert server.complete(model="poet", prompt="Call me", max_tokens=2)["model"] == "poet"
         texts = asyncio.run(_load_until_two(server))

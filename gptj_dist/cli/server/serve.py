@@ -226,4 +226,4 @@ def _scaling(replicas: int | None, min_replicas: int | None, max_replicas: int |
     most = max(least, 1) if max_replicas is None else max_replicas
     if least > most:
         raise ConfigurationError(f"--min-replicas {least} and --max-replicas {most} contradict each other")
-    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": 16}}
+    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}

@@ -25,6 +25,8 @@ LOCAL_RAY_ENVIRONMENT = {
     # Serve's own processes would use a tenth of a core while nothing happens.
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # The policy that scales is to know of a burst after one second, not after ten.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 """Settings of a Ray on this machine alone."""
 
