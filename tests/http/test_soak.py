@@ -10,7 +10,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_nothing_is_lost_wrong_or_left_while_processes_are_killed() -> None:
-    document = soaked(load_s=50.0, stage_every_s=15.0, coordinator_every_s=35.0)
+    document = soaked(load_s=40.0, stage_every_s=12.0, coordinator_every_s=28.0)
     assert document["problems"] == []
     assert document["num_used_blocks"] == 0
     assert document["kills"]["coordinator"] == 1
