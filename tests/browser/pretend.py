@@ -118,15 +118,17 @@ PIPELINE = PipelineDocument(
 )  # fmt: skip
 
 
+LOSS = StageLoss(1, "was killed by SIGKILL", "desk", 101, None)
+
+
 def restarting(problem: str = "stage 1 was killed by SIGKILL") -> PipelineDocument:
     """The pipeline while a stage is missing."""
-    return replace(PIPELINE, state="restarting", problem=problem, down_s=0.7, num_in_flight=0)
+    return replace(PIPELINE, state="restarting", problem=problem, down_s=0.7, num_in_flight=0, losses=(LOSS,))
 
 
 def back() -> PipelineDocument:
     """The pipeline after that."""
-    loss = StageLoss(1, "was killed by SIGKILL", "desk", 101, None, back_after_s=3.2)
-    return replace(PIPELINE, num_restarts=1, losses=(loss,))
+    return replace(PIPELINE, num_restarts=1, losses=(replace(LOSS, back_after_s=3.2),))
 
 
 @dataclass(slots=True)

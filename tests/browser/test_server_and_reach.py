@@ -249,8 +249,10 @@ class TestPipeline:
         page.page.locator(".lost").wait_for()
         assert "killed by SIGKILL" in (page.page.locator(".lost").text_content() or "")
         page.wait("() => document.querySelector('#say').textContent.includes('stage was lost')")
+        assert "Stage 1" in (page.page.locator(".stage.dead .name").text_content() or "")
         server.pipelines.documents_now = (back(),)
         page.wait("() => document.querySelector('#say').textContent.includes('up again')")
+        assert page.page.locator(".stage.dead").count() == 0
         assert "was back after 3.2 s" in (page["pipeline"].text_content() or "")
 
     def test_a_pipeline_that_is_down_is_shown_with_the_reason(self, page: Desk, server: PretendServer) -> None:

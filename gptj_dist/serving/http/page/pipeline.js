@@ -93,6 +93,7 @@ export class PipelineView {
     dots.setAttribute("aria-hidden", "true");
     for (let left = Math.min(8, Math.round(numHere) || (numHere > 0.25 ? 1 : 0)); left > 0; left -= 1) dots.append(made("i", ""));
     item.append(dots);
+    item.classList.toggle("dead", one.losses.some((loss) => loss.stage === stage.stage && loss.back_after_s === null));
     item.classList.toggle("working", one.num_in_flight > 0 && one.state === "up");
     return item;
   }
