@@ -22,7 +22,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -110,11 +110,12 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of a simulation."""
+    """Of a simulation. `most` pipelines ran at once; `target` is the number of requests for each in Serve's policy."""
 
     good: float
     hours: float
     most: int
+    target: int | None = None
 
 
 @dataclass(slots=True)
@@ -207,19 +208,20 @@ KINDS: dict[str, tuple[Callable[[float], float], float]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=0.5, help="simulated time for each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     until_s = 3600 * options.hours
     document: dict[str, Any] = {}
-    for kind, (rate_at, highest) in KINDS.items():
+    for kind in options.kinds:
+        rate_at, highest = KINDS[kind]
         requests = partial(arrivals, rate_at, highest, until_s, options.seed)
         ours = simulate(Serve(scale, _config(DELAYS)), requests(), until_s)
-        rows = {"ours": ours}
-        for name, delays in (("Serve's", {}), ("Serve's, our delays", DELAYS)):
-            target, outcome = _as_dear(ours, requests, until_s, delays)
-            rows[f"{name}, {target} requests each"] = outcome
+        rows = {"ours": ours, "serve": _as_dear(ours, requests, until_s, {})}
+        rows["serve, our delays"] = _as_dear(ours, requests, until_s, DELAYS)
         for name, outcome in rows.items():
-            print(f"{kind:8}{name:36}good {outcome.good:6.1%}  hours {outcome.hours:5.2f}  most {outcome.most:3}")
+            target = "" if outcome is ours else f"  {outcome.target} requests each"
+            print(f"{kind:8}{name:20}good {outcome.good:6.1%}  hours {outcome.hours:5.2f}  most {outcome.most}{target}")
         document[kind] = {name: asdict(outcome) for name, outcome in rows.items()}
     print_document("scaling", {"machine": machine(), "hours": options.hours, "seed": options.seed, "kinds": document})
 
@@ -230,19 +232,17 @@ def _config(delays: Mapping[str, float], target: int = 1) -> AutoscalingConfig:
     )
 
 
-def _as_dear(
-    ours: Outcome, requests: Callable[[], list[Work]], until_s: float, delays: Mapping[str, float]
-) -> tuple[int, Outcome]:
-    """The largest number of requests for each pipeline with which Serve's policy costs at least as much as ours."""
+def _as_dear(ours: Outcome, requests: Callable[[], list[Work]], until_s: float, delays: Mapping[str, float]) -> Outcome:
+    """Of Serve's policy with the most requests for each pipeline with which it costs at least as much as ours."""
     outcomes: dict[int, Outcome] = {}
 
     def is_cheaper(target: int) -> bool:
-        outcomes[target] = simulate(Serve(DEFAULT, _config(delays, target)), requests(), until_s)
-        return outcomes[target].hours < ours.hours
+        outcome = simulate(Serve(DEFAULT, _config(delays, target)), requests(), until_s)
+        outcomes[target] = replace(outcome, target=target)
+        return outcome.hours < ours.hours
 
     bisect.bisect_left(range(1, MOST_REQUESTS), True, key=is_cheaper)
-    target = max((target for target, outcome in outcomes.items() if outcome.hours >= ours.hours), default=1)
-    return target, outcomes[target]
+    return outcomes[max((target for target, outcome in outcomes.items() if outcome.hours >= ours.hours), default=1)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from gptj_dist.model.native.attention import LANES, TILE_ROWS
 from gptj_dist.model.native.library import COMPILE, HEADERS, SOURCES, Adapted, LowRank, NativeBatch, Product
 
 COMPILE_TIMEOUT_S = 120
-ATTENTION, PRODUCT, LOW_BIT, LOW_RANK = SOURCES
+ATTENTION, PRODUCT, LOW_BIT, LOW_RANK, _ = SOURCES
 _, PANELS = HEADERS
 
 FILLED = r"""

@@ -58,6 +58,7 @@ SCRIPTS = (
         "parts",
         "prefix_cache",
         "router",
+        "scaling",
         "soak",
         "plots",
     ),
@@ -403,6 +404,13 @@ def test_conversations_find_what_an_oracle_finds_and_pipelines_have_equal_loads(
     document = run("router", "--sessions", "90")
     assert document["router"]["of_oracle"] > 0.9 > document["fewest"]["of_oracle"]
     assert document["router"]["load"] < 1.1
+
+
+def test_our_policy_serves_bursts_better_than_serves_at_the_same_cost() -> None:
+    ours, *theirs = run("scaling", "--kinds", "burst", "--hours", "0.1")["kinds"]["burst"].values()
+    assert len(theirs) == 2
+    assert ours["good"] > max(outcome["good"] for outcome in theirs)
+    assert ours["hours"] <= min(outcome["hours"] for outcome in theirs)
 
 
 def test_the_step_benchmark_tells_operators_apart() -> None:
