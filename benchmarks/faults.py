@@ -31,7 +31,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle, pairwise, product
+from itertools import count, cycle, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,6 +70,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 """The fields of a request of each kind, besides its prompt and its seed."""
 
+RUNS = count()
+"""Numbers of the runs of streams, for their salts."""
+
 MIXED = "mixed"
 MOMENTS = ("idle", "queued", "prefill", "first", "middle", "last")
 
@@ -90,6 +93,9 @@ class Fault(NamedTuple):
 class Stream:
     """A request, and its answer so far.
 
+    Args:
+        salt: a stream finds no drafts in the texts of streams with other salts, and takes its time.
+
     Attributes:
         content: joined from the frames: what comes twice is in it twice.
         record: arrival times; None until the stream ends.
@@ -98,6 +104,7 @@ class Stream:
     kind: str
     number: int
     max_tokens: int = MAX_TOKENS
+    salt: str = "usual"
     content: Content = field(default_factory=dict)
     record: StreamRecord | None = None
 
@@ -116,6 +123,7 @@ class Stream:
             **form,
             "max_tokens": self.max_tokens,
             "seed": self.number,
+            "cache_salt": self.salt,
             **KINDS[self.kind],
         }
 
@@ -275,8 +283,8 @@ def serving(options: Mapping[str, Any], model: str = "demo") -> Iterator[Server]
 
 
 def _streams(kind: str, num_streams: int) -> list[Stream]:
-    kinds = cycle(KINDS if kind == MIXED else [kind])
-    return [Stream(next(kinds), number) for number in range(num_streams)]
+    kinds, salt = cycle(KINDS if kind == MIXED else [kind]), f"run {next(RUNS)}"
+    return [Stream(next(kinds), number, salt=salt) for number in range(num_streams)]
 
 
 async def _undisturbed(server: Server, streams: list[Stream]) -> list[Stream]:

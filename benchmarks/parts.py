@@ -98,7 +98,7 @@ def tried(
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_served(base, server, START_TIMEOUT_S)
-        usual, stream = Stream(KIND, 0, max_tokens), Stream(KIND, 0, max_tokens)
+        usual, stream = Stream(KIND, 0, max_tokens), Stream(KIND, 0, max_tokens, salt="disturbed")
         asyncio.run(usual.run(base))
         harmed_s = asyncio.run(_disturbed(base, stream, harm))
         served_s = _wait_until_served(base, server, RETURN_TIMEOUT_S)

@@ -129,16 +129,17 @@ def test_every_client_gets_the_same_text_as_if_the_coordinator_had_not_died(serv
     requests = {**REQUESTS, "stop": (COMPLETIONS, {**PROMPT, "temperature": 0, "stop": [stop]})}
     with ThreadPoolExecutor(len(requests) + 1) as clients:
 
-        def ask_all() -> tuple[dict[str, Future[dict[str, Any]]], list[threading.Event]]:
+        def ask_all(salt: str) -> tuple[dict[str, Future[dict[str, Any]]], list[threading.Event]]:
+            """With one salt the second run would find drafts in the texts of the first, and be over too early."""
             begun = {name: threading.Event() for name, (_, body) in requests.items() if body["stream"]}
             asked = {
-                name: clients.submit(ask, server, path, body, begun.get(name, threading.Event()))
+                name: clients.submit(ask, server, path, body | {"cache_salt": salt}, begun.get(name, threading.Event()))
                 for name, (path, body) in requests.items()
             }
             return asked, list(begun.values())
 
-        undisturbed = {name: answer.result() for name, answer in ask_all()[0].items()}
-        answers, begun = ask_all()
+        undisturbed = {name: answer.result() for name, answer in ask_all("undisturbed")[0].items()}
+        answers, begun = ask_all("disturbed")
         for event in begun:
             assert event.wait(CLIENT_TIMEOUT_S)
         before = max((server.status() for _ in range(NUM_LOOKS)), key=lambda status: status.num_running)
@@ -163,13 +164,17 @@ def test_every_client_gets_the_rest_of_its_stream_when_the_ingress_has_died(serv
     requests = {name: (path, body) for name, (path, body) in REQUESTS.items() if body["stream"]}
     with ThreadPoolExecutor(len(requests)) as clients:
 
-        def ask_all() -> tuple[dict[str, Future[dict[str, Any]]], list[threading.Event]]:
+        def ask_all(salt: str) -> tuple[dict[str, Future[dict[str, Any]]], list[threading.Event]]:
+            """With one salt the second run would find drafts in the texts of the first, and be over too early."""
             begun = {name: threading.Event() for name in requests}
-            asked = {name: clients.submit(ask, server, *requests[name], begun[name]) for name in requests}
+            asked = {
+                name: clients.submit(ask, server, path, body | {"cache_salt": salt}, begun[name])
+                for name, (path, body) in requests.items()
+            }
             return asked, list(begun.values())
 
-        undisturbed = {name: answer.result() for name, answer in ask_all()[0].items()}
-        answers, begun = ask_all()
+        undisturbed = {name: answer.result() for name, answer in ask_all("undisturbed")[0].items()}
+        answers, begun = ask_all("disturbed")
         for event in begun:
             assert event.wait(CLIENT_TIMEOUT_S)
         is_over = {name: answer.done() for name, answer in answers.items()}
