@@ -64,7 +64,7 @@ SCRIPTS = (
     ),
     *("same_logits", "scheduler", "speculation", "startup", "step", "structured_output", "transport"),
 )
-TIME_LIMIT_S = 60
+TIME_LIMIT_S = 240
 CASE = Case(2, 5, 3)
 
 
