@@ -187,7 +187,11 @@ def simulate(serve: Serve, requests: list[Work], until_s: float) -> Outcome:
 
 
 def arrivals(rate_at: Callable[[float], float], highest: float, until_s: float, seed: int) -> list[Work]:
-    """Requests that come at random, `rate_at` seconds after the start so many a second, by thinning."""
+    """Requests that come at random, by thinning a Poisson process of the highest rate.
+
+    Args:
+        rate_at: requests per second at a time, in seconds since the start. At most `highest`.
+    """
     rng = random.Random(seed)
     requests, now_s = [], 0.0
     while (now_s := now_s + rng.expovariate(highest)) < until_s:

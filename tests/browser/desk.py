@@ -92,6 +92,13 @@ class Desk:
         self.press("Control+Enter")
         self.settle()
 
+    def begin_to_go_on(self, text: str) -> None:
+        """Begins a long continuation of a text, and waits until some of it has come."""
+        self.write(text)
+        self.set(max_tokens=1000)
+        self["go"].click()
+        self.wait("length => document.querySelector('#text').value.length > length", len(text) + 10)
+
     def again(self) -> None:
         """Tries again, and waits for the end."""
         self.hush()

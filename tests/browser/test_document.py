@@ -76,10 +76,7 @@ class TestWriting:
         self, page: Desk, server: PretendServer, way: str
     ) -> None:
         server.story.pace_s = 0.03
-        page.write(BEGIN)
-        page.set(max_tokens=1000)
-        page["go"].click()
-        page.wait("length => document.querySelector('#text').value.length > length", len(BEGIN) + 10)
+        page.begin_to_go_on(BEGIN)
         if way == "key":
             page.press("Escape")
         else:

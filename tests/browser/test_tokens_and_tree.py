@@ -215,10 +215,7 @@ class TestDocuments:
         self, page: Desk, server: PretendServer
     ) -> None:
         server.story.pace_s = 0.03
-        page.write(BEGIN)
-        page.set(max_tokens=1000)
-        page["go"].click()
-        page.wait("length => document.querySelector('#text').value.length > length", len(BEGIN) + 10)
+        page.begin_to_go_on(BEGIN)
         page["new"].click()
         page.wait("() => document.querySelector('#text').value === ''")
         page["documents"].select_option(index=1)
