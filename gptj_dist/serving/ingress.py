@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from gptj_dist import garbage
-from gptj_dist.answers.moderation import load_moderation
+from gptj_dist.answers.moderation import Moderation, load_moderation
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.answers.service import AnswerService
 from gptj_dist.errors import NotReadyError
@@ -81,13 +81,10 @@ class Ingress:
         )
         self._metrics.feed_dropped = self._pipelines.dropped
         self._metrics.feed_faults = self._pipelines.feed_faults
-        moderation = (
-            None if config.moderation is None else load_moderation(config.moderation, config.moderation_timeout_s)
-        )
         texts = AnswerService(
             ServedModel.load(config.pipeline, config.model_names, config.chat_template, config.chat),
             self._pipelines,
-            moderation,
+            _moderation(config),
             self._metrics.note_end,
             config.log_prompts,
             self._adapters.sources,
@@ -156,3 +153,7 @@ class Ingress:
             await self._listener.close()
         self._pipelines.close()
         self._watch.stop()
+
+
+def _moderation(config: AppConfig) -> Moderation | None:
+    return None if config.moderation is None else load_moderation(config.moderation, config.moderation_timeout_s)
