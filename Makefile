@@ -20,6 +20,8 @@ DEVELOPMENT := $(VENV)/.development-$(TORCH_VERSION)
 PYTEST := env -u MAKEFLAGS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=25
 # A worker that dies ends the run: pytest-xdist may wait for ever for the tests that a second one should take over.
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# A test that fails is tried once more: docs/decisions/0040-second-try.md. The output shows its first failure.
+RETRY := --reruns 1 --rerun-show-tracebacks -rR
 
 # Modules are compiled when they are first imported: pip would compile all 19,000 files, one after another.
 export PIP_COMPILE := 0
@@ -38,10 +40,10 @@ test: style
 # One process compiles the large packages when they are new: all workers would, at the same time.
 test-without-ray: $(DEVELOPMENT)
 	$(BIN)/python -c "import ray.serve, schemathesis, torch, transformers.models.gptj.modeling_gptj"
-	$(PYTEST) $(WORKERS) -m "not ray"
+	$(PYTEST) $(WORKERS) $(RETRY) -m "not ray"
 
 test-with-ray: $(DEVELOPMENT)
-	$(PYTEST) $(WORKERS) -m ray tests/http tests/ray tests/browser
+	$(PYTEST) $(WORKERS) $(RETRY) -m ray tests/http tests/ray tests/browser
 
 # All but what starts Ray and the long comparisons of numbers.
 quick: lint

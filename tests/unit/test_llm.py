@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -214,21 +215,20 @@ def test_a_stream_that_cannot_be_served_says_so(llm: LLM) -> None:
 
 
 def test_a_call_that_is_interrupted_leaves_no_request(llm: LLM) -> None:
-    def interrupt_when_it_runs() -> None:
-        wait_until(lambda: llm._engine.scheduler.num_running > 0, "the request runs")
+    async def interrupt_when_it_runs() -> None:
+        """On the engine's own loop: the request cannot end before the signal is sent."""
+        while llm._engine.scheduler.num_running == 0:
+            await asyncio.sleep(0)
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)
 
-    interrupter = threading.Thread(target=interrupt_when_it_runs)
-
     def interrupted_call() -> None:
-        interrupter.start()
+        llm._loop.submit(interrupt_when_it_runs())
         llm.generate(PROMPTS, SamplingParams(max_tokens=900, ignore_eos=True))
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_call()
-    interrupter.join()
     wait_until(lambda: not llm._engine.scheduler.has_requests, "no request is left")
 
 
