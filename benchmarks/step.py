@@ -53,7 +53,7 @@ def main() -> None:
     about = machine()
     stopwatches = {
         weights: StageStopwatch(
-            draw_blueprint(PipelineConfig(args.model, stages=1, quantize=weights)).stage_specs("cpu")[0],
+            draw_blueprint(PipelineConfig(args.model, stages=1, quantize=weights)).stage_specs(["cpu"])[0],
             cast(DTypeName, args.dtype),
             args.threads or about["num_cores"],
         )

@@ -38,4 +38,4 @@ def _place(config: PipelineConfig) -> Placement:
     size = size_stages(config, config.num_stages, lambda resource: float(ray.cluster_resources().get(resource, 0.0)))
     bundles = placement_group(size.bundles)
     ray.get(bundles.ready())
-    return Placement(bundles, size.device, size.cpus_per_stage, size.gpus_per_stage, name="benchmark")
+    return Placement(bundles, size.stages, name="benchmark")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from gptj_dist.cli.options import PIPELINE_PANEL, Revision, finite
-from gptj_dist.config import DeviceChoice, DTypeChoice, PipelineConfig
+from gptj_dist.config import DTypeChoice, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 
 Settings: TypeAlias = dict[str, Any]
@@ -29,7 +29,14 @@ def _option(help: str, metavar: str | None = None, parser: Callable[[str], Any] 
 OPTIONS: dict[str, Any] = {
     "stages": Annotated[int | None, _option("Number of stages; layers are cut by cost.")],
     "layers": Annotated[str | None, _option("Layers of each stage, such as 8,7,7,6.", "NUMBERS")],
-    "device": Annotated[DeviceChoice, _option("'auto' takes GPUs where there are any.")],
+    "device": Annotated[
+        str,
+        _option("cpu, cuda or 'auto': GPUs where there are any. One for each stage: cpu,cuda.", "KIND", str.lower),
+    ],
+    "stage_nodes": Annotated[
+        str | None,
+        _option("Node of each stage: its address, a label of it, or 'any': 10.0.0.2,zone=b,any.", "NODES"),
+    ],
     "dtype": Annotated[
         DTypeChoice,
         _option(
@@ -142,5 +149,14 @@ def _parse_kv_cache_gb(text: str) -> float | None:
         raise ConfigurationError(f"--kv-cache-gb takes a number or 'auto', not {text!r}") from None
 
 
-_PARSERS: dict[str, Callable[[Any], Any]] = {"layers": _parse_layers, "kv_cache_gb": _parse_kv_cache_gb}
+def _parse_stage_nodes(text: str | None) -> tuple[str, ...] | None:
+    """`10.0.0.2,zone=b,any` as the entries of `PipelineConfig.stage_nodes`."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "layers": _parse_layers,
+    "kv_cache_gb": _parse_kv_cache_gb,
+    "stage_nodes": _parse_stage_nodes,
+}
 """For fields whose option is a text."""

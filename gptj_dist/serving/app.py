@@ -84,6 +84,7 @@ def make_application(
         **common,
         "ray_actor_options": {"num_cpus": COORDINATOR_CPUS},
         "placement_group_bundles": size.bundles,
+        **({"placement_group_bundle_label_selector": size.labels} if any(size.labels) else {}),
         "placement_group_strategy": "PACK",
         "request_router_config": RequestRouterConfig(
             request_router_class=PrefixRouter, request_routing_stats_period_s=ROUTING_PERIOD_S
@@ -99,9 +100,7 @@ def make_application(
     )
     pipeline = pipelines.bind(
         config.pipeline,
-        size.device,
-        size.cpus_per_stage,
-        size.gpus_per_stage,
+        size.stages,
         config.model_names[0],
         config.log_format,
         config.log_level,

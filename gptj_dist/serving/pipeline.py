@@ -19,7 +19,7 @@ from ray import serve
 
 import gptj_dist
 from gptj_dist import garbage
-from gptj_dist.config import DeviceKind, PipelineConfig
+from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.fairness import has_room
 from gptj_dist.engine.histogram import Histogram
@@ -31,6 +31,7 @@ from gptj_dist.engine.stats import StageWork
 from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import AdapterSource, SamplingParams
+from gptj_dist.placement import StageResources
 from gptj_dist.quantization import weights_text
 from gptj_dist.serving.adapters import AdapterChanges, AdapterList, GivenAdapters, Loaded
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
@@ -103,7 +104,7 @@ class Pipeline:
     The constructor returns when a token can be made, because Serve sends requests from then on.
 
     Args:
-        device, cpus_per_stage, gpus_per_stage: how the replica's placement group was cut.
+        stages: how the replica's placement group was cut.
         model_name: what clients call the model.
         adapters: those that are there from the start.
     """
@@ -111,9 +112,7 @@ class Pipeline:
     async def __init__(  # type: ignore[misc]  # Serve awaits the constructor
         self,
         config: PipelineConfig,
-        device: DeviceKind,
-        cpus_per_stage: float,
-        gpus_per_stage: float,
+        stages: Sequence[StageResources],
         model_name: str,
         log_format: LogFormat,
         log_level: LogLevel = "info",
@@ -128,9 +127,7 @@ class Pipeline:
         self._blueprint = draw_blueprint(config)
         placement = Placement(
             group=ray.util.get_current_placement_group(),
-            device=device,
-            cpus=cpus_per_stage,
-            gpus=gpus_per_stage,
+            stages=tuple(stages),
             name=self._actor,
         )
         self._max_queued_requests = config.max_queued_requests

@@ -123,8 +123,8 @@ class Blueprint:
     max_model_len: int
     rules: TokenRules
 
-    def stage_specs(self, device: DeviceKind) -> tuple[StageSpec, ...]:
-        """The stages, first to last."""
+    def stage_specs(self, devices: Sequence[DeviceKind]) -> tuple[StageSpec, ...]:
+        """The stages on these devices, first to last."""
         return tuple(
             StageSpec(
                 model=self.config.model,
@@ -136,7 +136,7 @@ class Blueprint:
                 max_batch_size=self.config.max_batch_size,
                 rules=self.rules,
             )
-            for layers in self.layers
+            for layers, device in zip(self.layers, devices, strict=True)
         )
 
 
@@ -287,7 +287,8 @@ def is_lossless(model: ModelConfig, dtype: DTypeName) -> bool:
 def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
     """Refuses a float32 pipeline whose stages would compute different bits, because float32 is the exact mode.
 
-    Different CPUs are refused only if the user chose float32. If `auto` chose it, they are only logged as a warning.
+    Different CPUs, and CPUs beside GPUs, are refused only if the user chose float32. If `auto` chose it, they are only
+    logged as a warning.
 
     Args:
         devices: of each stage, first to last.
@@ -299,7 +300,13 @@ def require_equal_bits(config: PipelineConfig, dtype: DTypeName, devices: Sequen
         return
     first = devices[0]
     for index, other in enumerate(devices):
-        if other.kernels != first.kernels:
+        has_unlike_kinds = "cpu" in config.devices and len(set(config.devices)) > 1
+        if has_unlike_kinds and config.dtype == "float32":
+            raise ConfigurationError(
+                f"in float32 all stages must compute the same bits, but stages are on CPUs and GPUs ({config.device}); "
+                "serve with --dtype auto, bfloat16 or float16"
+            )
+        if other.kernels != first.kernels and not has_unlike_kinds:
             raise ConfigurationError(
                 f"in float32 all stages must compute the same bits, but stage 0 on {first.host} has {first.kernels} "
                 f"and stage {index} on {other.host} has {other.kernels}; install a C compiler (gcc) on both, or serve "

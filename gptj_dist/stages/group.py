@@ -17,11 +17,11 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from gptj_dist.config import DeviceKind
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import StageFailedError
 from gptj_dist.logs import LogSettings, values
 from gptj_dist.params import AdapterSource
+from gptj_dist.placement import StageResources
 from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage
 from gptj_dist.stages.blueprint import (
     Blueprint,
@@ -58,16 +58,23 @@ class Placement:
     """Where stages go.
 
     Args:
-        group: a placement group whose bundle 0 is the coordinator's and bundle i + 1 is stage i's.
-        cpus, gpus: resources that each stage takes from its bundle.
+        group: a placement group. Bundle 0 is the coordinator's; the next ones are those of the stages without a node
+            of their own, in their order.
+        stages: what each stage asks of Ray.
         name: the pipeline's unique name; the names of its actors begin with it.
     """
 
     group: PlacementGroup
-    device: DeviceKind
-    cpus: float
-    gpus: float
+    stages: tuple[StageResources, ...]
     name: str
+
+    def strategy(self, index: int) -> PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy:
+        """How Ray places a stage: in its bundle, or on the node of its own; if that one is gone, on any other."""
+        node_id = self.stages[index].node_id
+        if node_id is not None:
+            return NodeAffinitySchedulingStrategy(node_id, soft=True)
+        bundle = 1 + sum(stage.node_id is None for stage in self.stages[:index])
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ class StageGroup:
         self._blueprint = blueprint
         self._placement = placement
         self._log = log
-        self._specs = blueprint.stage_specs(placement.device)
+        self._specs = blueprint.stage_specs([stage.device for stage in placement.stages])
         self._members: dict[int, _Member] = {}
         self._dropped: dict[int, PlacedStage] = {}
         self._spares: dict[str, list[Any]] = defaultdict(list)
@@ -343,10 +350,10 @@ def _stage_actor(placement: Placement, index: int, epoch: int) -> Any:
     title = f"{ACTOR_NAME_PREFIX}:{placement.name.rpartition('::')[2]}:stage-{index}"
     return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(type(title, (Stage,), {})).options(
         name=f"{ACTOR_NAME_PREFIX}/{placement.name}/{epoch}/stage-{index}",
-        num_cpus=placement.cpus,
-        num_gpus=placement.gpus,
+        num_cpus=placement.stages[index].cpus,
+        num_gpus=placement.stages[index].gpus,
         max_restarts=0,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=index + 1),
+        scheduling_strategy=placement.strategy(index),
     )
 
 

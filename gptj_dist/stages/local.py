@@ -70,8 +70,8 @@ def load_local(config: PipelineConfig) -> tuple[LoadedPipeline, tuple[StageRunne
         ConfigurationError: the settings, the checkpoint or the device are not suitable.
     """
     blueprint = draw_blueprint(config)
-    kind, _ = local_device(config.device)
-    runners = tuple(StageRunner(spec) for spec in blueprint.stage_specs(kind))
+    kinds = [local_device(choice)[0] for choice in config.devices]
+    runners = tuple(StageRunner(spec) for spec in blueprint.stage_specs(kinds))
     devices = [runner.describe_device() for runner in runners]
     dtype = choose_dtype(config, blueprint.model, devices)
     require_memory(blueprint, dtype, devices)

@@ -39,17 +39,17 @@ def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[Dev
 
 
 def foresee_reports(
-    blueprint: Blueprint, kind: DeviceKind, devices: Sequence[DeviceReport], free_bytes: Mapping[str, int]
+    blueprint: Blueprint, kinds: Sequence[DeviceKind], devices: Sequence[DeviceReport], free_bytes: Mapping[str, int]
 ) -> tuple[StageReport, ...]:
     """The reports that stages would give after loading.
 
     Args:
-        devices: of each stage, first to last.
+        kinds, devices: of each stage, first to last.
         free_bytes: of each memory pool, before loading. In the reports it is negative where stages do not fit.
     """
     model, dtype = blueprint.model, choose_dtype(blueprint.config, blueprint.model, devices)
     left = dict(free_bytes)
-    for layers, device in zip(blueprint.layers, devices, strict=True):
+    for layers, kind, device in zip(blueprint.layers, kinds, devices, strict=True):
         left[device.memory_pool] -= weight_bytes(model, layers, dtype) + working_bytes(model, dtype, kind)
     return tuple(
         StageReport(
@@ -63,7 +63,7 @@ def foresee_reports(
             pid=0,
             quantized=quantized_name(model, layers),
         )
-        for layers, device in zip(blueprint.layers, devices, strict=True)
+        for layers, kind, device in zip(blueprint.layers, kinds, devices, strict=True)
     )
 
 

@@ -17,6 +17,7 @@ from gptj_dist import garbage
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.record import new_records
 from gptj_dist.errors import StageFailedError
+from gptj_dist.placement import StageResources
 from gptj_dist.stages import actor, group, ring
 from gptj_dist.stages.actor import Stage
 from gptj_dist.stages.blueprint import draw_blueprint
@@ -81,7 +82,7 @@ class Threads:
         return self._runner.run(limited())
 
     async def open(self) -> None:
-        placement: Any = Placement(None, "cpu", 1, 0, "app::pipeline")
+        placement: Any = Placement(None, (StageResources("cpu", 1, 0),) * CONFIG.num_stages, "app::pipeline")
         blueprint = draw_blueprint(replace(CONFIG, threads_per_stage=1))
         self.group, self.loaded = await StageGroup.start(blueprint, placement, self.epoch)
 

@@ -32,6 +32,7 @@ from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.errors import CheckpointError, ConfigurationError, StageFailedError
 from gptj_dist.logs import LogSettings
 from gptj_dist.params import Pooling
+from gptj_dist.placement import StageResources
 from gptj_dist.stages import group
 from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage, _to_tensor, _to_wire
 from gptj_dist.stages.blueprint import draw_blueprint
@@ -44,6 +45,7 @@ from tests.http.server import local_ray
 pytestmark = pytest.mark.ray
 
 PROMPTS = ["The state of the Union is", "Call me Ishmael. " * 8, "It is", "My fellow citizens, the whale " * 3]
+HALF_A_CPU = StageResources("cpu", 0.5, 0)
 NUM_BLOCKS = 7
 """Little enough that requests are preempted."""
 
@@ -99,7 +101,7 @@ def logits_in_one_process(prompts: list[list[int]]) -> Logits:
 def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
     blueprint = draw_blueprint(PipelineConfig("demo", stages=num_stages, device="cpu"))
     actor_class = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(LogitsStage)
-    specs = blueprint.stage_specs("cpu")
+    specs = blueprint.stage_specs(["cpu"] * num_stages)
     stages = [actor_class.options(num_cpus=0.5).remote() for _ in specs]
     places = ray.get([stage.become.remote(spec, 3) for stage, spec in zip(stages, specs, strict=True)])
     addresses = [placed.address for placed in places]
@@ -144,7 +146,7 @@ async def running_group(
     """A started group in a placement group of its own, an engine over it, and the task that drives the engine."""
     blueprint = draw_blueprint(config)
     bundles = placement_group([{"CPU": 0.1}, *[{"CPU": 0.5}] * len(blueprint.layers)])
-    placement = Placement(bundles, "cpu", cpus=0.5, gpus=0, name=f"test-{epoch}-{len(blueprint.layers)}")
+    placement = Placement(bundles, (HALF_A_CPU,) * len(blueprint.layers), name=f"test-{epoch}-{len(blueprint.layers)}")
     try:
         group, pipeline = await StageGroup.start(blueprint, placement, epoch, log)
         engine = AsyncEngine(pipeline.make_scheduler(), group, pipeline.limits())
@@ -393,7 +395,7 @@ def test_a_checkpoint_that_breaks_while_loading_is_told_and_leaves_no_actor(tmp_
     bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.5}, {"CPU": 0.5}])
     before = set(map(str, ray.util.list_named_actors(all_namespaces=True)))
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        asyncio.run(_start(blueprint, Placement(bundles, "cpu", 0.5, 0, "broken")))
+        asyncio.run(_start(blueprint, Placement(bundles, (HALF_A_CPU,) * 2, "broken")))
     remove_placement_group(bundles)
     assert set(map(str, ray.util.list_named_actors(all_namespaces=True))) == before
 
@@ -414,7 +416,7 @@ def test_a_float32_pipeline_of_unlike_kernels_is_refused_and_leaves_no_actor(mon
     before = set(map(str, ray.util.list_named_actors(all_namespaces=True)))
     with pytest.raises(ConfigurationError, match=r"stage 1 on .* has torch's attention; install a C compiler"):
         asyncio.run(
-            _start(draw_blueprint(PipelineConfig("demo", stages=2)), Placement(bundles, "cpu", 0.5, 0, "unlike"))
+            _start(draw_blueprint(PipelineConfig("demo", stages=2)), Placement(bundles, (HALF_A_CPU,) * 2, "unlike"))
         )
     remove_placement_group(bundles)
     assert set(map(str, ray.util.list_named_actors(all_namespaces=True))) == before

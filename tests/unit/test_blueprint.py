@@ -206,10 +206,10 @@ def test_reports_are_foreseen_with_what_all_stages_of_a_memory_leave_of_it() -> 
     blueprint = Blueprint(config, GPTJ_6B, layer_ranges((14, 14)), 1000, rules=TokenRules(50400))
     gpus = [replace(OLD_GPU, memory_pool=f"here/gpu-{i}") for i in range(2)]
 
-    shared = foresee_reports(blueprint, "cpu", [CPU, CPU], {"here/cpu": 50 * GIGABYTE})
+    shared = foresee_reports(blueprint, ["cpu"] * 2, [CPU, CPU], {"here/cpu": 50 * GIGABYTE})
     # 24.2 GB of weights; for each stage a process of 0.5 GB, and a layer of 0.81 GB that is being packed.
     assert [report.free_bytes / GIGABYTE for report in shared] == pytest.approx([23.19, 23.19], abs=0.01)
-    apart = foresee_reports(blueprint, "cuda", gpus, {"here/gpu-0": 14 * GIGABYTE, "here/gpu-1": 12 * GIGABYTE})
+    apart = foresee_reports(blueprint, ["cuda"] * 2, gpus, {"here/gpu-0": 14 * GIGABYTE, "here/gpu-1": 12 * GIGABYTE})
     assert [report.free_bytes / GIGABYTE for report in apart] == pytest.approx([0.9, -1.1], abs=0.01)
     assert [report.weight_bytes / GIGABYTE for report in apart] == pytest.approx([12.1, 12.1], abs=0.01)
 
@@ -254,7 +254,7 @@ def test_gptj_6b_weighs_what_it_is_known_to() -> None:
 
 def test_a_blueprint_of_the_demo_knows_its_stages() -> None:
     blueprint = draw_blueprint(PipelineConfig(DEMO, stages=4, max_batch_size=5))
-    specs = blueprint.stage_specs("cpu")
+    specs = blueprint.stage_specs(["cpu"] * len(blueprint.layers))
     assert [spec.layers.stage for spec in specs] == [0, 1, 2, 3]
     assert [spec.layers.start for spec in specs[1:]] == [spec.layers.stop for spec in specs[:-1]]
     assert specs[0].layers.start == 0
@@ -264,7 +264,7 @@ def test_a_blueprint_of_the_demo_knows_its_stages() -> None:
 
 
 def test_layers_that_a_person_chose_are_taken() -> None:
-    specs = draw_blueprint(PipelineConfig(DEMO, layers=(3, 20, 5), max_model_len=100)).stage_specs("cpu")
+    specs = draw_blueprint(PipelineConfig(DEMO, layers=(3, 20, 5), max_model_len=100)).stage_specs(["cpu"] * 3)
     assert [spec.layers.num_layers for spec in specs] == [3, 20, 5]
     assert specs[0].max_model_len == 100
 

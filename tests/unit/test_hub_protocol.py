@@ -434,7 +434,7 @@ blueprint = draw_blueprint(PipelineConfig({NAME!r}, layers=(3, 1)))
 print("drawn", flush=True)
 input()
 for attempt in range(2):
-    StageRunner(blueprint.stage_specs("cpu")[1]).load("float32", 1, on_progress=print)
+    StageRunner(blueprint.stage_specs(["cpu"] * len(blueprint.layers))[1]).load("float32", 1, on_progress=print)
 """
 
 

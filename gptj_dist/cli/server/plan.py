@@ -101,14 +101,14 @@ def _print_cut(config: PipelineConfig) -> None:
 
 
 def _foresee(blueprint: Blueprint) -> tuple[StageReport, ...]:
-    """The reports of stages that are all on this machine's first device."""
+    """The reports of stages that are all on this machine, each on the first device of its kind."""
     from gptj_dist.stages.device import describe_device, free_bytes, local_device
     from gptj_dist.stages.room import foresee_reports
 
-    kind, device = local_device(blueprint.config.device)
-    report = describe_device(device)
-    free = {report.memory_pool: free_bytes(device)}
-    return foresee_reports(blueprint, kind, [report] * len(blueprint.layers), free)
+    kinds, devices = zip(*map(local_device, blueprint.config.devices), strict=True)
+    reports = {device: describe_device(device) for device in set(devices)}
+    free = {report.memory_pool: free_bytes(device) for device, report in reports.items()}
+    return foresee_reports(blueprint, kinds, [reports[device] for device in devices], free)
 
 
 def _reasons(model: ModelConfig, layers: tuple[int, ...], is_explicit: bool) -> list[str]:

@@ -40,7 +40,8 @@ SERVER_OPTIONS = ("url", "api_key", "timeout", "wait")
 LOCAL_SETTINGS = tuple(
     name
     for name in OPTIONS
-    if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests", "max_queued_tokens", "spares")
+    if name
+    not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests", "max_queued_tokens", "spares", "stage_nodes")
 )
 """Settings with an effect without Ray and without other clients."""
 

@@ -129,9 +129,10 @@ def _packages(cluster: Cluster) -> Iterable[Finding]:
 
 def _gpus(nodes: Sequence[Node], config: PipelineConfig | None) -> Iterable[Finding]:
     """GPUs that Ray gives out must be seen by torch, or stages that are sent to them fail."""
-    if config is not None and config.device == "cpu":
+    wanted = {"auto"} if config is None else set(config.devices)
+    if wanted == {"cpu"}:
         return
-    if config is not None and config.device == "cuda" and not any(node.resources.get("GPU") for node in nodes):
+    if "cuda" in wanted and not any(node.resources.get("GPU") for node in nodes):
         cure = f"{_gpu_cure(nodes[0])}; or serve with --device cpu"
         yield Finding("failure", "GPU", "device is cuda, but Ray counts no GPU", cure)
     for node in nodes:
@@ -156,8 +157,8 @@ def _gpu_cure(node: Node) -> str:
 
 def _compilers(nodes: Sequence[Node], config: PipelineConfig | None) -> Iterable[Finding]:
     """Attention on a CPU is compiled where it runs; without a compiler torch's is taken."""
-    device = "auto" if config is None else config.device
-    if device == "cuda" or (device == "auto" and any(node.resources.get("GPU") for node in nodes)):
+    wanted = {"auto"} if config is None else set(config.devices)
+    if "cpu" not in wanted and ("auto" not in wanted or any(node.resources.get("GPU") for node in nodes)):
         return
     for node in nodes:
         if node.facts.compiler is None:

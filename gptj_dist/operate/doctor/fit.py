@@ -60,7 +60,7 @@ def find_in_plan(cluster: Cluster, blueprint: Blueprint) -> list[Finding]:
     findings = [*_model(cluster.nodes, blueprint), _resources(cluster, size, places)]
     if places is None:
         return [*findings, Finding("warning", "memory", "not checked: there is no place for the stages", "see above")]
-    seats = list(_seats(size.device, places, blueprint.layers))
+    seats = list(_seats([stage.device for stage in size.stages], places, blueprint.layers))
     if len(seats) < len(places):
         return [*findings, Finding("warning", "memory", "not checked: torch does not see the devices", "see above")]
     return [*findings, *_memory(cluster, blueprint, seats), *_disk(blueprint, seats)]
@@ -68,7 +68,7 @@ def find_in_plan(cluster: Cluster, blueprint: Blueprint) -> list[Finding]:
 
 def _place(size: PipelineSize, nodes: Sequence[Node]) -> list[Place] | None:
     """The place of each stage, or None if they do not all find one."""
-    order = sorted(nodes, key=lambda n: (_has(n, "GPU") * (size.device == "cuda"), _has(n, "CPU")), reverse=True)
+    order = sorted(nodes, key=lambda n: (_has(n, "GPU") * ("GPU" in size.total), _has(n, "CPU")), reverse=True)
     room = {node.name: dict(node.resources) for node in order}
     places = []
     for bundle in size.bundles:
@@ -86,9 +86,9 @@ def _has(node: Node, resource: str) -> float:
     return node.resources.get(resource, 0)
 
 
-def _seats(kind: DeviceKind, places: Sequence[Place], layers: Sequence[LayerRange]) -> Iterator[Seat]:
+def _seats(kinds: Sequence[DeviceKind], places: Sequence[Place], layers: Sequence[LayerRange]) -> Iterator[Seat]:
     """The seats of stages whose device torch sees."""
-    for place, stage_layers in zip(places, layers, strict=True):
+    for kind, place, stage_layers in zip(kinds, places, layers, strict=True):
         devices = [device for device in place.node.facts.devices if device.kind == kind]
         yield from (Seat(stage_layers, place.node, device) for device in devices[place.gpu : place.gpu + 1])
 
@@ -164,7 +164,8 @@ def _memory(cluster: Cluster, blueprint: Blueprint, seats: Sequence[Seat]) -> li
         pools[seat.device.report.memory_pool].append(seat)
     usable = {pool: _usable_bytes(cluster, inside[0].device) for pool, inside in pools.items()}
     kind = seats[0].device.kind
-    reports = foresee_reports(blueprint, kind, [seat.device.report for seat in seats], usable)
+    kinds = [seat.device.kind for seat in seats]
+    reports = foresee_reports(blueprint, kinds, [seat.device.report for seat in seats], usable)
     dtype, left = reports[0].dtype, {report.device.memory_pool: report.free_bytes for report in reports}
     cure = _room_cure(dtype, kind, len(cluster.nodes))
     findings = [_too_small(blueprint, dtype, pools[pool], -left[pool], cure) for pool in pools if left[pool] < 0]
