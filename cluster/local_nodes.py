@@ -23,6 +23,9 @@ from typing import Any
 from gptj_dist.stages.cores import available_cores
 
 LOOPBACK = "127.0.0.1"
+MACHINE_LABEL = "machine"
+"""Label of each node, whose value is its number: `--stage-nodes machine=1,machine=0` names two of them."""
+
 OBJECT_STORE_BYTES = 100_000_000  # per node; the stages' tensors do not go through it
 
 
@@ -50,9 +53,9 @@ def running_nodes(args: argparse.Namespace) -> Iterator[Any]:
     catch_signals()
     cluster = Cluster()
     try:
-        cluster.add_node(**head_options(args))
-        for _ in range(args.nodes - 1):
-            cluster.add_node(**node_options(args))
+        cluster.add_node(**head_options(args), labels={MACHINE_LABEL: "0"})
+        for number in range(1, args.nodes):
+            cluster.add_node(**node_options(args), labels={MACHINE_LABEL: str(number)})
         catch_signals()  # again: Ray has put its own handler of SIGTERM there
         yield cluster
     finally:

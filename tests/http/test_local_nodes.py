@@ -52,6 +52,13 @@ class Nodes:
     def stages(self) -> list[dict[str, Any]]:
         return self.actors("/stage-")
 
+    def machine(self, actor: dict[str, Any]) -> str:
+        """The number of the node on which an actor is."""
+        url = f"{self.environment['RAY_DASHBOARD_ADDRESS']}/api/v0/nodes"
+        found = httpx.get(url, timeout=30).raise_for_status().json()["data"]["result"]["result"]
+        (node,) = [node for node in found if node["node_id"] == actor["node_id"]]
+        return str(node["labels"]["machine"])
+
     def _actors(self) -> dict[str, Any] | None:
         """What the state API says, or None while it is too busy to say it in JSON."""
         url = f"{self.environment['RAY_DASHBOARD_ADDRESS']}/api/v0/actors"
@@ -93,6 +100,11 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     with local_nodes(log, "2", "--cpus-per-node", "4", "--gpus-per-node", "2") as nodes:
         yield nodes
         nodes.stop(signal.SIGINT)
+
+
+def stage_number(actor: dict[str, Any]) -> int:
+    """Of an actor that is a stage."""
+    return int(actor["name"].rpartition("-")[2])
 
 
 def processes() -> list[list[str]]:
@@ -155,7 +167,8 @@ def test_the_two_node_config_puts_a_stage_on_each_node_and_answers(nodes: Nodes,
 def test_gptj_dist_serve_joins_the_nodes_and_leaves_them_as_they_were(nodes: Nodes, tmp_path: Path) -> None:
     log, port = tmp_path / "log", free_port()
     program = str(Path(sys.executable).with_name("gptj-dist"))
-    command = [program, "serve", "demo", "--stages", "2", "--device", "cpu", "--port", str(port)]
+    places = ["--stage-nodes", "machine=1,machine=0", "--layers", "9,19"]
+    command = [program, "serve", "demo", *places, "--device", "cpu", "--port", str(port)]
     with (
         log.open("w") as output,
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=nodes.environment) as process,
@@ -168,6 +181,7 @@ def test_gptj_dist_serve_joins_the_nodes_and_leaves_them_as_they_were(nodes: Nod
             wait_until(lambda: answers_from_each_node(server.base), "each proxy knows the way")
             assert server.complete(**REQUEST)["usage"]["completion_tokens"] == 5
             assert beyond_loopback(listening(descendants(process.pid))) == []
+            assert [nodes.machine(stage) for stage in sorted(nodes.stages(), key=stage_number)] == ["1", "0"]
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 0, log.read_text()
         finally:

@@ -206,8 +206,8 @@ def _require_room(launch: Launch) -> None:
         wanted = scale * amount
         if wanted > available.get(resource, 0.0):
             raise ConfigurationError(
-                f"{scale} pipeline(s) of {len(size.stages)} stages ask Ray for {wanted:g} {resource}s, this machine has "
-                f"{available.get(resource, 0.0):g}; try --{resource.lower()}s-per-stage"
+                f"{scale} pipeline(s) of {len(size.stages)} stages ask Ray for {wanted:g} {resource}s, this machine "
+                f"has {available.get(resource, 0.0):g}; try --{resource.lower()}s-per-stage"
             )
 
 
