@@ -47,7 +47,7 @@ ROLES = {
     ":Pipeline": "coordinator",
     "ProxyActor": "proxy",
     "haproxy": "proxy",
-    "Stage": "stages",
+    ":stage-": "stages",
 }
 LEAST_REQUESTS = 64
 """Enough for CPU times, which the kernel counts in hundredths of a second."""

@@ -14,36 +14,34 @@ requests instead. `choice_us` are microseconds of a choice. The last line on sta
 from __future__ import annotations
 
 import argparse
-import heapq
 import random
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, takewhile
 from typing import Any
 
 from benchmarks.figures import machine, percentile, print_document
 from gptj_dist.config import BLOCK_SIZE_TOKENS
-from gptj_dist.engine.plan import Plan, Result, StageTiming
 from gptj_dist.engine.prefix import extend_keys
-from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.request import Prompt, Request
-from gptj_dist.engine.routing import Router, RoutingFacts
-from gptj_dist.engine.scheduler import Scheduler
-from gptj_dist.engine.scheduling import SchedulerConfig
+from gptj_dist.engine.scheduling import SchedulerConfig, TokenOutput
+from gptj_dist.operate.simulation.choice import Choice, FewestRequests, RoutedChoice
+from gptj_dist.operate.simulation.clock import Clock
+from gptj_dist.operate.simulation.costs import CoordinatorCosts
+from gptj_dist.operate.simulation.pipeline import SimulatedPipeline
+from gptj_dist.operate.simulation.stages import SimulatedStages
+from gptj_dist.operate.simulation.times import Edge, LineTimes
 from gptj_dist.params import SamplingParams
 
 OVERHEAD_S, ROW_S = 0.012, 0.001
-PERIOD_S, DELAY_S = 1.0, 0.2
 NUM_SYSTEM_PROMPTS, SYSTEM_TOKENS = 8, (64, 320)
 NUM_TURNS, USER_TOKENS, ANSWER_TOKENS = (2, 10), (16, 160), (16, 128)
 THINKING_S = 8.0
 MAX_TOKENS = 2048
 VOCAB_SIZE = 50_257
-INBOX = "inbox"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,77 +72,6 @@ def make_sessions(num_sessions: int, per_s: float, seed: int) -> list[Session]:
         system = systems[min(int(rng.expovariate(0.5)), NUM_SYSTEM_PROMPTS - 1)]
         sessions.append(Session(now_s, system, turns, answers, pauses))
     return sessions
-
-
-class Clock:
-    """Runs what is due, in the order of time."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = count()
-
-    def after(self, delay_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._due, (self.now_s + delay_s, next(self._numbers), action))
-
-    def run(self) -> None:
-        while self._due:
-            self.now_s, _, action = heapq.heappop(self._due)
-            action()
-
-
-class SimulatedPipeline:
-    """A scheduler, and a stage whose steps take simulated time."""
-
-    def __init__(self, clock: Clock, num_blocks: int) -> None:
-        config = SchedulerConfig(1, num_blocks, BLOCK_SIZE_TOKENS, max_batch_size=64, eos_token_ids=())
-        self.scheduler = Scheduler(config)
-        self.num_rows = 0
-        self.received = -1
-        self._clock = clock
-        self._in_flight: deque[Plan] = deque()
-        self._on_end: dict[Request, Callable[[], None]] = {}
-
-    def begin(self, request: Request, on_end: Callable[[], None]) -> None:
-        self.scheduler.add(request)
-        self.received = request.request_id
-        self._on_end[request] = on_end
-        self._fill()
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._on_end)
-
-    def facts(self) -> RoutingFacts:
-        room_after_s = self.scheduler.room_after_s(OVERHEAD_S, early_share=0.0)
-        computing = {INBOX: [request.request_id for request in self._on_end]}
-        facts = RoutingFacts.of(self.scheduler, room_after_s, 0.0)
-        return replace(facts, received={INBOX: self.received}, computing=computing)
-
-    def _fill(self) -> None:
-        while (plan := self.scheduler.schedule()) is not None:
-            self._in_flight.append(plan)
-            if len(self._in_flight) == 1:
-                self._compute()
-
-    def _compute(self) -> None:
-        if self._in_flight:
-            self._clock.after(OVERHEAD_S + ROW_S * self._in_flight[0].num_tokens, self._land)
-
-    def _land(self) -> None:
-        plan = self._in_flight.popleft()
-        self.num_rows += plan.num_tokens
-        tokens = tuple((chunk.request_id * 7919 + chunk.start) % VOCAB_SIZE for chunk in plan.chunks if chunk.samples)
-        timing = StageTiming(0, round(1e9 * (OVERHEAD_S + ROW_S * plan.num_tokens)))
-        ended = [
-            output.request
-            for output in self.scheduler.update(Result(plan.plan_id, tokens, timings=(timing,)))
-            if output.finish_reason is not None
-        ]
-        self._compute()
-        self._fill()
-        for request in ended:
-            self._on_end.pop(request)()
 
 
 @dataclass(slots=True)
@@ -181,64 +108,61 @@ class Simulation:
 
     def __init__(self, num_pipelines: int, num_blocks: int, has_router: bool) -> None:
         self._clock = Clock()
-        self._pipelines = {str(number): SimulatedPipeline(self._clock, num_blocks) for number in range(num_pipelines)}
-        self._router = Router(BLOCK_SIZE_TOKENS)
-        self._has_router = has_router
-        self._published: dict[str, RoutingFacts | None] = dict.fromkeys(self._pipelines)
+        config = SchedulerConfig(1, num_blocks, BLOCK_SIZE_TOKENS, max_batch_size=64, eos_token_ids=())
+        times = LineTimes((OVERHEAD_S,), (ROW_S,))
+        self._pipelines = [
+            SimulatedPipeline(
+                self._clock,
+                config,
+                SimulatedStages(self._clock, times, [Edge(0.0), Edge(0.0)]),
+                CoordinatorCosts(),
+                self._note_outputs,
+            )
+            for _ in range(num_pipelines)
+        ]
+        self._choice: Choice = (
+            RoutedChoice(self._clock, self._pipelines) if has_router else FewestRequests(num_pipelines)
+        )
         self._request_ids = count()
         self._computed: set[bytes] = set()
-        self._num_open = 0
+        self._asked: dict[Request, tuple[Session, int, int]] = {}
         self._outcome = Outcome()
 
     def run(self, sessions: Sequence[Session]) -> Outcome:
         """Runs all of them to their ends."""
-        self._num_open = len(sessions)
-        self._router.meet(self._published)
         for session in sessions:
             self._clock.after(session.begins_s, partial(self._ask, session, 0, session.system))
-        for name in self._pipelines:
-            self._publish(name)
         self._clock.run()
-        self._outcome.num_rows = [pipeline.num_rows for pipeline in self._pipelines.values()]
+        self._outcome.num_rows = [pipeline.num_rows for pipeline in self._pipelines]
         return self._outcome
-
-    def _publish(self, name: str) -> None:
-        self._clock.after(DELAY_S, partial(self._arrive, name, self._pipelines[name].facts()))
-        if self._num_open:
-            self._clock.after(PERIOD_S, partial(self._publish, name))
-
-    def _arrive(self, name: str, facts: RoutingFacts) -> None:
-        self._published[name] = facts
-        self._router.meet(self._published)
 
     def _ask(self, session: Session, turn: int, before: tuple[int, ...]) -> None:
         """Sends a turn's prompt: all that was said before, and what the user adds."""
         if turn == len(session.turns) or len(before) + USER_TOKENS[1] + ANSWER_TOKENS[1] > MAX_TOKENS:
-            self._num_open -= 1
             return
         tokens = (*before, *session.turns[turn])
         params = SamplingParams(max_tokens=session.answers[turn])
-        number = next(self._request_ids)
-        name = self._choose(RequestRecord(tokens, params, noise_key=0), number)
-        request = Request(number, Prompt(tokens), params, noise_key=0)
+        request = Request(next(self._request_ids), Prompt(tokens), params, noise_key=0)
+        begin = time.perf_counter()
+        index = self._choice.choose(request)
+        self._outcome.choices_s.append(time.perf_counter() - begin)
+        self._asked[request] = session, turn, index
         keys = _keys(params, tokens)
         self._outcome.num_oracle += BLOCK_SIZE_TOKENS * sum(1 for _ in takewhile(self._computed.__contains__, keys))
-        self._pipelines[name].begin(request, partial(self._note_answer, session, turn, name, request))
+        self._pipelines[index].begin(request)
 
-    def _note_answer(self, session: Session, turn: int, name: str, request: Request) -> None:
-        self._router.end(name, str(request.request_id))
+    def _note_outputs(self, outputs: Sequence[TokenOutput], sent_s: float) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._clock.at(sent_s, partial(self._note_answer, output.request))
+
+    def _note_answer(self, request: Request) -> None:
+        session, turn, index = self._asked.pop(request)
+        self._choice.end(request, index)
         self._outcome.num_tokens += len(request.prompt_ids)
         self._outcome.num_cached += request.num_cached_tokens
         self._computed.update(_keys(request.params, request.token_ids))
         self._clock.after(session.pauses_s[turn], partial(self._ask, session, turn + 1, tuple(request.token_ids)))
-
-    def _choose(self, record: RequestRecord, number: int) -> str:
-        if not self._has_router:
-            return min(self._pipelines, key=lambda name: self._pipelines[name].num_requests)
-        begin = time.perf_counter()
-        [best, *_], _ = self._router.choose(self._pipelines, str(number), (INBOX, number), [record], self._clock.now_s)
-        self._outcome.choices_s.append(time.perf_counter() - begin)
-        return best
 
 
 def _keys(params: SamplingParams, tokens: Sequence[int]) -> list[bytes]:

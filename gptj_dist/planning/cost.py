@@ -63,6 +63,23 @@ Step = Sequence[Chunks]
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """What a step asks of every layer, whatever stage has it.
+
+    Args:
+        num_rows: tokens that are computed.
+        num_samples: rows that go through `lm_head`.
+        keys: keys that attention reads from memory, in one layer.
+        scores: that attention computes, in one layer.
+    """
+
+    num_rows: int
+    num_samples: int
+    keys: int
+    scores: int
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What one step asks of one stage; the terms of the formula, before a device divides them."""
 
@@ -137,24 +154,37 @@ def kv_bytes_per_token(model: ModelConfig, num_layers: int, dtype: DTypeName, ki
 
 
 def step_work(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: DeviceKind, step: Step) -> Work:
-    """Counts what a step asks of a stage. The embedding is a gather and counts as nothing."""
-    num_rows = sum(chunks.num_rows for chunks in step)
-    num_samples = layers.is_last * sum(chunks.num_requests for chunks in step if chunks.has_samples)
-    keys, scores = (sum(counts) for counts in zip(*(_attention(c, kind) for c in step), strict=True))
+    """What a step asks of a stage: `work_of` its `counts`."""
+    return work_of(model, layers, dtype, kind, counts(step, kind))
+
+
+def counts(step: Step, kind: DeviceKind) -> Counts:
+    """Counts a step's rows, samples, keys and scores for stages on this kind of device."""
+    keys, scores = (sum(of_chunks) for of_chunks in zip(*(_attention(c, kind) for c in step), strict=True))
+    num_samples = sum(chunks.num_requests for chunks in step if chunks.has_samples)
+    return Counts(sum(chunks.num_rows for chunks in step), num_samples, keys, scores)
+
+
+def work_of(model: ModelConfig, layers: LayerRange, dtype: DTypeName, kind: DeviceKind, counted: Counts) -> Work:
+    """What a counted step asks of a stage. The embedding is a gather and counts as nothing.
+
+    But for the bytes of weights each term is linear in the counts.
+    """
+    num_samples = layers.is_last * counted.num_samples
     layer_matrices = layers.num_layers * model.layer_matrix_parameters
     # Without the embedding, and without the head if nothing is sampled.
     streamed_range = replace(layers, stage=1, num_stages=2 if num_samples else 3)
     streamed = layer_matrices + model.embedding_parameters * (num_samples > 0)
     # For many rows a GPU makes numbers of the bits in its memory, and reads those.
-    makes_numbers = kind == "cuda" and num_rows > MAX_LOW_BIT_ROWS
+    makes_numbers = kind == "cuda" and counted.num_rows > MAX_LOW_BIT_ROWS
     num_made = sum(count for count, _ in _quantized(model, streamed_range)) * makes_numbers
     return Work(
         num_layers=layers.num_layers,
         weight_bytes=(streamed + 2 * num_made) * DTYPE_BYTES[dtype] - _saved_bytes(model, streamed_range, dtype),
-        kv_bytes=keys * kv_bytes_per_token(model, layers.num_layers, dtype, kind),
-        matrix_flop=2.0 * (layer_matrices * num_rows + model.embedding_parameters * num_samples),
-        attention_flop=4.0 * layers.num_layers * model.d_model * scores,
-        row_elements=layers.num_layers * num_rows * model.d_model,
+        kv_bytes=counted.keys * kv_bytes_per_token(model, layers.num_layers, dtype, kind),
+        matrix_flop=2.0 * (layer_matrices * counted.num_rows + model.embedding_parameters * num_samples),
+        attention_flop=4.0 * layers.num_layers * model.d_model * counted.scores,
+        row_elements=layers.num_layers * counted.num_rows * model.d_model,
     )
 
 
@@ -176,12 +206,16 @@ def hop_s(device: DeviceSpec, model: ModelConfig, dtype: DTypeName, step: Step) 
 
 
 def _attention(chunks: Chunks, kind: DeviceKind) -> tuple[int, int]:
-    """Attention of all pieces in one layer: keys read from memory, and scores computed.
+    """Attention of all pieces in one layer: keys read from memory, and scores computed."""
+    scores = num_scores(chunks.num_tokens, chunks.context_tokens, kind)
+    return chunks.num_requests * chunks.context_tokens, chunks.num_requests * scores
+
+
+def num_scores(num_tokens: int, context_tokens: int, kind: DeviceKind) -> int:
+    """Scores that a piece of `num_tokens` rows has computed in one layer.
 
     A piece's later tiles find the keys of the earlier ones in a cache.
     """
-    tile = TILE_ROWS if kind == "cpu" and chunks.num_tokens > 1 else chunks.num_tokens
-    num_tiles = math.ceil(chunks.num_tokens / tile)
-    start = chunks.context_tokens - chunks.num_tokens
-    scores = sum(tile * (start + (i + 1) * tile) for i in range(num_tiles))
-    return chunks.num_requests * chunks.context_tokens, chunks.num_requests * scores
+    tile = TILE_ROWS if kind == "cpu" and num_tokens > 1 else num_tokens
+    num_tiles = math.ceil(num_tokens / tile)
+    return tile * (num_tiles * (context_tokens - num_tokens) + tile * num_tiles * (num_tiles + 1) // 2)

@@ -241,3 +241,28 @@ def test_ctrl_c_ends_a_check_without_a_traceback_of_its_processes() -> None:
     os.killpg(command.pid, signal.SIGINT)
     _, errors = command.communicate(timeout=60)
     assert (command.returncode, errors) == (130, b"")
+
+
+def test_a_rate_prints_each_way_to_make_pipelines_and_which_is_soonest(six_b: str, tmp_path: Path) -> None:
+    devices = tmp_path / "devices.yaml"
+    devices.write_text("devices: [{name: l4, count: 4}]")
+    lengths = ("--prompt-tokens", "16", "--output-tokens", "4")
+    result = plan(six_b, "--devices", str(devices), "--rate", "5", *lengths)
+    assert result.exit_code == 0, result.output
+    rows = re.findall(r"^ (\d+) +(\d) +\d+ .* (?:stages|queue)", result.output, re.MULTILINE)
+    assert [(int(pipelines), int(stages)) for pipelines, stages in rows] == [(1, 4), (2, 2), (4, 1)]
+    assert "In 99 of 100 requests the first token comes soonest from" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "5"], "name them with --devices"),
+        (["--devices", EXAMPLE, "--rate", "5", "--stages", "2"], "does not go with --stages"),
+        (["--devices", EXAMPLE, "--rate", "5", "--output-tokens", "4000"], "exceed the longest request, 2048 tokens"),
+    ],
+)
+def test_a_rate_without_devices_or_with_a_cut_is_refused(six_b: str, arguments: list[str], message: str) -> None:
+    result = plan(six_b, *arguments)
+    assert result.exit_code != 0
+    assert message in f"{result.output}{result.exception}"

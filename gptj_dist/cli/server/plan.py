@@ -36,6 +36,15 @@ def plan(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster that '--devices cluster' asks.", envvar="RAY_ADDRESS")
     ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Requests a second. With --devices: simulate how many pipelines of how many stages serve them.",
+            min=0.001,
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="With --rate: of each prompt, on average.", min=1)] = 512,
+    output_tokens: Annotated[int, typer.Option(help="With --rate: of each output, on average.", min=1)] = 128,
     check: Annotated[
         bool, typer.Option("--check", help="Predict the speed on this machine, then load the model and measure it.")
     ] = False,
@@ -44,7 +53,9 @@ def plan(
     config = PipelineConfig(model, **settings)
     if devices is not None and check:
         raise ConfigurationError("--check measures this machine, --devices describes others: give one of them")
-    if devices is not None:
+    if rate is not None:
+        _print_simulation(config, devices, address, rate, prompt_tokens, output_tokens)
+    elif devices is not None:
         from gptj_dist.cli.server.plan_devices import print_best_pipeline
 
         _refuse_beside("--devices", config, allowed=("dtype", "quantize", "max_model_len"))
@@ -57,6 +68,18 @@ def plan(
             raise typer.Exit(1)
     else:
         _print_cut(config)
+
+
+def _print_simulation(
+    config: PipelineConfig, devices: str | None, address: str | None, rate: float, prompt: int, output: int
+) -> None:
+    from gptj_dist.cli.server.plan_devices import workload_of
+    from gptj_dist.cli.server.plan_simulation import print_simulation
+
+    if devices is None:
+        raise ConfigurationError("--rate simulates pipelines of devices: name them with --devices")
+    _refuse_beside("--devices", config, allowed=("dtype", "quantize", "max_model_len", "max_batch_size"))
+    print_simulation(config, *workload_of(config, devices, address), rate, prompt, output)
 
 
 def _refuse_beside(option: str, config: PipelineConfig, allowed: tuple[str, ...]) -> None:

@@ -69,6 +69,18 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
         console.print(line, highlight=False, soft_wrap=line.startswith("gptj-dist"))
 
 
+def workload_of(config: PipelineConfig, devices: str, address: str | None) -> tuple[Workload, Sequence[DeviceSpec]]:
+    """What is served, and the devices. With `--quantize auto`, as if all devices made one pipeline.
+
+    Raises:
+        ConfigurationError: as `print_best_pipeline`.
+    """
+    specs = _ask_cluster(address) if devices.lower() in CLUSTER else read_devices(Path(devices))
+    model = read_model_config(resolve_model(config.model, config.revision))
+    workload, _ = _plan(config, model, specs)
+    return _of_least_bits(workload), specs
+
+
 def read_devices(path: Path) -> tuple[DeviceSpec, ...]:
     """The devices of a YAML file. Raises ConfigurationError if it cannot be read, or describes none."""
     return parse_devices(_read(path))
