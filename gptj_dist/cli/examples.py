@@ -16,7 +16,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "plan": (
         "gptj-dist plan demo --stages 4",
         "gptj-dist plan EleutherAI/gpt-j-6b --devices devices.yaml",
-        "gptj-dist plan EleutherAI/gpt-j-6b --devices devices.yaml --rate 8 --output-tokens 64",
+        "gptj-dist plan EleutherAI/gpt-j-6b --devices devices.yaml --rate 8",
         "gptj-dist plan demo --check",
     ),
     "key": ("gptj-dist key", "gptj-dist key --name alice --tokens-per-minute 20000"),
