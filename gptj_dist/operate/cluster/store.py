@@ -48,7 +48,7 @@ class ClusterStore:
     """
 
     def __init__(self, address: str) -> None:
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, and without stubs
 
         self._gcs = GcsClient(address=address)
 
