@@ -19,6 +19,10 @@ from gptj_dist.cli.checkpoints.drift import drift
 from gptj_dist.cli.checkpoints.inspect import inspect
 from gptj_dist.cli.checkpoints.synth import synth
 from gptj_dist.cli.checkpoints.verify import verify
+from gptj_dist.cli.cluster.join import join
+from gptj_dist.cli.cluster.leave import leave
+from gptj_dist.cli.cluster.nodes import nodes
+from gptj_dist.cli.cluster.up import up
 from gptj_dist.cli.examples import EXAMPLES
 from gptj_dist.cli.server.doctor import doctor
 from gptj_dist.cli.server.key import key
@@ -39,6 +43,7 @@ CANNOT_WORK = 2
 
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Serving": (serve, stop, status, top, plan, doctor, key),
+    "Clusters": (up, join, nodes, leave),
     "Text": (complete, chat, batch, generate),
     "Checkpoints": (download, inspect, convert, verify, drift, synth, adapter),
 }

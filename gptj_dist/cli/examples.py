@@ -21,6 +21,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "key": ("gptj-dist key", "gptj-dist key --name alice --tokens-per-minute 20000"),
     "doctor": ("gptj-dist doctor", "gptj-dist doctor demo --stages 2 --port 8080"),
+    "up": ("gptj-dist up", "gptj-dist up --interface eth1 --discover", "gptj-dist up --interface lo --cpus 1"),
+    "join": (
+        "gptj-dist join 1C504-00H1W-1DB9Z-YR0GN-VJ7FP",
+        "gptj-dist join --discover 6WVX6-Q5HPC-GQ6R5",
+    ),
+    "nodes": ("gptj-dist nodes", "gptj-dist nodes --address 10.0.0.7:6379 --json"),
+    "leave": ("gptj-dist leave",),
     "complete": (
         'gptj-dist complete "The state of the Union is" --max-tokens 40 --seed 1',
         "head -c 2000 speech.txt | gptj-dist complete --temperature 0 > rest.txt",

@@ -30,6 +30,11 @@ PRIVATE_NAMES = {
     "ray.serve.context._get_global_client": "operate/launch/cluster.py: whether Serve runs in this process",
     "ray._private.node.Node.start_api_server": "operate/launch/local_ray.py: starts a process that is not needed",
     "ray._private.node.Node.start_log_monitor": "operate/launch/local_ray.py: the same",
+    "ray._private.node.Node": "operate/cluster/ray_node.py: Ray's processes of a node",
+    "ray._private.parameter.RayParams": "operate/cluster/ray_node.py: their settings",
+    "ray._private.state.GlobalState": "operate/cluster/overview.py: which actor is on which node, without joining",
+    "ray._raylet.GcsClient": "operate/cluster/store.py: the key-value store and the nodes, without joining",
+    "ray._raylet.GcsClientOptions.create": "operate/cluster/overview.py: the address of the GCS",
     "ray._private.worker._global_node": "operate/launch/local_ray.py: the local Ray of this process",
     "huggingface_hub.utils._http": "checkpoint/hub.py: the logger of its advice",
 }

@@ -1,11 +1,12 @@
-"""What nodes tell of themselves and of their links, kept in the key-value store of the cluster's GCS.
+"""What nodes say of themselves and of their links, kept in the key-value store of the cluster's GCS.
 
-It lives as long as the cluster's head. Records of nodes that have gone stay until a reader finds them gone.
+It lives as long as the cluster's head.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from gptj_dist.planning.links import Link
 NAMESPACE = b"gptj-dist"
 TIMEOUT_S = 10.0
 
-_MEMBER, _LINK = "member/", "link/"
+_MEMBER, _LINK, _VERSIONS = "member/", "link/", "versions"
+_ALIVE = 0
+"""Ray's number for the state of a node that lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Member:
         address: its IP address in the cluster.
         port: where it answers other members' measurements, at that address.
         pid: of `up` or `join`, on that machine.
+        joined_at: seconds since 1970.
         devices: for people, such as `cpu: AMD EPYC, 2 cores, 24.0 GB`.
     """
 
@@ -36,11 +40,27 @@ class Member:
     address: str
     port: int
     pid: int
+    joined_at: float
     devices: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """A living node, as Ray knows it.
+
+    Args:
+        resources: in all.
+    """
+
+    node_id: str
+    name: str
+    address: str
+    resources: Mapping[str, float]
+    is_draining: bool
+
+
 class ClusterStore:
-    """The records of one cluster.
+    """The records of one cluster. Methods raise an error of Ray's if the GCS does not answer.
 
     Args:
         address: of the GCS, `host:port`. A connected process finds it in
@@ -52,8 +72,38 @@ class ClusterStore:
 
         self._gcs = GcsClient(address=address)
 
+    def nodes(self) -> Mapping[str, NodeState]:
+        """The living nodes by id, those that did not join by `up` or `join` included."""
+        draining = self._gcs.get_draining_nodes(timeout=TIMEOUT_S)
+        found = (info for info in self._gcs.get_all_node_info(timeout=TIMEOUT_S).values() if info.state == _ALIVE)
+        return {
+            info.node_id.hex(): NodeState(
+                info.node_id.hex(),
+                info.node_manager_hostname,
+                info.node_manager_address,
+                dict(info.resources_total),
+                info.node_id.hex() in draining,
+            )
+            for info in found
+        }
+
+    def drain(self, node_id: str, message: str, within_s: float) -> None:
+        """Tells the cluster that a node will end after this time: nothing new is placed there, and stages move away."""
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        deadline_ms = round((time.time() + within_s) * 1000)
+        self._gcs.drain_node(node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, message, deadline_ms)
+
+    def versions(self) -> Mapping[str, str] | None:
+        """Those of the head; None if `up` has not written them."""
+        value = self._gcs.internal_kv_get(_VERSIONS.encode(), NAMESPACE, timeout=TIMEOUT_S)
+        return None if value is None else json.loads(value)
+
+    def write_versions(self, versions: Mapping[str, str]) -> None:
+        self._write(_VERSIONS, versions)
+
     def members(self) -> Mapping[str, Member]:
-        """All that have written themselves, by node id, those that have gone included."""
+        """All that have written themselves, by node id, those that have gone without a word included."""
         found = [Member(**{**record, "devices": tuple(record["devices"])}) for record in self._read(_MEMBER)]
         return {member.node_id: member for member in found}
 
@@ -77,16 +127,18 @@ class ClusterStore:
 
     def forget(self, node_id: str) -> None:
         """Removes a node and its links."""
-        self._gcs.internal_kv_del(f"{_MEMBER}{node_id}".encode(), False, NAMESPACE, timeout=TIMEOUT_S)
+        self._delete(f"{_MEMBER}{node_id}")
         for link in self.links():
             if node_id in (link.from_node, link.to_node):
-                key = f"{_LINK}{link.from_node}/{link.to_node}"
-                self._gcs.internal_kv_del(key.encode(), False, NAMESPACE, timeout=TIMEOUT_S)
+                self._delete(f"{_LINK}{link.from_node}/{link.to_node}")
 
     def _read(self, prefix: str) -> list[dict[str, Any]]:
-        keys = self._gcs.internal_kv_keys(prefix.encode(), NAMESPACE, timeout=TIMEOUT_S)
-        values = (self._gcs.internal_kv_get(key, NAMESPACE, timeout=TIMEOUT_S) for key in sorted(keys))
-        return [json.loads(value) for value in values if value is not None]
+        keys = sorted(self._gcs.internal_kv_keys(prefix.encode(), NAMESPACE, timeout=TIMEOUT_S))
+        values = self._gcs.internal_kv_multi_get(keys, NAMESPACE, timeout=TIMEOUT_S) if keys else {}
+        return [json.loads(values[key]) for key in keys if key in values]
 
     def _write(self, key: str, record: Mapping[str, Any]) -> None:
         self._gcs.internal_kv_put(key.encode(), json.dumps(record).encode(), True, NAMESPACE, timeout=TIMEOUT_S)
+
+    def _delete(self, key: str) -> None:
+        self._gcs.internal_kv_del(key.encode(), False, NAMESPACE, timeout=TIMEOUT_S)

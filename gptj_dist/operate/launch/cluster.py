@@ -49,6 +49,26 @@ def connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def reachable(address: str | None) -> str:
+    """The address of a Ray that answers, whose token this process shows from now on. Joins nothing.
+
+    Args:
+        address: `host:port`; `auto` or None for the Ray that runs on this machine.
+
+    Raises:
+        ConfigurationError: no Ray answers there, or it refuses this process.
+    """
+    address = find_ray() if address in (None, AUTO) else address
+    if (place := split_address(address)) is None:
+        raise ConfigurationError(f"--address takes HOST:PORT, got {address!r:.80}")
+    host, port = place
+    if reason := why_not_reach(host, port, DIAL_TIMEOUT_S):
+        raise ConfigurationError(f"no Ray answers at {address}: {reason}")
+    take_token(address)
+    prepare_joining(host)
+    return address
+
+
 def find_ray() -> str:
     """The address of the one Ray that runs on this machine.
 

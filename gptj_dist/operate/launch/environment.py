@@ -30,6 +30,11 @@ LOCAL_RAY_ENVIRONMENT = {
 }
 """Settings of a Ray on this machine alone."""
 
+CLUSTER_ENVIRONMENT = {
+    name: value for name, value in LOCAL_RAY_ENVIRONMENT.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+}
+"""Settings of a Ray whose nodes are on several machines."""
+
 LAUNCHER_VARIABLE = "GPTJ_DIST_LAUNCHER"
 """In the environment of every process of a Ray that a launcher started: `PID:START`, so that `stop` finds them."""
 

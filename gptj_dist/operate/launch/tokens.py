@@ -36,6 +36,21 @@ def give_token() -> None:
         os.environ[TOKEN] = secrets.token_hex(32)
 
 
+def use_token(address: str, token: str) -> None:
+    """Makes this process, and the Ray that it starts, show a token. Other commands of this user find it, too.
+
+    Args:
+        address: of the cluster, `host:port`, under which the token is kept.
+    """
+    os.environ[AUTH_MODE] = "token"
+    path = _cluster_file(address)
+    if path is not None and _replace_token(path, token):
+        os.environ[TOKEN_FILE] = str(path)
+        os.environ.pop(TOKEN, None)
+    else:
+        os.environ[TOKEN] = token
+
+
 def take_token(address: str) -> None:
     """Finds the token that the Ray at the address accepts, if it requires one, and makes this process send it.
 
@@ -46,7 +61,7 @@ def take_token(address: str) -> None:
         ConfigurationError: no Ray answers there, or it accepts no token that this user has.
     """
     problem = ""
-    for token, settings in _known_tokens():
+    for token, settings in _known_tokens(address):
         problem = why_refused(address, token)
         if not problem:
             os.environ.update(settings)
@@ -54,7 +69,7 @@ def take_token(address: str) -> None:
     raise ConfigurationError(problem)
 
 
-def _known_tokens() -> Iterator[tuple[str | None, Mapping[str, str]]]:
+def _known_tokens(address: str) -> Iterator[tuple[str | None, Mapping[str, str]]]:
     """Tokens to try, and the settings by which Ray shows each; None is no token.
 
     None comes first. A Ray without authentication accepts any token, but the processes of that Ray have none, and a
@@ -67,9 +82,9 @@ def _known_tokens() -> Iterator[tuple[str | None, Mapping[str, str]]]:
     yield None, {}
     if user_token is not None:
         yield user_token, {AUTH_MODE: "token"}
-    own_file = _own_file()
-    if own_file is not None and (own_token := _read(own_file)) is not None:
-        yield own_token, {AUTH_MODE: "token", TOKEN_FILE: str(own_file)}
+    for file in (_cluster_file(address), _own_file()):
+        if file is not None and (own_token := _read(file)) is not None:
+            yield own_token, {AUTH_MODE: "token", TOKEN_FILE: str(file)}
 
 
 def why_refused(address: str, token: str | None) -> str:
@@ -107,9 +122,18 @@ def _user_token() -> str | None:
 
 
 def _own_file() -> Path | None:
+    return _cached("ray-token")
+
+
+def _cluster_file(address: str) -> Path | None:
+    """The token of a cluster that this machine has joined."""
+    return _cached(f"ray-token-{address}")
+
+
+def _cached(name: str) -> Path | None:
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptj-dist" / "ray-token"
-    except RuntimeError:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptj-dist" / name
+    except RuntimeError:  # this user has no home
         return None
 
 
@@ -134,3 +158,16 @@ def _write_token(path: Path) -> bool:
     except OSError:
         return False
     return _read(path) is not None
+
+
+def _replace_token(path: Path, token: str) -> bool:
+    """Writes the token in place of another one. Returns whether that was possible."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(token)
+        draft.replace(path)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,150 @@
+"""Parts of a cluster that need no Ray: beacon, measurements, versions, interfaces, and what `nodes` prints."""
+
+from __future__ import annotations
+
+import io
+import socket
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from gptj_dist.errors import ConfigurationError
+from gptj_dist.operate.cluster.beacon import Beacon, discover, read_answer
+from gptj_dist.operate.cluster.code import Place
+from gptj_dist.operate.cluster.interfaces import address_of
+from gptj_dist.operate.cluster.membership import looked_at
+from gptj_dist.operate.cluster.overview import NodeView, Overview, print_overview, stages_by_node
+from gptj_dist.operate.cluster.probe import ProbeServer, measure
+from gptj_dist.operate.cluster.run import require_versions
+from gptj_dist.operate.cluster.store import Member, NodeState
+from gptj_dist.planning.links import Link
+
+LOOPBACK = "127.0.0.1"
+KEY, OTHER_KEY = b"k" * 32, b"o" * 32
+PLACE = Place("10.0.0.7", 6379)
+VERSIONS = {"Python": "3.11.4", "Ray": "2.60.0", "gptj-dist": "1.0"}
+
+
+def free_udp_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_head_is_found_by_its_beacon() -> None:
+    port = free_udp_port()
+    beacon = Beacon(PLACE, KEY, port)
+    try:
+        assert discover(KEY, 60.0, LOOPBACK, port) == PLACE
+    finally:
+        beacon.close()
+
+
+def test_the_beacon_is_silent_to_strangers() -> None:
+    beacon = Beacon(PLACE, KEY, free_udp_port())
+    try:
+        for question in (b"", b"hello", b"gptj-dist 1 " + bytes(48)):
+            assert beacon.answer(question) is None
+    finally:
+        beacon.close()
+
+
+def test_an_answer_of_a_stranger_or_to_another_question_is_not_taken() -> None:
+    port = free_udp_port()
+    beacon = Beacon(PLACE, OTHER_KEY, port)
+    try:
+        with pytest.raises(ConfigurationError, match="no cluster with this code"):
+            discover(KEY, 0.01, LOOPBACK, port)
+    finally:
+        beacon.close()
+    assert read_answer(KEY, b"n" * 16, b"gptj-dist 1 " + bytes(38)) is None
+    assert read_answer(KEY, b"n" * 16, b"") is None
+
+
+def test_a_link_is_measured_in_both_directions() -> None:
+    server = ProbeServer(LOOPBACK, KEY)
+    try:
+        found = measure(LOOPBACK, server.port, KEY, 4 << 20, source=LOOPBACK)
+    finally:
+        server.close()
+    assert 0 < found.latency_s < 10
+    assert found.there_bytes_per_s > 1e6
+    assert found.back_bytes_per_s > 1e6
+
+
+def test_measurements_are_for_holders_of_the_key_only() -> None:
+    server = ProbeServer(LOOPBACK, KEY)
+    try:
+        with pytest.raises(OSError, match="closed"):
+            measure(LOOPBACK, server.port, OTHER_KEY, 1 << 20, source=LOOPBACK)
+        assert measure(LOOPBACK, server.port, KEY, 1 << 20, source=LOOPBACK).latency_s > 0
+    finally:
+        server.close()
+
+
+def test_a_first_measurement_that_was_disturbed_is_corrected() -> None:
+    first = Link("a", "b", 0.005, 1e8, 1.0)
+    after = looked_at(first, Link("a", "b", 0.001, 5e7, 2.0))
+    assert after == Link("a", "b", 0.001, 1e8, 1.0, 0.001, 5e7)
+
+
+def test_a_version_that_differs_is_one_line_that_says_both() -> None:
+    require_versions(VERSIONS, VERSIONS | {"Python": "3.11.9"})
+    with pytest.raises(ConfigurationError, match=r"Ray 2\.60\.0 there and 2\.55\.1 here$"):
+        require_versions(VERSIONS, VERSIONS | {"Ray": "2.55.1"})
+    with pytest.raises(ConfigurationError, match=r"Python 3\.11\.4 there and 3\.12\.0 here"):
+        require_versions(VERSIONS, VERSIONS | {"Python": "3.12.0"})
+
+
+def test_an_interface_is_named_by_itself_by_its_address_or_by_where_it_leads() -> None:
+    assert address_of("lo") == address_of(LOOPBACK) == address_of(None, towards="127.0.0.2") == LOOPBACK
+
+
+@pytest.mark.parametrize(("interface", "told"), [("nosuch0", "has lo"), ("203.0.113.9", "does not have the address")])
+def test_an_interface_that_is_not_there_is_refused(interface: str, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        address_of(interface)
+
+
+def an_overview(link: Link) -> Overview:
+    def view(label: str, node_id: str, stages: tuple[str, ...]) -> NodeView:
+        state = NodeState(node_id, f"host-{node_id}", f"10.0.0.{label}", {"CPU": 2.0}, is_draining=node_id == "b")
+        member = Member(node_id, state.name, state.address, 1, 1, 0.0, ("cpu: EPYC, 2 cores",))
+        return NodeView(label, state, member, stages)
+
+    return Overview((view("1", "a", ()), view("2", "b", ("gptj-dist/stage-0",))), (link,))
+
+
+def printed(overview: Overview) -> str:
+    text = io.StringIO()
+    print_overview(overview, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_nodes_shows_machines_devices_links_and_stages() -> None:
+    text = printed(an_overview(Link("a", "b", 0.001, 1.18e8, 0.0, 0.0012, 1e8)))
+    for part in ("host-a", "10.0.0.2", "cpu: EPYC, 2 cores", "gptj-dist/stage-0", "host-b (leaving)", "1.00", "118"):
+        assert part in text
+    assert "slower" not in text
+
+
+def test_nodes_names_a_path_that_has_become_slower() -> None:
+    slower = an_overview(Link("a", "b", 0.001, 1.18e8, 0.0, 0.011, 1e8))
+    assert "The path from 1 to 2 is slower" in printed(slower)
+    assert slower.as_json()["links"][0]["is_slower"] is True
+    assert replace(slower, links=()).slower == ()
+
+
+def test_stages_are_found_by_the_names_of_their_actors() -> None:
+    def actor(name: str, node: str, state: str = "ALIVE") -> dict[str, object]:
+        return {"Name": name, "State": state, "Address": {"NodeID": node}}
+
+    actors = [
+        actor("gptj-dist/SERVE_REPLICA::poet#Pipeline#x1/1/stage-1", "a"),
+        actor("gptj-dist/SERVE_REPLICA::poet#Pipeline#x1/1/stage-0", "b"),
+        actor("gptj-dist/SERVE_REPLICA::poet#Pipeline#x1/0/stage-0", "b", "DEAD"),
+        actor("SERVE_CONTROLLER_ACTOR", "a"),
+    ]
+    assert stages_by_node(actors) == {"a": ["poet/stage-1"], "b": ["poet/stage-0"]}
