@@ -3,4 +3,4 @@
 Knows Ray's nodes and the network between them. Places nothing and serves nothing.
 """
 
-__all__ = ["store"]
+__all__ = ["code", "leaving", "overview", "run", "store"]
