@@ -41,7 +41,12 @@ from gptj_dist.token_rules import TokenRules
 WAIT_S = 30
 TOKENIZER = Tokenizer.load(resolve_model("demo"))
 LIMITS = EngineLimits(rules=TokenRules(50400), max_model_len=2048, kv_tokens=1 << 20, num_layers=28)
-TEMPLATE = ChatTemplate("{% for message in messages %}{{ message.content }}{% endfor %}", {})
+TEMPLATE = ChatTemplate(
+    "{% for tool in tools %}{{ tool | tojson }}<tool_call>{% endfor %}"
+    "{% for message in messages %}{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call | tojson }}{% endfor %}{% endfor %}",
+    {},
+)
 TOP = tuple((token_id, -0.5) for token_id in range(40, 60))
 
 

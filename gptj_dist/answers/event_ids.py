@@ -1,22 +1,23 @@
 """The ids of a stream's events: each says what a client has received by then. Knows no HTTP.
 
 An id is `12:7,5e,9`: 12 events, 7 tokens of the first completion, all 5 of the second, which has ended, 9 of the third.
-It does not depend on how many tokens came with each event. `12+2:7e` is 2 events later, without new tokens: before the
-first text, or after the last, several events come together.
+It does not depend on how many tokens came with each event. `12+2:7>24` is 2 events later, of several that came together
+with the tokens up to the 24th; `12+2:7e` is 2 events later, of those after the last token.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptj_dist.answers.answer import Form
 from gptj_dist.answers.completion import TextDelta, TokenCounts
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.json_types import JsonObject
 
-_ID = re.compile(r"(\d{1,9})(?:\+(\d))?:(\d{1,9}e?(?:,\d{1,9}e?){0,1023})")
+_COMPLETION = r"\d{1,9}e?(?:>\d{1,9}e?)?"
+_ID = re.compile(rf"(\d{{1,9}})(?:\+(\d{{1,3}}))?:({_COMPLETION}(?:,{_COMPLETION}){{0,1023}})")
 _END = b"\n\n"
 
 
@@ -26,10 +27,22 @@ class Received:
 
     Args:
         has_end: it knows that nothing follows.
+        partly: as far as the events go that came together and of which it has only the first; None if there are none.
     """
 
     num_tokens: int = 0
     has_end: bool = False
+    partly: Received | None = None
+
+    @staticmethod
+    def parsed(text: str) -> Received:
+        """As it stands in an id."""
+        whole, _, partly = text.partition(">")
+        num_tokens, has_end = int(whole.removesuffix("e")), whole.endswith("e")
+        return Received(num_tokens, has_end, Received.parsed(partly) if partly else None)
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}{'e' * self.has_end}{'' if self.partly is None else f'>{self.partly}'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +66,7 @@ class EventId:
         ends = match[3].split(",") if match else ()
         if match is None or len(ends) != num_completions:
             raise InvalidRequestError(f"Last-Event-ID {excerpt(text)} is not the id of an event of this stream")
-        completions = tuple(Received(int(end.removesuffix("e")), end.endswith("e")) for end in ends)
-        return EventId(int(match[1]), int(match[2] or 0), completions)
+        return EventId(int(match[1]), int(match[2] or 0), tuple(map(Received.parsed, ends)))
 
     @staticmethod
     def none(num_completions: int) -> EventId:
@@ -74,7 +86,7 @@ class ResumableForm:
         self._num_events = received.num_events
         self._num_more, self._num_skipped = 0, received.num_more
         self._num_tokens = [0] * len(received.completions)
-        self._ends = [f"{of.num_tokens}{'e' * of.has_end}" for of in received.completions]
+        self._ends = [replace(of, partly=None) for of in received.completions]
 
     def whole(self, completions: Iterator[TextDelta], counts: TokenCounts) -> JsonObject:
         """As the form's."""
@@ -89,8 +101,10 @@ class ResumableForm:
             self.renumber(self._num_events)
             return b""
         *more, last = frames.split(_END)[:-1] or [b""]
+        end = Received(self._num_tokens[index], has_end=delta.finish_reason is not None)
+        self._ends[index] = replace(self._ends[index], partly=end)
         written = b"".join(map(self._more, more))
-        self._ends[index] = f"{self._num_tokens[index]}{'e' * (delta.finish_reason is not None)}"
+        self._ends[index] = end
         if not last:
             return b""
         self._num_events += self._num_more + 1
@@ -116,4 +130,4 @@ class ResumableForm:
 
     def _with_id(self, event: bytes, num_more: int) -> bytes:
         more = f"+{num_more}" if num_more else ""
-        return f"id: {self._num_events}{more}:{','.join(self._ends)}\n".encode("ascii") + event + _END
+        return f"id: {self._num_events}{more}:{','.join(map(str, self._ends))}\n".encode("ascii") + event + _END

@@ -28,14 +28,13 @@ from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.sampling import ChoiceFields, Defaults, SamplingFields
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
-from gptj_dist.answers.schema.tools import Function, NamedTool
+from gptj_dist.answers.schema.tool_use import NO_TOOLS, ToolUse
 from gptj_dist.answers.served_model import ServedModel
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.errors import InvalidRequestError, RequestTooLongError
 from gptj_dist.json_types import JsonObject
-from gptj_dist.params import Grammar, SamplingParams
+from gptj_dist.params import SamplingParams
 from gptj_dist.text.stop_strings import StopPattern, prepare_stops
-from gptj_dist.text.tool_calls import MAX_CALLS, calls_grammar
 
 EncodedPrompt: TypeAlias = tuple[str, list[int]]
 """Its text, and its tokens."""
@@ -43,11 +42,6 @@ EncodedPrompt: TypeAlias = tuple[str, list[int]]
 NO_TEMPLATE = (
     "the model has no chat template, as GPT-J has none: start the server with --chat-template FILE, "
     "or use /v1/completions"
-)
-
-NO_TOOLS = (
-    "the chat template has no place for tools: start the server with --chat-template FILE that has, "
-    "or let tool_choice be 'none'"
 )
 
 GRAMMAR_COST = 100_000
@@ -103,28 +97,27 @@ class PromptReader:
         _check_sizes(request)
         text = self._render(
             request.messages,
-            self._with_tools(request.chat_template_kwargs, request.shown_tools),
+            self._with_tools(request.chat_template_kwargs, request.tool_use),
             begins_answer=not request.continue_final_message and request.add_generation_prompt is not False,
             continues_last=request.continue_final_message,
         )
         room = request.most_tokens or min(self._model.max_answer_tokens, limits.max_model_len // 2)
         prompts = self._encoded([text], limits, request.add_special_tokens, request.truncate_prompt_tokens, room)
         max_tokens = request.most_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
-        if not request.shown_tools:
-            return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits)
-        defaults = self._chat_defaults | ({} if request.tool_choice == "auto" else {"stop": ()})  # calls end themselves
-        return self._prepared(request, prompts, max_tokens, defaults, limits, self._calls(request))
+        return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits, request.tool_use)
 
     def respond(self, request: ResponsesRequest, limits: EngineLimits) -> Prepared:
         """The prompt of a request for a response. Raises InvalidRequestError."""
         _check_sizes(request)
-        if isinstance(request.input, str) and request.instructions is None and self._model.chat_template is None:
+        is_plain = isinstance(request.input, str) and request.instructions is None and not request.tool_use.shown
+        if isinstance(request.input, str) and is_plain and self._model.chat_template is None:
             text, is_template = request.input, False
         else:
-            text, is_template = self._render(request.messages(), {}, begins_answer=True), True
+            variables = self._with_tools({}, request.tool_use)
+            text, is_template = self._render(request.messages(), variables, begins_answer=True), True
         prompts = self._encoded([text], limits, add_special_tokens=not is_template)
         max_tokens = request.max_output_tokens or self._answer_tokens(request.min_tokens, prompts, limits)
-        return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits)
+        return self._prepared(request, prompts, max_tokens, self._chat_defaults, limits, request.tool_use)
 
     def embed(self, request: EmbeddingRequest, limits: EngineLimits) -> Prepared:
         """The inputs of a request for embeddings. Raises InvalidRequestError."""
@@ -139,7 +132,8 @@ class PromptReader:
             field, text = "prompt", request.prompt or ""
         else:
             begins_answer = request.add_generation_prompt
-            variables = self._with_tools(request.chat_template_kwargs, [tool.function for tool in request.tools])
+            tools = ToolUse([tool.function for tool in request.tools], "auto")
+            variables = self._with_tools(request.chat_template_kwargs, tools)
             text = self._render(request.messages, variables, begins_answer=begins_answer)
             field = "messages"
         _check_number(field, "bytes", _num_bytes(text), MAX_TEXT_BYTES)
@@ -162,11 +156,13 @@ class PromptReader:
         max_tokens: int | None,
         defaults: Defaults,
         limits: EngineLimits,
-        calls: Grammar | None = None,
+        tools: ToolUse = NO_TOOLS,
     ) -> Prepared:
+        if tools.must_call:
+            defaults = {**defaults, "stop": ()}  # calls end themselves
         params = request.sampling_params(max_tokens, self._bad_words(request.bad_words), defaults)
-        if calls is not None:
-            params = replace(params, structured_outputs=calls)
+        if tools.shown and (form := self._model.form_of_calls) is not None:
+            params = replace(params, structured_outputs=tools.grammar(form))
         if params.structured_outputs is not None:
             self._model.tokenizer.grammars.check(params.structured_outputs)
         prepared = _checked(prompts, params, limits)
@@ -182,27 +178,10 @@ class PromptReader:
         limits.check_vocabulary("prediction", token_ids)
         return token_ids
 
-    def _calls(self, request: ChatRequest) -> Grammar:
-        """What a text with calls of the request's tools matches."""
-        form = self._model.form_of_calls
-        assert form is not None, "there is a template, which has rendered the tools"
-        is_single = isinstance(request.tool_choice, NamedTool) or not request.parallel_tool_calls
-        return calls_grammar(
-            form,
-            {tool.name: tool.parameters for tool in request.callable_tools},
-            must_call=request.tool_choice != "auto",
-            most=1 if is_single else MAX_CALLS,
-        )
-
-    def _with_tools(self, variables: Mapping[str, Any], tools: Sequence[Function]) -> Mapping[str, Any]:
+    def _with_tools(self, variables: Mapping[str, Any], tools: ToolUse) -> Mapping[str, Any]:
         """The variables of a template that shows tools to the model."""
         template = self._model.chat_template
-        if not tools or template is None:
-            return variables
-        if not template.shows("tools"):
-            raise InvalidRequestError(NO_TOOLS, "tools")
-        shown = [tool.model_dump(exclude_none=True) for tool in tools]
-        return {**variables, "tools": [{"type": "function", "function": tool} for tool in shown]}
+        return variables if template is None else {**variables, **tools.variables(template)}
 
     def _render(
         self,
@@ -283,7 +262,7 @@ def _checked(prompts: list[EncodedPrompt], params: SamplingParams, limits: Engin
 def reading_cost(request: SamplingFields | EmbeddingRequest | TokenizeRequest | DetokenizeRequest) -> int:
     """An estimate of the microseconds that reading the request takes, for `Work`."""
     has_grammar = isinstance(request, SamplingFields) and request.grammar is not None
-    has_grammar |= isinstance(request, ChatRequest) and bool(request.shown_tools)
+    has_grammar |= isinstance(request, ChatRequest | ResponsesRequest) and bool(request.tool_use.shown)
     return GRAMMAR_COST * has_grammar + sum(len(part) + PART_COST for part in _parts(request))
 
 
@@ -297,15 +276,19 @@ def _parts(request: SamplingFields | EmbeddingRequest | TokenizeRequest | Detoke
         case CompletionRequest() | EmbeddingRequest():
             yield from request.prompts()
         case ResponsesRequest():
-            yield from (text_of(message.content) for message in request.messages())
+            yield from _parts_of(request.messages())
         case ChatRequest() | TokenizeRequest():
-            for message in request.messages or ():
-                yield text_of(message.content)
-                yield from (call.function.arguments for call in message.tool_calls)
+            yield from _parts_of(request.messages or ())
     if isinstance(request, TokenizeRequest):
         yield request.prompt or ""
     if isinstance(request, DetokenizeRequest):
         yield request.tokens
+
+
+def _parts_of(messages: Iterable[Message]) -> Iterable[str]:
+    for message in messages:
+        yield text_of(message.content)
+        yield from (call.function.arguments for call in message.tool_calls)
 
 
 def _room(prompts: Sequence[EncodedPrompt], limits: EngineLimits) -> int:

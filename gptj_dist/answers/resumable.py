@@ -101,13 +101,14 @@ class ResumableStream:
         self, index: int, past: Sequence[Delta], rest: AsyncGenerator[Delta, None] | None
     ) -> AsyncGenerator[Delta, None]:
         received, held, is_begun = self._received[index], None, False
+        last = received.partly or received
         async with aclosing(self._all(index, past, rest)) as deltas:
             async for delta in deltas:
                 if is_begun:
                     yield delta
                     continue
                 held = delta if held is None else joined(held, delta)
-                if held.finish_reason is not None or len(held.token_ids) >= received.num_tokens:
+                if held.finish_reason is not None or len(held.token_ids) >= last.num_tokens + last.has_end:
                     is_begun = True
                     for piece in _cut(held, received):
                         yield piece
@@ -124,10 +125,22 @@ class ResumableStream:
 
 
 def _cut(delta: Delta, received: Received) -> list[Delta]:
-    """The tokens that were received, if there are any, and the rest. A finish that was not received is in the rest."""
-    number = received.num_tokens
-    if not number or (received.has_end and len(delta.token_ids) <= number):
-        return [delta]
-    first = delta._replace(token_ids=delta.token_ids[:number], finish_reason=None, logprobs=delta.logprobs[:number])
-    rest = Delta(delta.token_ids[number:], delta.finish_reason, delta.logprobs[number:])
-    return [first, rest] if rest.token_ids or rest.finish_reason is not None else [first]
+    """The tokens that were received, those that were partly, and the rest; each if there are any."""
+    pieces, begin, num_tokens = list[Delta](), 0, len(delta.token_ids)
+    for mark in (received, received.partly):
+        if mark is None or (mark.has_end and num_tokens <= mark.num_tokens):
+            break
+        if mark.num_tokens > begin:
+            pieces.append(_part(delta, begin, mark.num_tokens))
+            begin = mark.num_tokens
+    if begin < num_tokens or delta.finish_reason is not None or not pieces:
+        pieces.append(_part(delta, begin, num_tokens)._replace(finish_reason=delta.finish_reason))
+    return pieces
+
+
+def _part(delta: Delta, begin: int, end: int) -> Delta:
+    """Some of the tokens, without a finish. What comes with a stream's first tokens comes with its first part."""
+    tokens, logprobs = delta.token_ids[begin:end], delta.logprobs[begin:end]
+    if begin:
+        return Delta(tokens, None, logprobs)
+    return delta._replace(token_ids=tokens, finish_reason=None, logprobs=logprobs)

@@ -140,16 +140,9 @@ class AnswerService:
         deadline = Deadline(request.timeout_s)
         prepared = await deadline.bound(self._prepare(request, self._reader.chat, resumable))
         ((_, prompt_ids),) = prepared.prompts
-        form_of_calls = self._model.form_of_calls if request.shown_tools else None
+        tokenizer = self._model.tokenizer
         writers = [
-            ChatWriter(
-                choice,
-                request,
-                prompt_ids,
-                self._model.tokenizer,
-                None if form_of_calls is None else CallReader(form_of_calls),
-                request_id,
-            )
+            ChatWriter(choice, request, prompt_ids, tokenizer, self._call_reader(request), request_id)
             for choice in range(request.n)
         ]
         kinds = ("chat.completion", "chat.completion.chunk")
@@ -168,7 +161,8 @@ class AnswerService:
         deadline = Deadline(request.timeout_s)
         prepared = await deadline.bound(self._prepare(request, self._reader.respond, resumable))
         name, num_tokens = self._name(request.model, resumable), prepared.num_prompt_tokens
-        form = ResponseForm(request, request_id, _created(resumable), name, self._model.tokenizer, num_tokens)
+        calls = self._call_reader(request)
+        form = ResponseForm(request, request_id, _created(resumable), name, self._model.tokenizer, num_tokens, calls)
         return await self._answer(request, request_id, form, prepared, deadline, resumable)
 
     async def embed(self, request: EmbeddingRequest, request_id: str) -> EmbeddingAnswer:
@@ -229,6 +223,11 @@ class AnswerService:
         """What an answer calls its model: the adapter that the request names as its model, or the model."""
         is_adapter = asked in self._adapters or (resumable is not None and asked in resumable.adapters)
         return asked if asked is not None and is_adapter else self._model.names[0]
+
+    def _call_reader(self, request: ChatRequest | ResponsesRequest) -> CallReader | None:
+        """Reads the calls of one text, if the request has tools."""
+        form = self._model.form_of_calls if request.tool_use.shown else None
+        return None if form is None else CallReader(form)
 
     async def _read(self, request: R, read: Callable[[R, EngineLimits], T], knows_model: bool = False) -> T:
         """Renders, tokenises and checks, a request at a time."""

@@ -223,16 +223,12 @@ class ChatWriter:
         text, pieces = self._calls.push(delta.text, delta.finish_reason is not None)
         calls: dict[int, JsonObject] = {}
         for piece in pieces:
-            call = calls.setdefault(piece.number, {"function": {"arguments": ""}})
+            id, named = {}, {}
             if piece.name is not None:
-                begin = {"id": self._call_id(piece.number), "type": "function"}
-                calls[piece.number] = call = {**begin, "function": {"name": piece.name, "arguments": ""}}
-            call["function"]["arguments"] += piece.arguments
+                id = {"id": call_id(self._request_id, self._index, piece.number), "type": "function"}
+                named = {"name": piece.name}
+            calls[piece.number] = {**id, "function": {**named, "arguments": piece.arguments}}
         return text, calls
-
-    def _call_id(self, number: int) -> str:
-        """The same in every process; nine letters and digits, as Mistral's templates demand."""
-        return sha256(f"{self._request_id} {self._index} {number}".encode()).hexdigest()[:9]
 
     def _choice(self, name: str, content: JsonObject, delta: TextDelta) -> JsonObject:
         is_first, self._is_begun = not self._is_begun, True
@@ -248,6 +244,14 @@ class ChatWriter:
             choice["token_ids"] = list(delta.token_ids)
             choice["prompt_token_ids"] = list(self._prompt_ids) if is_first else None
         return choice
+
+
+def call_id(request_id: str, choice: int, number: int) -> str:
+    """Of the call of that number in a choice: the same in every process.
+
+    Nine letters and digits, as Mistral's templates demand.
+    """
+    return sha256(f"{request_id} {choice} {number}".encode()).hexdigest()[:9]
 
 
 def listed_logprobs(token: TokenLogprobs, names: TokenNames, tokenizer: Tokenizer) -> JsonObject:

@@ -117,11 +117,13 @@ class CallPiece(NamedTuple):
         number: of the call in the text, from 0.
         name: of the tool, with the first piece of a call.
         arguments: the next characters of them.
+        is_last: whether they are complete.
     """
 
     number: int
     name: str | None
     arguments: str
+    is_last: bool = False
 
 
 _TOOL = re.compile(r'\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*\{')
@@ -150,11 +152,13 @@ class CallReader:
         return self.num_calls > 0 and not self._depth
 
     def push(self, piece: str, is_last: bool) -> tuple[str, list[CallPiece]]:
-        """What is new outside of calls, and in them. A call that breaks off before its arguments is left out."""
+        """What is new outside of calls, and of each call. One that breaks off before its arguments is left out."""
         self._rest += piece
         text = "" if self._part == "calls" else self._read_text(is_last)
         calls: list[CallPiece] = []
         while self._part == "calls" and (found := self._read_call()) is not None:
+            if calls and calls[-1].number == found.number:
+                found = found._replace(name=calls[-1].name, arguments=calls.pop().arguments + found.arguments)
             calls.append(found)
         return text, calls
 
@@ -196,4 +200,4 @@ class CallReader:
         arguments, self._rest = self._rest[:end], self._rest[end:]
         number = self.num_calls
         self.num_calls += not self._depth
-        return CallPiece(number, None, arguments) if arguments else None
+        return CallPiece(number, None, arguments, is_last=not self._depth) if arguments else None

@@ -12,7 +12,8 @@ from gptj_dist.answers.schema.chat import ChatRequest, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.content import Prediction, TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
-from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest
+from gptj_dist.answers.schema.input_items import InputPart, MessageItem
+from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.sampling import StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tests.http.field_checks_text import of_prediction, of_stream_options
@@ -139,37 +140,24 @@ def of_text__(face: Face) -> None:
     assert response(face, text={"format": {"type": "text"}})["text"] == {"format": {"type": "text"}}
 
 
-@check(ResponsesRequest)
-def of_tools(face: Face) -> None:
-    tools = [{"type": "function", "name": "f"}]
-    assert face.post(tools=tools).status_code == 400
-    assert choice(face, tools=tools, tool_choice="none") == choice(face, tools=[])
-
-
-@check(ResponsesRequest)
-def of_tool_choice(face: Face) -> None:
-    of_tools(face)
-    assert face.post(tool_choice="required").status_code == 400
-
-
 def prompt_tokens(face: Face, **item: Any) -> int:
     usage = response(face, input=[{"role": "user", "content": "Hello"} | item])["usage"]
     return int(usage["input_tokens"])
 
 
-@check(InputItem)
+@check(MessageItem)
 def of_type_(face: Face) -> None:
     assert prompt_tokens(face, type="message") == prompt_tokens(face)
     item = {"type": "reasoning", "role": "user", "content": "x"}
     assert face.server.client.post("/v1/responses", json={"input": [item]}).status_code == 400
 
 
-@check(InputItem)
+@check(MessageItem)
 def of_role_(face: Face) -> None:
     assert prompt_tokens(face, role="system") == len(tokenizer().encode("(Hello) "))
 
 
-@check(InputItem)
+@check(MessageItem)
 def of_content_(face: Face) -> None:
     parts = [{"type": "input_text", "text": "Hel"}, {"type": "output_text", "text": "lo and more"}]
     assert prompt_tokens(face, content=parts) == len(tokenizer().encode("Hello and more"))

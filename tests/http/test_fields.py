@@ -13,15 +13,25 @@ import pytest
 
 from gptj_dist.answers.schema.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from gptj_dist.answers.schema.base import Body
-from gptj_dist.answers.schema.chat import ChatRequest, Conversation, Message
+from gptj_dist.answers.schema.chat import ChatRequest, ChatTools, Conversation, Message
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.content import Prediction, TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs, TextFormat
-from gptj_dist.answers.schema.responses import InputItem, InputPart, ResponsesRequest, TextOptions
+from gptj_dist.answers.schema.input_items import CallItem, CallOutputItem, InputPart, MessageItem
+from gptj_dist.answers.schema.responses import ResponsesRequest, TextOptions
 from gptj_dist.answers.schema.sampling import AdapterField, ChoiceFields, SamplingFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
-from gptj_dist.answers.schema.tools import CalledFunction, Function, NamedFunction, NamedTool, Tool, ToolCall
+from gptj_dist.answers.schema.tools import (
+    CalledFunction,
+    Function,
+    FunctionTool,
+    NamedFunction,
+    NamedFunctionTool,
+    NamedTool,
+    Tool,
+    ToolCall,
+)
 from tests.adapters import model_config, write_lora
 from tests.http import (
     field_checks_adapters,
@@ -60,7 +70,7 @@ BODIES = (
     Message,
     TextPart,
     Prediction,
-    InputItem,
+    MessageItem,
     InputPart,
     TextOptions,
     StreamOptions,
@@ -77,6 +87,10 @@ BODIES = (
     NamedFunction,
     ToolCall,
     CalledFunction,
+    FunctionTool,
+    NamedFunctionTool,
+    CallItem,
+    CallOutputItem,
 )
 
 
@@ -147,7 +161,7 @@ def post(server: Server, path: str, **fields: Any) -> None:
 
 
 def test_no_body_is_forgotten() -> None:
-    not_sent_over_http = {SamplingFields, ChoiceFields, Conversation}
+    not_sent_over_http = {SamplingFields, ChoiceFields, ChatTools, Conversation}
     assert set(BODIES) == set(subclasses(Body)) - not_sent_over_http
 
 

@@ -48,7 +48,7 @@ def respond(texts: AnswerService, **fields: Any) -> Any:
     return Response.model_validate(asyncio.run(run()), strict=True)
 
 
-def events(texts: AnswerService, **fields: Any) -> list[Any]:
+def events_of(texts: AnswerService, **fields: Any) -> list[Any]:
     """The events of a stream; their names are also in their data, and their numbers count up."""
 
     async def run() -> bytes:
@@ -106,13 +106,13 @@ class TestWhole:
 
 class TestStream:
     def test_the_events_are_openais_in_order(self) -> None:
-        names = [event.type.removeprefix("response.") for event in events(service(Script()))]
+        names = [event.type.removeprefix("response.") for event in events_of(service(Script()))]
         assert names == [*OPENING, *["output_text.delta"] * len(TOKENS), *CLOSING, "incomplete"]
-        assert events(service(Script()), stop=[TEXT[4:8]])[-1].type == "response.completed"
+        assert events_of(service(Script()), stop=[TEXT[4:8]])[-1].type == "response.completed"
 
     def test_a_stream_gives_what_a_response_is(self) -> None:
         asked: dict[str, Any] = {"include": ["message.output_text.logprobs"], "stop": [TEXT[8:12]]}
-        whole, stream = respond(service(Script()), **asked), events(service(Script()), **asked)
+        whole, stream = respond(service(Script()), **asked), events_of(service(Script()), **asked)
         deltas = [event for event in stream if event.type == "response.output_text.delta"]
         [done] = [event for event in stream if event.type == "response.output_text.done"]
         final = stream[-1].response
@@ -122,14 +122,14 @@ class TestStream:
         assert final.model_dump(exclude={"created_at"}) == whole.model_dump(exclude={"created_at"})
 
     def test_a_failure_under_way_is_a_failed_response_and_the_last_event(self) -> None:
-        stream = events(service(Script(StageFailedError("stage 1 died"), num_before_error=2)))
+        stream = events_of(service(Script(StageFailedError("stage 1 died"), num_before_error=2)))
         assert stream[-1].type == "response.failed"
         assert stream[-1].response.status == "failed"
         assert stream[-1].response.error.message == "stage 1 died"
 
     def test_an_error_before_the_first_token_is_raised(self) -> None:
         with pytest.raises(StageFailedError):
-            events(service(Script(StageFailedError("stage 1 died"))))
+            events_of(service(Script(StageFailedError("stage 1 died"))))
 
 
 class TestInput:
@@ -201,14 +201,18 @@ class TestInput:
                 {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
                 "input.0.content.0.image_url",
             ),
-            ({"input": [{"type": "function_call_output", "role": "x", "content": "y"}]}, "input.0.type"),
+            ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input.0.type"),
+            ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.type"),
+            ({"input": [{"type": ["message"], "role": "user", "content": "y"}]}, "input.0.type"),
+            ({"input": ["x"]}, "input.0"),
+            ({"input": [{"type": "function_call_output", "output": "y"}]}, "input.0.call_id"),
             ({"previous_response_id": "resp_1"}, "previous_response_id"),
             ({"conversation": "c"}, "conversation"),
             ({"background": True}, "background"),
             ({"truncation": "auto"}, "truncation"),
             ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
             ({"reasoning": {"effort": "high"}}, "reasoning"),
-            ({"tools": [{"type": "web_search"}]}, "tools"),
+            ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
             ({"include": ["file_search_call.results"]}, "include.0"),
             ({"top_logprobs": 2}, "top_logprobs"),
             ({"max_output_tokens": 0}, "max_output_tokens"),

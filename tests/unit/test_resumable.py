@@ -23,7 +23,7 @@ from gptj_dist.serving import keeper, kept_streams
 from gptj_dist.serving.kept_streams import LIFETIME_S, KeptStreams, News, Opening, Reply
 from gptj_dist.serving.keys import ApiKey, hash_key
 from tests.fakes import fake_token
-from tests.front_app import LIMITS, FrontApp, _logprobs, eventually, front_app
+from tests.front_app import LIMITS, TOKENIZER, FrontApp, _logprobs, eventually, front_app
 
 TIMEOUT_S = 60
 NUM_TOKENS = 8
@@ -40,6 +40,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "response": (RESPONSES, INPUT | {"seed": 7}),
 }
 IDS = {COMPLETIONS: "cmpl-r", CHAT: "chatcmpl-r", RESPONSES: "resp_r"}
+CALLS = 'Well. <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call><tool_call>'
+CALLS += '{"name": "f", "arguments": {"a": 22}}</tool_call>'
 KEYS = (ApiKey("ann", hash_key("a")), ApiKey("bob", hash_key("b")))
 
 
@@ -81,6 +83,17 @@ class Pipelines:
                 num_tokens, of_prompt = stop, ()
         finally:
             self.num_open -= 1
+
+
+class Caller(Pipelines):
+    """A `TokenSource` whose only text says something and then calls two tools."""
+
+    async def _stream(self, record: RequestRecord) -> AsyncGenerator[Delta, None]:
+        ids = [*TOKENIZER.encode(CALLS), 50256]
+        for start in range(len(record.token_ids), len(ids), self.size):
+            await asyncio.sleep(0)
+            stop = start + self.size
+            yield Delta(tuple(ids[start:stop]), FinishReason.STOP if stop >= len(ids) else None)
 
 
 class Store:
@@ -211,6 +224,50 @@ def test_tokens_that_were_not_kept_are_computed_again_however_they_come(name: st
                     assert json.loads(rest[0].partition("data: ")[2])["sequence_number"] == place + 1
             assert source.records
             assert all(record.is_accepted and record.num_moves == 0 for record in source.records)
+
+    run(scenario())
+
+
+def output_of(events: Sequence[str]) -> list[dict[str, Any]]:
+    """The items that a client makes of the events of a response, whose numbers count up."""
+    items: list[dict[str, Any]] = []
+    for number, event in enumerate(events):
+        body = json.loads(event.partition("data: ")[2])
+        assert body["sequence_number"] == number
+        match body["type"].removeprefix("response."):
+            case "output_item.added":
+                assert body["output_index"] == len(items)
+                items.append({"id": body["item"]["id"], "text": "", "is_done": False})
+            case "output_text.delta" | "function_call_arguments.delta":
+                item = items[body["output_index"]]
+                assert (item["id"], item["is_done"]) == (body["item_id"], False)
+                item["text"] += body["delta"]
+            case "output_text.done" | "function_call_arguments.done":
+                assert items[body["output_index"]]["text"] == body.get("text", body.get("arguments"))
+            case "output_item.done":
+                items[body["output_index"]] |= body["item"] | {"is_done": True}
+            case "completed":
+                assert [item["id"] for item in body["response"]["output"]] == [item["id"] for item in items]
+    return items
+
+
+@pytest.mark.parametrize(("size", "other_size"), [(1, 1), (1, 7), (7, 1), (100, 3)])
+def test_calls_of_tools_go_on_from_any_event_however_tokens_come(size: int, other_size: int) -> None:
+    tools = [{"type": "function", "name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}]
+
+    async def scenario() -> None:
+        store = Store()
+        async with ingress(store, Caller(size)) as first, ingress(store, Caller(other_size)) as other:
+            usual = await ask(first, RESPONSES, {"input": "x", "tools": tools, "stream": True})
+            items = output_of(usual)
+            assert [item["text"] for item in items] == ["Well. ", '{"a": 1}', '{"a": 22}']
+            assert all(item["is_done"] for item in items)
+            assert len(set(map(id_of, usual))) == len(usual)
+            await eventually(lambda: len(store.kept._streams) == 1)
+            for number, event in enumerate(usual):
+                store.lose(2)
+                rest = (await resume(other, "resp_r", id_of(event))).text.split("\n\n")[:-1]
+                assert output_of([*usual[: number + 1], *rest]) == items
 
     run(scenario())
 
@@ -381,6 +438,9 @@ def test_a_later_stream_of_the_same_id_takes_the_place_of_the_earlier_one_which_
 
 def test_an_id_is_read_as_it_is_written() -> None:
     assert EventId.parsed("12+2:7,5e", 2) == EventId(12, 2, (Received(7), Received(5, has_end=True)))
-    for wrong in ("", "12", "12:", "12:7", "12:7,5,", "-1:7,5", "1:7,5e,9", "1:7,5e\n"):
+    of_first = Received(7, partly=Received(24, has_end=True))
+    assert EventId.parsed("12+11:7>24e,5", 2) == EventId(12, 11, (of_first, Received(5)))
+    assert str(of_first) == "7>24e"
+    for wrong in ("", "12", "12:", "12:7", "12:7,5,", "-1:7,5", "1:7,5e,9", "1:7,5e\n", "1:7>,5", "1:7>8>9,5"):
         with pytest.raises(InvalidRequestError, match="is not the id of an event"):
             EventId.parsed(wrong, 2)

@@ -78,7 +78,8 @@ PROMPT_FORMS = (
 )
 MAX_PARAM_CHARS = 200
 AS_TEXT, AS_LIST = Tag("<text>"), Tag("<list>")
-_TAGS = (AS_TEXT.tag, AS_LIST.tag)
+_TAG = re.compile(r"<\w+>")
+"""Of a body's form, in the path to a problem in it."""
 
 Unserved: TypeAlias = Mapping[str, object]
 
@@ -235,7 +236,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
 
 def _first_problem(error: ValidationError) -> InvalidRequestError:
     problem = error.errors(include_url=False)[0]
-    path = [str(name) for name in problem["loc"] if name not in _TAGS]
+    path = [str(name) for name in problem["loc"] if not _TAG.fullmatch(str(name))]
     if problem["type"] == "refused_field":
         path.append(problem["ctx"]["field"])
     param = ".".join(path)[:MAX_PARAM_CHARS]

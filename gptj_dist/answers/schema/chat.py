@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 from pydantic import AfterValidator, ConfigDict, model_validator
 
-from gptj_dist.answers.request_limits import MAX_ARGUMENTS_CHARS
 from gptj_dist.answers.schema.base import NON_EMPTY, Body, Integer, refused_field
 from gptj_dist.answers.schema.content import Content, text_of
 from gptj_dist.answers.schema.sampling import ChoiceFields
-from gptj_dist.answers.schema.tools import Function, NamedTool, ToolCalls, ToolChoice, Tools
+from gptj_dist.answers.schema.tool_use import ToolUse
+from gptj_dist.answers.schema.tools import NamedTool, ToolCalls, ToolChoice, Tools, check_arguments
 from gptj_dist.errors import InvalidRequestError, excerpt
 
 
@@ -59,29 +60,42 @@ class Message(Body):
 
 
 def _with_arguments(messages: list[Message]) -> list[Message]:
-    """Checks the arguments of calls, all together small enough to be parsed."""
-    calls = [
+    check_arguments(
         (f"{i}.tool_calls.{k}.function.arguments", call.function)
         for i, message in enumerate(messages)
         for k, call in enumerate(message.tool_calls)
-    ]
-    num_chars = 0
-    for place, function in calls:
-        num_chars += len(function.arguments)
-        if num_chars > MAX_ARGUMENTS_CHARS:
-            raise refused_field(place, f"is too long: all calls may have {MAX_ARGUMENTS_CHARS} characters of arguments")
-        try:
-            function.parsed()
-        except ValueError:
-            raise refused_field(place, "must be JSON of an object") from None
+    )
     return messages
 
 
 Messages: TypeAlias = Annotated[list[Message], NON_EMPTY, AfterValidator(_with_arguments)]
 
 
-class Conversation(Body):
-    """A conversation alone.
+class ChatTools(Body):
+    """The fields of chat that tell of tools.
+
+    Args:
+        tools: functions that the model may call, where the chat template shows them to it; at most 128.
+        tool_choice: none does not show them; auto leaves it to the model whether it calls one; required and a named one
+            make it call.
+        parallel_tool_calls: whether an answer may have several calls, in a format that has.
+    """
+
+    tools: Tools = []
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """What the tools are for."""
+        functions, choice = [tool.function for tool in self.tools], self.tool_choice
+        if isinstance(choice, NamedTool):
+            return ToolUse(functions, "required", choice.function.name, self.parallel_tool_calls)
+        return ToolUse(functions, choice, is_parallel=self.parallel_tool_calls)
+
+
+class Conversation(ChatTools):
+    """A conversation alone, and tools.
 
     Args:
         messages: one message or more.
@@ -90,7 +104,7 @@ class Conversation(Body):
     messages: Messages
 
 
-class ChatRequest(ChoiceFields):
+class ChatRequest(ChatTools, ChoiceFields):
     """A conversation to be continued.
 
     Args:
@@ -102,10 +116,6 @@ class ChatRequest(ChoiceFields):
         logprobs: return each token's log probability.
         top_logprobs: and that of this number of the likeliest tokens, 0 to 20.
         prompt_logprobs: only null: the prompt's log probabilities are returned by completions.
-        tools: functions that the model may call, where the chat template shows them to it; at most 128.
-        tool_choice: none does not show them; auto leaves it to the model whether it calls one; required and a named one
-            make it call.
-        parallel_tool_calls: whether an answer may have several calls, in a format that has.
         chat_template_kwargs: variables for the template.
         add_generation_prompt: let the template end with the beginning of an answer; null does unless the last message
             is continued.
@@ -122,9 +132,6 @@ class ChatRequest(ChoiceFields):
     logprobs: bool = False
     top_logprobs: Integer | None = None
     prompt_logprobs: None = None
-    tools: Tools = []
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -134,29 +141,17 @@ class ChatRequest(ChoiceFields):
         """The most tokens to generate, under either name; None leaves it to the server."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    @property
-    def shown_tools(self) -> list[Function]:
-        """The functions that the model learns of."""
-        return [] if self.tool_choice == "none" else [tool.function for tool in self.tools]
-
-    @property
-    def callable_tools(self) -> list[Function]:
-        """Those that it may call."""
-        if isinstance(self.tool_choice, NamedTool):
-            return [tool for tool in self.shown_tools if tool.name == self.tool_choice.function.name]
-        return self.shown_tools
-
     def own_params(self) -> dict[str, Any]:
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
     def own_names(self) -> Mapping[str, str]:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         names = {**super().own_names(), "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
-        return names | {"structured_outputs": "tools"} if self.shown_tools else names
+        return names | {"structured_outputs": "tools"} if self.tool_use.shown else names
 
     def check(self) -> None:
         super().check()
-        self._check_tools()
+        self.tool_use.check(self.grammar, "response_format and structured_outputs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidRequestError(
                 "max_tokens and max_completion_tokens contradict each other", "max_completion_tokens"
@@ -170,17 +165,3 @@ class ChatRequest(ChoiceFields):
                 "continue_final_message and add_generation_prompt contradict each other", "continue_final_message"
             )
         self.sampling_params(self.most_tokens or max(self.min_tokens, 1))
-
-    def _check_tools(self) -> None:
-        names = [tool.function.name for tool in self.tools]
-        if double := next((name for name in names if names.count(name) > 1), None):
-            raise InvalidRequestError(f"tools must have different names, got {double!r} twice", "tools")
-        if self.tool_choice in ("none", "auto") and not self.shown_tools:
-            return
-        if not self.callable_tools:
-            problem = "is not one of the tools" if isinstance(self.tool_choice, NamedTool) else "needs tools"
-            raise InvalidRequestError(f"tool_choice {problem}", "tool_choice")
-        if self.grammar is not None:
-            raise InvalidRequestError(
-                "tools contradict response_format and structured_outputs, unless tool_choice is 'none'", "tools"
-            )

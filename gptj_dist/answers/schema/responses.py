@@ -1,62 +1,22 @@
-"""The body of `POST /v1/responses`, for plain text."""
+"""The body of `POST /v1/responses`, for text and calls of tools."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
-from gptj_dist.answers.schema.base import AS_LIST, AS_TEXT, NON_EMPTY, Body, Integer, text_or_list
+from gptj_dist.answers.schema.base import Body, Integer
 from gptj_dist.answers.schema.chat import Message
 from gptj_dist.answers.schema.grammars import TextFormat
+from gptj_dist.answers.schema.input_items import Input, as_messages
 from gptj_dist.answers.schema.sampling import SamplingFields
+from gptj_dist.answers.schema.tool_use import ToolUse
+from gptj_dist.answers.schema.tools import FunctionToolChoice, FunctionTools, NamedFunctionTool
 from gptj_dist.errors import InvalidRequestError, excerpt
 from gptj_dist.params import Grammar
 
 LOGPROBS = "message.output_text.logprobs"
-
-
-class InputPart(Body):
-    """A part of a message's content.
-
-    Args:
-        type: only text, because GPT-J reads nothing else; `output_text` is that of an earlier response.
-        text: the part's text.
-    """
-
-    hints: ClassVar = frozenset(("annotations", "cache_control", "logprobs", "prompt_cache_breakpoint"))
-    unserved: ClassVar = dict.fromkeys(
-        ("detail", "file_data", "file_id", "file_url", "filename", "image_url", "refusal")
-    )
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-
-
-InputContent: TypeAlias = Annotated[
-    Annotated[str, AS_TEXT] | Annotated[list[InputPart], AS_LIST], text_or_list("a string or a list of text parts")
-]
-
-
-class InputItem(Body):
-    """A message of the conversation, from a client or out of an earlier response.
-
-    Args:
-        type: only messages.
-        role: such as system, user or assistant; the chat template decides which there are.
-        content: text, or parts that are joined.
-    """
-
-    hints: ClassVar = frozenset(("annotations", "cache_control", "id", "metadata", "phase", "status"))
-
-    type: Literal["message"] = "message"
-    role: str
-    content: InputContent
-
-    def as_message(self) -> Message:
-        """The item as a message of a chat."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role=self.role, content=content)
 
 
 class TextOptions(Body):
@@ -69,12 +29,6 @@ class TextOptions(Body):
     unserved: ClassVar = {"verbosity": "medium"}
 
     format: TextFormat | None = None
-
-
-Input: TypeAlias = Annotated[
-    Annotated[str, AS_TEXT] | Annotated[list[InputItem], AS_LIST, NON_EMPTY],
-    text_or_list("a string or a list of messages"),
-]
 
 
 class ResponsesRequest(SamplingFields):
@@ -90,11 +44,13 @@ class ResponsesRequest(SamplingFields):
         top_logprobs: with those, the log probabilities of this number of the likeliest tokens, 0 to 20.
         metadata: returned with the response, and changes nothing.
         text: with `format`, OpenAI's name for the JSON forms of `structured_outputs`.
-        tools: accepted with a `tool_choice` of none, and the model does not see them: only chat calls tools.
-        tool_choice: none, or auto without tools.
+        tools: functions that the model may call, where the chat template shows them to it; at most 128.
+        tool_choice: none does not show them; auto leaves it to the model whether it calls one; required and a named one
+            make it call.
+        parallel_tool_calls: whether a response may have several calls, in a format that has.
     """
 
-    hints: ClassVar = SamplingFields.hints - {"metadata"} | {"stream_options"}
+    hints: ClassVar = SamplingFields.hints - {"metadata", "parallel_tool_calls"} | {"stream_options"}
     unserved: ClassVar = dict.fromkeys((
         "access_programs", "background", "background_options", "cache_salt", "context_management", "conversation",
         "image", "max_tool_calls", "moderation", "previous_response_id", "prompt", "reasoning", "request_id",
@@ -107,8 +63,9 @@ class ResponsesRequest(SamplingFields):
     top_logprobs: Integer = 0
     metadata: dict[str, Any] = {}
     text: TextOptions | None = None
-    tools: list[Any] = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tools: FunctionTools = []
+    tool_choice: FunctionToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @property
     def has_logprobs(self) -> bool:
@@ -120,7 +77,15 @@ class ResponsesRequest(SamplingFields):
         messages = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
         if isinstance(self.input, str):
             return [*messages, Message(role="user", content=self.input)]
-        return [*messages, *(item.as_message() for item in self.input)]
+        return [*messages, *as_messages(self.input)]
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """What the tools are for."""
+        functions, choice = [tool.as_function() for tool in self.tools], self.tool_choice
+        if isinstance(choice, NamedFunctionTool):
+            return ToolUse(functions, "required", choice.name, self.parallel_tool_calls)
+        return ToolUse(functions, choice, is_parallel=self.parallel_tool_calls)
 
     @property
     def text_format(self) -> TextFormat | None:
@@ -137,6 +102,8 @@ class ResponsesRequest(SamplingFields):
 
     def own_names(self) -> Mapping[str, str]:
         names = {"prompt": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
+        if self.tool_use.shown:
+            return names | {"structured_outputs": "tools"}
         return names if self.structured_outputs is not None else names | {"structured_outputs": "text"}
 
     def check(self) -> None:
@@ -145,10 +112,9 @@ class ResponsesRequest(SamplingFields):
             self.text_format.check()
             if self.structured_outputs is not None and self.text_format.type != "text":
                 raise InvalidRequestError("text.format and structured_outputs contradict each other", "text")
-        if self.tools and self.tool_choice != "none":
-            raise InvalidRequestError(
-                "tools are not supported in responses: let tool_choice be 'none', or use /v1/chat/completions", "tools"
-            )
+        self.tool_use.check(self.grammar, "text.format and structured_outputs")
+        if self.tool_use.shown and self.has_logprobs:
+            raise InvalidRequestError(f"tools contradict {LOGPROBS!r}: the tokens of calls are no text", "include")
         if self.top_logprobs and not self.has_logprobs:
             raise InvalidRequestError(f"top_logprobs may be given only when include has {LOGPROBS!r}", "top_logprobs")
         if self.max_output_tokens is not None and self.max_output_tokens < 1:

@@ -1,15 +1,17 @@
-"""The fields of chat that tell of tools and of their calls, as OpenAI has them."""
+"""The fields of chat and of responses that tell of tools and of their calls, as OpenAI has them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import pydantic_core
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from gptj_dist.answers.request_limits import MAX_TOOLS
+from gptj_dist.answers.request_limits import MAX_ARGUMENTS_CHARS, MAX_TOOLS
 from gptj_dist.answers.schema.base import Body, one_of, refused_field
+from gptj_dist.errors import excerpt
 
 NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -50,6 +52,22 @@ class Tool(Body):
     function: Function
 
 
+class FunctionTool(Function):
+    """A tool of a response.
+
+    Args:
+        type: only function.
+    """
+
+    unserved: ClassVar = {"allowed_callers": ["direct"], "defer_loading": None, "output_schema": None}
+
+    type: Literal["function"]
+
+    def as_function(self) -> Function:
+        """The function alone, as chat has it."""
+        return Function(name=self.name, description=self.description, parameters=self.parameters)
+
+
 class NamedFunction(Body):
     """A function of the tools.
 
@@ -70,6 +88,16 @@ class NamedTool(Body):
 
     type: Literal["function"]
     function: NamedFunction
+
+
+class NamedFunctionTool(NamedFunction):
+    """The tool of a response that the model is to call.
+
+    Args:
+        type: only function.
+    """
+
+    type: Literal["function"]
 
 
 class CalledFunction(Body):
@@ -112,9 +140,42 @@ class ToolCall(Body):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-Tools: TypeAlias = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+def check_arguments(calls: Iterable[tuple[str, CalledFunction]]) -> None:
+    """Checks the arguments of calls, all together small enough to be parsed.
+
+    Args:
+        calls: each with the name of its field.
+
+    Raises:
+        PydanticCustomError: by `refused_field`.
+    """
+    num_chars = 0
+    for place, function in calls:
+        num_chars += len(function.arguments)
+        if num_chars > MAX_ARGUMENTS_CHARS:
+            raise refused_field(place, f"is too long: all calls may have {MAX_ARGUMENTS_CHARS} characters of arguments")
+        try:
+            function.parsed()
+        except ValueError:
+            raise refused_field(place, "must be JSON of an object") from None
+
+
+def _is_function(tool: Any) -> Any:
+    """Refuses a tool of the client's provider by its type, before its fields, which are unknown here."""
+    if isinstance(tool, dict) and tool.get("type", "function") != "function":
+        raise refused_field("type", f"must be 'function'; got {excerpt(tool['type'])}")
+    return tool
+
+
+_LIST_OF_TOOLS = Field(fail_fast=True, max_length=MAX_TOOLS)
+Tools: TypeAlias = Annotated[list[Annotated[Tool, BeforeValidator(_is_function)]], _LIST_OF_TOOLS]
+FunctionTools: TypeAlias = Annotated[list[Annotated[FunctionTool, BeforeValidator(_is_function)]], _LIST_OF_TOOLS]
 ToolCalls: TypeAlias = Annotated[list[ToolCall], Field(fail_fast=True)]
+Choice: TypeAlias = Literal["none", "auto", "required"]
 ToolChoice: TypeAlias = Annotated[
-    Literal["none", "auto", "required"] | NamedTool,
+    Choice | NamedTool,
     one_of('"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'),
+]
+FunctionToolChoice: TypeAlias = Annotated[
+    Choice | NamedFunctionTool, one_of('"none", "auto", "required" or {"type": "function", "name": ...}')
 ]
