@@ -11,8 +11,10 @@ __all__ = [
     "content",
     "embeddings",
     "grammars",
+    "input_items",
     "responses",
     "sampling",
     "tokens",
+    "tool_use",
     "tools",
 ]
