@@ -1,4 +1,4 @@
-"""Every command and example of the README, the tutorial and the how-to pages does what its page says."""
+"""Every command and example of the README, the tutorial, the how-to pages and operations does what its page says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 README = (ROOT / "README.md").read_text()
 PAGES = [README, (ROOT / "docs/tutorial.md").read_text()]
-PAGES += [page.read_text() for page in sorted((ROOT / "docs/how-to").glob("*.md"))]
+PAGES += [page.read_text() for part in ("how-to", "operations") for page in sorted((ROOT / "docs" / part).glob("*.md"))]
 ENVIRONMENT = Path(sys.prefix)
 BIN = ENVIRONMENT / "bin"
 DEFAULT_ADDRESS = "127.0.0.1:8000"

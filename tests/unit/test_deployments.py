@@ -1,8 +1,9 @@
-"""The files in `deployments/` and `cluster/` are what Ray takes them for, and hold only settings that exist."""
+"""The files in `deployments/` and `cluster/launcher/` are what Ray takes them for; all settings in them exist."""
 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,48 +68,59 @@ def test_a_misspelt_argument_is_refused_with_the_nearest_name(path: Path) -> Non
         parse_settings(args)
 
 
-def test_kuberay_serves_what_four_stage_serves_but_for_the_host() -> None:
-    manifest = read(ROOT / "cluster" / "kuberay.yaml")
-    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
-    served, expected = yaml.safe_load(manifest["spec"]["serveConfigV2"]), read(ROOT / "deployments" / "four-stage.yaml")
-    assert served["http_options"].pop("host") == "0.0.0.0"
-    assert expected["http_options"].pop("host") == "127.0.0.1"
-    assert served == expected
-
-
-def test_kuberay_has_a_pod_with_a_gpu_for_each_stage() -> None:
-    spec = read(ROOT / "cluster" / "kuberay.yaml")["spec"]
-    args = yaml.safe_load(spec["serveConfigV2"])["applications"][0]["args"]
-    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
-    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == args["stages"]
-    (container,) = group["template"]["spec"]["containers"]
-    for resources in container["resources"].values():
-        assert resources["nvidia.com/gpu"] == args["gpus_per_stage"]
-        assert int(resources["cpu"]) > args["cpus_per_stage"]  # room for a coordinator
-
-
-def test_kuberays_ray_is_the_one_that_is_tested() -> None:
-    assert read(ROOT / "cluster" / "kuberay.yaml")["spec"]["rayClusterConfig"]["rayVersion"] == ray.__version__
+LAUNCHER = ROOT / "cluster" / "launcher"
+every_launcher = pytest.mark.parametrize("name", ["aws", "gcp", "on-premises"])
+CLOUDS = ["aws", "gcp"]
 
 
 def as_ray_up_reads_it(config: dict[str, Any]) -> dict[str, Any]:
-    """The launcher config with Ray's defaults for AWS; raises what does not fit `ray/autoscaler/ray-schema.json`."""
+    """The launcher config with Ray's defaults for its provider; raises what does not fit Ray's `ray-schema.json`."""
     prepared: dict[str, Any] = prepare_config(copy.deepcopy(config))
     validate_config(prepared)
     return prepared
 
 
-def test_the_launcher_config_is_of_rays_schema() -> None:
-    config = read(ROOT / "cluster" / "ray-cluster.yaml")
-    assert as_ray_up_reads_it(config)["head_node_type"] == "head"
+@every_launcher
+def test_the_launcher_config_is_of_rays_schema(name: str) -> None:
+    config = read(LAUNCHER / f"{name}.yaml")
+    prepared = as_ray_up_reads_it(config)
+    assert prepared["head_node_type"] in prepared["available_node_types"]
     with pytest.raises(ValidationError, match="no_such_field"):
         as_ray_up_reads_it(config | {"no_such_field": 1})
 
 
-def test_the_launcher_has_a_gpu_worker_for_each_stage_and_uses_the_tested_ray() -> None:
-    config = read(ROOT / "cluster" / "ray-cluster.yaml")
+@every_launcher
+def test_the_launcher_starts_a_worker_for_each_stage_that_has_no_other_place(name: str) -> None:
+    config = read(LAUNCHER / f"{name}.yaml")
     args = read(ROOT / "deployments" / "four-stage.yaml")["applications"][0]["args"]
-    workers = config["available_node_types"]["gpu-worker"]
-    assert workers["min_workers"] == workers["max_workers"] == config["max_workers"] == args["stages"]
+    prepared = as_ray_up_reads_it(config)
+    (workers,) = [
+        kind for kind in prepared["available_node_types"].values() if kind.get("min_workers", 0) or name not in CLOUDS
+    ]
+    num_places = workers["min_workers"] + (0 if name in CLOUDS else 1)  # a head of your own has a stage, too
+    assert num_places == args["stages"]
+    assert workers["min_workers"] == workers["max_workers"] == config["max_workers"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_cloud_has_a_gpu_worker_and_the_images_of_the_tested_ray(name: str) -> None:
+    config = read(LAUNCHER / f"{name}.yaml")
+    assert config["available_node_types"]["gpu-worker"]["min_workers"] == 4
     for image in (config["docker"]["head_image"], config["docker"]["worker_image"]):
         assert image.startswith(f"rayproject/ray:{ray.__version__}-py311-")
+
+
+@every_launcher
+def test_pipelines_publish_their_load_each_second_and_the_dashboard_is_on_loopback(name: str) -> None:
+    config = read(LAUNCHER / f"{name}.yaml")
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S=1 " in commands[-1]
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+
+
+@every_launcher
+def test_the_torch_that_is_installed_is_the_one_of_the_makefile(name: str) -> None:
+    config = read(LAUNCHER / f"{name}.yaml")
+    commands = " ".join(command for key in ("setup_commands", "head_setup_commands") for command in config.get(key, []))
+    (version,) = re.findall(r"install_torch\.py (\S+)", commands)
+    assert f"TORCH_VERSION ?= {version}\n" in (ROOT / "Makefile").read_text()

@@ -86,7 +86,7 @@ def serve(
     drain_s: DrainS = DEFAULT_DRAIN_S,
     resumable: Annotated[
         bool,
-        typer.Option("--resumable", help="Keep streams for clients whose connection breaks: docs/operations.md."),
+        typer.Option("--resumable", help="Keep streams for clients whose connection breaks (docs/api.md)."),
     ] = False,
     lora_modules: Annotated[
         list[str] | None,
