@@ -21,7 +21,7 @@ from gptj_dist.answers.request_limits import (
     MAX_STOP_CHARS,
     MAX_TEXT_BYTES,
 )
-from gptj_dist.answers.schema.chat import ChatRequest, Message
+from gptj_dist.answers.schema.chat import ChatRequest, Message, check_shown
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.content import Prediction, text_of
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
@@ -195,8 +195,7 @@ class PromptReader:
         if self._model.chat_template is None:
             raise InvalidRequestError(NO_TEMPLATE)
         _check_number("prompt", "messages", len(messages), MAX_MESSAGES)
-        if not self._model.chat_template.shows("tool_calls") and any(message.tool_calls for message in messages):
-            raise InvalidRequestError("the chat template shows no tool_calls", "messages")
+        check_shown(messages, self._model.chat_template)
         return self._model.chat_template.render(
             [message.for_template() for message in messages],
             variables,

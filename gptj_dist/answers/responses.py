@@ -10,11 +10,11 @@ from gptj_dist.answers.error_responses import error_response
 from gptj_dist.answers.output_items import CallItem, MessageItem, OutputItem, text_part
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.sse import sse_event
-from gptj_dist.answers.writers import TokenNames, call_id, listed_logprobs
+from gptj_dist.answers.writers import TokenNames, listed_logprobs
 from gptj_dist.engine.request import FinishReason
 from gptj_dist.json_types import JsonObject
 from gptj_dist.text.tokenizer import Tokenizer
-from gptj_dist.text.tool_calls import CallPiece, CallReader
+from gptj_dist.text.tool_calls import CallPiece, CallReader, call_id
 
 INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.CONTENT_FILTER: "content_filter"}
 """OpenAI's words for a text that did not end by itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import sha256
 
 from gptj_dist.answers.completion import TextDelta
 from gptj_dist.answers.schema.chat import ChatRequest
@@ -13,7 +12,7 @@ from gptj_dist.json_types import JsonObject
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.text.detokenizer import Detokenizer
 from gptj_dist.text.tokenizer import Tokenizer
-from gptj_dist.text.tool_calls import CallReader
+from gptj_dist.text.tool_calls import CallReader, call_id
 
 
 class TokenNames:
@@ -244,14 +243,6 @@ class ChatWriter:
             choice["token_ids"] = list(delta.token_ids)
             choice["prompt_token_ids"] = list(self._prompt_ids) if is_first else None
         return choice
-
-
-def call_id(request_id: str, choice: int, number: int) -> str:
-    """Of the call of that number in a choice: the same in every process.
-
-    Nine letters and digits, as Mistral's templates demand.
-    """
-    return sha256(f"{request_id} {choice} {number}".encode()).hexdigest()[:9]
 
 
 def listed_logprobs(token: TokenLogprobs, names: TokenNames, tokenizer: Tokenizer) -> JsonObject:

@@ -16,7 +16,7 @@ from gptj_dist.answers.adapters import with_sources
 from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.local import running_engine
 from gptj_dist.answers.schema.base import check_fields
-from gptj_dist.answers.schema.chat import Conversation
+from gptj_dist.answers.schema.chat import Conversation, check_shown
 from gptj_dist.checkpoint.adapter_formats import open_fitting
 from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.config import PipelineConfig, refuse_unknown_keys
@@ -27,6 +27,7 @@ from gptj_dist.llm.completer import Completer
 from gptj_dist.llm.outputs import Output
 from gptj_dist.llm.progress import metered
 from gptj_dist.llm.prompts import Prompt, PromptInput, params_of_prompts, read_prompt, read_prompts
+from gptj_dist.llm.tools import read_tools, with_calls, with_tools
 from gptj_dist.params import NOT_SAMPLED, AdapterSource, Pooling, PoolingKind, SamplingParams
 from gptj_dist.stages.local import start_local
 from gptj_dist.stages.trace import TraceFile, TracePart
@@ -147,20 +148,28 @@ class LLM:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
     ) -> list[Output]:
         """Answers conversations, all at once, by the chat template of the checkpoint.
 
         Args:
-            messages: a conversation, or a list of conversations. A message is a dict with `role` and `content`.
+            messages: a conversation, or a list of conversations. A message is a dict with `role` and `content`, in
+                OpenAI's form, such as `Completion.message`.
             params: for all conversations, or a list with one for each. None ends an answer where the template begins
                 the user's next message, and after 512 tokens.
             use_tqdm: as for `generate`.
             chat_template: Jinja, in place of the checkpoint's.
             add_generation_prompt: end the prompt with the beginning of an answer.
             continue_final_message: continue the last message; needs `add_generation_prompt=False`.
+            tools: functions that the model may call, in OpenAI's form. `Completion.tool_calls` has the calls.
+            tool_choice: "none" does not show them to the model, "auto" leaves it to the model whether it calls one,
+                "required", or `{"type": "function", "function": {"name": ...}}`, makes it call.
+            parallel_tool_calls: whether an answer may have several calls.
 
         Raises:
-            InvalidRequestError: as for `generate`, or there is no template, or it refuses a conversation.
+            InvalidRequestError: as for `generate`, or there is no template, or it refuses a conversation, or tools.
             CheckpointError: the template is not valid Jinja.
             NotReadyError: as for `generate`.
         """
@@ -168,18 +177,21 @@ class LLM:
             raise InvalidRequestError(
                 "continue_final_message needs add_generation_prompt=False", "continue_final_message"
             )
-        template = self._chat_template(chat_template)
-        prompts = [
-            template.render(
+        template, use = self._chat_template(chat_template), read_tools(tools, tool_choice, parallel_tool_calls)
+        prompts = []
+        for conversation in _conversations(messages):
+            check_shown(conversation.messages, template)
+            prompt = template.render(
                 [message.for_template() for message in conversation.messages],
-                {},
+                use.variables(template),
                 begins_answer=add_generation_prompt,
                 continues_last=continue_final_message,
             )
-            for conversation in _conversations(messages)
-        ]
-        token_ids = [self._encode(prompt) for prompt in prompts]
-        return self._complete(token_ids, self._params_of(params, token_ids, self._chat_defaults(template)), use_tqdm)
+            prompts.append(self._encode(prompt))
+        defaults = self._chat_defaults(template) | ({"stop": ()} if use.must_call else {})  # calls end themselves
+        form, each = ChatDefaults().form_of_calls(template), self._params_of(params, prompts, defaults)
+        outputs = self._complete(prompts, with_tools(each, use, form, self.tokenizer.grammars), use_tqdm)
+        return [with_calls(output, form) for output in outputs] if use.shown else outputs
 
     def embed(
         self, prompts: PromptInput | Sequence[PromptInput], pooling: PoolingKind = "mean", layer: int | None = None

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 from gptj_dist.errors import InvalidRequestError
@@ -201,3 +202,11 @@ class CallReader:
         number = self.num_calls
         self.num_calls += not self._depth
         return CallPiece(number, None, arguments, is_last=not self._depth) if arguments else None
+
+
+def call_id(request_id: str, choice: int, number: int) -> str:
+    """Of the call of that number in a choice: the same in every process.
+
+    Nine letters and digits, as Mistral's templates demand.
+    """
+    return sha256(f"{request_id} {choice} {number}".encode()).hexdigest()[:9]

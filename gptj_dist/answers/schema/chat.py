@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
@@ -14,6 +14,7 @@ from gptj_dist.answers.schema.sampling import ChoiceFields
 from gptj_dist.answers.schema.tool_use import ToolUse
 from gptj_dist.answers.schema.tools import NamedTool, ToolCalls, ToolChoice, Tools, check_arguments
 from gptj_dist.errors import InvalidRequestError, excerpt
+from gptj_dist.text.chat import ChatTemplate
 
 
 class Message(Body):
@@ -71,6 +72,12 @@ def _with_arguments(messages: list[Message]) -> list[Message]:
 Messages: TypeAlias = Annotated[list[Message], NON_EMPTY, AfterValidator(_with_arguments)]
 
 
+def check_shown(messages: Sequence[Message], template: ChatTemplate) -> None:
+    """Raises InvalidRequestError if messages have calls of tools, and the template leaves them out."""
+    if not template.shows("tool_calls") and any(message.tool_calls for message in messages):
+        raise InvalidRequestError("the chat template shows no tool_calls", "messages")
+
+
 class ChatTools(Body):
     """The fields of chat that tell of tools.
 
@@ -93,9 +100,12 @@ class ChatTools(Body):
             return ToolUse(functions, "required", choice.function.name, self.parallel_tool_calls)
         return ToolUse(functions, choice, is_parallel=self.parallel_tool_calls)
 
+    def own_names(self) -> Mapping[str, str]:
+        return {"structured_outputs": "tools"}
 
-class Conversation(ChatTools):
-    """A conversation alone, and tools.
+
+class Conversation(Body):
+    """A conversation alone.
 
     Args:
         messages: one message or more.
@@ -146,8 +156,8 @@ class ChatRequest(ChatTools, ChoiceFields):
 
     def own_names(self) -> Mapping[str, str]:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        names = {**super().own_names(), "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
-        return names | {"structured_outputs": "tools"} if self.tool_use.shown else names
+        names = {**ChoiceFields.own_names(self), "prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        return {**names, **ChatTools.own_names(self)} if self.tool_use.shown else names
 
     def check(self) -> None:
         super().check()
