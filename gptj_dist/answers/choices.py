@@ -76,7 +76,7 @@ class ChoicesForm:
         """The response: all choices, each made when it is written, and their numbers of tokens."""
         choices = (writer.whole(completion) for writer, completion in zip(self._writers, completions, strict=True))
         usage = self._usage(self._num_prompt_tokens, counts)
-        return {**self._head.of(self._head.kind), "choices": choices, "usage": usage}
+        return {**self._head.of(self._head.kind), "choices": choices, "usage": usage, "metrics": _metrics(counts)}
 
     def event(self, index: int, delta: TextDelta) -> bytes:
         """A chunk of one choice; its usage so far, if wanted, is that of the choice."""
@@ -93,11 +93,12 @@ class ChoicesForm:
         return sse_frame(chunk)
 
     def end(self, counts: TokenCounts) -> bytes:
-        """The usage of the whole request, if wanted, and `[DONE]`."""
+        """The usage of the whole request and how it was computed, if wanted, and `[DONE]`."""
         if not self._has_usage:
             return SSE_DONE
         usage = self._usage(self._num_prompt_tokens, counts)
-        return sse_frame({**self._head.of(self._head.chunk_kind), "choices": [], "usage": usage}) + SSE_DONE
+        head = self._head.of(self._head.chunk_kind)
+        return sse_frame({**head, "choices": [], "usage": usage, "metrics": _metrics(counts)}) + SSE_DONE
 
     def failure(self, error: Exception) -> bytes:
         """The error; no `[DONE]` follows."""
@@ -121,3 +122,8 @@ class ChoicesForm:
                 "rejected_prediction_tokens": max(0, num_predicted - counts.foretold),
             }
         return usage
+
+
+def _metrics(counts: TokenCounts) -> JsonObject:
+    """How the tokens were computed, which differs from one time to the next. So it is no part of the usage."""
+    return {"drafted_tokens": counts.drafted}

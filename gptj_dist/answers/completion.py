@@ -29,6 +29,7 @@ class TextDelta:
         num_cached_tokens: see `Delta`.
         num_foretold: of `token_ids`, see `Foretelling`.
         score: of a text that a beam search has found, see `Beam`.
+        num_drafted: see `Delta`.
     """
 
     text: str
@@ -39,6 +40,7 @@ class TextDelta:
     num_cached_tokens: int = 0
     num_foretold: int = 0
     score: float | None = None
+    num_drafted: int = 0
 
 
 class TokenCounts(NamedTuple):
@@ -48,11 +50,13 @@ class TokenCounts(NamedTuple):
         output: generated ones.
         cached: of the prompts, whose KV was there before.
         foretold: generated ones that the request's prediction has foretold.
+        drafted: generated ones that were guessed, from whatever text, and so took no steps of their own.
     """
 
     output: int = 0
     cached: int = 0
     foretold: int = 0
+    drafted: int = 0
 
     def plus(self, delta: TextDelta) -> TokenCounts:
         """With those of a completion's next piece."""
@@ -60,6 +64,7 @@ class TokenCounts(NamedTuple):
             self.output + len(delta.token_ids),
             self.cached + delta.num_cached_tokens,
             self.foretold + delta.num_foretold,
+            self.drafted + delta.num_drafted,
         )
 
 
@@ -100,6 +105,7 @@ async def stream_text(
                 delta.num_cached_tokens,
                 foretelling.count(delta.token_ids[:num_new]),
                 delta.beams[0].score if delta.beams else None,
+                min(delta.num_drafted, num_new),
             )
             if is_stopped:
                 return
@@ -116,4 +122,5 @@ def whole(deltas: Sequence[TextDelta]) -> TextDelta:
         deltas[0].num_cached_tokens,
         sum(delta.num_foretold for delta in deltas),
         deltas[0].score,
+        sum(delta.num_drafted for delta in deltas),
     )

@@ -285,4 +285,5 @@ def _delta(output: TokenOutput) -> Delta:
         embedding=output.embedding,
         num_cached_tokens=request.num_cached_tokens if is_first else 0,
         beams=output.beams,
+        num_drafted=int(output.is_draft),
     )

@@ -21,6 +21,7 @@ class Delta(NamedTuple):
         embedding: float32 numbers as bytes, if requested.
         num_cached_tokens: of the prompt, whose KV was there before; come with the first tokens.
         beams: the texts that a beam search has found, in place of tokens.
+        num_drafted: tokens that were guessed, and so took no steps of their own.
     """
 
     token_ids: tuple[int, ...]
@@ -30,6 +31,7 @@ class Delta(NamedTuple):
     embedding: bytes | None = None
     num_cached_tokens: int = 0
     beams: tuple[Beam, ...] = ()
+    num_drafted: int = 0
 
     @property
     def num_logprobs(self) -> int:
@@ -86,4 +88,5 @@ def joined(one: Delta, next_: Delta) -> Delta:
         one.logprobs + next_.logprobs,
         one.prompt_logprobs,
         num_cached_tokens=one.num_cached_tokens,
+        num_drafted=one.num_drafted + next_.num_drafted,
     )

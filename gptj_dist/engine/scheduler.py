@@ -357,11 +357,12 @@ class Scheduler:
         if chunk.num_drafts:
             self._drafting.note(request, chunk.num_drafts, len(sampled) - 1)
         outputs: list[TokenOutput] = []
-        for token_id, logprobs in sampled:
+        for place, (token_id, logprobs) in enumerate(sampled, start=1):
             if outputs and request.is_running:  # the token before was a draft, so its KV is computed
                 request.num_computed += 1
                 self._keep_blocks(request, request.num_computed - 1)
-            outputs.append(self._take_token(request, token_id, logprobs))
+            output = self._take_token(request, token_id, logprobs)
+            outputs.append(output._replace(is_draft=True) if place < len(sampled) else output)
             if outputs[-1].finish_reason is not None:
                 break
         return outputs

@@ -54,6 +54,7 @@ class TokenOutput(NamedTuple):
         logprobs: the token's, if requested.
         embedding: in place of a token, if requested; as `Embedding.data`.
         beams: in place of a token, the texts that a beam search has found, the best first.
+        is_draft: whether the token was guessed, and so took no step of its own.
     """
 
     request: Request
@@ -62,6 +63,7 @@ class TokenOutput(NamedTuple):
     logprobs: TokenLogprobs | None = None
     embedding: bytes | None = None
     beams: tuple[Beam, ...] = ()
+    is_draft: bool = False
 
 
 @dataclass(slots=True)

@@ -63,12 +63,14 @@ class Story:
     Attributes:
         pace_s: seconds from token to token.
         cached: prompt tokens that are said to be cached.
+        drafted: of each continuation, tokens that are said to be guessed.
         fails_after: a stream fails after this number of tokens; None for never.
         num_open: streams that are being read.
     """
 
     pace_s: float = 0.0
     cached: int = 16
+    drafted: int = 3
     fails_after: tuple[int, GPTJDistError] | None = None
     num_open: int = 0
 
@@ -95,7 +97,8 @@ class Story:
                 reason = FinishReason.LENGTH if place == params.max_tokens - 1 else None
                 cached = self.cached if place == 0 and number == 0 else 0
                 logprobs = scored(token_id, place + number, params.logprobs)
-                yield Delta((token_id,), reason, logprobs, of_prompt, num_cached_tokens=cached)
+                drafted = int(place < self.drafted)
+                yield Delta((token_id,), reason, logprobs, of_prompt, num_cached_tokens=cached, num_drafted=drafted)
                 of_prompt = ()
                 await asyncio.sleep(self.pace_s)
         finally:

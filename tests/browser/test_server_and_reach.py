@@ -261,11 +261,11 @@ class TestPipeline:
         page.page.locator(".lost").wait_for()
         assert "its coordinator died" in (page.page.locator(".lost").text_content() or "")
 
-    def test_a_continuation_has_its_times_and_cached_tokens(self, page: Desk) -> None:
+    def test_a_continuation_has_its_times_and_cached_and_drafted_tokens(self, page: Desk) -> None:
         page.write(BEGIN)
         page.go_on(max_tokens=9)
         words = page["took"].text_content() or ""
-        for part in ("First token", " ms", "Rate", "9 tokens", "Cached", "16 tokens", "Prompt"):
+        for part in ("First token", " ms", "Rate", "9 tokens", "Cached", "16 tokens", "Prompt", "3 of 9 tokens"):
             assert part in words
 
 

@@ -130,7 +130,7 @@ def test_a_prompt_that_comes_again_is_continued_with_the_earlier_text(salt: str 
 
     def steps(request: Request) -> int:
         scheduler.add(request)
-        num_steps = 0
+        num_steps = num_drafted = 0
         while scheduler.has_requests:
             num_steps += 1
             plan = scheduler.schedule()
@@ -139,9 +139,12 @@ def test_a_prompt_that_comes_again_is_continued_with_the_earlier_text(salt: str 
             rest = text[only.start + only.num_known :]
             assert only.drafts == rest[: only.num_drafts]
             accepted = (only.num_drafts,) if only.drafts else ()
-            scheduler.update(Result(plan.plan_id, rest[: only.num_drafts + 1], num_accepted=accepted))
+            outputs = scheduler.update(Result(plan.plan_id, rest[: only.num_drafts + 1], num_accepted=accepted))
+            assert [output.is_draft for output in outputs] == [True] * sum(accepted) + [False]
+            num_drafted += sum(accepted)
             scheduler.check_integrity()
         assert tuple(request.token_ids) == text
+        assert num_drafted + num_steps == len(text) - num_prompt_tokens
         return num_steps
 
     params = SamplingParams(max_tokens=len(text) - num_prompt_tokens)

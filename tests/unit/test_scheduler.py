@@ -165,17 +165,18 @@ class Walk:
         if not self.in_flight:
             return
         plan, _ = self.in_flight.popleft()
-        tokens, num_accepted = list[tuple[int, int]](), list[int]()
+        tokens, num_accepted = list[tuple[int, int, bool]](), list[int]()
         for chunk in (chunk for chunk in plan.chunks if chunk.samples):
             accepted = chunk.drafts[: self.rng.randint(0, chunk.num_drafts)]
             if chunk.request_id in self.requests:
                 self.note_computed(chunk, chunk.num_known + len(accepted))
             token = EOS if self.rng.random() < 0.05 else self.rng.randrange(1, self.rng.choice((3, VOCAB_SIZE)))
-            tokens += [(chunk.request_id, each) for each in (*accepted, token)]
+            tokens += [(chunk.request_id, each, True) for each in accepted]
+            tokens.append((chunk.request_id, token, False))
             num_accepted += [len(accepted)] if chunk.num_drafts else []
         self.num_accepted += sum(num_accepted)
         embeddings = tuple(Embedding(id_, str(id_).encode()) for id_ in pooled_ids(plan))
-        token_ids, timings = tuple(token for _, token in tokens), self.timings()
+        token_ids, timings = tuple(token for _, token, _ in tokens), self.timings()
         result = Result(plan.plan_id, token_ids, timings, embeddings=embeddings, num_accepted=tuple(num_accepted))
         outputs = self.scheduler.update(result)
         expected = list(self.take_tokens(tokens))
@@ -193,8 +194,8 @@ class Walk:
         num_stages = self.config.num_stages if self.rng.random() < 0.8 else 0
         return tuple(StageTiming(7, 7 + self.rng.choice((0, 1, 10**5, 10**9))) for _ in range(num_stages))
 
-    def take_tokens(self, pairs: Iterable[tuple[int, int]]) -> Iterator[TokenOutput]:
-        for request_id, token in pairs:
+    def take_tokens(self, tokens: Iterable[tuple[int, int, bool]]) -> Iterator[TokenOutput]:
+        for request_id, token, is_draft in tokens:
             if request_id in self.requests:
                 request = self.requests[request_id]
                 self.tokens[request_id].append(token)
@@ -204,7 +205,7 @@ class Walk:
                 reason = FinishReason.STOP if token == EOS and not request.params.ignore_eos else reason
                 if reason is not None:
                     del self.requests[request_id], self.tokens[request_id]
-                yield TokenOutput(request, token, reason)
+                yield TokenOutput(request, token, reason, is_draft=is_draft)
 
     def abort(self) -> None:
         request_id = self.rng.randrange(self.next_request_id + 1)

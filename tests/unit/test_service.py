@@ -73,6 +73,7 @@ class Script:
     num_before_error: int = 0
     is_stuck: bool = False
     num_cached_tokens: int = 0
+    num_drafted: int = 0
     asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
     log_ids: list[str] = field(default_factory=list)
     num_open: int = 0
@@ -100,6 +101,7 @@ class Script:
                     logprobs_of([token_id], params.logprobs),
                     logprobs_of(prompt_ids[1:], params.prompt_logprobs) if number == 0 else (),
                     num_cached_tokens=self.num_cached_tokens if number == 0 else 0,
+                    num_drafted=number < self.num_drafted,
                 )
         finally:
             self.num_open -= 1
@@ -257,6 +259,16 @@ class TestCompletions:
         assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
         chunk, *_ = events(script, stream_options={"continuous_usage_stats": True})
         assert chunk["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+
+    def test_metrics_say_how_many_tokens_were_drafted(self) -> None:
+        script = Script(num_drafted=3)
+        assert complete(Script())["metrics"] == {"drafted_tokens": 0}
+        assert complete(script, n=2)["metrics"] == {"drafted_tokens": 6}
+        *chunks, last, _ = events(script, stream_options={"include_usage": True})
+        assert last["metrics"] == {"drafted_tokens": 3}
+        assert not any("metrics" in chunk for chunk in chunks)
+        cut = complete(Script(num_drafted=99), stop=[TEXT[4:8]])
+        assert cut["metrics"]["drafted_tokens"] == cut["usage"]["completion_tokens"] < len(TOKENS)
 
     @pytest.mark.parametrize("include_usage", [True, False])
     @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])

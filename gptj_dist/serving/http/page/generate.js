@@ -19,10 +19,10 @@ export class Generator {
     this.controller?.abort();
   }
 
-  // Goes on from a node. Returns what it took: { nodes, usage, reasons, firstMs, tookMs, isStopped, error }.
+  // Goes on from a node. Returns what it took: { nodes, usage, metrics, reasons, firstMs, tookMs, isStopped, error }.
   async run(leaf, fields, isChat) {
     const { tree } = this;
-    const run = { tree, gen: tree.begin(), leaf, streams: [], usage: null, firstMs: null, begin: performance.now() };
+    const run = { tree, gen: tree.begin(), leaf, streams: [], usage: null, metrics: null, firstMs: null, begin: performance.now() };
     this.controller = new AbortController();
     const took = { isStopped: false, error: null };
     try {
@@ -41,6 +41,7 @@ export class Generator {
 
   take(run, event, fields) {
     if (event.usage) run.usage = event.usage;
+    if (event.metrics) run.metrics = event.metrics;
     for (const choice of event.choices ?? []) {
       const text = choice.text ?? choice.delta?.content ?? "";
       const stream = (run.streams[choice.index] ??= { text: "", offsets: [], logprobs: [], tops: [], reason: null, node: null });
@@ -76,7 +77,7 @@ export class Generator {
   summary(run) {
     const nodes = run.streams.filter((stream) => stream && stream.node !== null).map(({ node }) => node);
     const tookMs = performance.now() - run.begin;
-    return { nodes, usage: run.usage, reasons: run.streams.map((one) => one?.reason), firstMs: run.firstMs, tookMs, numTokens: numTokens(run) };
+    return { nodes, usage: run.usage, metrics: run.metrics, reasons: run.streams.map((one) => one?.reason), firstMs: run.firstMs, tookMs, numTokens: numTokens(run) };
   }
 
   // Asks what the model thinks of a text that is there.

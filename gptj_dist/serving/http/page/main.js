@@ -78,7 +78,7 @@ function showChoices(ids) {
   }));
 }
 
-function showTook({ usage, firstMs, tookMs, numTokens }) {
+function showTook({ usage, metrics, firstMs, tookMs, numTokens }) {
   const facts = {
     "First token": firstMs === null ? "–" : `${Math.round(firstMs)} ms`,
     Rate: tookMs > firstMs && numTokens > 1 ? `${short((numTokens - 1) / ((tookMs - firstMs) / 1000))} tokens/s` : "–",
@@ -87,6 +87,7 @@ function showTook({ usage, firstMs, tookMs, numTokens }) {
     Cached: usage ? `${usage.prompt_tokens_details?.cached_tokens ?? 0} tokens` : "–",
   };
   const accepted = usage?.completion_tokens_details?.accepted_prediction_tokens;
+  if (metrics) facts.Drafted = `${metrics.drafted_tokens} of ${numTokens} tokens`;
   if (accepted !== undefined) facts.Accepted = `${accepted} tokens`;
   $.took.replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [
     Object.assign(document.createElement("dt"), { textContent: name }),
