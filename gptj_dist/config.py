@@ -25,6 +25,8 @@ from gptj_dist.placement import DeviceKind as DeviceKind
 from gptj_dist.quantization import AUTO, NONE, parse_quantize
 
 DTypeChoice = Literal["auto", DTypeName]
+WireDType = Literal[DTypeName, "int8"]
+WireChoice = Literal["same", "bfloat16", "float16", "int8"]
 
 BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_BATCH_SIZE = 64
@@ -51,7 +53,12 @@ class PipelineConfig:
         layers: layers of each stage, first to last; overrides the planner.
         device: `auto` takes GPUs where there are any; `cpu,cuda` names one for each stage.
         stage_nodes: for each stage, its node's address, a label of it (`zone=b`), or `any`.
+        plan: `auto` measures the devices of the cluster when a server starts, and chooses what the settings above leave
+            open: number of stages, layers, devices and nodes. For one pipeline.
+        interface: network interface, by name or address, on which a server's stages send to each other; None takes the
+            one that Ray uses.
         dtype: `auto` takes the checkpoint's, unless the device is bad at it.
+        wire_dtype: the type of hidden states between stages: `same` as they compute in, or a shorter one.
         quantize: `int8` or `int4` weights in place of those of that type, or the bits of stages: `0-1:int8,2:int4`.
             `none` makes numbers of that type of weights that another tool has quantised.
         threads_per_stage: the most threads of a CPU stage; None shares the cores available evenly.
@@ -78,7 +85,10 @@ class PipelineConfig:
     layers: tuple[int, ...] | None = None
     device: str = "auto"
     stage_nodes: tuple[str, ...] | None = None
+    plan: Literal["auto", "none"] = "none"
+    interface: str | None = None
     dtype: DTypeChoice = "auto"
+    wire_dtype: WireChoice = "same"
     quantize: str | None = None
     threads_per_stage: int | None = None
     cpus_per_stage: float | None = None
@@ -108,6 +118,10 @@ class PipelineConfig:
         _at_least_one("max_queued_requests", self.max_queued_requests)
         _at_least_one("max_queued_tokens", self.max_queued_tokens)
         _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
+        if self.dtype == "float32" and self.wire_dtype != "same":
+            raise ConfigurationError(
+                f"float32 is the exact mode, and wire_dtype {self.wire_dtype} would round between stages: leave out one"
+            )
         if self.quantize not in (None, AUTO, NONE):
             parse_quantize(self.quantize)
         if not 0 <= self.spares <= MAX_SPARES:
@@ -122,6 +136,10 @@ class PipelineConfig:
         """Checks what is said of single stages."""
         check_nodes(self.stage_nodes or ())
         named = {"layers": self.layers, "stage_nodes": self.stage_nodes, "device": parse_device(self.device)}
+        if self.plan == "auto" and (self.layers is not None or self.stage_nodes is not None or "," in self.device):
+            raise ConfigurationError(
+                "plan auto chooses layers and nodes: leave out layers, stage_nodes, and lists of device"
+            )
         lengths = {name: len(entries) for name, entries in named.items() if entries is not None}
         if lengths["device"] == 1:
             del lengths["device"]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from gptj_dist.cli.options import PIPELINE_PANEL, Revision, finite
-from gptj_dist.config import DTypeChoice, PipelineConfig
+from gptj_dist.config import DTypeChoice, PipelineConfig, WireChoice
 from gptj_dist.errors import ConfigurationError
 
 Settings: TypeAlias = dict[str, Any]
@@ -37,11 +37,21 @@ OPTIONS: dict[str, Any] = {
         str | None,
         _option("Node of each stage: its address, a label of it, or 'any': 10.0.0.2,zone=b,any.", "NODES"),
     ],
+    "interface": Annotated[
+        str | None, _option("Network interface, by name or address, between stages; by default Ray's.", "NAME")
+    ],
+    "plan": Annotated[
+        Literal["auto", "none"],
+        _option("'auto' measures the devices and chooses number, layers and nodes of the stages."),
+    ],
     "dtype": Annotated[
         DTypeChoice,
         _option(
             "float32, bfloat16, float16, or 'auto': the checkpoint's, or float32 if the device is bad at it.", "TYPE"
         ),
+    ],
+    "wire_dtype": Annotated[
+        WireChoice, _option("Type of hidden states between stages: bfloat16, float16 or int8 for slow links.", "TYPE")
     ],
     "quantize": Annotated[
         str | None,

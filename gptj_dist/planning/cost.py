@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, ModelConfig
+from gptj_dist.config import DTYPE_BYTES, DeviceKind, DTypeName, LayerRange, ModelConfig, WireDType
 from gptj_dist.planning.devices import DeviceSpec
 from gptj_dist.quantization import INT4_GROUP, MAX_LOW_BIT_ROWS, Bits
 
@@ -199,10 +199,15 @@ def step_s(device: DeviceSpec, dtype: DTypeName, work: Work) -> float:
     return device.step_overhead_s + core + work.row_elements / device.row_elements_s
 
 
-def hop_s(device: DeviceSpec, model: ModelConfig, dtype: DTypeName, step: Step) -> float:
-    """Seconds to send a step's hidden states to the next stage, or to receive them from the previous one."""
+def hop_s(device: DeviceSpec, model: ModelConfig, wire: WireDType, step: Step) -> float:
+    """Seconds to send a step's hidden states to the next stage, or to receive them from the previous one.
+
+    Args:
+        wire: their type on the way.
+    """
     num_rows = sum(chunks.num_rows for chunks in step)
-    return device.link_latency_s + num_rows * model.d_model * DTYPE_BYTES[dtype] / device.link_bytes_s
+    number_bytes = 1 if wire == "int8" else DTYPE_BYTES[wire]
+    return device.link_latency_s + num_rows * model.d_model * number_bytes / device.link_bytes_s
 
 
 def _attention(chunks: Chunks, kind: DeviceKind) -> tuple[int, int]:

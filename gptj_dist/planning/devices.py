@@ -190,6 +190,19 @@ def known_device(name: str) -> DeviceSpec:
     return KNOWN_DEVICES[canonical]
 
 
+def gpus_of_node(resources: Mapping[str, float]) -> list[DeviceSpec]:
+    """The GPUs of a node by the resources that Ray reports of it.
+
+    Raises:
+        ConfigurationError: their type is not reported, or has no known figures.
+    """
+    count = int(resources.get("GPU", 0))
+    types = [key.partition(":")[2].lower() for key in resources if key.startswith("accelerator_type:")]
+    if count and not types:
+        raise ConfigurationError("a node has GPUs, but Ray does not say of which type: write a file for --devices")
+    return [known_device(types[0])] * count if count else []
+
+
 def _canonical_name(name: str) -> str:
     canonical = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
     for maker in _MAKERS:

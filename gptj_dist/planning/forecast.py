@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptj_dist.chunking import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, StepCost, best_chunk_tokens
-from gptj_dist.config import DeviceKind, DTypeName, LayerRange, ModelConfig
+from gptj_dist.config import DeviceKind, DTypeName, LayerRange, ModelConfig, WireChoice, WireDType
 from gptj_dist.planning.cost import (
     Chunks,
     Step,
@@ -39,6 +39,12 @@ class Workload:
     model: ModelConfig
     dtype: DTypeName
     max_model_len: int
+    wire: WireChoice = "same"
+
+    @property
+    def wire_dtype(self) -> WireDType:
+        """The type of hidden states between stages."""
+        return self.dtype if self.wire == "same" else self.wire
 
     @property
     def context_tokens(self) -> int:
@@ -60,7 +66,7 @@ class PlannedStage:
 
     def period_s(self, workload: Workload, step: Step) -> float:
         """Seconds from one step to the next, the way of the hidden states included unless it is the only stage."""
-        hop = hop_s(self.device, workload.model, workload.dtype, step) if self.layers.num_stages > 1 else 0.0
+        hop = hop_s(self.device, workload.model, workload.wire_dtype, step) if self.layers.num_stages > 1 else 0.0
         return self.step_s(workload, step) + hop
 
     def num_kv_tokens(self, workload: Workload) -> int:

@@ -55,7 +55,9 @@ class _Options:
         return self.first, self.middle, self.last
 
 
-def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[PlannedStage, ...]:
+def best_pipeline(
+    workload: Workload, devices: Sequence[DeviceSpec], num_stages: int | None = None
+) -> tuple[PlannedStage, ...]:
     """The pipeline with the most output tokens a second under the assumed traffic.
 
     Every stage has room for its weights and for the KV cache of one request of full length. Of pipelines that are
@@ -63,15 +65,20 @@ def best_pipeline(workload: Workload, devices: Sequence[DeviceSpec]) -> tuple[Pl
     room for 32, 16, 8 ... requests is tried. When fewer requests than stages fit, the slowest stage is still as fast
     as can be, though others may matter then.
 
+    Args:
+        num_stages: None leaves their number open.
+
     Raises:
         ConfigurationError: the model does not fit; says how much is needed, how much there is, and what would help.
     """
     best, best_rate = None, 0.0
-    for pipeline in _candidates(workload, devices):
+    for pipeline in _candidates(workload, devices, num_stages):
         rate = mixed_tokens_per_s(workload, pipeline, NUM_REQUESTS)
         if rate > best_rate * (1 + 1e-9):
             best, best_rate = pipeline, rate
     if best is None:
+        if num_stages is not None and _fits(workload, devices):
+            raise ConfigurationError(f"{num_stages} stages do not fit these devices; another number does")
         raise ConfigurationError(_why_not(workload, devices))
     return best
 
@@ -124,11 +131,15 @@ def gains_of_one_more(workload: Workload, devices: Sequence[DeviceSpec]) -> dict
     }
 
 
-def _candidates(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[tuple[PlannedStage, ...]]:
+def _candidates(
+    workload: Workload, devices: Sequence[DeviceSpec], only: int | None = None
+) -> Iterator[tuple[PlannedStage, ...]]:
     """The pipeline with the fastest slowest stage, for each number of stages and of requests that there is room for."""
     num_requests = NUM_REQUESTS
     while num_requests:
         for num_stages in range(1, min(len(devices), workload.model.num_layers) + 1):
+            if only not in (None, num_stages):
+                continue
             pipeline = _fastest(workload, devices, num_stages, num_requests)
             if pipeline is not None:
                 yield pipeline

@@ -4,4 +4,16 @@ Knows the deployments (ingress, pipeline, accounts, streams), how tokens travel 
 metrics. Knows nothing of the person who runs it: that is `operate`.
 """
 
-__all__ = ["adapters", "app", "broadcast", "debug", "http", "keys", "pipeline", "settings", "sizing", "sockets"]
+__all__ = [
+    "adapters",
+    "app",
+    "auto_plan",
+    "broadcast",
+    "debug",
+    "http",
+    "keys",
+    "pipeline",
+    "settings",
+    "sizing",
+    "sockets",
+]

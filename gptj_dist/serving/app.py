@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,9 @@ from ray.serve.config import RequestRouterConfig
 
 from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Accounts
+from gptj_dist.serving.auto_plan import plan_on_cluster
 from gptj_dist.serving.http.listener import Address
 from gptj_dist.serving.ingress import Ingress
 from gptj_dist.serving.kept_streams import Streams
@@ -23,6 +26,8 @@ from gptj_dist.serving.scaling import SETTINGS as SCALING
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages
 from gptj_dist.stages.blueprint import draw_blueprint
+
+logger = logging.getLogger(__name__)
 
 MAX_ONGOING_REQUESTS = 10_000
 """Serve must not hold requests back: the pipeline's scheduler queues them."""
@@ -71,7 +76,12 @@ def make_application(
     if listen is not None and config.ingress_replicas > 1:
         raise ConfigurationError("several ingresses need Serve's proxies in front of them: they are for a cluster")
     # Fixes the commit now, so that replicas that start later serve the same one.
-    config = replace(config, pipeline=draw_blueprint(config.pipeline).config)
+    pipeline = draw_blueprint(config.pipeline).config
+    if pipeline.plan == "auto":
+        plan = plan_on_cluster(pipeline)
+        logger.info("planned", extra=values(plan="; ".join(plan.lines)))
+        pipeline = plan.config
+    config = replace(config, pipeline=pipeline)
     size = size_pipeline(config.pipeline)
     common = {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,

@@ -17,5 +17,6 @@ __all__ = [
     "room",
     "runner",
     "stopwatch",
+    "survey",
     "trace",
 ]

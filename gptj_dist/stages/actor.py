@@ -14,6 +14,7 @@ from gptj_dist import garbage
 from gptj_dist.config import DTypeName
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
+from gptj_dist.interfaces import address_of
 from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.params import AdapterSource
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
@@ -24,13 +25,11 @@ from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.request_log import RequestLog
 from gptj_dist.stages.transport import open_transport
-from gptj_dist.stages.transport.frames import EndFrame, Frame, HiddenStates, PlanFrame, ResultFrame
+from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame, ResultFrame
 from gptj_dist.stages.transport.leash import watch_post
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gptj_dist.stages.runner import StageOutput
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +98,7 @@ class Stage:
         if log is not None:
             log_file = Path(open_log(log_directory(), log, f"stage-{spec.layers.stage}").baseFilename)
         self._runner = StageRunner(spec)
+        self._wire, self._interface = spec.wire, spec.interface
         self._open(epoch)
         return PlacedStage(
             device=self._runner.describe_device(),
@@ -123,6 +123,7 @@ class Stage:
             self._progress = progress
 
         report = self._runner.load(dtype, num_threads, note, lone)
+        self._dtype = dtype
         logger.info("stage loaded", extra=values(layers=report.layers.num_layers, device=report.device.name))
         return report
 
@@ -187,20 +188,38 @@ class Stage:
         self._is_leaving = False
         self._num_frames = 0
         self._transport = open_transport(epoch)
-        self._inbound = self._transport.inbound(ray.util.get_node_ip_address())
+        self._inbound = self._transport.inbound(stage_address(self._interface))
 
     def _compute(self, frame: Frame) -> Frame:
         if not isinstance(frame, PlanFrame):
             raise TypeError(f"a stage received a {type(frame).__name__}, expected a PlanFrame")
         self._requests.note(frame.plan)
         edges = (*frame.edges, self._inbound.traffic)
+        from gptj_dist.stages.runner import StageOutput
+        from gptj_dist.stages.wire import decode_hidden, encode_hidden
+
         begin_ns = self._clock()
-        output = self._runner.step(frame.plan, _before(frame))
-        hidden = None if isinstance(output, Result) else _to_wire(output.hidden)
+        before = None
+        if frame.hidden is not None:
+            before = StageOutput(decode_hidden(frame.hidden, self._dtype), frame.embeddings)
+        output = self._runner.step(frame.plan, before)
+        hidden = None if isinstance(output, Result) else encode_hidden(output.hidden, self._wire)
         timings = (*frame.timings, StageTiming(begin_ns, self._clock()))  # after the copy that waits for a GPU
         if isinstance(output, Result):
             return ResultFrame(replace(output, timings=timings), edges)
         return PlanFrame(frame.plan, hidden, timings, edges, output.embeddings)
+
+
+def stage_address(interface: str | None) -> str:
+    """The address of this machine at which stages receive.
+
+    Args:
+        interface: see `PipelineConfig`.
+
+    Raises:
+        ConfigurationError: this machine has no such interface.
+    """
+    return ray.util.get_node_ip_address() if interface is None else address_of(interface)
 
 
 def _end_orphan() -> None:
@@ -212,30 +231,3 @@ def log_directory() -> Path:
     """The directory of this node's logs, beside those of Ray."""
     context = ray.get_runtime_context()
     return Path(context.get_temp_dir(), context.get_session_name(), "logs", "gptj-dist")
-
-
-def _before(frame: PlanFrame) -> StageOutput | None:
-    from gptj_dist.stages.runner import StageOutput
-
-    hidden = _to_tensor(frame.hidden)
-    return None if hidden is None else StageOutput(hidden, frame.embeddings)
-
-
-def _to_tensor(hidden: HiddenStates | None) -> Tensor | None:
-    import torch
-
-    from gptj_dist.stages.runner import TORCH_DTYPES
-
-    if hidden is None:
-        return None
-    return torch.frombuffer(bytearray(hidden.data), dtype=TORCH_DTYPES[hidden.dtype]).view(hidden.shape)
-
-
-def _to_wire(hidden: Tensor) -> HiddenStates:
-    import torch
-
-    from gptj_dist.stages.runner import TORCH_DTYPES
-
-    rows, d_model = hidden.shape
-    name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == hidden.dtype)
-    return HiddenStates(name, (rows, d_model), hidden.cpu().contiguous().view(torch.uint8).numpy().data)

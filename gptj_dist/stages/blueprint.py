@@ -19,6 +19,7 @@ from gptj_dist.config import (
     LayerRange,
     ModelConfig,
     PipelineConfig,
+    WireChoice,
 )
 from gptj_dist.engine.drafts import MAX_DRAFTS
 from gptj_dist.engine.limits import EngineLimits
@@ -46,6 +47,8 @@ class StageSpec:
         model: the user's name or path; each node resolves it to its own copy.
         revision: for a hub model, the commit, so that all stages load the same one even if the branch moves.
         rules: which tokens the last stage may sample.
+        wire: the type of the hidden states that it sends.
+        interface: see `PipelineConfig`.
     """
 
     model: str
@@ -56,6 +59,8 @@ class StageSpec:
     max_model_len: int
     max_batch_size: int
     rules: TokenRules
+    wire: WireChoice = "same"
+    interface: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,8 @@ class Blueprint:
                 max_model_len=self.max_model_len,
                 max_batch_size=self.config.max_batch_size,
                 rules=self.rules,
+                wire=self.config.wire_dtype,
+                interface=self.config.interface,
             )
             for layers, device in zip(self.layers, devices, strict=True)
         )

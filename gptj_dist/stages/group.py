@@ -22,7 +22,7 @@ from gptj_dist.errors import StageFailedError
 from gptj_dist.logs import LogSettings, values
 from gptj_dist.params import AdapterSource
 from gptj_dist.placement import StageResources
-from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage
+from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage, stage_address
 from gptj_dist.stages.blueprint import (
     Blueprint,
     DeviceReport,
@@ -113,7 +113,7 @@ class StageGroup:
         self._endings: set[asyncio.Task[None]] = set()
         self._faults: Counter[tuple[int, FrameFault]] = Counter()
         self._ring: Ring | None = None
-        self._leash = LeashPost(ray.util.get_node_ip_address())
+        self._leash = LeashPost(stage_address(blueprint.config.interface))
 
     @classmethod
     async def start(
@@ -154,7 +154,7 @@ class StageGroup:
                 ray.kill(newcomer.actor)
             raise
         transport = open_transport(epoch)
-        inbound = transport.async_inbound(ray.util.get_node_ip_address())
+        inbound = transport.async_inbound(stage_address(self._blueprint.config.interface))
         members = [self._members[index] for index in range(len(self._specs))]
         outbound = transport.outbound(members[0].placed.address)
         next_addresses = [*(member.placed.address for member in members[1:]), inbound.address]

@@ -144,6 +144,7 @@ def answers_from_each_node(base: str) -> bool:
 def test_the_two_node_config_puts_a_stage_on_each_node_and_answers(nodes: Nodes, model: str, tmp_path: Path) -> None:
     config, port = on_logical_resources(read(ROOT / "deployments" / "two-node.yaml"), model), free_port()
     config["http_options"]["port"] = port
+    config["applications"][0]["args"]["stage_nodes"] = ["machine=1", "machine=0"]
     path = tmp_path / "two-node.yaml"
     path.write_text(yaml.safe_dump(config))
     subprocess.run([SERVE, "deploy", str(path)], env=nodes.environment, check=True, timeout=60)
@@ -152,7 +153,7 @@ def test_the_two_node_config_puts_a_stage_on_each_node_and_answers(nodes: Nodes,
         wait_until(server.is_ready, "the pipeline is ready")
         assert server.complete(**REQUEST)["usage"]["completion_tokens"] == 5
         stages = nodes.stages()
-        assert len(stages) == len({stage["node_id"] for stage in stages}) == 2
+        assert [nodes.machine(stage) for stage in sorted(stages, key=stage_number)] == ["1", "0"]
         addresses = listening(descendants(nodes.process.pid))
     assert f"127.0.0.1:{port}" in addresses
     assert beyond_loopback(addresses) == []
@@ -167,8 +168,7 @@ def test_the_two_node_config_puts_a_stage_on_each_node_and_answers(nodes: Nodes,
 def test_gptj_dist_serve_joins_the_nodes_and_leaves_them_as_they_were(nodes: Nodes, tmp_path: Path) -> None:
     log, port = tmp_path / "log", free_port()
     program = str(Path(sys.executable).with_name("gptj-dist"))
-    places = ["--stage-nodes", "machine=1,machine=0", "--layers", "9,19"]
-    command = [program, "serve", "demo", *places, "--device", "cpu", "--port", str(port)]
+    command = [program, "serve", "demo", "--plan", "auto", "--stages", "2", "--device", "cpu", "--port", str(port)]
     with (
         log.open("w") as output,
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=nodes.environment) as process,
@@ -181,7 +181,9 @@ def test_gptj_dist_serve_joins_the_nodes_and_leaves_them_as_they_were(nodes: Nod
             wait_until(lambda: answers_from_each_node(server.base), "each proxy knows the way")
             assert server.complete(**REQUEST)["usage"]["completion_tokens"] == 5
             assert beyond_loopback(listening(descendants(process.pid))) == []
-            assert [nodes.machine(stage) for stage in sorted(nodes.stages(), key=stage_number)] == ["1", "0"]
+            planned = re.findall(r"stage \d: \d+ layers? on cpu of .* \(machine=(\d)\)", log.read_text())
+            assert sorted(planned) == ["0", "1"], log.read_text()
+            assert [nodes.machine(stage) for stage in sorted(nodes.stages(), key=stage_number)] == planned
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 0, log.read_text()
         finally:

@@ -34,12 +34,13 @@ from gptj_dist.logs import LogSettings
 from gptj_dist.params import Pooling
 from gptj_dist.placement import StageResources
 from gptj_dist.stages import group
-from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage, _to_tensor, _to_wire
+from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage
 from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.local import load_local
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame
+from gptj_dist.stages.wire import decode_hidden, encode_hidden
 from tests.http.server import local_ray
 
 pytestmark = pytest.mark.ray
@@ -64,7 +65,8 @@ class LogitsStage(Stage):
 
     def _compute(self, frame: Frame) -> Frame:
         assert isinstance(frame, PlanFrame)
-        return PlanFrame(frame.plan, _to_wire(self._runner.forward(frame.plan, _to_tensor(frame.hidden))))
+        before = None if frame.hidden is None else decode_hidden(frame.hidden)
+        return PlanFrame(frame.plan, encode_hidden(self._runner.forward(frame.plan, before)))
 
 
 Logits = dict[tuple[int, int], torch.Tensor]
@@ -119,8 +121,7 @@ def logits_of_actors(num_stages: int, prompts: list[list[int]]) -> Logits:
             assert isinstance(frame, PlanFrame)
             assert frame.hidden is not None
             has_rows = frame.hidden.shape[0] > 0
-            logits = _to_tensor(frame.hidden) if has_rows else torch.empty(frame.hidden.shape)
-            assert logits is not None
+            logits = decode_hidden(frame.hidden) if has_rows else torch.empty(frame.hidden.shape)
             recorder.land(frame.plan, logits)
         assert recorder.scheduler.num_preemptions > 0
         outbound.send(EndFrame())

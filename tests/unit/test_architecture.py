@@ -19,7 +19,7 @@ ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
     {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs", "file_kinds", "field_types"}
-    | {"garbage", "generation", "token_rules", "yaml_files", "quantization", "placement", "model_config"},
+    | {"garbage", "generation", "token_rules", "yaml_files", "quantization", "placement", "model_config", "interfaces"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"answers"},

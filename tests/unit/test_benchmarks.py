@@ -62,7 +62,7 @@ SCRIPTS = (
         "soak",
         "plots",
     ),
-    *("same_logits", "scheduler", "speculation", "startup", "step", "structured_output", "transport"),
+    *("same_logits", "scheduler", "speculation", "startup", "step", "structured_output", "transport", "unlike"),
 )
 TIME_LIMIT_S = 240
 CASE = Case(2, 5, 3)

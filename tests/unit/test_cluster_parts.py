@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.interfaces import address_of
 from gptj_dist.operate.cluster.beacon import Beacon, discover, read_answer
 from gptj_dist.operate.cluster.code import Place
-from gptj_dist.operate.cluster.interfaces import address_of
 from gptj_dist.operate.cluster.membership import looked_at
 from gptj_dist.operate.cluster.overview import NodeView, Overview, print_overview, stages_by_node
 from gptj_dist.operate.cluster.probe import ProbeServer, measure

@@ -59,7 +59,7 @@ def test_the_example_prints_stages_speed_and_the_command_to_serve(six_b: str) ->
     assert sum(map(int, stages)) == 28
     for count in ("1 request", "8 requests", "32 requests", "64 requests"):
         assert count in result.output
-    words = ("First token of 512", "limits the speed", "One more device", "Assumed", "Keep the order")
+    words = ("First token of 512", "limits the speed", "One more device", "Assumed", "The devices differ")
     assert [word for word in words if word not in result.output] == []
     assert max(len(line) for line in result.output.splitlines() if "gptj-dist serve" not in line) <= 100
 
@@ -77,7 +77,7 @@ def test_one_device_needs_no_order(six_b: str, tmp_path: Path) -> None:
     devices.write_text("devices: [h200]")
     result = plan(six_b, "--devices", str(devices))
     assert "--layers 28 --dtype float16" in result.output
-    assert "Keep the order" not in result.output
+    assert "The devices differ" not in result.output
 
 
 def test_a_type_that_a_device_is_bad_at_is_not_planned_for(six_b: str, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 import torch
 
+from gptj_dist.config import WireChoice
 from gptj_dist.engine.plan import Chunk, Embedding, KVPrefix, NewRequest, Plan, PromptLogprobs, Result, StageTiming
 from gptj_dist.engine.request import Prompt, Request
 from gptj_dist.params import Pooling, SamplingParams, TokenLogprobs
-from gptj_dist.stages.actor import _to_tensor, _to_wire
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.codec import Codec, CodecError
 from gptj_dist.stages.transport.frames import (
@@ -32,6 +32,7 @@ from gptj_dist.stages.transport.frames import (
     PlanFrame,
     ResultFrame,
 )
+from gptj_dist.stages.wire import decode_hidden, encode_hidden
 from tests.settings import FIELD_NAMES, changed
 
 TIME_LIMIT_S = 20
@@ -230,12 +231,32 @@ def test_a_message_type_needs_no_wire_code_of_its_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_states_keep_every_bit(dtype: torch.dtype) -> None:
     hidden = torch.randn(3, 10).to(dtype)[:, 2:7]  # not contiguous
-    frame = FrameReader(0).read(written(0, PlanFrame(PLAN, _to_wire(hidden))))
+    frame = FrameReader(0).read(written(0, PlanFrame(PLAN, encode_hidden(hidden))))
     assert isinstance(frame, PlanFrame)
-    found = _to_tensor(frame.hidden)
-    assert found is not None
+    assert frame.hidden is not None
+    found = decode_hidden(frame.hidden)
     assert found.dtype == dtype
     assert torch.equal(found, hidden)
+
+
+@pytest.mark.parametrize(("wire", "row_bytes", "error"), [("bfloat16", 128, 2**-8), ("int8", 68, 0.51 / 127)])
+def test_a_shorter_type_on_the_wire_takes_fewer_bytes_and_rounds_no_more_than_it_must(
+    wire: WireChoice, row_bytes: int, error: float
+) -> None:
+    hidden = torch.randn(5, 64) * torch.tensor([[0.0], [1e-3], [1.0], [50.0], [1e4]])
+    frame = FrameReader(0).read(written(0, PlanFrame(PLAN, encode_hidden(hidden, wire))))
+    assert isinstance(frame, PlanFrame)
+    assert frame.hidden is not None
+    assert len(frame.hidden.data) == frame.hidden.num_bytes == 5 * row_bytes
+    found = decode_hidden(frame.hidden, "float32")
+    assert found.dtype == torch.float32
+    assert ((found - hidden).abs() <= error * hidden.abs().amax(1, keepdim=True)).all()
+    assert not torch.equal(found, hidden)
+
+
+def test_numbers_beyond_float16_become_its_largest() -> None:
+    found = decode_hidden(encode_hidden(torch.tensor([[1e6, -1e6, 2.0]]), "float16"), "float32")
+    assert found.tolist() == [[65504.0, -65504.0, 2.0]]
 
 
 def test_an_edge_delivers_in_order_and_drops_frames_of_an_older_epoch() -> None:

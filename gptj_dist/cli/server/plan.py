@@ -31,10 +31,13 @@ def plan(
     settings: Settings,
     devices: Annotated[
         str | None,
-        typer.Option(help="A YAML file that lists devices, or 'cluster': find the best cut for them, and its speed."),
+        typer.Option(
+            help="A YAML file that lists devices, 'cluster', or 'measured' for a cluster whose CPUs are measured: find "
+            "the best cut for them, and its speed."
+        ),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster that '--devices cluster' asks.", envvar="RAY_ADDRESS")
+        str | None, typer.Option(help="Ray cluster that '--devices cluster' or 'measured' asks.", envvar="RAY_ADDRESS")
     ] = None,
     rate: Annotated[
         float | None,
@@ -58,7 +61,8 @@ def plan(
     elif devices is not None:
         from gptj_dist.cli.server.plan_devices import print_best_pipeline
 
-        _refuse_beside("--devices", config, allowed=("dtype", "quantize", "max_model_len"))
+        measured = ("device", "stages") if devices == "measured" else ()
+        _refuse_beside("--devices", config, allowed=("dtype", "quantize", "max_model_len", *measured))
         print_best_pipeline(config, devices, address)
     elif check:
         from gptj_dist.cli.server.plan_check import print_check

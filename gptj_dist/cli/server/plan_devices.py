@@ -22,6 +22,7 @@ from gptj_dist.planning.devices import (
     GPU_FLOPS_EFFICIENCY,
     KNOWN_DEVICES,
     DeviceSpec,
+    gpus_of_node,
     known_device,
     parse_devices,
 )
@@ -45,6 +46,7 @@ from gptj_dist.stages.blueprint import DeviceReport, choose_dtype, quantized_mod
 from gptj_dist.yaml_files import read_yaml
 
 CLUSTER = ("cluster", "ray")
+MEASURED = "measured"
 REQUEST_COUNTS = (1, 8, 32, 64)
 PROMPT_TOKENS = 512
 
@@ -53,12 +55,15 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
     """Finds the best pipeline and prints it with its predicted speed.
 
     Args:
-        devices: a YAML file, or `cluster`.
+        devices: a YAML file, `cluster`, or `measured` for a cluster whose CPUs are measured first.
         address: of the cluster; None finds the one that runs on this machine.
 
     Raises:
         ConfigurationError: the description or the settings are wrong, no cluster answers, or the model does not fit.
     """
+    if devices.lower() == MEASURED:
+        _print_measured_plan(config, address)
+        return
     specs = _ask_cluster(address) if devices.lower() in CLUSTER else read_devices(Path(devices))
     model = read_model_config(resolve_model(config.model, config.revision))
     workload, pipeline = _plan(config, model, specs)
@@ -67,6 +72,32 @@ def print_best_pipeline(config: PipelineConfig, devices: str, address: str | Non
     console.print(_speed_table(workload, pipeline))
     for line in _remarks(workload, pipeline, specs, config):
         console.print(line, highlight=False, soft_wrap=line.startswith("gptj-dist"))
+
+
+def _print_measured_plan(config: PipelineConfig, address: str | None) -> None:
+    """What `serve --plan auto` would do on a cluster, and the command that does the same without measuring again."""
+    from gptj_dist.operate.launch.cluster import AUTO as RUNNING
+    from gptj_dist.operate.launch.cluster import connected
+
+    with connected(address or RUNNING):
+        from gptj_dist.operate.cluster.store import measured_links
+        from gptj_dist.serving.auto_plan import plan_on_cluster
+
+        plan = plan_on_cluster(config, measured_links())
+    console = Console(markup=False, emoji=False)
+    console.print(_stage_table(plan.workload, plan.pipeline.stages))
+    console.print(_speed_table(plan.workload, plan.pipeline.stages))
+    for line in [*plan.lines, *_assumptions(plan.workload, [])]:
+        console.print(line, highlight=False, soft_wrap=True)
+    chosen = plan.config
+    layers, nodes = ",".join(map(str, chosen.layers or ())), ",".join(chosen.stage_nodes or ())
+    bits = _bits_option(plan.workload, plan.pipeline.stages)
+    console.print(
+        f"gptj-dist serve {config.model} --layers {layers} --device {chosen.device} --stage-nodes {nodes} "
+        f"--dtype {chosen.dtype}{bits}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def workload_of(config: PipelineConfig, devices: str, address: str | None) -> tuple[Workload, Sequence[DeviceSpec]]:
@@ -117,21 +148,13 @@ def devices_of_nodes(nodes: Sequence[Mapping[str, float]]) -> tuple[DeviceSpec, 
     Raises:
         ConfigurationError: a GPU's type is not reported, or has no known figures.
     """
-    gpus = [gpu for node in nodes for gpu in _gpus(node)]
+    gpus = [gpu for node in nodes for gpu in gpus_of_node(node)]
     if gpus:
         return tuple(gpus)
     cpus = [replace(known_device("cpu"), memory_bytes=node.get("memory", 0.0)) for node in nodes if node.get("CPU")]
     if not cpus:
         raise ConfigurationError("--devices cluster: the cluster has neither a GPU nor a CPU")
     return tuple(cpus)
-
-
-def _gpus(node: Mapping[str, float]) -> list[DeviceSpec]:
-    count = int(node.get("GPU", 0))
-    types = [key.partition(":")[2].lower() for key in node if key.startswith("accelerator_type:")]
-    if count and not types:
-        raise ConfigurationError("--devices cluster: a node has GPUs, but Ray does not say of which type: write a file")
-    return [known_device(types[0])] * count if count else []
 
 
 def _plan(
@@ -243,7 +266,7 @@ def _how_to_serve(workload: Workload, pipeline: Sequence[PlannedStage], config: 
     ]
     if len({stage.device for stage in pipeline}) > 1:
         lines.insert(
-            0, "Keep the order of the devices: Ray places stages where there is room, not by this table. Then:"
+            0, "The devices differ: name their nodes in this order, by address or label, with --stage-nodes. Then:"
         )
     return lines
 

@@ -14,9 +14,9 @@ from rich.console import Console
 
 import gptj_dist
 from gptj_dist.errors import ConfigurationError, StageFailedError, one_line
+from gptj_dist.interfaces import address_of
 from gptj_dist.operate.cluster.beacon import Beacon, discover
 from gptj_dist.operate.cluster.code import JoinCode, Place
-from gptj_dist.operate.cluster.interfaces import address_of
 from gptj_dist.operate.cluster.membership import Membership
 from gptj_dist.operate.cluster.ray_node import NodeOptions, RayNode
 from gptj_dist.operate.cluster.store import ClusterStore, NodeState

@@ -142,3 +142,10 @@ class ClusterStore:
 
     def _delete(self, key: str) -> None:
         self._gcs.internal_kv_del(key.encode(), False, NAMESPACE, timeout=TIMEOUT_S)
+
+
+def measured_links() -> tuple[Link, ...]:
+    """The links of the cluster that this process is connected to."""
+    import ray
+
+    return ClusterStore(ray.get_runtime_context().gcs_address).links()

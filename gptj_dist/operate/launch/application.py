@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -97,6 +98,7 @@ def deploy(launch: Launch, console: Console) -> str:
     from gptj_dist.serving.app import make_application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    launch = _planned(launch, console)
     is_local = launch.address is None
     if is_local:
         _require_room(launch)
@@ -119,6 +121,25 @@ def deploy(launch: Launch, console: Console) -> str:
     except RayTaskError as error:
         raise ConfigurationError(f"Serve refuses the application: {error.cause}") from None
     return _base(launch, *place)
+
+
+def _planned(launch: Launch, console: Console) -> Launch:
+    """The launch with the cut and the nodes that the planner chooses, which it prints, if it is asked to.
+
+    Raises:
+        ConfigurationError: there would be several pipelines, or no plan is possible.
+    """
+    if launch.app.pipeline.plan != "auto":
+        return launch
+    from gptj_dist.operate.cluster.store import measured_links
+    from gptj_dist.serving.auto_plan import plan_on_cluster
+
+    if launch.scaling.get("num_replicas") != 1:
+        raise ConfigurationError("--plan auto is for one pipeline; give the settings that it prints to several")
+    plan = plan_on_cluster(launch.app.pipeline, measured_links())
+    for line in plan.lines:
+        console.print(line, soft_wrap=True)
+    return replace(launch, app=replace(launch.app, pipeline=plan.config))
 
 
 def failure_of(name: str) -> GPTJDistError | None:

@@ -14,11 +14,12 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from gptj_dist.config import DTYPE_BYTES, DTypeName
+from gptj_dist.config import DTYPE_BYTES, WireDType
 from gptj_dist.engine.plan import Embedding, Plan, Result, StageTiming
 from gptj_dist.stages.transport.codec import Codec, CodecError
 
 NO_DATA = memoryview(b"")
+SCALE_BYTES = 4
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -29,10 +30,10 @@ class HiddenStates:
 
     Args:
         shape: rows, d_model.
-        data: the tensor's bytes, row by row.
+        data: the tensor's bytes, row by row; in int8 each row begins with its scale, a float32.
     """
 
-    dtype: DTypeName
+    dtype: WireDType
     shape: tuple[Count, Count]
     data: memoryview
 
@@ -40,6 +41,8 @@ class HiddenStates:
     def num_bytes(self) -> int:
         """Bytes of a tensor of this shape and type."""
         num_rows, d_model = self.shape
+        if self.dtype == "int8":
+            return num_rows * (SCALE_BYTES + d_model)
         return num_rows * d_model * DTYPE_BYTES[self.dtype]
 
 
