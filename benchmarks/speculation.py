@@ -166,7 +166,7 @@ class Contest:
         """The texts of all requests, and the seconds that they took."""
         if self.engine.scheduler is not scheduler:
             for runner in self.runners:
-                await asyncio.wrap_future(self.thread.submit(runner.reset))
+                await asyncio.wrap_future(self.thread.submit(runner.reset, runner.layers))
             self.engine.resume(scheduler, self.stages, self.pipeline.limits())
         self.stages.texts = dict(enumerate(work.texts))
 

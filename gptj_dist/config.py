@@ -69,6 +69,7 @@ class PipelineConfig:
         max_queued_requests: the most that wait in a server's pipeline; more are refused.
         max_queued_tokens: the most tokens of their prompts; a request that comes below may exceed it.
         spares: processes without weights that a server keeps on each node, to take the place of a stage that dies.
+        rebalance: a server moves layers away from a stage that stays the slowest.
         max_chunk_tokens: the most prompt tokens in one micro-batch; None lets the scheduler choose.
         prefix_cache: a request begins with what the KV cache still holds of its first tokens.
         speculation: the next tokens of repetitive text are guessed, and several of them computed in one step.
@@ -99,6 +100,7 @@ class PipelineConfig:
     max_queued_requests: int = DEFAULT_MAX_QUEUED_REQUESTS
     max_queued_tokens: int = DEFAULT_MAX_QUEUED_TOKENS
     spares: int = 0
+    rebalance: bool = False
     max_chunk_tokens: int | None = None
     prefix_cache: bool = True
     speculation: bool = True

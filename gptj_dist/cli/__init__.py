@@ -27,6 +27,7 @@ from gptj_dist.cli.examples import EXAMPLES
 from gptj_dist.cli.server.doctor import doctor
 from gptj_dist.cli.server.key import key
 from gptj_dist.cli.server.plan import plan
+from gptj_dist.cli.server.repartition import repartition
 from gptj_dist.cli.server.serve import serve
 from gptj_dist.cli.server.status import status
 from gptj_dist.cli.server.stop import stop
@@ -42,7 +43,7 @@ FAILED = 1
 CANNOT_WORK = 2
 
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
-    "Serving": (serve, stop, status, top, plan, doctor, key),
+    "Serving": (serve, stop, status, top, repartition, plan, doctor, key),
     "Clusters": (up, join, nodes, leave),
     "Text": (complete, chat, batch, generate),
     "Checkpoints": (download, inspect, convert, verify, drift, synth, adapter),

@@ -13,6 +13,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "stop": ("gptj-dist stop", "gptj-dist stop --address 10.0.0.7:6379 --name gptj"),
     "status": ("gptj-dist status", "gptj-dist status --url 10.0.0.7:8000 --json"),
     "top": ("gptj-dist top", "gptj-dist top --once --url 10.0.0.7:8000"),
+    "repartition": ("gptj-dist repartition --layers 8,7,7,6 --api-key KEY",),
     "plan": (
         "gptj-dist plan demo --stages 4",
         "gptj-dist plan EleutherAI/gpt-j-6b --devices devices.yaml",

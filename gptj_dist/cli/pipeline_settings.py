@@ -76,6 +76,14 @@ OPTIONS: dict[str, Any] = {
     "spares": Annotated[
         int, _option("Idle processes on each node that can take the place of a stage: a shorter pause when one dies.")
     ],
+    "rebalance": Annotated[
+        bool,
+        typer.Option(
+            "--rebalance/--no-rebalance",
+            help="Move layers away from a stage that stays the slowest.",
+            rich_help_panel=PIPELINE_PANEL,
+        ),
+    ],
     "prefix_cache": Annotated[
         bool,
         typer.Option(
@@ -133,7 +141,7 @@ def _with_options(command: Callable[..., None], names: tuple[str, ...]) -> inspe
     return inspect.Signature(parameters)
 
 
-def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """`8,7,7,6` as numbers.
 
     Raises:
@@ -165,7 +173,7 @@ def _parse_stage_nodes(text: str | None) -> tuple[str, ...] | None:
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
-    "layers": _parse_layers,
+    "layers": parse_layers,
     "kv_cache_gb": _parse_kv_cache_gb,
     "stage_nodes": _parse_stage_nodes,
 }

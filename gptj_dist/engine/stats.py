@@ -116,6 +116,7 @@ class PipelineStats:
 
     Attributes:
         stages: first to last; empty before the first plan has come back.
+        num_plans: plans that came back.
         coordinator_ns: time in which the coordinator scheduled plans and took in results.
         num_drafts, num_accepted: drafts in the plans that came back, and those of them that were accepted.
     """
@@ -125,7 +126,7 @@ class PipelineStats:
         self._window_ns = round(window_s * 1e9)
         self._records: deque[PlanRecord] = deque(maxlen=max_records)
         self._flights: deque[tuple[Plan, StageTiming]] = deque()
-        self._num_plans = 0
+        self.num_plans = 0
         self._complete_since_ns = clock()
         self._before: PlanRecord | None = None
         self.stages: tuple[StageWork, ...] = ()
@@ -146,7 +147,7 @@ class PipelineStats:
         lengths = [chunk.num_known for chunk in plan.chunks]
         num_decodes, num_known = lengths.count(1), sum(lengths)
         record = PlanRecord(
-            number=self._num_plans,
+            number=self.num_plans,
             plan_id=plan.plan_id,
             num_decodes=num_decodes,
             num_prefill_tokens=num_known - num_decodes,
@@ -158,7 +159,7 @@ class PipelineStats:
             timings=result.timings,
         )
         self._records.append(record)
-        self._num_plans += 1
+        self.num_plans += 1
         self.num_drafts += record.num_drafts
         self.num_accepted += sum(result.num_accepted)
         self._add_up(record)
@@ -170,7 +171,7 @@ class PipelineStats:
 
     def records(self, since: int = 0) -> tuple[PlanRecord, ...]:
         """The plans from number `since` on that came back and are still kept, oldest first."""
-        num_forgotten = self._num_plans - len(self._records)
+        num_forgotten = self.num_plans - len(self._records)
         return tuple(islice(self._records, max(0, since - num_forgotten), None))
 
     def token_s(self) -> float:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gptj_dist.model.attention import Attention
-from gptj_dist.model.block_tables import BlockTables
+from gptj_dist.model.block_tables import BlockTables, LayerKV
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.rotary import RotaryTable
 
@@ -35,10 +34,12 @@ class BlockCache(BlockTables):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__(num_blocks + 1, block_size, max_tokens)
-        shape = (num_layers, 2, num_blocks + 1, num_heads, block_size, head_dim)
-        self._memory = torch.empty(shape, dtype=dtype, device=device)
-        self._layers = [(layer[0], layer[1]) for layer in self._memory.unbind()]
+        shape = (2, num_blocks + 1, num_heads, block_size, head_dim)
+
+        def new_layer() -> LayerKV:
+            return LayerKV(*torch.empty(shape, dtype=dtype, device=device).unbind())
+
+        super().__init__(num_layers, num_blocks + 1, block_size, max_tokens, new_layer)
         self.device = device
         self.dtype = dtype
         self.num_heads = num_heads
@@ -50,10 +51,3 @@ class BlockCache(BlockTables):
         from gptj_dist.model.paged_attention import attend_in_blocks  # needs Triton, which only a GPU's torch has
 
         return attend_in_blocks(self, batch, rotary)
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [blocks, num_heads, block_size, head_dim] each."""
-        return self._layers[index]
-
-    def _copy_block(self, block_from: int, block_to: int) -> None:
-        self._memory[:, :, block_to] = self._memory[:, :, block_from]

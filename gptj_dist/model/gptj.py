@@ -12,7 +12,7 @@ from gptj_dist.config import LayerRange, ModelConfig
 from gptj_dist.model.adapters import Changes, LayerChanges, unchanged
 from gptj_dist.model.attention import Attention, KVCache
 from gptj_dist.model.inputs import MicroBatch, to_device
-from gptj_dist.model.layers import PartLoader, ReadTensor
+from gptj_dist.model.layers import Layer, PartLoader, ReadTensor
 from gptj_dist.model.rotary import RotaryTable
 
 OnHidden = Callable[[int, Tensor], None]
@@ -56,6 +56,37 @@ class StageModel:
             self._layers.append(load.layer(index))
             on_layer(len(self._layers))
         self._head = load.head() if layers.is_last else None
+
+    def read_layer(self, read: ReadTensor, index: int) -> Layer:
+        """Reads a layer that may become one of the stage's. Any thread may call it.
+
+        Args:
+            index: its number in the model.
+        """
+        return PartLoader(read, self._config, self.dtype, self._device).layer(index)
+
+    def insert_layer(self, index: int, layer: Layer) -> None:
+        """Adds a layer right before the stage's first one or right after its last one.
+
+        Args:
+            index: its number in the model.
+        """
+        if index == self._first_layer - 1:
+            self._layers.insert(0, layer)
+            self._first_layer = index
+        elif index == self._first_layer + len(self._layers):
+            self._layers.append(layer)
+        else:
+            raise ValueError(f"layer {index} is no neighbour of {self._first_layer} and {len(self._layers) - 1} more")
+
+    def remove_layer(self, index: int) -> Layer:
+        """Removes the first or the last layer, given by its number in the model."""
+        if index == self._first_layer:
+            self._first_layer += 1
+            return self._layers.pop(0)
+        if index == self._first_layer + len(self._layers) - 1:
+            return self._layers.pop()
+        raise ValueError(f"layer {index} is neither the first nor the last one")
 
     def embed(self, token_ids: Tensor, changes: Changes | None = None) -> Tensor:
         """The first stage's input: int64 [rows] -> [rows, d_model]."""

@@ -42,8 +42,10 @@ class RecordedSteps:
     """
 
     def __init__(self, model: StageModel, cache: BlockCache, sizes: Sequence[int], record: Record) -> None:
+        self._model = model
         self._cache = cache
         self._sizes = sizes
+        self._record = record
         # The largest first, so that the others reuse its memory.
         self._steps = {size: _Step(model, cache, size, record) for size in reversed(sizes)}
 
@@ -51,9 +53,15 @@ class RecordedSteps:
         """Whether a recorded step can compute the micro-batch: each request has one row, and there are not too many."""
         return len(batch.spans) == len(batch.positions) <= self._sizes[-1]
 
+    def forget(self) -> None:
+        """Forgets the recordings, because the stage has other layers. Each is made again when it is needed first."""
+        self._steps.clear()
+
     def __call__(self, batch: MicroBatch, inputs: Tensor) -> Tensor:
         """As `StageModel.compute`."""
         size = self._sizes[bisect_left(self._sizes, len(inputs))]
+        if size not in self._steps:
+            self._steps[size] = _Step(self._model, self._cache, size, self._record)
         return self._steps[size](_fill_up(batch, size), inputs)
 
 

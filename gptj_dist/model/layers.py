@@ -138,6 +138,9 @@ class JoinedLayer:
         return hidden
 
 
+Layer = FusedLayer | JoinedLayer
+
+
 class PartLoader:
     """Makes the parts of a stage. Reads each tensor directly into its place in a joined one.
 
@@ -162,7 +165,7 @@ class PartLoader:
             return self._tensor(name, rows, columns).__getitem__
         return QuantizedEmbedding(self._quantized({name: rows}, columns, bits), self._dtype)
 
-    def layer(self, index: int) -> FusedLayer | JoinedLayer:
+    def layer(self, index: int) -> Layer:
         """The layer with that number in the model."""
         name = f"transformer.h.{index}"
         bits = None if self._quantization is None else self._quantization.layer_bits[index]

@@ -3,4 +3,4 @@
 Arithmetic on the figures of devices. Standard library only: touches no device.
 """
 
-__all__ = ["cost", "devices", "fit", "forecast", "links", "partition", "placed", "search"]
+__all__ = ["cost", "devices", "fit", "forecast", "links", "moves", "partition", "placed", "rebalance", "search"]

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from gptj_dist.engine.histogram import BOUNDS_NS
 from gptj_dist.engine.routing import Route
 from gptj_dist.quantization import weights_text
+from gptj_dist.serving.layer_moves import MOVE_REASONS
 from gptj_dist.stages.transport.edge import edge_names
 from gptj_dist.stages.transport.frames import FrameFault
 
@@ -101,6 +102,10 @@ def _stage(kind: _Kind, name: str, meaning: str, value: Callable[[StageWork], An
                 yield (pipeline.name, str(number)), value(work)
 
     return Family(kind, name, ("pipeline", "stage"), meaning, rows)
+
+
+def _moved(exposition: Exposition) -> _Rows:
+    return (((p.name, reason), p.moves.num_moved[reason]) for p in exposition.pipelines for reason in MOVE_REASONS)
 
 
 def _responses(exposition: Exposition) -> _Rows:
@@ -315,6 +320,13 @@ FAMILIES: Sequence[Family] = (
         "recomputed_tokens",
         "Tokens of prompts and of texts that were computed again after a loss.",
         lambda p: p.requests.num_recomputed_tokens,
+    ),
+    Family(_COUNTER, "moved_layers", ("pipeline", "reason"), "Layers that moved between stages.", _moved),
+    _pipeline(
+        _HISTOGRAM,
+        "layer_move_pause_seconds",
+        "Time in which neither stage of a moved layer could compute.",
+        lambda p: p.moves.pause,
     ),
     _pipeline(
         _COUNTER,

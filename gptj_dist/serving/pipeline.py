@@ -36,6 +36,7 @@ from gptj_dist.quantization import weights_text
 from gptj_dist.serving.adapters import AdapterChanges, AdapterList, GivenAdapters, Loaded
 from gptj_dist.serving.debug import PipelineDocument, PipelineFacts, pipeline_document
 from gptj_dist.serving.feed import ReplyTo
+from gptj_dist.serving.layer_moves import LayerMoves, MoveTotals, Recut
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.outages import Outages
@@ -77,6 +78,7 @@ class PipelineStatus(PipelineFacts):
         start_s: seconds that it took to start.
         adapter_digest: see `AdapterList`.
         num_routed: calls that came here, by the reason, where there was a choice.
+        moves: of layers between its stages.
     """
 
     actor: str
@@ -96,6 +98,7 @@ class PipelineStatus(PipelineFacts):
     start_s: float
     adapter_digest: str
     num_routed: Mapping[Route, int]
+    moves: MoveTotals
 
 
 class Pipeline:
@@ -124,7 +127,6 @@ class Pipeline:
         self._log = LogSettings(log_format, model_name, self._name, log_level)
         self._process = StageProcess.this(Path(open_log(log_directory(), self._log, "coordinator").baseFilename))
         self._actor = replica.to_full_id_str()
-        self._blueprint = draw_blueprint(config)
         placement = Placement(
             group=ray.util.get_current_placement_group(),
             stages=tuple(stages),
@@ -138,12 +140,12 @@ class Pipeline:
         self._end: Exception | None = None
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: StageGroup
-        self._loaded: LoadedPipeline
         began_s = time.monotonic()
-        self._group, self._loaded = await StageGroup.start(self._blueprint, placement, self._epoch, self._log)
+        self._group, _ = await StageGroup.start(draw_blueprint(config), placement, self._epoch, self._log)
         self._start_s = time.monotonic() - began_s
         self._outages = Outages(usual_s=self._start_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
+        self._moves = LayerMoves(self._name, self._group, self._engine.stats)
         self._sender = StreamSender(self._actor)
         self._num_routed: Counter[Route] = Counter()
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
@@ -152,6 +154,7 @@ class Pipeline:
         garbage.settle()
         garbage.collect_when_quiet(lambda: self._engine.scheduler.num_running + self._engine.scheduler.num_waiting)
         self._watch = LoopWatch()
+        self._balancer = self._moves.keep_balance_in_background() if config.rebalance else None
         logger.info("pipeline up", extra=values(version=gptj_dist.__version__, pid=os.getpid(), **_shape(self._loaded)))
 
     async def generate(self, records: Sequence[RequestRecord], reply_to: ReplyTo, route: Route | None = None) -> None:
@@ -227,6 +230,7 @@ class Pipeline:
             start_s=self._start_s,
             adapter_digest=self._adapters.digest,
             num_routed=dict(self._num_routed),
+            moves=self._moves.totals,
         )
 
     async def record_routing_stats(self) -> dict[str, Any]:
@@ -261,6 +265,10 @@ class Pipeline:
             if (problem := (await self.load_adapter(source)).problem) is not None:
                 logger.error("adapter cannot be read", extra=values(path=source.path, error=problem))
 
+    async def repartition(self, layers: Sequence[int]) -> Recut:
+        """Moves layers between the stages until each has as many as asked for, while requests run."""
+        return await self._moves.recut(layers)
+
     async def document(self) -> PipelineDocument:
         """The pipeline's part of the response of `GET /debug/pipeline`."""
         return pipeline_document(self._facts(), self._engine.stats.snapshot(), self._loaded.reports)
@@ -293,6 +301,10 @@ class Pipeline:
         )
 
     @property
+    def _loaded(self) -> LoadedPipeline:
+        return self._group.loaded
+
+    @property
     def _ended(self) -> str | None:
         return None if self._end is None else f"the pipeline has ended: {self._end}"
 
@@ -306,7 +318,7 @@ class Pipeline:
             since: pipeline name -> number of the first plan to return; a pipeline that is not named returns all.
         """
         records = self._engine.stats.records(since.get(self._name, 0))
-        return TracePart(self._name, self._blueprint.layers, records)
+        return TracePart(self._name, self._loaded.blueprint.layers, records)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises. It raises if new stages could not be started."""
@@ -317,6 +329,8 @@ class Pipeline:
         """Called by Serve when the replica has drained."""
         self._watch.stop()
         self._driver.cancel()
+        if self._balancer is not None:
+            self._balancer.cancel()
         self._sender.stop()
         await self._group.stop()
 
@@ -353,7 +367,7 @@ class Pipeline:
         for attempt in range(1, MAX_RESTARTS_IN_A_ROW + 1):
             self._epoch += 1
             try:
-                self._loaded = await self._group.join(self._epoch)
+                await self._group.join(self._epoch)
             except Exception:  # whatever it is, the next attempt or Serve's next replica may succeed
                 logger.exception("restart failed", extra=values(attempt=attempt, most=MAX_RESTARTS_IN_A_ROW))
                 await asyncio.sleep(RESTART_DELAY_S * 2 ** (attempt - 1))

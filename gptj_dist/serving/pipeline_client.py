@@ -19,12 +19,13 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord
-from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError
+from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, PipelineLostError, StageFailedError
 from gptj_dist.logs import values
 from gptj_dist.serving.broadcast import Replies, ask_all
 from gptj_dist.serving.debug import DownPipeline, PipelineDocument
 from gptj_dist.serving.feed import BEAT_S, FeedInbox, ReplyTo
 from gptj_dist.serving.keys import CALLER
+from gptj_dist.serving.layer_moves import Recut
 from gptj_dist.serving.moves import JointMoves, lasting
 from gptj_dist.serving.outages import ServerOutage
 from gptj_dist.serving.pipeline import PipelineStatus
@@ -39,6 +40,9 @@ from gptj_dist.stages.transport.guard import DropCount
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S, PROVE_AGAIN_S = 5.0, 0.1
+
+REPARTITION_TIMEOUT_S = 1800.0
+"""Layers of a large model may have to be downloaded first."""
 
 ANSWER_S, PROBE_S = 2.0, 0.5
 """How long a pipeline may take to tell its state, and then to show that its coordinator lives."""
@@ -182,6 +186,19 @@ class PipelineClient:
         """The plans that every pipeline has kept. Raises NotReadyError."""
         self.limits()
         return await ask_all(self._handle, TracePart, "trace_part", {})
+
+    async def repartition(self, layers: Sequence[int]) -> tuple[Recut, ...]:
+        """Has every pipeline move layers until each stage has as many as asked for.
+
+        Raises:
+            InvalidRequestError: the cut does not suit them.
+            NotReadyError: there is none yet.
+        """
+        self.limits()
+        replies = await ask_all(self._handle, Recut, "repartition", layers, timeout_s=REPARTITION_TIMEOUT_S)
+        if problem := next((recut.problem for recut in replies.given if recut.is_refused), None):
+            raise InvalidRequestError(problem, "layers")
+        return replies.given
 
     async def _watch(self) -> None:
         """Ends pipelines that hang. Serve would do so, too, but give them time to finish their requests."""

@@ -14,6 +14,7 @@ __all__ = [
     "local",
     "loss",
     "on_node",
+    "relocation",
     "room",
     "runner",
     "stopwatch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING
 import ray
 
 from gptj_dist import garbage
-from gptj_dist.config import DTypeName
+from gptj_dist.config import DTypeName, LayerRange
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
 from gptj_dist.interfaces import address_of
 from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.params import AdapterSource
+from gptj_dist.planning.moves import LayerMove
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, claim_cores
 from gptj_dist.stages.load_progress import LoadProgress
@@ -25,17 +27,19 @@ from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.request_log import RequestLog
 from gptj_dist.stages.transport import open_transport
-from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame, ResultFrame
+from gptj_dist.stages.transport.edge import Outbound
+from gptj_dist.stages.transport.frames import EndFrame, Frame, PlanFrame, ResultFrame, SwitchFrame
 from gptj_dist.stages.transport.leash import watch_post
+from gptj_dist.stages.transport.parcels import AbandonedError
 
 if TYPE_CHECKING:
-    pass
+    from gptj_dist.stages.moving import MoveReport
 
 logger = logging.getLogger(__name__)
 
 END_LINGER_MS = 1000
 
-CONCURRENCY_GROUPS = {"run": 1, "progress": 1, "adapters": 1}
+CONCURRENCY_GROUPS = {"run": 1, "progress": 1, "adapters": 1, "moves": 1}
 """For `ray.remote`: calls of the other groups are answered while one of the group `run` runs."""
 
 
@@ -90,6 +94,7 @@ class Stage:
         Raises:
             ConfigurationError: the machine does not have the device that the spec names.
         """
+        from gptj_dist.stages.moving import StageMover
         from gptj_dist.stages.runner import StageRunner
 
         if visible_devices is not None:
@@ -99,6 +104,7 @@ class Stage:
             log_file = Path(open_log(log_directory(), log, f"stage-{spec.layers.stage}").baseFilename)
         self._runner = StageRunner(spec)
         self._wire, self._interface = spec.wire, spec.interface
+        self._mover = StageMover(self._runner)
         self._open(epoch)
         return PlacedStage(
             device=self._runner.describe_device(),
@@ -162,7 +168,10 @@ class Stage:
                 if not self._is_leaving:
                     self._num_frames += 1
                     self._is_computing = True
-                    outbound.send(self._compute(frame))
+                    if isinstance(frame, SwitchFrame):
+                        self._switch(frame, outbound)
+                    else:
+                        outbound.send(self._compute(frame))
                     self._is_computing = False
             outbound.send(frame)
         finally:
@@ -170,19 +179,58 @@ class Stage:
 
     @ray.method(concurrency_group="progress")
     def leave(self) -> None:
-        """Has `run` end after the frame that it computes."""
+        """Has `run` end after the frame that it computes. A move of a layer is given up."""
         self._is_leaving = True
+        self._mover.cancel()
         outbound = self._transport.outbound(self._inbound.address)
         outbound.send(EndFrame())
         outbound.close(END_LINGER_MS)
 
     @ray.method(concurrency_group="run")
-    def renew(self, epoch: int) -> str:
-        """Forgets all requests and opens a receiving end for the next ring; returns its address. Begins after `run`."""
+    def renew(self, epoch: int, layers: LayerRange) -> str:
+        """Forgets all requests and opens a receiving end for the next ring; returns its address. Begins after `run`.
+
+        Args:
+            layers: the stage's in the next ring: those before or after a move of which it was a part.
+        """
         self._inbound.close()
-        self._runner.reset()
+        self._runner.reset(layers)
         self._open(epoch)
         return self._inbound.address
+
+    @ray.method(concurrency_group="moves")
+    def prepare_move(self, move: LayerMove) -> str:
+        """Calls `StageMover.prepare`, while `run` runs."""
+        return self._mover.prepare(move, stage_address(self._interface))
+
+    @ray.method(concurrency_group="moves")
+    def send_ahead(self, move: LayerMove, address: str) -> None:
+        """Calls `StageMover.send_ahead`, while `run` runs."""
+        self._mover.send_ahead(move, address)
+
+    @ray.method(concurrency_group="moves")
+    def take_ahead(self) -> None:
+        """Calls `StageMover.take_ahead`, while `run` runs."""
+        self._mover.take_ahead()
+
+    @ray.method(concurrency_group="moves")
+    def end_move(self) -> MoveReport:
+        """Calls `StageMover.end`, while `run` runs."""
+        return self._mover.end()
+
+    @ray.method(concurrency_group="progress")
+    def cancel_move(self) -> None:
+        """Has the calls above return. Only before the stages switch; `leave` does it later."""
+        self._mover.cancel()
+
+    @ray.method(concurrency_group="moves")
+    def forget_move(self) -> None:
+        """Frees what was prepared for a move that was cancelled."""
+        self._mover.forget()
+
+    def _switch(self, frame: SwitchFrame, outbound: Outbound) -> None:
+        with suppress(AbandonedError):  # the frame that ends the run follows
+            self._mover.switch(frame.move, lambda: outbound.send(frame))
 
     def _open(self, epoch: int) -> None:
         self._is_leaving = False

@@ -103,6 +103,21 @@ class StageAdapters:
         """
         self._hold(source)
 
+    @property
+    def layers(self) -> LayerRange:
+        """The stage's."""
+        return self._layers
+
+    @property
+    def sources(self) -> list[AdapterSource]:
+        """Of the adapters that are held."""
+        with self._lock:
+            return list(self._held)
+
+    def narrow(self, layers: LayerRange) -> None:
+        """The stage has only these of its layers from now on. Parts of the others are held, and not used."""
+        self._layers = layers
+
     def changes(self, adapted: Iterable[AdaptedRows], num_rows: int) -> Changes | None:
         """The changes of a micro-batch; None if no row has an adapter. For the thread that computes."""
         row_adapters = [each for rows in adapted for each in self._row_adapters(rows)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ class _Pool:
         return vector.float().cpu().view(torch.uint8).numpy().tobytes()
 
 
+class MovedPool(NamedTuple):
+    """A pool on its way to another stage.
+
+    Args:
+        pooled: float64 [d_model]; None before the first rows.
+    """
+
+    request_id: int
+    kind: PoolingKind
+    depth: int
+    pooled: list[float] | None
+
+
 class EmbeddingPools:
     """The pools of all requests whose layer is on this stage. Ignores other requests.
 
@@ -61,8 +75,27 @@ class EmbeddingPools:
         if pooling is None:
             return
         depth = self._num_layers if pooling.layer is None else pooling.layer
-        if self._layers.start < depth <= self._layers.stop or (depth == 0 and self._layers.is_first):
+        if self._has(depth):
             self._pools[request.request_id] = _Pool(pooling.kind, depth)
+
+    def move_to(self, layers: LayerRange, taken: Iterable[MovedPool], device: torch.device) -> list[MovedPool]:
+        """The stage has these layers from now on, and the pools of those that it did not have.
+
+        Returns:
+            The pools of layers that it no longer has.
+        """
+        self._layers = layers
+        left = [
+            MovedPool(id_, pool.kind, pool.depth, None if pool.pooled is None else pool.pooled.tolist())
+            for id_, pool in self._pools.items()
+            if not self._has(pool.depth)
+        ]
+        for moved in left:
+            del self._pools[moved.request_id]
+        for id_, kind, depth, pooled in taken:
+            on_device = None if pooled is None else torch.tensor(pooled, dtype=torch.float64, device=device)
+            self._pools[id_] = _Pool(kind, depth, on_device)
+        return left
 
     def release(self, request_id: int) -> None:
         """Drops the request's pool, if it has one."""
@@ -87,3 +120,6 @@ class EmbeddingPools:
             for chunk in chunks
             if chunk.ends_embedding and chunk.request_id in self._pools
         )
+
+    def _has(self, depth: int) -> bool:
+        return self._layers.start < depth <= self._layers.stop or (depth == 0 and self._layers.is_first)

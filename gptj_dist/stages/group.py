@@ -22,6 +22,7 @@ from gptj_dist.errors import StageFailedError
 from gptj_dist.logs import LogSettings, values
 from gptj_dist.params import AdapterSource
 from gptj_dist.placement import StageResources
+from gptj_dist.planning.moves import LayerMove
 from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage, stage_address
 from gptj_dist.stages.blueprint import (
     Blueprint,
@@ -35,8 +36,9 @@ from gptj_dist.stages.loss import StageLoss, death_cause, end_process, last_word
 from gptj_dist.stages.on_node import on_node
 from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
+from gptj_dist.stages.relocation import MovedLayer, carry_out
 from gptj_dist.stages.ring import Ring
-from gptj_dist.stages.room import count_kv_blocks, require_memory
+from gptj_dist.stages.room import count_kv_blocks, recut_reports, require_memory, require_room
 from gptj_dist.stages.transport import open_transport
 from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.leash import LeashPost
@@ -196,6 +198,33 @@ class StageGroup:
             if isinstance(answer, ray.exceptions.RayTaskError) and (error := own_error(answer)) is not None:
                 raise error
 
+    async def move_layer(self, move: LayerMove) -> MovedLayer:
+        """Moves a layer between two stages, between two steps, while requests run.
+
+        Raises: ConfigurationError, StageFailedError: it cannot move, or a stage was lost; it has not moved.
+        """
+        loaded = self.loaded
+        if move.before != loaded.blueprint.layers or self._present_ring.is_closed:
+            raise StageFailedError("a stage is being replaced; try again when the pipeline is back")
+        require_room(loaded, move.after)
+
+        def commit() -> None:
+            self._blueprint = replace(self._blueprint, layers=move.after)
+            self._specs = self._blueprint.stage_specs([spec.device for spec in self._specs])
+            reports = recut_reports(self._blueprint.model, loaded.reports, move.after)
+            self._loaded = replace(loaded, blueprint=self._blueprint, reports=reports)
+            for index, report in enumerate(reports):
+                self._members[index] = replace(self._members[index], report=report)
+
+        giver, receiver = (self._members[index].actor for index in (move.giver, move.receiver))
+        return await carry_out(move, giver, receiver, self._present_ring, commit)
+
+    @property
+    def loaded(self) -> LoadedPipeline:
+        """The stages as they are cut now."""
+        assert self._loaded is not None, "join() comes first"
+        return self._loaded
+
     async def stop(self) -> None:
         """Ends the stages: after the frames that are under way if all still receive frames, otherwise at once."""
         if self._ring is not None:
@@ -256,7 +285,7 @@ class StageGroup:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     await member.actor.leave.remote()
                 async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                    address = await member.actor.renew.remote(epoch)
+                    address = await member.actor.renew.remote(epoch, self._specs[index].layers)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 logger.error("stage could not leave its ring", extra=values(stage=index, error=summary(error)))
                 self._drop(index)

@@ -51,6 +51,12 @@ class StageThreads:
         self._own, self._lone, self._team = own, lone, team
         self._chooser = own
 
+    def resize(self, num_layers: int) -> None:
+        """The stage has another number of layers from its next step on."""
+        for chooser in (self._own, self._lone):
+            if chooser is not None:
+                chooser.resize(num_layers)
+
     def begin_step(self, is_lone: bool) -> None:
         """Call before the stage's first layer."""
         self._chooser = self._lone if is_lone and self._lone is not None else self._own

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gptj_dist.engine.plan import Chunk, KVPrefix, NewRequest, Plan
 from gptj_dist.model.attention import KVCache
+from gptj_dist.model.block_tables import BlockTables
 from gptj_dist.model.sampler import SampleSpec
 from gptj_dist.params import AdapterChoice
 from gptj_dist.stages.blueprint import StageSpec
@@ -71,6 +72,12 @@ class StageRequests:
             begins_with = request.begins_with
             if begins_with is not None and begins_with.source_id is not None:
                 cache.copy(begins_with.source_id, request.request_id, begins_with.num_tokens)
+
+    def note_written(self, plan: Plan, cache: KVCache | None) -> None:
+        """The plan's keys and values are in the cache."""
+        if isinstance(cache, BlockTables) and cache.is_watched:
+            for chunk in plan.chunks:
+                cache.note_written(chunk.request_id, chunk.start, chunk.start + len(chunk.token_ids))
 
     def release_all(self, cache: KVCache) -> None:
         for request_id in list(self._by_id):

@@ -15,15 +15,24 @@ from functools import partial
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.errors import GPTJDistError, StageFailedError
 from gptj_dist.logs import values
+from gptj_dist.planning.moves import LayerMove
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.pulse import PERIOD_S, Pulse, Pulses
 from gptj_dist.stages.ray_errors import frame_fault, summary
 from gptj_dist.stages.transport.edge import AsyncInbound, Outbound, edge_names
-from gptj_dist.stages.transport.frames import EndFrame, FrameFault, FrameFaultError, PlanFrame, ResultFrame
+from gptj_dist.stages.transport.frames import (
+    EndFrame,
+    FrameFault,
+    FrameFaultError,
+    PlanFrame,
+    ResultFrame,
+    SwitchFrame,
+)
 
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 2.0
+CUT_OFF = "a stage was lost while a layer moved; the layers stay where they were"
 
 
 class Ring:
@@ -63,6 +72,7 @@ class Ring:
         self.edge_bytes = [0] * (len(runs) + 1)
         self.num_dropped = [0] * (len(runs) + 1)
         self._results: asyncio.Queue[Result | GPTJDistError] = asyncio.Queue()
+        self._switch: asyncio.Future[None] | None = None
         self._collector = run_in_background("collector of results", self._collect(), self._note_receive_error)
         self._watch = run_in_background("watch of pulses", self._watch_pulses(), self._note_watch_error)
         self._watchers = [
@@ -73,6 +83,19 @@ class Ring:
     def submit(self, plan: Plan) -> None:
         self._num_sent += 1
         self._outbound.send(PlanFrame(plan, None))
+
+    async def switch(self, move: LayerMove) -> None:
+        """Has the stages of a prepared move switch, after the plans in flight; returns when the last one has.
+
+        Raises:
+            StageFailedError: the ring has ended.
+        """
+        if self.is_closed:
+            raise StageFailedError(CUT_OFF)
+        self._num_sent += 1
+        self._outbound.send(SwitchFrame(move))
+        self._switch = asyncio.get_running_loop().create_future()
+        await self._switch
 
     async def receive(self) -> Result:
         result = await self._results.get()
@@ -93,13 +116,18 @@ class Ring:
     def close(self) -> None:
         """Sends, receives and watches no more. A second call does nothing."""
         self.is_closed = True
+        if self._switch is not None and not self._switch.done():
+            self._switch.set_exception(StageFailedError(CUT_OFF))
         for task in (self._collector, self._watch, *self._watchers):
             task.cancel()
         self._outbound.close()
         self._inbound.close()
 
     async def _collect(self) -> None:
-        while isinstance(frame := await self._inbound.receive(), ResultFrame):
+        while isinstance(frame := await self._inbound.receive(), ResultFrame | SwitchFrame):
+            if isinstance(frame, SwitchFrame):
+                self._note_switched()
+                continue
             for edge, traffic in enumerate((*frame.edges, self._inbound.traffic)):
                 self.edge_bytes[edge] += traffic.frame_bytes
                 self.num_dropped[edge] = traffic.num_dropped
@@ -107,6 +135,13 @@ class Ring:
             self._has_landed = True
             self._pulses.note_result([(timing.end_ns - timing.begin_ns) * 1e-9 for timing in frame.result.timings])
             self._results.put_nowait(frame.result)
+
+    def _note_switched(self) -> None:
+        self._num_landed += 1
+        self._has_landed = True
+        self._pulses.restart()
+        if self._switch is not None and not self._switch.done():
+            self._switch.set_result(None)
 
     async def _watch_pulses(self) -> None:
         """Finds stages that hang, until a frame is lost. While results arrive, or none is due, it asks no stage."""

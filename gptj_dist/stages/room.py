@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
-from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, DTypeName, LayerRange
+from gptj_dist.config import BLOCK_SIZE_TOKENS, DeviceKind, DTypeName, LayerRange, ModelConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.planning.cost import kv_bytes_per_token, weight_bytes, working_bytes
 from gptj_dist.planning.forecast import FREE_MEMORY_USED
 from gptj_dist.quantization import weights_text
 from gptj_dist.sizes import bytes_text, ceil_div
-from gptj_dist.stages.blueprint import Blueprint, DeviceReport, StageReport, choose_dtype, quantized_name
+from gptj_dist.stages.blueprint import (
+    Blueprint,
+    DeviceReport,
+    LoadedPipeline,
+    StageReport,
+    choose_dtype,
+    quantized_name,
+)
 
 
 def require_memory(blueprint: Blueprint, dtype: DTypeName, devices: Sequence[DeviceReport]) -> None:
@@ -90,6 +99,54 @@ def count_kv_blocks(blueprint: Blueprint, reports: Sequence[StageReport]) -> int
             f"the KV cache has room for {num_tokens} tokens, at least {BLOCK_SIZE_TOKENS} are needed"
         )
     return num_tokens // BLOCK_SIZE_TOKENS
+
+
+def require_room(loaded: LoadedPipeline, layers: Sequence[LayerRange]) -> None:
+    """Refuses a cut of a running pipeline in which the KV cache of a stage has less room than now.
+
+    All stages have the same blocks, and requests hold them.
+
+    Raises:
+        ConfigurationError: a memory is too small, a cache has no blocks, or a layer would move between unlike devices.
+    """
+    if not all(report.has_blocks for report in loaded.reports):
+        raise ConfigurationError("layers cannot move: a stage's machine has no C compiler, which KV in blocks needs")
+    for (one, other), after in zip(pairwise(loaded.reports), layers[:-1], strict=True):
+        if one.kind != other.kind and one.layers.stop != after.stop:
+            raise ConfigurationError(
+                f"layers cannot move between stage {one.layers.stage} on a {one.kind} and stage {other.layers.stage} "
+                f"on a {other.kind} device, which keep KV in unlike forms"
+            )
+    reports = recut_reports(loaded.blueprint.model, loaded.reports, layers)
+    num_tokens = min(_free_tokens_by_pool(reports, has_margin=False))
+    if num_tokens < loaded.num_kv_tokens:
+        cut = ",".join(str(each.num_layers) for each in layers)
+        raise ConfigurationError(
+            f"the cut {cut} has room for {num_tokens} KV tokens on every stage, and the pipeline has "
+            f"{loaded.num_kv_tokens}: choose one that gives less to the stage with the least memory, or serve with a "
+            "smaller --kv-cache-gb"
+        )
+
+
+def recut_reports(
+    model: ModelConfig, reports: Sequence[StageReport], layers: Sequence[LayerRange]
+) -> tuple[StageReport, ...]:
+    """The reports of stages after layers have moved: each stage's weights have come out of its free memory."""
+    bytes_of = [weight_bytes(model, each, report.dtype) for each, report in zip(layers, reports, strict=True)]
+    growth: Counter[str] = Counter()
+    for report, num_bytes in zip(reports, bytes_of, strict=True):
+        growth[report.device.memory_pool] += num_bytes - report.weight_bytes
+    return tuple(
+        replace(
+            report,
+            layers=each,
+            weight_bytes=num_bytes,
+            free_bytes=report.free_bytes - growth[report.device.memory_pool],
+            kv_bytes_per_token=report.kv_bytes_per_token // report.layers.num_layers * each.num_layers,
+            quantized=quantized_name(model, each),
+        )
+        for report, each, num_bytes in zip(reports, layers, bytes_of, strict=True)
+    )
 
 
 def _free_tokens_by_pool(reports: Sequence[StageReport], has_margin: bool) -> list[int]:

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
-from gptj_dist.checkpoint.loader import StageTensors
-from gptj_dist.config import DTypeName, LayerRange, ModelConfig
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.config import DTypeName, LayerRange
 from gptj_dist.engine.plan import Chunk, Continuations, Embedding, Plan, PromptLogprobs, Result
 from gptj_dist.model.adapters import Changes
 from gptj_dist.model.attention import KVCache
 from gptj_dist.model.block_cache import BlockCache
+from gptj_dist.model.block_tables import BlockTables
 from gptj_dist.model.gptj import StageModel
 from gptj_dist.model.inputs import MicroBatch, Span, to_device
-from gptj_dist.model.kv_cache import cache_dtype, has_blocks, make_cache
+from gptj_dist.model.kv_cache import cache_dtype, make_cache
 from gptj_dist.model.logprobs import token_logprobs
-from gptj_dist.model.native.library import load_library
 from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import AdapterSource, TokenLogprobs
-from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.adapters import AdaptedRows, StageAdapters
-from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec, quantized_name
+from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import available_cores
-from gptj_dist.stages.device import describe_device, free_bytes, open_device
+from gptj_dist.stages.device import describe_device, open_device
 from gptj_dist.stages.drafts import accept
+from gptj_dist.stages.embeddings import MovedPool
+from gptj_dist.stages.held_layer import HeldLayer
 from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.lone_steps import LoneCores, StageThreads, stage_threads
+from gptj_dist.stages.parts import new_adapters, read_layer, read_stage, stage_report
 from gptj_dist.stages.requests import StageRequests
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class StageRunner:
         self._adapters: StageAdapters | None = None
         self._threads: StageThreads | None = None
         self._sampler = Sampler(spec.rules, self._device)
+        self._held: dict[int, HeldLayer] = {}
+        self._next_adapters: StageAdapters | None = None
         self.num_beats = 0
 
     def describe_device(self) -> DeviceReport:
@@ -116,40 +118,10 @@ class StageRunner:
             num_threads = num_threads or default_threads()
             torch.set_num_threads(num_threads)
             self._threads = stage_threads(num_threads, lone, spec.layers.num_layers)
-        directory = resolve_model(spec.model, spec.revision)
-        self._requests.load(directory)
-        fetch_weights(
-            spec.model, directory, spec.layers, spec.config, lambda file: on_progress(LoadProgress(f"fetching {file}"))
-        )
-        if self._device.type == "cpu":
-            on_progress(LoadProgress("preparing code for this CPU"))
-            load_library()
-        with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
-            self._model = StageModel(
-                spec.config,
-                spec.layers,
-                tensors.read,
-                TORCH_DTYPES[dtype],
-                self._device,
-                lambda num_layers: on_progress(_loaded(num_layers, spec.layers, tensors)),
-            )
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # of the memory in which matrices were quantised
-        read = partial(_read_weight, directory, spec.config, spec.layers)
-        self._adapters = StageAdapters(spec.config, spec.layers, TORCH_DTYPES[dtype], self._device, read)
-        kept_as = cache_dtype(TORCH_DTYPES[dtype], self._device)
-        return StageReport(
-            layers=spec.layers,
-            device=self.describe_device(),
-            kind=spec.device,
-            dtype=dtype,
-            weight_bytes=weight_bytes(spec.config, spec.layers, dtype),
-            free_bytes=free_bytes(self._device),
-            kv_bytes_per_token=2 * spec.layers.num_layers * spec.config.d_model * kept_as.itemsize,
-            pid=os.getpid(),
-            has_blocks=has_blocks(self._device),
-            quantized=quantized_name(spec.config, spec.layers),
-        )
+        self._requests.load(resolve_model(spec.model, spec.revision))
+        self._model = read_stage(spec, TORCH_DTYPES[dtype], self._device, on_progress)
+        self._adapters = new_adapters(spec, TORCH_DTYPES[dtype], self._device, spec.layers)
+        return stage_report(spec, dtype, cache_dtype(TORCH_DTYPES[dtype], self._device), self._device)
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
@@ -180,16 +152,96 @@ class StageRunner:
         """
         if self._adapters is None:
             raise RuntimeError("load() comes before load_adapter()")
-        self._adapters.load(source)
+        for adapters in (self._adapters, self._next_adapters):
+            if adapters is not None:
+                adapters.load(source)
 
     def close(self) -> None:
-        """Ends the stage's threads. No step may follow."""
+        """Ends the stage's threads."""
         self._requests.masks.close()
 
-    def reset(self) -> None:
-        """Releases all requests. Weights and the cache's memory stay."""
+    def reset(self, layers: LayerRange) -> None:
+        """Releases all requests. The stage has these layers, as before or after a move of which it was a part."""
         if self._cache is not None:
             self._requests.release_all(self._cache)
+            if layers != self._spec.layers:
+                self.arrange(layers)
+        self.forget_held()
+
+    @property
+    def layers(self) -> LayerRange:
+        """The stage's layers now."""
+        return self._spec.layers
+
+    @property
+    def tables(self) -> BlockTables:
+        """The cache, if it has blocks. Raises RuntimeError for any other."""
+        if not isinstance(self._cache, BlockTables):
+            raise RuntimeError("layers move only between caches with blocks, after allocate()")
+        return self._cache
+
+    @torch.inference_mode()
+    def load_layer(self, index: int, layers: LayerRange) -> HeldLayer:
+        """Loads a layer that `arrange` can add, memory for its keys and values, and its parts of adapters.
+
+        Any thread may call it.
+
+        Args:
+            index: its number in the model.
+            layers: the stage's with it.
+
+        Raises:
+            CheckpointError: its tensors are missing, or the hub denies access to them.
+        """
+        if self._model is None or self._adapters is None:
+            raise RuntimeError("load() comes before load_layer()")
+        adapters = new_adapters(self._spec, self._model.dtype, self._device, layers)
+        for source in self._adapters.sources:
+            adapters.load(source)
+        held = HeldLayer(read_layer(self._spec, self._model, index), self.tables.new_layer())
+        self._held[index], self._next_adapters = held, adapters
+        return held
+
+    def arrange(self, layers: LayerRange, pools: Iterable[MovedPool] = ()) -> list[MovedPool]:
+        """Makes these the stage's layers: held ones join at its ends, others leave and are held. Between two steps.
+
+        Args:
+            pools: embeddings under way of layers that join.
+
+        Returns:
+            Those of layers that have left.
+        """
+        assert self._model is not None, "load() comes first"
+        before, tables = self._spec.layers, self.tables
+        for index in (*reversed(range(layers.start, before.start)), *range(before.stop, layers.stop)):
+            held = self._held.pop(index)
+            self._model.insert_layer(index, held.layer)
+            tables.insert_layer(0 if index < before.start else tables.num_layers, held.kv)
+        for index in (*range(before.start, layers.start), *reversed(range(layers.stop, before.stop))):
+            kv = tables.remove_layer(0 if index < layers.start else tables.num_layers - 1)
+            self._held[index] = HeldLayer(self._model.remove_layer(index), kv)
+        self._spec = replace(self._spec, layers=layers)
+        self._adapters = self._fitting_adapters(self._model.dtype, layers)
+        if self._threads is not None:
+            self._threads.resize(layers.num_layers)
+        if self._steps is not None:
+            self._steps.forget()
+        return self._requests.pools.move_to(layers, pools, self._device)
+
+    def forget_held(self) -> None:
+        """Frees the layers that are no longer the stage's, or that have not become so."""
+        self._held.clear()
+        self._next_adapters = None
+
+    def _fitting_adapters(self, dtype: torch.dtype, layers: LayerRange) -> StageAdapters:
+        held, prepared = self._adapters, self._next_adapters
+        if prepared is not None and prepared.layers == layers:
+            self._next_adapters = None
+            return prepared
+        if held is not None and held.layers.start <= layers.start and layers.stop <= held.layers.stop:
+            held.narrow(layers)
+            return held
+        return new_adapters(self._spec, dtype, self._device, layers)  # requests have theirs read again
 
     def wait_for(self, receive: Callable[[], T]) -> T:
         """The result of `receive`, which waits for the next plan. The stage's other threads sleep meanwhile."""
@@ -206,6 +258,7 @@ class StageRunner:
             The input of the next stage, or the sampled tokens if this is the last stage.
         """
         output, prompt_logprobs = self._compute(plan, None if before is None else before.hidden)
+        self._requests.note_written(plan, self._cache)
         embeddings = (() if before is None else before.embeddings) + self._requests.pools.complete(plan.chunks)
         if self._spec.layers.is_last:
             sampled = [chunk for chunk in plan.chunks if chunk.samples]
@@ -328,21 +381,10 @@ class StageRunner:
         return PromptLogprobs(chunk.request_id, chunk.start + 1, tuple(logprobs))
 
 
-def _loaded(num_layers: int, layers: LayerRange, tensors: StageTensors) -> LoadProgress:
-    return LoadProgress(f"{num_layers}/{layers.num_layers} layers", tensors.num_read_bytes, tensors.num_bytes)
-
-
 def default_threads() -> int:
     """Default maximum number of threads of a CPU stage: OMP_NUM_THREADS if set, else one per available core."""
     num_threads = torch.get_num_threads()  # respects OMP_NUM_THREADS and affinity, but not a CPU quota
     return num_threads if "OMP_NUM_THREADS" in os.environ else min(num_threads, available_cores())
-
-
-def _read_weight(directory: Path, config: ModelConfig, layers: LayerRange, name: str, out: Tensor) -> None:
-    if config.quantization is not None and config.quantization.is_foreign:  # it can be read as numbers
-        config = replace(config, quantization=None)
-    with StageTensors(directory, config, layers) as tensors:
-        tensors.read(name, out)
 
 
 def _token_ids(plan: Plan) -> Tensor:

@@ -72,6 +72,11 @@ class ThreadChooser:
         """The number in use between trials."""
         return self._num_threads
 
+    def resize(self, num_layers: int) -> None:
+        """The stage has another number of layers from its next step on. A trial under way is dropped."""
+        self._num_layers = num_layers
+        self._trial = None
+
     def begin_step(self) -> None:
         """Call before the stage's first layer."""
         self._begin = (self._wall_s(), self._cpu_s())

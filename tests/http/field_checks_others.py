@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import array
 import base64
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from gptj_dist.answers.schema.chat import ChatRequest, Message
@@ -13,6 +19,7 @@ from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.content import Prediction, TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.input_items import InputPart, MessageItem
+from gptj_dist.answers.schema.repartition import RepartitionRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.sampling import StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
@@ -29,6 +36,7 @@ from tests.http.fields import (
     refuses_another_model,
     tokenizer,
 )
+from tests.http.keys import bearer, key_of
 
 
 @check(ChatRequest)
@@ -343,3 +351,30 @@ def of_add_special_tokens_(face: Face) -> None:
 @check(EmbeddingRequest)
 def of_add_special_tokens__(face: Face) -> None:
     assert embeddings(face, add_special_tokens=False) == embeddings(face, add_special_tokens=True) == embeddings(face)
+
+
+@check(RepartitionRequest)
+def of_layers_(face: Face) -> None:
+    """The verb asks for it, too; a stream that runs meanwhile does not notice."""
+    body = Face(face.server, CompletionRequest)
+    fields = {"max_tokens": 300, "ignore_eos": True, "seed": 1}
+    expected = choice(body, cache_salt="before", **fields)["text"]
+    with ThreadPoolExecutor(1) as readers:
+        reading = readers.submit(choice, body, cache_salt="meanwhile", **fields)
+        answer = face.server.client.post("/debug/repartition", json={"layers": [10, 10, 8]}).json()
+        command = [sys.executable, "-m", "gptj_dist", "repartition", "--layers", "9,10,9", "--json"]
+        keyed = {**os.environ, "GPTJ_API_KEY": key_of("admin"), "GPTJ_URL": face.server.base}
+        done = subprocess.run(command, env=keyed, capture_output=True, text=True, timeout=120, check=True)
+        assert reading.result()["text"] == expected
+    (pipeline,) = answer["pipelines"]
+    assert (pipeline["layers"], pipeline["problem"]) == ([10, 10, 8], None)
+    assert {moved["pause_ms"] > 0 for moved in pipeline["moved"]} <= {True}
+    assert json.loads(done.stdout)["pipelines"][0]["layers"] == [9, 10, 9]
+    (told,) = face.server.client.get("/debug/pipeline").json()["pipelines"]
+    assert [stage["layers"] for stage in told["stages"]] == [[0, 8], [9, 18], [19, 27]]
+    assert 'reason="asked"} 0.0' not in face.server.client.get("/metrics").text
+    for layers in ([28], [14, 14], [28, 0, 0], [9, 9, 9]):
+        refused = face.server.client.post("/debug/repartition", json={"layers": layers})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "layers")
+    guest = httpx.post(f"{face.server.base}/debug/repartition", json={"layers": [9, 10, 9]}, headers=bearer("guest"))
+    assert guest.status_code == 403

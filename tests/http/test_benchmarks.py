@@ -18,3 +18,12 @@ def test_the_cost_of_the_front_is_told_by_process() -> None:
     assert load["coordinator_us_per_request"] > 0
     assert "proxy_us_per_request" not in load
     assert ways["ingress"]["open_to_others"] == []
+
+
+def test_moves_of_layers_are_told_with_their_pauses() -> None:
+    options = ["--streams", "2", "--tokens", "40", "--rounds", "1", "--seconds", "1", "--settle", "0", "--content", "1"]
+    document = run("rebalance", *options)
+    assert set(document["tokens_per_s"]) == {"even", "planned", "rebalance"}
+    assert document["moves"]["num_layers"] > 0
+    assert document["moves"]["longest_pause_ms"] > 0
+    assert document["streams_that_differ"] == 0

@@ -19,6 +19,7 @@ from gptj_dist.answers.schema.content import Prediction, TextPart
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
 from gptj_dist.answers.schema.grammars import NamedSchema, ResponseFormat, StructuredOutputs, TextFormat
 from gptj_dist.answers.schema.input_items import CallItem, CallOutputItem, InputPart, MessageItem
+from gptj_dist.answers.schema.repartition import RepartitionRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest, TextOptions
 from gptj_dist.answers.schema.sampling import AdapterField, ChoiceFields, SamplingFields, StreamOptions
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
@@ -81,6 +82,7 @@ BODIES = (
     TextFormat,
     LoadAdapterRequest,
     UnloadAdapterRequest,
+    RepartitionRequest,
     Tool,
     Function,
     NamedTool,

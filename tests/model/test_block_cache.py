@@ -72,3 +72,35 @@ def test_a_copy_fills_the_blocks_that_are_not_held_in_common_and_no_others() -> 
         assert torch.equal(part[5], was[11])
         others = [block for block in range(NUM_BLOCKS) if block != 5]
         assert torch.equal(part[others], was[others])
+
+
+def test_layers_join_and_leave_with_what_is_in_them() -> None:
+    cache = _cache()
+    first, second = cache.layer(0), cache.layer(1)
+    other = cache.new_layer()
+    cache.insert_layer(2, other)
+    assert cache.remove_layer(0) is first
+    assert (cache.num_layers, cache.layer(0), cache.layer(1)) == (2, second, other)
+    assert other.block_bytes == 2 * 3 * BLOCK_SIZE * 5 * 4
+
+
+def test_a_watch_notes_what_may_be_there_and_what_is_written_since() -> None:
+    cache = _cache()
+    cache.add(0)
+    cache.extend(0, (7, 3, 11))
+    cache.note_written(0, 0, 5)  # nobody watches
+    assert not cache.is_watched
+    changed = cache.watch()
+    assert changed.take() == [3, 7, 11, NUM_BLOCKS]
+    assert changed.take() == []
+    cache.note_written(0, BLOCK_SIZE - 1, BLOCK_SIZE + 1)
+    assert changed.take() == [3, 7]
+    cache.note_written(0, 2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 1)
+    cache.add(1)
+    cache.extend(1, (5,))
+    cache.copy(0, 1, 2)
+    assert changed.take() == [5, 11]
+    cache.release(0)
+    assert set(cache.watch().take()) == {3, 5, 7, 11, NUM_BLOCKS}  # others may begin with them
+    cache.unwatch()
+    assert not cache.is_watched

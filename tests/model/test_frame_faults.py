@@ -48,7 +48,7 @@ class ThreadActor:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._threads = {name: ThreadPoolExecutor(1) for name in ("run", "progress")}
+        self._threads = {name: ThreadPoolExecutor(1) for name in ("run", "progress", "moves")}
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._stage, name)
@@ -90,7 +90,7 @@ class Threads:
         """What requests tell while the network does this."""
         self.network.faults = list(faults)
         engine = AsyncEngine(self.loaded.make_scheduler(), self.group, self.loaded.limits())
-        driver = asyncio.create_task(self._drive(engine))
+        driver = asyncio.create_task(self.drive(engine))
         streams = [
             stream
             for prompt_ids, params, num_choices in requests
@@ -98,19 +98,21 @@ class Threads:
         ]
         told = await asyncio.gather(*map(collect, streams))
         driver.cancel()
-        await self._join()
+        await self.join()
         return told
 
-    async def _drive(self, engine: AsyncEngine) -> None:
+    async def drive(self, engine: AsyncEngine) -> None:
+        """Runs the engine, and joins the next ring when one ends."""
         while True:
             try:
                 await engine.run()
             except StageFailedError:
                 assert await self.group.losses() == []
-                await self._join()
+                await self.join()
                 engine.resume(self.loaded.make_scheduler(), self.group, self.loaded.limits())
 
-    async def _join(self) -> None:
+    async def join(self) -> None:
+        """Joins the stages to the next ring."""
         self.epoch += 1
         self.loaded = await self.group.join(self.epoch)
 

@@ -99,8 +99,9 @@ class Stage:
         self.num_tokens: dict[int, int] = {}
 
     def poison(self, blocks: Sequence[int]) -> None:
-        self.cache.keys[:, blocks] = math.nan
-        self.cache.values[:, blocks] = math.nan
+        for layer in range(NUM_LAYERS):
+            for part in self.cache.layer(layer):
+                part[blocks] = math.nan
 
     def add(self, request_id: int) -> None:
         self.cache.add(request_id)
@@ -317,14 +318,14 @@ def test_memory_that_cannot_be_had_is_an_error() -> None:
 
 def test_a_large_cache_begins_at_a_huge_page() -> None:
     assert LIBRARY is not None
-    cache = NativeCache(LIBRARY, NUM_LAYERS, 128, 75, 4, 64, torch.bfloat16)
-    assert cache.keys.data_ptr() % HUGE_PAGE_BYTES == cache.values.data_ptr() % HUGE_PAGE_BYTES == 0
+    cache = NativeCache(LIBRARY, NUM_LAYERS, 256, 75, 4, 64, torch.bfloat16)
+    assert [part.data_ptr() % HUGE_PAGE_BYTES for part in cache.layer(NUM_LAYERS - 1)] == [0, 0]
 
 
 def test_a_copy_fills_the_blocks_that_are_not_held_in_common_and_no_others() -> None:
     assert LIBRARY is not None
     cache = NativeCache(LIBRARY, NUM_LAYERS, 12, 75, 3, 5, torch.float32)
-    parts = [part for layer in range(NUM_LAYERS) for part in (cache.keys[layer], cache.values[layer])]
+    parts = [part for layer in range(NUM_LAYERS) for part in cache.layer(layer)]
     for seed, part in enumerate(parts):
         part.normal_(generator=torch.Generator().manual_seed(seed))
     before = [part.clone() for part in parts]

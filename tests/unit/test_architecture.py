@@ -49,7 +49,7 @@ THIRD_PARTY_OF = {
     "checkpoint": {"torch", "huggingface_hub"},
     "answers": {"pydantic", "pydantic_core"},
 }
-RAY_MODULES = {"stages.actor", "stages.group", "stages.on_node", "stages.ray_errors"}
+RAY_MODULES = {"stages.actor", "stages.group", "stages.on_node", "stages.ray_errors", "stages.relocation"}
 RAY_UNITS = {"serving", "operate", "cli"}
 
 

@@ -57,6 +57,7 @@ SCRIPTS = (
         "nodes",
         "parts",
         "prefix_cache",
+        "rebalance",
         "router",
         "scaling",
         "soak",

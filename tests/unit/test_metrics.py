@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from gptj_dist.engine.routing import Route
 from gptj_dist.engine.stats import StageWork
 from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.debug import DownPipeline
+from gptj_dist.serving.layer_moves import MoveTotals
 from gptj_dist.serving.metrics import FAMILIES, Exposition
 from gptj_dist.serving.pipeline import PipelineStatus
 from gptj_dist.stages.blueprint import DeviceReport, StageReport
@@ -71,6 +73,7 @@ def pipeline(name: str, num_prompt_tokens: int = 0) -> PipelineStatus:
         work=(StageWork(histogram(4), 250 * MS), StageWork(histogram(6, 8), 125 * MS)),
         coordinator_ns=2000 * MS,
         num_drafts=12,
+        moves=MoveTotals(Counter({"asked": 2, "balance": 3}), histogram(20, 30)),
         num_accepted=9,
         edge_bytes=(100, 2000, 30),
         port_dropped=(0, 4, 2, 1),

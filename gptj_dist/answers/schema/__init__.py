@@ -12,6 +12,7 @@ __all__ = [
     "embeddings",
     "grammars",
     "input_items",
+    "repartition",
     "responses",
     "sampling",
     "tokens",

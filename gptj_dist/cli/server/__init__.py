@@ -1,3 +1,3 @@
 """Commands that start, watch and plan a server."""
 
-__all__ = ["doctor", "key", "plan", "serve", "status", "stop", "top"]
+__all__ = ["doctor", "key", "plan", "repartition", "serve", "status", "stop", "top"]

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from gptj_dist.model.block_tables import BlockTables
+from gptj_dist.model.block_tables import BlockTables, LayerKV
 from gptj_dist.model.inputs import MicroBatch
 from gptj_dist.model.native.library import NativeBatch
 from gptj_dist.model.native.memory import memory_of
@@ -41,24 +41,21 @@ class NativeCache(BlockTables):
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(num_blocks, LANES, max_tokens)
+        padded_dim = ceil_div(head_dim, LANES) * LANES
+        shapes = (num_blocks, num_heads, head_dim, LANES), (num_blocks, num_heads, LANES, padded_dim)
+
+        def new_layer() -> LayerKV:
+            return LayerKV(*(memory_of(math.prod(shape) * dtype.itemsize).view(dtype).view(shape) for shape in shapes))
+
+        super().__init__(num_layers, num_blocks, LANES, max_tokens, new_layer)
         self._library = library
-        self.padded_dim = ceil_div(head_dim, LANES) * LANES
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.padded_dim = padded_dim
         self.dtype = dtype
-        self.keys, self.values = (
-            memory_of(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-            for shape in (
-                (num_layers, num_blocks, num_heads, head_dim, LANES),
-                (num_layers, num_blocks, num_heads, LANES, self.padded_dim),
-            )
-        )
 
     def attention(self, batch: MicroBatch, rotary: RotaryTable) -> NativeAttention:
         return NativeAttention(self._library, self, batch, rotary)
-
-    def _copy_block(self, block_from: int, block_to: int) -> None:
-        self.keys[:, block_to] = self.keys[:, block_from]
-        self.values[:, block_to] = self.values[:, block_from]
 
 
 class NativeAttention:
@@ -79,8 +76,8 @@ class NativeAttention:
         self._batch = NativeBatch(
             num_rows=len(positions),
             num_tiles=len(tiles),
-            num_heads=cache.keys.shape[2],
-            head_dim=cache.keys.shape[3],
+            num_heads=cache.num_heads,
+            head_dim=cache.head_dim,
             padded_dim=cache.padded_dim,
             rotary_dim=2 * cos.shape[1],
             table_stride=tables.shape[1],
@@ -105,8 +102,8 @@ class NativeAttention:
         shape = (self._batch.num_rows, 3, self._batch.num_heads, self._batch.head_dim)
         address = address_of("heads", cast, self._cache.dtype, shape)
         self._batch.row_stride = cast.stride(0)
-        keys, values = self._cache.keys[layer].data_ptr(), self._cache.values[layer].data_ptr()
-        if self._attend(self._batch, address, keys, values, torch.get_num_threads()):
+        kv = self._cache.layer(layer)
+        if self._attend(self._batch, address, kv.keys.data_ptr(), kv.values.data_ptr(), torch.get_num_threads()):
             raise MemoryError(f"no memory for the attention of {len(heads)} rows")
         if cast is not heads:
             heads[:, 2] = cast[:, 2]

@@ -23,6 +23,7 @@ from gptj_dist.answers.schema.base import Body
 from gptj_dist.answers.schema.chat import ChatRequest
 from gptj_dist.answers.schema.completions import CompletionRequest
 from gptj_dist.answers.schema.embeddings import EmbeddingRequest
+from gptj_dist.answers.schema.repartition import RepartitionRequest
 from gptj_dist.answers.schema.responses import ResponsesRequest
 from gptj_dist.answers.schema.tokens import DetokenizeRequest, TokenizeRequest
 from gptj_dist.answers.service import AnswerService, TextRequest
@@ -116,6 +117,9 @@ class Endpoints:
             Endpoint("GET", "/metrics", self.metrics, "Counters and gauges, for Prometheus.", media=("text/plain",)),
             Endpoint("GET", "/debug/pipeline", self.debug_pipeline, "The state of every pipeline and its stages."),
             Endpoint("GET", "/debug/trace", self.debug_trace, "The last plans of every pipeline, as a Chrome trace."),
+            Endpoint(
+                "POST", "/debug/repartition", self.repartition, "Move layers, with an admin's key.", RepartitionRequest
+            ),
             Endpoint("GET", "/", self.front, "The page: write with the model.", media=(HTML,), is_open=True),
             Endpoint("GET", "/page/{name}", self.page_part, "A part of that page.", media=PARTS, is_open=True),
             Endpoint("GET", "/openapi.json", self.openapi, "This list, for programs.", is_open=True),
@@ -208,6 +212,12 @@ class Endpoints:
         pipelines = tuple(sorted(answers.given, key=lambda pipeline: pipeline.name))
         document = DebugDocument(self._names[0], answers.num_silent, pipelines, self._pipelines.down)
         return JSONResponse(asdict(document))
+
+    async def repartition(self, request: Request) -> Response:
+        require_admin(request)
+        body = await self._body(request, RepartitionRequest)
+        recuts = await self._pipelines.repartition(body.layers)
+        return JSONResponse({"pipelines": [recut.as_json() for recut in recuts]})
 
     async def debug_trace(self, _: Request) -> Response:
         parts = (await self._pipelines.trace_parts()).given

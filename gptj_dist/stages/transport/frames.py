@@ -16,6 +16,7 @@ import msgspec
 
 from gptj_dist.config import DTYPE_BYTES, WireDType
 from gptj_dist.engine.plan import Embedding, Plan, Result, StageTiming
+from gptj_dist.planning.moves import LayerMove
 from gptj_dist.stages.transport.codec import Codec, CodecError
 
 NO_DATA = memoryview(b"")
@@ -93,7 +94,14 @@ class EndFrame:
     """The last frame: a stage passes it on and ends."""
 
 
-Frame = PlanFrame | ResultFrame | EndFrame
+@dataclass(frozen=True, slots=True)
+class SwitchFrame:
+    """From the next plan on, a layer is another stage's. Passes all stages, and comes back to the coordinator."""
+
+    move: LayerMove
+
+
+Frame = PlanFrame | ResultFrame | SwitchFrame | EndFrame
 
 
 class FrameFault(StrEnum):
@@ -125,7 +133,9 @@ class _Header(NamedTuple):
 
 
 _HEADERS: Codec[Any] = Codec(_Header)
-_FRAMES: dict[str, Codec[Any]] = {kind.__name__: Codec(kind) for kind in (PlanFrame, ResultFrame, EndFrame)}
+_FRAMES: dict[str, Codec[Any]] = {
+    kind.__name__: Codec(kind) for kind in (PlanFrame, ResultFrame, SwitchFrame, EndFrame)
+}
 _CHECKSUM_BYTES = 4
 
 

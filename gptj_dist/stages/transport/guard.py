@@ -128,13 +128,14 @@ class GuardedSocket:
     Args:
         kind: such as `zmq.PULL`.
         host: the address to bind; the port is a free one.
+        high_water: messages that may wait to be received, after which senders wait; None for libzmq's own limit.
 
     Attributes:
         endpoint: the address to connect to.
         dropped: what the socket has dropped. The thread counts refused connections, the reader malformed messages.
     """
 
-    def __init__(self, kind: int, host: str, lock: PasswordLock | CurveLock) -> None:
+    def __init__(self, kind: int, host: str, lock: PasswordLock | CurveLock, high_water: int | None = None) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # libzmq asks one handler a context
         self._lock = lock
         self._unproven: set[int] = set()
@@ -145,6 +146,8 @@ class GuardedSocket:
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
         self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without the thread's answer every peer is refused
+        if high_water is not None:
+            self.socket.setsockopt(zmq.RCVHWM, high_water)
         lock.install(self.socket)
         self._start_thread()
         self.endpoint = bind_free_port(self.socket, host)
