@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from gptj_dist import __version__
 from gptj_dist.cli.checkpoints.adapter import adapter
@@ -37,6 +38,7 @@ from gptj_dist.cli.text.batch import batch
 from gptj_dist.cli.text.chat import chat
 from gptj_dist.cli.text.complete import complete
 from gptj_dist.cli.text.generate import generate
+from gptj_dist.cli.usage_errors import usage_error_text
 from gptj_dist.errors import ConfigurationError, GPTJDistError, InvalidRequestError, internal_error
 
 FAILED = 1
@@ -112,15 +114,26 @@ def _call() -> int:
     """Runs the command that the arguments name. Returns its exit code."""
     arguments, is_debug = _without_debug(sys.argv[1:])
     try:
-        app(arguments)
-        return 0
+        code = app(arguments, standalone_mode=False)  # else typer shows errors itself, each in a box of six lines
+        return code if isinstance(code, int) else 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else FAILED
+    except TyperException as error:
+        if error.format_message():  # there is none where the help was shown in place of it
+            complain(usage_error_text(error, next(filter(_is_command, arguments), None)))
+        return CANNOT_WORK
+    except typer.Abort:
+        complain("the input ended")
+        return FAILED
     except Exception as error:
         if is_debug:
             traceback.print_exc()
         complain(_told(error, is_debug))
         return CANNOT_WORK if isinstance(error, ConfigurationError | InvalidRequestError) else FAILED
+
+
+def _is_command(argument: str) -> bool:
+    return any(argument == command.__name__ for commands in COMMANDS.values() for command in commands)
 
 
 def _told(error: Exception, is_debug: bool) -> str:

@@ -74,9 +74,13 @@ def test_the_parser_takes_every_example(line: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["servee"], "Did you mean 'serve'?"),
+        (["servee"], "No such command 'servee'. Did you mean 'serve'?; see gptj-dist --help"),
         (["serve", "demo", "--stage", "2"], "--stages"),
-        (["serve", "demo", "--dtype", "float8"], "'float8' is not one of 'auto', 'float32'"),
+        (["serve", "demo", "--dtype", "bflaot16"], "; did you mean 'bfloat16'?; see gptj-dist serve --help"),
+        (["serve", "demo", "--dtype", "x"], "'x' is not one of 'auto', 'float32', 'bfloat16', 'float16'; see"),
+        (["serve", "demo", "--stages", "x"], "Invalid value for '--stages': Input should be a valid integer; see"),
+        (["plan"], "Missing argument 'model'; see gptj-dist plan --help"),
+        (["plan", "demo", "--stages"], "Option '--stages' requires an argument; see gptj-dist plan --help"),
         (["complete", "x", "--max-token", "2"], "--max-tokens"),
         (["complete", "x", "--temperature", "nan"], "'nan' is not a finite number"),
         (["generate", "demo", "--prompt", "x", "--min-p=-inf"], "'-inf' is not a finite number"),
@@ -97,6 +101,14 @@ def test_what_is_mistyped_is_refused_with_what_is_nearest(arguments: list[str], 
     done = run_verb(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr
+    assert done.stderr.startswith("gptj-dist: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_arguments_the_help_is_shown() -> None:
+    done = run_verb()
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "─ Serving ─" in done.stdout
 
 
 def test_devices_and_dtypes_ignore_case() -> None:
