@@ -6,7 +6,8 @@
 Each stage is a process. A plan with one request per row of the frame goes from this process through all stages and
 back, with hidden states on every edge: one edge more than in a pipeline. `round_trip_us` is the median with one frame
 in flight; `step_us` is the time per frame with `--in-flight` frames in flight. Bare ZeroMQ carries the same bytes over
-the same kind of sockets, without encoding and decoding. The rings take turns. The last line on standard output is one
+the same kind of sockets, without encoding and decoding. `shared` puts them into shared memory, one copy in and one out,
+and sends only the number of the place over such a socket. The rings take turns. The last line on standard output is one
 JSON document.
 """
 
@@ -14,11 +15,15 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
 from typing import NoReturn, Protocol
 
 import zmq
@@ -50,11 +55,12 @@ def main() -> None:
     args = _parser().parse_args()
     settings = {"stages": args.stages, "frame_kb": args.frame_kb, "in_flight": args.in_flight, "frames": args.frames}
     document = {"machine": machine(), **settings}
-    rounds: dict[str, list[Figures]] = {"ours": [], "zeromq": []}
+    rounds: dict[str, list[Figures]] = {"ours": [], "zeromq": [], "shared": []}
     with ExitStack() as stack:
         rings = {
             "ours": stack.enter_context(our_ring(args.stages, make_frame(args.frame_kb))),
             "zeromq": stack.enter_context(bare_ring(args.stages, bytes(1024 * args.frame_kb))),
+            "shared": stack.enter_context(shared_ring(args.stages, bytes(1024 * args.frame_kb), args.in_flight)),
         }
         for _ in range(args.rounds):
             for name, ring in rings.items():
@@ -126,7 +132,7 @@ def our_ring(num_stages: int, frame: Frame) -> Iterator[Ring]:
     """A ring whose stages decode each frame and encode it again."""
     transport = open_transport(EPOCH)
     inbound = transport.inbound(HOST)
-    with _processes(_our_stage, num_stages, inbound.address) as address:
+    with _processes(lambda: _our_stage, num_stages, inbound.address) as address:
         outbound = transport.outbound(address)
         yield OurRing(inbound, outbound, frame)
         outbound.close()
@@ -161,7 +167,7 @@ class BareRing:
 def bare_ring(num_stages: int, data: bytes) -> Iterator[Ring]:
     """A ring whose stages forward bytes."""
     inbound = _bound()
-    with _processes(_bare_stage, num_stages, _address(inbound)) as address:
+    with _processes(lambda: _bare_stage, num_stages, _address(inbound)) as address:
         outbound = _connected(address)
         yield BareRing(inbound, outbound, data)
         outbound.close(linger=0)
@@ -174,6 +180,96 @@ def _bare_stage(connection: Connection) -> NoReturn:
     outbound = _connected(connection.recv())
     while True:
         outbound.send(inbound.recv())
+
+
+class SharedRing:
+    """A ring over shared memory: each edge has places for all frames in flight."""
+
+    def __init__(self, inbound: zmq.Socket[bytes], outbound: zmq.Socket[bytes], edges: Edges, data: bytes) -> None:
+        self._inbound = inbound
+        self._outbound = outbound
+        self._first, self._last = edges.open(0), edges.open(edges.num_stages)
+        self._edges = edges
+        self._data = data
+        self._num_sent = 0
+
+    def send(self) -> None:
+        place = self._num_sent % self._edges.num_places
+        self._num_sent += 1
+        self._edges.put(self._first, place, self._data)
+        self._outbound.send(bytes([place]))
+
+    def receive(self) -> None:
+        self._edges.take(self._last, self._inbound.recv()[0])
+
+    def close(self) -> None:
+        """Frees the memory."""
+        for memory in (self._first, self._last):
+            memory.close()
+        for index in range(self._edges.num_stages + 1):
+            memory = self._edges.open(index)
+            memory.close()
+            memory.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """The shared memory of a ring's edges: edge i leads to stage i, the last one back."""
+
+    name: str
+    num_stages: int
+    num_places: int
+    num_bytes: int
+
+    def create(self) -> None:
+        """Makes the memory of all edges, and touches it."""
+        for index in range(self.num_stages + 1):
+            memory = SharedMemory(f"{self.name}-{index}", create=True, size=self.num_places * self.num_bytes)
+            self._bytes(memory)[:] = bytes(memory.size)
+            memory.close()
+
+    def open(self, index: int) -> SharedMemory:
+        """The memory of an edge."""
+        return SharedMemory(f"{self.name}-{index}")
+
+    def put(self, memory: SharedMemory, place: int, data: bytes) -> None:
+        """Copies a frame in."""
+        self._bytes(memory)[place * self.num_bytes : (place + 1) * self.num_bytes] = data
+
+    def take(self, memory: SharedMemory, place: int) -> bytes:
+        """Copies a frame out."""
+        return bytes(self._bytes(memory)[place * self.num_bytes : (place + 1) * self.num_bytes])
+
+    def _bytes(self, memory: SharedMemory) -> memoryview:
+        assert memory.buf is not None, "the memory is closed"
+        return memory.buf
+
+
+@contextmanager
+def shared_ring(num_stages: int, data: bytes, num_places: int) -> Iterator[Ring]:
+    """A ring whose stages copy bytes from one edge's memory to the next one's."""
+    inbound = _bound()
+    edges = Edges(f"gptj-dist-{os.getpid()}", num_stages, max(1, num_places), len(data))
+    edges.create()
+    stages = iter(range(num_stages))
+    with _processes(lambda: partial(_shared_stage, edges, next(stages)), num_stages, _address(inbound)) as address:
+        outbound = _connected(address)
+        ring = SharedRing(inbound, outbound, edges, data)
+        yield ring
+        outbound.close(linger=0)
+    ring.close()
+    inbound.close(linger=0)
+
+
+def _shared_stage(edges: Edges, index: int, connection: Connection) -> NoReturn:
+    inbound = _bound()
+    connection.send(_address(inbound))
+    outbound = _connected(connection.recv())
+    before, after = edges.open(index), edges.open(index + 1)
+    while True:
+        place = inbound.recv()
+        edges.put(after, place[0], edges.take(before, place[0]))
+        outbound.send(place)
 
 
 def _bound() -> zmq.Socket[bytes]:
@@ -194,11 +290,17 @@ def _connected(address: str) -> zmq.Socket[bytes]:
 
 
 @contextmanager
-def _processes(stage: Callable[[Connection], NoReturn], num_stages: int, end_address: str) -> Iterator[str]:
-    """Runs stages that send to one another, the last to `end_address`, and kills them. Yields the first's address."""
+def _processes(
+    stage: Callable[[], Callable[[Connection], NoReturn]], num_stages: int, end_address: str
+) -> Iterator[str]:
+    """Runs stages that send to one another, the last to `end_address`, and kills them. Yields the first's address.
+
+    Args:
+        stage: makes what each process runs.
+    """
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(num_stages)]
-    processes = [context.Process(target=stage, args=(theirs,), daemon=True) for _, theirs in pipes]
+    processes = [context.Process(target=stage(), args=(theirs,), daemon=True) for _, theirs in pipes]
     for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
         theirs.close()  # so that the end of a stage ends the wait for its address

@@ -32,7 +32,7 @@ from benchmarks.processes import Family, content, parent
 from benchmarks.servers import ROOT, STOP_TIMEOUT_S, free_port, is_ready, serve_command, stop
 
 PERIOD_US = 100_000
-PATIENCE = {"RAY_raylet_start_wait_time_s": "180"}
+PATIENCE = {"RAY_raylet_start_wait_time_s": "240", "RAY_agent_register_timeout_ms": "240000"}
 """For Ray's nodes, on a busy machine."""
 GROUP = "gptj-dist-unlike"
 V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
