@@ -97,6 +97,7 @@ TraceFile: TypeAlias = Annotated[
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 DEFAULT_START_TIMEOUT_S = 120.0
+DEFAULT_WAIT_NODES_S = 600.0
 
 
 def parse_chat_stop(given: list[str] | None) -> tuple[str, ...] | None:

@@ -145,6 +145,12 @@ def test_stages_are_found_by_the_names_of_their_actors() -> None:
         actor("gptj-dist/SERVE_REPLICA::poet#Pipeline#x1/1/stage-1", "a"),
         actor("gptj-dist/SERVE_REPLICA::poet#Pipeline#x1/1/stage-0", "b"),
         actor("gptj-dist/SERVE_REPLICA::poet#Pipeline#x1/0/stage-0", "b", "DEAD"),
+        actor("SERVE_REPLICA::poet#Pipeline#x1", "a"),
+        actor("SERVE_REPLICA::poet#Ingress#x2", "b"),
+        actor("SERVE_REPLICA::other#Thing#x3", "b"),
         actor("SERVE_CONTROLLER_ACTOR", "a"),
     ]
-    assert stages_by_node(actors) == {"a": ["poet/stage-1"], "b": ["poet/stage-0"]}
+    assert stages_by_node(actors) == {
+        "a": ["poet/coordinator", "poet/stage-1"],
+        "b": ["poet/ingress", "poet/stage-0"],
+    }

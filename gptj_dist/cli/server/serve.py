@@ -17,6 +17,7 @@ from gptj_dist.cli.options import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     DEFAULT_START_TIMEOUT_S,
+    DEFAULT_WAIT_NODES_S,
     ChatMaxTokens,
     ChatStop,
     DrainS,
@@ -98,6 +99,12 @@ def serve(
     start_timeout_s: Annotated[
         float, typer.Option(metavar="SECONDS", parser=seconds, help="How long Ray may take to start on this machine.")
     ] = DEFAULT_START_TIMEOUT_S,
+    wait_nodes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Wait until the cluster has N nodes before placing stages.")
+    ] = None,
+    wait_nodes_s: Annotated[
+        float, typer.Option(metavar="SECONDS", parser=seconds, help="How long to wait for them.")
+    ] = DEFAULT_WAIT_NODES_S,
 ) -> None:
     """Serve a model over HTTP as a pipeline of stages, until Ctrl-C.
 
@@ -150,6 +157,8 @@ def serve(
         launcher_key,
         is_open=insecure,
         start_timeout_s=start_timeout_s,
+        wait_nodes=wait_nodes,
+        wait_nodes_s=wait_nodes_s,
     )
     run_until_stopped(launch, signals)
 

@@ -15,6 +15,10 @@ from gptj_dist.planning.links import Link
 STAGE_NAMES = "gptj-dist/"
 """Beginning of the names of stages' actors; the application stands between `::` and `#`, the stage at the end."""
 
+REPLICA_NAMES = "SERVE_REPLICA::"
+PARTS = {"Pipeline": "coordinator", "Ingress": "ingress"}
+"""Deployments of a server, which stand after the `#` of their replicas' names, and what their replicas are called."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
@@ -22,7 +26,7 @@ class NodeView:
 
     Args:
         label: `1`, `2`, ...: the head first, then by address.
-        stages: such as `gptj-dist/stage-0`.
+        stages: such as `gptj-dist/stage-0`; coordinators and ingresses, too.
     """
 
     label: str
@@ -88,18 +92,25 @@ def look_at(address: str) -> Overview:
 
 
 def stages_by_node(actors: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[str]]:
-    """The stages on each node.
+    """The stages, coordinators and ingresses on each node.
 
     Args:
         actors: rows of Ray's table of actors.
     """
     found: dict[str, list[str]] = {}
     for actor in actors:
-        if actor["State"] == "ALIVE" and actor["Name"].startswith(STAGE_NAMES):
-            application = actor["Name"].partition("::")[2].partition("#")[0] or "gptj-dist"
-            stage = actor["Name"].rpartition("/")[2]
-            found.setdefault(actor["Address"]["NodeID"], []).append(f"{application}/{stage}")
+        if actor["State"] == "ALIVE" and (part := _part_of(actor["Name"])) is not None:
+            found.setdefault(actor["Address"]["NodeID"], []).append(part)
     return {node_id: sorted(stages) for node_id, stages in found.items()}
+
+
+def _part_of(name: str) -> str | None:
+    """`gptj-dist/stage-0`, of an actor's name; None if it is no part of a server of ours."""
+    application, _, rest = name.partition("::")[2].partition("#")
+    if name.startswith(STAGE_NAMES):
+        return f"{application or 'gptj-dist'}/{name.rpartition('/')[2]}"
+    part = PARTS.get(rest.partition("#")[0])
+    return f"{application}/{part}" if name.startswith(REPLICA_NAMES) and part is not None else None
 
 
 def print_overview(overview: Overview, console: Console) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptj_dist.errors import ConfigurationError, one_line
-from gptj_dist.operate.launch.environment import CLUSTER_ENVIRONMENT, LOCAL_RAY_ENVIRONMENT, bypass_proxies
-from gptj_dist.operate.launch.local_ray import lasting_cause, omit_unused_processes
+from gptj_dist.operate.launch.environment import (
+    CLUSTER_ENVIRONMENT,
+    LOCAL_RAY_ENVIRONMENT,
+    bypass_proxies,
+    give_time,
+)
+from gptj_dist.operate.launch.local_ray import LEAST_ATTEMPT_S, lasting_cause, omit_unused_processes
 from gptj_dist.operate.launch.processes import descendants, end_all, marked, start_tick
 from gptj_dist.operate.launch.session_room import find_room
+from gptj_dist.operate.launch.terminal import diverted
 from gptj_dist.operate.launch.tokens import use_token
 from gptj_dist.serving.sockets import is_loopback
 
@@ -27,6 +35,10 @@ HEALTH_CHECKS = {
 }
 """The GCS gives a node up after 12 to 16 s of silence, not after a minute: its stages then start elsewhere. A network
 that fails for some seconds loses nothing."""
+
+
+START_LIMIT_S = 180.0
+"""How long Ray's processes may wait for one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +93,17 @@ class RayNode:
             min_worker_port=0,
             max_worker_port=0,
         )
-        try:
-            node = Node(params, head=is_head, shutdown_at_exit=False, spawn_reaper=True)
-        except Exception as error:
-            _end_own_processes()
-            cause = lasting_cause(error, room.directory) or one_line(error) or type(error).__name__
-            raise ConfigurationError(f"Ray cannot start: {cause}") from error
-        return cls(node)
+        begin_s = time.monotonic()
+        while True:  # on a busy machine the raylet may need more than the half minute that Ray waits for it
+            try:
+                with diverted(room.directory / f"node_{os.getpid()}.err"):  # Ray prints without being asked
+                    return cls(Node(copy(params), head=is_head, shutdown_at_exit=False, spawn_reaper=True))
+            except Exception as error:
+                _end_own_processes()
+                cause = lasting_cause(error, room.directory)
+                if cause is not None or time.monotonic() - begin_s + LEAST_ATTEMPT_S > START_LIMIT_S:
+                    told = cause or one_line(error) or type(error).__name__
+                    raise ConfigurationError(f"Ray cannot start: {told}") from error
 
     @property
     def node_id(self) -> str:
@@ -113,6 +129,7 @@ class RayNode:
 def _prepare(options: NodeOptions) -> None:
     os.environ.update(LOCAL_RAY_ENVIRONMENT if is_loopback(options.host) else CLUSTER_ENVIRONMENT)
     os.environ.update(HEALTH_CHECKS)
+    give_time(START_LIMIT_S)
     os.environ[NODE_VARIABLE] = f"{os.getpid()}:{start_tick(os.getpid())}"
     bypass_proxies((options.host, options.gcs.rpartition(":")[0]))
     use_token(options.gcs, options.token)

@@ -174,6 +174,8 @@ class _Stay:
         while not is_over() and self._lost is None:
             time.sleep(LOOK_PERIOD_S)
             self._lost = self._node.lost_process()
+            if self._lost is not None and self._has_ended_as_told():
+                self._lost, self.is_draining = None, True
             try:
                 self._look()
                 self._is_silent = False
@@ -188,6 +190,13 @@ class _Stay:
             why = "the head is gone, or the network to it" if self._is_silent else f"see {self._node.logs}"
             raise StageFailedError(f"Ray's process {self._lost} has ended: {why}")
 
+    def _has_ended_as_told(self) -> bool:
+        """Whether this node was drained: an idle one ends at once."""
+        try:
+            return self._store.has_ended_as_told(self._membership.member.node_id)
+        except Exception:  # the head does not answer
+            return False
+
     def _look(self) -> None:
         nodes = self._store.nodes()
         for node_id in nodes.keys() - self._known.keys():
@@ -196,7 +205,7 @@ class _Stay:
             self._console.print(f"{_name(self._known[node_id])} is gone.")
         self._known = nodes
         own = nodes.get(self._membership.member.node_id)
-        self.is_draining = own is not None and own.is_draining
+        self.is_draining |= own is not None and own.is_draining
         self._membership.look()
 
 

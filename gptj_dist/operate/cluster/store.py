@@ -20,6 +20,9 @@ _MEMBER, _LINK, _VERSIONS = "member/", "link/", "versions"
 _ALIVE = 0
 """Ray's number for the state of a node that lives."""
 
+_EXPECTED_ENDS = (1, 3, 4)
+"""Ray's numbers for the ends of a node: it was told to, or drained before its machine is taken or as it is idle."""
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -86,6 +89,12 @@ class ClusterStore:
             )
             for info in found
         }
+
+    def has_ended_as_told(self, node_id: str) -> bool:
+        """Whether a node has ended because it was drained or shut down, not because it failed."""
+        infos = self._gcs.get_all_node_info(timeout=TIMEOUT_S).values()
+        found = next((info for info in infos if info.node_id.hex() == node_id), None)
+        return found is not None and found.death_info.reason in _EXPECTED_ENDS
 
     def drain(self, node_id: str, message: str, within_s: float) -> None:
         """Tells the cluster that a node will end after this time: nothing new is placed there, and stages move away."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gptj_dist.errors import ConfigurationError
@@ -15,6 +16,7 @@ from gptj_dist.serving.sockets import why_not_reach
 
 AUTO = "auto"
 DIAL_TIMEOUT_S = 5.0
+NODES_POLL_S = 0.5
 _GCS_ARGUMENT = "--gcs-address="
 
 
@@ -84,6 +86,32 @@ def find_ray() -> str:
     if len(found) > 1:
         raise ConfigurationError(f"several Rays run on this machine: choose one by --address, of {', '.join(found)}")
     return found[0]
+
+
+def await_nodes(num_nodes: int, limit_s: float, show: Callable[[str], None], alive: Callable[[], list[str]]) -> None:
+    """Waits until the cluster has so many nodes.
+
+    Args:
+        show: receives what it waits for, again and again.
+        alive: gives the names of the living nodes, as `living_nodes`.
+
+    Raises:
+        ConfigurationError: it has fewer after `limit_s`.
+    """
+    deadline_s = time.monotonic() + limit_s
+    while len(names := alive()) < num_nodes:
+        told = f"{len(names)} of {num_nodes} nodes are there: {', '.join(names)}"
+        if time.monotonic() > deadline_s:
+            raise ConfigurationError(f"--wait-nodes: after {limit_s:g} s {told}; `gptj-dist join` adds one")
+        show(f"Waiting for nodes; {told}")
+        time.sleep(NODES_POLL_S)
+
+
+def living_nodes() -> list[str]:
+    """Name and address of each node of the connected cluster."""
+    import ray
+
+    return sorted(f"{n['NodeManagerHostname']} ({n['NodeManagerAddress']})" for n in ray.nodes() if n["Alive"])
 
 
 def http_address() -> tuple[str, int]:

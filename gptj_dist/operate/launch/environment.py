@@ -49,14 +49,19 @@ def prepare_local(start_timeout_s: float) -> None:
     """
     os.environ.update(LOCAL_RAY_ENVIRONMENT)
     os.environ[LAUNCHER_VARIABLE] = f"{os.getpid()}:{start_tick(os.getpid())}"
+    give_time(start_timeout_s)
+    bypass_proxies(LOOPBACK_HOSTS)
+    give_token()
+
+
+def give_time(start_timeout_s: float) -> None:
+    """Lets processes of a Ray that this process starts wait so long for one another."""
     for variable, unit in (
         ("RAY_gcs_server_port_wait_time_s", 1),
         ("RAY_worker_register_timeout_seconds", 1),
         ("RAY_agent_register_timeout_ms", 1000),
     ):
         os.environ.setdefault(variable, str(round(start_timeout_s * unit)))
-    bypass_proxies(LOOPBACK_HOSTS)
-    give_token()
 
 
 def prepare_joining(host: str) -> None:

@@ -18,7 +18,7 @@ from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import ConfigurationError, GPTJDistError, StageFailedError, internal_error
 from gptj_dist.operate.launch.announcement import announce, needs_noproxy
 from gptj_dist.operate.launch.application import RayGoneError, Served, deploy, remove
-from gptj_dist.operate.launch.cluster import connected
+from gptj_dist.operate.launch.cluster import await_nodes, connected, living_nodes
 from gptj_dist.operate.launch.local_ray import LocalRay
 from gptj_dist.operate.launch.ready import await_ready
 from gptj_dist.operate.launch.session_room import find_room
@@ -117,7 +117,10 @@ def _serve_on_cluster(start: _Start, signals: StopSignals, address: str) -> None
 
     signals.clean_up = say_stopped
     start.display.show(f"Joining Ray at {address}")
+    launch = start.launch
     with diverted(Path(os.devnull)), connected(address):
+        if launch.wait_nodes is not None:
+            await_nodes(launch.wait_nodes, launch.wait_nodes_s, start.display.show, living_nodes)
         signals.let_finish()
         base = _deploy(start)
         try:

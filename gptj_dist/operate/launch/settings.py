@@ -27,6 +27,8 @@ class Launch:
         api_key: one of the application's keys, for the launcher's own requests; None if it has none.
         is_open: allows other machines to reach it without a key.
         start_timeout_s: how long a local Ray may take to start.
+        wait_nodes: nodes that the cluster must have before anything is placed; None waits for none.
+        wait_nodes_s: how long to wait for them.
 
     Raises:
         ConfigurationError: the settings contradict each other, or other machines could reach it without a key.
@@ -42,6 +44,8 @@ class Launch:
     api_key: str | None
     is_open: bool
     start_timeout_s: float
+    wait_nodes: int | None
+    wait_nodes_s: float
 
     def __post_init__(self) -> None:
         if not self.route_prefix.startswith("/"):
@@ -54,6 +58,8 @@ class Launch:
             )
         if self.start_timeout_s <= 0:
             raise ConfigurationError(f"--start-timeout-s must be positive, got {self.start_timeout_s:g}")
+        if self.wait_nodes is not None and self.address is None:
+            raise ConfigurationError("--wait-nodes waits for nodes of a cluster; give its --address, or `auto`")
         self.require_key_at(self.listen.host)
 
     def require_key_at(self, host: str) -> None:
