@@ -429,7 +429,8 @@ def test_the_step_benchmark_tells_operators_apart() -> None:
 
 def test_the_transport_benchmark_ends_in_a_document() -> None:
     document = run("transport", "--stages", "2", "--frames", "5", "--rounds", "1", "--in-flight", "2")
-    assert all(document[ring][figure] > 0 for ring in ("ours", "zeromq", "shared") for figure in ("round_trip_us", "step_us"))
+    figures = ("round_trip_us", "step_us")
+    assert all(document[ring][figure] > 0 for ring in ("ours", "zeromq", "shared") for figure in figures)
 
 
 def test_the_offline_benchmark_and_its_plots_end_in_documents(tmp_path: Path) -> None:
