@@ -114,7 +114,7 @@ def death_cause(words: LastWords | None, report: str) -> str:
         report: what Ray says about it; may be empty.
     """
     if words is None:
-        return "was lost with its node, which does not answer"
+        return "was lost; its node does not answer, so it is gone or overloaded"
     if words.fatal_error is not None:
         return f"crashed: {words.fatal_error}"
     if (exit_code := _EXIT_CODE.search(report)) is not None:

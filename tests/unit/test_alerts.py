@@ -24,7 +24,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="pr
 P = 'model_name="m",pipeline="p"'
 I = 'model_name="m",ingress="i"'  # noqa: E741
 COMPLETIONS = f'http_requests_total{{{I},method="POST",path="/v1/completions",status="%s"}}'
-READY = f'http_requests_total{{{I},method="GET",path="/ready",status="503"}}'
+UNREADY = f'http_requests_total{{{I},method="GET",path="%s",status="503"}}'
 BUSY = f'stage_busy_seconds_total{{{P},stage="%d"}}'
 
 
@@ -77,7 +77,10 @@ CASES = [
         for errors in (0, 2)
     ),
     Case("GptjUnavailable", {COMPLETIONS % 200: "0+100x10", COMPLETIONS % 503: "0+3x10"}, 9, True),
-    Case("GptjUnavailable", {COMPLETIONS % 200: "0+100x10", READY: "0+10x10"}, 9, False),
+    *(
+        Case("GptjUnavailable", {COMPLETIONS % 200: "0+100x10", UNREADY % path: "0+10x10"}, 9, False)
+        for path in ("/ready", "/debug/pipeline")  # what asks while the model loads
+    ),
     Case("GptjRequestsRefused", {COMPLETIONS % 200: "0+100x15", COMPLETIONS % 429: "0+10x15"}, 12, True),
     Case("GptjRequestsRefused", {COMPLETIONS % 200: "0+100x15", COMPLETIONS % 429: "0+1x15"}, 12, False),
     Case("GptjFirstTokenSlow", histogram("time_to_first_token_seconds_bucket", P, 90, 10, 15), 12, True),

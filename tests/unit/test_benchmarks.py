@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     *(
         "adapters",
+        "alerts",
         "beams",
         "beside_load",
         "compare",

@@ -91,7 +91,7 @@ def options(verb: str) -> set[str]:
 def calls(text: str) -> list[tuple[str, str]]:
     """Verb and arguments of each call of `gptj-dist` in a file, with its continued lines."""
     joined = re.sub(r"\\?\n +(?=-)", " ", text)
-    return re.findall(r'gptj-dist"? ([a-z]+)((?: +(?:"[^"]*"|[^\s`|&;]+))*)', joined)
+    return re.findall(r'(?:gptj-dist|\$program)"? ([a-z]+)((?: +(?:"[^"]*"|[^\s`|&;]+))*)', joined)
 
 
 def test_every_option_of_every_call_exists() -> None:

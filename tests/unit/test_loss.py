@@ -50,7 +50,7 @@ def test_without_words_the_cause_is_what_ray_says(report: str, cause: str) -> No
 
 
 def test_a_node_that_does_not_answer_is_the_cause() -> None:
-    assert death_cause(None, KILLED) == "was lost with its node, which does not answer"
+    assert death_cause(None, KILLED) == "was lost; its node does not answer, so it is gone or overloaded"
 
 
 def test_a_kill_without_a_trace_is_blamed_on_memory_if_the_kernel_has_killed_since(

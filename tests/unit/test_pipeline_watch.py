@@ -117,7 +117,7 @@ def test_a_dead_coordinator_is_told_with_its_cause_its_last_line_and_the_time_un
         (LastWords(None, None, saw_oom_kill=True), KILLED, "was killed by SIGKILL, it seems by the kernel, which has"),
         (LastWords(), "Worker exits with an exit code 3.", "exited with code 3"),
         (LastWords(), "", "ended"),
-        (None, "The node died.", "was lost with its node, which does not answer"),
+        (None, "The node died.", "was lost; its node does not answer, so it is gone or overloaded"),
     ],
 )
 def test_the_cause_is_found_as_for_stages(words: LastWords | None, report: str, cause: str) -> None:
