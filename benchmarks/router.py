@@ -42,6 +42,7 @@ NUM_TURNS, USER_TOKENS, ANSWER_TOKENS = (2, 10), (16, 160), (16, 128)
 THINKING_S = 8.0
 MAX_TOKENS = 2048
 VOCAB_SIZE = 50_257
+INGRESS = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Simulation:
         params = SamplingParams(max_tokens=session.answers[turn])
         request = Request(next(self._request_ids), Prompt(tokens), params, noise_key=0)
         begin = time.perf_counter()
-        index = self._choice.choose(request)
+        index = self._choice.choose(request, INGRESS)
         self._outcome.choices_s.append(time.perf_counter() - begin)
         self._asked[request] = session, turn, index
         keys = _keys(params, tokens)
@@ -158,7 +159,7 @@ class Simulation:
 
     def _note_answer(self, request: Request) -> None:
         session, turn, index = self._asked.pop(request)
-        self._choice.end(request, index)
+        self._choice.end(request, index, INGRESS)
         self._outcome.num_tokens += len(request.prompt_ids)
         self._outcome.num_cached += request.num_cached_tokens
         self._computed.update(_keys(request.params, request.token_ids))

@@ -61,6 +61,8 @@ SCRIPTS = (
         "rebalance",
         "router",
         "scaling",
+        "simulation",
+        "simulation_check",
         "soak",
         "plots",
     ),
@@ -406,6 +408,29 @@ def test_conversations_find_what_an_oracle_finds_and_pipelines_have_equal_loads(
     document = run("router", "--sessions", "90")
     assert document["router"]["of_oracle"] > 0.9 > document["fewest"]["of_oracle"]
     assert document["router"]["load"] < 1.1
+
+
+def test_simulations_end_in_a_document_and_plots(tmp_path: Path) -> None:
+    document = run("simulation", "--small", "--to", str(tmp_path))
+    assert {(row["stages"], row["streams"]) for row in document["stages"]} == {(1, 1), (1, 8), (4, 1), (4, 8)}
+    rate = {(row["latency_ms"], row["streams"]): row["tokens_per_s"] for row in document["links"]}
+    assert rate[0.1, 8] > 1.3 * rate[10, 8]
+    fine = {row["pipelines"]: row for row in document["pipelines"] if row["model"] == "fine"}
+    coarse = {row["pipelines"]: row for row in document["pipelines"] if row["model"] == "coarse"}
+    for number, row in fine.items():
+        assert coarse[number]["tokens_per_s"] == pytest.approx(row["tokens_per_s"], rel=0.05)
+        assert coarse[number]["token_s"][0] == pytest.approx(row["token_s"][0], rel=0.1)
+    assert len(document["files"]) == 5
+    assert all("<svg" in Path(file).read_text() for file in document["files"])
+
+
+def test_the_simulation_is_compared_with_a_server_whose_stages_sleep() -> None:
+    sizes = ("--stages", "2", "--streams", "2", "--rates", "--input-len", "8", "--output-len", "16")
+    document = run("simulation_check", *sizes, "--step-ms", "30")
+    [case] = document["stages"]["2"]["cases"]
+    assert case["measured"].keys() == case["predicted"].keys() == case["ratios"].keys()
+    assert case["measured"]["token_ms"] > 2 * 30  # no stage was faster than it sleeps
+    assert case["measured"]["tokens_per_s"] < 2 * 1000 / (2 * 30)
 
 
 def test_our_policy_serves_bursts_better_than_serves_at_the_same_cost() -> None:

@@ -14,8 +14,10 @@ from gptj_dist.config import BLOCK_SIZE_TOKENS, ModelConfig
 from gptj_dist.engine.plan import Chunk, Plan, StageTiming
 from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.operate.simulation.clock import Clock, Processor
-from gptj_dist.operate.simulation.costs import FREE, CoordinatorCosts, IngressCosts, ServerCosts
+from gptj_dist.operate.simulation.costs import FREE, MEASURED, CoordinatorCosts, IngressCosts, ServerCosts
+from gptj_dist.operate.simulation.deployment import deployments, pipeline_spec
 from gptj_dist.operate.simulation.fleet import Fleet, PipelineSpec
+from gptj_dist.operate.simulation.flow import FlowFleet, FlowTimes, mean_context
 from gptj_dist.operate.simulation.load import ClosedLoop, Lengths, OpenLoop, lengths_of
 from gptj_dist.operate.simulation.outcome import Outcome, Trip, percentile, summed_up
 from gptj_dist.operate.simulation.stages import SimulatedStages
@@ -222,6 +224,41 @@ def test_a_queue_that_grows_is_told_apart(rate: float, keeps_up: bool) -> None:
     """Ten requests at a time have a token each 10 ms, of 100: ten requests a second."""
     pipeline = spec(1, step_s=0.010, batch=10, chunk=64)
     assert Fleet([pipeline]).run(OpenLoop(rate, 400, Lengths(8, 100, 0.5))).keeps_up == keeps_up
+
+
+def test_devices_are_dealt_out_to_as_many_pipelines_as_have_room() -> None:
+    small = replace(known_device("l4"), name="small", memory_bytes=9e9)
+    found = list(deployments(SIX_B, [small, known_device("l4"), small, known_device("l4")]))
+    assert [len(deployment.pipelines) for deployment in found] == [1, 2]  # a small one alone has no room
+    for pipeline in found[1].pipelines:
+        assert "l4" in {stage.device.name for stage in pipeline}
+
+
+# Very many pipelines
+
+
+FOUR = [PlannedStage(known_device("l4"), layers) for layers in layer_ranges((7, 7, 7, 7))]
+
+
+@pytest.mark.parametrize("rate", [1.0, 6.0])
+def test_the_coarse_simulation_has_the_rates_and_times_of_the_fine_one(rate: float) -> None:
+    load = OpenLoop(rate, 120, Lengths(256, 64, 0.8), seed=2)
+    fine = Fleet([pipeline_spec(SIX_B, FOUR, 64)] * 2, costs=MEASURED).run(load)
+    times = FlowTimes(SIX_B, FOUR, MEASURED, mean_context(256, 64))
+    coarse = FlowFleet(times, 2, 64, 1, MEASURED).run(load)
+    assert coarse.tokens_per_s == pytest.approx(fine.tokens_per_s, rel=0.05)
+    assert coarse.token_s[0] == pytest.approx(fine.token_s[0], rel=0.08)
+    assert coarse.first_token_s[0] == pytest.approx(fine.first_token_s[0], rel=0.25)
+    assert coarse.mean_requests == pytest.approx(fine.mean_requests, rel=0.08)
+
+
+def test_more_ingresses_share_the_work_and_one_that_is_overloaded_says_so() -> None:
+    load = OpenLoop(400.0, 2000, Lengths(64, 64), seed=2)
+    times = FlowTimes(SIX_B, FOUR, MEASURED, mean_context(64, 64))
+    one, four = (FlowFleet(times, 100, 64, count, MEASURED).run(load) for count in (1, 4))
+    assert one.limit == "ingress"
+    assert 2 * four.busy["ingress"] < one.busy["ingress"] < 4 * four.busy["ingress"]  # each learns of all pipelines
+    assert FlowFleet(times, 100, 64, 4, MEASURED).run(load) == four
 
 
 # Loads and figures

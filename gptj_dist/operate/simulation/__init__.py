@@ -4,4 +4,4 @@ Knows the time of a step by the planner's formula or by a line, and the processo
 take. Computes no model and starts no process.
 """
 
-__all__ = ["choice", "clock", "costs", "deployment", "fleet", "load", "outcome", "pipeline", "stages", "times"]
+__all__ = ["choice", "clock", "costs", "deployment", "fleet", "flow", "load", "outcome", "pipeline", "stages", "times"]

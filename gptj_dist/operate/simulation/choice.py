@@ -21,16 +21,14 @@ PERIOD_S = 1.0
 DELAY_S = 0.2
 """Until what they publish has arrived."""
 
-INBOX = "inbox"
-
 
 class Choice(Protocol):
     """Chooses pipelines."""
 
-    def choose(self, request: Request) -> int:
-        """The index of the pipeline that gets the request."""
+    def choose(self, request: Request, ingress: int) -> int:
+        """The index of the pipeline that gets the request, as this ingress chooses it."""
 
-    def end(self, request: Request, index: int) -> None:
+    def end(self, request: Request, index: int, ingress: int) -> None:
         """The request has its last token."""
 
 
@@ -41,59 +39,68 @@ class FewestRequests:
         self._num_requests = [0] * num_pipelines
         self._rng = random.Random(seed)
 
-    def choose(self, request: Request) -> int:  # noqa: ARG002
+    def choose(self, request: Request, ingress: int) -> int:  # noqa: ARG002
         fewest = min(self._num_requests)
         index = self._rng.choice([i for i, number in enumerate(self._num_requests) if number == fewest])
         self._num_requests[index] += 1
         return index
 
-    def end(self, request: Request, index: int) -> None:  # noqa: ARG002
+    def end(self, request: Request, index: int, ingress: int) -> None:  # noqa: ARG002
         self._num_requests[index] -= 1
 
 
 class RoutedChoice:
-    """Asks the real router, which knows what pipelines published a moment ago, and what it has sent them since."""
+    """Each ingress asks a real router, which knows what pipelines published a moment ago, and what it has sent since.
 
-    def __init__(self, clock: Clock, pipelines: Sequence[SimulatedPipeline]) -> None:
+    Args:
+        num_ingresses: each has a router, and knows nothing of what the others send before it is published.
+    """
+
+    def __init__(self, clock: Clock, pipelines: Sequence[SimulatedPipeline], num_ingresses: int = 1) -> None:
         self._clock = clock
         self._pipelines = pipelines
-        self._router = Router(BLOCK_SIZE_TOKENS)
+        self._routers = [Router(BLOCK_SIZE_TOKENS) for _ in range(num_ingresses)]
         self._published: dict[str, RoutingFacts | None] = {str(index): None for index in range(len(pipelines))}
-        self._computing: list[set[int]] = [set() for _ in pipelines]
-        self._newest = [-1] * len(pipelines)
+        self._computing: list[dict[str, set[int]]] = [{} for _ in pipelines]
+        self._newest: list[dict[str, int]] = [{} for _ in pipelines]
         self._is_publishing = [False] * len(pipelines)
-        self._router.meet(self._published)
+        self._meet()
 
-    def choose(self, request: Request) -> int:
-        number = request.request_id
+    def choose(self, request: Request, ingress: int) -> int:
+        number, inbox = request.request_id, str(ingress)
         record = RequestRecord(request.prompt_ids, request.params, noise_key=0)
         now_s = self._clock.now_s
-        [best, *_], _ = self._router.choose(self._published, str(number), (INBOX, number), [record], now_s)
+        [best, *_], _ = self._routers[ingress].choose(self._published, str(number), (inbox, number), [record], now_s)
         index = int(best)
-        self._computing[index].add(number)
-        self._newest[index] = number
+        self._computing[index].setdefault(inbox, set()).add(number)
+        self._newest[index][inbox] = number
         if not self._is_publishing[index]:
             self._is_publishing[index] = True
             self._clock.after(PERIOD_S, partial(self._publish, index))
         return index
 
-    def end(self, request: Request, index: int) -> None:
-        self._router.end(str(index), str(request.request_id))
-        self._computing[index].remove(request.request_id)
+    def end(self, request: Request, index: int, ingress: int) -> None:
+        self._routers[ingress].end(str(index), str(request.request_id))
+        self._computing[index][str(ingress)].remove(request.request_id)
 
     def _publish(self, index: int) -> None:
         """Publishes until a period after its last request has ended."""
         self._clock.after(DELAY_S, partial(self._arrive, index, self._facts(index)))
-        self._is_publishing[index] = bool(self._computing[index])
+        self._is_publishing[index] = any(self._computing[index].values())
         if self._is_publishing[index]:
             self._clock.after(PERIOD_S, partial(self._publish, index))
 
     def _arrive(self, index: int, facts: RoutingFacts) -> None:
         self._published[str(index)] = facts
-        self._router.meet(self._published)
+        self._meet()
+
+    def _meet(self) -> None:
+        for router in self._routers:
+            router.meet(self._published)
 
     def _facts(self, index: int) -> RoutingFacts:
         pipeline = self._pipelines[index]
         room_after_s = pipeline.scheduler.room_after_s(pipeline.token_s, early_share=0.0)
         facts = RoutingFacts.of(pipeline.scheduler, room_after_s, early_share=0.0)
-        return replace(facts, received={INBOX: self._newest[index]}, computing={INBOX: list(self._computing[index])})
+        computing = {inbox: list(numbers) for inbox, numbers in self._computing[index].items()}
+        return replace(facts, received=dict(self._newest[index]), computing=computing)

@@ -32,6 +32,7 @@ class IngressCosts:
         token_s: of each token in it: text, JSON, an event for the client.
         choice_s: of a choice among pipelines, for each of them. A thread of its own makes it, but Python runs one
             thread at a time.
+        facts_s: of what a pipeline publishes, once a second.
         call_delay_s: until the pipeline has the request. Takes no time of the ingress.
     """
 
@@ -39,6 +40,7 @@ class IngressCosts:
     message_s: float = 0.0
     token_s: float = 0.0
     choice_s: float = 0.0
+    facts_s: float = 0.0
     call_delay_s: float = 0.0
 
 
@@ -55,6 +57,6 @@ FREE = ServerCosts()
 
 MEASURED = ServerCosts(
     CoordinatorCosts(request_s=700e-6, plan_s=500e-6, running_s=0.3e-6, row_s=30e-6),
-    IngressCosts(request_s=1450e-6, message_s=370e-6, token_s=47e-6, choice_s=10e-6, call_delay_s=2e-3),
+    IngressCosts(request_s=1450e-6, message_s=370e-6, token_s=47e-6, choice_s=7e-6, facts_s=380e-6, call_delay_s=2e-3),
 )
 """On the 2-core machine of `docs/performance.md`, by `python -m benchmarks.front` and `benchmarks.scheduler`."""

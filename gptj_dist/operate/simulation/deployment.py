@@ -34,13 +34,17 @@ class Deployment:
 def deployments(workload: Workload, devices: Sequence[DeviceSpec]) -> Iterator[Deployment]:
     """The ways that have room for the model, from one pipeline to one for each device.
 
-    Fast devices are dealt out first, so that pipelines are alike. Of two ways with the same number of devices in the
-    largest pipeline, only the one with more pipelines is taken.
+    Devices are dealt out in turn, fast and large ones first, so that pipelines are alike. Of two ways with the same
+    number of devices in the largest pipeline, only the one with more pipelines is taken.
     """
-    ordered = sorted(devices, key=lambda device: (device.bandwidth_bytes_s, device.flops), reverse=True)
+    ordered = sorted(devices, key=_speed, reverse=True)
     for count in sorted({len(devices) // size for size in range(1, len(devices) + 1)}):
         with suppress(ConfigurationError):  # a share of the devices does not hold the model
             yield Deployment(tuple(best_pipeline(workload, ordered[index::count]) for index in range(count)))
+
+
+def _speed(device: DeviceSpec) -> tuple[float, float, float]:
+    return device.bandwidth_bytes_s, device.flops, device.memory_bytes
 
 
 def pipeline_spec(workload: Workload, stages: PlannedPipeline, max_batch_size: int) -> PipelineSpec:

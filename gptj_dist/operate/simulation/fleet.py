@@ -24,6 +24,11 @@ EDGE_SHARE = 0.2
 """Of an open loop's time, the first and the last part, which do not count for rates."""
 
 
+NUM_WARM_UP = 4
+WARM_UP_LENGTHS = 100, 20
+"""Requests that a pipeline computes before a load: their number, and tokens of prompt and output."""
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineSpec:
     """A pipeline to simulate: its limits, the times of its stages, and its edges."""
@@ -72,7 +77,9 @@ class Fleet:
         self.ingresses = [Processor(self._clock) for _ in range(num_ingresses)]
         is_routed = has_router and len(specs) > 1
         self._choice: Choice = (
-            RoutedChoice(self._clock, self.pipelines) if is_routed else FewestRequests(len(self.pipelines))
+            RoutedChoice(self._clock, self.pipelines, num_ingresses)
+            if is_routed
+            else FewestRequests(len(self.pipelines))
         )
         self._open: dict[int, _Open] = {}
         self._trips: list[Trip] = []
@@ -80,7 +87,8 @@ class Fleet:
         self._on_end: Callable[[], None] = lambda: None
 
     def run(self, load: Load) -> Outcome:
-        """Runs a load until its last request has ended. Call it once."""
+        """Runs a load until its last request has ended, after each pipeline has served a few. Call it once."""
+        self._warm_up()
         rng = random.Random(f"tokens {load.seed}")
         requests = iter([_request(number, lengths, rng) for number, lengths in enumerate(lengths_of(load))])
         if isinstance(load, OpenLoop):
@@ -88,27 +96,38 @@ class Fleet:
         return self._run_closed(load, requests)
 
     def _run_open(self, load: OpenLoop, requests: Iterator[Request]) -> Outcome:
-        arrivals = load.arrivals()
+        begin_s = self._clock.now_s
+        arrivals = [begin_s + came_s for came_s in load.arrivals()]
         for came_s, request in zip(arrivals, requests, strict=True):
             self._clock.at(came_s, partial(self._ask, request))
-        self._clock.run(until_s=EDGE_SHARE * arrivals[-1])
+        edge_s = EDGE_SHARE * (arrivals[-1] - begin_s)
+        self._clock.run(until_s=begin_s + edge_s)
         before = self._busy_s()
-        self._clock.run(until_s=(1 - EDGE_SHARE) * arrivals[-1])
+        self._clock.run(until_s=arrivals[-1] - edge_s)
         after = self._busy_s()
         self._clock.run()
-        return self._sum_up(before, after, EDGE_SHARE * arrivals[-1], (1 - EDGE_SHARE) * arrivals[-1])
+        return self._sum_up(before, after, begin_s + edge_s, arrivals[-1] - edge_s)
 
     def _run_closed(self, load: ClosedLoop, requests: Iterator[Request]) -> Outcome:
         def next_one() -> None:
             if (request := next(requests, None)) is not None:
                 self._ask(request)
 
+        begin_s = self._clock.now_s
         self._on_end = next_one
         for _ in range(load.num_streams):
             next_one()
         before = self._busy_s()
         self._clock.run()
-        return self._sum_up(before, self._busy_s(), 0.0, max(trip.last_s for trip in self._trips))
+        return self._sum_up(before, self._busy_s(), begin_s, max(trip.last_s for trip in self._trips))
+
+    def _warm_up(self) -> None:
+        """Has each pipeline compute a few requests, so that its scheduler knows what steps cost."""
+        rng = random.Random("warm-up")
+        for index, pipeline in enumerate(self.pipelines):
+            for number in range(NUM_WARM_UP):
+                pipeline.begin(_request(-1 - NUM_WARM_UP * index - number, WARM_UP_LENGTHS, rng))
+        self._clock.run()
 
     def _ask(self, request: Request) -> None:
         """A client sends a request."""
@@ -123,7 +142,7 @@ class Fleet:
         costs, opened = self._costs, self._open[request.request_id]
         choice_s = costs.choice_s * len(self.pipelines) if len(self.pipelines) > 1 else 0.0
         called_s = self.ingresses[opened.ingress].work(costs.request_s + choice_s)
-        opened.pipeline = self._choice.choose(request)
+        opened.pipeline = self._choice.choose(request, opened.ingress)
         pipeline = self.pipelines[opened.pipeline]
         self._clock.at(called_s + costs.call_delay_s, partial(pipeline.begin, request))
 
@@ -131,7 +150,8 @@ class Fleet:
         """A pipeline sends the tokens of a step: a message to each ingress that has some of the requests."""
         by_ingress: dict[int, list[TokenOutput]] = {}
         for output in outputs:
-            by_ingress.setdefault(self._open[output.request.request_id].ingress, []).append(output)
+            if (opened := self._open.get(output.request.request_id)) is not None:  # None during the warm-up
+                by_ingress.setdefault(opened.ingress, []).append(output)
         for index, some in by_ingress.items():
             ingress = self.ingresses[index]
             self._clock.at(sent_s, partial(ingress.when_free, partial(self._pass_on, ingress, some)))
@@ -150,7 +170,7 @@ class Fleet:
                 ended.append(request)
         for request in ended:
             opened = self._open.pop(request.request_id)
-            self._choice.end(request, opened.pipeline)
+            self._choice.end(request, opened.pipeline, opened.ingress)
             self._clock.at(opened.trip.last_s, self._on_end)
 
     def _busy_s(self) -> dict[str, list[float]]:

@@ -65,11 +65,12 @@ class OpenLoop:
     seed: int = 0
 
     def arrivals(self) -> list[float]:
-        """The time of each request, in seconds, in order."""
-        rng = random.Random(f"arrivals {self.seed}")
+        """The time of each request, in seconds, in order; the first is 0. `benchmarks.load` sends at the same times."""
+        rng = random.Random(self.seed)
         times, now_s = [], 0.0
         for _ in range(self.num_requests):
-            times.append(now_s := now_s + rng.expovariate(self.rate))
+            times.append(now_s)
+            now_s += rng.expovariate(self.rate)
         return times
 
 
