@@ -36,7 +36,7 @@ MIN_REPEATS = 4
 WINDOW_S = 0.1
 """The usual period of a CPU quota: a stage that is held to half speed runs for half of it, and stands for the rest."""
 
-NUM_WINDOWS = 4
+NUM_WINDOWS = 3
 FILL_TOKENS = 128
 """Rows of the chunks that bring requests to the length that a case starts from."""
 

@@ -6,6 +6,7 @@ and a CPU quota, slow the measurement as they will slow a stage.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ MEASURED_BYTES = 200_000_000
 """Weights of the layers that are timed, at least: more than a cache holds, unless the whole model is smaller."""
 
 MIN_LAYERS = 2
+NUM_ROUNDS = 3
 CONTEXT_TOKENS = 129
 
 CASES = (
@@ -77,11 +79,12 @@ def time_steps(model: ModelConfig, dtype: DTypeName, num_threads: int) -> list[t
             rules=TokenRules(shape.vocab_size),
         )
         stopwatch = StageStopwatch(spec, dtype, num_threads)
-        timed = []
         for case in cases:
             stopwatch.prepare(case)
-            timed.append((step_work(shape, whole, dtype, "cpu", [case]), stopwatch.time_held(case)))
-    return timed
+        # In turns, so that what disturbs the machine for a moment disturbs no case more than others.
+        rounds = [[stopwatch.time_held(case) for case in cases] for _ in range(NUM_ROUNDS)]
+    works = [step_work(shape, whole, dtype, "cpu", [case]) for case in cases]
+    return list(zip(works, map(statistics.median, zip(*rounds, strict=True)), strict=True))
 
 
 def _few_layers(model: ModelConfig, dtype: DTypeName) -> ModelConfig:
