@@ -89,7 +89,7 @@ class Fleet:
     def run(self, load: Load) -> Outcome:
         """Runs a load until its last request has ended, after each pipeline has served a few. Call it once."""
         self._warm_up()
-        rng = random.Random(f"tokens {load.seed}")
+        rng = random.Random(f"tokens {load.seed}")  # nosec B311  # keeps no secret
         requests = iter([_request(number, lengths, rng) for number, lengths in enumerate(lengths_of(load))])
         if isinstance(load, OpenLoop):
             return self._run_open(load, requests)
@@ -123,7 +123,7 @@ class Fleet:
 
     def _warm_up(self) -> None:
         """Has each pipeline compute a few requests, so that its scheduler knows what steps cost."""
-        rng = random.Random("warm-up")
+        rng = random.Random("warm-up")  # nosec B311  # keeps no secret
         for index, pipeline in enumerate(self.pipelines):
             for number in range(NUM_WARM_UP):
                 pipeline.begin(_request(-1 - NUM_WARM_UP * index - number, WARM_UP_LENGTHS, rng))

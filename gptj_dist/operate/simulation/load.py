@@ -66,7 +66,7 @@ class OpenLoop:
 
     def arrivals(self) -> list[float]:
         """The time of each request, in seconds, in order; the first is 0. `benchmarks.load` sends at the same times."""
-        rng = random.Random(self.seed)
+        rng = random.Random(self.seed)  # nosec B311  # keeps no secret
         times, now_s = [], 0.0
         for _ in range(self.num_requests):
             times.append(now_s)
@@ -79,5 +79,5 @@ Load = ClosedLoop | OpenLoop
 
 def lengths_of(load: Load) -> list[tuple[int, int]]:
     """The lengths of all requests of a load."""
-    rng = random.Random(f"lengths {load.seed}")
+    rng = random.Random(f"lengths {load.seed}")  # nosec B311  # keeps no secret
     return [load.lengths.draw(rng) for _ in range(load.num_requests)]
