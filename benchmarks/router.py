@@ -5,10 +5,13 @@
 
 Router, schedulers and block pools are the real ones. Time is simulated: a step takes 12 ms and 1 ms for each row, and
 pipelines publish their facts once a second, which arrive 0.2 s later. Each prompt is a system prompt, which some
-conversations share, and all turns so far. `hits` is the share of the prompts' tokens that the KV cache held,
-`of_oracle` the ratio to what a cache would hold that all pipelines share and that loses nothing. `load` is the most
-rows that a pipeline computed, over the mean of all. `fewest` sends each prompt to the pipeline with the fewest
-requests instead. `choice_us` are microseconds of a choice. The last line on standard output is one JSON document.
+conversations share, and all turns so far. Turns come to ingresses in turn (`--ingresses`), each with a router.
+
+`hits` is the share of the prompts' tokens that the KV cache held, `of_oracle` the ratio to what a cache would hold that
+all pipelines share and that loses nothing. `load` is the most rows that a pipeline computed, over the mean of all.
+`same` is the share of turns that go where the turn before went. With `sessions` each turn names its conversation.
+`fewest` sends each prompt to the pipeline with the fewest requests instead. `choice_us` are microseconds of a choice.
+The last line on standard output is one JSON document.
 """
 
 from __future__ import annotations
@@ -42,7 +45,6 @@ NUM_TURNS, USER_TOKENS, ANSWER_TOKENS = (2, 10), (16, 160), (16, 128)
 THINKING_S = 8.0
 MAX_TOKENS = 2048
 VOCAB_SIZE = 50_257
-INGRESS = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class Outcome:
         num_tokens, num_cached, num_oracle: tokens of prompts, those that were cached, those that the oracle has.
         num_rows: of each pipeline.
         choices_s: seconds of each choice.
+        num_turns, num_same: turns after a conversation's first, and those that went where the one before did.
     """
 
     num_tokens: int = 0
@@ -90,6 +93,8 @@ class Outcome:
     num_oracle: int = 0
     num_rows: list[int] = field(default_factory=list)
     choices_s: list[float] = field(default_factory=list)
+    num_turns: int = 0
+    num_same: int = 0
 
     @property
     def of_oracle(self) -> float:
@@ -104,10 +109,11 @@ class Simulation:
     """Conversations over pipelines.
 
     Args:
-        has_router: whether `Router` chooses, in place of the fewest requests.
+        num_ingresses: each has a `Router`; 0 has the fewest requests choose.
+        has_sessions: whether turns name their conversation.
     """
 
-    def __init__(self, num_pipelines: int, num_blocks: int, has_router: bool) -> None:
+    def __init__(self, num_pipelines: int, num_blocks: int, num_ingresses: int, has_sessions: bool = False) -> None:
         self._clock = Clock()
         config = SchedulerConfig(1, num_blocks, BLOCK_SIZE_TOKENS, max_batch_size=64, eos_token_ids=())
         times = LineTimes((OVERHEAD_S,), (ROW_S,))
@@ -121,9 +127,15 @@ class Simulation:
             )
             for _ in range(num_pipelines)
         ]
+        session_of = self._conversation if has_sessions else lambda _: None
         self._choice: Choice = (
-            RoutedChoice(self._clock, self._pipelines) if has_router else FewestRequests(num_pipelines)
+            RoutedChoice(self._clock, self._pipelines, num_ingresses, session_of)
+            if num_ingresses
+            else FewestRequests(num_pipelines)
         )
+        self._num_ingresses = max(1, num_ingresses)
+        self._conversations: dict[Request, Session] = {}
+        self._last: dict[Session, int] = {}
         self._request_ids = count()
         self._computed: set[bytes] = set()
         self._asked: dict[Request, tuple[Session, int, int]] = {}
@@ -144,13 +156,23 @@ class Simulation:
         tokens = (*before, *session.turns[turn])
         params = SamplingParams(max_tokens=session.answers[turn])
         request = Request(next(self._request_ids), Prompt(tokens), params, noise_key=0)
+        self._conversations[request] = session
         begin = time.perf_counter()
-        index = self._choice.choose(request, INGRESS)
+        index = self._choice.choose(request, self._ingress(request))
         self._outcome.choices_s.append(time.perf_counter() - begin)
         self._asked[request] = session, turn, index
+        self._outcome.num_turns += session in self._last
+        self._outcome.num_same += self._last.get(session) == index
+        self._last[session] = index
         keys = _keys(params, tokens)
         self._outcome.num_oracle += BLOCK_SIZE_TOKENS * sum(1 for _ in takewhile(self._computed.__contains__, keys))
         self._pipelines[index].begin(request)
+
+    def _ingress(self, request: Request) -> int:
+        return request.request_id % self._num_ingresses
+
+    def _conversation(self, request: Request) -> str:
+        return str(self._conversations[request].begins_s)
 
     def _note_outputs(self, outputs: Sequence[TokenOutput], sent_s: float) -> None:
         for output in outputs:
@@ -159,7 +181,7 @@ class Simulation:
 
     def _note_answer(self, request: Request) -> None:
         session, turn, index = self._asked.pop(request)
-        self._choice.end(request, index, INGRESS)
+        self._choice.end(request, index, self._ingress(request))
         self._outcome.num_tokens += len(request.prompt_ids)
         self._outcome.num_cached += request.num_cached_tokens
         self._computed.update(_keys(request.params, request.token_ids))
@@ -177,16 +199,18 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--pipelines", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=8192, help="KV blocks of a pipeline, of 16 tokens")
+    parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument("--per-second", type=float, default=1.5, help="conversations that begin")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     sessions = make_sessions(args.sessions, args.per_second, args.seed)
     document: dict[str, Any] = {"machine": machine(), **vars(args)}
-    for name, has_router in (("router", True), ("fewest", False)):
-        outcome = Simulation(args.pipelines, args.blocks, has_router).run(sessions)
+    for name, num_ingresses in (("router", args.ingresses), ("sessions", args.ingresses), ("fewest", 0)):
+        outcome = Simulation(args.pipelines, args.blocks, num_ingresses, name == "sessions").run(sessions)
         hits = outcome.num_cached / outcome.num_tokens
         document[name] = {"hits": hits, "of_oracle": outcome.of_oracle, "load": outcome.load}
-        if has_router:
+        document[name]["same"] = outcome.num_same / outcome.num_turns
+        if name == "router":
             micros = [1e6 * choice_s for choice_s in outcome.choices_s]
             document["choice_us"] = {"median": statistics.median(micros), "p99": percentile(micros, 99)}
     print_document("router", document)

@@ -82,7 +82,15 @@ class TooManyRequestsError(GPTJDistError):
 
 
 class NotReadyError(GPTJDistError):
-    """No pipeline can make a token right now: stages are loading or restarting."""
+    """No pipeline can make a token right now: stages are loading or restarting.
+
+    Args:
+        retry_after_s: seconds after which trying again may help; None for the usual ones.
+    """
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StageFailedError(GPTJDistError):

@@ -94,9 +94,10 @@ class Pipelines:
     unready: Exception | None
     unhealthy: Exception | None = None
 
-    async def prove_ready(self) -> None:
+    async def prove_ready(self) -> bool:
         if self.unready is not None:
             raise self.unready
+        return True
 
     def check_health(self) -> None:
         if self.unhealthy is not None:

@@ -97,6 +97,8 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 def retry_after_s(error: BaseException) -> int | None:
     """Seconds for the `Retry-After` header, or None where there is to be none."""
+    if isinstance(error, NotReadyError):
+        return error.retry_after_s or http_error(error).retry_after_s
     return error.retry_after_s if isinstance(error, TooManyRequestsError) else http_error(error).retry_after_s
 
 

@@ -16,11 +16,11 @@ from gptj_dist.engine.executor import Executor
 from gptj_dist.engine.fairness import FairShares
 from gptj_dist.engine.journal import Journal
 from gptj_dist.engine.limits import EngineLimits
-from gptj_dist.engine.load import Load
+from gptj_dist.engine.load import Arrivals, Load
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord, noise_key
 from gptj_dist.engine.request import FinishReason, Prompt, Request
-from gptj_dist.engine.routing import RoutingFacts, wait_s
+from gptj_dist.engine.routing import RoutingFacts
 from gptj_dist.engine.scheduler import Scheduler
 from gptj_dist.engine.scheduling import TokenOutput
 from gptj_dist.engine.stats import PipelineStats
@@ -68,6 +68,7 @@ class AsyncEngine:
         self.last_token_s: float | None = None
         self.stats = stats or PipelineStats(SteadyClock())
         self.journal = Journal()
+        self._arrivals = Arrivals(clock())
 
     @property
     def is_up(self) -> bool:
@@ -176,8 +177,15 @@ class AsyncEngine:
         return RoutingFacts.of(self.scheduler, self.room_after_s(), self._early_share)
 
     def load(self) -> Load:
-        """How much of the pipeline its requests take."""
-        return Load.of(self.scheduler, self._limits.max_batch_size, wait_s(self.scheduler, self.room_after_s()))
+        """What requests ask of the pipeline."""
+        return self._arrivals.load(
+            self.scheduler,
+            num_stages=max(1, len(self.stats.stages)),
+            max_batch_size=self._limits.max_batch_size,
+            early_share=self._early_share,
+            has_requests=self.journal.num_open > 0,
+            now_s=self._clock(),
+        )
 
     @property
     def _early_share(self) -> float:
@@ -204,6 +212,8 @@ class AsyncEngine:
         if record.token_ids:
             self.journal.totals.num_recomputed_tokens += request.num_tokens
         self.journal.note_arrival(request, self.stats.now_ns())
+        if record.log_id is not None:
+            self._arrivals.note(self._clock(), request.num_tokens, record.params.max_tokens - len(record.token_ids))
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         self._pump_soon()
         return request, mailbox

@@ -62,6 +62,11 @@ class Journal:
         self.totals = RequestTotals()
         self._lives: dict[int, _Life] = {}
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have come and not ended."""
+        return len(self._lives)
+
     def note_arrival(self, request: Request, now_ns: int) -> None:
         """The request has joined the queue."""
         if request.log_id is None:

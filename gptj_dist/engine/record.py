@@ -27,6 +27,7 @@ class RequestRecord:
         key: name of the client's key where several keys share the server.
         prediction_ids: what its client expects to be generated.
         is_resumed: whether its client asked for the rest after its connection broke.
+        session: what its client calls the conversation or task that it belongs to.
 
     Raises:
         ValueError: the completion has all its tokens.
@@ -41,6 +42,7 @@ class RequestRecord:
     key: str | None = None
     is_resumed: bool = False
     prediction_ids: tuple[int, ...] = ()
+    session: str | None = None
 
     def __post_init__(self) -> None:
         if self.token_ids and len(self.token_ids) >= self.params.max_tokens:

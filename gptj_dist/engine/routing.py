@@ -1,11 +1,13 @@
 """Chooses the pipeline that computes a prompt, by what pipelines publish and what was sent to them since. Knows no Ray.
 
 What counts is the time until the request has its tokens. A pipeline that holds the prompt's first blocks computes less
-of it; one with many requests takes longer for each token.
+of it; one with many requests takes longer for each token. Requests of one session stay together unless that takes much
+longer.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -26,6 +28,9 @@ OVERLAP = 0.5
 NEAR = 1.1
 """Pipelines whose times differ by less than this factor are taken for equal: estimates are no better."""
 
+STICKY = 3.0
+"""A session stays with its pipeline while its request has all tokens there in this multiple of the shortest time."""
+
 SENT_LIFETIME_S = 5.0
 """A request that a pipeline has not published after this time never got there."""
 
@@ -39,6 +44,8 @@ class Route(StrEnum):
     """Another one holds more, but is busier than that saves."""
     NEW = "new"
     """No pipeline holds its first block."""
+    SESSION = "session"
+    """The others of its session go there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ class RoutingFacts:
         return cls(
             keys=_shortened(scheduler.known_keys(MAX_KEYS)),
             wait_s=wait_s(scheduler, room_after_s),
-            row_s=scheduler.row_s,
+            row_s=scheduler.step_cost.row_s,
             num_requests=scheduler.num_running + scheduler.num_waiting,
             early_share=early_share,
         )
@@ -88,7 +95,7 @@ def wait_s(scheduler: Scheduler, room_after_s: float) -> float:
         room_after_s: seconds until the next new request can run.
     """
     num_turns = scheduler.num_waiting + 1 if scheduler.is_full else 1
-    return max(num_turns * room_after_s, room_after_s + scheduler.waiting.num_tokens * scheduler.row_s)
+    return max(num_turns * room_after_s, room_after_s + scheduler.waiting.num_tokens * scheduler.step_cost.row_s)
 
 
 def expected_s(facts: RoutingFacts, num_rows: int, num_requests: int, num_tokens: int) -> float:
@@ -251,16 +258,30 @@ class Router:
             is_near = costs_s[name] <= near_s
             return (0.0, -cached[name], pipelines[name].num_rows) if is_near else (costs_s[name], 0, 0)
 
-        best, *others = sorted(pipelines, key=order)
+        best, *others = ranked = sorted(pipelines, key=order)
+        if record.session is not None:
+            home = _home(record.session, pipelines)
+            own_s = self._usual_row_s * record.params.max_tokens
+            if costs_s[home] + own_s <= STICKY * (min(costs_s.values()) + own_s):
+                best, others = home, [name for name in ranked if name != home]
         pipelines[best].put(stream, _Sent(call, keys, len(tokens) - cached[best], len(records), now_s))
         most = max(cached.values())
         route = Route.NEW if not most else Route.PREFIX if cached[best] == most else Route.LOAD
-        return [best, *others], route
+        return [best, *others], Route.SESSION if best != ranked[0] else route
 
     def end(self, name: str, call: str) -> None:
         """A call of a pipeline has ended."""
         if (known := self._known.get(name)) is not None:
             known.end(call)
+
+
+def _home(session: str, names: Iterable[str]) -> str:
+    """The pipeline of a session: that with the highest hash together with it.
+
+    All ingresses find the same one and keep no list. When a pipeline comes or goes, only the sessions that go to it or
+    were there change theirs.
+    """
+    return max(names, key=lambda name: hashlib.blake2b(f"{name}\0{session}".encode(), digest_size=8).digest())
 
 
 def _short_keys(record: RequestRecord, tokens: Sequence[int], block_size: int) -> list[int]:

@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import count, islice
 
-from gptj_dist.chunking import decode_share
+from gptj_dist.chunking import StepCost, decode_share
 from gptj_dist.engine.block_pool import BlockPool
 from gptj_dist.engine.chunk_sizes import UNKNOWN_COST, ChunkSizes
 from gptj_dist.engine.drafting import Drafting
@@ -90,10 +90,9 @@ class Scheduler:
         return self._running.num_kept_tokens(flight.plan for flight in self._in_flight)
 
     @property
-    def row_s(self) -> float:
-        """Measured seconds of a token's row on the slowest stage; 0 before the first step."""
-        cost = self._chunk_sizes.cost
-        return cost.row_s if cost is not None else 0.0
+    def step_cost(self) -> StepCost:
+        """Measured cost of a step of the slowest stage; nothing before the first step."""
+        return self._chunk_sizes.cost or StepCost(0.0, 0.0)
 
     @property
     def is_full(self) -> bool:
@@ -193,8 +192,8 @@ class Scheduler:
         Args:
             token_s, early_share: see `Pace`.
         """
-        in_flight_s = self.row_s * sum(flight.plan.num_tokens for flight in self._in_flight)
-        pace = Pace(token_s, self.row_s, early_share)
+        in_flight_s = self.step_cost.row_s * sum(flight.plan.num_tokens for flight in self._in_flight)
+        pace = Pace(token_s, self.step_cost.row_s, early_share)
         size = self._config.max_batch_size
         return in_flight_s + room_after_s(self._running.requests, self._waiting, self._pool, size, pace)
 

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from gptj_dist.config import PipelineConfig
+from gptj_dist.config import DEFAULT_IDLE_S, PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.logs import values
 from gptj_dist.serving.allowances import Accounts
@@ -66,7 +66,7 @@ def make_application(
 
     Args:
         scaling: Serve's `num_replicas` or `autoscaling_config` for the pipelines, or other settings of the deployment.
-            Our policy scales (`scaling.scale`), unless `target_ongoing_requests` asks for Serve's or `policy` names
+            Our policy scales (`scaling.Scale`), unless `target_ongoing_requests` asks for Serve's or `policy` names
             another.
         listen: address at which the ingress itself serves HTTP; None leaves HTTP to Serve's proxies.
 
@@ -139,4 +139,8 @@ def _scaling(settings: Mapping[str, Any]) -> dict[str, Any]:
     given = settings.get("autoscaling_config")
     if given is None or "target_ongoing_requests" in given:
         return dict(settings)
-    return {**settings, "autoscaling_config": {**SCALING, **given}}
+    first = {} if given.get("min_replicas") else {"initial_replicas": 1}  # so that a model that does not fit is noticed
+    return {
+        **settings,
+        "autoscaling_config": {**SCALING, "downscale_to_zero_delay_s": DEFAULT_IDLE_S, **first, **given},
+    }

@@ -58,3 +58,33 @@ async def ask_all(
     for failure in failures:
         logger.warning("replica did not answer", extra=values(method=method, error=repr(failure)))
     return Replies(tuple(result for result in results if isinstance(result, kind)), len(failures))
+
+
+async def ask_any(replicas: DeploymentHandle, method: str) -> bool:
+    """Calls a method of every replica until one returns. A plain call of a handle would wait if there are none.
+
+    Returns:
+        Whether there are replicas.
+
+    Raises:
+        Exception: the error of one of them, if none returns.
+    """
+    try:
+        asked = await replicas.broadcast(method)._fetch_replica_results_async()
+    except DeploymentUnavailableError:
+        return False
+    calls = [asyncio.ensure_future(one.get_async()) for one in asked]
+    try:
+        for call in asyncio.as_completed(calls):
+            try:
+                await call
+                return True
+            except Exception as error:
+                failure = error
+    finally:
+        for each in calls:
+            each.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    if not calls:
+        return False
+    raise failure

@@ -77,7 +77,7 @@ class Ingress:
             config.adapter_dir,
         )
         self._pipelines = PipelineClient(
-            pipeline, self._metrics.note_move, self._adapters.exchange, self._adapters.meet
+            pipeline, self._metrics.note_move, self._adapters.exchange, self._adapters.meet, config.wake_timeout_s
         )
         self._metrics.feed_dropped = self._pipelines.dropped
         self._metrics.feed_faults = self._pipelines.feed_faults
@@ -101,7 +101,13 @@ class Ingress:
         self._drain_s = config.drain_s
         self._gate = Gate()
         self._app = make_http_app(
-            endpoints.table(), self._metrics, config.api_keys, config.cors_origins, listen is None, self._gate
+            endpoints.table(),
+            self._metrics,
+            config.api_keys,
+            config.cors_origins,
+            listen is None,
+            self._gate,
+            config.session_header,
         )
         self._listener = None if listen is None else Listener(self._app, listen, LAST_WORDS_S)
         garbage.settle()

@@ -22,6 +22,9 @@ _PERIOD_S = 60.0
 CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
 """Name of the key of the call that is being answered, where several keys share the server."""
 
+SESSION: ContextVar[str | None] = ContextVar("session", default=None)
+"""What the client of the call that is being answered calls its session."""
+
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:

@@ -40,7 +40,7 @@ from gptj_dist.serving.layer_moves import LayerMoves, MoveTotals, Recut
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.outages import Outages
-from gptj_dist.serving.scaling import LOAD
+from gptj_dist.serving.scaling import NEEDED
 from gptj_dist.serving.sending import StreamSender
 from gptj_dist.stages.actor import log_directory
 from gptj_dist.stages.background import run_in_background
@@ -240,8 +240,8 @@ class Pipeline:
         return asdict(replace(self._engine.routing_facts(), received=received, computing=computing, down_s=down_s))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve, which passes it to `scaling.scale`."""
-        return {LOAD: self._engine.load().share}
+        """Called by Serve, which passes it to `scaling.Scale`."""
+        return {NEEDED: self._engine.load().pipelines}
 
     async def load_adapter(self, source: AdapterSource) -> Loaded:
         """Has all stages read an adapter."""

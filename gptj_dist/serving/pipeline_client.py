@@ -12,24 +12,26 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from gptj_dist.config import DEFAULT_WAKE_TIMEOUT_S
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord
 from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, PipelineLostError, StageFailedError
 from gptj_dist.logs import values
-from gptj_dist.serving.broadcast import Replies, ask_all
+from gptj_dist.serving.broadcast import Replies, ask_all, ask_any
 from gptj_dist.serving.debug import DownPipeline, PipelineDocument
 from gptj_dist.serving.feed import BEAT_S, FeedInbox, ReplyTo
-from gptj_dist.serving.keys import CALLER
+from gptj_dist.serving.keys import CALLER, SESSION
 from gptj_dist.serving.layer_moves import Recut
 from gptj_dist.serving.moves import JointMoves, lasting
 from gptj_dist.serving.outages import ServerOutage
 from gptj_dist.serving.pipeline import PipelineStatus
-from gptj_dist.serving.pipeline_watch import PipelineWatch
+from gptj_dist.serving.pipeline_watch import PipelineWatch, ScalePlan
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.loss import LastWords, last_words
 from gptj_dist.stages.on_node import on_node
@@ -63,6 +65,7 @@ class PipelineClient:
         on_move: called when a completion moves to another pipeline.
         on_first: awaited when the first pipeline is there, before requests are served.
         on_look: called every second with the status of each pipeline that answers.
+        wake_timeout_s: how long a request waits while there is no pipeline.
     """
 
     def __init__(
@@ -71,8 +74,10 @@ class PipelineClient:
         on_move: Callable[[], None] = lambda: None,
         on_first: Callable[[], Awaitable[None]] = _no_wait,
         on_look: Callable[[Sequence[PipelineStatus]], None] = lambda _: None,
+        wake_timeout_s: float = DEFAULT_WAKE_TIMEOUT_S,
     ) -> None:
         self._handle = handle
+        self._wake_timeout_s = wake_timeout_s
         self._on_move = on_move
         self._on_first = on_first
         self._problem: str | None = None
@@ -129,9 +134,10 @@ class PipelineClient:
 
     def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
         """Implements `TokenSource`. The streams outlive pipelines, and take turns with those of other keys."""
-        if (key := CALLER.get()) is not None:
-            records = [replace(record, key=key) for record in records]
-        make_call = partial(_Call, self._handle, self._feed)
+        key, session = CALLER.get(), SESSION.get()
+        if key is not None or session is not None:
+            records = [replace(record, key=key, session=session) for record in records]
+        make_call = partial(_Call, self._handle, self._feed, self._first)
         call, reopen = make_call(records), partial(self._reopen, JointMoves(make_call))
         return [lasting(call.stream(choice), record, reopen, self._on_move) for choice, record in enumerate(records)]
 
@@ -140,37 +146,53 @@ class PipelineClient:
             raise self._end
         return moves.reopen(record)
 
-    async def prove_ready(self) -> None:
-        """Returns when a pipeline has recently generated a token.
+    async def _first(self, mailbox: Mailbox) -> Delta:
+        return await self._pipelines.patiently(mailbox.take, self._wake_timeout_s)
+
+    async def prove_ready(self) -> bool:
+        """Returns when a pipeline has recently generated a token, or at once if there is none until one is needed.
+
+        Returns:
+            Whether there is a pipeline.
 
         Raises:
             NotReadyError, StageFailedError: no pipeline can generate one.
         """
         self.limits()
+        if self._pipelines.none_is_up.is_set():
+            return self._require_sleep()
         proving = asyncio.ensure_future(self._prove())
         failing = asyncio.ensure_future(self._pipelines.none_is_up.wait())
         try:
             await asyncio.wait((proving, failing), timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if failing.done():
-                raise NotReadyError(self._pipelines.problem)
+                return self._require_sleep()
             if not proving.done():
                 raise NotReadyError("no pipeline makes a token right now")
             proving.result()
+            return True
         finally:
             proving.cancel()
             failing.cancel()
             await asyncio.gather(proving, failing, return_exceptions=True)
 
+    def _require_sleep(self) -> bool:
+        """False: there is no pipeline. Raises NotReadyError if one is needed."""
+        if not self._pipelines.is_asleep:
+            raise NotReadyError(self._pipelines.problem)
+        return False
+
     async def _prove(self) -> None:
-        """Tries again if a pipeline dies, until another one answers."""
+        """Tries again if a pipeline dies or there is none, until another one answers."""
         while True:
             try:
-                await self._handle.prove_ready.remote()
-                return
+                if await ask_any(self._handle, "prove_ready"):
+                    return
+                await self._pipelines.look()
             except (RayError, RayServeException) as error:
                 if isinstance(error, GPTJDistError):  # Ray raises an actor's error as a subclass of both
                     raise
-                await asyncio.sleep(PROVE_AGAIN_S)
+            await asyncio.sleep(PROVE_AGAIN_S)
 
     async def statuses(self) -> Replies[PipelineStatus]:
         """The status of every pipeline. Raises NotReadyError."""
@@ -251,6 +273,13 @@ class _Coordinators:
                     self._actors[status.name] = await asyncio.to_thread(ray.get_actor, status.actor, "serve")
         return given
 
+    async def plan(self) -> ScalePlan:
+        try:
+            return await asyncio.to_thread(_plan_of, self._handle.app_name, self._handle.deployment_name)
+        except (RayError, RayServeException) as error:
+            logger.warning("Serve does not say how many pipelines there shall be", extra=values(error=repr(error)))
+            return ScalePlan.UNKNOWN
+
     async def death_report(self, status: PipelineStatus) -> str | None:
         if (actor := self._actors.pop(status.name, None)) is None:
             return ""
@@ -268,6 +297,19 @@ class _Coordinators:
         return await on_node(status.node_id, last_words, status.process)
 
 
+def _plan_of(app: str, deployment: str) -> ScalePlan:
+    """What Serve does about the number of a deployment's replicas."""
+    application = serve.status().applications.get(app)
+    overview = None if application is None else application.deployments.get(deployment)
+    if overview is None:  # it is being deleted
+        return ScalePlan.UNKNOWN
+    states = set(overview.replica_states)
+    if overview.status in ("HEALTHY", "DOWNSCALING") and states <= {"STOPPING"}:
+        return ScalePlan.NONE
+    is_started = overview.status == "HEALTHY" and "RUNNING" in states
+    return ScalePlan.SOME if is_started or overview.status == "UPSCALING" else ScalePlan.UNKNOWN
+
+
 def _end_replica(name: str) -> bool:
     """Ends a replica's process, even a stopped one. Returns False if that has happened already."""
     try:
@@ -281,11 +323,21 @@ class _Call:
     """A call of `Pipeline.generate` for the completions of a prompt.
 
     It begins when the first choice is read and ends when the last reader has left.
+
+    Args:
+        first: takes the first delta out of a mailbox.
     """
 
-    def __init__(self, handle: DeploymentHandle, feed: FeedInbox, records: Sequence[RequestRecord]) -> None:
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        feed: FeedInbox,
+        first: Callable[[Mailbox], Awaitable[Delta]],
+        records: Sequence[RequestRecord],
+    ) -> None:
         self._handle = handle
         self._feed = feed
+        self._first = first
         self._records = records
         self._num_read = 0
         self._reply_to: ReplyTo
@@ -299,11 +351,11 @@ class _Call:
             self._begin()
         self._num_read += 1
         try:
-            while True:
+            delta = await self._first(self._mailboxes[choice])
+            yield delta
+            while delta.finish_reason is None:
                 delta = await self._mailboxes[choice].take()
                 yield delta
-                if delta.finish_reason is not None:
-                    return
         finally:
             self._feed.close(self._reply_to.plus(choice))
             self._num_read -= 1

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from enum import Enum
+from typing import Protocol, TypeVar
 
+from gptj_dist.errors import NotReadyError
 from gptj_dist.logs import time_text, values
 from gptj_dist.serving.debug import DownPipeline
 from gptj_dist.serving.outages import MIN_BACK_IN_S, ServerOutage
@@ -21,10 +24,23 @@ from gptj_dist.stages.loss import LastWords, death_cause
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LOOK_S = 1.0
 MAX_DOWN = 16
 SILENT = "does not answer"
 NO_PIPELINE = "no pipeline is up: Ray Serve has to start one"
+
+
+class ScalePlan(Enum):
+    """What Serve does about the number of pipelines, as far as it matters when none answers."""
+
+    NONE = "none"
+    """There shall be none until a request comes."""
+    SOME = "some"
+    """It starts some because they are needed, or has done so."""
+    UNKNOWN = "unknown"
+    """It replaces or repairs them, or does not say."""
 
 
 class Coordinators(Protocol):
@@ -38,6 +54,9 @@ class Coordinators(Protocol):
 
     async def last_words(self, status: PipelineStatus) -> LastWords | None:
         """What a dead coordinator has written; None if its node does not answer."""
+
+    async def plan(self) -> ScalePlan:
+        """What Serve does about the number of pipelines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +85,8 @@ class PipelineWatch:
 
     Attributes:
         none_is_up: set while no pipeline takes requests and answers; not before the first one has.
+        is_asleep: whether there is none because none was needed: a request makes Serve start one, or has done so.
+        start_s: how long the last pipeline took to start.
     """
 
     def __init__(self, coordinators: Coordinators, clock: Callable[[], float] = time.monotonic) -> None:
@@ -75,8 +96,11 @@ class PipelineWatch:
         self._seen_s: dict[str, float] = {}
         self._outages: dict[str, _Outage] = {}
         self._readers: set[asyncio.Task[None]] = set()
-        self._has_begun = False
+        self._last_up_s: float | None = None
+        self._looking = asyncio.Lock()
         self.none_is_up = asyncio.Event()
+        self.is_asleep = False
+        self.start_s = 0.0
 
     @property
     def down(self) -> tuple[DownPipeline, ...]:
@@ -106,9 +130,33 @@ class PipelineWatch:
         return min((*dead, *restarting), key=lambda outage: outage.back_in_s, default=None)
 
     @property
+    def none_up_for_s(self) -> float:
+        """For how long no pipeline has taken requests and answered; 0 before the first one has."""
+        return 0.0 if self._last_up_s is None else self._clock() - self._last_up_s
+
+    @property
     def problem(self) -> str:
         """Why no pipeline is up, as far as it is known."""
         return "; ".join(map(str, self.down)) or NO_PIPELINE
+
+    async def patiently(self, take: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+        """Awaits what pipelines give. While one is up, that may take as long as it likes.
+
+        Args:
+            timeout_s: how long to wait while there is none.
+
+        Raises:
+            NotReadyError: none has been up for that time.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await take()
+            except TimeoutError:
+                if (none_up_for_s := self.none_up_for_s) >= timeout_s:
+                    retry_after_s = math.ceil(max(self.start_s - none_up_for_s, MIN_BACK_IN_S))
+                    message = f"no pipeline has started within {timeout_s:g} s; try again later"
+                    raise NotReadyError(message, retry_after_s) from None
 
     async def run(self) -> None:
         """Looks again and again."""
@@ -118,19 +166,28 @@ class PipelineWatch:
 
     async def look(self) -> None:
         """Asks all pipelines, and finds out what has become of those that do not answer any more."""
+        async with self._looking:
+            await self._look()
+
+    async def _look(self) -> None:
         statuses = {status.name: status for status in await self._coordinators.statuses()}
         for name, status in statuses.items():
             if name not in self._known:
                 self._forget_one()
             self._known[name] = status
             self._seen_s[name] = self._clock()
+            self.start_s = status.start_s
             self._outages.pop(name, None)
         silent = [status for name, status in self._known.items() if name not in statuses]
         await asyncio.gather(*map(self._examine, silent))
         if self._known.keys() - self._outages.keys():
             self.none_is_up.clear()
-            self._has_begun = True
-        elif self._has_begun:
+            self.is_asleep, self._last_up_s = False, self._clock()
+        elif self._last_up_s is not None:
+            plan = await self._coordinators.plan()
+            self.is_asleep = plan is ScalePlan.NONE or (self.is_asleep and plan is ScalePlan.SOME)
+            if self.is_asleep:
+                self._outages.clear()
             self.none_is_up.set()
 
     async def _examine(self, status: PipelineStatus) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,13 +14,23 @@ from gptj_dist.answers.chat_defaults import ChatDefaults
 from gptj_dist.answers.moderation import load_moderation
 from gptj_dist.answers.request_limits import MODERATION_TIMEOUT_S
 from gptj_dist.checkpoint.hub import model_name
-from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig, refuse_unknown_keys
+from gptj_dist.config import (
+    DEFAULT_CHAT_MAX_TOKENS,
+    DEFAULT_DRAIN_S,
+    DEFAULT_SESSION_HEADER,
+    DEFAULT_WAKE_TIMEOUT_S,
+    PipelineConfig,
+    refuse_unknown_keys,
+)
 from gptj_dist.errors import ConfigurationError, excerpt, one_line
 from gptj_dist.logs import LogFormat, LogLevel
 from gptj_dist.serving.adapters import GivenAdapters, given_adapters
 from gptj_dist.serving.keys import ApiKey, read_keys
 from gptj_dist.text.chat import ChatTemplate, read_template
 from gptj_dist.text.tool_calls import ToolFormatName
+
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
+"""A name of a header, as HTTP allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +51,14 @@ class AppConfig:
         log_level: the least severe events that are logged.
         log_prompts: whether logs show prompts.
         drain_s: how long requests under way may take when the application stops.
+        wake_timeout_s: how long a request waits while there is no pipeline.
         resumable: whether a client whose connection broke can get the rest of a stream.
+        session_header: header in which clients name the session of a request.
         adapters: those that are there from the start.
         adapter_dir: directory of adapters that are loaded when a request names them; None for none.
 
     Raises:
-        ConfigurationError: the template or the moderator is invalid.
+        ConfigurationError: the template, the moderator or the header's name is invalid.
     """
 
     pipeline: PipelineConfig
@@ -61,11 +74,15 @@ class AppConfig:
     log_level: LogLevel = "info"
     log_prompts: bool = False
     drain_s: float = DEFAULT_DRAIN_S
+    wake_timeout_s: float = DEFAULT_WAKE_TIMEOUT_S
     resumable: bool = False
+    session_header: str = DEFAULT_SESSION_HEADER
     adapters: GivenAdapters = ()
     adapter_dir: str | None = None
 
     def __post_init__(self) -> None:
+        if not HEADER_NAME.fullmatch(self.session_header):
+            raise ConfigurationError(f"session_header must be the name of a header, got {excerpt(self.session_header)}")
         if self.chat_template is not None:
             ChatTemplate(self.chat_template, {})
         if self.moderation is not None:
@@ -106,7 +123,9 @@ class Arguments(BaseModel):
     log_level: LogLevel = "info"
     log_prompts: bool = False
     drain_s: float = Field(DEFAULT_DRAIN_S, ge=0)
+    wake_timeout_s: float = Field(DEFAULT_WAKE_TIMEOUT_S, gt=0)
     resumable: bool = False
+    session_header: str = DEFAULT_SESSION_HEADER
     adapters: dict[str, str] = {}
     adapter_dir: str | None = None
 

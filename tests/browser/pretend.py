@@ -142,9 +142,10 @@ class PaperPipelines:
     down: tuple[DownPipeline, ...] = ()
     unready: Exception | None = None
 
-    async def prove_ready(self) -> None:
+    async def prove_ready(self) -> bool:
         if self.unready is not None:
             raise self.unready
+        return True
 
     def check_health(self) -> None:
         pass

@@ -174,7 +174,7 @@ def serving(
     """Provides a ready application with these settings. The client sends the key."""
     with local_ray(num_cpus), serve_http(has_proxy, api_key) as server:
         deploy(args, scaling, server.listen)
-        wait_until(server.is_ready, "the server is ready")
+        wait_until(server.is_ready, "the server is ready", timeout_s=180)
         yield server
 
 

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from gptj_dist import LLM, SamplingParams
-from gptj_dist.serving.debug import DebugDocument
+from gptj_dist.serving.debug import DebugDocument, PipelineDocument
 from tests.adapters import model_config, write_lora
 from tests.http.server import APP_NAME, Server, deploy, serving
 from tests.http.test_coordinator_death import COMPLETIONS, ask, is_alive
@@ -26,7 +26,9 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
-NUM_CLIENTS = 6
+NUM_CLIENTS = 8
+MOST_PIPELINES = 3
+ANSWER_S = 20.0
 SETTINGS: dict[str, Any] = {"model": "demo", "stages": 2, "device": "cpu", "cpus_per_stage": 0.5}
 
 
@@ -100,31 +102,43 @@ def _seen_names(server: Server) -> set[str] | None:
     return names if len(names) == 2 else None
 
 
-def test_the_autoscaler_goes_from_one_to_two_under_load_and_back_and_no_request_fails(tmp_path: Path) -> None:
-    scaling = {
-        "autoscaling_config": {
-            "min_replicas": 1,
-            "max_replicas": 2,
-        }
-    }
+def test_pipelines_go_from_none_to_three_and_back_to_none_under_a_burst_and_no_request_fails(tmp_path: Path) -> None:
+    policy = {"policy_function": "gptj_dist.serving.scaling:Scale", "policy_kwargs": {"kept_s": 5.0}}
+    bounds = {"min_replicas": 0, "max_replicas": MOST_PIPELINES, "downscale_to_zero_delay_s": 8.0, "policy": policy}
     write_lora(tmp_path / "poet", model_config("demo"), seed=1, size=0.5)
-    with serving(
-        SETTINGS | {"max_batch_size": NUM_CLIENTS, "dtype": "float32", "adapter_dir": str(tmp_path)}, scaling
-    ) as server:
+    settings = SETTINGS | {"max_batch_size": 2, "dtype": "float32", "adapter_dir": str(tmp_path)}
+    with serving(settings, {"autoscaling_config": bounds}) as server:
+        _wait_until_asleep(server)
         num_actors = len(actor_names())
-        assert server.complete(model="poet", prompt="Call me", max_tokens=2)["model"] == "poet"
-        texts = asyncio.run(_load_until_two(server))
+        for _ in range(3):  # a look does not wake it, whatever asks
+            assert server.client.get("/ready").json() == {"status": "asleep"}
+            assert server.client.get("/metrics").status_code == 200
+            assert DebugDocument.from_json(server.client.get("/debug/pipeline").content).pipelines == ()
+        assert num_pipelines() == 0
+        texts = asyncio.run(_load_until_most(server))
         assert [len(set(of_client)) for of_client in texts.values()] == [1] * NUM_CLIENTS
         assert len({of_client[0] for of_client in texts.values()}) == NUM_CLIENTS
         wait_until(lambda: num_pipelines() == 1, "one pipeline is left", timeout_s=60)
-        wait_until(lambda: len(actor_names()) == num_actors, "its actors are gone", timeout_s=30)
         assert server.complete(prompt="Call me", max_tokens=2)["usage"]["completion_tokens"] == 2
+        _wait_until_asleep(server)
+        wait_until(lambda: len(actor_names()) == num_actors, "its actors are gone", timeout_s=30)
 
 
-async def _load_until_two(server: Server) -> dict[int, list[str]]:
-    """Clients that go on until there are two pipelines and both have computed for all; the texts of each.
+def _wait_until_asleep(server: Server) -> None:
+    def is_asleep() -> bool:
+        response = server.client.get("/ready")
+        assert response.status_code == 200, response.text
+        assert server.client.get("/health").status_code == 200
+        return bool(response.json()["status"] == "asleep")
 
-    Every other one wants the adapter, which was loaded when there was one pipeline.
+    wait_until(is_asleep, "no pipeline is left", timeout_s=90)
+
+
+async def _load_until_most(server: Server) -> dict[int, list[str]]:
+    """Clients that go on until all pipelines run and have computed for them; the texts of each.
+
+    Every other one wants an adapter, which no pipeline has loaded before. The first requests wait for a pipeline, and
+    meanwhile the server answers others.
     """
     texts: dict[int, list[str]] = {number: [] for number in range(NUM_CLIENTS)}
     is_over = asyncio.Event()
@@ -141,24 +155,36 @@ async def _load_until_two(server: Server) -> dict[int, list[str]]:
     async with httpx.AsyncClient(base_url=server.base, timeout=120) as http, asyncio.TaskGroup() as group:
         for number in texts:
             group.create_task(client(http, number))
-        await asyncio.to_thread(wait_until, lambda: num_pipelines() == 2, "a second pipeline runs", 90)
-        await asyncio.to_thread(wait_until, lambda: _computing_poet(server) == 2, "both compute for the adapter", 60)
+        num_answers = 0
+        while not any(texts.values()):
+            async with asyncio.timeout(ANSWER_S):
+                assert (await http.get("/health")).status_code == 200
+            num_answers += 1
+        assert num_answers > 1
+        everywhere = lambda: _num_computing_poet(server) == MOST_PIPELINES  # noqa: E731
+        await asyncio.to_thread(wait_until, everywhere, "all pipelines compute for the adapter", 150)
         is_over.set()
     return texts
 
 
-def _computing_poet(server: Server) -> int:
+def _num_computing_poet(server: Server) -> int:
     """The number of pipelines that compute requests with the adapter, and list it."""
     pipelines = DebugDocument.from_json(server.client.get("/debug/pipeline").content).pipelines
     return sum(pipeline.num_adapters == 1 and pipeline.adapter_requests.get("poet", 0) > 0 for pipeline in pipelines)
 
 
-def test_a_rolling_update_under_load_loses_nothing() -> None:
+@pytest.mark.parametrize(
+    "scaling",
+    [{"num_replicas": 1, "max_surge_percent": 100}, {"num_replicas": 2}],
+    ids=["one and its successor", "two"],
+)
+def test_a_rolling_update_under_load_loses_nothing(scaling: dict[str, Any]) -> None:
     """Streams take longer than the pipelines which they begin at may take to stop: these hand them on."""
     settings = SETTINGS | {"dtype": "float32", "drain_s": 3.0, "resumable": True}
-    scaling = {"num_replicas": 1, "max_surge_percent": 100}
     body = {"prompt": "My fellow citizens", "max_tokens": 300, "ignore_eos": True, "stream": True, "seed": 1}
+    number = scaling["num_replicas"]
     with serving(settings, scaling, has_proxy=True) as server, ThreadPoolExecutor(NUM_CLIENTS) as clients:
+        wait_until(lambda: num_pipelines() == number, "all pipelines run", 120)
         is_over = threading.Event()
         usual = ask(server, COMPLETIONS, body, threading.Event())
 
@@ -167,11 +193,16 @@ def test_a_rolling_update_under_load_loses_nothing() -> None:
                 assert ask(server, COMPLETIONS, body, threading.Event()) == usual
 
         streams = [clients.submit(go_on) for _ in range(NUM_CLIENTS)]
-        before = server.status()
-        wait_until(lambda: server.status().num_running >= NUM_CLIENTS, "streams run")
+        pids = {pipeline.pid for pipeline in _documents(server)}
+        assert len(pids) == number
+        wait_until(lambda: all(pipeline.num_running for pipeline in _documents(server)), "streams run everywhere")
         deploy(settings | {"log_level": "debug"}, scaling)
-        wait_until(lambda: server.status().pid != before.pid and num_pipelines() == 1, "another pipeline", 120)
-        wait_until(lambda: not is_alive(before.pid), "the first pipeline is gone", 60)
+        wait_until(lambda: not any(map(is_alive, pids)), "the first pipelines are gone", 240)
+        wait_until(lambda: num_pipelines() == number, "all others run", 120)
         is_over.set()
         for stream in streams:
             stream.result()
+
+
+def _documents(server: Server) -> tuple[PipelineDocument, ...]:
+    return DebugDocument.from_json(server.client.get("/debug/pipeline").content).pipelines

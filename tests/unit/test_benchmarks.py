@@ -67,6 +67,7 @@ SCRIPTS = (
         "plots",
     ),
     *("same_logits", "scheduler", "speculation", "startup", "step", "structured_output", "transport", "unlike"),
+    "wake",
 )
 TIME_LIMIT_S = 240
 CASE = Case(2, 5, 3)
@@ -405,9 +406,10 @@ def test_the_scheduler_benchmark_ends_in_a_document(stages: str) -> None:
 
 
 def test_conversations_find_what_an_oracle_finds_and_pipelines_have_equal_loads() -> None:
-    document = run("router", "--sessions", "90")
+    document = run("router", "--sessions", "90", "--ingresses", "2")
     assert document["router"]["of_oracle"] > 0.9 > document["fewest"]["of_oracle"]
     assert document["router"]["load"] < 1.1
+    assert document["sessions"]["same"] > document["router"]["same"] > document["fewest"]["same"]
 
 
 def test_simulations_end_in_a_document_and_plots(tmp_path: Path) -> None:
@@ -434,9 +436,9 @@ def test_the_simulation_is_compared_with_a_server_whose_stages_sleep() -> None:
 
 
 def test_our_policy_serves_bursts_better_than_serves_at_the_same_cost() -> None:
-    ours, *theirs = run("scaling", "--kinds", "burst", "--hours", "0.1")["kinds"]["burst"].values()
-    assert len(theirs) == 2
-    assert ours["good"] > max(outcome["good"] for outcome in theirs)
+    ours, *theirs = run("scaling", "--kinds", "burst", "--hours", "0.2")["rows"]
+    assert (ours["policy"], len(theirs)) == ("ours", 2)
+    assert ours["good"] > max(outcome["good"] for outcome in theirs) + 0.1
     assert ours["hours"] <= min(outcome["hours"] for outcome in theirs)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import RequestCancelledError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from gptj_dist.config import DEFAULT_MAX_QUEUED_TOKENS
-from gptj_dist.engine.mailbox import Delta
+from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import new_records
 from gptj_dist.errors import InvalidRequestError, NotReadyError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import Pooling, SamplingParams
@@ -93,7 +94,7 @@ async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, C
         handle: Any = Handle(replica)
 
         def ask(params: SamplingParams) -> Streams:
-            call = _Call(handle, inbox, new_records(PROMPT, params, NUM_CHOICES, "a request"))
+            call = _Call(handle, inbox, Mailbox.take, new_records(PROMPT, params, NUM_CHOICES, "a request"))
             return [call.stream(choice) for choice in range(NUM_CHOICES)]
 
         yield rig, handle, ask
@@ -272,13 +273,24 @@ class FirstPipeline:
         return self._answer
 
 
+NO_PIPELINE = DeploymentUnavailableError(DeploymentID("Pipeline"))
+
+
 class ReadyHandle(FirstPipeline):
-    """A handle to pipelines whose proofs end as told; the last one hangs."""
+    """A handle to a pipeline whose proofs end as told; the last one hangs. `NO_PIPELINE`: there is none then."""
 
     def __init__(self, *proofs: Exception | None) -> None:
         super().__init__(SimpleNamespace(limits=LIMITS))
         self.proofs = list(proofs)
-        self.prove_ready = SimpleNamespace(remote=self._prove)
+
+    def broadcast(self, method: str) -> SimpleNamespace:
+        async def ask() -> list[SimpleNamespace]:
+            if method != "prove_ready" or self.proofs[:1] == [NO_PIPELINE]:
+                del self.proofs[: method == "prove_ready"]
+                raise NO_PIPELINE
+            return [SimpleNamespace(get_async=self._prove)]
+
+        return SimpleNamespace(_fetch_replica_results_async=ask)
 
     async def _prove(self) -> None:
         if not self.proofs:
@@ -339,7 +351,9 @@ def test_a_pipeline_that_dies_while_it_proves_that_it_is_ready_is_not_the_last(m
 
     async def scenario() -> None:
         async with asked_if_ready(ActorDiedError(), None) as client:
-            await client.prove_ready()
+            assert await client.prove_ready()
+        async with asked_if_ready(NO_PIPELINE, None) as client:
+            assert await client.prove_ready()
         why = RayTaskError("prove_ready", "", NotReadyError("has lost a stage")).as_instanceof_cause()
         async with asked_if_ready(why) as client:
             with pytest.raises(NotReadyError) as raised:
@@ -362,6 +376,20 @@ def test_while_no_coordinator_answers_the_reason_is_told_at_once(is_known_before
             client._pipelines.none_is_up.set()
             with pytest.raises(NotReadyError, match="no pipeline is up: Ray Serve has to start one"):
                 await asking
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("on_loopback")
+def test_a_server_without_a_pipeline_is_ready_if_none_is_needed() -> None:
+    async def scenario() -> None:
+        async with asked_if_ready(NO_PIPELINE) as client:
+            asking = asyncio.create_task(client.prove_ready())
+            await turns()
+            client._pipelines.is_asleep = True
+            client._pipelines.none_is_up.set()
+            assert not await asking
+            assert not await client.prove_ready()  # none is asked, as that would start one
 
     run(scenario())
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from gptj_dist.answers.error_responses import retry_after_s
+from gptj_dist.errors import NotReadyError
 from gptj_dist.serving.outages import ServerOutage
 from gptj_dist.serving.pipeline import PipelineStatus
-from gptj_dist.serving.pipeline_watch import MAX_DOWN, PipelineWatch
+from gptj_dist.serving.pipeline_watch import MAX_DOWN, PipelineWatch, ScalePlan
 from gptj_dist.stages.loss import LastWords
 from tests.unit.test_async_engine import turns
 from tests.unit.test_loss import KILLED
@@ -30,11 +32,13 @@ class Coordinators:
         states: by pipeline: `LIVES`, `RESTARTS` (replaces a stage), `HANGS`, `STOPS`, or what Ray says of its death.
         words: what dead ones have written; None if their node is gone.
         may_read: set when the words can be read.
+        plans: what Serve does about the number.
     """
 
     states: dict[str, str]
     words: LastWords | None = field(default_factory=lambda: LastWords("step 12 begins"))
     may_read: asyncio.Event = field(default_factory=asyncio.Event)
+    plans: ScalePlan = ScalePlan.UNKNOWN
 
     def __post_init__(self) -> None:
         self.may_read.set()
@@ -49,6 +53,9 @@ class Coordinators:
         if state == HANGS:
             raise TimeoutError
         return None if state in (LIVES, STOPS) else state
+
+    async def plan(self) -> ScalePlan:
+        return self.plans
 
     async def last_words(self, status: PipelineStatus) -> LastWords | None:
         assert status.process.pid == 7
@@ -207,5 +214,64 @@ def test_an_outage_of_the_server_lasts_as_long_as_that_of_the_pipeline_that_is_b
         assert rig.outage() == (10, 1)
         await rig.look(a=LIVES)
         assert rig.outage() is None
+
+    run(scenario())
+
+
+def test_no_pipeline_that_is_not_needed_is_no_outage() -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        rig.coordinators.plans = ScalePlan.NONE
+        await rig.look()
+        assert (rig.watch.is_asleep, rig.watch.none_up_for_s) == (False, 0.0)
+        rig.now_s += 7
+        await rig.look(a=KILLED)  # it stopped faster than it was looked at
+        assert (rig.watch.is_asleep, rig.none_is_up, rig.problems, rig.outage()) == (True, True, {}, None)
+        assert rig.watch.none_up_for_s == 7
+        rig.coordinators.plans = ScalePlan.SOME
+        await rig.look()
+        assert rig.watch.is_asleep
+        await rig.look(b=LIVES)
+        assert (rig.watch.is_asleep, rig.none_is_up, rig.watch.none_up_for_s) == (False, False, 0.0)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("plan", [ScalePlan.SOME, ScalePlan.UNKNOWN])
+def test_a_pipeline_that_has_died_is_an_outage_whatever_serve_does(plan: ScalePlan) -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        rig.coordinators.plans = plan
+        await rig.look()
+        await rig.look(a=KILLED)
+        assert (rig.watch.is_asleep, rig.none_is_up, list(rig.problems)) == (False, True, ["a"])
+
+    run(scenario())
+
+
+def test_what_waits_for_a_pipeline_gives_up_after_a_while_with_none_and_not_while_one_is_busy() -> None:
+    limit_s = 0.01
+
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        rig.coordinators.plans = ScalePlan.NONE
+        await rig.look()
+        num_tries = 0
+
+        async def take() -> str:
+            nonlocal num_tries
+            num_tries += 1
+            if num_tries == 4:
+                return "a token"
+            return await asyncio.Event().wait() and ""
+
+        assert await rig.watch.patiently(take, limit_s) == "a token"
+        rig.now_s += 1
+        await rig.look(a=KILLED)
+        num_tries = 0
+        with pytest.raises(NotReadyError, match=r"no pipeline has started within 0\.01 s") as raised:
+            await rig.watch.patiently(take, limit_s)
+        assert num_tries == 1
+        assert retry_after_s(raised.value) == pipeline("a").start_s - 1
 
     run(scenario())

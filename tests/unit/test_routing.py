@@ -67,6 +67,51 @@ class TestExpectedTime:
         assert expected_s(facts, 0, num_requests=1, num_tokens=2) == pytest.approx(0.01)
 
 
+class TestSessions:
+    """Text that is nowhere cached, so that nothing but the session speaks for a pipeline."""
+
+    def send(self, ingress: Ingress, session: str, number: int = 0, max_tokens: int = 8) -> tuple[str, Route]:
+        params = SamplingParams(max_tokens=max_tokens)
+        [record] = new_records([number + 1] * 20, params, 1)
+        return ingress.send_records([replace(record, session=session)])
+
+    def homes(self, *names: str) -> dict[str, str]:
+        facts: dict[str, Any] = dict.fromkeys(names, IDLE)
+        return {str(session): self.send(Ingress(**facts), str(session))[0] for session in range(60)}
+
+    def test_all_requests_of_one_go_to_the_same_pipeline_from_every_ingress(self) -> None:
+        homes = self.homes("a", "b", "c")
+        assert {name: list(homes.values()).count(name) > 10 for name in "abc"} == dict.fromkeys("abc", True)
+        assert self.homes("c", "b", "a") == homes
+        ingress = Ingress(a=IDLE, b=IDLE, c=IDLE)
+        routes = set()
+        for number in range(3):
+            name, route = self.send(ingress, "7", number)
+            assert name == homes["7"]
+            routes.add(route)
+            ingress.router.end(name, str(ingress.stream_id))
+        assert Route.SESSION in routes
+
+    def test_when_a_pipeline_comes_or_goes_no_other_sessions_change_theirs(self) -> None:
+        before, after = self.homes("a", "b"), self.homes("a", "b", "c")
+        changed = {session for session, name in after.items() if name != before[session]}
+        assert changed == {session for session, name in after.items() if name == "c"}
+        assert 0 < len(changed) < 40
+
+    @pytest.mark.parametrize(("num_requests", "stays"), [(0, True), (2, True), (40, False)])
+    def test_one_leaves_its_pipeline_while_that_is_much_busier(self, num_requests: int, stays: bool) -> None:
+        home = self.homes("a", "b")["7"]
+        facts: dict[str, Any] = {"a": IDLE, "b": IDLE} | {home: replace(IDLE, num_requests=num_requests)}
+        assert (self.send(Ingress(**facts), "7", max_tokens=50)[0] == home) == stays
+
+    def test_one_follows_its_prefix_where_most_of_a_long_one_is(self) -> None:
+        home = self.homes("a", "b")["7"]
+        other = "b" if home == "a" else "a"
+        [record] = new_records(TEXT, PARAMS, 1)
+        facts: dict[str, Any] = {home: IDLE, other: holding(TEXT)}
+        assert Ingress(**facts).send_records([replace(record, session="7")]) == (other, Route.PREFIX)
+
+
 def test_a_prompt_goes_where_most_of_it_is_cached() -> None:
     ingress = Ingress(a=IDLE, b=holding(TEXT[:40]), c=holding(TEXT[:20]))
     assert ingress.send(TEXT) == ("b", Route.PREFIX)

@@ -32,7 +32,15 @@ from gptj_dist.cli.options import (
     seconds,
 )
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
-from gptj_dist.config import DEFAULT_APP_NAME, DEFAULT_CHAT_MAX_TOKENS, DEFAULT_DRAIN_S, PipelineConfig
+from gptj_dist.config import (
+    DEFAULT_APP_NAME,
+    DEFAULT_CHAT_MAX_TOKENS,
+    DEFAULT_DRAIN_S,
+    DEFAULT_IDLE_S,
+    DEFAULT_SESSION_HEADER,
+    DEFAULT_WAKE_TIMEOUT_S,
+    PipelineConfig,
+)
 from gptj_dist.errors import ConfigurationError, excerpt
 from gptj_dist.logs import LogFormat, LogLevel
 
@@ -47,6 +55,13 @@ def serve(
     replicas: Annotated[int | None, typer.Option(min=1, help="Number of pipelines.")] = None,
     min_replicas: Annotated[int | None, typer.Option(min=0, help="Fewest pipelines, when scaling by load.")] = None,
     max_replicas: Annotated[int | None, typer.Option(min=1, help="Most pipelines, when scaling by load.")] = None,
+    idle_s: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=10, help="With --min-replicas 0: how long the last stays unused."),
+    ] = DEFAULT_IDLE_S,
+    wake_timeout_s: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="How long a request waits while there is no pipeline.")
+    ] = DEFAULT_WAKE_TIMEOUT_S,
     served_model_name: ServedModelName = None,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
@@ -89,6 +104,9 @@ def serve(
         bool,
         typer.Option("--resumable", help="Keep streams for clients whose connection breaks (docs/api.md)."),
     ] = False,
+    session_header: Annotated[
+        str, typer.Option(metavar="NAME", help="Header by which requests of a session go to the same pipeline.")
+    ] = DEFAULT_SESSION_HEADER,
     lora_modules: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="LoRA adapter that requests can name; again for another."),
@@ -111,7 +129,7 @@ def serve(
     Ctrl-C, SIGTERM or a closed terminal end it: new requests are refused, those under way may finish; a second Ctrl-C
     ends it at once.
     """
-    scaling = _scaling(replicas, min_replicas, max_replicas)
+    scaling = _scaling(replicas, min_replicas, max_replicas, idle_s)
     from gptj_dist.operate.launch.run import run_until_stopped, start_signals
     from gptj_dist.stages.blueprint import draw_blueprint
     from gptj_dist.stages.trace import check_trace_path
@@ -141,7 +159,9 @@ def serve(
         log_level=log_level,
         log_prompts=log_prompts,
         drain_s=drain_s,
+        wake_timeout_s=wake_timeout_s,
         resumable=resumable,
+        session_header=session_header,
         adapter_dir=None if adapter_dir is None else str(adapter_dir.absolute()),
         adapters=given_adapters(_lora_modules(lora_modules or ()), config),
     )
@@ -221,7 +241,9 @@ def _tls(cert: Path | None, key: Path | None) -> tuple[str | None, str | None]:
     return str(cert.absolute()), str(key.absolute())
 
 
-def _scaling(replicas: int | None, min_replicas: int | None, max_replicas: int | None) -> dict[str, object]:
+def _scaling(
+    replicas: int | None, min_replicas: int | None, max_replicas: int | None, idle_s: float
+) -> dict[str, object]:
     """Serve's settings for the number of pipelines.
 
     Raises:
@@ -235,4 +257,5 @@ def _scaling(replicas: int | None, min_replicas: int | None, max_replicas: int |
     most = max(least, 1) if max_replicas is None else max_replicas
     if least > most:
         raise ConfigurationError(f"--min-replicas {least} and --max-replicas {most} contradict each other")
-    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}
+    bounds = {"min_replicas": least, "max_replicas": most}
+    return {"autoscaling_config": {**bounds, "downscale_to_zero_delay_s": idle_s}}

@@ -221,7 +221,8 @@ def _require_room(launch: Launch) -> None:
 
     from gptj_dist.serving.app import size_pipeline
 
-    scale = launch.scaling.get("autoscaling_config", {}).get("min_replicas", launch.scaling.get("num_replicas", 1))
+    least = launch.scaling.get("autoscaling_config", {}).get("min_replicas", launch.scaling.get("num_replicas", 1))
+    scale = max(1, least)
     size, available = size_pipeline(launch.app.pipeline), ray.cluster_resources()
     for resource, amount in size.total.items():
         wanted = scale * amount

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -54,11 +54,19 @@ class RoutedChoice:
 
     Args:
         num_ingresses: each has a router, and knows nothing of what the others send before it is published.
+        session_of: the session of a request; None if it has none.
     """
 
-    def __init__(self, clock: Clock, pipelines: Sequence[SimulatedPipeline], num_ingresses: int = 1) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        pipelines: Sequence[SimulatedPipeline],
+        num_ingresses: int = 1,
+        session_of: Callable[[Request], str | None] = lambda _: None,
+    ) -> None:
         self._clock = clock
         self._pipelines = pipelines
+        self._session_of = session_of
         self._routers = [Router(BLOCK_SIZE_TOKENS) for _ in range(num_ingresses)]
         self._published: dict[str, RoutingFacts | None] = {str(index): None for index in range(len(pipelines))}
         self._computing: list[dict[str, set[int]]] = [{} for _ in pipelines]
@@ -68,7 +76,7 @@ class RoutedChoice:
 
     def choose(self, request: Request, ingress: int) -> int:
         number, inbox = request.request_id, str(ingress)
-        record = RequestRecord(request.prompt_ids, request.params, noise_key=0)
+        record = RequestRecord(request.prompt_ids, request.params, noise_key=0, session=self._session_of(request))
         now_s = self._clock.now_s
         [best, *_], _ = self._routers[ingress].choose(self._published, str(number), (inbox, number), [record], now_s)
         index = int(best)

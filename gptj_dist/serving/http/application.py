@@ -15,12 +15,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gptj_dist.answers.error_responses import error_body
+from gptj_dist.config import DEFAULT_SESSION_HEADER
 from gptj_dist.serving.counters import IngressMetrics
 from gptj_dist.serving.http.endpoint import EVENTS, Endpoint
 from gptj_dist.serving.http.endpoints import answering
 from gptj_dist.serving.http.gate import Gate
 from gptj_dist.serving.http.meter import HttpMeter
-from gptj_dist.serving.http.middleware import REQUEST_ID_HEADER, InTurns, LimitHead, RequestIds, RequireKey, route_path
+from gptj_dist.serving.http.middleware import (
+    REQUEST_ID_HEADER,
+    InTurns,
+    LimitHead,
+    NoteSession,
+    RequestIds,
+    RequireKey,
+    route_path,
+)
 from gptj_dist.serving.http.page_files import FILES
 from gptj_dist.serving.keys import ApiKey
 
@@ -35,6 +44,7 @@ def make_http_app(
     cors_origins: Sequence[str],
     has_proxy: bool,
     gate: Gate,
+    session_header: str = DEFAULT_SESSION_HEADER,
 ) -> Starlette:
     """The application.
 
@@ -45,12 +55,14 @@ def make_http_app(
         cors_origins: web pages that browsers may call it from, such as `https://example.org`; `*` for all.
         has_proxy: Serve's proxies are in front of it.
         gate: closes when the server stops; requests for the model and /ready pass it, the rest is always answered.
+        session_header: header in which clients name the session of a request.
     """
     routes = [_route(one, gate) for one in endpoints]
     middleware = [
         Middleware(InTurns),
         Middleware(RequestIds, has_proxy=has_proxy),
         Middleware(HttpMeter, routes=routes, metrics=metrics),
+        Middleware(NoteSession, header=session_header),
     ]
     if has_proxy:
         middleware.append(Middleware(LimitHead))

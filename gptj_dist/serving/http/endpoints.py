@@ -197,8 +197,8 @@ class Endpoints:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        await self._pipelines.prove_ready()
-        return JSONResponse({"status": "ready"})
+        is_up = await self._pipelines.prove_ready()
+        return JSONResponse({"status": "ready" if is_up else "asleep"})
 
     async def version(self, _: Request) -> Response:
         return JSONResponse({"version": gptj_dist.__version__})

@@ -14,7 +14,7 @@ from gptj_dist.answers.request_limits import MAX_HEAD_BYTES, MAX_HEADERS
 from gptj_dist.answers.work import Turns
 from gptj_dist.errors import AuthenticationError
 from gptj_dist.serving.http.endpoint import refusal
-from gptj_dist.serving.keys import CALLER, ApiKey, find_key
+from gptj_dist.serving.keys import CALLER, SESSION, ApiKey, find_key
 
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTABLE_ID = re.compile(r"[!-~]{1,128}")
@@ -94,6 +94,23 @@ def _head_problem(scope: Scope) -> str | None:
     if num_bytes > MAX_HEAD_BYTES:
         return f"the request's headers have {num_bytes} bytes, and may have {MAX_HEAD_BYTES}"
     return None
+
+
+class NoteSession:
+    """Puts what a header of the call says into `SESSION`.
+
+    Args:
+        header: its name.
+    """
+
+    def __init__(self, app: ASGIApp, header: str) -> None:
+        self._app = app
+        self._header = header
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            SESSION.set(Headers(scope=scope).get(self._header) or None)
+        await self._app(scope, receive, send)
 
 
 class RequireKey:
