@@ -10,20 +10,38 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import typer
 
 from gptj_dist.cli.options import PIPELINE_PANEL, Revision, finite
-from gptj_dist.config import DTypeChoice, PipelineConfig, WireChoice
+from gptj_dist.config import DeviceChoice, DTypeChoice, PipelineConfig, WireChoice
 from gptj_dist.errors import ConfigurationError
 
 Settings: TypeAlias = dict[str, Any]
 """Fields of `PipelineConfig`."""
 
 
-def _option(help: str, metavar: str | None = None, parser: Callable[[str], Any] | None = None) -> Any:
-    return typer.Option(help=help, metavar=metavar, rich_help_panel=PIPELINE_PANEL, case_sensitive=False, parser=parser)
+def _option(
+    help: str,
+    metavar: str | None = None,
+    parser: Callable[[str], Any] | None = None,
+    complete: Callable[[str], list[str]] | None = None,
+) -> Any:
+    return typer.Option(
+        help=help,
+        metavar=metavar,
+        rich_help_panel=PIPELINE_PANEL,
+        case_sensitive=False,
+        parser=parser,
+        autocompletion=complete,
+    )
+
+
+def complete_devices(incomplete: str) -> list[str]:
+    """What a shell offers for a kind of device, or for the last one of several."""
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + kind for kind in get_args(DeviceChoice) if kind.startswith(last)]
 
 
 OPTIONS: dict[str, Any] = {
@@ -31,7 +49,12 @@ OPTIONS: dict[str, Any] = {
     "layers": Annotated[str | None, _option("Layers of each stage, such as 8,7,7,6.", "NUMBERS")],
     "device": Annotated[
         str,
-        _option("cpu, cuda or 'auto': GPUs where there are any. One for each stage: cpu,cuda.", "KIND", str.lower),
+        _option(
+            "cpu, cuda or 'auto': GPUs where there are any. One for each stage: cpu,cuda.",
+            "KIND",
+            str.lower,
+            complete_devices,
+        ),
     ],
     "stage_nodes": Annotated[
         str | None,

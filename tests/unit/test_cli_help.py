@@ -136,6 +136,7 @@ def test_a_shell_completes_verbs_options_and_values(tmp_path: Path) -> None:
     assert completed("gptj-dist co") == ["complete", "convert"]
     assert completed("gptj-dist serve demo --dtype ") == ["auto", "float32", "bfloat16", "float16"]
     assert completed("gptj-dist serve demo --device c") == ["cpu", "cuda"]
+    assert completed("gptj-dist serve demo --device cpu,cu") == ["cpu,cuda"]
     assert "--kv-cache-gb" in completed("gptj-dist batch --k")
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").touch()
