@@ -31,6 +31,6 @@ def run_verb(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
+def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 150.0) -> T:
     """Polls until `condition` returns a true value, and returns that.
 
     Raises:

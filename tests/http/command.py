@@ -17,7 +17,7 @@ from typing import IO
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-STOP_LIMIT_S = 60.0
+STOP_LIMIT_S = 150.0
 
 
 @dataclass

@@ -27,3 +27,12 @@ def test_moves_of_layers_are_told_with_their_pauses() -> None:
     assert document["moves"]["num_layers"] > 0
     assert document["moves"]["longest_pause_ms"] > 0
     assert document["streams_that_differ"] == 0
+
+
+def test_the_simulation_is_compared_with_a_server_whose_stages_sleep() -> None:
+    sizes = ("--stages", "2", "--streams", "2", "--rates", "--input-len", "8", "--output-len", "16")
+    document = run("simulation_check", *sizes, "--step-ms", "30")
+    [case] = document["stages"]["2"]["cases"]
+    assert case["measured"].keys() == case["predicted"].keys() == case["ratios"].keys()
+    assert case["measured"]["token_ms"] > 2 * 30  # no stage was faster than it sleeps
+    assert case["measured"]["tokens_per_s"] < 2 * 1000 / (2 * 30)

@@ -39,6 +39,8 @@ CHECKS = [
 ]
 OPERATIONS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods]
 WITH_BODY = [(path, method) for path, method in OPERATIONS if "requestBody" in DOCUMENT["paths"][path][method]]
+REFUSED_BY_THIS_SERVER = ("/debug/repartition",)
+"""It has one stage."""
 NUM_EXAMPLES = 60
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
@@ -55,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "dtype": "float32",
         "max_model_len": 32,
         "chat_template": str(template),
-        "api_keys": write_keys(directory / "keys.yaml", ann={}),
+        "api_keys": write_keys(directory / "keys.yaml", ann={"admin": True}),
     }
     with serving(arguments, api_key=key_of("ann")) as server:
         yield server
@@ -93,7 +95,8 @@ def fuzz(schema: BaseSchema, operation: tuple[str, str], mode: GenerationMode, c
 @pytest.mark.parametrize("operation", OPERATIONS, ids=" ".join)
 def test_what_fits_the_description_is_answered_as_it_promises(schema: BaseSchema, operation: tuple[str, str]) -> None:
     statuses = fuzz(schema, operation, GenerationMode.POSITIVE, CHECKS)
-    assert statuses[404 if "{" in operation[0] else 200] > 0
+    expected = 404 if "{" in operation[0] else 400 if operation[0] in REFUSED_BY_THIS_SERVER else 200
+    assert statuses[expected] > 0
 
 
 @pytest.mark.parametrize("operation", WITH_BODY, ids=" ".join)

@@ -72,6 +72,10 @@ class FakeGroup:
     num_dropped = (0, 0)
     num_faults: ClassVar[dict[Any, int]] = {}
 
+    @property
+    def loaded(self) -> FakeLoaded:
+        return FakeLoaded()
+
     def __init__(self, joins: Iterator[Exception | FakeExecutor]) -> None:
         self.executor = make_executor(is_paused=True)
         self.is_killed = False
@@ -83,12 +87,12 @@ class FakeGroup:
     async def receive(self) -> Result:
         return await self.executor.receive()
 
-    async def join(self, _: int) -> Any:
+    async def join(self, _: int) -> FakeLoaded:
         joined = next(self._joins)
         if isinstance(joined, Exception):
             raise joined
         self.executor = joined
-        return FakeLoaded()
+        return self.loaded
 
     def kill(self) -> None:
         self.is_killed = True
@@ -124,7 +128,6 @@ class Replica(Pipeline):
         self._outages = Outages(1.0)
         self._loss_times_s = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: Any = group
-        self._loaded: Any = FakeLoaded()
         self._sender: Any = SimpleNamespace(num_malformed=0)
         self._adapters = AdapterList()
         self._engine = AsyncEngine(make_scheduler(), self._group, LIMITS)

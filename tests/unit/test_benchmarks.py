@@ -426,15 +426,6 @@ def test_simulations_end_in_a_document_and_plots(tmp_path: Path) -> None:
     assert all("<svg" in Path(file).read_text() for file in document["files"])
 
 
-def test_the_simulation_is_compared_with_a_server_whose_stages_sleep() -> None:
-    sizes = ("--stages", "2", "--streams", "2", "--rates", "--input-len", "8", "--output-len", "16")
-    document = run("simulation_check", *sizes, "--step-ms", "30")
-    [case] = document["stages"]["2"]["cases"]
-    assert case["measured"].keys() == case["predicted"].keys() == case["ratios"].keys()
-    assert case["measured"]["token_ms"] > 2 * 30  # no stage was faster than it sleeps
-    assert case["measured"]["tokens_per_s"] < 2 * 1000 / (2 * 30)
-
-
 def test_our_policy_serves_bursts_better_than_serves_at_the_same_cost() -> None:
     ours, *theirs = run("scaling", "--kinds", "burst", "--hours", "0.2")["rows"]
     assert (ours["policy"], len(theirs)) == ("ours", 2)

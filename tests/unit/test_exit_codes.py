@@ -125,6 +125,7 @@ def test_a_directory_that_is_not_there_is_a_finding_of_the_doctor() -> None:
     assert f"there is no directory {MISSING}" in done.stdout.decode()
 
 
+OF_CLUSTERS = ("up", "join", "nodes", "leave")
 READ_BY_HEAD = [
     ["plan", "demo"],
     ["doctor", "demo", "--device", "cpu"],
@@ -227,7 +228,13 @@ def test_without_a_home_verbs_work_or_say_what_they_lack(arguments: list[str], e
 
 def test_every_verb_that_is_quick_and_leaves_others_alone_is_tried() -> None:
     verbs = {verb.__name__ for group in COMMANDS.values() for verb in group}
-    assert {arguments[0] for arguments in READ_BY_HEAD} == verbs - {"serve", "stop", "verify"}
+    assert {arguments[0] for arguments in READ_BY_HEAD} == verbs - {
+        "serve",
+        "stop",
+        "verify",
+        "repartition",
+        *OF_CLUSTERS,
+    }
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "plan", MISSING], ["plan", MISSING, "--debug"]], ids=" ".join)
@@ -242,7 +249,7 @@ def test_debug_shows_where_an_error_was_raised_before_its_line(arguments: list[s
 def test_an_error_that_nothing_foresaw_is_a_line_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def app(arguments: list[str]) -> None:
+    def app(arguments: list[str], standalone_mode: bool) -> None:  # noqa: ARG001
         raise (MemoryError if "much" in arguments else KeyError)("a\nb")
 
     monkeypatch.setattr(cli, "app", app)
