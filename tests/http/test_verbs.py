@@ -61,7 +61,7 @@ def test_complete_prints_what_the_server_answers_streamed_or_not(server: Server)
 
 def test_complete_that_is_interrupted_frees_its_memory(server: Server) -> None:
     process = subprocess.Popen(
-        command_line("complete", f"{uuid4()}, call me", "--max-tokens", "1000", "--url", server.base),
+        command_line("complete", f"{uuid4()}, call me", "--max-tokens", "900", "--url", server.base),
         env=environment(),
         stdout=subprocess.PIPE,
     )

@@ -46,6 +46,7 @@ SCRIPTS = (
         "alerts",
         "beams",
         "beside_load",
+        "cluster",
         "compare",
         "faults",
         "front",
