@@ -75,19 +75,23 @@ def _tried(part: str, family: Family, environment: Mapping[str, str], harm: Call
         return tried(part, family, SETTINGS, joined, harm, MAX_TOKENS, AFTERMATH_S)
 
 
+def read_until_up(nodes: subprocess.Popen[str]) -> str:
+    """What `cluster/local_nodes.py` prints until its nodes run. Ends this program if they do not start."""
+    assert nodes.stdout is not None
+    said = ""
+    for line in nodes.stdout:
+        said += line
+        if "Ctrl-C stops them." in line:
+            return said
+    sys.exit("Ray's nodes did not start")
+
+
 @contextmanager
 def _nodes(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Runs nodes until the context ends. Yields the environment of a program that joins them."""
     command = [sys.executable, str(ROOT / "cluster" / "local_nodes.py"), str(NUM_NODES), "--cpus-per-node", "1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as nodes:
-        assert nodes.stdout is not None
-        said = ""
-        for line in nodes.stdout:
-            said += line
-            if "Ctrl-C stops them." in line:
-                break
-        else:
-            sys.exit("Ray's nodes did not start")
+        said = read_until_up(nodes)
         try:
             yield {**environment, **dict(re.findall(r"export (\w+)=(\S+)", said))}
         finally:

@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.figures import machine, print_document, print_row
 from benchmarks.load import Target, closed_loop, failures, serving_figures
+from benchmarks.nodes import read_until_up
 from benchmarks.processes import Family, content, parent
 from benchmarks.servers import ROOT, STOP_TIMEOUT_S, free_port, is_ready, serve_command, stop
 
@@ -111,14 +112,7 @@ def _nodes(family: Family, share: float) -> Iterator[dict[str, str]]:
         _quota(share) as group,
         subprocess.Popen(command, env=family.environment | PATIENCE, stdout=subprocess.PIPE, text=True) as nodes,
     ):
-        assert nodes.stdout is not None
-        said = ""
-        for line in nodes.stdout:
-            said += line
-            if "Ctrl-C stops them." in line:
-                break
-        else:
-            sys.exit("Ray's nodes did not start")
+        said = read_until_up(nodes)
         try:
             raylets = sorted((int(p.name) for p in family.members() if _is_raylet(p)), key=_node_number)
             cores = sorted(os.sched_getaffinity(0))

@@ -75,13 +75,7 @@ def make_application(
     """
     if listen is not None and config.ingress_replicas > 1:
         raise ConfigurationError("several ingresses need Serve's proxies in front of them: they are for a cluster")
-    # Fixes the commit now, so that replicas that start later serve the same one.
-    pipeline = draw_blueprint(config.pipeline).config
-    if pipeline.plan == "auto":
-        plan = plan_on_cluster(pipeline)
-        logger.info("planned", extra=values(plan="; ".join(plan.lines)))
-        pipeline = plan.config
-    config = replace(config, pipeline=pipeline)
+    config = replace(config, pipeline=_settled(config.pipeline))
     size = size_pipeline(config.pipeline)
     common = {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
@@ -120,6 +114,16 @@ def make_application(
     accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None
     streams = serve.deployment(Streams, name="Streams").options(**light).bind() if config.resumable else None
     return ingress.bind(config, pipeline, accounts, listen, streams)
+
+
+def _settled(config: PipelineConfig) -> PipelineConfig:
+    """The settings with their commit, so that replicas that start later serve the same one, and with their plan."""
+    config = draw_blueprint(config).config
+    if config.plan != "auto":
+        return config
+    plan = plan_on_cluster(config)
+    logger.info("planned", extra=values(plan="; ".join(plan.lines)))
+    return plan.config
 
 
 def size_pipeline(config: PipelineConfig) -> PipelineSize:
