@@ -65,7 +65,8 @@ class PipelineConfig:
         quantize: `int8` or `int4` weights in place of those of that type, or the bits of stages: `0-1:int8,2:int4`.
             `none` makes numbers of that type of weights that another tool has quantised.
         threads_per_stage: the most threads of a CPU stage; None shares the cores available evenly.
-        cpus_per_stage, gpus_per_stage: what each stage asks of Ray; None fits the device.
+        cpus_per_stage: the Ray CPUs of each stage; None fits the device.
+        gpus_per_stage: the Ray GPUs of each stage on a GPU; None fits the cluster.
         max_model_len: the most tokens of prompt and output together; None is the model's context.
         kv_cache_gb: KV cache of the whole pipeline in 10**9 bytes; None (`auto`) takes what is free, less a margin.
         max_batch_size: the most requests that run at once; more wait.
@@ -136,6 +137,8 @@ class PipelineConfig:
                 raise ConfigurationError(f"{name} must be positive and at most {_MAX_RESOURCE}, got {value:g}")
         if self.gpus_per_stage is not None and not 0 <= self.gpus_per_stage <= _MAX_RESOURCE:
             raise ConfigurationError(f"gpus_per_stage must be from 0 to {_MAX_RESOURCE}, got {self.gpus_per_stage:g}")
+        if self.gpus_per_stage and set(self.devices) == {"cpu"}:
+            raise ConfigurationError("gpus_per_stage is for stages on a GPU, but device is cpu: leave out one")
 
     def _check_places(self) -> None:
         """Checks what is said of single stages."""

@@ -48,10 +48,11 @@ def size_stages(config: PipelineConfig, num_stages: int, num_in_cluster: Callabl
     Args:
         num_in_cluster: returns the number of `CPU` or `GPU` in the whole cluster; called only for settings left open.
     """
-    kinds: Sequence[DeviceKind] = [
-        choice if choice != "auto" else ("cuda" if num_in_cluster("GPU") else "cpu") for choice in config.devices
-    ]
     cpus, gpus = config.cpus_per_stage, config.gpus_per_stage
+    kinds: Sequence[DeviceKind] = [
+        choice if choice != "auto" else ("cuda" if gpus or num_in_cluster("GPU") else "cpu")
+        for choice in config.devices
+    ]
     if cpus is None:  # at most one, less if the whole cluster has fewer CPUs
         share = CLUSTER_SHARE * num_in_cluster("CPU") / num_stages
         cpus = min(1.0, max(math.floor(share * 100) / 100, 0.01))

@@ -199,6 +199,8 @@ def test_stages_and_layers_may_agree() -> None:
         ({"kv_cache_gb": float("nan")}, "kv_cache_gb"),
         ({"cpus_per_stage": -1}, "cpus_per_stage"),
         ({"gpus_per_stage": -0.5}, "gpus_per_stage"),
+        ({"gpus_per_stage": 1, "device": "cpu"}, "gpus_per_stage"),
+        ({"gpus_per_stage": 1, "device": "cpu,cpu", "stages": 2}, "gpus_per_stage"),
     ],
     ids=str,
 )

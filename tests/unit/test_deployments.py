@@ -19,6 +19,7 @@ from gptj_dist.config import PipelineConfig
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.serving.app import build
 from gptj_dist.serving.settings import parse_settings
+from gptj_dist.serving.sizing import COORDINATOR_CPUS, size_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "deployments").glob("*.yaml"))
@@ -59,6 +60,15 @@ def test_the_arguments_are_settings(path: Path) -> None:
     settings = parse_settings(args).pipeline
     assert isinstance(settings, PipelineConfig)
     assert (settings.model, settings.num_stages) == (args["model"], args.get("stages", 1))
+
+
+@every_config
+def test_each_stage_asks_for_what_the_config_says(path: Path) -> None:
+    args = read(path)["applications"][0]["args"]
+    size = size_stages(parse_settings(args).pipeline, args.get("stages", 1), {"CPU": 16.0, "GPU": 0.0}.__getitem__)
+    gpus = {"GPU": args["gpus_per_stage"]} if args["device"] == "cuda" else {}
+    bundle = {"CPU": args.get("cpus_per_stage", 1.0), **gpus}
+    assert size.bundles == [{"CPU": COORDINATOR_CPUS}, *[bundle] * args.get("stages", 1)]
 
 
 @every_config

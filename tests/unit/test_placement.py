@@ -47,6 +47,11 @@ def test_stages_on_gpus_share_them_if_there_are_fewer_but_cpu_stages_take_none()
     assert [stage.gpus for stage in size.stages] == [0.5, 0.0, 0.5]
 
 
+def test_stages_that_ask_for_a_gpu_wait_for_one_that_the_cluster_may_get() -> None:
+    size = size_stages(config(stages=2, gpus_per_stage=1.0), 2, {"CPU": 16.0, "GPU": 0.0}.__getitem__)
+    assert [(stage.device, stage.gpus) for stage in size.stages] == [("cuda", 1.0)] * 2
+
+
 def test_a_stage_on_a_chosen_node_has_no_bundle_and_may_move_when_the_node_is_gone() -> None:
     nodes = ("any", f"{NODE_ID_LABEL}={NODE_ID}", "zone=b")
     size = size_stages(config(stage_nodes=nodes), 3, IN_CLUSTER.__getitem__)
