@@ -5,6 +5,7 @@ In one process, or as Ray actors that `transport` connects. Knows plans and tens
 
 __all__ = [
     "actor",
+    "actor_classes",
     "background",
     "blueprint",
     "cores",

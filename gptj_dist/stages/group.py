@@ -23,7 +23,9 @@ from gptj_dist.logs import LogSettings, values
 from gptj_dist.params import AdapterSource
 from gptj_dist.placement import StageResources
 from gptj_dist.planning.moves import LayerMove
-from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage, stage_address
+from gptj_dist.stages.actor import PlacedStage, stage_address
+from gptj_dist.stages.actor_classes import spare_actor, stage_actor
+from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import (
     Blueprint,
     DeviceReport,
@@ -32,8 +34,9 @@ from gptj_dist.stages.blueprint import (
     choose_dtype,
     require_equal_bits,
 )
+from gptj_dist.stages.departures import DrainedNodes, start_successor, watch_departures
 from gptj_dist.stages.loss import StageLoss, death_cause, end_process, last_words
-from gptj_dist.stages.on_node import on_node
+from gptj_dist.stages.on_node import cannot_be_reached, node_doors, on_node
 from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.relocation import MovedLayer, carry_out
@@ -44,8 +47,6 @@ from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.leash import LeashPost
 
 logger = logging.getLogger(__name__)
-
-ACTOR_NAME_PREFIX = "gptj-dist"
 
 PLACEMENT_TIMEOUT_S = 600.0
 """How long the cluster may take to find room for all stages and to start their processes."""
@@ -115,6 +116,8 @@ class StageGroup:
         self._endings: set[asyncio.Task[None]] = set()
         self._faults: Counter[tuple[int, FrameFault]] = Counter()
         self._ring: Ring | None = None
+        self._successors: dict[int, _Member] = {}
+        self._departures: asyncio.Task[None] | None = None
         self._leash = LeashPost(stage_address(blueprint.config.interface))
 
     @classmethod
@@ -127,7 +130,11 @@ class StageGroup:
             ConfigurationError, StageFailedError: see `join`.
         """
         group = cls(blueprint, placement, log)
-        return group, await group.join(epoch)
+        loaded = await group.join(epoch)
+        group._departures = run_in_background(
+            "watch of departures", watch_departures(DrainedNodes().ask, group._nodes, group._move), _note_no_watch
+        )
+        return group, loaded
 
     async def join(self, epoch: int) -> LoadedPipeline:
         """Joins all stages to a new ring, without any requests.
@@ -145,6 +152,11 @@ class StageGroup:
             self._ring.close()
             for index in self._ring.deaths:
                 self._drop(index)
+        for index, successor in self._successors.items():
+            if index in self._members:
+                self._drop(index)
+            self._members[index] = successor
+        self._successors.clear()
         newcomers = self._create(epoch)
         try:
             await self._renew(epoch)
@@ -161,7 +173,14 @@ class StageGroup:
         outbound = transport.outbound(members[0].placed.address)
         next_addresses = [*(member.placed.address for member in members[1:]), inbound.address]
         runs = [member.actor.run.remote(address) for member, address in zip(members, next_addresses, strict=True)]
-        self._ring = Ring(inbound, outbound, runs, lambda index: members[index].actor.pulse.remote(), self._faults)
+        doors = node_doors()
+
+        async def is_cut_off(index: int) -> bool:
+            return await cannot_be_reached(doors.get(members[index].placed.node_id))
+
+        self._ring = Ring(
+            inbound, outbound, runs, lambda index: members[index].actor.pulse.remote(), is_cut_off, self._faults
+        )
         self._create_spares()
         return loaded
 
@@ -233,9 +252,11 @@ class StageGroup:
 
     def kill(self) -> None:
         """Kills all stages at once. A second call does nothing."""
+        if self._departures is not None:
+            self._departures.cancel()
         if self._ring is not None:
             self._ring.close()
-        for member in self._members.values():
+        for member in [*self._members.values(), *self._successors.values()]:
             ray.kill(member.actor)
         for spares in self._spares.values():
             for spare in spares:
@@ -259,8 +280,31 @@ class StageGroup:
         missing = set(range(len(self._specs))).difference(self._members, besides)
         return {index: self._spare(index, epoch) or self._new(index, epoch) for index in sorted(missing)}
 
+    def _nodes(self) -> dict[int, str]:
+        """The nodes of the stages that have no successor."""
+        return {i: member.placed.node_id for i, member in self._members.items() if i not in self._successors}
+
+    async def _move(self, index: int) -> None:
+        """Starts a stage on any other node while the old one computes; the next `join` puts it in its place."""
+        member = self._members[index]
+        assert self._loaded is not None
+        actor = self._stage_actor(index, None).remote(self._leash.address)
+        threads = self._blueprint.config.threads_per_stage
+        placed, report = await start_successor(actor, self._specs[index], self._log, self._loaded, threads)
+        if self._members.get(index) is not member:  # it has died meanwhile, and was replaced
+            ray.kill(actor)
+            return
+        self._successors[index] = _Member(actor, placed, report)
+        self._present_ring.interrupt(f"stage {index} moves to another node")
+
+    def _stage_actor(self, index: int, epoch: int | None) -> Any:
+        """The actor class of a stage; for no epoch, of its successor anywhere else."""
+        placement = self._placement
+        strategy = None if epoch is None else placement.strategy(index)
+        return stage_actor(placement.name, index, placement.stages[index], epoch, strategy)
+
     def _new(self, index: int, epoch: int) -> _Newcomer:
-        actor = _stage_actor(self._placement, index, epoch).remote(self._leash.address)
+        actor = self._stage_actor(index, epoch).remote(self._leash.address)
         return _Newcomer(actor, actor.become.remote(self._specs[index], epoch, self._log))
 
     def _spare(self, index: int, epoch: int) -> _Newcomer | None:
@@ -275,7 +319,7 @@ class StageGroup:
         """Creates spares on all nodes that have fewer than they should. Does not wait for them."""
         for node_id in {member.placed.node_id for member in self._members.values()}:
             for _ in range(self._blueprint.config.spares - len(self._spares[node_id])):
-                self._spares[node_id].append(_spare_actor(self._placement, node_id).remote(self._leash.address))
+                self._spares[node_id].append(spare_actor(self._placement.name, node_id).remote(self._leash.address))
 
     async def _renew(self, epoch: int) -> None:
         """Has the living stages leave their ring. Drops those that cannot."""
@@ -374,24 +418,8 @@ async def _loss(index: int, placed: PlacedStage, error: Exception) -> StageLoss:
     return StageLoss(index, cause, placed.process.host, placed.process.pid, None if words is None else words.log_line)
 
 
-def _stage_actor(placement: Placement, index: int, epoch: int) -> Any:
-    """The actor class of a stage. `ps` shows the name of the class."""
-    title = f"{ACTOR_NAME_PREFIX}:{placement.name.rpartition('::')[2]}:stage-{index}"
-    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(type(title, (Stage,), {})).options(
-        name=f"{ACTOR_NAME_PREFIX}/{placement.name}/{epoch}/stage-{index}",
-        num_cpus=placement.stages[index].cpus,
-        num_gpus=placement.stages[index].gpus,
-        max_restarts=0,
-        scheduling_strategy=placement.strategy(index),
-    )
-
-
-def _spare_actor(placement: Placement, node_id: str) -> Any:
-    """The actor class of a spare. It asks for no resources: those of the stage whose place it takes stay reserved."""
-    title = f"{ACTOR_NAME_PREFIX}:{placement.name.rpartition('::')[2]}:spare"
-    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(type(title, (Stage,), {})).options(
-        num_cpus=0, max_restarts=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-    )
+def _note_no_watch(error: Exception) -> None:
+    logger.error("stages do not move from nodes that will end", extra=values(error=str(error)))
 
 
 def _share_cores(devices: Sequence[DeviceReport]) -> list[int]:

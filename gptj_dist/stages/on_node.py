@@ -1,9 +1,10 @@
-"""Calls a function about a process on the process's machine."""
+"""Calls a function about a process on the process's machine, and finds out whether a machine can be reached."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TypeVar
 
 import ray
@@ -12,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gptj_dist.stages.loss import StageProcess
 
 TIMEOUT_S = 10.0
+DIAL_TIMEOUT_S = 1.0
 
 T = TypeVar("T")
 
@@ -32,3 +34,31 @@ async def on_node(node_id: str, function: Callable[[StageProcess], T], process: 
             return answer
     except (TimeoutError, ray.exceptions.RayError):
         return None
+
+
+def node_doors() -> Mapping[str, tuple[str, int]]:
+    """Host and port of Ray's raylet on each living node, by the node's id."""
+    return {
+        node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["Alive"]
+    }
+
+
+async def cannot_be_reached(door: tuple[str, int] | None) -> bool:
+    """Whether packets do not come through to the machine. One that refuses the connection can be reached.
+
+    Args:
+        door: where a process listens there; None counts as reachable.
+    """
+    if door is None:
+        return False
+    try:
+        async with asyncio.timeout(DIAL_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(*door)
+    except ConnectionRefusedError:
+        return False
+    except (TimeoutError, OSError):
+        return True
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    return False

@@ -1,7 +1,8 @@
 """Tells a stage that hangs from one that is slow. Knows neither Ray nor sockets.
 
 A stage that computes goes from layer to layer, however slow it is. One whose process stands still no longer answers.
-One whose device is stuck answers, but stays at its layer.
+One whose device is stuck answers, but stays at its layer. One whose node cannot be reached is given time: a network
+that comes back brings its frames along (`docs/decisions/0043-cut-networks.md`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ FIRST_LIMIT_S = 10.0
 
 LOST_FRAME_LIMIT_S = 5.0
 """Time without a result after which a frame is lost, if all stages live and none has a frame."""
+
+SUSPECT_S = 1.5
+"""Time without a sign of life after which it is asked whether the stage's node can be reached at all."""
+
+MAX_CUT_LOOKS = 20
+"""Looks at an unreachable node, each of `PERIOD_S` and a second at most, after which its stages count as lost. Usually
+Ray gives the node up before."""
 
 NUM_RECENT_STEPS = 64
 
@@ -51,6 +59,7 @@ class Pulses:
     def __init__(self, num_stages: int) -> None:
         self._last: list[Pulse | None] = [None] * num_stages
         self._silent_s = [0.0] * num_stages
+        self._num_cut_looks = [0] * num_stages
         self._waits_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
 
@@ -71,15 +80,28 @@ class Pulses:
     def restart(self) -> None:
         """Begins anew: nothing is in flight, or all stages have shown that they live."""
         self._silent_s = [0.0] * len(self._silent_s)
+        self._num_cut_looks = [0] * len(self._silent_s)
         self._waits_s = 0.0
 
     def note_answer(self, index: int, pulse: Pulse) -> None:
         """A stage has answered."""
+        self._num_cut_looks[index] = 0
         if pulse != self._last[index] or not pulse.is_computing:
             self._silent_s[index] = 0.0
         if pulse.is_computing:
             self._waits_s = 0.0
         self._last[index] = pulse
+
+    def suspects(self) -> list[int]:
+        """Stages without a sign of life for long enough that their nodes may be cut off."""
+        return [index for index, silent_s in enumerate(self._silent_s) if silent_s >= SUSPECT_S]
+
+    def note_cut_off(self, index: int) -> None:
+        """A suspect's node cannot be reached. Its silence proves nothing: the network may come back."""
+        self._num_cut_looks[index] += 1
+        if self._num_cut_looks[index] <= MAX_CUT_LOOKS:
+            self._silent_s[index] = SUSPECT_S
+            self._waits_s = 0.0
 
     def pass_time(self) -> None:
         """Counts one period. It counts as `PERIOD_S` however long it took: on a busy machine stages are late, too."""

@@ -42,6 +42,7 @@ class Ring:
         inbound, outbound: the coordinator's ends of the edges from the last stage and to stage 0.
         runs: for each stage, what resolves or fails when the stage no longer computes frames.
         feel: asks a stage, by its index, for its pulse.
+        is_cut_off: finds out whether the node of a stage cannot be reached.
         faults: counts faults of frames, by edge.
 
     Attributes:
@@ -58,11 +59,13 @@ class Ring:
         outbound: Outbound,
         runs: Sequence[Awaitable[None]],
         feel: Callable[[int], Awaitable[Pulse]],
+        is_cut_off: Callable[[int], Awaitable[bool]],
         faults: Counter[tuple[int, FrameFault]],
     ) -> None:
         self._inbound = inbound
         self._outbound = outbound
         self._feel = feel
+        self._is_cut_off = is_cut_off
         self._faults = faults
         self._pulses = Pulses(len(runs))
         self._num_sent = self._num_landed = 0
@@ -102,6 +105,10 @@ class Ring:
         if isinstance(result, GPTJDistError):
             raise result
         return result
+
+    def interrupt(self, reason: str) -> None:
+        """Ends the ring although all stages live, so that `StageGroup` joins another one."""
+        self._results.put_nowait(StageFailedError(reason))
 
     async def end(self) -> None:
         """Lets the stages end their runs, if frames still pass all of them; then closes the ring."""
@@ -158,9 +165,17 @@ class Ring:
                     self._pulses.note_answer(index, asked[index].result())
                 if index not in asked or asked[index].done():
                     asked[index] = asyncio.ensure_future(self._feel(index))
+            await self._look_for_cuts()
             for index, error in self._pulses.hung().items():
                 self._note_death(index, error)
         self._note_fault(edge, FrameFaultError(FrameFault.MISSING, "all stages wait for one"))
+
+    async def _look_for_cuts(self) -> None:
+        """Finds out which of the silent stages are on nodes that cannot be reached."""
+        suspects = self._pulses.suspects()
+        for index, is_cut in zip(suspects, await asyncio.gather(*map(self._is_cut_off, suspects)), strict=True):
+            if is_cut:
+                self._pulses.note_cut_off(index)
 
     def _note_watch_error(self, error: Exception) -> None:
         self._results.put_nowait(StageFailedError(str(error)))

@@ -26,7 +26,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.servers import free_port
 from gptj_dist.serving.sizing import COORDINATOR_CPUS
-from gptj_dist.stages.group import ACTOR_NAME_PREFIX
+from gptj_dist.stages.actor_classes import ACTOR_NAME_PREFIX
 from tests.http.server import Server, local_ray, serve_http
 from tests.waiting import wait_until
 

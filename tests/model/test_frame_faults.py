@@ -117,6 +117,10 @@ class Threads:
         self.loaded = await self.group.join(self.epoch)
 
 
+async def no_nodes() -> frozenset[str]:
+    return frozenset()
+
+
 @pytest.fixture(scope="module")
 def threads() -> Iterator[Threads]:
     made = Threads()
@@ -126,7 +130,9 @@ def threads() -> Iterator[Threads]:
         patch.setattr(ray, "kill", lambda _: None)
         patch.setattr(actor, "claim_cores", lambda _: None)
         patch.setattr(garbage, "settle", lambda: None)
-        patch.setattr(group, "_stage_actor", lambda *_: SimpleNamespace(remote=made.start_stage))
+        patch.setattr(group, "stage_actor", lambda *_: SimpleNamespace(remote=made.start_stage))
+        patch.setattr(group, "node_doors", dict)
+        patch.setattr(group, "DrainedNodes", lambda: SimpleNamespace(ask=no_nodes))
         patch.setattr(group, "open_transport", lambda epoch: FaultyTransport(epoch, made.network, COORDINATOR_TO_0))
         made.run(made.open())
         yield made

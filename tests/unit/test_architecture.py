@@ -49,7 +49,8 @@ THIRD_PARTY_OF = {
     "checkpoint": {"torch", "huggingface_hub"},
     "answers": {"pydantic", "pydantic_core"},
 }
-RAY_MODULES = {"stages.actor", "stages.group", "stages.on_node", "stages.ray_errors", "stages.relocation"}
+RAY_MODULES = {"stages.actor", "stages.actor_classes", "stages.departures", "stages.group", "stages.on_node"}
+RAY_MODULES |= {"stages.ray_errors", "stages.relocation"}
 RAY_UNITS = {"serving", "operate", "cli"}
 
 

@@ -237,11 +237,15 @@ class FakeOutbound:
 
 def ring_of(runs: list[Any], receiving: Exception | None = None) -> Ring:
     inbound: Any = FakeInbound(receiving)
-    return Ring(inbound, FakeOutbound(), runs, no_pulse, Counter())
+    return Ring(inbound, FakeOutbound(), runs, no_pulse, never, Counter())
 
 
 async def no_pulse(_: int) -> Pulse:
     raise AssertionError("no plan is in flight")
+
+
+async def never(_: int) -> bool:
+    return False
 
 
 async def _end_of_run(error: Exception | None) -> None:
@@ -323,7 +327,7 @@ def test_a_closed_ring_can_be_ended() -> None:
     async def scenario() -> None:
         transport = open_transport(epoch=0)
         inbound = transport.async_inbound("127.0.0.1")
-        ring = Ring(inbound, transport.outbound(inbound.address), [], no_pulse, Counter())
+        ring = Ring(inbound, transport.outbound(inbound.address), [], no_pulse, never, Counter())
         ring.close()
         await ring.end()
         port = inbound.address.partition("#")[0].rpartition(":")[2]

@@ -45,7 +45,7 @@ def coordinator() -> Iterator[tuple[subprocess.Popen[str], threading.Event]]:
         process.kill()
 
 
-def test_the_limits_are_less_than_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_coordinator_is_noticed_within_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     waits_ms = leash.MAX_LOST_PERIODS * leash.PERIOD_MS
     assert leash.HEARTBEAT_MS + leash.HEARTBEAT_TIMEOUT_MS + waits_ms < 5000
@@ -57,6 +57,16 @@ def test_a_coordinator_that_dies_or_falls_silent_is_lost(sent: signal.Signals) -
     with coordinator() as (process, is_lost):
         os.kill(process.pid, sent)
         assert is_lost.wait(TIMEOUT_S)
+
+
+def test_a_coordinator_that_falls_silent_and_comes_back_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the network between them fails for a while."""
+    monkeypatch.setattr(leash, "MAX_CUT_PERIODS", 10_000)
+    with coordinator() as (process, is_lost):
+        os.kill(process.pid, signal.SIGSTOP)
+        assert not is_lost.wait(1.5), "longer than the limit for one that is dead"
+        os.kill(process.pid, signal.SIGCONT)
+        assert not is_lost.wait(1.5)
 
 
 def test_strangers_are_refused_and_a_post_that_was_never_reached_is_not_lost() -> None:

@@ -33,7 +33,7 @@ PRIVATE_NAMES = {
     "ray._private.node.Node": "operate/cluster/ray_node.py: Ray's processes of a node",
     "ray._private.parameter.RayParams": "operate/cluster/ray_node.py: their settings",
     "ray._private.state.GlobalState": "operate/cluster/overview.py: which actor is on which node, without joining",
-    "ray._raylet.GcsClient": "operate/cluster/store.py: the key-value store and the nodes, without joining",
+    "ray._raylet.GcsClient": "operate/cluster/store.py, stages/departures.py: nodes, and the key-value store",
     "ray._raylet.GcsClientOptions.create": "operate/cluster/overview.py: the address of the GCS",
     "ray._private.worker._global_node": "operate/launch/local_ray.py: the local Ray of this process",
     "huggingface_hub.utils._http": "checkpoint/hub.py: the logger of its advice",

@@ -16,6 +16,7 @@ from gptj_dist.stages.pulse import (
     BASE_LIMIT_S,
     FIRST_LIMIT_S,
     LOST_FRAME_LIMIT_S,
+    MAX_CUT_LOOKS,
     PERIOD_S,
     Pulse,
     Pulses,
@@ -108,6 +109,30 @@ def test_a_frame_is_lost_on_its_edge_when_all_stages_wait_for_it(received: tuple
     assert pulses.silent_edge(5, 4) == edge
 
 
+def test_a_stage_that_is_cut_off_is_given_time_and_so_are_the_frames_on_their_way() -> None:
+    pulses = Pulses(2)
+    pulses.note_result([0.0])
+    for _ in range(MAX_CUT_LOOKS):
+        pulses.pass_time()
+        pulses.note_answer(0, Pulse(3, False, 1))
+        for index in pulses.suspects():
+            pulses.note_cut_off(index)
+        assert not pulses.hung()
+        assert pulses.silent_edge(1, 0) is None
+    silence(pulses, BASE_LIMIT_S)
+    assert set(pulses.hung()) == {1}
+
+
+def test_a_stage_that_stays_cut_off_is_lost_in_the_end() -> None:
+    pulses = Pulses(1)
+    pulses.note_result([0.0])
+    for _ in range(MAX_CUT_LOOKS + 10):
+        pulses.pass_time()
+        for index in pulses.suspects():
+            pulses.note_cut_off(index)
+    assert set(pulses.hung()) == {0}
+
+
 class Inbound:
     """Hands out the frames that a test puts."""
 
@@ -139,9 +164,15 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring, "PERIOD_S", 0.0)
 
 
-def ring_of(inbound: Inbound, feel: Callable[[int], Awaitable[Pulse]]) -> Ring:
+async def never(_: int) -> bool:
+    return False
+
+
+def ring_of(
+    inbound: Inbound, feel: Callable[[int], Awaitable[Pulse]], is_cut_off: Callable[[int], Awaitable[bool]] = never
+) -> Ring:
     runs: list[Any] = [asyncio.get_running_loop().create_future() for _ in range(2)]
-    return Ring(inbound, Outbound(), runs, feel, Counter())
+    return Ring(inbound, Outbound(), runs, feel, is_cut_off, Counter())
 
 
 def test_a_ring_reports_the_stage_that_hangs_and_no_other() -> None:
@@ -156,6 +187,32 @@ def test_a_ring_reports_the_stage_that_hangs_and_no_other() -> None:
         with pytest.raises(StageFailedError, match=r"stage 1 hung: it made no progress for 10\.5 s"):
             await there.receive()
         assert set(there.deaths) == {1}
+        there.close()
+
+    asyncio.run(run())
+
+
+def test_a_ring_waits_for_a_stage_that_is_cut_off() -> None:
+    looks = 0
+
+    async def feel(_: int) -> Pulse:
+        await asyncio.Future()
+        raise AssertionError
+
+    async def is_cut_off(_: int) -> bool:
+        nonlocal looks
+        looks += 1
+        return looks < 2 * MAX_CUT_LOOKS
+
+    async def run() -> None:
+        inbound = Inbound()
+        there = ring_of(inbound, feel, is_cut_off)
+        there.submit(PLAN)
+        while looks < MAX_CUT_LOOKS:  # noqa: ASYNC110  # no event says so
+            await asyncio.sleep(0)
+        assert not there.deaths
+        inbound.frames.put_nowait(ResultFrame(Result(0, (1,), (StageTiming(0, 5), StageTiming(5, 9)))))
+        assert (await there.receive()).plan_id == 0
         there.close()
 
     asyncio.run(run())

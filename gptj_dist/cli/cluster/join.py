@@ -22,10 +22,10 @@ def join(
     ] = False,
     drain_s: Annotated[
         float,
-        typer.Option(metavar="SECONDS", parser=seconds, help="How long it waits, when it leaves, for what runs there."),
+        typer.Option(metavar="SECONDS", parser=seconds, help="How long stages may take to move away when it leaves."),
     ] = DEFAULT_LEAVE_S,
 ) -> None:
-    """Join this machine to a cluster, and stay until Ctrl-C. Then it leaves, and its stages start on other nodes."""
+    """Join this machine to a cluster, and stay until Ctrl-C. Then its stages move to other nodes, and it leaves."""
     from gptj_dist.errors import ConfigurationError
     from gptj_dist.operate.cluster.code import JoinCode
     from gptj_dist.operate.cluster.run import Offer, run_member, start_signals

@@ -19,7 +19,7 @@ def leave(
         float, typer.Option(metavar="SECONDS", parser=seconds, help="How long to wait until it has left.")
     ] = DEFAULT_LIMIT_S,
 ) -> None:
-    """Have this machine leave its cluster: its stages start on other nodes. The same as Ctrl-C of `join`."""
+    """Have this machine leave its cluster: its stages move to other nodes first. The same as Ctrl-C of `join`."""
     from gptj_dist.operate.cluster.leaving import leave_cluster
 
     left = leave_cluster(pid, timeout_s)

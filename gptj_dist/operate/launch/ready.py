@@ -68,7 +68,7 @@ def _progress(name: str) -> dict[str, LoadProgress]:
     """How far the stages are that have a process: by `stage-0`, or by `1/stage-0` where there are several pipelines."""
     import ray
 
-    from gptj_dist.stages.group import ACTOR_NAME_PREFIX
+    from gptj_dist.stages.actor_classes import ACTOR_NAME_PREFIX
 
     named = ray.util.list_named_actors(all_namespaces=True)
     actors = [a for a in named if a["name"].startswith(ACTOR_NAME_PREFIX) and f"::{name}#" in a["name"]]
