@@ -34,10 +34,10 @@ from gptj_dist.stages.blueprint import (
     choose_dtype,
     require_equal_bits,
 )
+from gptj_dist.stages.calls import answers_of, find_loss, when_placed
 from gptj_dist.stages.departures import DrainedNodes, start_successor, watch_departures
-from gptj_dist.stages.loss import StageLoss, death_cause, end_process, last_words
+from gptj_dist.stages.loss import StageLoss, end_process
 from gptj_dist.stages.on_node import cannot_be_reached, node_doors, on_node
-from gptj_dist.stages.pulse import StageHungError
 from gptj_dist.stages.ray_errors import own_error, summary
 from gptj_dist.stages.relocation import MovedLayer, carry_out
 from gptj_dist.stages.ring import Ring
@@ -47,9 +47,6 @@ from gptj_dist.stages.transport.frames import FrameFault
 from gptj_dist.stages.transport.leash import LeashPost
 
 logger = logging.getLogger(__name__)
-
-PLACEMENT_TIMEOUT_S = 600.0
-"""How long the cluster may take to find room for all stages and to start their processes."""
 
 ANSWER_TIMEOUT_S = 5.0
 LEAVE_TIMEOUT_S = 30.0
@@ -268,7 +265,9 @@ class StageGroup:
     def losses(self) -> Awaitable[list[StageLoss]]:
         """The causes of death of the stages that have died in the present ring. Call it before `join`."""
         deaths = self._present_ring.deaths
-        return asyncio.gather(*(_loss(index, self._members[index].placed, error) for index, error in deaths.items()))
+        return asyncio.gather(
+            *(find_loss(index, self._members[index].placed, error) for index, error in deaths.items())
+        )
 
     @property
     def _present_ring(self) -> Ring:
@@ -290,8 +289,9 @@ class StageGroup:
         assert self._loaded is not None
         actor = self._stage_actor(index, None).remote(self._leash.address)
         threads = self._blueprint.config.threads_per_stage
-        placed, report = await start_successor(actor, self._specs[index], self._log, self._loaded, threads)
-        if self._members.get(index) is not member:  # it has died meanwhile, and was replaced
+        spec = self._specs[index]
+        placed, report = await start_successor(actor, spec, self._log, self._loaded, threads)
+        if self._members.get(index) is not member or self._specs[index] != spec:  # it was replaced, or layers moved
             ray.kill(actor)
             return
         self._successors[index] = _Member(actor, placed, report)
@@ -351,7 +351,9 @@ class StageGroup:
     async def _load(self, newcomers: Mapping[int, _Newcomer]) -> LoadedPipeline:
         """Has newcomers load their weights, makes them members, and sizes the caches."""
         blueprint, config = self._blueprint, self._blueprint.config
-        placed = {index: member.placed for index, member in self._members.items()} | await _place(newcomers)
+        placed = {index: member.placed for index, member in self._members.items()} | await when_placed(
+            {index: newcomer.becoming for index, newcomer in newcomers.items()}
+        )
         devices = [placed[index].device for index in range(len(self._specs))]
         kept = next(iter(self._members.values()), None)
         dtype = choose_dtype(config, blueprint.model, devices) if kept is None else kept.report.dtype
@@ -366,13 +368,13 @@ class StageGroup:
             )
             for index, newcomer in newcomers.items()
         }
-        for index, report in (await _answers(placed, loading)).items():
+        for index, report in (await answers_of(placed, loading)).items():
             self._members[index] = _Member(newcomers[index].actor, placed[index], self._as_before(index, report))
         reports = tuple(self._members[index].report for index in range(len(self._specs)))
         loaded = LoadedPipeline(blueprint, reports, count_kv_blocks(blueprint, reports))
         is_resized = self._loaded is None or loaded.num_blocks != self._loaded.num_blocks
         resized = {index: self._members[index].actor for index in (self._members if is_resized else newcomers)}
-        await _answers(placed, {i: actor.allocate.remote(loaded.num_blocks) for i, actor in resized.items()})
+        await answers_of(placed, {i: actor.allocate.remote(loaded.num_blocks) for i, actor in resized.items()})
         self._loaded = loaded
         return loaded
 
@@ -382,40 +384,6 @@ class StageGroup:
         if before is None or before.device.memory_pool != report.device.memory_pool:
             return report
         return replace(report, free_bytes=before.free_bytes)
-
-
-async def _place(newcomers: Mapping[int, _Newcomer]) -> dict[int, PlacedStage]:
-    """Waits until newcomers have a process and have become their stages."""
-    try:
-        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
-            placed = await asyncio.gather(*(newcomer.becoming for newcomer in newcomers.values()))
-            return dict(zip(newcomers, placed, strict=True))
-    except TimeoutError:
-        raise StageFailedError(f"the stages were not placed within {PLACEMENT_TIMEOUT_S:.0f} s") from None
-    except ray.exceptions.RayError as error:
-        raise own_error(error) or StageFailedError(f"a stage {summary(error)}") from error
-
-
-async def _answers(placed: Mapping[int, PlacedStage], calls: Mapping[int, Any]) -> dict[int, Any]:
-    """What calls to stages return, by stage."""
-    answers = await asyncio.gather(*(_answer(index, placed[index], call) for index, call in calls.items()))
-    return dict(zip(calls, answers, strict=True))
-
-
-async def _answer(index: int, placed: PlacedStage, call: Any) -> Any:
-    try:
-        return await call
-    except ray.exceptions.RayError as error:
-        raise own_error(error) or StageFailedError(str(await _loss(index, placed, error))) from error
-
-
-async def _loss(index: int, placed: PlacedStage, error: Exception) -> StageLoss:
-    words = await on_node(placed.node_id, last_words, placed.process)
-    is_known = isinstance(error, ray.exceptions.RayTaskError) or (
-        words is not None and isinstance(error, StageHungError)
-    )
-    cause = summary(error) if is_known else death_cause(words, str(error))
-    return StageLoss(index, cause, placed.process.host, placed.process.pid, None if words is None else words.log_line)
 
 
 def _note_no_watch(error: Exception) -> None:

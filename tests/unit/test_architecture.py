@@ -49,8 +49,8 @@ THIRD_PARTY_OF = {
     "checkpoint": {"torch", "huggingface_hub"},
     "answers": {"pydantic", "pydantic_core"},
 }
-RAY_MODULES = {"stages.actor", "stages.actor_classes", "stages.departures", "stages.group", "stages.on_node"}
-RAY_MODULES |= {"stages.ray_errors", "stages.relocation"}
+RAY_MODULES = {"stages.actor", "stages.actor_classes", "stages.calls", "stages.departures", "stages.group"}
+RAY_MODULES |= {"stages.on_node", "stages.ray_errors", "stages.relocation"}
 RAY_UNITS = {"serving", "operate", "cli"}
 
 
