@@ -33,7 +33,7 @@ from gptj_dist.errors import CheckpointError, ConfigurationError, StageFailedErr
 from gptj_dist.logs import LogSettings
 from gptj_dist.params import Pooling
 from gptj_dist.placement import StageResources
-from gptj_dist.stages import group
+from gptj_dist.stages import actor_classes
 from gptj_dist.stages.actor import CONCURRENCY_GROUPS, PlacedStage, Stage
 from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
@@ -350,7 +350,7 @@ class SlowStage(Stage):
 
 
 def test_a_slow_stage_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "Stage", SlowStage)
+    monkeypatch.setattr(actor_classes, "Stage", SlowStage)
 
     async def run() -> None:
         async with running_group(PipelineConfig("demo", stages=2), epoch=50) as (group, engine, driver):
@@ -412,7 +412,7 @@ class StageWithoutCompiler(Stage):
 
 
 def test_a_float32_pipeline_of_unlike_kernels_is_refused_and_leaves_no_actor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "Stage", StageWithoutCompiler)
+    monkeypatch.setattr(actor_classes, "Stage", StageWithoutCompiler)
     bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.5}, {"CPU": 0.5}])
     before = set(map(str, ray.util.list_named_actors(all_namespaces=True)))
     with pytest.raises(ConfigurationError, match=r"stage 1 on .* has torch's attention; install a C compiler"):
