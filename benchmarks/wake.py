@@ -4,11 +4,12 @@
     python -m benchmarks.wake demo --burst 16 --pipelines 3 16 clients wake it until so many pipelines run
 
 The server runs with `--min-replicas 0` and sleeps before each round. `first_token_s` is the time of each round. The
-parts of the median round are read from the logs of Ray Serve and of the coordinator: `decide_s` until Serve starts a
-pipeline, `process_s` until its coordinator's process begins its log, `load_s` until it is up (stages start, read their
-weights, make a token), `answer_s` until the client has its first token. `cpu_s` is the computing time of all processes
-of the server in the round: on busy machines it says more than the clock. With `--burst` the clients go on until all
-pipelines run, and then the server sleeps again; `failed` counts answers other than 200. The last line on standard
+parts of each round are read from the logs of Ray Serve, the coordinator and the stages: `decide_s` until Serve starts a
+pipeline, `process_s` until its coordinator's process has imported its modules, `stages_s` until the last stage's
+process has, `load_s` until the last stage has read its weights and has its cache, `prove_s` until a token was made,
+`answer_s` until the client has its first token. `cpu_s` is the computing time of all processes of the server in the
+round, without those that ended: on busy machines it says more than the clock. With `--burst` the clients go on until
+all pipelines run, and then the server sleeps again; `failed` counts answers other than 200. The last line on standard
 output is one JSON document. Linux only.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
 import statistics
 import sys
@@ -25,18 +25,18 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from benchmarks.figures import machine, print_document
-from benchmarks.processes import Family, content
+from benchmarks.processes import Family, content, cpu_s
 from benchmarks.servers import started
 
 SLEEP_TIMEOUT_S, BURST_TIMEOUT_S = 300.0, 300.0
 POLL_S = 0.1
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 BODY = {"prompt": "Call me", "max_tokens": 16, "stream": True, "ignore_eos": True}
 LONG = {"prompt": "My fellow citizens", "max_tokens": 64, "ignore_eos": True}
 
@@ -66,19 +66,21 @@ def main() -> None:
 def wake(base: str, model: str, family: Family) -> dict[str, float]:
     """Waits until the server sleeps, and sends a request. The seconds until the first token, and their parts."""
     wait_until(lambda: is_asleep(base), "sleeps", SLEEP_TIMEOUT_S)
-    cpu_s, began_at = _cpu_s(family), time.time()
+    before, began_at = _cpu_s(family), time.time()
     with (
         httpx.Client(base_url=base, timeout=SLEEP_TIMEOUT_S) as client,
         client.stream("POST", "/v1/completions", json={"model": model, **BODY}) as response,
     ):
-        next(line for line in response.iter_lines() if line)
+        lines = response.iter_lines()
+        next(line for line in lines if line)
         first_at = time.time()
         if response.status_code != 200:
             sys.exit(f"the request failed: {response.status_code}")
-        for _ in response.iter_lines():
+        for _ in lines:
             pass
-    figures = {"first_token_s": first_at - began_at, "cpu_s": _cpu_s(family) - cpu_s}
-    figures |= _parts(family, began_at, first_at)
+    cpu_s = sum(seconds - before.get(process, 0.0) for process, seconds in _cpu_s(family).items())
+    figures = {"first_token_s": first_at - began_at, "cpu_s": cpu_s, **_parts(family, began_at, first_at)}
+    wait_until(lambda: not is_asleep(base), "knows that it is awake", SLEEP_TIMEOUT_S)
     print(" ".join(f"{name} {value:.2f}" for name, value in figures.items()), flush=True)
     return figures
 
@@ -124,10 +126,9 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> fl
     return time.monotonic() - began_s
 
 
-def _cpu_s(family: Family) -> float:
-    """Computing time of the processes that live; in a round none of them ends."""
-    stats = [content(path / "stat").rpartition(b")")[2].split() for path in family.members()]
-    return sum(int(stat[11]) + int(stat[12]) for stat in stats if stat) / TICKS_PER_S
+def _cpu_s(family: Family) -> dict[str, float]:
+    """Computing time of each process that lives, by its id."""
+    return {process.name: cpu_s(process) for process in family.members()}
 
 
 def _parts(family: Family, began_at: float, first_at: float) -> dict[str, float]:
@@ -135,13 +136,19 @@ def _parts(family: Family, began_at: float, first_at: float) -> dict[str, float]
     if (session := _session(family)) is None:
         return {}
     logs = session / "logs"
-    decided = _first_at(logs.glob("serve/controller_*.log"), "Upscaling Deployment(name='Pipeline'", began_at)
-    begun = _first_at(logs.glob("gptj-dist/*coordinator*"), "", began_at)
-    up = _first_at(logs.glob("gptj-dist/*coordinator*"), "pipeline up", began_at)
-    if decided is None or begun is None or up is None:
+    coordinators, stages = list(logs.glob("gptj-dist/coordinator-*")), list(logs.glob("gptj-dist/stage-*"))
+    times = {
+        "decide_s": _times(logs.glob("serve/controller_*.log"), "Upscaling Deployment(name='Pipeline'", began_at)[:1],
+        "process_s": _times(coordinators, "pipeline starts", began_at)[:1],
+        "stages_s": _times(stages, "stage loads", began_at)[-1:],
+        "load_s": _times(stages, "stage ready", began_at)[-1:],
+        "prove_s": _times(coordinators, "pipeline up", began_at)[:1],
+        "answer_s": [first_at],
+    }
+    if not all(times.values()):
         return {}
-    parts = {"decide_s": decided - began_at, "process_s": begun - decided, "load_s": up - begun}
-    return parts | {"answer_s": first_at - up}
+    ends = [began_at, *(at for [at] in times.values())]
+    return {name: after - before for name, (before, after) in zip(times, pairwise(ends), strict=True)}
 
 
 def _session(family: Family) -> Path | None:
@@ -151,18 +158,18 @@ def _session(family: Family) -> Path | None:
 
 
 _SESSION = re.compile(r"/[^\0= ]*/session_\d[\d_-]*")
-_TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,]\d{3}")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,]\d{3}Z?")
 
 
-def _first_at(files: Iterable[Path], text: str, since: float) -> float | None:
+def _times(files: Iterable[Path], text: str, since: float) -> list[float]:
+    """When lines with this text were logged, in order."""
     times = []
     for file in files:
         for line in file.read_text(errors="replace").splitlines():
             found = _TIME.search(line)
             if found is not None and text in line:
-                at = datetime.fromisoformat(found[0].replace(",", ".")).timestamp()
-                times += [at] if at >= since else []
-    return min(times, default=None)
+                times.append(datetime.fromisoformat(found[0].replace(",", ".")).timestamp())
+    return sorted(at for at in times if at >= since)
 
 
 if __name__ == "__main__":

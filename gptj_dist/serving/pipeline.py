@@ -126,6 +126,7 @@ class Pipeline:
         self._name: str = replica.unique_id
         self._log = LogSettings(log_format, model_name, self._name, log_level)
         self._process = StageProcess.this(Path(open_log(log_directory(), self._log, "coordinator").baseFilename))
+        logger.info("pipeline starts", extra=values(pid=self._process.pid))
         self._actor = replica.to_full_id_str()
         placement = Placement(
             group=ray.util.get_current_placement_group(),

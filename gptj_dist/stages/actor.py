@@ -20,9 +20,8 @@ from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.params import AdapterSource
 from gptj_dist.planning.moves import LayerMove
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
-from gptj_dist.stages.cores import CoreClaim, claim_cores
+from gptj_dist.stages.cores import CoreClaim, LoneCores, claim_cores
 from gptj_dist.stages.load_progress import LoadProgress
-from gptj_dist.stages.lone_steps import LoneCores
 from gptj_dist.stages.loss import StageProcess
 from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.request_log import RequestLog

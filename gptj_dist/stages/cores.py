@@ -31,6 +31,21 @@ class CoreClaim:
     allowed: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class LoneCores:
+    """What a stage may use in a lone step, and in its other steps.
+
+    Args:
+        num_threads: maximum number of torch threads in a lone step.
+        cores: those of the machine; empty if the stage is not bound to any.
+        own: those among them to which the stage keeps in other steps.
+    """
+
+    num_threads: int
+    cores: frozenset[int] = frozenset()
+    own: frozenset[int] = frozenset()
+
+
 def available_cores() -> int:
     """The number of cores that this process can keep busy: its affinity, limited by its control groups' CPU quota.
 

@@ -10,7 +10,6 @@ they sleep from the end of a lone step to the stage's next one (`docs/decisions/
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -18,24 +17,10 @@ import torch
 
 from gptj_dist.model.native.library import load_library
 from gptj_dist.model.native.team import Team
+from gptj_dist.stages.cores import LoneCores
 from gptj_dist.stages.threads import ThreadChooser
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class LoneCores:
-    """What a stage may use in a lone step, and in its other steps.
-
-    Args:
-        num_threads: maximum number of torch threads in a lone step.
-        cores: those of the machine; empty if the stage is not bound to any.
-        own: those among them to which the stage keeps in other steps.
-    """
-
-    num_threads: int
-    cores: frozenset[int] = frozenset()
-    own: frozenset[int] = frozenset()
 
 
 class StageThreads:

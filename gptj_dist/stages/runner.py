@@ -26,13 +26,13 @@ from gptj_dist.model.sampler import Sampler, SampleSpec
 from gptj_dist.params import AdapterSource, TokenLogprobs
 from gptj_dist.stages.adapters import AdaptedRows, StageAdapters
 from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
-from gptj_dist.stages.cores import available_cores
+from gptj_dist.stages.cores import LoneCores, available_cores
 from gptj_dist.stages.device import describe_device, open_device
 from gptj_dist.stages.drafts import accept
 from gptj_dist.stages.embeddings import MovedPool
 from gptj_dist.stages.held_layer import HeldLayer
 from gptj_dist.stages.load_progress import LoadProgress
-from gptj_dist.stages.lone_steps import LoneCores, StageThreads, stage_threads
+from gptj_dist.stages.lone_steps import StageThreads, stage_threads
 from gptj_dist.stages.parts import new_adapters, read_layer, read_stage, stage_report
 from gptj_dist.stages.requests import StageRequests
 

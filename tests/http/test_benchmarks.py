@@ -36,3 +36,12 @@ def test_the_simulation_is_compared_with_a_server_whose_stages_sleep() -> None:
     assert case["measured"].keys() == case["predicted"].keys() == case["ratios"].keys()
     assert case["measured"]["token_ms"] > 2 * 30  # no stage was faster than it sleeps
     assert case["measured"]["tokens_per_s"] < 2 * 1000 / (2 * 30)
+
+
+def test_a_server_that_sleeps_is_woken_and_the_parts_of_that_are_told() -> None:
+    document = run("wake", "demo", "--rounds", "1", "--pipelines", "1")
+    [figures] = document["rounds"]
+    parts = ("decide_s", "process_s", "stages_s", "load_s", "prove_s", "answer_s")
+    assert all(figures[part] > 0 for part in parts)
+    assert sum(figures[part] for part in parts) == pytest.approx(figures["first_token_s"], rel=0.01)
+    assert figures["cpu_s"] > 0

@@ -238,6 +238,15 @@ def test_importing_what_must_be_light_loads_neither_torch_nor_ray(names: str) ->
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_coordinators_and_ingresses_do_without_torch() -> None:
+    """Importing it takes seconds of each start, and memory of each process. Spares and stages import it themselves."""
+    code = "import sys, gptj_dist.serving.app; sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_launcher_imports_no_ray_before_it_has_set_rays_environment() -> None:
     code = "import sys, gptj_dist.cli.server.serve, gptj_dist.operate.launch.run; sys.exit('ray' in sys.modules)"
     done = subprocess.run(

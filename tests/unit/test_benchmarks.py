@@ -19,7 +19,7 @@ import pytest
 from benchmarks.cases import NUM_TOKEN_IDS, Case, case_of, parse_case
 from benchmarks.compare import compared
 from benchmarks.contenders import parse_spec
-from benchmarks.faults import differences, joined, num_tokens
+from benchmarks.faults import Stream, differences, joined, num_tokens
 from benchmarks.figures import medians, percentile, rounded, summarise, times_as_good
 from benchmarks.load import (
     Measured,
@@ -34,6 +34,8 @@ from benchmarks.overload import Sent, load_figures, made_before, offered
 from benchmarks.processes import Family
 from benchmarks.servers import serve_command, vllm_serve_command
 from benchmarks.sse_client import ChunkedBody, FrameSplitter, StreamRecord
+from benchmarks.update import Findings
+from benchmarks.update import figures as update_figures
 from benchmarks.vllm_settings import share_cores
 from tests.waiting import wait_until
 
@@ -68,7 +70,7 @@ SCRIPTS = (
         "plots",
     ),
     *("same_logits", "scheduler", "speculation", "startup", "step", "structured_output", "transport", "unlike"),
-    "wake",
+    *("update", "wake"),
 )
 TIME_LIMIT_S = 240
 CASE = Case(2, 5, 3)
@@ -381,6 +383,26 @@ def test_an_answer_is_joined_from_its_frames_and_differs_if_any_part_is_missing_
     assert differences(reduce(joined, [*frames, frames[0]]), whole) == ["0.text", "0.token_ids", "0.logprobs"]
     assert differences(reduce(joined, frames[:2]), whole) == ["usage.completion_tokens"]
     assert differences({**whole, "error": {"code": "stage_failed"}}, whole) == ["error.code"]
+
+
+def test_streams_during_updates_are_told_apart_from_calm_ones() -> None:
+    findings = Findings(updates=[(10.0, 14.0)])
+
+    def judge(begin_s: float, frame_s: list[float], text: str = "It was", error: str | None = None) -> None:
+        record = StreamRecord(begin_s, 3, frame_s, num_tokens=4 * len(frame_s), error=error)
+        findings.judge(Stream("greedy", 0, content={"0": {"text": text}}, record=record), {"0": {"text": "It was"}})
+
+    judge(0.0, [1.0, 2.0])
+    judge(9.0, [9.5, 11.0, 12.0, 13.0])
+    judge(14.5, [15.0, 20.0], text="It is")
+    judge(12.0, [], error="reset")
+    told = update_figures(findings)
+    assert (told["num_requests"], told["num_failed"], told["num_different"]) == (4, 1, 1)
+    assert told["problems"] == ["greedy 0: 0.text differ", "greedy: reset"]
+    assert told["num_streams"] == {"during": 1, "calm": 2}
+    assert told["pause_ms"]["during"]["max"] == pytest.approx(1500)
+    assert told["pause_ms"]["calm"]["max"] == pytest.approx(5000)
+    assert told["tokens_per_s"] == pytest.approx({"during": 12 / 4, "calm": 20 / 16})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

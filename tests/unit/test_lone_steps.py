@@ -15,7 +15,8 @@ from gptj_dist.engine.scheduling import SchedulerConfig
 from gptj_dist.model.native.team import Team
 from gptj_dist.params import SamplingParams
 from gptj_dist.stages import lone_steps
-from gptj_dist.stages.lone_steps import LoneCores, StageThreads, stage_threads
+from gptj_dist.stages.cores import LoneCores
+from gptj_dist.stages.lone_steps import StageThreads, stage_threads
 from tests.unit.test_scheduler import land
 
 T = TypeVar("T")
