@@ -36,7 +36,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.faults import KINDS, Content, Stream, differences, pause_ms
+from benchmarks.faults import KINDS, TEMPLATE, Content, Stream, differences, pause_ms
 from benchmarks.figures import machine, percentile, print_document, print_row
 from benchmarks.nodes import read_until_up
 from benchmarks.parts import title
@@ -125,7 +125,7 @@ class Application:
             "name": APP,
             "route_prefix": "/",
             "import_path": "gptj_dist.serving.app:build",
-            "args": {**args, "max_queued_requests": 1000 + version},
+            "args": {**args, "chat_template": TEMPLATE, "max_queued_requests": 1000 + version},
             "deployments": [pipelines],
         }
         port = int(self.base.rpartition(":")[2])
