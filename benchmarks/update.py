@@ -102,13 +102,15 @@ class Application:
     def deploy(self, version: int, directory: Path) -> None:
         """Runs `serve deploy` with a config that differs from that of other versions. Does not wait for the update."""
         path = directory / f"version-{version}.yaml"
-        path.write_text(yaml.safe_dump(self._config(version)))
+        template = directory / "template.jinja"
+        template.write_text(TEMPLATE)
+        path.write_text(yaml.safe_dump(self._config(version, template)))
         command = [SERVE, "deploy", str(path)]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"serve deploy failed: {done.stderr}")
 
-    def _config(self, version: int) -> dict[str, Any]:
+    def _config(self, version: int, template: Path) -> dict[str, Any]:
         args: dict[str, Any] = {
             "model": "demo",
             "stages": 2,
@@ -125,7 +127,7 @@ class Application:
             "name": APP,
             "route_prefix": "/",
             "import_path": "gptj_dist.serving.app:build",
-            "args": {**args, "chat_template": TEMPLATE, "max_queued_requests": 1000 + version},
+            "args": {**args, "chat_template": str(template), "max_queued_requests": 1000 + version},
             "deployments": [pipelines],
         }
         port = int(self.base.rpartition(":")[2])
