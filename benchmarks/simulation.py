@@ -147,12 +147,12 @@ def of_slow(options: Options) -> list[Row]:
 
 
 def of_split(options: Options) -> list[Row]:
-    """Eight devices under requests at random times, more and more."""
+    """Eight devices under requests at random times, more and more. All ways take 512 requests at once."""
     rows = []
     for num_stages in (4, 8) if options.is_small else (1, 2, 4, 8):
-        for rate in (2.0,) if options.is_small else (2.0, 5.0, 8.0, 11.0):
-            load = OpenLoop(rate, 20 if options.is_small else 250, USUAL, seed=1)
-            outcome = simulated(SIX_B, [options.device] * num_stages, load, 8 // num_stages)
+        for rate in (2.0,) if options.is_small else (2.0, 5.0, 8.0, 11.0, 14.0, 17.0):
+            load = OpenLoop(rate, 20 if options.is_small else max(250, round(30 * rate)), USUAL, seed=1)
+            outcome = simulated(SIX_B, [options.device] * num_stages, load, 8 // num_stages, batch=64 * num_stages)
             rows.append(_row({"stages": num_stages, "rate": rate, "keeps_up": outcome.keeps_up}, outcome))
     return rows
 

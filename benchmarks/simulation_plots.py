@@ -111,7 +111,8 @@ def draw_split(rows: Rows, directory: Path) -> Path:
         axes.set_title(title, loc="left")
         axes.set_xlabel("requests/s (512 tokens in, 128 out)")
         axes.set_ylabel("ms")
-        axes.set_ylim(bottom=0)
+        highest = max(map(value, good))
+        axes.set_ylim(0, 1.15 * highest)  # room for names above the last points
         _name_lines(figure, axes)
     return _saved(figure, directory, "simulation-split")
 
