@@ -1,17 +1,19 @@
 """A real cluster on slow links: its speed against the planner's formula, a network that fails, a node that is gone.
 
-    python -m benchmarks.cluster                                1 ms and 10 ms, then the two faults
+    python -m benchmarks.cluster                                1 ms and 10 ms, then the faults
     python -m benchmarks.cluster --delays 5 --faults none
 
-Makes five machines of network namespaces (root only), each with a link of 1 Gbit/s and a delay, has them form a
-cluster by `gptj-dist up` and `gptj-dist join` alone, and serves the demo in four stages, one a machine. The fifth has
-room for a stage that is lost.
+Makes six machines of network namespaces (root only), each with a link of 1 Gbit/s and a delay, has them form a
+cluster by `gptj-dist up` and `gptj-dist join` alone, and serves the demo in four stages, one a machine. Two have room
+for stages that are lost.
 
-- Speed: tokens/s of 1, 8 and 32 streams while they decode, against `docs/planning.md`: the time of a round is the sum
-  of the stages' steps and of the links' times. Steps are timed in the same run, as `gptj-dist plan --check` times them;
-  links are those that `gptj-dist nodes` shows.
-- `cut`: the cable of a machine with a stage is pulled for 5 s while streams run. `gone`: it is pulled for good. The
-  streams are compared byte for byte with the same ones undisturbed.
+- Speed: tokens/s of 1, 8 and 32 streams while all of them decode, against `docs/planning.md`: a round takes the sum of
+  the stages' steps and of the links' times, or the steps of its plans on the slowest stage. The steps' times are those
+  that the stages report meanwhile (`gptj_dist_stage_step_seconds`): stages that share two cores and their caches are
+  slower than alone. The links' times are those that `gptj-dist nodes` shows.
+- `cut`: the cable of a machine with a stage is pulled for 5 s while streams run. `leave`: the machine leaves by
+  `gptj-dist leave`. `gone`: its cable is pulled for good. The streams are compared byte for byte with the same ones
+  undisturbed.
 
 The last line on standard output is one JSON document.
 """
@@ -27,25 +29,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.cases import Case
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
 from benchmarks.faults import Stream, differences, num_tokens, pause_ms
 from benchmarks.figures import machine, print_document, print_row
-from benchmarks.load import Target, closed_loop, request_times
 from benchmarks.namespaces import Network, network
 from benchmarks.processes import Family
 from benchmarks.servers import READY_TIMEOUT_S, is_ready
 
-NUM_MACHINES, NUM_STAGES = 5, 4
+NUM_MACHINES, NUM_STAGES = 6, 4
 CPUS, CPUS_PER_STAGE = 2, 1.5
 THREADS = 2
 BATCHES = (1, 8, 32)
-INPUT_LEN, OUTPUT_LEN = 32, 96
+SPEED_TOKENS, FIRST_TOKENS = 160, 5
+STEP_METRIC = "gptj_dist_stage_step_seconds"
 NUM_RUNS = 3
 START_LIMIT_S = 300.0
 LINKS_SETTLE_S = 40.0
@@ -69,12 +73,11 @@ def main() -> None:
         environment.pop("RAY_ADDRESS", None)
         net.set_delay(args.delays[0])
         try:
-            address = form_cluster(net, environment, Path(cache))
+            address, joined = form_cluster(net, environment, Path(cache))
             base = serve(net, address, environment, Path(cache))
-            speeds = [
-                row for delay_ms in args.delays for row in measure_speed(net, address, base, delay_ms, environment)
-            ]
-            faults = [FAULTS[name](net, address, base, environment) for name in args.faults if name != "none"]
+            site = Site(net, environment, address, joined, base)
+            speeds = [row for delay_ms in args.delays for row in measure_speed(site, delay_ms)]
+            faults = [FAULTS[name](site) for name in args.faults if name != "none"]
         finally:
             family.kill()
     print_document("cluster", {"machine": machine(), "speeds": speeds, "faults": faults})
@@ -84,12 +87,40 @@ def parse_args() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--delays", nargs="+", type=float, default=[1.0, 10.0], metavar="MS", help="of the links")
-    parser.add_argument("--faults", nargs="+", choices=[*FAULTS, "none"], default=list(FAULTS), help="default: both")
+    parser.add_argument("--faults", nargs="+", choices=[*FAULTS, "none"], default=list(FAULTS), help="default: all")
     return parser.parse_args()
 
 
-def form_cluster(net: Network, environment: Mapping[str, str], logs: Path) -> str:
-    """`up` on the first machine, `join` on the others. Returns the cluster's address."""
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A cluster that serves.
+
+    Args:
+        address: of the cluster.
+        joined: the process of `gptj-dist join` of each machine but the first.
+        base: URL of the server.
+    """
+
+    net: Network
+    environment: Mapping[str, str]
+    address: str
+    joined: Mapping[int, subprocess.Popen[bytes]]
+    base: str
+
+    def nodes(self) -> Any:
+        """What `gptj-dist nodes --json` shows."""
+        return json.loads(self.gptj_dist(1, "nodes", "--json", "--address", self.address))
+
+    def gptj_dist(self, machine: int, *arguments: str) -> str:
+        """What a command prints that is run on a machine."""
+        command = self.net.command(machine, [sys.executable, "-m", "gptj_dist", *arguments])
+        return subprocess.run(command, env=self.environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def form_cluster(
+    net: Network, environment: Mapping[str, str], logs: Path
+) -> tuple[str, dict[int, subprocess.Popen[bytes]]]:
+    """`up` on the first machine, `join` on the others. Returns the cluster's address, and what runs on the others."""
     head = _start(net, 1, ["up", "--cpus", str(CPUS)], environment, logs / "up")
     code = _wait_for(head, logs / "up", r"gptj-dist join (\S+)")
     joined = {
@@ -99,7 +130,7 @@ def form_cluster(net: Network, environment: Mapping[str, str], logs: Path) -> st
     for number, process in joined.items():
         _wait_for(process, logs / f"join{number}", "Ctrl-C leaves")
         print((logs / f"join{number}").read_text().strip(), file=sys.stderr)
-    return _wait_for(head, logs / "up", r"head at (\S+)")
+    return _wait_for(head, logs / "up", r"head at (\S+)"), joined
 
 
 def serve(net: Network, address: str, environment: Mapping[str, str], logs: Path) -> str:
@@ -118,74 +149,87 @@ def serve(net: Network, address: str, environment: Mapping[str, str], logs: Path
     return base
 
 
-def measure_speed(
-    net: Network, address: str, base: str, delay_ms: float, environment: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
+def measure_speed(site: Site, delay_ms: float) -> Iterator[dict[str, Any]]:
     """Rows of tokens/s with links of a delay: measured, and by the formula."""
-    net.set_delay(delay_ms)
+    site.net.set_delay(delay_ms)
     time.sleep(LINKS_SETTLE_S)
-    shown = nodes(net, address, environment)
+    shown = site.nodes()
     hops_s = hops_of(shown)
-    print_row(["delay ms", "streams", "tokens/s", "formula", "ratio", "stages ms", "links ms"])
+    print_row(["delay ms", "streams", "tokens/s", "formula", "ratio", "rows", "stages ms", "links ms"])
     for batch in BATCHES:
-        measured = median(decode_rate(base, batch, seed) for seed in range(NUM_RUNS))
-        rows = -(-batch // min(batch, NUM_STAGES))
-        steps_s = stage_steps_s(rows)
-        wire_s = [latency_s + rows * row_bytes() / rate for latency_s, rate in hops_s]
-        formula = batch / max(min(batch, NUM_STAGES) * max(steps_s), sum(steps_s) + sum(wire_s))
-        row = {
-            "delay_ms": delay_ms,
-            "streams": batch,
-            "tokens_s": measured,
-            "formula_tokens_s": formula,
-            "ratio": measured / formula,
-            "stages_ms": 1e3 * sum(steps_s),
-            "links_ms": 1e3 * sum(wire_s),
-            "slower_links_named": sum(link["is_slower"] for link in shown["links"]),
-        }
-        print_row(list(row.values())[:-1])
-        yield row
+        windows = [asyncio.run(decode_window(site.base, batch, f"{delay_ms} {run}")) for run in range(NUM_RUNS)]
+        for window in sorted(windows, key=lambda window: window.tokens_s)[NUM_RUNS // 2 :][:1]:
+            wire_s = sum(latency_s + window.rows * row_bytes() / rate for latency_s, rate in hops_s)
+            in_turn_s, busiest_s = sum(window.steps_s) + wire_s, batch / window.rows * max(window.steps_s)
+            formula = batch / max(in_turn_s, busiest_s)
+            row = {
+                "delay_ms": delay_ms,
+                "streams": batch,
+                "tokens_s": window.tokens_s,
+                "formula_tokens_s": formula,
+                "ratio": window.tokens_s / formula,
+                "rows": window.rows,
+                "stages_ms": 1e3 * sum(window.steps_s),
+                "links_ms": 1e3 * wire_s,
+                "slower_links_named": sum(link["is_slower"] for link in shown["links"]),
+            }
+            print_row(list(row.values())[:-1])
+            yield row
 
 
-def decode_rate(base: str, batch: int, seed: int) -> float:
-    """Tokens/s of streams that decode together: their number over the mean time of a token after the first one."""
-    case = Case(batch, INPUT_LEN, OUTPUT_LEN)
-    found = asyncio.run(closed_loop(Target(base, "demo"), case, batch, seed))
-    if failed := [record.error for record in found.records if record.error is not None]:
+class Window(NamedTuple):
+    """A time in which all streams decode.
+
+    Args:
+        rows: mean tokens of a plan.
+        steps_s: mean seconds of each stage's step.
+    """
+
+    tokens_s: float
+    rows: float
+    steps_s: list[float]
+
+
+async def decode_window(base: str, batch: int, salt: str) -> Window:
+    """Runs streams together; looks at the time from when all have some tokens until the first one is near its end."""
+    streams = [Stream("greedy", number % NUM_STREAMS, SPEED_TOKENS, salt=salt) for number in range(batch)]
+    running = asyncio.gather(*(stream.run(base) for stream in streams))
+    async with httpx.AsyncClient(base_url=base, timeout=30) as client:
+        looks = []
+        for of, limit in ((min, FIRST_TOKENS), (max, SPEED_TOKENS - FIRST_TOKENS)):
+            await _have_come(streams, running, of, limit)
+            tokens, at_s = sum(num_tokens(stream.content) for stream in streams), time.monotonic()
+            looks.append((tokens, at_s, step_sums((await client.get("/metrics")).text)))
+    await running
+    if failed := [stream.record for stream in streams if stream.record is None or stream.record.error is not None]:
         sys.exit(f"a stream failed: {failed[0]}")
-    return batch / fmean(request_times(record)["tpot"] for record in found.records)
+    (tokens, begin_s, before), (more_tokens, end_s, after) = looks
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)]
+    num_tokens_new = more_tokens - tokens
+    return Window(
+        num_tokens_new / (end_s - begin_s),
+        num_tokens_new / steps[0][1],
+        [seconds / count for seconds, count in steps],
+    )
 
 
-def stage_steps_s(rows: int) -> list[float]:
-    """Seconds of a decode step of each stage alone, timed now by the stopwatch of `gptj-dist plan --check`."""
-    from gptj_dist.planning.cost import Chunks
-    from gptj_dist.stages.blueprint import draw_blueprint
-    from gptj_dist.stages.stopwatch import open_team
-
-    blueprint = draw_blueprint(_pipeline_config())
-    specs = blueprint.stage_specs(["cpu"] * NUM_STAGES)
-    case = Chunks(rows, 1, INPUT_LEN + OUTPUT_LEN // 2)
-    with open_team([specs], "float32", THREADS) as team:
-        return [median(team.time(index, case)[0] for _ in range(NUM_RUNS)) for index in range(NUM_STAGES)]
+def step_sums(metrics: str) -> list[tuple[float, float]]:
+    """Seconds and number of the steps of each stage so far."""
+    sums = {
+        (int(sample.labels["stage"]), sample.name): sample.value
+        for family in text_string_to_metric_families(metrics)
+        if family.name == STEP_METRIC
+        for sample in family.samples
+    }
+    return [(sums[i, f"{STEP_METRIC}_sum"], sums[i, f"{STEP_METRIC}_count"]) for i in range(NUM_STAGES)]
 
 
 def row_bytes() -> int:
     """Of a row's hidden state between stages, in float32."""
+    from gptj_dist.config import PipelineConfig
     from gptj_dist.stages.blueprint import draw_blueprint
 
-    return 4 * draw_blueprint(_pipeline_config()).model.d_model
-
-
-def _pipeline_config() -> Any:
-    from gptj_dist.config import PipelineConfig
-
-    return PipelineConfig("demo", stages=NUM_STAGES, dtype="float32", device="cpu")
-
-
-def nodes(net: Network, address: str, environment: Mapping[str, str]) -> Any:
-    """What `gptj-dist nodes --json` shows."""
-    command = net.command(1, [sys.executable, "-m", "gptj_dist", "nodes", "--json", "--address", address])
-    return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    return 4 * draw_blueprint(PipelineConfig("demo", stages=NUM_STAGES, dtype="float32", device="cpu")).model.d_model
 
 
 def hops_of(shown: Any) -> list[tuple[float, float]]:
@@ -212,47 +256,54 @@ def victim_of(net: Network, shown: Any) -> int:
     sys.exit("every machine with a stage has another part of the server, too; try again")
 
 
-def cut(net: Network, address: str, base: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Pulls a cable for `CUT_S`."""
+def cut(site: Site) -> dict[str, Any]:
+    """Pulls the cable of a machine with a stage for `CUT_S`."""
 
     def harm(victim: int) -> None:
-        net.cut(victim)
+        site.net.cut(victim)
         time.sleep(CUT_S)
-        net.heal(victim)
+        site.net.heal(victim)
 
-    return _disturbed("cut", net, address, base, environment, harm)
-
-
-def gone(net: Network, address: str, base: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Pulls a cable for good."""
-    return _disturbed("gone", net, address, base, environment, net.cut)
+    return _disturbed("cut", site, harm)
 
 
-FAULTS: Mapping[str, Callable[[Network, str, str, Mapping[str, str]], dict[str, Any]]] = {"cut": cut, "gone": gone}
+def leave(site: Site) -> dict[str, Any]:
+    """Has a machine with a stage leave the cluster."""
+    return _disturbed(
+        "leave",
+        site,
+        lambda victim: print(site.gptj_dist(victim, "leave", "--pid", str(site.joined[victim].pid)), file=sys.stderr),
+    )
 
 
-def _disturbed(
-    name: str, net: Network, address: str, base: str, environment: Mapping[str, str], harm: Callable[[int], None]
-) -> dict[str, Any]:
+def gone(site: Site) -> dict[str, Any]:
+    """Pulls the cable of a machine with a stage for good."""
+    return _disturbed("gone", site, site.net.cut)
+
+
+FAULTS: Mapping[str, Callable[[Site], dict[str, Any]]] = {"cut": cut, "leave": leave, "gone": gone}
+
+
+def _disturbed(name: str, site: Site, harm: Callable[[int], None]) -> dict[str, Any]:
     """Runs streams undisturbed, and again with the harm in their middle; says how they differ, and their pause."""
     kinds = ("greedy", "seeded")
     usual, hit = (
         [Stream(kinds[i % 2], i, STREAM_TOKENS, salt=f"{name} {which}") for i in range(NUM_STREAMS)]
         for which in ("usual", "hit")
     )
-    asyncio.run(_run_all(base, usual))
-    shown = nodes(net, address, environment)
-    victim = victim_of(net, shown)
-    asyncio.run(_run_all(base, hit, lambda: harm(victim)))
+    asyncio.run(_run_all(site.base, usual))
+    shown = site.nodes()
+    victim = victim_of(site.net, shown)
+    asyncio.run(_run_all(site.base, hit, lambda: harm(victim)))
     outcome = {
         "fault": name,
-        "machine": net.address(victim),
+        "machine": site.net.address(victim),
         "streams": len(hit),
         "failed": sum(stream.record is None or stream.record.error is not None for stream in hit),
         "different": sum(bool(differences(a.content, b.content)) for a, b in zip(hit, usual, strict=True)),
         "pause_ms": max(pause_ms(stream) for stream in hit),
         "before": placement(shown),
-        "after": placement(nodes(net, address, environment)),
+        "after": placement(site.nodes()),
     }
     print(json.dumps(outcome), file=sys.stderr)
     return outcome
@@ -261,10 +312,17 @@ def _disturbed(
 async def _run_all(base: str, streams: Sequence[Stream], harm: Callable[[], None] | None = None) -> None:
     running = asyncio.gather(*(stream.run(base) for stream in streams))
     if harm is not None:
-        while min(num_tokens(stream.content) for stream in streams) < MIDDLE_TOKENS and not running.done():  # noqa: ASYNC110
-            await asyncio.sleep(POLL_S / 10)  # frames set no event
+        await _have_come(streams, running, min, MIDDLE_TOKENS)
         await asyncio.to_thread(harm)
     await running
+
+
+async def _have_come(
+    streams: Sequence[Stream], running: asyncio.Future[list[None]], of: Callable[[Iterable[int]], int], limit: int
+) -> None:
+    """Waits until `of` the streams' tokens is a limit."""
+    while of(num_tokens(stream.content) for stream in streams) < limit and not running.done():  # noqa: ASYNC110
+        await asyncio.sleep(POLL_S / 10)  # frames set no event
 
 
 def placement(shown: Any) -> dict[str, list[str]]:
