@@ -139,6 +139,7 @@ def serve(net: Network, address: str, environment: Mapping[str, str], logs: Path
     command = [
         *("serve", "demo", *options.split(), "--host", net.address(1), "--port", str(PORT)),
         *("--cpus-per-stage", str(CPUS_PER_STAGE), "--threads-per-stage", str(THREADS)),
+        *("--wait-nodes", str(NUM_MACHINES)),
     ]
     process = _start(net, 1, command, environment, logs / "serve")
     base, deadline_s = f"http://{net.address(1)}:{PORT}", time.monotonic() + READY_TIMEOUT_S

@@ -13,24 +13,25 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import RayServeException, RequestCancelledError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.exceptions import ActorDiedError, RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from gptj_dist.config import DEFAULT_WAKE_TIMEOUT_S
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.mailbox import Delta, Mailbox
 from gptj_dist.engine.record import RequestRecord
-from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, PipelineLostError, StageFailedError
+from gptj_dist.errors import GPTJDistError, InvalidRequestError, NotReadyError, StageFailedError
 from gptj_dist.logs import values
 from gptj_dist.serving.broadcast import Replies, ask_all, ask_any
 from gptj_dist.serving.debug import DownPipeline, PipelineDocument
-from gptj_dist.serving.feed import BEAT_S, FeedInbox, ReplyTo
+from gptj_dist.serving.feed import BEAT_S, FeedInbox
 from gptj_dist.serving.keys import CALLER, SESSION
 from gptj_dist.serving.layer_moves import Recut
 from gptj_dist.serving.moves import JointMoves, lasting
 from gptj_dist.serving.outages import ServerOutage
 from gptj_dist.serving.pipeline import PipelineStatus
+from gptj_dist.serving.pipeline_call import PipelineCall
 from gptj_dist.serving.pipeline_watch import PipelineWatch, ScalePlan
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.loss import LastWords, last_words
@@ -48,9 +49,6 @@ REPARTITION_TIMEOUT_S = 1800.0
 
 ANSWER_S, PROBE_S = 2.0, 0.5
 """How long a pipeline may take to tell its state, and then to show that its coordinator lives."""
-
-LAST_TOKENS_S = 5.0
-"""How long a stream's last tokens may take after the call that made them has returned."""
 
 
 async def _no_wait() -> None:
@@ -137,7 +135,7 @@ class PipelineClient:
         key, session = CALLER.get(), SESSION.get()
         if key is not None or session is not None:
             records = [replace(record, key=key, session=session) for record in records]
-        make_call = partial(_Call, self._handle, self._feed, self._first)
+        make_call = partial(PipelineCall, self._handle, self._feed, self._first)
         call, reopen = make_call(records), partial(self._reopen, JointMoves(make_call))
         return [lasting(call.stream(choice), record, reopen, self._on_move) for choice, record in enumerate(records)]
 
@@ -317,87 +315,3 @@ def _end_replica(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-class _Call:
-    """A call of `Pipeline.generate` for the completions of a prompt.
-
-    It begins when the first choice is read and ends when the last reader has left.
-
-    Args:
-        first: takes the first delta out of a mailbox.
-    """
-
-    def __init__(
-        self,
-        handle: DeploymentHandle,
-        feed: FeedInbox,
-        first: Callable[[Mailbox], Awaitable[Delta]],
-        records: Sequence[RequestRecord],
-    ) -> None:
-        self._handle = handle
-        self._feed = feed
-        self._first = first
-        self._records = records
-        self._num_read = 0
-        self._reply_to: ReplyTo
-        self._mailboxes: list[Mailbox]
-        self._response: DeploymentResponse
-        self._watcher: asyncio.Task[None]
-
-    async def stream(self, choice: int) -> AsyncGenerator[Delta, None]:
-        """One of the choices."""
-        if not self._num_read:
-            self._begin()
-        self._num_read += 1
-        try:
-            delta = await self._first(self._mailboxes[choice])
-            yield delta
-            while delta.finish_reason is None:
-                delta = await self._mailboxes[choice].take()
-                yield delta
-        finally:
-            self._feed.close(self._reply_to.plus(choice))
-            self._num_read -= 1
-            if not self._num_read:
-                self._end()
-
-    def _begin(self) -> None:
-        self._reply_to, self._mailboxes = self._feed.open(len(self._records))
-        self._response = self._handle.generate.remote(self._records, self._reply_to)
-        self._watcher = asyncio.create_task(_watch(self._response, self._mailboxes))
-
-    def _end(self) -> None:
-        for choice in range(len(self._records)):
-            self._feed.close(self._reply_to.plus(choice))
-        self._watcher.cancel()
-        self._response.cancel()
-
-
-async def _watch(call: DeploymentResponse, mailboxes: Sequence[Mailbox]) -> None:
-    """Fails streams that are still open when their call fails, or some time after it returns."""
-    failure = await _failure(call)
-    for mailbox in mailboxes:
-        mailbox.fail(failure)
-
-
-async def _failure(call: DeploymentResponse) -> Exception:
-    try:
-        await call
-        await asyncio.sleep(LAST_TOKENS_S)
-        return PipelineLostError("the pipeline's tokens were lost on their way")
-    except RayTaskError as error:
-        return error.cause if isinstance(error.cause, GPTJDistError) else error
-    except RayActorError:
-        return PipelineLostError("the pipeline's coordinator died")
-    except RequestCancelledError:  # by `_Call`
-        raise asyncio.CancelledError from None
-    except RayServeException as error:  # the deployment has failed
-        logger.error("no pipeline takes a request", extra=values(error=repr(error)))
-        return NotReadyError("no pipeline takes requests right now")
-    except asyncio.CancelledError:
-        if (task := asyncio.current_task()) is not None and task.cancelling():
-            raise  # the streams' readers have left
-        return PipelineLostError("the pipeline cancelled the request")
-    except Exception as error:
-        return error

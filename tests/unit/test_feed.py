@@ -18,7 +18,7 @@ from gptj_dist.engine.request import FinishReason
 from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
 from gptj_dist.params import TokenLogprobs
 from gptj_dist.serving import feed
-from gptj_dist.serving import pipeline_client as pipelines
+from gptj_dist.serving import pipeline_call as pipelines
 from gptj_dist.serving.feed import MAX_SILENT_BEATS, FeedInbox, FeedOutbox, InboxAddress, ReplyTo, StreamPart, _connect
 from gptj_dist.stages.transport.arrivals import Arrivals
 from gptj_dist.stages.transport.frames import FrameFault

@@ -23,7 +23,7 @@ from gptj_dist.errors import (
     TooManyRequestsError,
 )
 from gptj_dist.params import SamplingParams
-from gptj_dist.serving import moves, pipeline_client
+from gptj_dist.serving import moves, pipeline_call
 from gptj_dist.serving.feed import ReplyTo
 from gptj_dist.serving.keys import CALLER
 from gptj_dist.serving.moves import MAX_MOVES, lasting
@@ -349,7 +349,7 @@ def test_requests_that_wait_for_another_pipeline_fail_when_the_ingress_ends(monk
 
 
 def test_tokens_that_were_lost_behind_their_call_come_from_another_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_client, "LAST_TOKENS_S", 0.01)
+    monkeypatch.setattr(pipeline_call, "LAST_TOKENS_S", 0.01)
 
     async def scenario() -> None:
         async with served(is_paused=False) as (rig, serve, client):

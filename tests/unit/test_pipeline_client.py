@@ -27,7 +27,8 @@ from gptj_dist.serving import pipeline_client
 from gptj_dist.serving.feed import FeedInbox
 from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.pipeline import Pipeline
-from gptj_dist.serving.pipeline_client import PipelineClient, _Call
+from gptj_dist.serving.pipeline_call import PipelineCall
+from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.sending import StreamSender
 from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, turns, until
 
@@ -94,7 +95,7 @@ async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, C
         handle: Any = Handle(replica)
 
         def ask(params: SamplingParams) -> Streams:
-            call = _Call(handle, inbox, Mailbox.take, new_records(PROMPT, params, NUM_CHOICES, "a request"))
+            call = PipelineCall(handle, inbox, Mailbox.take, new_records(PROMPT, params, NUM_CHOICES, "a request"))
             return [call.stream(choice) for choice in range(NUM_CHOICES)]
 
         yield rig, handle, ask
