@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from gptj_dist.operate.cluster.probe import LONG_BYTES, SHORT_BYTES, Measured, ProbeServer, measure
 from gptj_dist.operate.cluster.store import ClusterStore, Member
@@ -67,7 +66,7 @@ class Membership:
                 continue  # whether the node is there is Ray's to say
             for link in self._links(other, found):
                 before = known.get((link.from_node, link.to_node), link)
-                self._store.write_link(looked_at(before, link))
+                self._store.write_link(before.looked_at(link.latency_s, link.bytes_per_s))
 
     def leave(self) -> None:
         """Removes the node from the store."""
@@ -97,16 +96,6 @@ class Membership:
             Link(mine, theirs, found.latency_s, found.there_bytes_per_s, now),
             Link(theirs, mine, found.latency_s, found.back_bytes_per_s, now),
         )
-
-
-def looked_at(before: Link, link: Link) -> Link:
-    """What is known of a link after another look. A first measurement that other work had disturbed is corrected."""
-    return replace(
-        before,
-        latency_s=min(before.latency_s, link.latency_s),
-        latest_latency_s=link.latency_s,
-        latest_bytes_per_s=link.bytes_per_s,
-    )
 
 
 def measured_text(found: Measured) -> str:

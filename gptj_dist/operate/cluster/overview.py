@@ -120,7 +120,8 @@ def print_overview(overview: Overview, console: Console) -> None:
     for link in overview.slower:
         console.print(
             f"The path from {labels[link.from_node]} to {labels[link.to_node]} is slower than it was: "
-            f"{_now(link)} now, {link.latency_s * 1e3:.2f} ms and {link.bytes_per_s / 1e6:,.0f} MB/s then.",
+            f"{_hop(link.latest_latency_s, link.latest_bytes_per_s)} for a short message now, "
+            f"{_hop(link.latency_s, link.best_latest_bytes_per_s)} then.",
             soft_wrap=True,
         )
 
@@ -141,23 +142,21 @@ def _tables(overview: Overview) -> RenderableType:
     if not overview.links:
         return nodes
     labels = {node.state.node_id: node.label for node in overview.nodes}
-    links = open_table("from", "to", numbers=("latency ms", "MB/s", "now ms", "now MB/s"))
+    links = open_table("from", "to", numbers=("latency ms", "MB/s", "now ms"))
     for link in sorted(overview.links, key=lambda link: (labels[link.from_node], labels[link.to_node])):
-        latest_s, rate = link.latest_latency_s, link.latest_bytes_per_s
+        latest_s = link.latest_latency_s
         links.add_row(
             labels[link.from_node],
             labels[link.to_node],
             f"{link.latency_s * 1e3:.2f}",
             f"{link.bytes_per_s / 1e6:,.0f}",
-            "-" if latest_s is None else f"{latest_s * 1e3:.2f}",
-            "-" if rate is None else f"{rate / 1e6:,.0f}" + " !" * link.is_slower,
+            "-" if latest_s is None else f"{latest_s * 1e3:.2f}" + " !" * link.is_slower,
         )
     return Group(nodes, links)
 
 
-def _now(link: Link) -> str:
-    latency_s, rate = link.latest_latency_s, link.latest_bytes_per_s
-    return f"{(latency_s or 0.0) * 1e3:.2f} ms and {(rate or 0.0) / 1e6:,.0f} MB/s"
+def _hop(latency_s: float | None, bytes_per_s: float | None) -> str:
+    return f"{(latency_s or 0.0) * 1e3:.2f} ms and {(bytes_per_s or 0.0) / 1e6:,.0f} MB/s"
 
 
 def _actors(address: str) -> list[Mapping[str, Any]]:
