@@ -19,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,9 +31,10 @@ from benchmarks.figures import machine, print_document, print_row
 from benchmarks.load import Target, closed_loop, failures, serving_figures
 from benchmarks.nodes import read_until_up
 from benchmarks.processes import Family, content, parent
-from benchmarks.servers import ROOT, STOP_TIMEOUT_S, free_port, is_ready, serve_command, stop
+from benchmarks.servers import READY_TIMEOUT_S, ROOT, STOP_TIMEOUT_S, free_port, is_ready, serve_command, stop
 
 PERIOD_US = 100_000
+POLL_S = 0.2
 PATIENCE = {"RAY_raylet_start_wait_time_s": "240", "RAY_agent_register_timeout_ms": "240000"}
 """For Ray's nodes, on a busy machine."""
 GROUP = "gptj-dist-unlike"
@@ -84,10 +86,9 @@ def _run(args: argparse.Namespace, environment: Mapping[str, str], options: Sequ
                 print(f"  {said[-1]}", file=sys.stderr)
                 if "Ctrl-C stops" in line:
                     break
-            if not is_ready(f"http://127.0.0.1:{port}"):
-                sys.exit("the server did not become ready")
-            case = Case(args.streams, *TOKENS)
-            target = Target(f"http://127.0.0.1:{port}", args.model)
+            base = f"http://127.0.0.1:{port}"
+            _wait_for_proxies(server, base)
+            case, target = Case(args.streams, *TOKENS), Target(base, args.model)
             warm = asyncio.run(closed_loop(target, case, args.streams, seed=1))
             measured = asyncio.run(closed_loop(target, case, args.requests, seed=2))
             if failures(measured) or failures(warm):
@@ -102,6 +103,15 @@ def _run(args: argparse.Namespace, environment: Mapping[str, str], options: Sequ
         "machines": [match[2] for match in found if match],
         "said": [line for line in said if line.startswith(("Planned", "stage ", "left out"))],
     }
+
+
+def _wait_for_proxies(server: subprocess.Popen[str], base: str) -> None:
+    """Each node has a proxy, both at one port here; a connection lands on one or another."""
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while not all(is_ready(base) for _ in range(8)):
+        if server.poll() is not None or time.monotonic() > deadline_s:
+            sys.exit("the server did not become ready")
+        time.sleep(POLL_S)
 
 
 @contextmanager
