@@ -47,14 +47,15 @@ def main() -> None:
     args = _parser().parse_args()
     family = Family()
     runs: dict[str, list[dict[str, Any]]] = {"planned": [], "even": []}
+    port = free_port()  # Serve's proxies stay between servers, and keep theirs
     with _nodes(family, args.share) as environment:
         order: Sequence[str] = ()
         for _ in range(args.rounds):
-            planned = _run(args, environment, ["--plan", "auto", "--stages", "2"])
+            planned = _run(args, port, environment, ["--plan", "auto", "--stages", "2"])
             runs["planned"].append(planned)
             order = planned["machines"] or order
             places = ",".join(f"machine={number}" for number in order)
-            runs["even"].append(_run(args, environment, ["--stages", "2", "--stage-nodes", places]))
+            runs["even"].append(_run(args, port, environment, ["--stages", "2", "--stage-nodes", places]))
             print_row([name for kind in runs for name in (kind, round(runs[kind][-1]["tokens_per_s"], 1))])
     rates = {kind: median(run["tokens_per_s"] for run in found) for kind, found in runs.items()}
     document = {"machine": machine(), "model": args.model, "share": args.share, "streams": args.streams, "runs": runs}
@@ -72,9 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace, environment: Mapping[str, str], options: Sequence[str]) -> dict[str, Any]:
+def _run(args: argparse.Namespace, port: int, environment: Mapping[str, str], options: Sequence[str]) -> dict[str, Any]:
     """Serves with these options, and measures. `machines` are those that a plan has named, stage by stage."""
-    port = free_port()
     settings = {"served_model_name": args.model, "device": "cpu", "dtype": args.dtype, "max_model_len": 1024}
     command = [*serve_command(args.model, settings, port), "--no-speculation", "--no-prefix-cache", *options]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
