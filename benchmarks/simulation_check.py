@@ -6,8 +6,9 @@
 
 Without `--model`, stages sleep for `--step-ms` and `--row-ms` for each row in place of computing, so that 3 and 4 of
 them do not share this machine's cores; HTTP, ingress, Ray Serve, coordinator, scheduler and transport are the real ones
-(`benchmarks/timed`). With `--model`, each stage has one core, and takes the time that the planner's formula has with
-the figures of `gptj-dist plan --check`, which are measured first.
+(`benchmarks/timed`). With `--model`, stages share the cores evenly, and each takes the time that the planner's formula
+has with the figures of `gptj-dist plan --check`, which are measured first. Client, ingress and coordinator share these
+cores.
 
 The costs of coordinator and ingress are measured in the same run: their CPU time under a closed loop of 1 and 32
 streams. `--streams` are closed loops, `--rates` open ones, as shares of the rate at which the simulated server is full.
@@ -46,6 +47,7 @@ from gptj_dist.operate.simulation.outcome import Outcome, Trip, summed_up
 from gptj_dist.operate.simulation.times import Edge, FormulaTimes, LineTimes, StepTimes
 from gptj_dist.planning.forecast import PlannedStage, Workload
 from gptj_dist.planning.partition import layer_ranges, plan_partition
+from gptj_dist.stages.cores import available_cores
 
 TIMED = Path(__file__).parent / "timed"
 NUM_BLOCKS = 8192
@@ -147,7 +149,8 @@ def _server(args: argparse.Namespace, num_stages: int) -> Iterator[Server]:
         "speculation": False,
         "prefix_cache": False,
     }
-    settings |= {"served_model_name": SERVED_NAME, "threads_per_stage": 1, "kv_cache_gb": 1}
+    threads = 1 if args.model is None else available_cores() // num_stages  # as `check_pipeline` has
+    settings |= {"served_model_name": SERVED_NAME, "threads_per_stage": threads, "kv_cache_gb": 1}
     settings |= {"start_timeout_s": START_TIMEOUT_S}
     command = serve_command(args.model or "demo", settings, port)
     with running(command, environment, port, "/ready") as (base, _):
