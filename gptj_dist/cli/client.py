@@ -24,7 +24,6 @@ MAX_RETRY_DIGITS = 5
 
 HINTS = {
     401: "give the server's key with --api-key or GPTJ_API_KEY",
-    403: "the key that was given may not do this",
     404: "`gptj-dist status` says what is served there",
     413: "send less at once",
     500: "the server's log says more",

@@ -24,8 +24,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "doctor": ("gptj-dist doctor", "gptj-dist doctor demo --stages 2 --port 8080"),
     "up": ("gptj-dist up", "gptj-dist up --interface eth1 --discover", "gptj-dist up --interface lo --cpus 1"),
     "join": (
-        "gptj-dist join 1C504-00H1W-1DB9Z-YR0GN-VJ7FP",
-        "gptj-dist join --discover 6WVX6-Q5HPC-GQ6R5",
+        "gptj-dist join 18000-1RRXD-NMV4F-2RYM5-YC755",
+        "gptj-dist join --discover DD6S3-RP7N1-FK0XM",
     ),
     "nodes": ("gptj-dist nodes", "gptj-dist nodes --address 10.0.0.7:6379 --json"),
     "leave": ("gptj-dist leave",),

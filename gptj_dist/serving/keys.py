@@ -34,7 +34,7 @@ class ApiKey:
         name: owner of the key; appears in logs.
         sha256: of the key, in hexadecimal. A key is long and random, so that a plain hash cannot be undone.
         requests_per_minute, tokens_per_minute: None does not limit; tokens are those of prompts and outputs.
-        is_admin: may load and unload adapters.
+        is_admin: may load and unload adapters, and move layers.
     """
 
     name: str

@@ -203,6 +203,7 @@ def test_a_request_goes_to_the_path_behind_the_address_with_the_key() -> None:
         ),
         (400, {"message": "too long", "param": None}, {}, "too long (400)"),
         (401, {"message": "no key"}, {}, "no key (401); give the server's key with --api-key or GPTJ_API_KEY"),
+        (403, {"message": "not an admin's"}, {}, "not an admin's (403)"),
         (429, {"message": "full"}, {"Retry-After": "7"}, "full (429); try again in 7 s"),
         (503, {"message": "still loading"}, {}, "still loading (503); try again shortly"),
         (503, {"message": "busy"}, {"Retry-After": "9" * 400}, "busy (503); try again shortly"),

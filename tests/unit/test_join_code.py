@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import string
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from gptj_dist.cli import app
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.operate.cluster.code import JoinCode, Place
 
+ROOT = Path(__file__).parents[2]
 CODE = JoinCode(0x0123456789ABCDEF, Place("10.0.0.7", 6379))
 
 
@@ -52,3 +57,16 @@ def test_two_codes_of_one_place_have_secrets_tokens_and_keys_of_their_own() -> N
     assert one.ray_token != other.ray_token
     assert one.ray_token != one.probe_key.hex()
     assert JoinCode.parse(str(one)).ray_token == one.ray_token == one.without_place.ray_token
+
+
+def test_every_printed_code_is_one() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "gptj_dist/cli/examples.py"]
+    groups = re.compile(r"\b[0-9A-Z]{5}(?:-[0-9A-Z]{5}){2,4}\b")
+    codes = {code for page in pages for code in groups.findall(page.read_text())}
+    assert {JoinCode.parse(code).place is None for code in codes} == {True, False}
+
+
+def test_a_code_comes_from_the_environment_too() -> None:
+    done = CliRunner().invoke(app, ["join"], env={"GPTJ_DIST_JOIN_CODE": str(CODE.without_place)})
+    assert isinstance(done.exception, ConfigurationError)
+    assert "no address" in str(done.exception)

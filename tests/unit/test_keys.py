@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from starlette.requests import Request
 
-from gptj_dist.errors import ConfigurationError
+from gptj_dist.errors import ConfigurationError, NotPermittedError
+from gptj_dist.serving.http.endpoints import require_admin
 from gptj_dist.serving.keys import ApiKey, Quotas, find_key, hash_key, read_keys
 
 ANN = ApiKey("ann", hash_key("one"), requests_per_minute=2, tokens_per_minute=100)
@@ -162,3 +164,21 @@ def test_what_is_no_such_file_is_refused_in_one_line(tmp_path: Path, content: by
     with pytest.raises(ConfigurationError, match="cannot be read as a file of keys") as caught:
         read_keys(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ({}, "the server has no keys: start it with `gptj-dist serve --api-key`"),
+        ({"api_key": ANN}, "the given one is none"),
+    ],
+)
+def test_who_is_no_admin_is_told_whether_the_server_or_the_key_is_the_reason(
+    state: dict[str, ApiKey], told: str
+) -> None:
+    with pytest.raises(NotPermittedError, match=told):
+        require_admin(Request({"type": "http", "state": state}))
+
+
+def test_an_admin_is_let_through() -> None:
+    require_admin(Request({"type": "http", "state": {"api_key": ApiKey("ada", hash_key("four"), is_admin=True)}}))

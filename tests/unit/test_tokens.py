@@ -11,10 +11,12 @@ import grpc
 import pytest
 
 from gptj_dist.errors import ConfigurationError
+from gptj_dist.operate.cluster.code import JoinCode, Place
+from gptj_dist.operate.cluster.run import open_store
 from gptj_dist.operate.launch.tokens import give_token, take_token
 
 Environment = dict[str, str]
-Ray = Callable[[str | None], str]
+Ray = Callable[..., str]
 
 
 @pytest.fixture
@@ -30,11 +32,11 @@ def ray() -> Iterator[Ray]:
     """Starts a server that answers Ray's call to those with the token, and gives its address."""
     servers = []
 
-    def start(token: str | None) -> str:
+    def start(token: str | None, refusal: grpc.StatusCode = grpc.StatusCode.UNAUTHENTICATED) -> str:
         def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
             shown = dict(context.invocation_metadata()).get("authorization")
             if token is not None and shown != f"Bearer {token}":
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+                context.abort(refusal, "InvalidAuthToken")
             return b""
 
         method = grpc.unary_unary_rpc_method_handler(answer)
@@ -140,3 +142,36 @@ def test_a_ray_that_refuses_is_one_line_that_names_the_settings(
 def test_what_is_no_ray_is_called_that() -> None:
     with pytest.raises(ConfigurationError, match=r"no Ray answers at 127.0.0.1:1"):
         take_token("127.0.0.1:1")
+
+
+def code_for(address: str) -> JoinCode:
+    host, _, port = address.partition(":")
+    return JoinCode.new(Place(host, int(port)))
+
+
+def told_to_who_joins(address: str) -> str:
+    code = code_for(address)
+    assert code.place is not None
+    with pytest.raises(ConfigurationError) as refused:
+        open_store(code.place, code)
+    return str(refused.value)
+
+
+def test_who_joins_with_another_secret_is_told_so(environment: Environment, ray: Ray) -> None:
+    address = ray("secret")
+    assert told_to_who_joins(address) == (
+        f"the cluster at {address} does not accept this code: its secret is another one. Type the code that the "
+        "`gptj-dist up` there has printed"
+    )
+    assert settings_of(environment) == {}
+
+
+@pytest.mark.parametrize("status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED], ids=str)
+def test_a_head_that_is_too_slow_is_not_said_to_refuse_the_code(
+    environment: Environment, ray: Ray, status: grpc.StatusCode
+) -> None:
+    address = ray("secret", status)
+    assert told_to_who_joins(address) == (
+        f"no Ray answers at {address}: the head is too busy, or something else listens there. Try again"
+    )
+    assert settings_of(environment) == {}

@@ -13,7 +13,9 @@ DEFAULT_LEAVE_S = 60.0
 
 
 def join(
-    code: Annotated[str, typer.Argument(help="What `gptj-dist up` printed.", show_default=False)],
+    code: Annotated[
+        str, typer.Argument(help="What `gptj-dist up` printed.", show_default=False, envvar="GPTJ_DIST_JOIN_CODE")
+    ],
     interface: Interface = None,
     cpus: Cpus = None,
     gpus: Gpus = None,

@@ -23,7 +23,7 @@ from gptj_dist.operate.cluster.store import ClusterStore, NodeState
 from gptj_dist.operate.launch.processes import command_lines, descendants
 from gptj_dist.operate.launch.signals import StopSignals
 from gptj_dist.operate.launch.terminal import open_console, say_last
-from gptj_dist.operate.launch.tokens import use_token, why_refused
+from gptj_dist.operate.launch.tokens import Reply, ask, use_token
 from gptj_dist.serving.sockets import is_loopback, why_not_listen, why_not_reach
 from gptj_dist.sizes import bytes_text
 
@@ -116,7 +116,7 @@ def run_member(code: JoinCode, offer: Offer, signals: StopSignals) -> None:
     place = code.place or discover(code.probe_key)
     host = address_of(offer.interface, towards=place.host)
     console.print(f"Joining {place} from {host} ...")
-    store = _open_store(place, code)
+    store = open_store(place, code)
     node = RayNode.start(NodeOptions(host, str(place), code.ray_token, offer.num_cpus, offer.num_gpus), is_head=False)
     signals.clean_up = lambda: _abandon(node)
     try:
@@ -225,7 +225,7 @@ def _port_to_use(host: str, port: int | None) -> int:
         return found
 
 
-def _open_store(place: Place, code: JoinCode) -> ClusterStore:
+def open_store(place: Place, code: JoinCode) -> ClusterStore:
     """The cluster's records, when it has been checked that this machine may join.
 
     Raises:
@@ -233,8 +233,16 @@ def _open_store(place: Place, code: JoinCode) -> ClusterStore:
     """
     if reason := why_not_reach(place.host, place.port, DIAL_TIMEOUT_S):
         raise ConfigurationError(f"no cluster answers at {place}: {reason}")
-    if refusal := why_refused(str(place), code.ray_token):
-        raise ConfigurationError(f"the cluster at {place} does not accept this code: {refusal.partition(':')[0]}")
+    match ask(str(place), code.ray_token):
+        case Reply.REFUSED:
+            raise ConfigurationError(
+                f"the cluster at {place} does not accept this code: its secret is another one. Type the code that the "
+                "`gptj-dist up` there has printed"
+            )
+        case Reply.SILENT:
+            raise ConfigurationError(
+                f"no Ray answers at {place}: the head is too busy, or something else listens there. Try again"
+            )
     use_token(str(place), code.ray_token)  # only now: a wrong one would take the place of the right one
     store = ClusterStore(str(place))
     of_head = store.versions()

@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 
 from gptj_dist.errors import ConfigurationError
@@ -87,8 +88,28 @@ def _known_tokens(address: str) -> Iterator[tuple[str | None, Mapping[str, str]]
             yield own_token, {AUTH_MODE: "token", TOKEN_FILE: str(file)}
 
 
+class Reply(Enum):
+    """What a Ray says to a token."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    SILENT = "silent"
+    """There is no Ray, or it is too busy to answer."""
+
+
 def why_refused(address: str, token: str | None) -> str:
     """Why the Ray at the address refuses this process; empty if it accepts it."""
+    match ask(address, token):
+        case Reply.REFUSED:
+            return _refusal(address, token)
+        case Reply.SILENT:
+            return f"no Ray answers at {address}; its address is the one that `ray start --head` prints"
+        case Reply.ACCEPTED:
+            return ""
+
+
+def ask(address: str, token: str | None) -> Reply:
+    """Shows a token to the Ray at the address; None shows none."""
     import grpc
 
     metadata = [] if token is None else [("authorization", f"Bearer {token}")]
@@ -97,10 +118,10 @@ def why_refused(address: str, token: str | None) -> str:
             channel.unary_unary(_PROBE)(b"", timeout=PROBE_TIMEOUT_S, metadata=metadata)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                return _refusal(address, token)
+                return Reply.REFUSED
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                return f"no Ray answers at {address}; its address is the one that `ray start --head` prints"
-    return ""
+                return Reply.SILENT
+    return Reply.ACCEPTED
 
 
 def _refusal(address: str, token: str | None) -> str:

@@ -289,8 +289,16 @@ class Endpoints:
 def require_admin(request: Request) -> None:
     """Raises NotPermittedError if the call has not shown the key of an admin."""
     key: ApiKey | None = request.scope["state"].get("api_key")
-    if key is None or not key.is_admin:
-        raise NotPermittedError("this needs the key of an admin: --api-key, or one with admin: true in --api-keys")
+    if key is None:
+        raise NotPermittedError(
+            "this needs the key of an admin, and the server has no keys: start it with `gptj-dist serve --api-key`, or "
+            "with an entry with admin: true in --api-keys"
+        )
+    if not key.is_admin:
+        raise NotPermittedError(
+            "this needs the key of an admin, and the given one is none: use the key of `gptj-dist serve --api-key`, or "
+            "one with admin: true in --api-keys"
+        )
 
 
 class EventResponse(StreamingResponse):
