@@ -87,7 +87,8 @@ def run_head(offer: Offer, port: int | None, is_discoverable: bool, signals: Sto
         store = ClusterStore(str(place))
         store.write_versions(versions())
         membership = _enter(store, node, host, code)
-        _print_invitation(console, code, is_discoverable)
+        num_cpus = store.nodes()[node.node_id].resources.get("CPU", 0.0)
+        _print_invitation(console, code, is_discoverable, int(num_cpus))
         signals.let_finish()
         stay = _Stay(console, store, node, membership)
         stay.until(signals.requested.is_set)
@@ -278,12 +279,13 @@ def devices_here() -> tuple[str, ...]:
     return tuple(found or [f"no device: {facts.torch_error}"])
 
 
-def _print_invitation(console: Console, code: JoinCode, is_discoverable: bool) -> None:
+def _print_invitation(console: Console, code: JoinCode, is_discoverable: bool, num_cpus: int) -> None:
     assert code.place is not None
     console.print(f"\nThe cluster is up. On each further machine:\n\n  gptj-dist join {code}\n", soft_wrap=True)
     if is_discoverable:
         console.print(f"or, in this network:\n\n  gptj-dist join --discover {code.without_place}\n", soft_wrap=True)
-    console.print("Then, here:\n\n  gptj-dist serve demo --address auto --stages 2\n")
+    spread = f"--stages 2 --cpus-per-stage {num_cpus // 2 + 1} --wait-nodes 2"  # more than half: one stage a machine
+    console.print(f"Then, here:\n\n  gptj-dist serve demo --address auto {spread}\n", soft_wrap=True)
     console.print("The code is the cluster's secret: who has it can run code on all nodes.")
     if not is_loopback(code.place.host):
         console.print(
