@@ -14,6 +14,10 @@ from gptj_dist.planning.search import share_layers
 SLOWEST_RATIO = 1.15
 """A stage is out of balance if its step takes this many times as long as the mean of the others' steps."""
 
+SETTLING_RATIO = 1.05
+"""The same after layers have moved, until the stages were found in balance: part of a step is the same for any number
+of layers, so the first cut does not go far enough."""
+
 LEAST_GAIN = 0.05
 """Share of the slowest step that another cut must save. A layer more or less than the best cut saves less."""
 
@@ -45,17 +49,20 @@ class BetterCut:
         )
 
 
-def better_cut(layers: Sequence[int], step_s: Sequence[float], head_layers: float) -> BetterCut | None:
+def better_cut(
+    layers: Sequence[int], step_s: Sequence[float], head_layers: float, least_ratio: float = SLOWEST_RATIO
+) -> BetterCut | None:
     """The cut whose slowest stage is fastest; None if the stages are in balance, or it gains too little.
 
     Args:
         layers: of each stage now.
         step_s: mean time of the same steps on each stage.
         head_layers: what `lm_head` cost in these steps, in layers.
+        least_ratio: the stages are in balance if the slowest step is less than so many times the mean of the others.
     """
     slowest = max(range(len(layers)), key=step_s.__getitem__)
     others = [time for stage, time in enumerate(step_s) if stage != slowest]
-    if not others or min(step_s) <= 0 or step_s[slowest] < SLOWEST_RATIO * sum(others) / len(others):
+    if not others or min(step_s) <= 0 or step_s[slowest] < least_ratio * sum(others) / len(others):
         return None
     heads = [0.0] * (len(layers) - 1) + [head_layers]
     layer_s = [time / (count + head) for time, count, head in zip(step_s, layers, heads, strict=True)]
@@ -75,23 +82,28 @@ class Balance:
 
     Attributes:
         patience: looks in a row that the next new cut takes.
+        least_ratio: for `better_cut`.
     """
 
     def __init__(self) -> None:
         self.patience = FIRST_LOOKS
+        self.least_ratio = SLOWEST_RATIO
         self._slowest: int | None = None
         self._num_looks = 0
 
     def note(self, found: BetterCut | None) -> BetterCut | None:
         """Takes what a look has found. Returns it if layers are to move now."""
-        if found is None or found.slowest != self._slowest:
-            self._slowest = None if found is None else found.slowest
-            self._num_looks = 0
-        if found is None:
-            return None
+        slowest = None if found is None else found.slowest
+        if slowest != self._slowest:
+            self._slowest, self._num_looks = slowest, 0
         self._num_looks += 1
+        if found is None:
+            if self._num_looks >= FIRST_LOOKS:
+                self.least_ratio = SLOWEST_RATIO
+            return None
         if self._num_looks < self.patience:
             return None
         self.patience = min(2 * self.patience, MOST_LOOKS)
+        self.least_ratio = SETTLING_RATIO
         self._slowest, self._num_looks = None, 0
         return found

@@ -119,13 +119,17 @@ class LayerMoves:
             if len(records) < MIN_PLANS:
                 continue
             since = records[-1].number + 1
-            if (found := balance.note(self.look(records))) is not None:
+            if (found := balance.note(self.look(records, balance.least_ratio))) is not None:
                 logger.info("stages are out of balance", extra=values(reason=str(found), gain=round(found.gain, 3)))
                 await self.recut(found.layers, "balance")
                 since = self._stats.num_plans
 
-    def look(self, records: Sequence[PlanRecord]) -> BetterCut | None:
-        """A cut that would have been better for these plans."""
+    def look(self, records: Sequence[PlanRecord], least_ratio: float) -> BetterCut | None:
+        """A cut that would have been better for these plans.
+
+        Args:
+            least_ratio: see `better_cut`.
+        """
         busy = [stage.busy_share or 0.0 for stage in self._stats.snapshot().stages]
         timings = [record.timings for record in records if record.timings]
         if not timings or max(busy, default=0.0) < MIN_BUSY_SHARE:
@@ -138,7 +142,7 @@ class LayerMoves:
         num_rows = sum(record.num_decodes + record.num_prefill_tokens + record.num_drafts for record in records)
         num_sampled = sum(record.num_decodes + record.num_drafts for record in records)
         head_layers = lm_head_cost_layers(loaded.blueprint.model) * num_sampled / max(1, num_rows)
-        return better_cut(_counts(loaded), step_s, head_layers)
+        return better_cut(_counts(loaded), step_s, head_layers, least_ratio)
 
     async def _moves(self, layers: Sequence[int], reason: MoveReason) -> AsyncIterator[MovedLayer]:
         """Raises ConfigurationError: the cut does not suit the pipeline; other errors: a stage was lost."""

@@ -16,7 +16,7 @@ from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.planning.moves import LayerMove, layer_moves
 from gptj_dist.planning.partition import layer_ranges
-from gptj_dist.planning.rebalance import FIRST_LOOKS, MOST_LOOKS, Balance, better_cut
+from gptj_dist.planning.rebalance import FIRST_LOOKS, MOST_LOOKS, SETTLING_RATIO, SLOWEST_RATIO, Balance, better_cut
 from gptj_dist.serving.layer_moves import MIN_PLANS, LayerMoves
 from gptj_dist.stages.blueprint import DeviceReport, LoadedPipeline, draw_blueprint
 from gptj_dist.stages.group import StageGroup
@@ -97,7 +97,7 @@ def test_the_better_cut_is_in_balance_itself() -> None:
 
         if (found := better_cut(cut, step_s(cut), head)) is not None:
             assert max(step_s(found.layers)) == pytest.approx((1 - found.gain) * max(step_s(cut)))
-            assert better_cut(found.layers, step_s(found.layers), head) is None
+            assert better_cut(found.layers, step_s(found.layers), head, SETTLING_RATIO) is None
 
 
 def test_patience_doubles_and_a_look_at_another_stage_begins_anew() -> None:
@@ -113,6 +113,20 @@ def test_patience_doubles_and_a_look_at_another_stage_begins_anew() -> None:
             num_looks += 1
         waits.append(num_looks)
     assert waits == [2 * FIRST_LOOKS, 4 * FIRST_LOOKS, MOST_LOOKS, MOST_LOOKS, MOST_LOOKS, MOST_LOOKS]
+
+
+def test_after_a_move_the_stages_settle_more_closely_until_they_are_in_balance() -> None:
+    balance = Balance()
+    nearly = ((11, 17), (1.14, 1.0), 0)
+    assert better_cut(*nearly, balance.least_ratio) is None
+    for _ in range(FIRST_LOOKS):
+        balance.note(better_cut((14, 14), (2, 1), 0))
+    found = better_cut(*nearly, balance.least_ratio)
+    assert found is not None
+    assert found.layers == (10, 18)
+    for _ in range(FIRST_LOOKS):
+        balance.note(None)
+    assert balance.least_ratio == SLOWEST_RATIO
 
 
 def loaded(layers: tuple[int, ...], free_bytes: int = 10**9) -> LoadedPipeline:
@@ -236,12 +250,12 @@ def stats_of(step_ms: Sequence[float], busy: float = 1.0) -> PipelineStats:
 
 def test_a_look_compares_the_steps_of_the_stages() -> None:
     busy, idle, even = stats_of((9, 1)), stats_of((9, 1), busy=0.2), stats_of((2, 2))
-    found = layer_moves_of(FakeGroup(), busy).look(busy.records())
+    found = layer_moves_of(FakeGroup(), busy).look(busy.records(), SLOWEST_RATIO)
     assert found is not None
     assert found.slowest == 0
     assert found.layers[0] < 14
-    assert layer_moves_of(FakeGroup(), idle).look(idle.records()) is None
-    assert layer_moves_of(FakeGroup(), even).look(even.records()) is None
+    assert layer_moves_of(FakeGroup(), idle).look(idle.records(), SLOWEST_RATIO) is None
+    assert layer_moves_of(FakeGroup(), even).look(even.records(), SLOWEST_RATIO) is None
 
 
 def test_layers_go_on_moving_when_nobody_waits_for_them_any_more() -> None:
