@@ -299,7 +299,7 @@ def test_a_busy_cluster_is_a_warning() -> None:
     finding = only(find_in_plan(cluster(facts(), free={"CPU": 1.0}), plan(14, 14)), "placement")
     assert finding.severity == "warning"
     assert "free are 1 CPU" in finding.what
-    assert "ray status" in (finding.cure or "")
+    assert "gptj-dist nodes" in (finding.cure or "")
 
 
 def test_weights_that_do_not_fit_are_a_failure_that_says_need_and_room() -> None:

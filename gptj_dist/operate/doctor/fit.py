@@ -147,7 +147,7 @@ def _resources(cluster: Cluster, size: PipelineSize, places: Sequence[Place] | N
             "warning",
             "placement",
             f"{asked}; free are {_resources_text({name: free[name] for name in busy})}",
-            "serving will wait until others give back what they have: `ray status` shows who",
+            "serving will wait until others give back what they have: `gptj-dist nodes` shows which stages are where",
         )
     names = ", ".join(dict.fromkeys(place.node.name for place in places))
     return Finding("ok", "placement", f"Ray has the {_resources_text(wanted)}; the stages go to {names} (estimate)")
