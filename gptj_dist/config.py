@@ -52,6 +52,8 @@ class PipelineConfig:
     Args:
         model: `demo`, a directory in the Hugging Face layout, or a hub name.
         revision: branch, tag or commit on the hub.
+        peer_files: nodes of a cluster that lack the model fetch what their stages need from the node on which the
+            server was started. None: where the model is a directory; true: a hub model, too, which that node downloads.
         stages: number of stages; the planner cuts the layers by cost. None means as many as other settings name, or 1.
         layers: layers of each stage, first to last; overrides the planner.
         device: `auto` takes GPUs where there are any; `cpu,cuda` names one for each stage.
@@ -86,6 +88,7 @@ class PipelineConfig:
 
     model: str
     revision: str | None = None
+    peer_files: bool | None = None
     stages: int | None = None
     layers: tuple[int, ...] | None = None
     device: str = "auto"

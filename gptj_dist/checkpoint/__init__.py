@@ -15,6 +15,9 @@ __all__ = [
     "index",
     "inspection",
     "loader",
+    "local_copy",
+    "manifest",
     "partial",
+    "pieces",
     "synthetic",
 ]

@@ -127,6 +127,15 @@ OPTIONS: dict[str, Any] = {
         Literal["auto", "none"],
         _option("'none' leaves out what generation_config.json says of sampling; its end tokens stay."),
     ],
+    "peer_files": Annotated[
+        bool | None,
+        typer.Option(
+            "--peer-files/--no-peer-files",
+            help="Nodes without the model's files get those of their stages from this machine; by default where the "
+            "model is a directory.",
+            rich_help_panel=PIPELINE_PANEL,
+        ),
+    ],
     "revision": Revision,
 }
 """By the names of the fields."""

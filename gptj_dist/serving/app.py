@@ -26,6 +26,7 @@ from gptj_dist.serving.scaling import SETTINGS as SCALING
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages
 from gptj_dist.stages.blueprint import draw_blueprint
+from gptj_dist.stages.peer_files import share_files
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,9 @@ def make_application(
     if listen is not None and config.ingress_replicas > 1:
         raise ConfigurationError("several ingresses need Serve's proxies in front of them: they are for a cluster")
     config = replace(config, pipeline=_settled(config.pipeline))
+    source = share_files(config.pipeline) if listen is None else None  # else this is the only node
+    if source is not None:  # a node may have the model elsewhere
+        config = replace(config, served_model_names=config.model_names)
     size = size_pipeline(config.pipeline)
     common = {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
@@ -109,11 +113,12 @@ def make_application(
         config.log_format,
         config.log_level,
         config.adapters,
+        source,
     )
     limited_keys = [key for key in config.api_keys if key.is_limited]
     accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None
     streams = serve.deployment(Streams, name="Streams").options(**light).bind() if config.resumable else None
-    return ingress.bind(config, pipeline, accounts, listen, streams)
+    return ingress.bind(config, pipeline, accounts, listen, streams, source)
 
 
 def _settled(config: PipelineConfig) -> PipelineConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -29,7 +30,9 @@ from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.settings import AppConfig
-from gptj_dist.stages.actor import log_directory
+from gptj_dist.stages.actor import log_directory, stage_address
+from gptj_dist.stages.files import FileSource
+from gptj_dist.stages.peer_files import files_here
 
 LAST_WORDS_S = 2.0
 """Time for interrupted streams to send their error to the client."""
@@ -49,6 +52,7 @@ class Ingress:
         accounts: handle to the deployment that keeps the allowances of keys; None if no key is limited.
         listen: address of the ingress's own HTTP server; None leaves HTTP to Serve's proxies.
         streams: handle to the deployment that keeps streams; None if they cannot be resumed.
+        source: a node with the model's files, which others may lack.
     """
 
     def __init__(
@@ -58,12 +62,16 @@ class Ingress:
         accounts: DeploymentHandle | None = None,
         listen: Address | None = None,
         streams: DeploymentHandle | None = None,
+        source: FileSource | None = None,
     ) -> None:
         keep_replica_on_node_address()
         replica = serve.get_replica_context()
         name = replica.replica_id.unique_id
         log = LogSettings(config.log_format, config.model_names[0], name, config.log_level)
         open_log(log_directory(), log, "ingress")
+        given = config.pipeline
+        pipeline_config, self._files = files_here(given, source, stage_address(given.interface))
+        config = replace(config, pipeline=pipeline_config)
         self._metrics = IngressMetrics(name)
         ingresses = serve.get_deployment_handle(replica.deployment, replica.app_name)
         self._adapters = AdapterRegistry(

@@ -42,11 +42,13 @@ from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.scaling import NEEDED
 from gptj_dist.serving.sending import StreamSender
-from gptj_dist.stages.actor import log_directory
+from gptj_dist.stages.actor import log_directory, stage_address
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
+from gptj_dist.stages.files import FileSource
 from gptj_dist.stages.group import Placement, StageGroup
 from gptj_dist.stages.loss import StageLoss, StageProcess
+from gptj_dist.stages.peer_files import files_here
 from gptj_dist.stages.trace import TracePart
 from gptj_dist.stages.transport.frames import FrameFault
 
@@ -110,6 +112,7 @@ class Pipeline:
         stages: how the replica's placement group was cut.
         model_name: what clients call the model.
         adapters: those that are there from the start.
+        source: a node with the model's files, which others may lack.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits the constructor
@@ -120,6 +123,7 @@ class Pipeline:
         log_format: LogFormat,
         log_level: LogLevel = "info",
         adapters: GivenAdapters = (),
+        source: FileSource | None = None,
     ) -> None:
         keep_replica_on_node_address()
         replica = serve.get_replica_context().replica_id
@@ -142,7 +146,9 @@ class Pipeline:
         self._loss_times_s: deque[float] = deque(maxlen=MAX_LOSSES_IN_WINDOW)
         self._group: StageGroup
         began_s = time.monotonic()
-        self._group, _ = await StageGroup.start(draw_blueprint(config), placement, self._epoch, self._log)
+        config, self._files = await asyncio.to_thread(files_here, config, source, stage_address(config.interface))
+        blueprint = draw_blueprint(config, source)
+        self._group, _ = await StageGroup.start(blueprint, placement, self._epoch, self._log)
         self._start_s = time.monotonic() - began_s
         self._outages = Outages(usual_s=self._start_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())

@@ -23,6 +23,7 @@ from gptj_dist.stages.blueprint import DeviceReport, StageReport, StageSpec
 from gptj_dist.stages.cores import CoreClaim, LoneCores, claim_cores
 from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.loss import StageProcess
+from gptj_dist.stages.peer_files import PeerFiles
 from gptj_dist.stages.pulse import Pulse
 from gptj_dist.stages.request_log import RequestLog
 from gptj_dist.stages.transport import open_transport
@@ -101,7 +102,8 @@ class Stage:
         log_file = None
         if log is not None:
             log_file = Path(open_log(log_directory(), log, f"stage-{spec.layers.stage}").baseFilename)
-        self._runner = StageRunner(spec)
+        files = None if spec.source is None else PeerFiles(spec.source, stage_address(spec.interface))
+        self._runner = StageRunner(spec, files)
         self._wire, self._interface = spec.wire, spec.interface
         self._mover = StageMover(self._runner)
         self._open(epoch)

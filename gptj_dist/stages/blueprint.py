@@ -30,6 +30,7 @@ from gptj_dist.generation import NO_GENERATION_CONFIG
 from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.planning.partition import explicit_partition, layer_ranges, plan_partition
 from gptj_dist.quantization import AUTO, NONE, Quantization, stage_bits
+from gptj_dist.stages.files import FileSource
 from gptj_dist.text.tokenizer import Tokenizer
 from gptj_dist.token_rules import TokenRules
 
@@ -49,6 +50,7 @@ class StageSpec:
         rules: which tokens the last stage may sample.
         wire: the type of the hidden states that it sends.
         interface: see `PipelineConfig`.
+        source: a node that has the model's files; None if the stage's own machine or the hub has.
     """
 
     model: str
@@ -61,6 +63,7 @@ class StageSpec:
     rules: TokenRules
     wire: WireChoice = "same"
     interface: str | None = None
+    source: FileSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class Blueprint:
 
     Args:
         config: the settings; the revision of a hub model is a commit.
+        source: a node that has the model's files; None if each node finds them itself.
     """
 
     config: PipelineConfig
@@ -127,6 +131,7 @@ class Blueprint:
     layers: tuple[LayerRange, ...]
     max_model_len: int
     rules: TokenRules
+    source: FileSource | None = None
 
     def stage_specs(self, devices: Sequence[DeviceKind]) -> tuple[StageSpec, ...]:
         """The stages on these devices, first to last."""
@@ -142,13 +147,17 @@ class Blueprint:
                 rules=self.rules,
                 wire=self.config.wire_dtype,
                 interface=self.config.interface,
+                source=self.source,
             )
             for layers, device in zip(self.layers, devices, strict=True)
         )
 
 
-def draw_blueprint(config: PipelineConfig) -> Blueprint:
+def draw_blueprint(config: PipelineConfig, source: FileSource | None = None) -> Blueprint:
     """Checks the settings against the model, and cuts it.
+
+    Args:
+        source: a node that has the model's files, where the stages' nodes may lack them.
 
     Raises:
         CheckpointError: the model's files are missing or broken, or the model is not a GPT-J.
@@ -174,7 +183,7 @@ def draw_blueprint(config: PipelineConfig) -> Blueprint:
     if max_model_len > model.context_length:
         raise ConfigurationError(f"max_model_len {max_model_len} exceeds the model's context of {model.context_length}")
     model = quantized_model(model, config, layers)
-    return Blueprint(config, model, layer_ranges(layers), max_model_len, _token_rules(model, tokenizer))
+    return Blueprint(config, model, layer_ranges(layers), max_model_len, _token_rules(model, tokenizer), source)
 
 
 def quantized_model(model: ModelConfig, config: PipelineConfig, layers: Sequence[int]) -> ModelConfig:

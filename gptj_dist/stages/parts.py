@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptj_dist.checkpoint.hub import fetch_weights, resolve_model
 from gptj_dist.checkpoint.loader import StageTensors
 from gptj_dist.config import DTypeName, LayerRange, ModelConfig
 from gptj_dist.model.gptj import StageModel
@@ -22,11 +21,16 @@ from gptj_dist.planning.cost import weight_bytes
 from gptj_dist.stages.adapters import StageAdapters
 from gptj_dist.stages.blueprint import StageReport, StageSpec, quantized_name
 from gptj_dist.stages.device import describe_device, free_bytes
+from gptj_dist.stages.files import ModelFiles
 from gptj_dist.stages.load_progress import LoadProgress
 
 
 def read_stage(
-    spec: StageSpec, dtype: torch.dtype, device: torch.device, on_progress: Callable[[LoadProgress], None]
+    spec: StageSpec,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Callable[[LoadProgress], None],
 ) -> StageModel:
     """Fetches, reads and packs a stage's weights.
 
@@ -36,14 +40,11 @@ def read_stage(
     Raises:
         CheckpointError: tensors of the stage are missing, or the hub denies access to them.
     """
-    directory = resolve_model(spec.model, spec.revision)
-    fetch_weights(
-        spec.model, directory, spec.layers, spec.config, lambda file: on_progress(LoadProgress(f"fetching {file}"))
-    )
+    files.fetch(spec.config, spec.layers, on_progress)
     if device.type == "cpu":
         on_progress(LoadProgress("preparing code for this CPU"))
         load_library()
-    with StageTensors(directory, spec.config, spec.layers) as tensors, torch.inference_mode():
+    with StageTensors(files.directory(), spec.config, spec.layers) as tensors, torch.inference_mode():
         model = StageModel(
             spec.config,
             spec.layers,
@@ -57,22 +58,23 @@ def read_stage(
     return model
 
 
-def read_layer(spec: StageSpec, model: StageModel, index: int) -> Layer:
+def read_layer(spec: StageSpec, files: ModelFiles, model: StageModel, index: int) -> Layer:
     """Fetches, reads and packs one more layer, given by its number in the model. Any thread may call it.
 
     Raises:
         CheckpointError: tensors of the layer are missing, or the hub denies access to them.
     """
     alone = LayerRange(1, 3, index, index + 1)  # neither first nor last: without embedding and head
-    directory = resolve_model(spec.model, spec.revision)
-    fetch_weights(spec.model, directory, alone, spec.config)
-    with StageTensors(directory, spec.config, alone) as tensors, torch.inference_mode():
+    files.fetch(spec.config, alone, lambda _: None)
+    with StageTensors(files.directory(), spec.config, alone) as tensors, torch.inference_mode():
         return model.read_layer(tensors.read, index)
 
 
-def new_adapters(spec: StageSpec, dtype: torch.dtype, device: torch.device, layers: LayerRange) -> StageAdapters:
-    """No adapters yet, of a stage with these layers."""
-    read = partial(_read_weight, resolve_model(spec.model, spec.revision), spec.config, layers)
+def new_adapters(
+    spec: StageSpec, files: ModelFiles, dtype: torch.dtype, device: torch.device, layers: LayerRange
+) -> StageAdapters:
+    """No adapters yet, of a stage with these layers, which have been fetched."""
+    read = partial(_read_weight, files.directory(), spec.config, layers)
     return StageAdapters(spec.config, layers, dtype, device, read)
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from gptj_dist.checkpoint.hub import resolve_model
 from gptj_dist.config import DTypeName, LayerRange
 from gptj_dist.engine.plan import Chunk, Continuations, Embedding, Plan, PromptLogprobs, Result
 from gptj_dist.model.adapters import Changes
@@ -30,6 +29,7 @@ from gptj_dist.stages.cores import LoneCores, available_cores
 from gptj_dist.stages.device import describe_device, open_device
 from gptj_dist.stages.drafts import accept
 from gptj_dist.stages.embeddings import MovedPool
+from gptj_dist.stages.files import ModelFiles, OwnFiles
 from gptj_dist.stages.held_layer import HeldLayer
 from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.lone_steps import StageThreads, stage_threads
@@ -70,6 +70,7 @@ class StageRunner:
 
     Args:
         spec: the stage's layers, model and device.
+        files: of the model; None if this machine or the hub has them.
 
     Attributes:
         num_beats: layers that were begun or computed, a sign of life.
@@ -78,8 +79,9 @@ class StageRunner:
         ConfigurationError: the machine does not have the device that the spec names.
     """
 
-    def __init__(self, spec: StageSpec) -> None:
+    def __init__(self, spec: StageSpec, files: ModelFiles | None = None) -> None:
         self._spec = spec
+        self._files: ModelFiles = files or OwnFiles(spec.model, spec.revision)
         self._device = open_device(spec.device)
         self._requests = StageRequests(spec)
         self._model: StageModel | None = None
@@ -118,9 +120,9 @@ class StageRunner:
             num_threads = num_threads or default_threads()
             torch.set_num_threads(num_threads)
             self._threads = stage_threads(num_threads, lone, spec.layers.num_layers)
-        self._requests.load(resolve_model(spec.model, spec.revision))
-        self._model = read_stage(spec, TORCH_DTYPES[dtype], self._device, on_progress)
-        self._adapters = new_adapters(spec, TORCH_DTYPES[dtype], self._device, spec.layers)
+        self._requests.load(self._files.directory())
+        self._model = read_stage(spec, self._files, TORCH_DTYPES[dtype], self._device, on_progress)
+        self._adapters = new_adapters(spec, self._files, TORCH_DTYPES[dtype], self._device, spec.layers)
         return stage_report(spec, dtype, cache_dtype(TORCH_DTYPES[dtype], self._device), self._device)
 
     @torch.inference_mode()
@@ -195,10 +197,10 @@ class StageRunner:
         """
         if self._model is None or self._adapters is None:
             raise RuntimeError("load() comes before load_layer()")
-        adapters = new_adapters(self._spec, self._model.dtype, self._device, layers)
+        adapters = new_adapters(self._spec, self._files, self._model.dtype, self._device, layers)
         for source in self._adapters.sources:
             adapters.load(source)
-        held = HeldLayer(read_layer(self._spec, self._model, index), self.tables.new_layer())
+        held = HeldLayer(read_layer(self._spec, self._files, self._model, index), self.tables.new_layer())
         self._held[index], self._next_adapters = held, adapters
         return held
 
@@ -241,7 +243,7 @@ class StageRunner:
         if held is not None and held.layers.start <= layers.start and layers.stop <= held.layers.stop:
             held.narrow(layers)
             return held
-        return new_adapters(self._spec, dtype, self._device, layers)  # requests have theirs read again
+        return new_adapters(self._spec, self._files, dtype, self._device, layers)  # requests have theirs read again
 
     def wait_for(self, receive: Callable[[], T]) -> T:
         """The result of `receive`, which waits for the next plan. The stage's other threads sleep meanwhile."""

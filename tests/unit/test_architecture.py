@@ -19,7 +19,8 @@ ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
     {ROOT_UNIT, "errors", "config", "params", "sizes", "json_types", "chunking", "logs", "file_kinds", "field_types"}
-    | {"garbage", "generation", "token_rules", "yaml_files", "quantization", "placement", "model_config", "interfaces"},
+    | {"garbage", "generation", "token_rules", "yaml_files", "quantization", "placement", "model_config", "interfaces"}
+    | {"own_directory"},
     {"planning", "engine", "text", "model", "checkpoint"},
     {"stages"},
     {"answers"},
@@ -50,7 +51,7 @@ THIRD_PARTY_OF = {
     "answers": {"pydantic", "pydantic_core"},
 }
 RAY_MODULES = {"stages.actor", "stages.actor_classes", "stages.calls", "stages.departures", "stages.group"}
-RAY_MODULES |= {"stages.on_node", "stages.ray_errors", "stages.relocation"}
+RAY_MODULES |= {"stages.on_node", "stages.peer_files", "stages.ray_errors", "stages.relocation"}
 RAY_UNITS = {"serving", "operate", "cli"}
 
 

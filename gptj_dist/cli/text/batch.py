@@ -41,7 +41,7 @@ LOCAL_SETTINGS = tuple(
     name
     for name in OPTIONS
     if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests", "max_queued_tokens", "spares")
-    and name not in ("stage_nodes", "plan", "wire_dtype", "interface", "rebalance")
+    and name not in ("stage_nodes", "plan", "wire_dtype", "interface", "rebalance", "peer_files")
 )
 """Settings with an effect without Ray and without other clients."""
 

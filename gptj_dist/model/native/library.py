@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from gptj_dist.own_directory import own_directory
 
 logger = logging.getLogger(__name__)
 
@@ -122,25 +123,6 @@ def _compiled(directory: Path) -> Path:
             _run(compiler, *_LINK, *(f"{source.stem}.o" for source in SOURCES), "-o", "native.so", directory=scratch)
             Path(scratch, "native.so").replace(path)  # atomic, because other stages may look for it
     return path
-
-
-def own_directory() -> Path | None:
-    """The directory of this user's libraries; None if the user has no writable home.
-
-    Raises:
-        OSError: other users can write to the directory, whose files this process runs.
-    """
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = home / "gptj-dist"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-        logger.info("the compiled library is not kept: %s", error)
-        return None
-    status = directory.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"{directory} must belong to this user, and no other user may write to it")
-    return directory if os.access(directory, os.W_OK) else None
 
 
 def _cpu() -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gptj_dist.errors import ConfigurationError
-from gptj_dist.model.native.library import own_directory
 from gptj_dist.operate.doctor.cluster import Finding
 from gptj_dist.operate.launch.session_room import (
     LEAST_FREE_BYTES,
@@ -18,6 +17,7 @@ from gptj_dist.operate.launch.session_room import (
     MOST_SOCKET_PATH_BYTES,
     find_room,
 )
+from gptj_dist.own_directory import own_directory
 from gptj_dist.sizes import bytes_text
 
 _LONGEST_DIRECTORY = MOST_SOCKET_PATH_BYTES - len(os.fsencode(Path("/ray") / LONGEST_SOCKET))
