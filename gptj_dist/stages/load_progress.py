@@ -11,13 +11,15 @@ class LoadProgress:
 
     Args:
         activity: such as `fetching model.safetensors` or `9/14 layers`.
-        num_bytes: of the model's files that have been read.
+        num_bytes: of the model's files that have been read, or fetched.
         all_bytes: that will be; 0 while that is not known.
+        source: the node that they are fetched from; empty if they are read.
     """
 
     activity: str
     num_bytes: int = 0
     all_bytes: int = 0
+    source: str = ""
 
     def __str__(self) -> str:
         return self.activity

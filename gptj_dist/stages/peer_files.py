@@ -26,6 +26,7 @@ from gptj_dist.config import LayerRange, ModelConfig, PipelineConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.logs import values
 from gptj_dist.own_directory import own_directory
+from gptj_dist.sizes import bytes_text
 from gptj_dist.stages.files import FileSource
 from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.ray_errors import own_error, summary
@@ -121,7 +122,9 @@ class PeerFiles:
     def _progress(self, num_bytes: int, all_bytes: int) -> LoadProgress:
         if not all_bytes:
             return LoadProgress("waiting for a stage that fetches files")
-        return LoadProgress(f"fetching from {self._source.address}", num_bytes, all_bytes)
+        address = self._source.address
+        activity = f"fetching from {address}, {bytes_text(num_bytes)} of {bytes_text(all_bytes)}"
+        return LoadProgress(activity, num_bytes, all_bytes, address)
 
     def _find_own(self) -> Path | None:
         directory = Path(self._source.directory)

@@ -49,9 +49,8 @@ class DirectorySource:
     name: str = "10.0.0.1"
     asked: list[Piece] = field(default_factory=list)
 
-    @property
-    def directory(self) -> str:
-        return str(self.path)
+    def __post_init__(self) -> None:
+        self.directory = str(self.path)
 
     def manifest(self) -> Manifest:
         return read_manifest(self.path)
@@ -177,7 +176,7 @@ def test_a_source_that_is_lost_for_good_ends_in_one_error_and_the_next_attempt_g
 
     source = DirectorySource(model, dies)
     with opened(root, model) as copy:
-        with pytest.raises(CheckpointError, match=r"cannot get the model's files in .*fine-tuned from 10\.0\.0\.1: the no"):
+        with pytest.raises(CheckpointError, match=r"cannot get .*fine-tuned from 10\.0\.0\.1: the node has died"):
             copy.fill(source, wanted(SECOND))
         kept = source.asked[:3]
         back = DirectorySource(model)
@@ -199,7 +198,7 @@ def test_a_piece_that_is_cut_short_is_never_part_of_the_copy(
         assert same_tensors(copy.directory, model, SECOND)
 
 
-def test_a_process_that_is_killed_leaves_only_recorded_parts(root: Path, model: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_leaves_only_recorded_parts(root: Path, model: Path) -> None:
     """It is killed in the middle of the tensors, after the other bytes were recorded."""
     program = (
         "import os, signal\nfrom pathlib import Path\nimport tests.unit.test_local_copy as t\n"
@@ -244,7 +243,7 @@ class _Usage:
 def test_room_is_made_by_copies_that_nobody_uses_and_refused_before_anything_is_fetched(
     root: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = []
+    others: list[Path] = []
     for name in ("old", "used"):
         other = Path(shutil.copytree(model, tmp_path / name))
         os.utime(other / "config.json", ns=(1, len(others)))
@@ -310,9 +309,8 @@ def test_a_manifest_cannot_name_files_elsewhere(root: Path, model: Path, tmp_pat
             files = (ModelFile(name, 3, ((0, 3),)),)
             return replace(super().manifest(), files=files)
 
-    with opened(root, model) as copy:
-        with pytest.raises(CheckpointError, match="cannot be called"):
-            copy.fill(Evil(model))
+    with opened(root, model) as copy, pytest.raises(CheckpointError, match="cannot be called"):
+        copy.fill(Evil(model))
     assert not list(tmp_path.rglob("evil"))
 
 

@@ -58,6 +58,22 @@ def test_what_is_loaded_has_no_time_left() -> None:
     assert frame(display, 80)[1].rstrip().endswith("6.0 GB, loaded")
 
 
+def test_what_is_fetched_from_another_node_names_it_and_reading_it_begins_anew() -> None:
+    clock = Clock()
+    display = StartDisplay(Console(file=io.StringIO()), clock)
+    for second in range(1, 4):
+        fetched = LoadProgress("fetching", second * GB, 6 * GB, "10.0.0.2")
+        display.show("Loading the model", {"stage-0": fetched})
+        clock.now_s += 1.0
+    assert frame(display, 120)[1].rstrip().endswith("3.0 GB of 6.0 GB, 1.0 GB/s, 3 s left, from 10.0.0.2")
+    display.show("Loading the model", {"stage-0": LoadProgress("fetching", 6 * GB, 6 * GB, "10.0.0.2")})
+    assert frame(display, 80)[1].rstrip().endswith("6.0 GB, fetched")
+    for num_layers in (1, 3):
+        display.show("Loading the model", {"stage-0": loading(num_layers, num_layers * GB)})
+        clock.now_s += 1.0
+    assert frame(display, 80)[1].rstrip().endswith("3.0 GB of 6.0 GB, 2.0 GB/s, 2 s left")
+
+
 def test_no_colour_means_none() -> None:
     display = StartDisplay(Console(file=io.StringIO()), Clock())
     display.show("Loading the model", {"stage-0": loading(1, GB)})

@@ -104,7 +104,9 @@ class _Loading:
         self._last_s = 0.0
 
     def note(self, progress: LoadProgress, now_s: float) -> None:
-        """Takes what the stage says of itself."""
+        """Takes what the stage says of itself. Its rate is measured anew when it reads what it has fetched."""
+        if progress.source != self.progress.source:
+            self._first = None
         if progress.num_bytes != self.progress.num_bytes:
             self._last_s = now_s
             self._first = self._first or (now_s, progress.num_bytes)
@@ -118,9 +120,11 @@ class _Loading:
         num_bytes = min(progress.num_bytes, progress.all_bytes)  # quantised tensors may be read twice
         text = f"{bytes_text(num_bytes)} of {bytes_text(progress.all_bytes)}"
         if num_bytes == progress.all_bytes:
-            text = f"{bytes_text(num_bytes)}, loaded"
+            text = f"{bytes_text(num_bytes)}, {'fetched' if progress.source else 'loaded'}"
         elif (rate := self._rate()) > 0:
             text += f", {bytes_text(rate)}/s, {(progress.all_bytes - num_bytes) / rate:.0f} s left"
+        if progress.source and num_bytes < progress.all_bytes:
+            text += f", from {progress.source}"
         bar = ProgressBar(progress.all_bytes, num_bytes, width, complete_style="cyan", finished_style="green")
         return bar, text
 

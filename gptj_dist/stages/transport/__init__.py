@@ -7,7 +7,7 @@ classes of `edge`, and one line here. Knows no tensors beyond their bytes.
 from gptj_dist.stages.transport.edge import Transport
 from gptj_dist.stages.transport.zeromq import ZeroMQTransport
 
-__all__ = ["arrivals", "codec", "edge", "frames", "guard", "leash", "open_transport", "parcels"]
+__all__ = ["arrivals", "codec", "edge", "files", "frames", "guard", "leash", "open_transport", "parcels"]
 
 
 def open_transport(epoch: int) -> Transport:
