@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,22 @@ def sample(directory: Path) -> str:
             for begin, end in merged(spans):
                 digest.update(os.pread(opened.fileno(), end - begin, begin))
     return digest.hexdigest()
+
+
+def is_same_model(directory: Path, version: str, other_sample: Callable[[], str]) -> bool | None:
+    """Whether a directory holds the model that another machine has; None if it holds none that can be read whole.
+
+    Args:
+        version: of the other machine's files.
+        other_sample: their `sample`; called if the version does not tell.
+    """
+    try:
+        if version_of(directory) == version:
+            return True
+        own_sample = sample(directory)
+    except (CheckpointError, OSError):
+        return None
+    return own_sample == other_sample()
 
 
 def stage_spans(directory: Path, config: ModelConfig, layers: LayerRange) -> dict[str, list[Span]]:

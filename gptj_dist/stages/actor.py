@@ -15,6 +15,7 @@ from gptj_dist import garbage
 from gptj_dist.config import DTypeName, LayerRange
 from gptj_dist.engine.clock import SteadyClock
 from gptj_dist.engine.plan import Result, StageTiming
+from gptj_dist.errors import CheckpointError
 from gptj_dist.interfaces import address_of
 from gptj_dist.logs import LogSettings, open_log, values
 from gptj_dist.params import AdapterSource
@@ -121,6 +122,9 @@ class Stage:
 
         Args:
             num_threads, num_lone_threads: maximum number of torch threads of a CPU stage, and in its lone steps.
+
+        Raises:
+            CheckpointError: see `StageRunner.load`; the message names this machine.
         """
         claim = self._cores = claim_cores(num_threads)
         lone = LoneCores(num_lone_threads) if claim is None else LoneCores(num_lone_threads, claim.allowed, claim.cores)
@@ -129,7 +133,10 @@ class Stage:
         def note(progress: LoadProgress) -> None:
             self._progress = progress
 
-        report = self._runner.load(dtype, num_threads, note, lone)
+        try:
+            report = self._runner.load(dtype, num_threads, note, lone)
+        except CheckpointError as error:  # other machines may have other files
+            raise CheckpointError(f"{self._runner.describe_device().host}: {error}") from error
         self._dtype = dtype
         logger.info("stage loaded", extra=values(layers=report.layers.num_layers, device=report.device.name))
         return report

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gptj_dist.checkpoint.hub import DEMO, fetch_weights, local_directory, resolve_model
 from gptj_dist.checkpoint.index import read_model_config
 from gptj_dist.checkpoint.local_copy import LocalCopy, SourceLostError
-from gptj_dist.checkpoint.manifest import Manifest, read_manifest, sample, stage_spans, version_of
+from gptj_dist.checkpoint.manifest import Manifest, is_same_model, read_manifest, sample, stage_spans, version_of
 from gptj_dist.checkpoint.pieces import Piece, PieceReader
 from gptj_dist.config import LayerRange, ModelConfig, PipelineConfig
 from gptj_dist.errors import CheckpointError
@@ -88,7 +88,7 @@ class PeerFiles:
 
     def __init__(self, source: FileSource, host: str) -> None:
         self._source = source
-        self._peer = _Peer(source, host)
+        self._peer = PeerSource(source, host)
         self._directory: Path | None = None
         self._copy: LocalCopy | None = None
 
@@ -130,11 +130,10 @@ class PeerFiles:
         directory = Path(self._source.directory)
         if self._source.node_id == ray.get_runtime_context().get_node_id():
             return directory
-        try:
-            version = version_of(directory)
-        except (CheckpointError, OSError):
+        is_same = is_same_model(directory, self._source.version, self._peer.sample)
+        if is_same is None:
             return None
-        if version == self._source.version or sample(directory) == self._peer.sample():
+        if is_same:
             return directory
         logger.warning(
             "this node has other files than the model's source at the same path, and fetches those",
@@ -200,8 +199,12 @@ class FileServer:
             )
 
 
-class _Peer:
-    """The other node; `checkpoint.local_copy.Source`."""
+class PeerSource:
+    """The other node; `checkpoint.local_copy.Source`.
+
+    Args:
+        host: see `PeerFiles`.
+    """
 
     def __init__(self, source: FileSource, host: str) -> None:
         self._source = source

@@ -21,7 +21,15 @@ from gptj_dist.checkpoint.copy_record import CopyRecord
 from gptj_dist.checkpoint.hub import DEMO, resolve_model
 from gptj_dist.checkpoint.index import CheckpointIndex, read_model_config, stage_headers
 from gptj_dist.checkpoint.local_copy import LocalCopy, SourceLostError
-from gptj_dist.checkpoint.manifest import Manifest, ModelFile, read_manifest, sample, stage_spans, version_of
+from gptj_dist.checkpoint.manifest import (
+    Manifest,
+    ModelFile,
+    is_same_model,
+    read_manifest,
+    sample,
+    stage_spans,
+    version_of,
+)
 from gptj_dist.checkpoint.pieces import Piece, PieceReader
 from gptj_dist.checkpoint.spans import Span, merged, num_bytes, without
 from gptj_dist.config import LayerRange
@@ -289,7 +297,7 @@ def test_files_that_change_meanwhile_are_refused_and_nothing_of_them_is_kept(roo
             copy.fill(DirectorySource(model))
 
     def changes(number: int, data: bytes) -> bytes:
-        if number == 4:
+        if number == 6:  # the bytes of no tensor have been recorded
             raise CheckpointError("they have changed")
         return data
 
@@ -369,6 +377,17 @@ def test_a_version_follows_times_and_sizes_and_a_sample_what_is_in_the_files(mod
         file.seek(header.offset_bytes)
         file.write(b"\1\2\3\4")
     assert sample(copied) != sample(model)
+
+
+def test_a_node_uses_its_own_directory_only_if_it_holds_the_same_model(model: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(model, tmp_path / "copied", copy_function=shutil.copy))
+    os.utime(copied / "config.json", ns=(5, 5))
+    assert is_same_model(model, version_of(model), lambda: pytest.fail("the version tells")) is True
+    assert is_same_model(copied, version_of(model), lambda: sample(model)) is True
+    assert is_same_model(copied, version_of(model), lambda: "another") is False
+    assert is_same_model(tmp_path / "gone", version_of(model), lambda: sample(model)) is None
+    os.truncate(copied / "model.safetensors", 30_000)
+    assert is_same_model(copied, version_of(model), lambda: sample(model)) is None
 
 
 def test_spans_are_sets_of_bytes() -> None:
