@@ -176,7 +176,8 @@ class FileServer:
         return manifest
 
     def sample(self) -> str:
-        """See `checkpoint.manifest.sample`. Raises CheckpointError."""
+        """See `checkpoint.manifest.sample`. Raises CheckpointError, also if the files have changed."""
+        self._require(version_of(self._directory))
         return sample(self._directory)
 
     def send(self, pieces: Sequence[Piece], address: str) -> None:

@@ -18,10 +18,10 @@ from gptj_dist.checkpoint.local_copy import LocalCopy
 from gptj_dist.checkpoint.manifest import stage_spans, version_of
 from gptj_dist.checkpoint.spans import num_bytes
 from gptj_dist.checkpoint.synthetic import write_checkpoint
-from gptj_dist.config import LayerRange
+from gptj_dist.config import LayerRange, PipelineConfig
 from gptj_dist.errors import CheckpointError
 from gptj_dist.stages.files import FileSource
-from gptj_dist.stages.peer_files import PeerSource
+from gptj_dist.stages.peer_files import PeerSource, files_here, share_files
 from tests.http.server import local_ray
 
 pytestmark = pytest.mark.ray
@@ -112,3 +112,33 @@ def test_files_that_have_changed_are_refused_by_the_node_that_has_them(model: Pa
         os.utime(changed / "config.json", ns=(5, 5))
         with pytest.raises(CheckpointError, match="have changed since the server started: restart it"):
             copy.fill(source)
+
+
+def test_a_directory_is_shared_unless_told_otherwise_and_a_hub_model_if_told_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads: list[LayerRange] = []
+    module = "gptj_dist.stages.peer_files"
+    in_cache = {"owner/name": model, str(model): model}
+    monkeypatch.setattr(f"{module}.resolve_model", lambda name, _: in_cache[name])
+    monkeypatch.setattr(f"{module}.fetch_weights", lambda _, __, layers, ___: downloads.append(layers))
+    shared = share_files(PipelineConfig(str(model)))
+    assert shared == FileSource(
+        ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), str(model), version_of(model)
+    )
+    assert share_files(PipelineConfig(str(model), peer_files=False)) is None
+    assert share_files(PipelineConfig("owner/name")) is None
+    assert downloads == []
+    assert share_files(PipelineConfig("owner/name", peer_files=True)) == shared
+    assert downloads == [LayerRange.whole(CONFIG.num_layers)]
+    assert share_files(PipelineConfig(DEMO, peer_files=True)) is None
+
+
+def test_the_node_with_the_files_reads_them_where_they_are(model: Path) -> None:
+    config = PipelineConfig("owner/name", revision="main", peer_files=True)
+    source = FileSource(ray.get_runtime_context().get_node_id(), HOST, str(model), "any")
+    there, files = files_here(config, source, HOST)
+    assert (there.model, there.revision) == (str(model), None)
+    assert files is not None
+    files.fetch(CONFIG, LAYERS, lambda progress: pytest.fail(f"{progress}"))
+    assert files_here(config, None, HOST) == (config, None)
