@@ -97,7 +97,7 @@ def test_a_sender_that_is_killed_is_replaced_and_what_has_arrived_is_kept(model:
 def test_a_node_that_is_gone_is_an_error_that_names_it(model: Path, root: Path) -> None:
     copy, message = LocalCopy(root, "model", version_of(model)), r"cannot get .* from 10\.0\.0\.1: the process"
     with closing(copy), pytest.raises(CheckpointError, match=message):
-        copy.fill(peer(model, "f" * 56))
+        copy.fill(peer(model, "ab" * 28))
 
 
 def test_files_that_have_changed_are_refused_by_the_node_that_has_them(model: Path, root: Path, tmp_path: Path) -> None:
