@@ -87,7 +87,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Joined]:
     with running([*VERB, "up", "--interface", "lo", "--cpus", "1"], environment) as head:
         code = head.wait_for(r"gptj-dist join (\S+)", START_LIMIT_S)
         address = head.wait_for(r"head at (\S+)", START_LIMIT_S)
-        with running([*elsewhere, *VERB, "join", code.lower(), "--cpus", "1"], environment) as node:
+        join = [*elsewhere, *VERB, "join", code.lower(), "--cpus", "1", "--drain-s", "5"]  # Serve stays on the node
+        with running(join, environment) as node:
             node.wait_for("Ctrl-C leaves", START_LIMIT_S)
             yield Joined(head, node, environment, code, address, hidden)
 
