@@ -45,6 +45,13 @@ _MAX_RESOURCE = 1_000_000
 """GB, CPUs or GPUs: more than any machine has."""
 
 
+SERVER_SETTINGS = (
+    *("cpus_per_stage", "gpus_per_stage", "max_queued_requests", "max_queued_tokens", "spares"),
+    *("stage_nodes", "plan", "wire_dtype", "interface", "rebalance", "peer_files"),
+)
+"""Fields of `PipelineConfig` that have no effect in one process, without Ray and without other clients."""
+
+
 @dataclass(frozen=True)
 class PipelineConfig:
     """How one model is cut, placed and run: the settings shared by the command line, `LLM` and Serve configs.

@@ -19,9 +19,9 @@ from gptj_dist.answers.schema.base import check_fields
 from gptj_dist.answers.schema.chat import Conversation, check_shown
 from gptj_dist.checkpoint.adapter_formats import open_fitting
 from gptj_dist.checkpoint.hub import resolve_model
-from gptj_dist.config import PipelineConfig, refuse_unknown_keys
+from gptj_dist.config import SERVER_SETTINGS, PipelineConfig, refuse_unknown_keys
 from gptj_dist.engine.stats import PlanRecord
-from gptj_dist.errors import InvalidRequestError
+from gptj_dist.errors import ConfigurationError, InvalidRequestError
 from gptj_dist.llm.background import BackgroundLoop
 from gptj_dist.llm.completer import Completer
 from gptj_dist.llm.outputs import Output
@@ -46,7 +46,7 @@ class LLM:
     Args:
         model: `demo`, a directory in the Hugging Face layout, or a hub name.
         adapters: directories of LoRA adapters by name, for `SamplingParams.adapters`.
-        settings: fields of `PipelineConfig`, such as `stages=2` or `dtype="float32"`.
+        settings: fields of `PipelineConfig`, such as `stages=2` or `dtype="float32"`, but for `SERVER_SETTINGS`.
 
     Attributes:
         pipeline: the loaded stages.
@@ -54,8 +54,8 @@ class LLM:
         defaults: values of `SamplingParams` from the checkpoint's generation config, where `params` is None.
 
     Raises:
-        ConfigurationError: a setting is unknown, has the wrong type or is out of range, the checkpoint is broken, or an
-            adapter does not fit it.
+        ConfigurationError: a setting is unknown, has no effect here, has the wrong type or is out of range, the
+            checkpoint is broken, or an adapter does not fit it.
     """
 
     def __init__(
@@ -66,6 +66,9 @@ class LLM:
         **settings: Any,
     ) -> None:
         refuse_unknown_keys(settings, [field.name for field in fields(PipelineConfig)])
+        for name in SERVER_SETTINGS:
+            if name in settings:
+                raise ConfigurationError(f"{name} is for servers: it has no effect in a process of its own")
         if isinstance(settings.get("layers"), list):
             settings["layers"] = tuple(settings["layers"])
         config = PipelineConfig(os.fspath(model) if isinstance(model, os.PathLike) else model, **settings)

@@ -237,6 +237,11 @@ def test_an_unknown_setting_names_the_nearest() -> None:
         LLM("demo", stage=2)
 
 
+def test_a_setting_of_servers_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="spares is for servers"):
+        LLM("demo", spares=1)
+
+
 @pytest.mark.parametrize("settings", [{"stages": 0}, {"dtype": "int8"}, {"stages": 29}, {"kv_cache_gb": 1e9}])
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):

@@ -23,7 +23,7 @@ from gptj_dist.cli.options import (
 from gptj_dist.cli.pipeline_settings import OPTIONS, Settings, takes_settings
 from gptj_dist.cli.request_options import DEFAULT_TIMEOUT_S, DEFAULT_URL, KeyOption, ServerUrl, Timeout
 from gptj_dist.cli.streams import complain
-from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, PipelineConfig
+from gptj_dist.config import DEFAULT_CHAT_MAX_TOKENS, SERVER_SETTINGS, PipelineConfig
 from gptj_dist.errors import ConfigurationError, GPTJDistError
 
 if TYPE_CHECKING:
@@ -37,13 +37,7 @@ DEFAULT_CONCURRENCY = 32
 DEFAULT_WAIT_S = 600.0
 
 SERVER_OPTIONS = ("url", "api_key", "timeout", "wait")
-LOCAL_SETTINGS = tuple(
-    name
-    for name in OPTIONS
-    if name not in ("cpus_per_stage", "gpus_per_stage", "max_queued_requests", "max_queued_tokens", "spares")
-    and name not in ("stage_nodes", "plan", "wire_dtype", "interface", "rebalance", "peer_files")
-)
-"""Settings with an effect without Ray and without other clients."""
+LOCAL_SETTINGS = tuple(name for name in OPTIONS if name not in SERVER_SETTINGS)
 
 LOCAL_OPTIONS = (*LOCAL_SETTINGS, "served_model_name", "chat_template", "chat_max_tokens", "chat_stop", "tool_format")
 
