@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from gptj_dist import LLM, SamplingParams
+from gptj_dist.config import SERVER_SETTINGS
 from gptj_dist.serving.debug import DebugDocument, PipelineDocument
 from tests.adapters import model_config, write_lora
 from tests.http.server import APP_NAME, Server, deploy, serving
@@ -52,7 +53,7 @@ def num_pipelines() -> int:
 def test_with_two_replicas_both_answer() -> None:
     settings = SETTINGS | {"dtype": "float32", "quantize": "int4"}
     greedy: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
-    with LLM(**settings) as llm:
+    with LLM(**{name: value for name, value in settings.items() if name not in SERVER_SETTINGS}) as llm:
         [here] = llm.generate("Call me", SamplingParams(**greedy), use_tqdm=False)
     with serving(settings, {"num_replicas": 2}) as server:
         wait_until(lambda: num_pipelines() == 2, "both pipelines run")
