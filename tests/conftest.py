@@ -4,6 +4,7 @@ read these environment variables when they are imported.
 
 import gc
 import os
+import signal
 import sys
 
 import pytest
@@ -14,6 +15,8 @@ from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
 os.environ.update(LOCAL_RAY_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"})
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; what tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_MODULES = (
     "test_soak",
@@ -22,8 +25,10 @@ LONGEST_MODULES = (
     "test_failures",
     "test_scaling",
     "test_faults",
+    "test_cluster",
     "test_access",
     "test_actors",
+    "test_moving_actors",
     "test_coordinator_death",
     "test_many_requests",
     "test_fields",

@@ -230,17 +230,20 @@ def test_a_process_that_has_died_between_two_steps_ends_the_check_with_a_reason(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_check_without_a_traceback_of_its_processes() -> None:
-    command = subprocess.Popen(
+    with subprocess.Popen(
         command_line("plan", "demo", "--check"),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         process_group=0,
-    )
-    wait_until(lambda: len(descendants(command.pid)) > 1, "a stage's process runs beside the resource tracker")
-    os.killpg(command.pid, signal.SIGINT)
-    _, errors = command.communicate(timeout=60)
-    assert (command.returncode, errors) == (130, b"")
+    ) as command:
+        try:
+            wait_until(lambda: len(descendants(command.pid)) > 1, "a stage's process runs beside the resource tracker")
+            os.killpg(command.pid, signal.SIGINT)
+            _, errors = command.communicate(timeout=60)
+            assert (command.returncode, errors) == (130, b"")
+        finally:
+            command.kill()
 
 
 def test_a_rate_prints_each_way_to_make_pipelines_and_which_is_soonest(six_b: str, tmp_path: Path) -> None:
