@@ -41,8 +41,8 @@ class TimedLoader(Loader):
         original: Any = module.StageRunner
 
         class TimedRunner(original):  # type: ignore[misc]
-            def __init__(self, spec: Any) -> None:
-                super().__init__(spec)
+            def __init__(self, spec: Any, files: Any = None) -> None:
+                super().__init__(spec, files)
                 self.timed_spec = spec
 
             def describe_device(self) -> Any:
