@@ -1,15 +1,12 @@
-"""Stages move from nodes that will end, and `serve` waits for nodes that are to come."""
+"""Stages move from nodes that will end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
-from gptj_dist.errors import ConfigurationError, StageFailedError
-from gptj_dist.operate.launch import cluster
-from gptj_dist.operate.launch.cluster import await_nodes
+from gptj_dist.errors import StageFailedError
 from gptj_dist.stages import departures
 from gptj_dist.stages.departures import watch_departures
 
@@ -18,7 +15,6 @@ from gptj_dist.stages.departures import watch_departures
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(departures, "PERIOD_S", 0.0)
     monkeypatch.setattr(departures, "RETRY_S", 0.0)
-    monkeypatch.setattr(cluster, "NODES_POLL_S", 0.0)
 
 
 def test_stages_move_from_a_node_that_will_end_and_from_no_other() -> None:
@@ -70,15 +66,3 @@ def test_a_move_that_fails_is_tried_again(error: Exception) -> None:
         return calls
 
     assert asyncio.run(run()) == 2
-
-
-def test_serve_waits_until_the_nodes_are_there_and_says_which_are() -> None:
-    looks: Iterator[list[str]] = iter([["a"], ["a"], ["a", "b"]])
-    told: list[str] = []
-    await_nodes(2, 60.0, told.append, lambda: next(looks))
-    assert told == ["Waiting for nodes; 1 of 2 nodes are there: a"] * 2
-
-
-def test_serve_does_not_wait_for_ever() -> None:
-    with pytest.raises(ConfigurationError, match=r"after 0 s 1 of 3 nodes are there: a; `gptj-dist join` adds one"):
-        await_nodes(3, 0.0, lambda _: None, lambda: ["a"])
