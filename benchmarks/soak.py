@@ -33,6 +33,7 @@ from benchmarks.faults import KINDS, NUM_STAGES, Content, Server, Stream, differ
 from benchmarks.figures import machine, print_document, print_row
 from benchmarks.parts import PARTS, title
 from benchmarks.processes import num_files, own_bytes
+from benchmarks.servers import is_ready
 from benchmarks.sse_client import stream_completion
 
 NUM_CLIENTS = 6
@@ -209,9 +210,11 @@ def _judge(stream: Stream, expected: Content, findings: Findings) -> None:
 
 
 async def _kill(server: Server, findings: Findings, every_s: float, choose: Callable[[], str]) -> None:
-    """Kills a process of the chosen role again and again; none while it is being replaced."""
+    """Kills a process of the chosen role again and again; none while another one is being replaced."""
     while True:
         await asyncio.sleep(every_s)
+        while not await asyncio.to_thread(is_ready, server.base):  # noqa: ASYNC110  # the server sets no event
+            await asyncio.sleep(POLL_S)
         role = choose()
         if pids := [int(process.name) for process in server.family.members() if ROLES[role] in title(process)]:
             server.kill(pids[0])

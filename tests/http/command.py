@@ -40,7 +40,7 @@ class Command:
         """Live processes that descend from the command."""
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._is_ours(path)]
 
-    def wait_for(self, pattern: str, timeout_s: float = 120.0) -> str:
+    def wait_for(self, pattern: str, timeout_s: float = 240.0) -> str:
         """Waits until the output matches. Returns the group of the first match."""
 
         def find() -> list[str]:

@@ -42,7 +42,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     }
     settings = {
         "model": "demo",
-        "stages": 2,
         "device": "cpu",
         "dtype": "float32",
         "ingress_replicas": 2,
@@ -213,7 +212,7 @@ def test_a_second_model_answers_under_its_prefix_and_leaves_without_touching_the
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    joining = [*SERVE, "demo", "--address", address, "--device", "cpu", "--dtype", "float32", "--stages", "2"]
+    joining = [*SERVE, "demo", "--address", address, "--device", "cpu", "--dtype", "float32"]
     asked = {"prompt": PROMPT, "max_tokens": 10, "temperature": 0}
     text = server.complete(**asked)["choices"][0]["text"]
     with running([*joining, "--name", "b", "--route-prefix", "/b", "--served-model-name", "second"]) as command:

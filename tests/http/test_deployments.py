@@ -33,7 +33,8 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "deployments").glob("*.yaml"))
+DEMO = ROOT / "deployments" / "demo.yaml"
+OTHER_CONFIGS = sorted(set((ROOT / "deployments").glob("*.yaml")) - {DEMO})
 NUM_CPUS = 16
 SERVE = str(Path(sys.executable).with_name("serve"))
 REQUEST = {"prompt": "The state of the Union is", "max_tokens": 5, "temperature": 0}
@@ -128,7 +129,7 @@ def expected_strategy(app: Mapping[str, Any]) -> str:
 @pytest.mark.usefixtures("cluster")
 def test_serve_run_serves_the_demo_config_until_ctrl_c(tmp_path: Path) -> None:
     """Comes first: there is no Serve on the cluster yet, so this one listens at the port of its config."""
-    config, port = read(ROOT / "deployments" / "demo.yaml"), free_port()
+    config, port = read(DEMO), free_port()
     config["http_options"]["port"] = port
     path = tmp_path / "demo.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -143,6 +144,7 @@ def test_serve_run_serves_the_demo_config_until_ctrl_c(tmp_path: Path) -> None:
             server = Server(f"http://127.0.0.1:{port}", client)
             wait_until(lambda: server.is_ready() or process.poll() is not None, "`serve run` is ready")
             assert server.complete(**REQUEST)["usage"]["completion_tokens"] == 5, log.read_text()
+            check_bundles(config)
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 0, log.read_text()
         finally:
@@ -151,25 +153,30 @@ def test_serve_run_serves_the_demo_config_until_ctrl_c(tmp_path: Path) -> None:
     assert stage_actors() == {}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_deployed_with_each_stage_in_its_own_bundle_and_answers(
+@pytest.mark.parametrize("path", OTHER_CONFIGS, ids=lambda path: path.stem)
+def test_every_other_config_is_deployed_with_each_stage_in_its_own_bundle_and_answers(
     server: Server, model: str, path: Path
 ) -> None:
     config = on_logical_resources(read(path), model)
-    (app,) = config["applications"]
-    num_stages, bundle = app["args"].get("stages", 1), expected_bundle(app["args"])
     with deployed(config):
         wait_until(server.is_ready, f"{path.name} is ready")
         assert server.complete(**REQUEST)["usage"]["completion_tokens"] == 5
-        (group,) = placement_groups()
-        assert group["bundles"] == {0: {"CPU": COORDINATOR_CPUS}} | dict.fromkeys(range(1, num_stages + 1), bundle)
-        assert group["strategy"] == expected_strategy(app)
-        actors = stage_actors()
-        assert [name.rpartition("/")[2] for name in actors] == [f"stage-{i}" for i in range(num_stages)]
-        for index, actor in enumerate(actors.values(), start=1):
-            held = held_resources(actor)
-            group_id = group["placement_group_id"]
-            assert {name: held[f"{name}_group_{index}_{group_id}"] for name in bundle} == bundle
+        check_bundles(config)
+
+
+def check_bundles(config: Mapping[str, Any]) -> None:
+    """Each stage of the deployed config has a bundle of its own in the only placement group."""
+    (app,) = config["applications"]
+    num_stages, bundle = app["args"].get("stages", 1), expected_bundle(app["args"])
+    (group,) = placement_groups()
+    assert group["bundles"] == {0: {"CPU": COORDINATOR_CPUS}} | dict.fromkeys(range(1, num_stages + 1), bundle)
+    assert group["strategy"] == expected_strategy(app)
+    actors = stage_actors()
+    assert [name.rpartition("/")[2] for name in actors] == [f"stage-{i}" for i in range(num_stages)]
+    for index, actor in enumerate(actors.values(), start=1):
+        held = held_resources(actor)
+        group_id = group["placement_group_id"]
+        assert {name: held[f"{name}_group_{index}_{group_id}"] for name in bundle} == bundle
 
 
 def test_what_serve_build_writes_can_be_deployed(server: Server, tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_what_serve_build_writes_can_be_deployed(server: Server, tmp_path: Path)
 
 @pytest.mark.usefixtures("server")
 def test_an_unknown_setting_fails_the_deployment_with_a_message_that_says_what_to_write() -> None:
-    config = read(ROOT / "deployments" / "demo.yaml")
+    config = read(DEMO)
     args = config["applications"][0]["args"]
     args["stagse"] = args.pop("stages")
     with deployed(config):

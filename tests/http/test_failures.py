@@ -38,7 +38,15 @@ with httpx.stream("POST", sys.argv[1] + "/v1/completions", content=sys.argv[2], 
 """
 
 
-@pytest.fixture(scope="module", params=["own listener", "Serve's proxy"])
+LISTENERS = ("own listener", "Serve's proxy")
+whoever_listens = pytest.mark.parametrize("server", LISTENERS, indirect=True)
+"""For what depends on who holds the client's connection."""
+
+beside_own_listener = pytest.mark.parametrize("server", LISTENERS[:1], indirect=True)
+"""For what happens behind the ingress."""
+
+
+@pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     has_proxy = request.param == "Serve's proxy"
     directory, config = tmp_path_factory.mktemp("adapters"), model_config("demo")
@@ -56,6 +64,7 @@ def start_client(server: Server, **fields: Any) -> subprocess.Popen[str]:
     )
 
 
+@whoever_listens
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_killed_leaves_zero_blocks_in_use(server: Server, stream: bool) -> None:
     client = start_client(server, stream=stream)
@@ -67,6 +76,7 @@ def test_a_client_killed_leaves_zero_blocks_in_use(server: Server, stream: bool)
     assert (status.num_running, status.num_waiting, status.num_used_blocks) == (0, 0, 0)
 
 
+@whoever_listens
 def test_a_killed_client_does_not_disturb_another(server: Server) -> None:
     request = {"prompt": "Call me Ishmael.", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
     alone = server.complete(**request)["choices"][0]["text"]
@@ -86,6 +96,7 @@ Told = tuple[str, list[float]]
 """A text, and the log probabilities of its tokens."""
 
 
+@beside_own_listener
 def test_when_a_stage_dies_its_streams_go_on_to_the_same_texts(server: Server) -> None:
     """Also with adapters, which the new stage reads again, and with a grammar, which it follows anew."""
     request = {"prompt": "My fellow citizens", "max_tokens": 300, "ignore_eos": True, "temperature": 0.8}
@@ -134,6 +145,7 @@ def completion(chunks: Sequence[dict[str, Any]], index: int) -> Told:
     return "".join(entry["text"] for entry in entries), logprobs
 
 
+@beside_own_listener
 def test_while_a_stage_is_replaced_the_pipeline_is_not_ready_and_new_requests_wait(server: Server) -> None:
     os.kill(server.status().stages[0].pid, signal.SIGKILL)
 
@@ -153,6 +165,7 @@ def test_while_a_stage_is_replaced_the_pipeline_is_not_ready_and_new_requests_wa
     assert server.is_ready()
 
 
+@whoever_listens
 def test_an_ingress_that_dies_ends_its_requests_and_another_one_takes_over(server: Server) -> None:
     client = start_client(server, stream=True)
     wait_until(lambda: server.status().num_running == 4, "the request runs")
@@ -165,6 +178,7 @@ def test_an_ingress_that_dies_ends_its_requests_and_another_one_takes_over(serve
     assert server.complete(prompt="Call me", max_tokens=3)["usage"]["completion_tokens"] == 3
 
 
+@beside_own_listener
 def test_strangers_at_the_ports_of_all_processes_change_no_stream_and_are_counted(server: Server) -> None:
     request = {"prompt": "Call me Ishmael.", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
     alone = server.complete(**request)["choices"][0]["text"]

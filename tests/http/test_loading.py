@@ -12,7 +12,7 @@ pytestmark = pytest.mark.ray
 
 def test_ready_is_503_while_stages_load_and_health_is_200() -> None:
     with local_ray(), serve_http() as server:
-        deploy({"model": "demo", "stages": 4, "device": "cpu"})
+        deploy({"model": "demo", "stages": 1, "device": "cpu"})
         wait_until(lambda: server.client.get("/health").status_code == 200, "the ingress is up")
         response = server.client.get("/ready")
         assert response.status_code == 503

@@ -45,7 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template.write_text(TEMPLATE)
     settings = {
         "model": "demo",
-        "stages": 2,
         "device": "cpu",
         "dtype": "float32",
         "max_batch_size": NUM_RUNNING,

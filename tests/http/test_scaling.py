@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ray
 NUM_CLIENTS = 8
 MOST_PIPELINES = 3
 ANSWER_S = 20.0
-SETTINGS: dict[str, Any] = {"model": "demo", "stages": 2, "device": "cpu", "cpus_per_stage": 0.5}
+SETTINGS: dict[str, Any] = {"model": "demo", "device": "cpu", "cpus_per_stage": 0.5}
 
 
 def actor_names() -> list[str]:
@@ -51,7 +51,7 @@ def num_pipelines() -> int:
 
 
 def test_with_two_replicas_both_answer() -> None:
-    settings = SETTINGS | {"dtype": "float32", "quantize": "int4"}
+    settings = SETTINGS | {"stages": 2, "dtype": "float32", "quantize": "int4"}
     greedy: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
     with LLM(**{name: value for name, value in settings.items() if name not in SERVER_SETTINGS}) as llm:
         [here] = llm.generate("Call me", SamplingParams(**greedy), use_tqdm=False)
@@ -126,7 +126,7 @@ def test_pipelines_go_from_none_to_three_and_back_to_none_under_a_burst_and_no_r
         assert len({of_client[0] for of_client in texts.values()}) == NUM_CLIENTS
         wait_until(lambda: num_pipelines() == 1, "one pipeline is left", timeout_s=60)
         assert server.complete(prompt="Call me", max_tokens=2)["usage"]["completion_tokens"] == 2
-        assert len(pipeline_actors()) >= 3
+        assert len(pipeline_actors()) >= 2
         _wait_until_asleep(server)
         wait_until(lambda: not pipeline_actors(), "its actors are gone")
 

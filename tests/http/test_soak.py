@@ -10,9 +10,9 @@ pytestmark = pytest.mark.ray
 
 
 def test_nothing_is_lost_wrong_or_left_while_processes_are_killed() -> None:
-    document = soaked(load_s=40.0, stage_every_s=12.0, coordinator_every_s=28.0)
+    document = soaked(load_s=24.0, stage_every_s=8.0, coordinator_every_s=17.0)
     assert document["problems"] == []
     assert document["num_used_blocks"] == 0
-    assert document["kills"]["coordinator"] == 1
-    assert sum(document["kills"].values()) >= 3
+    assert "coordinator" in document["kills"]
+    assert any(role.startswith("stage") for role in document["kills"])
     assert min(document["ends"][end] for end in ("completed", "disconnected", "refused")) > 0

@@ -134,7 +134,7 @@ def test_logits_of_actors_over_zeromq_have_the_bits_of_one_process() -> None:
         prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
     expected = logits_in_one_process(prompts)
     assert len(expected) == 12 * len(PROMPTS)
-    for num_stages in (1, 2, 4):
+    for num_stages in (1, 4):
         found = logits_of_actors(num_stages, prompts)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), f"{num_stages} stages"
@@ -178,7 +178,7 @@ async def _tokens(stream: AsyncIterator[Delta]) -> tuple[int, ...]:
     return tuple(token for ids in tokens for token in ids)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("num_stages", [1, 4])
 def test_greedy_and_seeded_tokens_of_actors_are_those_of_one_process(num_stages: int) -> None:
     all_params = [SamplingParams(max_tokens=15, temperature=0), SamplingParams(max_tokens=15, seed=5, top_p=0.95)]
     with LLM("demo", device="cpu", dtype="float32") as llm:
@@ -254,7 +254,7 @@ def test_streams_go_on_when_lost_stages_are_replaced_and_the_others_keep_their_p
         config = PipelineConfig("demo", stages=3, dtype="float32")
         async with running_group(config, epoch=20) as (group, engine, driver):
             expected = [await complete(engine, prompt, params, 0) for prompt in ([1, 2, 3], [4] * 40)]
-            for epoch, lost in ((21, [1]), (22, [0, 2]), (23, [0, 1, 2])):
+            for epoch, lost in ((21, [0, 2]), (22, [0, 1, 2])):
                 streams = [engine.generate(prompt, params) for prompt in ([1, 2, 3], [4] * 40)]
                 begun = [(await anext(stream)).token_ids for stream in streams]
                 pids = _pids(group)

@@ -124,13 +124,14 @@ class LocalRay:
 
 
 def omit_unused_processes() -> None:
-    """Makes a Ray that this process starts do without two of its processes, for one of which `ray.init` waits.
+    """Makes a Ray that this process starts do without three of its processes, for one of which `ray.init` waits.
 
-    Without a dashboard the API server only reports usage; the log monitor prints logs at the terminal.
+    Without a dashboard the API server only reports usage; the log monitor prints logs at the terminal; the monitor asks
+    for more nodes, which there are none of on one machine.
     """
     from ray._private.node import Node
 
-    Node.start_api_server = Node.start_log_monitor = lambda _node, **_: None
+    Node.start_api_server = Node.start_log_monitor = Node.start_monitor = lambda _node, **_: None
 
 
 def lasting_cause(error: Exception, directory: Path) -> str | None:
