@@ -14,7 +14,7 @@ import pytest
 from tests.fuzzing.bombs import BOMBS, SLOW_BOMBS
 
 SEED = 20260
-NUM_CASES = 1500
+NUM_CASES = 750
 MAX_MEMORY_BYTES = 1 << 30
 """Of the whole process, of which Python, torch and the tokenizer library take a quarter."""
 LIMIT_S = 280
