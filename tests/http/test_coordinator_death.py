@@ -55,8 +55,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template = tmp_path_factory.mktemp("chat") / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    settings = {"model": "demo", "device": "cpu", "dtype": "float32", "chat_template": str(template)}
-    settings |= {"resumable": True}
+    settings: dict[str, Any] = {"model": "demo", "device": "cpu", "dtype": "float32"}
+    settings |= {"chat_template": str(template), "resumable": True}
     with serving(settings, {"num_replicas": request.param}) as server:
         wait_until(lambda: len(pipelines(server)) == request.param, "all pipelines are there")
         yield server
