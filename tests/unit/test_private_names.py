@@ -30,6 +30,7 @@ PRIVATE_NAMES = {
     "ray.serve.context._get_global_client": "operate/launch/cluster.py: whether Serve runs in this process",
     "ray._private.node.Node.start_api_server": "operate/launch/local_ray.py: starts a process that is not needed",
     "ray._private.node.Node.start_log_monitor": "operate/launch/local_ray.py: the same",
+    "ray._private.node.Node.start_monitor": "operate/launch/local_ray.py: the same",
     "ray._private.node.Node": "operate/cluster/ray_node.py: Ray's processes of a node",
     "ray._private.parameter.RayParams": "operate/cluster/ray_node.py: their settings",
     "ray._private.state.GlobalState": "operate/cluster/overview.py: which actor is on which node, without joining",
