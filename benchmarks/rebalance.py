@@ -44,10 +44,10 @@ from gptj_dist.stages.group import StageGroup
 from gptj_dist.stages.relocation import MovedLayer
 
 POLL_S = 0.1
-CONTENT_S = 20.0
-"""The balance is reached when no layer has moved for so long."""
+CONTENT_S = 60.0
+"""The balance is reached when no layer has moved for so long: more than the looks that its third cut takes."""
 
-BALANCE_TIMEOUT_S = 180.0
+BALANCE_TIMEOUT_S = 240.0
 
 
 @dataclass
@@ -64,10 +64,14 @@ class Streams:
     vocab_size: int
     times_s: dict[int, list[float]] = field(default_factory=dict)
 
-    async def one(self, number: int) -> tuple[int, ...]:
-        """The tokens of the stream with that number, which are the same in every run."""
+    async def one(self, number: int, num_tokens: int | None = None) -> tuple[int, ...]:
+        """The tokens of the stream with that number, which are the same in every run.
+
+        Args:
+            num_tokens: fewer than the other streams have.
+        """
         prompt = [(7 * number + 3 * position + 1) % self.vocab_size for position in range(64)]
-        params = SamplingParams(self.num_tokens, seed=number, ignore_eos=True)
+        params = SamplingParams(num_tokens or self.num_tokens, seed=number, ignore_eos=True)
         times = self.times_s[number] = []
         tokens: list[int] = []
         async for delta in self.engine.generate(prompt, params):
@@ -81,14 +85,18 @@ class Streams:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Keeps all lanes busy until the context ends."""
+        """Keeps all lanes busy until the context ends.
+
+        The first streams end one after another, so that prompts come at all times, and each measurement has its share.
+        """
         numbers = count(self.num_lanes)
 
-        async def lane() -> None:
+        async def lane(number: int) -> None:
+            await self.one(next(numbers), max(1, self.num_tokens * (number + 1) // self.num_lanes))
             while True:
                 await self.one(next(numbers))
 
-        lanes = [asyncio.create_task(lane()) for _ in range(self.num_lanes)]
+        lanes = [asyncio.create_task(lane(number)) for number in range(self.num_lanes)]
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,14 +10,18 @@ import ray
 from ray.util.placement_group import placement_group
 
 from gptj_dist.config import PipelineConfig
+from gptj_dist.operate.launch.environment import LOCAL_RAY_ENVIRONMENT
 from gptj_dist.serving.sizing import size_stages
 from gptj_dist.stages.blueprint import LoadedPipeline, draw_blueprint
 from gptj_dist.stages.group import Placement, StageGroup
 
+NICENESS = "RAY_worker_niceness"
+
 
 @asynccontextmanager
 async def start_actors(config: PipelineConfig) -> AsyncIterator[tuple[StageGroup, LoadedPipeline]]:
-    """Starts the stages on this machine, and stops them when the context ends."""
+    """Starts the stages on this machine with a server's priority, and stops them when the context ends."""
+    os.environ[NICENESS] = LOCAL_RAY_ENVIRONMENT[NICENESS]
     ray.init(
         address="local",
         _node_ip_address="127.0.0.1",

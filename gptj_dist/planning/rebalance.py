@@ -81,29 +81,28 @@ class Balance:
     """Decides when layers move. Each new cut doubles the patience, so that layers do not move to and fro.
 
     Attributes:
-        patience: looks in a row that the next new cut takes.
+        num_looks: looks in a row that found the same stage.
+        patience: how many of them the next new cut takes.
         least_ratio: for `better_cut`.
     """
 
     def __init__(self) -> None:
+        self.num_looks = 0
         self.patience = FIRST_LOOKS
         self.least_ratio = SLOWEST_RATIO
         self._slowest: int | None = None
-        self._num_looks = 0
 
-    def note(self, found: BetterCut | None) -> BetterCut | None:
-        """Takes what a look has found. Returns it if layers are to move now."""
-        slowest = None if found is None else found.slowest
+    def note(self, slowest: int | None) -> bool:
+        """Takes the stage that a look has found; None if the stages are in balance. Says whether layers are to move."""
         if slowest != self._slowest:
-            self._slowest, self._num_looks = slowest, 0
-        self._num_looks += 1
-        if found is None:
-            if self._num_looks >= FIRST_LOOKS:
-                self.least_ratio = SLOWEST_RATIO
-            return None
-        if self._num_looks < self.patience:
-            return None
+            self._slowest, self.num_looks = slowest, 0
+        self.num_looks += 1
+        if slowest is None and self.num_looks >= FIRST_LOOKS:
+            self.least_ratio = SLOWEST_RATIO
+        return slowest is not None and self.num_looks >= self.patience
+
+    def note_new_cut(self) -> None:
+        """Layers move now."""
         self.patience = min(2 * self.patience, MOST_LOOKS)
         self.least_ratio = SETTLING_RATIO
-        self._slowest, self._num_looks = None, 0
-        return found
+        self._slowest, self.num_looks = None, 0

@@ -112,16 +112,21 @@ class LayerMoves:
 
     async def keep_balance(self) -> None:
         """Moves layers away from a stage that stays the slowest. Runs until it is cancelled."""
-        balance, since = Balance(), 0
+        balance, since, first = Balance(), 0, 0
         while True:
             await asyncio.sleep(LOOK_S)
             records = self._stats.records(since)
             if len(records) < MIN_PLANS:
                 continue
             since = records[-1].number + 1
-            if (found := balance.note(self.look(records, balance.least_ratio))) is not None:
-                logger.info("stages are out of balance", extra=values(reason=str(found), gain=round(found.gain, 3)))
-                await self.recut(found.layers, "balance")
+            found = self.look(records, balance.least_ratio)
+            is_sure = balance.note(None if found is None else found.slowest)
+            if balance.num_looks == 1:
+                first = records[0].number
+            if is_sure and (cut := self.look(self._stats.records(first), balance.least_ratio)) is not None:
+                logger.info("stages are out of balance", extra=values(reason=str(cut), gain=round(cut.gain, 3)))
+                balance.note_new_cut()
+                await self.recut(cut.layers, "balance")
                 since = self._stats.num_plans
 
     def look(self, records: Sequence[PlanRecord], least_ratio: float) -> BetterCut | None:

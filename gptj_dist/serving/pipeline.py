@@ -21,14 +21,13 @@ import gptj_dist
 from gptj_dist import garbage
 from gptj_dist.config import PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
-from gptj_dist.engine.fairness import has_room
 from gptj_dist.engine.histogram import Histogram
 from gptj_dist.engine.journal import RequestTotals
 from gptj_dist.engine.limits import EngineLimits
 from gptj_dist.engine.record import RequestRecord
 from gptj_dist.engine.routing import Route
 from gptj_dist.engine.stats import StageWork
-from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError, TooManyRequestsError
+from gptj_dist.errors import GPTJDistError, NotReadyError, PipelineLostError, StageFailedError
 from gptj_dist.logs import LogFormat, LogLevel, LogSettings, open_log, values
 from gptj_dist.params import AdapterSource, SamplingParams
 from gptj_dist.placement import StageResources
@@ -40,6 +39,7 @@ from gptj_dist.serving.layer_moves import LayerMoves, MoveTotals, Recut
 from gptj_dist.serving.loop_watch import LoopWatch
 from gptj_dist.serving.loopback import keep_replica_on_node_address
 from gptj_dist.serving.outages import Outages
+from gptj_dist.serving.queue_room import QueueRoom
 from gptj_dist.serving.scaling import NEEDED
 from gptj_dist.serving.sending import StreamSender
 from gptj_dist.stages.actor import log_directory, stage_address
@@ -57,7 +57,6 @@ logger = logging.getLogger(__name__)
 PROOF_LIFETIME_S = 10.0
 """How long a token that came through all stages proves that another can be made."""
 
-MAX_RETRY_AFTER_S = 600
 MAX_LOSSES_IN_WINDOW, LOSS_WINDOW_S = 5, 120.0
 """Requests survive the loss of a stage, but not this number of losses within this time."""
 
@@ -137,8 +136,6 @@ class Pipeline:
             stages=tuple(stages),
             name=self._actor,
         )
-        self._max_queued_requests = config.max_queued_requests
-        self._max_queued_tokens = config.max_queued_tokens
         self._adapters = AdapterList(adapters)
         self._reading: set[asyncio.Task[None]] = set()
         self._epoch = 0
@@ -152,6 +149,7 @@ class Pipeline:
         self._start_s = time.monotonic() - began_s
         self._outages = Outages(usual_s=self._start_s)
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
+        self._room = QueueRoom(config.max_queued_requests, config.max_queued_tokens, self._engine, self._outages)
         self._moves = LayerMoves(self._name, self._group, self._engine.stats)
         self._sender = StreamSender(self._actor)
         self._num_routed: Counter[Route] = Counter()
@@ -177,28 +175,10 @@ class Pipeline:
             TooManyRequestsError: too many requests or tokens wait already; not for one that was accepted before.
         """
         if not records[0].is_accepted:
-            self._require_room(records[0].key)
+            self._room.require(records[0].key)
         if route is not None:
             self._num_routed[route] += 1
         await self._sender.send(self._engine.generate_all(records), reply_to)
-
-    def _require_room(self, key: str | None) -> None:
-        waiting = self._engine.scheduler.waiting
-        if not has_room(waiting.num_of_keys, key, self._max_queued_requests):
-            raise self._refusal(f"{sum(waiting.num_of_keys.values())} requests", 1)
-        if not has_room(waiting.num_tokens_of_keys, key, self._max_queued_tokens):
-            num_before = waiting.num_until_fewer(self._max_queued_tokens)
-            raise self._refusal(f"requests of {sum(waiting.num_tokens_of_keys.values())} tokens", num_before)
-
-    def _refusal(self, what: str, num_before: int) -> TooManyRequestsError:
-        """The error for a full queue.
-
-        Args:
-            num_before: requests that must leave it before there is room.
-        """
-        room_after_s = self._outages.back_in_s + num_before * self._engine.room_after_s()
-        retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(room_after_s)))
-        return TooManyRequestsError(f"{what} are waiting already; try again later", retry_after_s)
 
     async def prove_ready(self) -> None:
         """Returns when a token has recently been through every stage; generates one if needed.

@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -24,10 +22,10 @@ from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import StageFailedError, TooManyRequestsError
 from gptj_dist.params import SamplingParams
 from gptj_dist.serving.outages import Outages
+from gptj_dist.serving.queue_room import QueueRoom
 from gptj_dist.token_rules import TokenRules
 from tests.fakes import FAKE_EOS_TOKEN_ID, FAKE_VOCAB_SIZE, FakeExecutor, FakeStages
 from tests.unit.test_async_engine import turns
-from tests.unit.test_pipeline_client import Replica
 
 NUM_STAGES, NUM_BLOCKS, BLOCK_SIZE, MAX_BATCH_SIZE, MAX_QUEUED = 2, 2000, 4, 8, 12
 STEP_NS, ROW_NS = 60_000_000, 4_000_000
@@ -71,11 +69,8 @@ class Server:
         stats = PipelineStats(lambda: self.now_ns[0])
         self.engine = AsyncEngine(self.scheduler(), self.executor, limits, lambda: self.now_s, stats)
         self.limits = limits
-        rig: Any = SimpleNamespace(engine=self.engine)
-        self.replica = Replica(rig)
-        self.replica._max_queued_requests = MAX_QUEUED
-        self.replica._max_queued_tokens = max_tokens
-        self.replica._outages = Outages(RECOVERY_S, lambda: self.now_s)
+        self.outages = Outages(RECOVERY_S, lambda: self.now_s)
+        self.room = QueueRoom(MAX_QUEUED, max_tokens, self.engine, self.outages)
         self.driver = asyncio.create_task(self.engine.run())
         self.readers: list[asyncio.Task[None]] = []
 
@@ -91,7 +86,7 @@ class Server:
     def told_s(self) -> int | None:
         """What a request is told that comes now; None if it is let in."""
         try:
-            self.replica._require_room(None)
+            self.room.require(None)
         except TooManyRequestsError as error:
             return error.retry_after_s
         return None
@@ -127,12 +122,12 @@ class Server:
         self.executor.fail()
         with suppress(StageFailedError):
             await self.driver
-        self.replica._outages.begin(StageFailedError("stage 1 died"))
+        self.outages.begin(StageFailedError("stage 1 died"))
 
     def recover(self) -> None:
         self.executor = TimedExecutor(self.now_ns)
         self.engine.resume(self.scheduler(), self.executor, self.limits)
-        self.replica._outages.end()
+        self.outages.end()
         self.driver = asyncio.create_task(self.engine.run())
 
 

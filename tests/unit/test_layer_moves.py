@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,7 @@ from gptj_dist.engine.plan import Chunk, Plan, Result, StageTiming
 from gptj_dist.engine.stats import PipelineStats
 from gptj_dist.errors import ConfigurationError, StageFailedError
 from gptj_dist.planning.moves import LayerMove, layer_moves
-from gptj_dist.planning.partition import layer_ranges
+from gptj_dist.planning.partition import layer_ranges, lm_head_cost_layers
 from gptj_dist.planning.rebalance import FIRST_LOOKS, MOST_LOOKS, SETTLING_RATIO, SLOWEST_RATIO, Balance, better_cut
 from gptj_dist.serving.layer_moves import MIN_PLANS, LayerMoves
 from gptj_dist.stages.blueprint import DeviceReport, LoadedPipeline, draw_blueprint
@@ -101,26 +102,26 @@ def test_the_better_cut_is_in_balance_itself() -> None:
 
 
 def test_patience_doubles_and_a_look_at_another_stage_begins_anew() -> None:
-    slow_first, slow_last = better_cut((14, 14), (2, 1), 0), better_cut((14, 14), (1, 2), 0)
     balance = Balance()
-    for found in (slow_first, slow_first, slow_last, slow_first, None, slow_first, slow_first):
-        assert balance.note(found) is None
-    assert balance.note(slow_first) is slow_first
+    assert not any(balance.note(slowest) for slowest in (0, 0, 1, 0, None, 0, 0))
+    assert balance.note(0)
     waits = []
     for _ in range(6):
-        num_looks = 1
-        while balance.note(slow_first) is None:
-            num_looks += 1
-        waits.append(num_looks)
+        balance.note_new_cut()
+        waits.append(next(number for number in count(1) if balance.note(0)))
     assert waits == [2 * FIRST_LOOKS, 4 * FIRST_LOOKS, MOST_LOOKS, MOST_LOOKS, MOST_LOOKS, MOST_LOOKS]
+
+
+def test_stages_in_balance_never_move() -> None:
+    balance = Balance()
+    assert not any(balance.note(None) for _ in range(4 * MOST_LOOKS))
 
 
 def test_after_a_move_the_stages_settle_more_closely_until_they_are_in_balance() -> None:
     balance = Balance()
     nearly = ((11, 17), (1.14, 1.0), 0)
     assert better_cut(*nearly, balance.least_ratio) is None
-    for _ in range(FIRST_LOOKS):
-        balance.note(better_cut((14, 14), (2, 1), 0))
+    balance.note_new_cut()
     found = better_cut(*nearly, balance.least_ratio)
     assert found is not None
     assert found.layers == (10, 18)
@@ -234,18 +235,33 @@ def test_a_loss_on_the_way_is_told_with_the_cut_that_there_is() -> None:
     assert not recut.is_refused
 
 
+class Plans:
+    """Plans of one decoded token, one after another, on a clock that stands still between them."""
+
+    def __init__(self) -> None:
+        self._now_ns = 0
+        self.stats = PipelineStats(lambda: self._now_ns)
+
+    def add(self, step_ms: Sequence[float], busy: float = 1.0) -> None:
+        """Plans for one look.
+
+        Args:
+            step_ms: of each stage.
+            busy: share of the time in which the stages compute.
+        """
+        for _ in range(MIN_PLANS):
+            number, begin_ns, timings = self.stats.num_plans, self._now_ns, []
+            self.stats.note_submitted(Plan(number, (), (), (Chunk(0, number, (1,), (), samples=True),)), begin_ns)
+            for each in step_ms:
+                timings.append(StageTiming(self._now_ns, self._now_ns + round(each * 1e6)))
+                self._now_ns += round(each / busy * 1e6)
+            self.stats.note_landed(Result(number, (1,), tuple(timings)), self._now_ns)
+
+
 def stats_of(step_ms: Sequence[float], busy: float = 1.0) -> PipelineStats:
-    """Plans of one decoded token, one after another, whose steps took these times."""
-    now_ns = 0
-    stats = PipelineStats(lambda: now_ns)
-    for number in range(MIN_PLANS):
-        begin_ns, timings = now_ns, []
-        stats.note_submitted(Plan(number, (), (), (Chunk(0, number, (1,), (), samples=True),)), begin_ns)
-        for each in step_ms:
-            timings.append(StageTiming(now_ns, now_ns + round(each * 1e6)))
-            now_ns += round(each / busy * 1e6)
-        stats.note_landed(Result(number, (1,), tuple(timings)), now_ns)
-    return stats
+    plans = Plans()
+    plans.add(step_ms, busy)
+    return plans.stats
 
 
 def test_a_look_compares_the_steps_of_the_stages() -> None:
@@ -256,6 +272,29 @@ def test_a_look_compares_the_steps_of_the_stages() -> None:
     assert found.layers[0] < 14
     assert layer_moves_of(FakeGroup(), idle).look(idle.records(), SLOWEST_RATIO) is None
     assert layer_moves_of(FakeGroup(), even).look(even.records(), SLOWEST_RATIO) is None
+
+
+@pytest.mark.parametrize("looks", [(1.2, 2.8, 2.0), (2.8, 2.0, 1.2), (2.0, 2.0, 2.0)])
+def test_the_cut_comes_from_all_plans_of_the_looks_in_a_row(looks: Sequence[float], monkeypatch: Any) -> None:
+    """One look sees few plans, and those of one moment."""
+    monkeypatch.setattr("gptj_dist.serving.layer_moves.LOOK_S", 0)
+
+    async def run() -> tuple[int, ...]:
+        group, plans = FakeGroup(), Plans()
+        keeping = asyncio.create_task(layer_moves_of(group, plans.stats).keep_balance())
+        for slow_ms in (1.0, *looks):
+            await asyncio.sleep(0)
+            assert not group.moves
+            plans.add((slow_ms, 1.0))
+        for _ in range(4):  # for the look, and the task that moves all layers
+            await asyncio.sleep(0)
+        keeping.cancel()
+        return tuple(each.num_layers for each in group.loaded.blueprint.layers)
+
+    head_layers = lm_head_cost_layers(FakeGroup().loaded.blueprint.model)
+    expected = better_cut((14, 14), (2.0, 1.0), head_layers)
+    assert expected is not None
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == expected.layers
 
 
 def test_layers_go_on_moving_when_nobody_waits_for_them_any_more() -> None:

@@ -29,6 +29,7 @@ from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.pipeline import Pipeline
 from gptj_dist.serving.pipeline_call import PipelineCall
 from gptj_dist.serving.pipeline_client import PipelineClient
+from gptj_dist.serving.queue_room import QueueRoom
 from gptj_dist.serving.sending import StreamSender
 from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_tokens, running, turns, until
 
@@ -76,10 +77,9 @@ class Replica(Pipeline):
     """A pipeline over an engine at hand, without Ray."""
 
     def __init__(self, rig: Rig) -> None:
-        self._max_queued_requests = MOST_WAITING
-        self._max_queued_tokens = DEFAULT_MAX_QUEUED_TOKENS
         self._engine = rig.engine
         self._outages = Outages(1.0)
+        self._room = QueueRoom(MOST_WAITING, DEFAULT_MAX_QUEUED_TOKENS, self._engine, self._outages)
         self._sender = StreamSender()
         self._group: Any = SimpleNamespace(kill=lambda: None)
 
@@ -235,8 +235,7 @@ def test_a_prompt_is_refused_while_too_many_tokens_wait_unless_they_are_those_of
     async def scenario() -> None:
         async with serving(is_paused=True) as (rig, handle, ask):
             replica = handle.pipeline
-            replica._max_queued_requests = 1000
-            replica._max_queued_tokens = len(PROMPT) + 1
+            replica._room = QueueRoom(1000, len(PROMPT) + 1, replica._engine, replica._outages)
             waiting = [asyncio.create_task(collect(stream)) for stream in ask(PARAMS)]
             await polled(lambda: rig.scheduler.num_running == NUM_CHOICES, rig)
 
@@ -248,7 +247,7 @@ def test_a_prompt_is_refused_while_too_many_tokens_wait_unless_they_are_those_of
                 await polled(all_are_there, rig)
             with pytest.raises(TooManyRequestsError, match=r"requests of \d+ tokens are waiting already"):
                 await anext(ask(PARAMS)[0])
-            replica._require_room("another key")
+            replica._room.require("another key")
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
