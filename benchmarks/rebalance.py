@@ -134,6 +134,7 @@ async def balanced(moves: LayerMoves, group: StageGroup, content_s: float) -> di
         await asyncio.sleep(POLL_S)
         if (now := layers_of(group)) != cut:
             cut, changed_s = now, time.perf_counter()
+            print_row((f"{changed_s - began_s:.1f} s", "balance", ",".join(map(str, cut))))
     task.cancel()
     return {"cut": cut, "seconds": changed_s - began_s, "moved_layers": sum(moves.totals.num_moved.values())}
 
