@@ -128,7 +128,7 @@ def test_heads_that_are_no_power_of_two(head_dim: int, rotary_dim: int) -> None:
         _assert_close(attending.go_on(*parts), torch.float32)
 
 
-@pytest.mark.parametrize("wanted_programs", [1, 5, 12, 64, 1000])
+@pytest.mark.parametrize("wanted_programs", [1, 12, 1000] if IS_INTERPRETED else [1, 5, 12, 64, 1000])
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_any_number_of_splits(dtype: torch.dtype, wanted_programs: int) -> None:
     """More splits than tiles, and than tokens, too."""

@@ -137,5 +137,11 @@ def test_tests_that_start_ray_are_where_make_looks_for_them() -> None:
     assert marked == {"browser", "http", "ray"}
 
 
+def test_all_tests_start_ray_where_make_looks_for_no_others() -> None:
+    paths = [path for part in ("http", "ray") for path in (CLUSTER.parent / "tests" / part).glob("test_*.py")]
+    assert len(paths) > 20
+    assert [path.name for path in paths if not re.search(r"^pytestmark = .*mark\.ray\b", path.read_text(), re.M)] == []
+
+
 def test_modules_that_are_said_to_take_longest_exist() -> None:
     assert set(LONGEST_MODULES) <= {path.stem for path in (CLUSTER.parent / "tests").rglob("test_*.py")}
