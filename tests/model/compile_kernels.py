@@ -1,8 +1,8 @@
 """Compiles all kernels for heads of 256 as `paged_attention` launches them. The GPU need not be present.
 
-    python -m tests.model.compile_kernels 90 bf16
+    python -m tests.model.compile_kernels 90:bf16 75:fp16
 
-Arguments are the compute capability and the type. Prints one JSON list. Needs Triton without its interpreter, so it
+Arguments are compute capabilities and types. Prints a JSON list for each. Needs Triton without its interpreter, so it
 runs in a separate process.
 """
 
@@ -85,6 +85,8 @@ def launches(grain: Grain) -> list[Launch]:
 
 
 if __name__ == "__main__":
-    capability, dtype = int(sys.argv[1]), sys.argv[2]
-    grain = Grain.of_gpu(132, capability // 10, DTYPES[dtype], 256)
-    print(json.dumps([launch.compile(capability, dtype) for launch in launches(grain)]))
+    for argument in sys.argv[1:]:
+        number, _, name = argument.partition(":")
+        capability = int(number)
+        grain = Grain.of_gpu(132, capability // 10, DTYPES[name], 256)
+        print(json.dumps([launch.compile(capability, name) for launch in launches(grain)]))
