@@ -46,7 +46,7 @@ MAX_PATIENCE_S = 3.0
 
 SAMPLE_S = 2.0
 POLL_S = 0.1
-END_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 120.0
 SEED = 0
 
 WRONG: Sequence[tuple[bytes, int]] = (
@@ -233,8 +233,10 @@ async def _sample(server: Server, findings: Findings, begin_s: float) -> None:
 
 
 def _blocks_when_quiet(server: Server) -> int:
-    """Blocks in use when all requests have ended; waits for the last ones to leave."""
+    """Blocks in use when all requests have ended; waits for the pipeline's return, and for the last ones to leave."""
     deadline_s = time.monotonic() + END_TIMEOUT_S
+    while not is_ready(server.base) and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
     while (number := server.pipeline().num_used_blocks) > 0 and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
     return number
