@@ -36,6 +36,12 @@ MAX_ONGOING_REQUESTS = 10_000
 STOP_MARGIN_S = 5.0
 """What a replica may take to stop beyond the time of its last requests."""
 
+LAST_ANSWERS_S = 900.0
+"""What an ingress behind Serve's proxies may take to stop: it waits for its last requests when an update replaces it or
+its node will end, and nothing waits for it. A full context of GPT-J on a slow machine takes ten minutes. It stops
+earlier if its node ends or the application is deleted (`serving/ingress.py`).
+"""
+
 HEALTH_CHECK_PERIOD_S = 2.0
 """How often Serve looks whether a replica is still there. It replaces one that has died after this time at most."""
 
@@ -102,9 +108,12 @@ def make_application(
     pipelines = serve.deployment(Pipeline, name="Pipeline").options(**of_pipelines)
     # In a rolling update the next replica is there before this one goes.
     light = {**common, "ray_actor_options": {"num_cpus": 0}, "max_surge_percent": 100}
-    surge = {} if listen is None else {"max_surge_percent": 0}  # its port must be free before
+    if listen is None:
+        stop = {"graceful_shutdown_timeout_s": max(config.drain_s, LAST_ANSWERS_S) + STOP_MARGIN_S}
+    else:
+        stop = {"max_surge_percent": 0}  # its port must be free before
     ingress = serve.deployment(Ingress, name="Ingress").options(
-        **{**light, "num_replicas": config.ingress_replicas, **surge}
+        **{**light, "num_replicas": config.ingress_replicas, **stop}
     )
     pipeline = pipelines.bind(
         config.pipeline,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import sys
 from dataclasses import replace
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
@@ -31,16 +35,24 @@ from gptj_dist.serving.pipeline_client import PipelineClient
 from gptj_dist.serving.scrape import Scrape
 from gptj_dist.serving.settings import AppConfig
 from gptj_dist.stages.actor import log_directory, stage_address
+from gptj_dist.stages.background import run_in_background
+from gptj_dist.stages.departures import DrainedNodes, end_nears
 from gptj_dist.stages.files import FileSource
 from gptj_dist.stages.peer_files import files_here
 
+logger = logging.getLogger(__name__)
+
 LAST_WORDS_S = 2.0
 """Time for interrupted streams to send their error to the client."""
+
+NODE_MARGIN_S = 4.0
+"""An ingress ends its streams this long before its node ends: the proxy on that node needs time as well."""
 
 SWITCH_S = 0.001
 """Time that a thread which works may take from the event loop. Python's 5 ms are spent several times for a token."""
 
 CUT = NotReadyError("the server stopped before this answer was complete")
+NODE_ENDS = NotReadyError("a machine of the server ended before this answer was complete; send the request again", 1)
 
 
 @serve.ingress()
@@ -120,9 +132,13 @@ class Ingress:
         self._listener = None if listen is None else Listener(self._app, listen, LAST_WORDS_S)
         garbage.settle()
         garbage.collect_when_quiet(lambda: admission.num_admitted)
-        self._watch = LoopWatch()
+        self._watch = LoopWatch(on_hang=_end_process)
         self._metrics.loop_lag = self._watch.lag
         sys.setswitchinterval(SWITCH_S)
+        self._ends = [
+            run_in_background("watch of the application", self._end_with_application(), _note_no_watch),
+            run_in_background("watch of the node", self._end_with_node(), _note_no_watch),
+        ]
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve after the constructor."""
@@ -143,23 +159,41 @@ class Ingress:
         if self._listener is not None:
             self._listener.check_health()
 
-    async def finish(self, timeout_s: float) -> int:
+    async def finish(self, timeout_s: float, reason: NotReadyError = CUT) -> int:
         """Refuses new requests, and returns when all running requests are answered.
 
         Args:
             timeout_s: time limit; requests that take longer fail.
+            reason: what these say.
 
         Returns:
             The number of requests that failed.
         """
         num_late = await self._gate.close(timeout_s)
         if num_late:
-            self._pipelines.fail_streams(CUT)
+            self._pipelines.fail_streams(reason)
             await self._gate.close(LAST_WORDS_S)
         return num_late
 
+    async def _end_with_application(self) -> None:
+        """Serve gives an ingress behind its proxies much time to stop; if the application is deleted, it has less."""
+        while True:
+            await self._pipelines.is_deleted.wait()
+            await self.finish(self._drain_s)
+            await asyncio.sleep(LAST_WORDS_S)
+
+    async def _end_with_node(self) -> None:
+        """Answers that are not complete when the node ends say so, rather than break off."""
+        node_id, nodes = ray.get_runtime_context().get_node_id(), DrainedNodes()
+        while True:
+            await end_nears(nodes.ask, node_id, LAST_WORDS_S + NODE_MARGIN_S)
+            await self.finish(0.0, NODE_ENDS)
+            await asyncio.sleep(LAST_WORDS_S)
+
     async def __del__(self) -> None:
         """Called by Serve when the application ends."""
+        for task in self._ends:
+            task.cancel()
         await self.finish(self._drain_s)
         if self._keeper is not None:
             await self._keeper.close()
@@ -167,6 +201,15 @@ class Ingress:
             await self._listener.close()
         self._pipelines.close()
         self._watch.stop()
+
+
+def _note_no_watch(error: Exception) -> None:
+    logger.error("the ingress will not notice that its node or its application ends", exc_info=error)
+
+
+def _end_process() -> None:
+    """Serve replaces the replica. Left to Serve, it would have minutes to stop."""
+    os._exit(1)
 
 
 def _moderation(config: AppConfig) -> Moderation | None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,9 @@ LOOK_S = 0.03
 
 REPORT_S = 10.0
 """Most seconds for which a stall is kept to be reported: of all in that time, only the longest is."""
+
+HANG_S = 45.0
+"""The thread has looked for this time at a loop that does not go on: it hangs."""
 
 PACKAGE = Path(gptj_dist.__file__).parent
 
@@ -54,15 +58,25 @@ class LoopWatch:
     Args:
         root: directory of the code that is named as the cause.
         report_s: see `REPORT_S`.
+        on_hang: called on the thread if the loop hangs.
+        hang_s: see `HANG_S`.
 
     Attributes:
         lag: of all beats.
     """
 
-    def __init__(self, root: Path = PACKAGE, report_s: float = REPORT_S) -> None:
+    def __init__(
+        self,
+        root: Path = PACKAGE,
+        report_s: float = REPORT_S,
+        on_hang: Callable[[], None] = lambda: None,
+        hang_s: float = HANG_S,
+    ) -> None:
         self.lag = Histogram()
         self._root = root
         self._report_s = report_s
+        self._on_hang = on_hang
+        self._most_looks = hang_s / LOOK_S
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
         self._places: Counter[str] = Counter()
@@ -110,10 +124,16 @@ class LoopWatch:
 
     def _look(self) -> None:
         """The thread. It names the loop's function while the loop is late; else it only reads the clock."""
+        num_looks, due_s = 0, self._due_s  # looks are counted, as the whole process may have stood still
         while not self._is_stopped:
-            lag_s = time.monotonic() - self._due_s
+            num_looks, due_s = (num_looks + 1 if due_s == self._due_s else 0), self._due_s
+            lag_s = time.monotonic() - due_s
             if lag_s >= LOOK_S and (frame := sys._current_frames().get(self._thread_id)) is not None:
                 self._places[_place(frame, self._root)] += 1
+            if num_looks > self._most_looks:
+                logger.error("event loop hangs", extra=values(place=next(iter(self._places), None)))
+                self._on_hang()
+                num_looks = 0
             time.sleep(LOOK_S - lag_s if lag_s < LOOK_S else LOOK_S)
 
 

@@ -107,6 +107,11 @@ class PipelineClient:
         """See `PipelineWatch.server_outage`."""
         return self._pipelines.server_outage
 
+    @property
+    def is_deleted(self) -> asyncio.Event:
+        """See `PipelineWatch`."""
+        return self._pipelines.is_deleted
+
     def check_health(self) -> None:
         """Raises StageFailedError if no tokens can be received: no more, or none ever."""
         if self._problem is not None:
@@ -131,7 +136,12 @@ class PipelineClient:
         return self._limits
 
     def streams(self, records: Sequence[RequestRecord]) -> list[AsyncGenerator[Delta, None]]:
-        """Implements `TokenSource`. The streams outlive pipelines, and take turns with those of other keys."""
+        """Implements `TokenSource`. The streams outlive pipelines, and take turns with those of other keys.
+
+        Raises:
+            StageFailedError: see `check_health`.
+        """
+        self.check_health()
         key, session = CALLER.get(), SESSION.get()
         if key is not None or session is not None:
             records = [replace(record, key=key, session=session) for record in records]
@@ -230,6 +240,7 @@ class PipelineClient:
 
     def _note_failure(self, error: Exception) -> None:
         self._problem = f"the ingress can no longer receive tokens: {error}"
+        self._feed.fail(StageFailedError(self._problem))
 
     def _note_no_limits(self, error: Exception) -> None:
         if self._limits is None:
@@ -298,8 +309,9 @@ class _Coordinators:
 def _plan_of(app: str, deployment: str) -> ScalePlan:
     """What Serve does about the number of a deployment's replicas."""
     application = serve.status().applications.get(app)
-    overview = None if application is None else application.deployments.get(deployment)
-    if overview is None:  # it is being deleted
+    if application is None or application.status == "DELETING":
+        return ScalePlan.DELETED
+    if (overview := application.deployments.get(deployment)) is None:
         return ScalePlan.UNKNOWN
     states = set(overview.replica_states)
     if overview.status in ("HEALTHY", "DOWNSCALING") and states <= {"STOPPING"}:

@@ -39,6 +39,8 @@ class ScalePlan(Enum):
     """There shall be none until a request comes."""
     SOME = "some"
     """It starts some because they are needed, or has done so."""
+    DELETED = "deleted"
+    """It deletes the application."""
     UNKNOWN = "unknown"
     """It replaces or repairs them, or does not say."""
 
@@ -85,6 +87,7 @@ class PipelineWatch:
 
     Attributes:
         none_is_up: set while no pipeline takes requests and answers; not before the first one has.
+        is_deleted: set when Serve deletes the application.
         is_asleep: whether there is none because none was needed: a request makes Serve start one, or has done so.
         start_s: how long the last pipeline took to start.
     """
@@ -99,6 +102,7 @@ class PipelineWatch:
         self._last_up_s: float | None = None
         self._looking = asyncio.Lock()
         self.none_is_up = asyncio.Event()
+        self.is_deleted = asyncio.Event()
         self.is_asleep = False
         self.start_s = 0.0
 
@@ -188,6 +192,8 @@ class PipelineWatch:
             self.is_asleep = plan is ScalePlan.NONE or (self.is_asleep and plan is ScalePlan.SOME)
             if self.is_asleep:
                 self._outages.clear()
+            if plan is ScalePlan.DELETED:
+                self.is_deleted.set()
             self.none_is_up.set()
 
     async def _examine(self, status: PipelineStatus) -> None:

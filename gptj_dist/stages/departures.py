@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import math
+import time
+from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import Any
 
 import ray
@@ -38,16 +40,37 @@ class DrainedNodes:
 
         self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
 
-    async def ask(self) -> frozenset[str]:
-        """Ids of the nodes; none if the cluster does not answer."""
+    async def ask(self) -> Mapping[str, float]:
+        """When each of these nodes ends, by its id, in seconds since 1970; infinity where nothing was said about it.
+
+        Empty if the cluster does not answer.
+        """
         try:
-            return frozenset(await asyncio.to_thread(self._gcs.get_draining_nodes, timeout=ASK_TIMEOUT_S))
+            found = await asyncio.to_thread(self._gcs.get_draining_nodes, timeout=ASK_TIMEOUT_S)
         except Exception:  # of any kind that Ray has for a GCS that restarts
-            return frozenset()
+            return {}
+        return {node_id: deadline_ms / 1000 or math.inf for node_id, deadline_ms in found.items()}
+
+
+async def end_nears(
+    ask: Callable[[], Awaitable[Mapping[str, float]]],
+    node_id: str,
+    margin_s: float,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Returns when a node will end within `margin_s`.
+
+    Args:
+        ask: gives the times at which nodes will end, by their ids, on the clock.
+    """
+    while True:
+        if (await ask()).get(node_id, math.inf) - clock() <= margin_s:
+            return
+        await asyncio.sleep(PERIOD_S)
 
 
 async def watch_departures(
-    ask: Callable[[], Awaitable[frozenset[str]]],
+    ask: Callable[[], Awaitable[Container[str]]],
     nodes: Callable[[], Mapping[int, str]],
     move: Callable[[int], Awaitable[None]],
 ) -> None:

@@ -89,3 +89,17 @@ def test_of_several_stalls_the_worst_is_reported_at_most_once_in_a_while(caplog:
 
     with caplog.at_level(logging.WARNING, "gptj_dist"):
         assert asyncio.run(main()) >= 3
+
+
+def test_a_loop_that_hangs_is_told_of_and_not_because_its_process_stood_still() -> None:
+    hangs = threading.Event()
+
+    async def main() -> None:
+        watch = LoopWatch(HERE, on_hang=hangs.set, hang_s=1.0)
+        watch._due_s -= 3600  # as if the thread had not looked for an hour
+        block(watch)
+        assert not hangs.is_set()
+        assert hangs.wait(TIMEOUT_S)
+        watch.stop()
+
+    asyncio.run(main())

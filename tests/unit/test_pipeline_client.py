@@ -335,6 +335,24 @@ def test_if_the_wait_for_the_first_pipeline_ends_the_health_check_fails() -> Non
     run(scenario())
 
 
+@pytest.mark.usefixtures("on_loopback")
+def test_streams_fail_at_once_if_tokens_can_no_longer_be_received() -> None:
+    async def scenario() -> None:
+        handle: Any = FirstPipeline(SimpleNamespace(limits=LIMITS))
+        client = PipelineClient(handle)
+        _, (mailbox,) = client._feed.open(1)
+        client._watcher.cancel()
+        client._note_failure(OSError("no socket"))
+        with pytest.raises(StageFailedError, match="no longer receive tokens: no socket"):
+            await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
+        for refuses in (client.check_health, lambda: client.streams(new_records(PROMPT, PARAMS, 1, "a request"))):
+            with pytest.raises(StageFailedError, match="no longer receive tokens"):
+                refuses()
+        client.close()
+
+    run(scenario())
+
+
 @asynccontextmanager
 async def asked_if_ready(*proofs: Exception | None) -> AsyncIterator[PipelineClient]:
     handle: Any = ReadyHandle(*proofs)

@@ -237,6 +237,19 @@ def test_no_pipeline_that_is_not_needed_is_no_outage() -> None:
     run(scenario())
 
 
+def test_an_application_is_deleted_when_serve_says_so_and_not_because_its_pipelines_are_gone() -> None:
+    async def scenario() -> None:
+        rig = Rig(a=LIVES)
+        await rig.look()
+        await rig.look(a=STOPS)
+        assert (rig.none_is_up, rig.watch.is_deleted.is_set()) == (True, False)
+        rig.coordinators.plans = ScalePlan.DELETED
+        await rig.look()
+        assert rig.watch.is_deleted.is_set()
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("plan", [ScalePlan.SOME, ScalePlan.UNKNOWN])
 def test_a_pipeline_that_has_died_is_an_outage_whatever_serve_does(plan: ScalePlan) -> None:
     async def scenario() -> None:

@@ -32,8 +32,9 @@ DIAL_TIMEOUT_S = 5.0
 LOOK_PERIOD_S = 1.0
 REGISTER_LIMIT_S = 60.0
 
-_MOVABLE = ("ray::gptj-dist:", "ray::ServeReplica:")
-"""Beginnings of the titles of processes that the cluster moves away from a node that leaves."""
+_MOVABLE = ("ray::gptj-dist:", "ray::ServeReplica:", "ray::ProxyActor")
+"""Beginnings of the titles of processes that the cluster moves away from a node that leaves, or ends when their
+requests are answered. Serve's proxy stays for half a minute at least, so that a load balancer may notice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +306,11 @@ def _leave(console: Console, store: ClusterStore, node: RayNode, membership: Mem
         num_said = 0
         while (num_left := _num_movable(own)) and time.monotonic() < deadline_s:
             if num_left != num_said:
-                console.print(f"{num_left} processes of a server move to other nodes. Another Ctrl-C leaves at once.")
+                console.print(
+                    f"{num_left} processes of a server move to other nodes or finish their requests. "
+                    "Another Ctrl-C leaves at once.",
+                    soft_wrap=True,
+                )
                 num_said = num_left
             time.sleep(LOOK_PERIOD_S / 4)
         if num_left:
