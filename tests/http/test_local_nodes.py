@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ from tests.waiting import wait_until
 __all__ = ["model"]  # a fixture
 
 pytestmark = pytest.mark.ray
+
+RUNS = re.compile(r"gptj_dist_num_requests_running\{[^}]*\} 1")
+RAY = str(Path(sys.executable).with_name("ray"))
+NUM_LONG = 4
 
 ORPHANS_END_S = 5
 """Stages whose coordinator has died end by themselves within this time."""
@@ -169,6 +174,7 @@ def test_gptj_dist_serve_joins_the_nodes_and_leaves_them_as_they_were(nodes: Nod
     log, port = tmp_path / "log", free_port()
     program = str(Path(sys.executable).with_name("gptj-dist"))
     options = ["--plan", "auto", "--stages", "2", "--device", "cpu", "--no-speculation", "--port", str(port)]
+    options += ["--max-batch-size", "1", "--drain-s", "0"]  # the requests of the last check take their time
     command = [program, "serve", "demo", *options]
     with (
         log.open("w") as output,
@@ -185,12 +191,36 @@ def test_gptj_dist_serve_joins_the_nodes_and_leaves_them_as_they_were(nodes: Nod
             planned = re.findall(r"stage \d: \d+ layers? on cpu of .* \(machine=(\d)\)", log.read_text())
             assert sorted(planned) == ["0", "1"], log.read_text()
             assert [nodes.machine(stage) for stage in sorted(nodes.stages(), key=stage_number)] == planned
+            check_that_a_node_drains_and_loses_nothing(nodes, server)
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 0, log.read_text()
         finally:
             process.kill()
     wait_until(lambda: not nodes.stages(), "the stages are gone")
     assert nodes.process.poll() is None
+
+
+def check_that_a_node_drains_and_loses_nothing(nodes: Nodes, server: Server) -> None:
+    """Its stages move while it lives. Its ingress stays until the requests are answered, whatever `--drain-s` says."""
+    (ingress,) = nodes.actors("#Ingress#")
+    request = {"prompt": "Call me", "max_tokens": 900, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+    drain = ["drain-node", "--address", nodes.environment["RAY_ADDRESS"], "--node-id", ingress["node_id"]]
+    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    drain += ["--deadline-remaining-seconds", "600"]
+    with ThreadPoolExecutor(NUM_LONG) as pool:
+        answers = [pool.submit(server.complete, **request, cache_salt=str(number)) for number in range(NUM_LONG)]
+        wait_until(lambda: RUNS.search(server.client.get("/metrics").text), "a request runs")
+        subprocess.run([RAY, *drain], env=nodes.environment, check=True, timeout=60, capture_output=True)
+
+        def have_moved() -> bool:
+            stages = nodes.stages()
+            return len(stages) == 2 and ingress["node_id"] not in {stage["node_id"] for stage in stages}
+
+        wait_until(have_moved, "both stages are on the node that stays", 120)
+        (text,) = {answer.result(timeout=150)["choices"][0]["text"] for answer in answers}
+    assert text
+    wait_until(lambda: ingress["pid"] not in running(), "the ingress has ended", 60)
+    assert server.complete(**REQUEST)["usage"]["completion_tokens"] == 5
 
 
 def test_sigterm_ends_the_nodes_and_everything_below_them(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
-"""Parts of a cluster that need no Ray: beacon, measurements, versions, interfaces, and what `nodes` prints."""
+"""Parts of a cluster that need no Ray: beacon, measurements, versions, interfaces, an abandoned start, and what `nodes`
+prints."""
 
 from __future__ import annotations
 
 import io
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,6 +22,7 @@ from gptj_dist.operate.cluster.overview import NodeView, Overview, print_overvie
 from gptj_dist.operate.cluster.probe import ProbeServer, measure
 from gptj_dist.operate.cluster.run import require_versions
 from gptj_dist.operate.cluster.store import Member, NodeState
+from gptj_dist.operate.launch.processes import is_running
 from gptj_dist.planning.links import Link
 
 LOOPBACK = "127.0.0.1"
@@ -30,6 +36,29 @@ def free_udp_port() -> int:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+ABANDONED_START = """
+import os, subprocess, sys
+from pathlib import Path
+from gptj_dist.operate.cluster.ray_node import NODE_VARIABLE, NodeStart
+
+def session(name, pid):
+    (ray / f"session_{name}_{pid}" / "logs").mkdir(parents=True)
+
+ray = Path(os.environ["RAY_TMPDIR"], "ray")
+session("earlier", os.getpid())
+start = NodeStart()
+os.environ[NODE_VARIABLE] = "1:2"  # a child that has lost its parent is found by it
+lost = ["setsid", "sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
+pids = [subprocess.Popen(["sleep", "60"]).pid, int(subprocess.run(lost, capture_output=True, check=True).stdout)]
+session("own", os.getpid())
+session("others", os.getppid())
+start.noise.touch()
+start.abandon(is_session_kept=sys.argv[1] == "True")
+print(*pids)
+print(*sorted(path.name.split("_")[-2] for path in ray.iterdir()))
+"""
 
 
 def test_a_head_is_found_by_its_beacon() -> None:
@@ -81,6 +110,17 @@ def test_measurements_are_for_holders_of_the_key_only() -> None:
         assert measure(LOOPBACK, server.port, KEY, 1 << 20, source=LOOPBACK).latency_s > 0
     finally:
         server.close()
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_node_whose_start_is_abandoned_leaves_no_process_and_no_file(is_kept: bool, tmp_path: Path) -> None:
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", ABANDONED_START, str(is_kept)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    children, sessions = done.stdout.splitlines()
+    assert not any(map(is_running, map(int, children.split())))
+    assert sessions == ("earlier others own" if is_kept else "earlier others")
 
 
 def test_a_version_that_differs_is_one_line_that_says_both() -> None:

@@ -96,6 +96,21 @@ def test_a_signal_to_the_whole_group_asks_the_launcher_to_stop_and_leaves_its_ch
         assert process.poll() is None
 
 
+def test_ctrl_c_reaches_a_launcher_that_a_script_has_started_in_its_background() -> None:
+    """A shell that is not interactive has it ignore SIGINT."""
+    script = [sys.executable, "-c", LAUNCHER, "serving"]
+    command = ["sh", "-c", '"$@" & wait', "sh", *script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as shell:
+        assert shell.stdout is not None
+        child = int(shell.stdout.readline())
+        try:
+            os.killpg(shell.pid, signal.SIGINT)
+            assert shell.stdout.readline() == "requested\n"
+            assert is_running(child)
+        finally:
+            os.killpg(shell.pid, signal.SIGKILL)
+
+
 def test_a_second_signal_stops_at_once() -> None:
     with launcher("serving") as (process, _):
         os.killpg(process.pid, signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from contextlib import suppress
 from copy import copy
@@ -19,7 +20,7 @@ from gptj_dist.operate.launch.environment import (
 )
 from gptj_dist.operate.launch.local_ray import LEAST_ATTEMPT_S, lasting_cause, omit_unused_processes
 from gptj_dist.operate.launch.processes import descendants, end_all, marked, start_tick
-from gptj_dist.operate.launch.session_room import find_room
+from gptj_dist.operate.launch.session_room import find_room, sessions_of
 from gptj_dist.operate.launch.terminal import diverted
 from gptj_dist.operate.launch.tokens import use_token
 from gptj_dist.serving.sockets import is_loopback
@@ -59,6 +60,31 @@ class NodeOptions:
     num_gpus: int | None = None
 
 
+class NodeStart:
+    """A start of a node by this process, and what it leaves on this machine.
+
+    Raises:
+        ConfigurationError: there is no directory for Ray's files.
+    """
+
+    def __init__(self) -> None:
+        self.directory = find_room().directory
+        self.noise = self.directory / f"node_{os.getpid()}.err"
+        self._earlier = frozenset(sessions_of(self.directory, os.getpid()))  # process ids come again
+
+    def abandon(self, is_session_kept: bool) -> None:
+        """Ends all processes that were started. For any thread.
+
+        Args:
+            is_session_kept: else the files of the session are removed, if this process has begun it.
+        """
+        _end_own_processes()
+        self.noise.unlink(missing_ok=True)
+        for session in () if is_session_kept else sessions_of(self.directory, os.getpid()):
+            if session not in self._earlier:
+                shutil.rmtree(session, ignore_errors=True)
+
+
 class RayNode:
     """Ray's processes of this node. Made by `start`."""
 
@@ -66,13 +92,12 @@ class RayNode:
         self._node = node
 
     @classmethod
-    def start(cls, options: NodeOptions, is_head: bool) -> RayNode:
+    def start(cls, start: NodeStart, options: NodeOptions, is_head: bool) -> RayNode:
         """Starts them.
 
         Raises:
             ConfigurationError: Ray does not start; the message says why.
         """
-        room = find_room()
         _prepare(options)
         from ray._private.node import Node
         from ray._private.parameter import RayParams
@@ -85,7 +110,7 @@ class RayNode:
             gcs_server_port=port if is_head else None,
             num_cpus=options.num_cpus,
             num_gpus=options.num_gpus,
-            temp_dir=str(room.directory),
+            temp_dir=str(start.directory),
             include_dashboard=False,
             include_log_monitor=False,
             no_monitor=True,
@@ -96,14 +121,16 @@ class RayNode:
         begin_s = time.monotonic()
         while True:  # on a busy machine the raylet may need more than the half minute that Ray waits for it
             try:
-                with diverted(room.directory / f"node_{os.getpid()}.err"):  # Ray prints without being asked
+                with diverted(start.noise):  # Ray prints without being asked
                     return cls(Node(copy(params), head=is_head, shutdown_at_exit=False, spawn_reaper=True))
             except Exception as error:
                 _end_own_processes()
-                cause = lasting_cause(error, room.directory)
+                cause = lasting_cause(error, start.directory)
                 if cause is not None or time.monotonic() - begin_s + LEAST_ATTEMPT_S > START_LIMIT_S:
                     told = cause or one_line(error) or type(error).__name__
                     raise ConfigurationError(f"Ray cannot start: {told}") from error
+            finally:
+                start.noise.unlink(missing_ok=True)
 
     @property
     def node_id(self) -> str:
@@ -136,6 +163,5 @@ def _prepare(options: NodeOptions) -> None:
 
 
 def _end_own_processes() -> None:
-    mark = os.environ[NODE_VARIABLE]
-    own = os.getpid()
-    end_all(lambda: [pid for pid in (*descendants(own), *marked(NODE_VARIABLE, mark)) if pid != own])
+    own, mark = os.getpid(), os.environ.get(NODE_VARIABLE)
+    end_all(lambda: [pid for pid in (*descendants(own), *(marked(NODE_VARIABLE, mark) if mark else ())) if pid != own])

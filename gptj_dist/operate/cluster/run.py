@@ -18,7 +18,7 @@ from gptj_dist.interfaces import address_of
 from gptj_dist.operate.cluster.beacon import Beacon, discover
 from gptj_dist.operate.cluster.code import JoinCode, Place
 from gptj_dist.operate.cluster.membership import Membership
-from gptj_dist.operate.cluster.ray_node import NodeOptions, RayNode
+from gptj_dist.operate.cluster.ray_node import NodeOptions, NodeStart, RayNode
 from gptj_dist.operate.cluster.store import ClusterStore, NodeState
 from gptj_dist.operate.launch.processes import command_lines, descendants
 from gptj_dist.operate.launch.signals import StopSignals
@@ -82,8 +82,7 @@ def run_head(offer: Offer, port: int | None, is_discoverable: bool, signals: Sto
         except OSError as error:
             raise ConfigurationError(f"--discover: the UDP port of the beacon is taken: {error.strerror}") from error
     console.print(f"Starting the cluster's head at {place} ...")
-    node = RayNode.start(NodeOptions(host, str(place), code.ray_token, offer.num_cpus, offer.num_gpus), is_head=True)
-    signals.clean_up = lambda: _abandon(node)
+    node = _start_node(NodeOptions(host, str(place), code.ray_token, offer.num_cpus, offer.num_gpus), True, signals)
     try:
         store = ClusterStore(str(place))
         store.write_versions(versions())
@@ -119,8 +118,7 @@ def run_member(code: JoinCode, offer: Offer, signals: StopSignals) -> None:
     host = address_of(offer.interface, towards=place.host)
     console.print(f"Joining {place} from {host} ...")
     store = open_store(place, code)
-    node = RayNode.start(NodeOptions(host, str(place), code.ray_token, offer.num_cpus, offer.num_gpus), is_head=False)
-    signals.clean_up = lambda: _abandon(node)
+    node = _start_node(NodeOptions(host, str(place), code.ray_token, offer.num_cpus, offer.num_gpus), False, signals)
     try:
         membership = _enter(store, node, host, code)
         for device in membership.member.devices:
@@ -323,6 +321,13 @@ def _num_movable(pid: int) -> int:
     return sum(lines.get(child, [""])[0].startswith(_MOVABLE) for child in descendants(pid))
 
 
-def _abandon(node: RayNode) -> None:
-    say_last("Ended.")
-    node.stop()
+def _start_node(options: NodeOptions, is_head: bool, signals: StopSignals) -> RayNode:
+    """From now on a signal that ends this process at once ends the node's processes, too, complete or not."""
+    start = NodeStart()
+
+    def clean_up() -> None:
+        say_last("Ended.")
+        start.abandon(is_session_kept=signals.can_finish)
+
+    signals.clean_up = clean_up
+    return RayNode.start(start, options, is_head)
