@@ -8,8 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -113,10 +113,11 @@ def test_measurements_are_for_holders_of_the_key_only() -> None:
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
-def test_a_node_whose_start_is_abandoned_leaves_no_process_and_no_file(is_kept: bool, tmp_path: Path) -> None:
-    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path)}
+def test_a_node_whose_start_is_abandoned_leaves_no_process_and_no_file(is_kept: bool) -> None:
     command = [sys.executable, "-c", ABANDONED_START, str(is_kept)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory:  # short: Ray puts sockets there
+        environment = {**os.environ, "RAY_TMPDIR": directory}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     children, sessions = done.stdout.splitlines()
     assert not any(map(is_running, map(int, children.split())))
