@@ -197,10 +197,10 @@ class StageRunner:
         """
         if self._model is None or self._adapters is None:
             raise RuntimeError("load() comes before load_layer()")
-        adapters = new_adapters(self._spec, self._files, self._model.dtype, self._device, layers)
-        for source in self._adapters.sources:
-            adapters.load(source)
         held = HeldLayer(read_layer(self._spec, self._files, self._model, index), self.tables.new_layer())
+        adapters = new_adapters(self._spec, self._files, self._model.dtype, self._device, layers)
+        for source in self._adapters.sources:  # some are read together with the weights that have just been fetched
+            adapters.load(source)
         self._held[index], self._next_adapters = held, adapters
         return held
 

@@ -104,6 +104,11 @@ def _said(logs: Path) -> str:
     return "".join(path.read_text() for path in logs.glob("*.log"))
 
 
+def _fetched(logs: Path) -> int:
+    """Bytes of the model's files."""
+    return sum(map(int, re.findall(r"model files fetched.* bytes=(\d+)", _said(logs))))
+
+
 def test_a_cluster_forms_by_up_and_join_and_shows_its_nodes_and_links(cluster: Joined) -> None:
     shown = cluster.nodes()
     assert [node["cpus"] for node in shown["nodes"]] == [1.0, 1.0]
@@ -132,7 +137,7 @@ def test_another_secret_is_refused_in_a_line(cluster: Joined) -> None:
 
 
 def test_a_node_without_the_model_gets_its_stages_part_from_the_head_and_keeps_it(cluster: Joined) -> None:
-    """Its stage is killed, too: the one that takes its place finds the files there."""
+    """Its stage is killed, too: the one that takes its place finds the files there. Then it gets more layers."""
     if not has_namespaces(cluster.hidden):
         pytest.skip("the system allows no mount namespaces")
     model = shutil.copytree(resolve_model("demo"), cluster.hidden / "fine-tuned")
@@ -144,14 +149,18 @@ def test_a_node_without_the_model_gets_its_stages_part_from_the_head_and_keeps_i
         url = server.wait_for(r"fine-tuned at (\S+)", START_LIMIT_S)
         logs = Path(server.wait_for(r"Logs: (\S+)"))
         first = _complete(url)
-        fetched = sum(map(int, re.findall(r"model files fetched.* bytes=(\d+)", _said(logs))))
         spans = stage_spans(model, read_model_config(model), LayerRange(1, 2, 14, 28))
-        assert fetched == sum(map(num_bytes, spans.values()))
+        assert _fetched(logs) == sum(map(num_bytes, spans.values()))
         (copy,) = Path(cluster.environment["XDG_CACHE_HOME"], "gptj-dist", "models").glob("*/fine-tuned")
         assert (copy / "model.safetensors").stat().st_blocks * 512 < 0.8 * (model / "model.safetensors").stat().st_size
         os.kill(int(re.findall(r"stage-1 stage loads.* pid=(\d+)", _said(logs))[-1]), signal.SIGKILL)
         assert _complete(url, cache_salt="again") == first
         wait_until(lambda: "model files were there" in _said(logs), "the next stage finds the files")
+        moved = cluster.run("repartition", "--layers", "10,18", "--url", url)
+        assert moved.returncode == 0, moved.stderr
+        assert _complete(url, cache_salt="moved") == first
+        spans = stage_spans(model, read_model_config(model), LayerRange(1, 2, 10, 28))
+        wait_until(lambda: _fetched(logs) == sum(map(num_bytes, spans.values())), "the layers were fetched that moved")
         server.interrupt()
         wait_until_gone(server)
     with LLM("demo", dtype="float32") as alone:

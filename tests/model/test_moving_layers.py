@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
-from gptj_dist.config import LayerRange, PipelineConfig
+from gptj_dist.checkpoint.hub import resolve_model
+from gptj_dist.checkpoint.index import read_model_config
+from gptj_dist.checkpoint.manifest import stage_spans
+from gptj_dist.config import LayerRange, ModelConfig, PipelineConfig
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.plan import Plan, Result
 from gptj_dist.engine.record import new_records
 from gptj_dist.params import Grammar, SamplingParams
 from gptj_dist.planning.moves import LayerMove, layer_moves
+from gptj_dist.stages import local
+from gptj_dist.stages.load_progress import LoadProgress
 from gptj_dist.stages.local import LocalExecutor, load_local
 from gptj_dist.stages.moving import MoveReport, StageMover
+from gptj_dist.stages.runner import StageRunner
+from tests.adapters import chosen, write_lora
 from tests.model import test_survival
 from tests.model.test_survival import PROMPT, REQUESTS, collect
 
@@ -115,6 +127,34 @@ def random_move(cut: tuple[LayerRange, ...], chooser: random.Random) -> LayerMov
             return move
 
 
+class PartialFiles:
+    """A copy of the demo's files with zeros in place of tensors that were not fetched, as on a node without the model.
+
+    Implements `ModelFiles`.
+
+    Args:
+        directory: of the copy.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._whole = resolve_model("demo")
+        self._directory = shutil.copytree(self._whole, directory)
+        self._copy(LayerRange.whole(read_model_config(self._whole).num_layers), bytes)
+
+    def directory(self) -> Path:
+        return self._directory
+
+    def fetch(self, config: ModelConfig, layers: LayerRange, on_progress: Callable[[LoadProgress], None]) -> None:  # noqa: ARG002
+        self._copy(layers, None)
+
+    def _copy(self, layers: LayerRange, fill: Callable[[int], bytes] | None) -> None:
+        for name, spans in stage_spans(self._whole, read_model_config(self._whole), layers).items():
+            with (self._whole / name).open("rb") as whole, (self._directory / name).open("r+b") as copy:
+                for begin, end in spans:
+                    here = os.pread(whole.fileno(), end - begin, begin) if fill is None else fill(end - begin)
+                    os.pwrite(copy.fileno(), here, begin)
+
+
 async def told(
     config: PipelineConfig, adapted: SamplingParams, seed: int | None
 ) -> tuple[list[list[object]], MovingStages, AsyncEngine]:
@@ -156,3 +196,26 @@ def test_layers_may_move_at_any_time(seed: int, expected: list[list[object]], ad
     assert any(report.num_bytes_rest for report in stages.reports)
     assert engine.scheduler.num_preemptions > 0
     assert engine.stats.num_accepted > 0
+
+
+def test_an_adapter_that_depends_on_weights_of_a_layer_that_joins_is_read_when_these_were_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = read_model_config(resolve_model("demo"))
+    path = write_lora(tmp_path / "dora", model, ("attn.q_proj",), use_dora=True)
+    source = chosen(path, model).source
+    assert source is not None
+    gains = []
+    for make in (StageRunner, lambda spec: StageRunner(spec, PartialFiles(tmp_path / str(spec.layers.stage)))):
+        monkeypatch.setattr(local, "StageRunner", make)
+        _, (runner, _) = load_local(test_survival.CONFIG)
+        runner.load_adapter(source)
+        stop = runner.layers.stop
+        runner.load_layer(stop, replace(runner.layers, stop=stop + 1))
+        assert runner._next_adapters is not None
+        gains.append([tensors[3] for _, tensors in runner._next_adapters._held[source].parts])
+        assert len(gains[-1]) == stop + 1
+    for here, there in zip(*gains, strict=True):
+        assert here is not None
+        assert there is not None
+        assert torch.equal(here, there)
