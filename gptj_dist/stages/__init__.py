@@ -9,6 +9,7 @@ __all__ = [
     "background",
     "blueprint",
     "cores",
+    "departures",
     "device",
     "files",
     "group",
