@@ -33,6 +33,7 @@ pytestmark = pytest.mark.ray
 VERB = (sys.executable, "-m", "gptj_dist")
 START_LIMIT_S = 180.0
 PROMPT = "Call me Ishmael."
+KEY = "an-admins-key"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Joined]:
 def _complete(url: str, **fields: str) -> str:
     """The text after `PROMPT`."""
     body = {"model": "fine-tuned", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, **fields}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=START_LIMIT_S).raise_for_status().json()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    response = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=START_LIMIT_S)
+    answer = response.raise_for_status().json()
     return str(answer["choices"][0]["text"])
 
 
@@ -143,7 +146,7 @@ def test_a_node_without_the_model_gets_its_stages_part_from_the_head_and_keeps_i
     model = shutil.copytree(resolve_model("demo"), cluster.hidden / "fine-tuned")
     nodes = [f"ray.io/node-id={node['node_id']}" for node in cluster.nodes()["nodes"]]
     settings = ["--dtype", "float32", "--cpus-per-stage", "0.4", "--stage-nodes", ",".join(nodes)]
-    settings += ["--device", "cpu", "--port", str(free_port())]
+    settings += ["--device", "cpu", "--port", str(free_port()), "--api-key", KEY]
     serve = [*VERB, "serve", str(model), "--address", cluster.address, *settings]
     with running(serve, cluster.environment) as server:
         url = server.wait_for(r"fine-tuned at (\S+)", START_LIMIT_S)
@@ -156,7 +159,7 @@ def test_a_node_without_the_model_gets_its_stages_part_from_the_head_and_keeps_i
         os.kill(int(re.findall(r"stage-1 stage loads.* pid=(\d+)", _said(logs))[-1]), signal.SIGKILL)
         assert _complete(url, cache_salt="again") == first
         wait_until(lambda: "model files were there" in _said(logs), "the next stage finds the files")
-        moved = cluster.run("repartition", "--layers", "10,18", "--url", url)
+        moved = cluster.run("repartition", "--layers", "10,18", "--url", url, "--api-key", KEY)
         assert moved.returncode == 0, moved.stderr
         assert _complete(url, cache_salt="moved") == first
         spans = stage_spans(model, read_model_config(model), LayerRange(1, 2, 10, 28))
