@@ -50,7 +50,9 @@ def libraries(home: Path) -> list[Path]:
 
 
 @needs_gcc
-def test_it_is_compiled_once_and_found_again(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_compiled_once_and_found_again_in_a_directory_of_the_users_alone(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "log"
     monkeypatch.setenv("PATH", str(put_compiler(tmp_path / "bin", f"echo once more >>{log}")))
     for _ in range(3):
@@ -59,6 +61,7 @@ def test_it_is_compiled_once_and_found_again(home: Path, tmp_path: Path, monkeyp
     (library,) = libraries(home)
     assert library.suffix == ".so"
     assert len(log.read_text().splitlines()) == 2  # compiled, and linked
+    assert (home / "gptj-dist").stat().st_mode & 0o777 == 0o700
 
 
 @needs_gcc
@@ -105,9 +108,9 @@ def greedy(dtype: DTypeName) -> list[tuple[int, ...]]:
 
 
 @needs_gcc
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("script", "said"), [(None, "there is no C compiler"), ("echo it broke >&2; exit 1", "it broke")]
+    ("script", "said", "dtype"),
+    [(None, "there is no C compiler", "float32"), ("echo it broke >&2; exit 1", "it broke", "bfloat16")],
 )
 def test_without_it_the_log_says_why_and_the_model_goes_on_the_same(
     home: Path,
@@ -160,12 +163,6 @@ def test_for_a_user_without_a_home_it_is_compiled_at_each_start(
 def test_beside_a_file_in_the_way_it_is_compiled_at_each_start(home: Path) -> None:
     home.write_text("not a directory")
     assert load_library() is not None
-
-
-@needs_gcc
-def test_its_directory_is_the_users_alone(home: Path) -> None:
-    assert load_library() is not None
-    assert (home / "gptj-dist").stat().st_mode & 0o777 == 0o700
 
 
 def test_the_wheel_brings_the_source(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_row_has_the_same_bits_in_any_company(kind: Kind, dtype: torch.dtype, 
     packed = kind(weight, bias)
     torch.set_num_threads(1)
     expected = packed(x)
-    for num_threads in (1, 2, 3):
+    for num_threads in (1, 3):
         torch.set_num_threads(num_threads)
         for num_rows in _row_counts(shape):
             first = 37 * num_rows % (NUM_ROWS + 1 - num_rows)
@@ -111,8 +111,8 @@ def test_a_row_has_the_same_bits_in_any_company(kind: Kind, dtype: torch.dtype, 
 
 
 def _row_counts(shape: tuple[int, int]) -> range:
-    """Every number of rows; every fifth or so of products that take long."""
-    return range(1, NUM_ROWS + 1, 1 if shape[0] * shape[1] < 100_000 else 6)
+    """Every number of rows; some of products that take long."""
+    return range(1, NUM_ROWS + 1, 1 if shape[0] * shape[1] < 100_000 else 9)
 
 
 @exact

@@ -187,9 +187,8 @@ def expected(adapted: SamplingParams) -> list[list[object]]:
     return asyncio.run(told(replace(CONFIG, speculation=False), adapted, None))[0]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_layers_may_move_at_any_time(seed: int, expected: list[list[object]], adapted: SamplingParams) -> None:
-    answers, stages, engine = asyncio.run(told(CONFIG, adapted, seed))
+def test_layers_may_move_at_any_time(expected: list[list[object]], adapted: SamplingParams) -> None:
+    answers, stages, engine = asyncio.run(told(CONFIG, adapted, seed=0))
     assert answers == expected
     assert len(stages.reports) > 10
     assert any(report.num_bytes_ahead for report in stages.reports)
