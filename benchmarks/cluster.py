@@ -24,13 +24,10 @@ import argparse
 import asyncio
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,16 +39,18 @@ from benchmarks.faults import Stream, differences, num_tokens, pause_ms
 from benchmarks.figures import machine, print_document, print_row
 from benchmarks.namespaces import Network, network
 from benchmarks.processes import Family
-from benchmarks.servers import READY_TIMEOUT_S, is_ready
+from benchmarks.sites import POLL_S, Site, form_cluster
 
 NUM_MACHINES, NUM_STAGES = 6, 4
-CPUS, CPUS_PER_STAGE = 2, 1.5
-THREADS = 2
+CPUS = 2
+OPTIONS = (
+    f"--stages {NUM_STAGES} --cpus-per-stage 1.5 --threads-per-stage 2 --wait-nodes {NUM_MACHINES} --dtype float32 "
+    "--device cpu --no-speculation"
+)
 BATCHES = (1, 8, 32)
 SPEED_TOKENS, FIRST_TOKENS = 160, 5
 STEP_METRIC = "gptj_dist_stage_step_seconds"
 NUM_RUNS = 3
-START_LIMIT_S = 300.0
 LINKS_SETTLE_S = 40.0
 """Members look at their links every 15 s."""
 
@@ -59,8 +58,6 @@ CUT_S = 5.0
 NUM_STREAMS = 8
 STREAM_TOKENS = 200
 MIDDLE_TOKENS = 40
-PORT = 8000
-POLL_S = 0.1
 
 
 def main() -> None:
@@ -73,9 +70,8 @@ def main() -> None:
         environment.pop("RAY_ADDRESS", None)
         net.set_delay(args.delays[0])
         try:
-            address, joined = form_cluster(net, environment, Path(cache))
-            base = serve(net, address, environment, Path(cache))
-            site = Site(net, environment, address, joined, base)
+            site = form_cluster(net, environment, Path(cache), CPUS)
+            site.serve("demo", OPTIONS.split())
             speeds = [row for delay_ms in args.delays for row in measure_speed(site, delay_ms)]
             faults = [FAULTS[name](site) for name in args.faults if name != "none"]
         finally:
@@ -89,65 +85,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--delays", nargs="+", type=float, default=[1.0, 10.0], metavar="MS", help="of the links")
     parser.add_argument("--faults", nargs="+", choices=[*FAULTS, "none"], default=list(FAULTS), help="default: all")
     return parser.parse_args()
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A cluster that serves.
-
-    Args:
-        address: of the cluster.
-        joined: the process of `gptj-dist join` of each machine but the first.
-        base: URL of the server.
-    """
-
-    net: Network
-    environment: Mapping[str, str]
-    address: str
-    joined: Mapping[int, subprocess.Popen[bytes]]
-    base: str
-
-    def nodes(self) -> Any:
-        """What `gptj-dist nodes --json` shows."""
-        return json.loads(self.gptj_dist(1, "nodes", "--json", "--address", self.address))
-
-    def gptj_dist(self, machine: int, *arguments: str) -> str:
-        """What a command prints that is run on a machine."""
-        command = self.net.command(machine, [sys.executable, "-m", "gptj_dist", *arguments])
-        return subprocess.run(command, env=self.environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def form_cluster(
-    net: Network, environment: Mapping[str, str], logs: Path
-) -> tuple[str, dict[int, subprocess.Popen[bytes]]]:
-    """`up` on the first machine, `join` on the others. Returns the cluster's address, and what runs on the others."""
-    head = _start(net, 1, ["up", "--cpus", str(CPUS)], environment, logs / "up")
-    code = _wait_for(head, logs / "up", r"gptj-dist join (\S+)")
-    joined = {
-        number: _start(net, number, ["join", code, "--cpus", str(CPUS)], environment, logs / f"join{number}")
-        for number in net.machines[1:]
-    }
-    for number, process in joined.items():
-        _wait_for(process, logs / f"join{number}", "Ctrl-C leaves")
-        print((logs / f"join{number}").read_text().strip(), file=sys.stderr)
-    return _wait_for(head, logs / "up", r"head at (\S+)"), joined
-
-
-def serve(net: Network, address: str, environment: Mapping[str, str], logs: Path) -> str:
-    """Serves the demo from the first machine. Returns the URL."""
-    options = f"--stages {NUM_STAGES} --dtype float32 --device cpu --no-speculation --insecure --address {address}"
-    command = [
-        *("serve", "demo", *options.split(), "--host", net.address(1), "--port", str(PORT)),
-        *("--cpus-per-stage", str(CPUS_PER_STAGE), "--threads-per-stage", str(THREADS)),
-        *("--wait-nodes", str(NUM_MACHINES)),
-    ]
-    process = _start(net, 1, command, environment, logs / "serve")
-    base, deadline_s = f"http://{net.address(1)}:{PORT}", time.monotonic() + READY_TIMEOUT_S
-    while not is_ready(base):
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            sys.exit(f"the server did not become ready:\n{(logs / 'serve').read_text()}")
-        time.sleep(POLL_S)
-    return base
 
 
 def measure_speed(site: Site, delay_ms: float) -> Iterator[dict[str, Any]]:
@@ -329,23 +266,6 @@ async def _have_come(
 def placement(shown: Any) -> dict[str, list[str]]:
     """What of the server is on which machine."""
     return {node["address"]: [part.rpartition("/")[2] for part in node["stages"]] for node in shown["nodes"]}
-
-
-def _start(
-    net: Network, number: int, arguments: Sequence[str], environment: Mapping[str, str], log: Path
-) -> subprocess.Popen[bytes]:
-    command = net.command(number, [sys.executable, "-m", "gptj_dist", *arguments])
-    with log.open("wb") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-
-def _wait_for(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
-    deadline_s = time.monotonic() + START_LIMIT_S
-    while (found := re.search(pattern, log.read_text())) is None:
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            sys.exit(f"it did not say {pattern!r}:\n{log.read_text()}")
-        time.sleep(POLL_S)
-    return found[found.lastindex or 0]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import heapq
 import itertools
+import math
 import multiprocessing
 import os
 import select
@@ -24,7 +25,7 @@ NETWORK = "10.77.8"
 """First numbers of the addresses; machine i has NETWORK.i, this one NETWORK.254."""
 
 RATE_BYTES_S = 125e6
-"""A Gbit/s, for what each machine sends."""
+"""A Gbit/s, for what each machine sends at first."""
 
 MTU = 60_000
 """Large, so that the switch keeps up with the rate."""
@@ -33,7 +34,7 @@ PRIORITY = 10
 
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _HERE = 0
-"""The number of this machine, whose frames are not delayed."""
+"""The number of this machine, whose frames are neither delayed nor held back by a rate."""
 
 
 class Network:
@@ -53,6 +54,10 @@ class Network:
     def set_delay(self, delay_ms: float) -> None:
         """The time of a frame from any machine to another."""
         self._switch.send(("delay", delay_ms * 1e-3))
+
+    def set_rate(self, mbit_s: float) -> None:
+        """Of what each machine sends; a Gbit/s until it is set."""
+        self._switch.send(("rate", mbit_s * 1e6 / 8))
 
     def cut(self, machine: int) -> None:
         """Drops all that comes from it or goes to it, as when its cable is pulled."""
@@ -115,11 +120,12 @@ def _run_switch(taps: Sequence[int], commands: Connection) -> None:
 
 
 class Switch:
-    """Carries frames between TAP devices; number `_HERE` is not delayed."""
+    """Carries frames between TAP devices."""
 
     def __init__(self, taps: Sequence[int]) -> None:
         self._taps = taps
         self._delay_s = 0.0
+        self._rate_bytes_s = RATE_BYTES_S
         self._cut: set[int] = set()
         self._port_of: dict[bytes, int] = {}
         self._free_s = [0.0] * len(taps)
@@ -144,6 +150,8 @@ class Switch:
     def _obey(self, command: str, value: float) -> None:
         if command == "delay":
             self._delay_s = value
+        elif command == "rate":
+            self._rate_bytes_s = value
         elif command == "cut":
             self._cut.add(int(value))
         else:
@@ -159,7 +167,8 @@ class Switch:
             return
         now_s = time.monotonic()
         self._port_of[frame[6:12]] = port
-        self._free_s[port] = max(now_s, self._free_s[port]) + len(frame) / RATE_BYTES_S
+        rate_bytes_s = math.inf if port == _HERE else self._rate_bytes_s
+        self._free_s[port] = max(now_s, self._free_s[port]) + len(frame) / rate_bytes_s
         known = self._port_of.get(frame[:6])
         for target in [known] if known is not None else range(len(self._taps)):
             if target != port:

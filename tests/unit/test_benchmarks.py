@@ -70,7 +70,7 @@ SCRIPTS = (
         "plots",
     ),
     *("same_logits", "scheduler", "speculation", "startup", "step", "structured_output", "transport", "unlike"),
-    *("update", "wake"),
+    *("update", "wake", "wire"),
 )
 TIME_LIMIT_S = 240
 CASE = Case(2, 5, 3)
