@@ -11,8 +11,8 @@ OF_A_SERVER = ("GPTJ_URL", "GPTJ_API_KEY", "RAY_ADDRESS")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment, without variables that name a server, and with `variables`."""
-    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_SERVER}
+    """This process's environment, without variables that name a server, with buffered output, and with `variables`."""
+    inherited = {name: value for name, value in os.environ.items() if name not in {*OF_A_SERVER, "PYTHONUNBUFFERED"}}
     return inherited | {"COLUMNS": "200"} | variables
 
 

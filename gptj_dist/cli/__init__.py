@@ -103,10 +103,11 @@ def main() -> None:
     exit_code = _call()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # no traceback while a slow reader takes the rest
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    problem = flush_output()
-    if problem is not None and exit_code == 0:
+    error = flush_output()
+    if error is not None and exit_code == 0:
         exit_code = FAILED
-        complain(problem)
+        if not isinstance(error, BrokenPipeError):  # a reader who leaves knows it
+            complain(os_error_text(error))
     sys.exit(exit_code)
 
 

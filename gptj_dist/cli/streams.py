@@ -37,15 +37,15 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def flush_output() -> str | None:
-    """Flushes standard output. Returns the reason if that fails; the unwritten text is dropped."""
+def flush_output() -> OSError | None:
+    """Flushes standard output. Returns the error if that fails; the unwritten text is dropped."""
     try:
         sys.stdout.flush()
         return None
     except OSError as error:
         # Python writes it once more when it ends, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return os_error_text(error)
+        return error
 
 
 def complain(message: str) -> None:
