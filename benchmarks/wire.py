@@ -6,8 +6,9 @@
 
 Root only. A server for each type, in turn, A B A B; with each, links of all rates. The last stage is on the second
 machine. Two figures each: the time to the first token of one prompt of `--input-len` tokens, whose hidden states cross
-the link once, and the tokens per second of `--streams` that decode, each of which sends a row for each token. The last
-line on standard output is one JSON document.
+the link once, and the tokens per second of `--streams` that decode, each of which sends a row for each token.
+`share_of_fastest` compares these with those at the highest rate in the same server, as machines become slower and
+faster from one server to the next. The last line on standard output is one JSON document.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ CPUS = 1
 OPTIONS = "--stages 2 --wait-nodes 2 --device cpu --cpus-per-stage 0.6 --no-speculation --no-prefix-cache"
 NUM_PROMPTS = 3
 SHORT_PROMPT, NUM_TOKENS = 8, 48
+PARTS = ("first_ms", "tokens_per_s", "share_of_fastest")
 
 
 def main() -> None:
@@ -94,9 +96,10 @@ def _run(args: argparse.Namespace, site: Site, wire_dtype: str, number: int) -> 
             print_row(list(row.values()))
             rows.append(row)
         site.net.set_rate(max(args.rates))
+        [fastest] = [row["tokens_per_s"] for row in rows if row["mbit_s"] == max(args.rates)]
     finally:
         stop(server)
-    return rows
+    return [{**row, "share_of_fastest": row["tokens_per_s"] / fastest} for row in rows]
 
 
 def _measure(target: Target, case: Case, num_requests: int, seed: int) -> Measured:
@@ -122,7 +125,7 @@ def _medians(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "type": name,
             **{
                 part: median(run[part] for run in runs if (run["mbit_s"], run["type"]) == (rate, name))
-                for part in ("first_ms", "tokens_per_s")
+                for part in PARTS
             },
         }
         for rate, name in kinds
