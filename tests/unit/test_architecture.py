@@ -8,13 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-import gptj_dist
+from tests.sources import PACKAGE, syntax_trees
 
-PACKAGE = Path(gptj_dist.__file__).parent
 ROOT_UNIT = "gptj_dist"
 
 LEVELS = [
@@ -89,10 +87,9 @@ class Import:
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
     """All modules of the package, by their names below it."""
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path, tree in syntax_trees():
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__") or ROOT_UNIT
-        yield name, ast.parse(path.read_text(), filename=str(path))
+        yield ".".join(part for part in parts if part != "__init__") or ROOT_UNIT, tree
 
 
 def imports_of(module: str, node: ast.AST, is_lazy: bool = False) -> Iterator[Import]:

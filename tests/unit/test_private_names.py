@@ -8,15 +8,13 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
-import gptj_dist
+from tests.sources import PACKAGE, syntax_trees
 
-PACKAGE = Path(gptj_dist.__file__).parent
 PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 PRIVATE_NAMES = {
@@ -71,7 +69,7 @@ def test_a_name_that_is_gone_is_noticed() -> None:
 
 
 def test_every_private_name_in_the_package_is_listed() -> None:
-    used = {name for path in PACKAGE.rglob("*.py") for name in private_names(ast.parse(path.read_text()))}
+    used = {name for _, tree in syntax_trees() for name in private_names(tree)}
     prefixes = {name for name in used if any(other.startswith(f"{name}.") for other in used)}
     assert used - prefixes <= PRIVATE_NAMES.keys()
 
