@@ -47,9 +47,8 @@ def main() -> None:
         environment.pop("RAY_ADDRESS", None)
         try:
             site = form_cluster(net, environment, Path(cache), CPUS)
-            runs = [
-                row for number in range(args.rounds) for name in args.types for row in _run(args, site, name, number)
-            ]
+            turns = [(name, number) for number in range(args.rounds) for name in args.types]
+            runs = [row for name, number in turns for row in _run(args, site, name, number)]
         finally:
             family.kill()
     print_document("wire", {"machine": machine(), **vars(args), "medians": _medians(runs), "runs": runs})
@@ -69,20 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace, site: Site, wire_dtype: str, number: int) -> list[dict[str, Any]]:
     """Serves with a type, and measures with links of each rate."""
-    options = [
-        "--dtype",
-        args.dtype,
-        "--wire-dtype",
-        wire_dtype,
-        "--stages",
-        "2",
-        "--wait-nodes",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    options += ["--cpus-per-stage", "0.6", "--no-speculation", "--no-prefix-cache", "--served-model-name", args.model]
-    server = site.serve(args.model, options)
+    options = ["--dtype", args.dtype, "--wire-dtype", wire_dtype, "--served-model-name", args.model]
+    server = site.serve(args.model, [*OPTIONS.split(), *options])
     rows = []
     try:
         target = Target(site.base, args.model)
