@@ -17,6 +17,7 @@ import pytest
 
 from gptj_dist import cli
 from gptj_dist.cli import CANNOT_WORK, COMMANDS, FAILED
+from gptj_dist.operate.launch.signals import StopSignals
 from tests.adapters import model_config, write_lora
 from tests.fake_server import Call, FakeServer, Reply, events, fake_server, refused
 from tests.unit.test_status_command import READY
@@ -114,6 +115,7 @@ def test_a_path_that_is_not_there_is_named_at_the_end_without_a_traceback(
     arguments: list[str], requests: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process: a process of its own would take longest to import torch."""
+    monkeypatch.setattr(StopSignals, "start", lambda _: None)  # else this process hears no Ctrl-C in later tests
     monkeypatch.setattr(sys, "argv", ["gptj-dist", *map(str, with_files(arguments, requests))])
     assert cli._call() in (FAILED, CANNOT_WORK)
     out, err = capsys.readouterr()
