@@ -104,9 +104,7 @@ class LoopWatch:
         self.lag.observe(round(1e9 * lag_s))
         places, self._places = self._places, Counter()
         if lag_s > LATE_S:
-            self._note_stall(
-                Stall(lag_s, cpu_s - self._cpu_s, next((place for place, _ in places.most_common(1)), None))
-            )
+            self._note_stall(Stall(lag_s, cpu_s - self._cpu_s, _commonest(places)))
         if self._worst is not None and now_s - self._reported_s >= self._report_s:
             self._report(self._worst)
             self._reported_s = now_s
@@ -131,10 +129,14 @@ class LoopWatch:
             if lag_s >= LOOK_S and (frame := sys._current_frames().get(self._thread_id)) is not None:
                 self._places[_place(frame, self._root)] += 1
             if num_looks > self._most_looks:
-                logger.error("event loop hangs", extra=values(place=next(iter(self._places), None)))
+                logger.error("event loop hangs", extra=values(place=_commonest(self._places)))
                 self._on_hang()
                 num_looks = 0
             time.sleep(LOOK_S - lag_s if lag_s < LOOK_S else LOOK_S)
+
+
+def _commonest(places: Counter[str]) -> str | None:
+    return next((place for place, _ in places.most_common(1)), None)
 
 
 def _place(frame: FrameType, root: Path) -> str:
