@@ -82,7 +82,7 @@ class ResumableStream:
             return [self._noted(index, stream) for index, stream in enumerate(source.streams(records), first)]
         pasts = {index: self._past[index] for index in range(first, first + len(records))}
         left = {
-            index: record.resumed([token_id for delta in past for token_id in delta.token_ids])
+            index: record.resumed(_token_ids(past), past[0].weights if past else "")
             for record, (index, past) in zip(records, pasts.items(), strict=True)
             if not past or past[-1].finish_reason is None
         }
@@ -122,6 +122,10 @@ class ResumableStream:
             async with aclosing(self._noted(index, rest)) as deltas:
                 async for delta in deltas:
                     yield delta
+
+
+def _token_ids(deltas: Sequence[Delta]) -> list[int]:
+    return [token_id for delta in deltas for token_id in delta.token_ids]
 
 
 def _cut(delta: Delta, received: Received) -> list[Delta]:

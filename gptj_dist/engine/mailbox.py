@@ -22,6 +22,7 @@ class Delta(NamedTuple):
         num_cached_tokens: of the prompt, whose KV was there before; come with the first tokens.
         beams: the texts that a beam search has found, in place of tokens.
         num_drafted: tokens that were guessed, and so took no steps of their own.
+        weights: see `serving.weights`; come with the first tokens of a server's pipeline.
     """
 
     token_ids: tuple[int, ...]
@@ -32,6 +33,7 @@ class Delta(NamedTuple):
     num_cached_tokens: int = 0
     beams: tuple[Beam, ...] = ()
     num_drafted: int = 0
+    weights: str = ""
 
     @property
     def num_logprobs(self) -> int:
@@ -89,4 +91,5 @@ def joined(one: Delta, next_: Delta) -> Delta:
         one.prompt_logprobs,
         num_cached_tokens=one.num_cached_tokens,
         num_drafted=one.num_drafted + next_.num_drafted,
+        weights=one.weights,
     )

@@ -28,6 +28,7 @@ class RequestRecord:
         prediction_ids: what its client expects to be generated.
         is_resumed: whether its client asked for the rest after its connection broke.
         session: what its client calls the conversation or task that it belongs to.
+        weights: that `token_ids` were generated with; empty if there are none.
 
     Raises:
         ValueError: the completion has all its tokens.
@@ -43,6 +44,7 @@ class RequestRecord:
     is_resumed: bool = False
     prediction_ids: tuple[int, ...] = ()
     session: str | None = None
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if self.token_ids and len(self.token_ids) >= self.params.max_tokens:
@@ -53,13 +55,14 @@ class RequestRecord:
         """Whether a pipeline had accepted it before: it is not refused, and goes before new requests."""
         return self.is_resumed or self.num_moves > 0
 
-    def resumed(self, token_ids: Sequence[int]) -> RequestRecord:
+    def resumed(self, token_ids: Sequence[int], weights: str) -> RequestRecord:
         """The record of a request that goes on after these tokens, at another connection."""
-        return replace(self, token_ids=tuple(token_ids), is_resumed=True)
+        return replace(self, token_ids=tuple(token_ids), weights=weights, is_resumed=True)
 
-    def moved(self, new_token_ids: Sequence[int]) -> RequestRecord:
+    def moved(self, new_token_ids: Sequence[int], weights: str) -> RequestRecord:
         """The record after the loss of a pipeline, which had generated these tokens."""
-        return replace(self, token_ids=(*self.token_ids, *new_token_ids), num_moves=self.num_moves + 1)
+        token_ids = (*self.token_ids, *new_token_ids)
+        return replace(self, token_ids=token_ids, weights=weights or self.weights, num_moves=self.num_moves + 1)
 
 
 def new_records(

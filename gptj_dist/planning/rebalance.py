@@ -105,4 +105,8 @@ class Balance:
         """Layers move now."""
         self.patience = min(2 * self.patience, MOST_LOOKS)
         self.least_ratio = SETTLING_RATIO
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forgets the looks in a row: the cut is another one."""
         self._slowest, self.num_looks = None, 0

@@ -25,6 +25,7 @@ from gptj_dist.serving.request_router import PrefixRouter
 from gptj_dist.serving.scaling import SETTINGS as SCALING
 from gptj_dist.serving.settings import AppConfig, parse_settings
 from gptj_dist.serving.sizing import COORDINATOR_CPUS, PipelineSize, size_stages
+from gptj_dist.serving.weights import weights_of
 from gptj_dist.stages.blueprint import draw_blueprint
 from gptj_dist.stages.peer_files import share_files
 
@@ -123,6 +124,7 @@ def make_application(
         config.log_level,
         config.adapters,
         source,
+        weights_of(config.pipeline),
     )
     limited_keys = [key for key in config.api_keys if key.is_limited]
     accounts = serve.deployment(Accounts, name="Accounts").options(**light).bind(limited_keys) if limited_keys else None

@@ -112,9 +112,12 @@ class LayerMoves:
 
     async def keep_balance(self) -> None:
         """Moves layers away from a stage that stays the slowest. Runs until it is cancelled."""
-        balance, since, first = Balance(), 0, 0
+        balance, since, first, layers = Balance(), 0, 0, _counts(self._group.loaded)
         while True:
             await asyncio.sleep(LOOK_S)
+            if (now := _counts(self._group.loaded)) != layers:  # somebody has asked for it
+                layers, since = now, self._stats.num_plans
+                balance.begin_anew()
             records = self._stats.records(since)
             if len(records) < MIN_PLANS:
                 continue
@@ -126,7 +129,7 @@ class LayerMoves:
             if is_sure and (cut := self.look(self._stats.records(first), balance.least_ratio)) is not None:
                 logger.info("stages are out of balance", extra=values(reason=str(cut), gain=round(cut.gain, 3)))
                 balance.note_new_cut()
-                await self.recut(cut.layers, "balance")
+                layers = (await self.recut(cut.layers, "balance")).layers
                 since = self._stats.num_plans
 
     def look(self, records: Sequence[PlanRecord], least_ratio: float) -> BetterCut | None:

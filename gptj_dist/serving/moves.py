@@ -82,14 +82,16 @@ async def lasting(
     """
     while True:
         token_ids: list[int] = []
+        weights = ""
         try:
             async with aclosing(stream):
                 async for delta in stream:
                     token_ids += delta.token_ids
+                    weights = weights or delta.weights
                     yield delta
             return
         except PipelineLostError as error:
-            record = record.moved(token_ids)
+            record = record.moved(token_ids, weights)
             _note_loss(record, error)
             on_move()
         stream = _elsewhere(record, reopen)

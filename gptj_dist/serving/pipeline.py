@@ -42,6 +42,7 @@ from gptj_dist.serving.outages import Outages
 from gptj_dist.serving.queue_room import QueueRoom
 from gptj_dist.serving.scaling import NEEDED
 from gptj_dist.serving.sending import StreamSender
+from gptj_dist.serving.weights import require_same
 from gptj_dist.stages.actor import log_directory, stage_address
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.blueprint import LoadedPipeline, StageReport, draw_blueprint
@@ -112,6 +113,7 @@ class Pipeline:
         model_name: what clients call the model.
         adapters: those that are there from the start.
         source: a node with the model's files, which others may lack.
+        weights: see `serving.weights`.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits the constructor
@@ -123,6 +125,7 @@ class Pipeline:
         log_level: LogLevel = "info",
         adapters: GivenAdapters = (),
         source: FileSource | None = None,
+        weights: str = "",
     ) -> None:
         keep_replica_on_node_address()
         replica = serve.get_replica_context().replica_id
@@ -151,7 +154,8 @@ class Pipeline:
         self._engine = AsyncEngine(self._loaded.make_scheduler(), self._group, self._loaded.limits())
         self._room = QueueRoom(config.max_queued_requests, config.max_queued_tokens, self._engine, self._outages)
         self._moves = LayerMoves(self._name, self._group, self._engine.stats)
-        self._sender = StreamSender(self._actor)
+        self._weights = weights
+        self._sender = StreamSender(self._actor, weights)
         self._num_routed: Counter[Route] = Counter()
         self._driver = run_in_background("driver of the pipeline", self._drive(), self._note_end)
         await self._read_adapters(list(self._adapters.sources.values()))
@@ -172,8 +176,10 @@ class Pipeline:
             route: why it came to this pipeline; None if there is no other one.
 
         Raises:
+            StageFailedError: a record has tokens of other weights.
             TooManyRequestsError: too many requests or tokens wait already; not for one that was accepted before.
         """
+        require_same(records, self._weights)
         if not records[0].is_accepted:
             self._room.require(records[0].key)
         if route is not None:

@@ -23,12 +23,14 @@ class StreamSender:
 
     Args:
         name: see `FeedOutbox`.
+        weights: of the pipeline, see `serving.weights`.
 
     Attributes:
         received: the number of the newest stream for each inbox, by its endpoint.
     """
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", weights: str = "") -> None:
+        self._weights = weights
         self.received: dict[str, int] = {}
         self._outbox = FeedOutbox(self._stop_one, name)
         self._sending: dict[ReplyTo, asyncio.Task[None]] = {}
@@ -79,7 +81,7 @@ class StreamSender:
             del self.received[next(iter(self.received))]
         async with aclosing(stream) as deltas:
             async for delta in deltas:
-                self._outbox.put(reply_to, number, delta)
+                self._outbox.put(reply_to, number, delta if number else delta._replace(weights=self._weights))
                 number += 1
 
     def _stop_one(self, reply_to: ReplyTo) -> None:

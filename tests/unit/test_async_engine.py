@@ -313,7 +313,7 @@ def test_tokens_of_requests_that_share_a_prompt_are_lost_once() -> None:
             rig.engine.resume(make_scheduler(), make_executor(), LIMITS)
             rig.driver = asyncio.create_task(rig.engine.run())
             await asyncio.gather(*readers)
-            moved = records[0].moved((5, 6, 7))
+            moved = records[0].moved((5, 6, 7), "")
             before = totals.num_recomputed_tokens
             [stream] = rig.engine.generate_all([moved])
             await collect(stream)

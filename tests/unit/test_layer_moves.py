@@ -297,6 +297,31 @@ def test_the_cut_comes_from_all_plans_of_the_looks_in_a_row(looks: Sequence[floa
     assert asyncio.run(asyncio.wait_for(run(), 60)) == expected.layers
 
 
+def test_plans_of_an_earlier_cut_do_not_count_for_the_one_that_somebody_has_asked_for(monkeypatch: Any) -> None:
+    """Looks at the first cut would make of (11, 17), whose first stage is slower by a half, something far from it."""
+    monkeypatch.setattr("gptj_dist.serving.layer_moves.LOOK_S", 0)
+
+    async def run() -> tuple[int, ...]:
+        group, plans = FakeGroup(), Plans()
+        moves = layer_moves_of(group, plans.stats)
+        keeping = asyncio.create_task(moves.keep_balance())
+        for _ in range(FIRST_LOOKS - 1):
+            await asyncio.sleep(0)
+            plans.add((9.0, 1.0))
+        await moves.recut((11, 17))
+        while len(group.moves) == 3:
+            plans.add((1.5, 1.0))
+            await asyncio.sleep(0)
+        for _ in range(4):  # for the rest of the layers
+            await asyncio.sleep(0)
+        keeping.cancel()
+        return tuple(each.num_layers for each in group.loaded.blueprint.layers)
+
+    expected = better_cut((11, 17), (1.5, 1.0), lm_head_cost_layers(FakeGroup().loaded.blueprint.model))
+    assert expected is not None
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == expected.layers
+
+
 def test_layers_go_on_moving_when_nobody_waits_for_them_any_more() -> None:
     async def run() -> tuple[int, ...]:
         group = FakeGroup()

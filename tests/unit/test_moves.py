@@ -38,6 +38,7 @@ SEARCH = SamplingParams(max_tokens=5, n=3, use_beam_search=True, ignore_eos=True
 LOST = PipelineLostError("the pipeline's coordinator died")
 NOT_READY = NotReadyError("no pipeline takes requests right now")
 TIMEOUT_S = 20
+WEIGHTS = "those"
 
 Stream = AsyncGenerator[Delta, None]
 
@@ -84,7 +85,8 @@ class Pipelines:
         try:
             for place in range(first, first + num_tokens):
                 is_last = place == PARAMS.max_tokens - 1
-                yield Delta((TOKENS[place],), FinishReason.LENGTH if is_last else None)
+                weights = WEIGHTS if place == first else ""
+                yield Delta((TOKENS[place],), FinishReason.LENGTH if is_last else None, weights=weights)
             if error is not None:
                 raise error
             if first + num_tokens < PARAMS.max_tokens:
@@ -104,6 +106,7 @@ def test_wherever_two_pipelines_are_lost_the_tokens_are_those_of_one(first: int,
         assert [len(record.token_ids) for record in pipelines.records] == [0, first, first + second_life]
         assert [record.num_moves for record in pipelines.records] == [0, 1, 2]
         assert len({record.noise_key for record in pipelines.records}) == 1
+        assert all(record.weights == (WEIGHTS if record.token_ids else "") for record in pipelines.records)
         assert (pipelines.num_open, pipelines.num_moves) == (0, 2)
 
     run(scenario())
@@ -268,7 +271,7 @@ def test_a_beam_search_outlives_the_coordinator_wherever_it_dies(num_steps: int)
             await rig.submitted(num_steps + 1)
             serve.kill()
             serve.put(other)
-            assert await reading == expected
+            assert (await reading)._replace(weights="") == expected
             assert len(expected.beams) == SEARCH.n
             await stream.aclose()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from tests.unit.test_async_engine import LIMITS, PROMPT, Rig, collect, expected_
 PARAMS = SamplingParams(max_tokens=9, seed=6)
 NUM_CHOICES = 3
 MOST_WAITING = 2
+WEIGHTS = "those"
 TIMEOUT_S = 20
 
 Streams = list[AsyncGenerator[Delta, None]]
@@ -80,7 +81,8 @@ class Replica(Pipeline):
         self._engine = rig.engine
         self._outages = Outages(1.0)
         self._room = QueueRoom(MOST_WAITING, DEFAULT_MAX_QUEUED_TOKENS, self._engine, self._outages)
-        self._sender = StreamSender()
+        self._weights = WEIGHTS
+        self._sender = StreamSender(weights=WEIGHTS)
         self._group: Any = SimpleNamespace(kill=lambda: None)
 
     def __del__(self) -> None:  # type: ignore[override]
@@ -88,14 +90,17 @@ class Replica(Pipeline):
 
 
 @asynccontextmanager
-async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, Callable[[SamplingParams], Streams]]]:
-    """An engine, a handle to it, and what asks it for all choices of `PROMPT`."""
+async def serving(is_paused: bool = False) -> AsyncIterator[tuple[Rig, Handle, Callable[..., Streams]]]:
+    """An engine, a handle to it, and what asks it for all choices of `PROMPT`, or for their rest after first tokens."""
     async with running(is_paused) as rig:
         replica, inbox = Replica(rig), FeedInbox("127.0.0.1", lambda error: pytest.fail(str(error)))
         handle: Any = Handle(replica)
 
-        def ask(params: SamplingParams) -> Streams:
-            call = PipelineCall(handle, inbox, Mailbox.take, new_records(PROMPT, params, NUM_CHOICES, "a request"))
+        def ask(params: SamplingParams, first: Sequence[int] = (), weights: str = "") -> Streams:
+            records = new_records(PROMPT, params, NUM_CHOICES, "a request")
+            if first:
+                records = [record.moved(first, weights) for record in records]
+            call = PipelineCall(handle, inbox, Mailbox.take, records)
             return [call.stream(choice) for choice in range(NUM_CHOICES)]
 
         yield rig, handle, ask
@@ -125,6 +130,24 @@ def test_all_choices_of_a_prompt_are_one_call_and_the_prompt_is_computed_once() 
             assert len(handle.calls) == 1
             assert sum(plan.num_tokens for plan in rig.executor.plans) == len(PROMPT) + 2 + NUM_CHOICES * 8
             await polled(handle.calls[0].done, rig)
+
+    run(scenario())
+
+
+def test_a_completion_goes_on_with_the_weights_that_it_began_with_and_no_others() -> None:
+    async def scenario() -> None:
+        async with serving() as (rig, handle, ask):
+            first = [expected_tokens(PROMPT, PARAMS, choice)[0] for choice in range(NUM_CHOICES)]
+            deltas = await asyncio.gather(*map(anext, streams := ask(PARAMS)))
+            assert {delta.weights for delta in deltas} == {WEIGHTS}
+            await asyncio.gather(*(stream.aclose() for stream in streams))
+            for weights in ("others", ""):
+                ends = await asyncio.gather(*map(collect, ask(PARAMS, first[:1], weights)), return_exceptions=True)
+                assert [type(end) for end in ends] == [StageFailedError] * NUM_CHOICES
+                assert all("an update replaced the model" in str(end) for end in ends)
+            [rest, *_] = await asyncio.gather(*map(collect, ask(PARAMS, first[:1], WEIGHTS)))
+            assert first[:1] + rest == expected_tokens(PROMPT, PARAMS)
+            await polled(lambda: all(call.done() for call in handle.calls), rig)
 
     run(scenario())
 

@@ -73,7 +73,7 @@ def test_log_probabilities_of_the_prompt_are_returned_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [record_at(2), record_at(0, num_moves=0).resumed(record_at(2).token_ids)], ids=["moved", "resumed"]
+    "record", [record_at(2), record_at(0, num_moves=0).resumed(record_at(2).token_ids, "")], ids=["moved", "resumed"]
 )
 def test_requests_that_were_accepted_before_run_before_those_that_wait(record: RequestRecord) -> None:
     async def scenario() -> None:
@@ -98,7 +98,7 @@ def test_an_embedding_begins_anew() -> None:
     async def scenario() -> None:
         async with running() as rig:
             [record] = new_records(PROMPT, SamplingParams(max_tokens=0, pooling=Pooling()), 1)
-            [stream] = rig.engine.generate_all([record.moved(())])
+            [stream] = rig.engine.generate_all([record.moved((), "")])
             deltas = [delta async for delta in stream]
             assert deltas == [Delta((), FinishReason.LENGTH, embedding=b"3 tokens")]
 
@@ -115,15 +115,15 @@ def test_a_record_survives_the_codec_and_a_serve_call(name: str) -> None:
     for seed in (None, 7, 2**64 - 1):
         settings = {"seed": seed, **changed(name)}
         for record in new_records(PROMPT, SamplingParams(**settings), 2, "r"):
-            moved = record.moved((5,) if record.params.max_tokens > 1 else ())
+            moved = record.moved((5,) if record.params.max_tokens > 1 else (), "")
             assert CODEC.decode(CODEC.encode(moved)) == pickle.loads(pickle.dumps(moved)) == moved
 
 
 def test_a_request_without_a_seed_keeps_its_noise_when_it_is_moved() -> None:
     records = new_records(PROMPT, SamplingParams(max_tokens=4), 3)
     assert len({record.noise_key for record in records}) == 3
-    assert [record.moved((1,)).moved((2, 3)).noise_key for record in records] == [one.noise_key for one in records]
-    assert records[0].moved((1,)).moved((2, 3)).token_ids == (1, 2, 3)
-    assert records[0].moved((1,)).moved((2, 3)).num_moves == 2
-    assert records[0].resumed((1, 2)).moved((3,)).token_ids == (1, 2, 3)
-    assert records[0].resumed((1, 2)).moved((3,)).num_moves == 1
+    moved = [record.moved((1,), "those").moved((2, 3), "") for record in records]
+    assert [record.noise_key for record in moved] == [record.noise_key for record in records]
+    assert (moved[0].token_ids, moved[0].num_moves, moved[0].weights) == ((1, 2, 3), 2, "those")
+    resumed = records[0].resumed((1, 2), "those").moved((3,), "those")
+    assert (resumed.token_ids, resumed.num_moves, resumed.weights) == ((1, 2, 3), 1, "those")

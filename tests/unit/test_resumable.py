@@ -42,6 +42,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 IDS = {COMPLETIONS: "cmpl-r", CHAT: "chatcmpl-r", RESPONSES: "resp_r"}
 CALLS = 'Well. <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call><tool_call>'
 CALLS += '{"name": "f", "arguments": {"a": 22}}</tool_call>'
+WEIGHTS = "those"
 KEYS = (ApiKey("ann", hash_key("a")), ApiKey("bob", hash_key("b")))
 
 
@@ -79,7 +80,8 @@ class Pipelines:
                 stop = min(num_tokens + self.size, params.max_tokens)
                 ids = tuple(1000 + fake_token(record.noise_key % 2**20, place) for place in range(num_tokens, stop))
                 reason = FinishReason.LENGTH if stop == params.max_tokens else None
-                yield Delta(ids, reason, _logprobs(ids, params.logprobs), of_prompt)
+                weights = "" if num_tokens > len(record.token_ids) else WEIGHTS
+                yield Delta(ids, reason, _logprobs(ids, params.logprobs), of_prompt, weights=weights)
                 num_tokens, of_prompt = stop, ()
         finally:
             self.num_open -= 1
@@ -224,6 +226,7 @@ def test_tokens_that_were_not_kept_are_computed_again_however_they_come(name: st
                     assert json.loads(rest[0].partition("data: ")[2])["sequence_number"] == place + 1
             assert source.records
             assert all(record.is_accepted and record.num_moves == 0 for record in source.records)
+            assert all(record.weights == (WEIGHTS if record.token_ids else "") for record in source.records)
 
     run(scenario())
 

@@ -202,7 +202,7 @@ def test_another_choice_for_a_request_replaces_the_last_one() -> None:
 
 def test_a_moved_request_goes_where_its_tokens_are() -> None:
     [record] = new_records(TEXT[:20], PARAMS, 1)
-    moved = record.moved(TEXT[20:24])
+    moved = record.moved(TEXT[20:24], "")
     assert Ingress(a=holding(TEXT[:16]), b=holding(TEXT[:20])).send_records([moved]) == ("b", Route.PREFIX)
 
 
