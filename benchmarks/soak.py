@@ -5,7 +5,7 @@
 
 Starts `gptj-dist serve demo --stages 3 --dtype float32`. Clients send streams of all kinds of `benchmarks.faults`, one
 after another; some disconnect at a random moment, some send requests that are wrong. Meanwhile a random stage and the
-pipeline's coordinator are killed again and again with SIGKILL.
+pipeline's coordinator are killed again and again with SIGKILL, each once at least; the load lasts until then.
 
 Every stream that is read to its end is compared with the same stream of the server's first, undisturbed minute. When
 the load has ended, the pipeline must hold no block of the KV cache. The memory and the open files of each part are
@@ -158,14 +158,18 @@ async def _load(
 ) -> None:
     chance = random.Random(SEED)
     begin_s = time.monotonic()
+    end_s = begin_s + load_s
     stages = [role for role in ROLES if role.startswith("stage")]
+
+    def is_over() -> bool:
+        return time.monotonic() >= end_s and COORDINATOR in findings.kills and len(findings.kills) > 1
+
     others = [
-        asyncio.create_task(_kill(server, findings, stage_every_s, lambda: chance.choice(stages))),
-        asyncio.create_task(_kill(server, findings, coordinator_every_s, lambda: COORDINATOR)),
+        asyncio.create_task(_kill(server, findings, stage_every_s, end_s, lambda: chance.choice(stages))),
+        asyncio.create_task(_kill(server, findings, coordinator_every_s, end_s, lambda: COORDINATOR)),
         asyncio.create_task(_sample(server, findings, begin_s)),
     ]
-    clients = (_client(server, expected, findings, begin_s + load_s, chance) for _ in range(NUM_CLIENTS))
-    await asyncio.gather(*clients)
+    await asyncio.gather(*(_client(server, expected, findings, is_over, chance) for _ in range(NUM_CLIENTS)))
     for task in others:
         task.cancel()
     for end in await asyncio.gather(*others, return_exceptions=True):
@@ -173,8 +177,10 @@ async def _load(
             raise end
 
 
-async def _client(server: Server, expected: Expected, findings: Findings, end_s: float, chance: random.Random) -> None:
-    while time.monotonic() < end_s:
+async def _client(
+    server: Server, expected: Expected, findings: Findings, is_over: Callable[[], bool], chance: random.Random
+) -> None:
+    while not is_over():
         share = chance.random()
         if share < WRONG_SHARE:
             await _send_wrong(server, findings, *chance.choice(WRONG))
@@ -209,15 +215,17 @@ def _judge(stream: Stream, expected: Content, findings: Findings) -> None:
         findings.pauses_ms.append(pause_ms(stream))
 
 
-async def _kill(server: Server, findings: Findings, every_s: float, choose: Callable[[], str]) -> None:
-    """Kills a process of the chosen role again and again; none while another one is being replaced."""
-    while True:
+async def _kill(server: Server, findings: Findings, every_s: float, end_s: float, choose: Callable[[], str]) -> None:
+    """Kills a process of the chosen role again and again, and once at least; none while another one is replaced."""
+    is_first = True
+    while is_first or time.monotonic() < end_s:
         await asyncio.sleep(every_s)
         while not await asyncio.to_thread(is_ready, server.base):  # noqa: ASYNC110  # the server sets no event
             await asyncio.sleep(POLL_S)
         role = choose()
         if pids := [int(process.name) for process in server.family.members() if ROLES[role] in title(process)]:
             server.kill(pids[0])
+            is_first = False
             findings.kills[role] += 1
             print_row([f"{role} killed", *(f"{number} {end}" for end, number in findings.ends.items())])
 
