@@ -52,6 +52,23 @@ if signals.requested.wait(60):
 time.sleep(60)
 """
 
+FAILING_LAUNCHER = """
+import sys, threading, time
+from gptj_dist.operate.launch.signals import StopSignals
+
+has_begun = threading.Event()
+
+def clean_up():
+    has_begun.set()
+    time.sleep(1)
+    print("cleaned up", flush=True)
+
+StopSignals(clean_up).start()
+print("started", flush=True)
+has_begun.wait()
+sys.exit("Ray is gone")
+"""
+
 BUSY_LAUNCHER = """
 import os, subprocess
 from gptj_dist.operate.launch.processes import descendants, end_all
@@ -148,6 +165,16 @@ def test_a_clean_up_that_fails_does_not_keep_the_process() -> None:
     with launcher("starting badly") as (process, _):
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(LIMIT_S) == 128 + signal.SIGTERM
+
+
+def test_a_main_thread_that_fails_meanwhile_cuts_no_clean_up_short() -> None:
+    command = [sys.executable, "-c", FAILING_LAUNCHER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "cleaned up\n"
+        assert process.wait(LIMIT_S) == 128 + signal.SIGINT
 
 
 def test_under_nohup_a_closed_terminal_is_no_reason_to_stop() -> None:

@@ -37,8 +37,8 @@ def test_what_changes_the_text_changes_the_name(copied: PipelineConfig, tmp_path
 
 
 def test_how_a_model_is_cut_and_placed_does_not(copied: PipelineConfig) -> None:
-    others = {"stages": 2, "device": "cpu", "max_batch_size": 3, "prefix_cache": False, "max_model_len": 100}
-    assert weights_of(replace(copied, **others)) == weights_of(copied)
+    other = replace(copied, stages=2, device="cpu", max_batch_size=3, prefix_cache=False, max_model_len=100)
+    assert weights_of(other) == weights_of(copied)
 
 
 def test_files_that_are_edited_in_place_change_it(copied: PipelineConfig) -> None:

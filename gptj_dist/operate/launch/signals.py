@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 SAME_SIGNAL_S = 0.2
 """`timeout` signals its child and then the child's whole group: signals that are this close count as one."""
@@ -62,6 +63,13 @@ class StopSignals:
             self._end(number)
 
     def _end(self, number: int) -> None:
+        """Ends the process on a thread that Python waits for: `clean_up` may have the main one fail, and end first."""
+        ending = threading.Thread(target=self._clean_up_and_exit, args=[number], name="end", daemon=False)
+        with suppress(RuntimeError):  # the process is at its end already
+            ending.start()
+            ending.join()
+
+    def _clean_up_and_exit(self, number: int) -> None:
         os.register_at_fork(before=threading.Event().wait)  # other threads start no more processes
         try:
             self.clean_up()
