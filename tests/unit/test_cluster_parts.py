@@ -1,5 +1,5 @@
-"""Parts of a cluster that need no Ray: beacon, measurements, versions, interfaces, an abandoned start, and what `nodes`
-prints."""
+"""Parts of a cluster that need no Ray: beacon, measurements, versions, interfaces, abandoned and failed starts, and
+what `nodes` prints."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.interfaces import address_of
+from gptj_dist.operate.cluster import ray_node
 from gptj_dist.operate.cluster.beacon import Beacon, discover, read_answer
 from gptj_dist.operate.cluster.code import Place
 from gptj_dist.operate.cluster.overview import NodeView, Overview, print_overview, stages_by_node
 from gptj_dist.operate.cluster.probe import ProbeServer, measure
+from gptj_dist.operate.cluster.ray_node import NodeOptions, NodeStart, RayNode
 from gptj_dist.operate.cluster.run import require_versions
 from gptj_dist.operate.cluster.store import Member, NodeState
 from gptj_dist.operate.launch.processes import is_running
+from gptj_dist.operate.launch.session_room import SessionRoom
 from gptj_dist.planning.links import Link
 
 LOOPBACK = "127.0.0.1"
@@ -54,7 +59,7 @@ lost = ["setsid", "sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
 pids = [subprocess.Popen(["sleep", "60"]).pid, int(subprocess.run(lost, capture_output=True, check=True).stdout)]
 session("own", os.getpid())
 session("others", os.getppid())
-start.noise.touch()
+start.sessions.noise.touch()
 start.abandon(is_session_kept=sys.argv[1] == "True")
 print(*pids)
 print(*sorted(path.name.split("_")[-2] for path in ray.iterdir()))
@@ -122,6 +127,60 @@ def test_a_node_whose_start_is_abandoned_leaves_no_process_and_no_file(is_kept: 
     children, sessions = done.stdout.splitlines()
     assert not any(map(is_running, map(int, children.split())))
     assert sessions == ("earlier others own" if is_kept else "earlier others")
+
+
+@pytest.fixture
+def failing_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
+    """Sessions of the nodes that do not start, one after the other; None fails before it has one."""
+    sessions: list[str | None] = []
+
+    class FailingNode:
+        """As Ray's."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            name = sessions.pop(0)
+            if not sessions:
+                monkeypatch.setattr(ray_node, "START_LIMIT_S", 0.0)
+            print("printed by Ray", file=sys.stderr)
+            if name is not None:
+                self._logs = tmp_path / name / "logs"
+                self._logs.mkdir(parents=True, exist_ok=True)
+            raise Exception("The current node timed out\nduring startup.")
+
+        def get_logs_dir_path(self) -> str:
+            return str(self._logs)
+
+    monkeypatch.setattr("ray._private.node.Node", FailingNode)
+    monkeypatch.setattr(ray_node, "find_room", lambda: SessionRoom(tmp_path))
+    monkeypatch.setattr(ray_node, "_prepare", lambda _: None)
+    monkeypatch.setattr(ray_node, "_end_own_processes", lambda: None)
+    return sessions
+
+
+def failure_of_start(is_head: bool) -> str:
+    options = NodeOptions(LOOPBACK, f"{LOOPBACK}:6379", "token")
+    with pytest.raises(ConfigurationError, match=r"^Ray cannot start: The current node timed out during") as raised:
+        RayNode.start(NodeStart(), options, is_head)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("is_head", [True, False])
+def test_a_node_that_does_not_start_says_where_its_logs_are_and_keeps_those_of_no_earlier_attempt(
+    failing_nodes: list[str | None], tmp_path: Path, is_head: bool
+) -> None:
+    of_head = "session_0_1"  # of another process, on this machine
+    (tmp_path / of_head).mkdir()
+    failing_nodes += [f"session_{number}_{os.getpid()}" if is_head else of_head for number in (1, 2)]
+    last = tmp_path / str(failing_nodes[-1])
+    assert failure_of_start(is_head).endswith(f"startup.; its logs are in {last / 'logs'}")
+    assert (last / "logs" / f"node_{os.getpid()}.err").read_text() == "printed by Ray\n"
+    assert {path.name for path in tmp_path.iterdir()} == {of_head, last.name}
+
+
+def test_a_node_that_fails_before_it_has_logs_names_none(failing_nodes: list[str | None], tmp_path: Path) -> None:
+    failing_nodes += [None]
+    assert failure_of_start(is_head=True).endswith("startup.")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_version_that_differs_is_one_line_that_says_both() -> None:

@@ -369,8 +369,11 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
 def start(directory: Path, timeout_s: float) -> list[str]:
     said: list[str] = []
     ray = LocalRay(SessionRoom(directory))
-    ray.noise.touch()
-    ray.start(timeout_s, said.append)
+    ray.noise.write_text("printed by Ray")
+    try:
+        ray.start(timeout_s, said.append)
+    finally:
+        ray.discard_empty_logs()
     return said
 
 
@@ -379,7 +382,8 @@ def test_a_start_that_was_too_slow_is_tried_again(attempts: list[Any], tmp_path:
     said = start(tmp_path, 120.0)
     assert len(said) == 2
     assert all("trying again" in line for line in said)
-    assert len(list(tmp_path.glob("session_*"))) == 1
+    [session] = tmp_path.glob("session_*")
+    assert [path.name for path in (session / "logs").iterdir()] == ["launcher.err"]
 
 
 def test_a_start_is_given_up_in_one_line_when_there_is_no_time_for_another(attempts: list[Any], tmp_path: Path) -> None:
@@ -388,6 +392,8 @@ def test_a_start_is_given_up_in_one_line_when_there_is_no_time_for_another(attem
         ConfigurationError, match=r"did not start within 0 s .*--start-timeout-s.*logs are in"
     ) as raised:
         start(tmp_path, 20.0)
+    logs = Path(str(raised.value).rpartition("logs are in ")[2])
+    assert (logs / "launcher.err").read_text() == "printed by Ray"
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 700
 

@@ -30,6 +30,8 @@ PRIVATE_NAMES = {
     "ray._private.node.Node.start_log_monitor": "operate/launch/local_ray.py: the same",
     "ray._private.node.Node.start_monitor": "operate/launch/local_ray.py: the same",
     "ray._private.node.Node": "operate/cluster/ray_node.py: Ray's processes of a node",
+    "ray._private.node.Node.__new__": "operate/cluster/ray_node.py: one that does not start knows its logs, too",
+    "ray._private.node.Node.__init__": "operate/cluster/ray_node.py: the same",
     "ray._private.parameter.RayParams": "operate/cluster/ray_node.py: their settings",
     "ray._private.state.GlobalState": "operate/cluster/overview.py: which actor is on which node, without joining",
     "ray._raylet.GcsClient": "operate/cluster/store.py, stages/departures.py: nodes, and the key-value store",

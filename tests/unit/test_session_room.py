@@ -17,6 +17,7 @@ from gptj_dist.operate.launch.local_ray import lasting_cause
 from gptj_dist.operate.launch.session_room import (
     LONGEST_SOCKET,
     MOST_SOCKET_PATH_BYTES,
+    OwnSessions,
     find_room,
     why_unusable,
 )
@@ -121,6 +122,28 @@ def test_a_full_disk_is_called_that(default: Path, monkeypatch: pytest.MonkeyPat
     assert "is full" in str(why_unusable(default))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert lasting_cause(full, default) == f"the disk of {default} is full"
+
+
+def test_sessions_of_this_process_and_no_others_are_removed_and_what_ray_printed_is_kept_where_told(
+    tmp_path: Path,
+) -> None:
+    def session(name: str, pid: int) -> Path:
+        logs = tmp_path / f"session_{name}_{pid}" / "logs"
+        logs.mkdir(parents=True)
+        return logs
+
+    earlier, others = session("1", os.getpid()), session("2", 1)
+    sessions = OwnSessions(tmp_path, "launcher")
+    first, last = session("3", os.getpid()), session("4", os.getpid())
+    assert sessions.begun() == [first.parent, last.parent]
+    with sessions.noise.open("w") as file:
+        assert sessions.keep_noise(tmp_path / "none" / "launcher.err") == ""
+        assert sessions.noise.exists()
+        assert sessions.keep_noise(last / "launcher.err") == f"; its logs are in {last}"
+        file.write("printed later")
+    assert (last / "launcher.err").read_text() == "printed later"
+    sessions.discard_with_noise()
+    assert sorted(tmp_path.iterdir()) == [earlier.parent, others.parent]
 
 
 def test_failures_that_will_come_again_are_named_and_others_are_not(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from contextlib import suppress
 from copy import copy
@@ -20,7 +19,7 @@ from gptj_dist.operate.launch.environment import (
 )
 from gptj_dist.operate.launch.local_ray import LEAST_ATTEMPT_S, lasting_cause, omit_unused_processes
 from gptj_dist.operate.launch.processes import descendants, end_all, marked, start_tick
-from gptj_dist.operate.launch.session_room import find_room, sessions_of
+from gptj_dist.operate.launch.session_room import OwnSessions, find_room
 from gptj_dist.operate.launch.terminal import diverted
 from gptj_dist.operate.launch.tokens import use_token
 from gptj_dist.serving.sockets import is_loopback
@@ -63,14 +62,15 @@ class NodeOptions:
 class NodeStart:
     """A start of a node by this process, and what it leaves on this machine.
 
+    Attributes:
+        sessions: those of a head. A node that joins begins none.
+
     Raises:
         ConfigurationError: there is no directory for Ray's files.
     """
 
     def __init__(self) -> None:
-        self.directory = find_room().directory
-        self.noise = self.directory / f"node_{os.getpid()}.err"
-        self._earlier = frozenset(sessions_of(self.directory, os.getpid()))  # process ids come again
+        self.sessions = OwnSessions(find_room().directory, "node")
 
     def abandon(self, is_session_kept: bool) -> None:
         """Ends all processes that were started. For any thread.
@@ -79,10 +79,9 @@ class NodeStart:
             is_session_kept: else the files of the session are removed, if this process has begun it.
         """
         _end_own_processes()
-        self.noise.unlink(missing_ok=True)
-        for session in () if is_session_kept else sessions_of(self.directory, os.getpid()):
-            if session not in self._earlier:
-                shutil.rmtree(session, ignore_errors=True)
+        self.sessions.noise.unlink(missing_ok=True)
+        if not is_session_kept:
+            self.sessions.discard()
 
 
 class RayNode:
@@ -96,13 +95,14 @@ class RayNode:
         """Starts them.
 
         Raises:
-            ConfigurationError: Ray does not start; the message says why.
+            ConfigurationError: Ray does not start; the message says why, and where its logs are.
         """
         _prepare(options)
         from ray._private.node import Node
         from ray._private.parameter import RayParams
 
         omit_unused_processes()
+        sessions = start.sessions
         port = int(options.gcs.rpartition(":")[2])
         params = RayParams(
             node_ip_address=options.host,
@@ -110,7 +110,7 @@ class RayNode:
             gcs_server_port=port if is_head else None,
             num_cpus=options.num_cpus,
             num_gpus=options.num_gpus,
-            temp_dir=str(start.directory),
+            temp_dir=str(sessions.directory),
             include_dashboard=False,
             include_log_monitor=False,
             no_monitor=True,
@@ -120,17 +120,20 @@ class RayNode:
         )
         begin_s = time.monotonic()
         while True:  # on a busy machine the raylet may need more than the half minute that Ray waits for it
+            node = Node.__new__(Node)  # one that does not start knows where its logs are, too
             try:
-                with diverted(start.noise):  # Ray prints without being asked
-                    return cls(Node(copy(params), head=is_head, shutdown_at_exit=False, spawn_reaper=True))
+                with diverted(sessions.noise):  # Ray prints without being asked
+                    Node.__init__(node, copy(params), head=is_head, shutdown_at_exit=False, spawn_reaper=True)
             except Exception as error:
                 _end_own_processes()
-                cause = lasting_cause(error, start.directory)
+                cause = lasting_cause(error, sessions.directory)
                 if cause is not None or time.monotonic() - begin_s + LEAST_ATTEMPT_S > START_LIMIT_S:
                     told = cause or one_line(error) or type(error).__name__
-                    raise ConfigurationError(f"Ray cannot start: {told}") from error
-            finally:
-                start.noise.unlink(missing_ok=True)
+                    raise ConfigurationError(f"Ray cannot start: {told}{_keep_noise(sessions, node)}") from error
+                sessions.discard_with_noise()
+            else:
+                sessions.noise.unlink(missing_ok=True)
+                return cls(node)
 
     @property
     def node_id(self) -> str:
@@ -160,6 +163,18 @@ def _prepare(options: NodeOptions) -> None:
     os.environ[NODE_VARIABLE] = f"{os.getpid()}:{start_tick(os.getpid())}"
     bypass_proxies((options.host, options.gcs.rpartition(":")[0]))
     use_token(options.gcs, options.token)
+
+
+def _keep_noise(sessions: OwnSessions, node: Any) -> str:
+    """Moves the noise to the logs of a node that did not start. Returns the end of a message: where they are."""
+    try:
+        logs: Path | None = Path(node.get_logs_dir_path())
+    except AttributeError:  # it failed before it chose a directory
+        logs = None
+    if logs is not None and (told := sessions.keep_noise(logs / sessions.noise.name)):
+        return told
+    sessions.noise.unlink(missing_ok=True)
+    return ""
 
 
 def _end_own_processes() -> None:

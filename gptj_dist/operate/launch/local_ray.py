@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,12 +13,14 @@ from typing import Any
 from gptj_dist.errors import ConfigurationError
 from gptj_dist.operate.launch.environment import LAUNCHER_VARIABLE, prepare_local
 from gptj_dist.operate.launch.processes import descendants, end_all, marked
-from gptj_dist.operate.launch.session_room import SessionRoom, sessions_of, why_unwritable
+from gptj_dist.operate.launch.session_room import OwnSessions, SessionRoom, why_unwritable
 
 LEAST_ATTEMPT_S = 30.0
 """Ray itself gives its processes this long to start."""
 
 MAX_CAUSE_CHARACTERS = 300
+
+NOISE_LOG = "launcher.err"
 
 NO_RAY = "127.0.0.1:1"
 """RAY_ADDRESS once Ray runs: Serve starts a new Ray where it finds none, such as when Ray has died."""
@@ -32,15 +33,16 @@ class LocalRay:
 
     Args:
         room: where Ray keeps its sessions.
-
-    Attributes:
-        noise: a file for what Ray prints in this process; among the session's logs once Ray runs.
     """
 
     def __init__(self, room: SessionRoom) -> None:
         self._room = room
-        self.noise = room.directory / f"launcher_{os.getpid()}.err"
-        self._earlier = frozenset(sessions_of(room.directory, os.getpid()))  # process ids come again
+        self._sessions = OwnSessions(room.directory, "launcher")
+
+    @property
+    def noise(self) -> Path:
+        """A file for what Ray prints in this process; among the session's logs once Ray runs or cannot start."""
+        return self._sessions.noise
 
     def start(self, timeout_s: float, note: Callable[[str], None]) -> None:
         """Starts Ray; tries again as long as there is time, because a busy machine may need more than Ray waits.
@@ -59,10 +61,10 @@ class LocalRay:
         while (failure := _try_to_start(self._room.directory)) is not None:
             spent_s = time.monotonic() - begin_s
             if message := self._reason_to_give_up(failure, spent_s, timeout_s):
-                raise ConfigurationError(message) from failure
+                raise ConfigurationError(f"{message}{self._keep_noise()}") from failure
             note(f"Ray did not start within {spent_s:.0f} s; trying again ...")
-            self._discard_sessions()
-        self.noise = self.noise.replace(self._sessions()[-1] / "logs" / "launcher.err")
+            self._sessions.discard()
+        self._keep_noise()
         os.environ["RAY_ADDRESS"] = NO_RAY
 
     def lost_process(self) -> str | None:
@@ -86,7 +88,7 @@ class LocalRay:
 
     def discard_empty_logs(self) -> None:
         """Removes logs of this process's session into which nothing was written. Call when Ray has ended."""
-        logs = [path for session in self._sessions() for path in (session / "logs" / "gptj-dist").glob("*.log")]
+        logs = [path for session in self._sessions.begun() for path in (session / "logs" / "gptj-dist").glob("*.log")]
         for path in (self.noise, *logs):
             with suppress(OSError):
                 if path.stat().st_size == 0 or path.parent == self._room.directory:
@@ -100,8 +102,7 @@ class LocalRay:
         """
         end_all(_own_processes)
         if not is_session_kept:
-            self.noise.unlink(missing_ok=True)
-            self._discard_sessions()
+            self._sessions.discard_with_noise()
 
     def _reason_to_give_up(self, failure: Exception, spent_s: float, timeout_s: float) -> str:
         """The reason, for the user, not to try again; empty if another attempt may succeed in time."""
@@ -109,25 +110,21 @@ class LocalRay:
             return f"Ray cannot start: {cause}"
         if spent_s + LEAST_ATTEMPT_S <= timeout_s:
             return ""
-        where = "".join(f"; its logs are in {session / 'logs'}" for session in self._sessions()[-1:])
         return (
             f"Ray did not start within {spent_s:.0f} s ({_one_line(failure)}): on a busy machine --start-timeout-s "
-            f"gives it longer{where}"
+            "gives it longer"
         )
 
-    def _sessions(self) -> list[Path]:
-        return [path for path in sessions_of(self._room.directory, os.getpid()) if path not in self._earlier]
-
-    def _discard_sessions(self) -> None:
-        for session in self._sessions():
-            shutil.rmtree(session, ignore_errors=True)
+    def _keep_noise(self) -> str:
+        """Moves the noise to the logs of the last session. Returns the end of a message, which says where they are."""
+        return "".join(self._sessions.keep_noise(path / "logs" / NOISE_LOG) for path in self._sessions.begun()[-1:])
 
 
 def omit_unused_processes() -> None:
     """Makes a Ray that this process starts do without three of its processes, for one of which `ray.init` waits.
 
-    Without a dashboard the API server only reports usage; the log monitor prints logs at the terminal; the monitor asks
-    for more nodes, which there are none of on one machine.
+    Without a dashboard the API server only reports usage. The log monitor prints logs at the terminal. The monitor is
+    Ray's autoscaler: `serve` has this machine alone, and the machines of `up` come by `join`.
     """
     from ray._private.node import Node
 

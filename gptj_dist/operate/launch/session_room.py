@@ -1,4 +1,4 @@
-"""Chooses the directory where Ray keeps its sessions, and checks that Ray can start there."""
+"""Chooses the directory where Ray keeps its sessions, checks that Ray can start there, and cleans up in it."""
 
 from __future__ import annotations
 
@@ -111,6 +111,49 @@ def why_unwritable(directory: Path, error: OSError) -> str:
     return f"{directory} cannot be written: {error.strerror or error}"
 
 
-def sessions_of(directory: Path, pid: int) -> list[Path]:
-    """Sessions that a process has started."""
-    return sorted(directory.glob(f"session_*_{pid}"))
+class OwnSessions:
+    """The sessions of Ray that this process begins from now on, and what Ray prints in this process.
+
+    A session has the process id of `serve` or `up` in its name. `join` begins none: it keeps its logs in a directory
+    with the name of the head's session, which on the head's machine is the head's directory.
+
+    Args:
+        directory: where Ray keeps its sessions.
+        name: of the file for what Ray prints.
+
+    Attributes:
+        noise: that file; after `keep_noise` it is among Ray's logs.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory = directory
+        self.noise = directory / f"{name}_{os.getpid()}.err"
+        self._earlier = frozenset(self._of_this_pid())  # process ids come again
+
+    def begun(self) -> list[Path]:
+        """The directories of the sessions, oldest first."""
+        return [path for path in self._of_this_pid() if path not in self._earlier]
+
+    def keep_noise(self, file: Path) -> str:
+        """Moves the noise to a file among Ray's logs. It may be open.
+
+        Returns:
+            The end of a message for the user: where the logs are. Empty, and nothing is moved, if Ray has made none.
+        """
+        if not file.parent.is_dir():
+            return ""
+        self.noise = self.noise.replace(file)
+        return f"; its logs are in {file.parent}"
+
+    def discard(self) -> None:
+        """Removes the sessions' files. Call when Ray has ended."""
+        for session in self.begun():
+            shutil.rmtree(session, ignore_errors=True)
+
+    def discard_with_noise(self) -> None:
+        """Does the same, and removes the noise."""
+        self.noise.unlink(missing_ok=True)
+        self.discard()
+
+    def _of_this_pid(self) -> list[Path]:
+        return sorted(self.directory.glob(f"session_*_{os.getpid()}"))
