@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -32,7 +33,10 @@ REPORT_S = 10.0
 """Most seconds for which a stall is kept to be reported: of all in that time, only the longest is."""
 
 HANG_S = 45.0
-"""The thread has looked for this time at a loop that does not go on: it hangs."""
+"""A loop hangs if it has had no beat for this long. Time in which the whole process stood still does not count."""
+
+TELL_S = 1.0
+"""How long a hang's line in the log may take. What the loop waits for may be the log's disk."""
 
 PACKAGE = Path(gptj_dist.__file__).parent
 
@@ -129,10 +133,17 @@ class LoopWatch:
             if lag_s >= LOOK_S and (frame := sys._current_frames().get(self._thread_id)) is not None:
                 self._places[_place(frame, self._root)] += 1
             if num_looks > self._most_looks:
-                logger.error("event loop hangs", extra=values(place=_commonest(self._places)))
-                self._on_hang()
+                self._tell_of_hang()
                 num_looks = 0
             time.sleep(LOOK_S - lag_s if lag_s < LOOK_S else LOOK_S)
+
+    def _tell_of_hang(self) -> None:
+        """Calls `on_hang`, even if the log cannot be written: then the line is written later or not at all."""
+        tell = partial(logger.error, "event loop hangs", extra=values(place=_commonest(self._places)))
+        telling = threading.Thread(target=tell, name="event loop hangs", daemon=True)
+        telling.start()
+        telling.join(TELL_S)
+        self._on_hang()
 
 
 def _commonest(places: Counter[str]) -> str | None:

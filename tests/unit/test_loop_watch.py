@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import re
 import sys
@@ -103,3 +104,24 @@ def test_a_loop_that_hangs_is_told_of_and_not_because_its_process_stood_still() 
         watch.stop()
 
     asyncio.run(main())
+
+
+def test_a_loop_that_hangs_because_its_log_cannot_be_written_is_told_of_too() -> None:
+    hangs, slow = threading.Event(), logging.StreamHandler(io.StringIO())
+    log = logging.getLogger("gptj_dist")
+
+    async def main() -> None:
+        watch = LoopWatch(HERE, on_hang=hangs.set, hang_s=0.2)
+        slow.acquire()  # as while it writes to a disk that hangs
+        try:
+            assert hangs.wait(TIMEOUT_S)
+        finally:
+            slow.release()
+        watch.stop()
+
+    log.addHandler(slow)
+    try:
+        asyncio.run(main())
+        wait_until(lambda: "event loop hangs" in slow.stream.getvalue(), "the line is written when the disk goes on")
+    finally:
+        log.removeHandler(slow)
