@@ -22,7 +22,7 @@ from typing import NamedTuple
 import zmq
 
 from gptj_dist.engine.mailbox import Delta, Mailbox
-from gptj_dist.errors import PipelineLostError, StageFailedError, TooManyRequestsError
+from gptj_dist.errors import PipelineLostError, TooManyRequestsError
 from gptj_dist.logs import values
 from gptj_dist.stages.background import run_in_background
 from gptj_dist.stages.transport.arrivals import Arrivals
@@ -134,7 +134,7 @@ class FeedInbox:
 
     Args:
         host: the address to bind; the port is a free one.
-        on_end: called with the reason when the inbox can receive no more messages; all its streams have failed.
+        on_end: called with the reason when the inbox can receive no more messages. It calls `fail`.
 
     Attributes:
         faults: counts parts of streams that did not arrive in order.
@@ -151,9 +151,9 @@ class FeedInbox:
         self._silent_beats: Counter[bytes] = Counter()
         self._guarded.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a pipeline may connect again under its name
         self.faults: Counter[FrameFault] = Counter()
-        self._on_end = on_end
+        self._end: Exception | None = None
         self._arrivals = Arrivals(self._guarded.socket)
-        self._reader = run_in_background("feed inbox", self._read(), self._give_up)
+        self._reader = run_in_background("feed inbox", self._read(), on_end)
 
     @property
     def dropped(self) -> DropCount:
@@ -161,7 +161,8 @@ class FeedInbox:
         return self._guarded.dropped
 
     def open(self, num_streams: int) -> tuple[ReplyTo, list[Mailbox]]:
-        """Opens streams; returns the first one and the mailboxes of all."""
+        """Opens streams; returns the first one and the mailboxes of all. Raises the error of `fail` after that."""
+        self.require_open()
         first = ReplyTo(self._address, self._num_opened)
         self._num_opened += num_streams
         mailboxes = [Mailbox() for _ in range(num_streams)]
@@ -173,9 +174,15 @@ class FeedInbox:
         self._streams.pop(stream.stream_id, None)
 
     def fail(self, error: Exception) -> None:
-        """Ends all streams that are open with the error."""
+        """Ends all streams with the error, for good: none can be opened any more."""
+        self._end = error
         for stream in self._streams.values():
             stream.mailbox.fail(error)
+
+    def require_open(self) -> None:
+        """Raises the error of `fail` after that."""
+        if self._end is not None:
+            raise self._end
 
     def beat(self) -> list[str]:
         """Returns the names of pipelines that have begun streams and hang. Call it every `BEAT_S`."""
@@ -237,10 +244,6 @@ class FeedInbox:
         logger.error("feed fault", extra=values(port=self._guarded.endpoint, fault=str(fault), detail=detail))
         if fault is FrameFault.MISSING:
             del self._streams[part.stream_id]
-
-    def _give_up(self, error: Exception) -> None:
-        self.fail(StageFailedError(f"the ingress can no longer receive tokens: {error}"))
-        self._on_end(error)
 
 
 class FeedOutbox:

@@ -79,7 +79,6 @@ class PipelineClient:
         self._on_move = on_move
         self._on_first = on_first
         self._problem: str | None = None
-        self._end: Exception | None = None
         self._pipelines = PipelineWatch(_Coordinators(handle, on_look))
         self._looking = run_in_background("look at pipelines", self._pipelines.run(), _note_no_look)
         self._feed = FeedInbox(ray.util.get_node_ip_address(), self._note_failure)
@@ -125,8 +124,7 @@ class PipelineClient:
         self._feed.stop()
 
     def fail_streams(self, error: Exception) -> None:
-        """Ends all streams with the error, those that wait for another pipeline, too."""
-        self._end = error
+        """Ends all streams with the error, those that wait for another pipeline or have not begun, too."""
         self._feed.fail(error)
 
     def limits(self) -> EngineLimits:
@@ -140,8 +138,10 @@ class PipelineClient:
 
         Raises:
             StageFailedError: see `check_health`.
+            Exception: that of `fail_streams`, after that.
         """
         self.check_health()
+        self._feed.require_open()
         key, session = CALLER.get(), SESSION.get()
         if key is not None or session is not None:
             records = [replace(record, key=key, session=session) for record in records]
@@ -150,8 +150,7 @@ class PipelineClient:
         return [lasting(call.stream(choice), record, reopen, self._on_move) for choice, record in enumerate(records)]
 
     def _reopen(self, moves: JointMoves, record: RequestRecord) -> AsyncGenerator[Delta, None]:
-        if self._end is not None:
-            raise self._end
+        self._feed.require_open()  # what it raises ends the request; an error of the stream may have it wait
         return moves.reopen(record)
 
     async def _first(self, mailbox: Mailbox) -> Delta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -335,7 +335,17 @@ def test_a_queue_full_of_one_keys_requests_takes_anothers_and_runs_it_next() -> 
     run(scenario())
 
 
-def test_requests_that_wait_for_another_pipeline_fail_when_the_ingress_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (lambda client: client.fail_streams(NotReadyError("the server stopped")), "the server stopped"),
+        (lambda client: client._note_failure(OSError("no socket")), "can no longer receive tokens: no socket"),
+    ],
+    ids=["server stops", "no tokens arrive"],
+)
+def test_requests_that_wait_for_another_pipeline_fail_when_the_ingress_ends(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[PipelineClient], None], reason: str
+) -> None:
     async def scenario() -> None:
         async with served(is_paused=True) as (rig, serve, client):
             streams = client.streams(new_records(PROMPT, PARAMS, 2, "r"))
@@ -344,9 +354,23 @@ def test_requests_that_wait_for_another_pipeline_fail_when_the_ingress_ends(monk
             monkeypatch.setattr(moves, "FIRST_DELAY_S", 0.05)
             serve.kill()
             await turns()
-            client.fail_streams(NotReadyError("the server stopped"))
+            end(client)
             ends = await asyncio.gather(*reading, return_exceptions=True)
-            assert [str(end) for end in ends] == ["the server stopped"] * 2
+            assert [reason in str(error) for error in ends] == [True, True], ends
+
+    run(scenario())
+
+
+def test_requests_that_begin_when_the_ingress_has_ended_all_streams_fail_at_once() -> None:
+    async def scenario() -> None:
+        async with served(is_paused=False) as (_, serve, client):
+            [begun] = client.streams(new_records(PROMPT, PARAMS, 1, "r"))
+            client.fail_streams(NotReadyError("the server stopped"))
+            with pytest.raises(NotReadyError, match="the server stopped"):
+                await anext(begun)
+            with pytest.raises(NotReadyError, match="the server stopped"):
+                client.streams(new_records(PROMPT, PARAMS, 1, "r"))
+            assert serve.calls == []
 
     run(scenario())
 

@@ -364,9 +364,9 @@ def test_streams_fail_at_once_if_tokens_can_no_longer_be_received() -> None:
         handle: Any = FirstPipeline(SimpleNamespace(limits=LIMITS))
         client = PipelineClient(handle)
         _, (mailbox,) = client._feed.open(1)
-        client._watcher.cancel()
-        client._note_failure(OSError("no socket"))
-        with pytest.raises(StageFailedError, match="no longer receive tokens: no socket"):
+        await turns()
+        client._feed._arrivals.stop()
+        with pytest.raises(StageFailedError, match="no longer receive tokens: feed inbox was cancelled"):
             await asyncio.wait_for(mailbox.take(), TIMEOUT_S)
         for refuses in (client.check_health, lambda: client.streams(new_records(PROMPT, PARAMS, 1, "a request"))):
             with pytest.raises(StageFailedError, match="no longer receive tokens"):
