@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from gptj_dist.engine.async_engine import AsyncEngine
 from gptj_dist.engine.fairness import has_room
 from gptj_dist.errors import TooManyRequestsError
 from gptj_dist.serving.outages import Outages
-
-MAX_RETRY_AFTER_S = 600
+from gptj_dist.serving.retry_after import retry_after_s
 
 
 class QueueRoom:
@@ -48,5 +45,4 @@ class QueueRoom:
             num_before: requests that must leave it before there is room.
         """
         room_after_s = self._outages.back_in_s + num_before * self._engine.room_after_s()
-        retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(room_after_s)))
-        return TooManyRequestsError(f"{what} are waiting already; try again later", retry_after_s)
+        return TooManyRequestsError(f"{what} are waiting already; try again later", retry_after_s(room_after_s))

@@ -22,6 +22,7 @@ from gptj_dist.serving.http.admission import Admission
 from gptj_dist.serving.http.endpoints import EventResponse
 from gptj_dist.serving.keys import ApiKey, hash_key
 from gptj_dist.serving.outages import ServerOutage
+from gptj_dist.serving.retry_after import MAX_RETRY_AFTER_S, retry_after_s
 from tests.front_app import FrontApp, eventually, front_app
 from tests.http.keys import bearer, key_of
 
@@ -235,6 +236,11 @@ def test_retry_after_is_the_time_in_which_the_requests_of_now_end_at_the_present
         stack.close()
     under_way += [begin(admission) for _ in range(60)]
     assert wait_s(admission) == 5
+
+
+def test_a_client_is_told_to_wait_whole_seconds_one_at_least_and_not_for_ever() -> None:
+    told = {0.0: 1, 0.2: 1, 1.0: 1, 1.01: 2, 1e9: MAX_RETRY_AFTER_S}
+    assert {estimate_s: retry_after_s(estimate_s) for estimate_s in told} == told
 
 
 def test_while_no_pipeline_computes_retry_after_is_the_rest_of_the_outage_and_the_time_at_the_rate_before_it() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -12,9 +11,10 @@ from gptj_dist.answers.request_limits import MAX_COMPLETIONS
 from gptj_dist.engine.fairness import has_room
 from gptj_dist.errors import TooManyRequestsError
 from gptj_dist.serving.outages import ServerOutage
+from gptj_dist.serving.retry_after import retry_after_s
 
-RETRY_AFTER_S, MAX_RETRY_AFTER_S = 5, 600
-"""When to come back while it is not known how fast requests are answered; and at most."""
+RETRY_AFTER_S = 5
+"""When to come back while it is not known how fast requests are answered."""
 
 MAX_ENDS = 256
 """The last answers, whose rate is measured."""
@@ -93,4 +93,4 @@ class Admission:
         if len(self._end_times_s) >= 2:
             until_s = max(self._clock() - down_s, self._end_times_s[-1])
             wait_s = self.num_admitted * (until_s - self._end_times_s[0]) / (len(self._end_times_s) - 1)
-        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(back_in_s + wait_s)))
+        return retry_after_s(back_in_s + wait_s)
