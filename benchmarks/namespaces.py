@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import heapq
 import itertools
-import math
 import multiprocessing
 import os
 import select
@@ -25,7 +24,7 @@ NETWORK = "10.77.8"
 """First numbers of the addresses; machine i has NETWORK.i, this one NETWORK.254."""
 
 RATE_BYTES_S = 125e6
-"""A Gbit/s, for what each machine sends at first."""
+"""A Gbit/s: the rate until `Network.set_rate` is called."""
 
 MTU = 60_000
 """Large, so that the switch keeps up with the rate."""
@@ -34,7 +33,7 @@ PRIORITY = 10
 
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _HERE = 0
-"""The number of this machine, whose frames are neither delayed nor held back by a rate."""
+"""The number of this machine. Frames from it and to it are neither delayed nor held back by a rate."""
 
 
 class Network:
@@ -52,11 +51,11 @@ class Network:
         return ["ip", "netns", "exec", f"gptj{machine}", *command]
 
     def set_delay(self, delay_ms: float) -> None:
-        """The time of a frame from any machine to another."""
+        """Sets the time of a frame from any machine to another."""
         self._switch.send(("delay", delay_ms * 1e-3))
 
     def set_rate(self, mbit_s: float) -> None:
-        """Of what each machine sends; a Gbit/s until it is set."""
+        """Sets the rate at which each machine sends to the others."""
         self._switch.send(("rate", mbit_s * 1e6 / 8))
 
     def cut(self, machine: int) -> None:
@@ -167,13 +166,13 @@ class Switch:
             return
         now_s = time.monotonic()
         self._port_of[frame[6:12]] = port
-        rate_bytes_s = math.inf if port == _HERE else self._rate_bytes_s
-        self._free_s[port] = max(now_s, self._free_s[port]) + len(frame) / rate_bytes_s
         known = self._port_of.get(frame[:6])
-        for target in [known] if known is not None else range(len(self._taps)):
-            if target != port:
-                delay_s = 0.0 if _HERE in (port, target) else self._delay_s
-                heapq.heappush(self._due, (self._free_s[port] + delay_s, next(self._order), target, frame))
+        targets = [target for target in ([known] if known is not None else range(len(self._taps))) if target != port]
+        if port != _HERE and set(targets) - {_HERE}:
+            self._free_s[port] = max(now_s, self._free_s[port]) + len(frame) / self._rate_bytes_s
+        for target in targets:
+            due_s = now_s if _HERE in (port, target) else self._free_s[port] + self._delay_s
+            heapq.heappush(self._due, (due_s, next(self._order), target, frame))
 
     def _deliver(self) -> None:
         now_s = time.monotonic()

@@ -4,11 +4,12 @@
     python -m benchmarks.wire deep
     python -m benchmarks.wire deep --types same int8 --rates 10 100 --rounds 1
 
-Root only. A server for each type, in turn, A B A B; with each, links of all rates. The last stage is on the second
-machine. Two figures each: the time to the first token of one prompt of `--input-len` tokens, whose hidden states cross
-the link once, and the tokens per second of `--streams` that decode, each of which sends a row for each token.
-`share_of_fastest` compares these with those at the highest rate in the same server, as machines become slower and
-faster from one server to the next. The last line on standard output is one JSON document.
+Root only. A server for each type, in turn, A B A B; with each, links of all rates. Each machine has one stage. Two
+figures each: the time to the first token of one prompt of `--input-len` tokens, whose hidden states cross the link
+once, and the tokens per second of `--streams` that decode, each of which sends a row for each token.
+`share_of_fastest` is that rate as a share of the one with the fastest links of the same server, as machines become
+slower and faster from one server to the next. The client's link has no limit. The last line on standard output is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import asyncio
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +40,7 @@ PARTS = ("first_ms", "tokens_per_s", "share_of_fastest")
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = _options()
     if os.geteuid() != 0:
         sys.exit("benchmarks.wire makes network namespaces: it needs root")
     family = Family()
@@ -54,7 +56,7 @@ def main() -> None:
     print_document("wire", {"machine": machine(), **vars(args), "medians": _medians(runs), "runs": runs})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--types", nargs="+", default=["same", "int8"], help="of --wire-dtype")
@@ -63,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--streams", type=int, default=16)
-    return parser
+    args = parser.parse_args(arguments)
+    args.rates = list(dict.fromkeys(args.rates))
+    return args
 
 
 def _run(args: argparse.Namespace, site: Site, wire_dtype: str, number: int) -> list[dict[str, Any]]:
