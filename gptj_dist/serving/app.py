@@ -38,9 +38,9 @@ STOP_MARGIN_S = 5.0
 """What a replica may take to stop beyond the time of its last requests."""
 
 LAST_ANSWERS_S = 900.0
-"""What an ingress behind Serve's proxies may take to stop: it waits for its last requests when an update replaces it or
-its node will end, and nothing waits for it. A full context of GPT-J on a slow machine takes ten minutes. It stops
-earlier if its node ends or the application is deleted (`serving/ingress.py`).
+"""How long an ingress behind Serve's proxies may take to stop. When an update replaces it, or its node will end, it
+first answers the requests that it has; new ones go to another ingress. A full context of GPT-J on a slow machine takes
+ten minutes. It stops earlier if its node ends or the application is deleted (`serving/ingress.py`).
 """
 
 HEALTH_CHECK_PERIOD_S = 2.0

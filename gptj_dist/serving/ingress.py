@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import ray
@@ -136,8 +137,8 @@ class Ingress:
         self._metrics.loop_lag = self._watch.lag
         sys.setswitchinterval(SWITCH_S)
         self._ends = [
-            run_in_background("watch of the application", self._end_with_application(), _note_no_watch),
-            run_in_background("watch of the node", self._end_with_node(), _note_no_watch),
+            run_in_background("watch of the application", self._end_with_application(), _note_no_watch("application")),
+            run_in_background("watch of the node", self._end_with_node(), _note_no_watch("node")),
         ]
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -203,8 +204,10 @@ class Ingress:
         self._watch.stop()
 
 
-def _note_no_watch(error: Exception) -> None:
-    logger.error("the ingress will not notice that its node or its application ends", exc_info=error)
+def _note_no_watch(what: str) -> Callable[[Exception], None]:
+    """Logs that the watch of this has ended."""
+    message = f"the ingress will not notice that its {what} ends"
+    return lambda error: logger.error(message, exc_info=error)
 
 
 def _end_process() -> None:
