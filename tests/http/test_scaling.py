@@ -18,6 +18,7 @@ import ray
 
 from gptj_dist import LLM, SamplingParams
 from gptj_dist.config import SERVER_SETTINGS
+from gptj_dist.operate.launch.cluster import stop_limit_s
 from gptj_dist.serving.debug import DebugDocument, PipelineDocument
 from tests.adapters import model_config, write_lora
 from tests.http.server import APP_NAME, Server, deploy, serving
@@ -63,6 +64,7 @@ def test_with_two_replicas_both_answer() -> None:
         assert texts == {here.text}
         stages = [name for name in actor_names() if "stage-" in name]
         assert Counter(name.rpartition("/")[2] for name in stages) == {"stage-0": 2, "stage-1": 2}
+        assert stop_limit_s(APP_NAME) == 5.0  # of `deploy`; ingresses have more
         _talk_about_several_things(server)
         _look_at_both_and_at_one_that_dies(server, names)
 

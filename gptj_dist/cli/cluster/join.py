@@ -24,7 +24,12 @@ def join(
     ] = False,
     drain_s: Annotated[
         float,
-        typer.Option(metavar="SECONDS", parser=seconds, help="How long stages may take to move away when it leaves."),
+        typer.Option(
+            metavar="SECONDS",
+            parser=seconds,
+            help="How long, when it leaves, stages may take to move away and the last answers to end. A node that "
+            "clients connect to needs 30 at least.",
+        ),
     ] = DEFAULT_LEAVE_S,
 ) -> None:
     """Join this machine to a cluster, and stay until Ctrl-C. Then its stages move to other nodes, and it leaves."""

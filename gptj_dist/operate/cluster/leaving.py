@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -26,11 +27,12 @@ def find_joined() -> dict[int, str]:
     return found
 
 
-def leave_cluster(pid: int | None, limit_s: float) -> int:
+def leave_cluster(pid: int | None, limit_s: float | None) -> int:
     """Tells a `join` to leave, and returns its process id when it has.
 
     Args:
         pid: of the `join`; None takes the only one.
+        limit_s: None waits as long as the `join` does, whose node ends in its own time.
 
     Raises:
         ConfigurationError: there is none, or several and no pid.
@@ -46,7 +48,7 @@ def leave_cluster(pid: int | None, limit_s: float) -> int:
     elif pid not in joined:
         raise ConfigurationError(f"the process {pid} is no `gptj-dist join` of yours")
     os.kill(pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + limit_s
+    deadline_s = math.inf if limit_s is None else time.monotonic() + limit_s
     while is_running(pid):
         if time.monotonic() > deadline_s:
             raise StageFailedError(f"the process {pid} has not left within {limit_s:g} s; it goes on leaving")

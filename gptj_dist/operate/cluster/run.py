@@ -7,7 +7,6 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -44,7 +43,7 @@ class Offer:
     Args:
         interface: of its address in the cluster; None takes the one that leads to the other machines.
         num_cpus, num_gpus: what it offers; None offers all.
-        drain_s: how long it waits, when it leaves, for stages to move away.
+        drain_s: how long it waits, when it leaves, for stages to move away and for the last answers.
     """
 
     interface: str | None
@@ -130,7 +129,8 @@ def run_member(code: JoinCode, offer: Offer, signals: StopSignals) -> None:
         stay = _Stay(console, store, node, membership)
         stay.until(lambda: signals.requested.is_set() or stay.is_draining)
         stay.raise_if_lost()
-        _leave(console, store, node, membership, offer.drain_s)
+        if not stay.is_silent:
+            _leave(console, store, node, membership, offer.drain_s)
     finally:
         node.stop()
     console.print("Left the cluster.")
@@ -167,7 +167,7 @@ class _Stay:
         self._known: Mapping[str, NodeState] = store.nodes()
         self._lost: str | None = None
         self.is_draining = False
-        self._is_silent = False
+        self.is_silent = False
 
     def until(self, is_over: Callable[[], bool]) -> None:
         """Looks around once a second, until it is over or Ray has ended."""
@@ -178,16 +178,16 @@ class _Stay:
                 self._lost, self.is_draining = None, True
             try:
                 self._look()
-                self._is_silent = False
+                self.is_silent = False
             except Exception as error:  # of any kind that Ray has for a head that does not answer
-                if not self._is_silent and self._lost is None:
+                if not self.is_silent and self._lost is None:
                     self._console.print(f"The head does not answer ({one_line(error):.100}). Waiting ...")
-                self._is_silent = True
+                self.is_silent = True
 
     def raise_if_lost(self) -> None:
         """Raises StageFailedError if a process of Ray's has ended."""
         if self._lost is not None:
-            why = "the head is gone, or the network to it" if self._is_silent else f"see {self._node.logs}"
+            why = "the head is gone, or the network to it" if self.is_silent else f"see {self._node.logs}"
             raise StageFailedError(f"Ray's process {self._lost} has ended: {why}")
 
     def _has_ended_as_told(self) -> bool:
@@ -296,29 +296,49 @@ def _print_invitation(console: Console, code: JoinCode, is_discoverable: bool, n
 
 
 def _leave(console: Console, store: ClusterStore, node: RayNode, membership: Membership, drain_s: float) -> None:
-    """Lets stages move to other nodes, and removes this node from the store."""
-    own = os.getpid()
-    with suppress(Exception):  # a head that does not answer keeps nobody
-        store.drain(node.node_id, "the node leaves", drain_s)
-        deadline_s = time.monotonic() + drain_s
-        num_said = 0
-        while (num_left := _num_movable(own)) and time.monotonic() < deadline_s:
-            if num_left != num_said:
-                console.print(
-                    f"{num_left} processes of a server move to other nodes or finish their requests. "
-                    "Another Ctrl-C leaves at once.",
-                    soft_wrap=True,
-                )
-                num_said = num_left
-            time.sleep(LOOK_PERIOD_S / 4)
-        if num_left:
-            console.print(f"{num_left} processes did not move within {drain_s:g} s; their work starts elsewhere.")
+    """Lets stages move to other nodes, and removes this node from the store. A silent head keeps nobody."""
+    try:
+        wait_to_leave(store, node, drain_s, _num_movable, lambda line: console.print(line, soft_wrap=True))
         membership.leave()
+    except Exception as error:  # of any kind that Ray has for a head that does not answer
+        console.print(f"The head does not answer ({one_line(error):.100}): leaving at once.", soft_wrap=True)
 
 
-def _num_movable(pid: int) -> int:
+def wait_to_leave(
+    store: ClusterStore, node: RayNode, drain_s: float, num_movable: Callable[[], int], say: Callable[[str], None]
+) -> None:
+    """Drains this node unless it drains already, and waits until nothing of a server runs on it or its time is over.
+
+    Returns at once if Ray ends here. Raises an error of Ray's if the head does not answer.
+
+    Args:
+        drain_s: its time. A node that drains already keeps its own: a later call of Ray's would replace it.
+        num_movable: gives the number of processes that have to move or to finish their requests.
+        say: receives lines for people.
+    """
+    own = store.nodes().get(node.node_id)
+    if own is not None and not own.is_draining:
+        store.drain(node.node_id, "the node leaves", drain_s)
+    num_said = 0
+    while (num_left := num_movable()) and node.lost_process() is None:
+        own = store.nodes().get(node.node_id)
+        if own is None:
+            return
+        if time.time() >= own.ends_at:
+            say(f"{num_left} processes had not moved or finished; answers that were not complete are cut.")
+            return
+        if num_left != num_said:
+            say(
+                f"{num_left} processes of a server move to other nodes or finish their requests. "
+                "A second Ctrl-C leaves at once."
+            )
+            num_said = num_left
+        time.sleep(LOOK_PERIOD_S / 4)
+
+
+def _num_movable() -> int:
     lines = command_lines()
-    return sum(lines.get(child, [""])[0].startswith(_MOVABLE) for child in descendants(pid))
+    return sum(lines.get(child, [""])[0].startswith(_MOVABLE) for child in descendants(os.getpid()))
 
 
 def _start_node(options: NodeOptions, is_head: bool, signals: StopSignals) -> RayNode:

@@ -6,6 +6,7 @@ It lives as long as the cluster's head.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -53,6 +54,7 @@ class NodeState:
 
     Args:
         resources: in all.
+        ends_at: seconds since 1970; infinity if it does not drain, or without a deadline.
     """
 
     node_id: str
@@ -60,6 +62,7 @@ class NodeState:
     address: str
     resources: Mapping[str, float]
     is_draining: bool
+    ends_at: float = math.inf
 
 
 class ClusterStore:
@@ -86,6 +89,7 @@ class ClusterStore:
                 info.node_manager_address,
                 dict(info.resources_total),
                 info.node_id.hex() in draining,
+                draining.get(info.node_id.hex(), 0) / 1000 or math.inf,
             )
             for info in found
         }
@@ -101,7 +105,8 @@ class ClusterStore:
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
         deadline_ms = round((time.time() + within_s) * 1000)
-        self._gcs.drain_node(node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, message, deadline_ms)
+        reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        self._gcs.drain_node(node_id, reason, message, deadline_ms, timeout=TIMEOUT_S)
 
     def versions(self) -> Mapping[str, str] | None:
         """Those of the head; None if `up` has not written them."""

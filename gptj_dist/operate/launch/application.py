@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from gptj_dist import errors
 from gptj_dist.errors import ConfigurationError, GPTJDistError, StageFailedError
-from gptj_dist.operate.launch.cluster import applications_served, http_address
+from gptj_dist.operate.launch.cluster import applications_served, http_address, stop_limit_s
 from gptj_dist.operate.launch.settings import Launch
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ NUM_ATTEMPTS = 1
 
 ANSWER_MARGIN_S = 10.0
 """What Ray may take for an answer beyond the time of the work itself."""
+
+REMOVAL_POLL_S = 0.5
 
 T = TypeVar("T")
 
@@ -176,12 +179,32 @@ def is_served(name: str) -> bool:
 def remove(name: str) -> None:
     """Removes the application from the cluster, and returns when it is gone.
 
+    An ingress that an update or a drained node has replaced may still have requests. `finish_requests` does not reach
+    it: it gives them `drain_s` from now on.
+
     Raises:
         RayGoneError: Ray does not answer.
+        StageFailedError: requests still run when that time is over, and a little.
     """
+    if not is_served(name):
+        return
+    limit_s = within(2 * ANSWER_MARGIN_S, lambda: _begin_removal(name)) + 2 * ANSWER_MARGIN_S
+    deadline_s = time.monotonic() + limit_s
+    while is_served(name):
+        if time.monotonic() > deadline_s:
+            raise StageFailedError(
+                f"requests of the application {name!r} still run after {limit_s:g} s; Serve removes it when they end"
+            )
+        time.sleep(REMOVAL_POLL_S)
+
+
+def _begin_removal(name: str) -> float:
+    """Returns how long requests that run may take."""
     from ray import serve
 
-    within(3 * ANSWER_MARGIN_S, lambda: serve.delete(name))
+    limit_s = stop_limit_s(name)
+    serve.delete(name, _blocking=False)  # else it fails after a minute
+    return limit_s
 
 
 def within(limit_s: float, work: Callable[[], T]) -> T:

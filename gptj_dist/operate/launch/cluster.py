@@ -135,6 +135,15 @@ def applications_served() -> tuple[str, ...] | None:
     return tuple(serve.status().applications)
 
 
+def stop_limit_s(name: str) -> float:
+    """How long an application's requests may take to end once Serve deletes it: what its pipelines have to stop, which
+    is `drain_s` and a little. Of one that Serve deletes already, what is left of it has."""
+    from ray.serve.context import _get_global_client
+
+    deployments = _get_global_client().get_serve_details()["applications"][name]["deployments"].values()
+    return min((found["deployment_config"]["graceful_shutdown_timeout_s"] for found in deployments), default=0.0)
+
+
 def split_address(address: str) -> tuple[str, int] | None:
     """Host and port of a plain `host:port`; None of anything else, such as `ray://host:port`."""
     host, _, port = address.rpartition(":")
