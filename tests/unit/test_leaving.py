@@ -84,9 +84,14 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(application, "REMOVAL_POLL_S", 0.0)
 
 
-def left(store: Store, node: Node, num_movable: Callable[[], int] = lambda: 2) -> list[str]:
-    """What is said meanwhile."""
+def left(store: Store, node: Node, num_movable: Callable[[], int] | None = None) -> list[str]:
+    """What is said meanwhile. Fails if that takes more than 20 looks.
+
+    Args:
+        num_movable: None stands for 2 processes that never end.
+    """
     lines: list[str] = []
+    num_movable = num_movable or iter([2] * 20).__next__
     wait_to_leave(store, node, DRAIN_S, num_movable, lines.append)
     return lines
 
@@ -112,9 +117,12 @@ def test_a_node_whose_head_is_silent_waits_for_nothing() -> None:
         left(store, Node())
 
 
-@pytest.mark.parametrize("ends_at", [[None, *[math.inf] * 9], [None, math.inf]], ids=["its raylet", "by the head"])
-def test_a_node_that_has_ended_waits_for_nothing(ends_at: list[float | None]) -> None:
-    assert len(left(Store(ends_at), Node(num_looks=3))) == 1
+def test_a_node_whose_raylet_has_ended_waits_for_nothing() -> None:
+    assert len(left(Store([math.inf] * 99), Node(num_looks=3))) == 1
+
+
+def test_a_node_that_the_head_has_given_up_waits_for_nothing() -> None:
+    assert len(left(Store([None, math.inf]), Node())) == 1
 
 
 def test_leave_waits_as_long_as_the_node_does_unless_it_has_less_time() -> None:
