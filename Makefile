@@ -32,9 +32,9 @@ unexport PYTHONDONTWRITEBYTECODE
 serve: $(RUNTIME)
 	$(BIN)/gptj-dist serve demo --stages 2 --port $(PORT)
 
-# Each of the two jobs prints its output when it has ended. Tests that start Ray run beside none that compute.
-test: style
-	$(MAKE) --jobs 2 --output-sync=target types test-without-ray
+# Each of the three jobs prints its output when it has ended. Tests that start Ray run beside none that compute.
+test: $(DEVELOPMENT)
+	$(MAKE) --jobs 3 --output-sync=target style types test-without-ray
 	$(MAKE) test-with-ray
 
 # One process compiles the large packages when they are new: all workers would, at the same time. Each worker imports all

@@ -69,10 +69,12 @@ class Budget:
     """Time that the report may take, beginning now.
 
     Args:
+        case_s: for how long each measurement is repeated.
         clock: returns seconds.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seconds: float, case_s: float = CASE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self.case_s = case_s
         self._seconds = seconds
         self._clock = clock
         self._begin_s = clock()
@@ -93,7 +95,7 @@ class Budget:
 
 def main() -> None:
     args = _parser().parse_args()
-    budget = Budget(args.budget_s)
+    budget = Budget(args.budget_s, args.case_s)
     kind: DeviceKind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if kind == "cuda" and not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} finds no GPU; --device cpu --shape tiny tries the command without one")
@@ -148,7 +150,7 @@ def measure(
     budget: Budget,
 ) -> dict[str, Any]:
     """The device's limits; for each case its rate, limit and share; in `skipped` the reason for each missing case."""
-    limits = measure_limits(device, DTYPES[dtype])
+    limits = measure_limits(device, DTYPES[dtype], budget.case_s)
     report: dict[str, Any] = {"dtype": dtype, "context": context, **limits, "cases": {}, "skipped": {}}
     cases = {f"prefill {context} tokens": Chunks(1, context, context)}
     cases |= {f"decode B={batch}": Chunks(batch, 1, context) for batch in batches}
@@ -160,7 +162,7 @@ def measure(
         if not budget.allows_a_case():
             report["skipped"][name] = f"{budget.used_s:.0f} s of the budget were used"
             continue
-        step_s = time_of(partial(model.step, chunks), device)
+        step_s = time_of(partial(model.step, chunks), device, budget.case_s)
         kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
         work = step_work(config, LayerRange.whole(config.num_layers), dtype, kind, [chunks])
         num_bytes, num_flop = work.weight_bytes + work.kv_bytes, work.matrix_flop + work.attention_flop
@@ -188,7 +190,7 @@ def measure_products(
     rows = torch.randn(max(batches), config.d_model, device=device).to(dtype)
     return {
         name: {
-            f"B={batch}": 1000 * time_of(partial(linear, rows[:batch]), device)
+            f"B={batch}": 1000 * time_of(partial(linear, rows[:batch]), device, budget.case_s)
             for batch in batches
             if budget.allows_a_case()
         }
@@ -274,19 +276,19 @@ def _batch(request_ids: Sequence[int], start: int, num_tokens: int) -> MicroBatc
     return MicroBatch(spans, torch.arange(start, start + num_tokens).repeat(len(spans)))
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def measure_limits(device: torch.device, dtype: torch.dtype, case_s: float) -> dict[str, float]:
     """Bytes/s of the better of a large copy and a large sum, and FLOP/s of a large matrix product."""
     source = torch.zeros(LIMIT_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     num_bytes, size = source.numel() * 4, LIMIT_MATRIX[device.type]
-    copy_s, sum_s = time_of(partial(target.copy_, source), device), time_of(source.sum, device)
+    copy_s, sum_s = (time_of(run, device, case_s) for run in (partial(target.copy_, source), source.sum))
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product_s = time_of(partial(torch.mm, a, b), device)
+    product_s = time_of(partial(torch.mm, a, b), device, case_s)
     return {"bytes_per_s": max(2 * num_bytes / copy_s, num_bytes / sum_s), "flop_per_s": 2.0 * size**3 / product_s}
 
 
-def time_of(run: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a run, repeated for `CASE_S`. The first run, which may compile, does not count."""
+def time_of(run: Callable[[], object], device: torch.device, case_s: float) -> float:
+    """Median seconds of a run, repeated for `case_s`. The first run, which may compile, does not count."""
 
     def timed() -> float:
         begin = time.perf_counter()
@@ -297,7 +299,7 @@ def time_of(run: Callable[[], object], device: torch.device) -> float:
 
     timed()
     seconds: list[float] = []
-    while len(seconds) < MIN_REPEATS or sum(seconds) < CASE_S:
+    while len(seconds) < MIN_REPEATS or sum(seconds) < case_s:
         seconds.append(timed())
     return statistics.median(seconds)
 
@@ -325,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="requests in a decode step")
     parser.add_argument("--context", type=int, default=512, help="tokens of each request and of the prompt")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="most seconds in total")
+    parser.add_argument("--case-s", type=float, default=CASE_S, help="for how long each measurement is repeated")
     parser.add_argument("--no-tests", action="store_true", help="skip tests/gpu")
     return parser
 

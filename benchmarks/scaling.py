@@ -190,7 +190,11 @@ class Serve:
             current_time=now_s,
             config=self.config,
         )
-        with mock.patch.object(autoscaling_policy.time, "time", return_value=now_s):
+
+        def clock() -> float:  # a mock that returned it would take most of a simulation's time to make
+            return now_s
+
+        with mock.patch.object(autoscaling_policy.time, "time", clock):
             number, self.state = self.wrapped(context)
         self.target = max(1, min(MOST_PIPELINES, number))
         return self.target

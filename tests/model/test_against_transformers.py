@@ -60,6 +60,8 @@ CONFIGS = {
     "vocabulary of 50400": ModelConfig(50400, 2, 24, 2, 4, 96, 64, (50256,)),
     "tied embeddings": ModelConfig(300, 3, 64, 4, 8, 256, 64, (0,), has_tied_embeddings=True),
 }
+CUT_OFTEN = ("plain", "heads of 15, odd inner row", "GPT-J's heads")
+"""Those that are read in more ways."""
 
 
 class Reader:
@@ -173,7 +175,7 @@ def _assert_float32_agrees(case: Case, memory: Memory, chunk: int | None) -> Non
 def test_float32_logits_of_random_models(name: str, tmp_path: Path) -> None:
     case = _random_case(tmp_path, CONFIGS[name], num_sequences=2)
     _assert_float32_agrees(case.beginning(), "blocks", 11)
-    for memory, chunk in product(FAST_MEMORIES, (None, 11, 1)):
+    for memory, chunk in product(FAST_MEMORIES, (None, 1, 11) if name in CUT_OFTEN else (None, 1)):
         _assert_float32_agrees(case, memory, chunk)
 
 
@@ -209,7 +211,7 @@ def test_16_bit_errors_of_random_models(name: str, dtype: torch.dtype, tmp_path:
     """
     case = _random_case(tmp_path, CONFIGS[name], num_sequences=24 if CONFIGS[name].vocab_size < 1000 else 4)
     theirs = case.errors(dtype)
-    for memory, chunk in product(FAST_MEMORIES, (None, 1)):
+    for memory, chunk in product(FAST_MEMORIES, (None, 1) if name in CUT_OFTEN else (None,)):
         ours = case.ours(memory, dtype, chunk) - case.theirs()
         assert ours.norm() <= MAX_ERROR_RATIO * theirs.norm()
         assert _worst_of_each(ours).mean() <= MAX_ERROR_RATIO * _worst_of_each(theirs).mean()
@@ -225,8 +227,8 @@ def test_16_bit_errors_of_the_demo(demo: Case, memory: Memory, dtype: torch.dtyp
     assert _worst_of_each(ours).mean() <= MAX_ERROR_RATIO * _worst_of_each(theirs).mean()
 
 
-def test_float16_errors_of_the_beginning_of_the_demos_text(demo: Case) -> None:
-    case = Case(demo.directory, demo.token_ids[:1, :FEW_TOKENS])
+def test_float16_errors_with_a_gpus_cache(tmp_path: Path) -> None:
+    case = _random_case(tmp_path, CONFIGS["GPT-J's heads"], num_sequences=2).beginning()
     ours = case.ours("blocks", torch.float16) - case.theirs()
     assert ours.norm() <= MAX_ERROR_RATIO * case.errors(torch.float16).norm()
 

@@ -15,7 +15,7 @@ def demo() -> Model:
     return Model("demo")
 
 
-@pytest.mark.parametrize(("num_requests", "layers", "max_chunk_tokens"), [(40, (28,), None), (24, (12, 16), 23)])
+@pytest.mark.parametrize(("num_requests", "layers", "max_chunk_tokens"), [(24, (28,), None), (24, (12, 16), 23)])
 def test_a_walk_has_the_same_bits(
     demo: Model, num_requests: int, layers: tuple[int, ...], max_chunk_tokens: int | None
 ) -> None:

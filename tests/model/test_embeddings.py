@@ -25,7 +25,7 @@ from gptj_dist.params import Pooling, PoolingKind
 from tests.adapters import chosen
 
 PROMPTS: tuple[str | list[int], ...] = (
-    "The state of the Union is as strong as it was, and the people of this country are at work. " * 3,
+    "The state of the Union is as strong as it was, and the people of this country are at work. " * 2,
     "It was",
     [7] * 33,
     [9],

@@ -313,21 +313,21 @@ def test_a_lone_request_has_the_same_bits_however_it_is_cut(
 # Seventeen requests at once: each as it was alone
 
 
-@pytest.mark.parametrize("num_stages", [2, 4, 28])
+@pytest.mark.parametrize("num_stages", [2, 4])
 def test_stages_change_no_bit(demo: Model, demo_alone: Run, num_stages: int) -> None:
     run = demo.run(_make_works(demo.config), layers=_cut(28, num_stages), max_chunk_tokens=None)
-    assert run.most_in_flight == num_stages + 1 or num_stages > 16
+    assert run.most_in_flight == num_stages + 1
     _assert_same(run, demo_alone)
 
 
-@pytest.mark.parametrize(("num_stages", "max_chunk_tokens"), [(1, 1), (3, 7), (2, 64), (1, WHOLE)])
+@pytest.mark.parametrize(("num_stages", "max_chunk_tokens"), [(3, 7), (2, 64), (1, WHOLE)])
 def test_chunks_change_no_bit(demo: Model, demo_alone: Run, num_stages: int, max_chunk_tokens: int) -> None:
     run = demo.run(_make_works(demo.config), layers=_cut(28, num_stages), max_chunk_tokens=max_chunk_tokens)
     _assert_same(run, demo_alone)
 
 
-@pytest.mark.parametrize(("num_stages", "max_chunk_tokens"), [(1, WHOLE), (2, 7), (7, 1), (14, None)])
-def test_preemption_changes_no_bit(demo: Model, demo_alone: Run, num_stages: int, max_chunk_tokens: int | None) -> None:
+@pytest.mark.parametrize(("num_stages", "max_chunk_tokens"), [(1, WHOLE), (2, 7), (7, 3)])
+def test_preemption_changes_no_bit(demo: Model, demo_alone: Run, num_stages: int, max_chunk_tokens: int) -> None:
     run = demo.run(
         _make_works(demo.config), layers=_cut(28, num_stages), max_chunk_tokens=max_chunk_tokens, num_blocks=12
     )

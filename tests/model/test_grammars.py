@@ -79,9 +79,9 @@ def test_json_that_ends_is_valid_and_every_cut_gives_the_same(
 
 def test_json_of_many_kinds_of_schemas_is_valid(llm: LLM) -> None:
     if len(llm.pipeline.reports) == 1:
-        figures = fill_in(llm, num_schemas=3 * len(KINDS), max_tokens=100)
+        figures = fill_in(llm, num_schemas=len(KINDS), max_tokens=100)
         assert (figures["wrong"], figures["refused"]) == ([], {})
-        assert figures["num_by_finish_reason"]["stop"] > len(KINDS)
+        assert figures["num_by_finish_reason"]["stop"] > len(KINDS) // 3
 
 
 def test_a_text_may_be_cut_by_its_number_of_tokens(llm: LLM) -> None:

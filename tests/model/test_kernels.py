@@ -106,8 +106,7 @@ BORDERS: Steps = [
 """Before, on and behind the borders of blocks and tiles, rows alone and chunks in turn."""
 
 
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
-@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize(("head_dim", "dtype"), [*((16, dtype) for dtype in MATRIX_DTYPES), (64, MATRIX_DTYPES[-1])])
 def test_lone_rows_and_chunks_at_the_borders_of_blocks(head_dim: int, dtype: torch.dtype) -> None:
     attending = Attending(dtype, 2, head_dim, head_dim // 4)
     for parts in BORDERS:

@@ -35,7 +35,7 @@ def test_a_load_leaves_each_thread_as_much_as_each_of_its_processes() -> None:
 
 def test_the_gpu_report_ends_in_a_table_and_a_document() -> None:
     small = ["--device", "cpu", "--shape", "tiny", "--batches", "1", "2", "--context", "24"]
-    document = run("gpu_report", *small, "--no-tests")
+    document = run("gpu_report", *small, "--no-tests", "--case-s", "0.05")
     assert document["cases"].keys() == {"prefill 24 tokens", "decode B=1", "decode B=2"}
     for figures in document["cases"].values():
         assert figures["share_of_limit"] == pytest.approx(
@@ -55,7 +55,7 @@ def test_the_gpu_report_needs_neither_ray_nor_zeromq() -> None:
 
 def test_the_gpu_report_begins_no_case_at_the_end_of_its_budget() -> None:
     now_s = [0.0]
-    budget = Budget(480, lambda: now_s[0])
+    budget = Budget(480, clock=lambda: now_s[0])
     assert budget.allows_a_case()
     now_s[0] = 470.0
     assert not budget.allows_a_case()

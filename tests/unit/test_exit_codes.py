@@ -75,6 +75,16 @@ def lines(done: subprocess.CompletedProcess[bytes]) -> list[str]:
     return done.stderr.decode(errors="replace").splitlines()
 
 
+def call(arguments: Arguments, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a verb in this process: one of its own would take longest to import torch."""
+    monkeypatch.setattr(StopSignals, "start", lambda _: None)  # its thread would take Ctrl-C from later tests
+    monkeypatch.setattr(sys, "argv", ["gptj-dist", *map(os.fsdecode, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
 IN, OUT, ADAPTER = "IN", "OUT", "ADAPTER"
 """Stand for the batch's files, and an adapter, in the lists of arguments."""
 
@@ -114,10 +124,7 @@ def with_files(arguments: Arguments, requests: Path) -> list[str | bytes | Path]
 def test_a_path_that_is_not_there_is_named_at_the_end_without_a_traceback(
     arguments: list[str], requests: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process: a process of its own would take longest to import torch."""
-    monkeypatch.setattr(StopSignals, "start", lambda _: None)  # else this process hears no Ctrl-C in later tests
-    monkeypatch.setattr(sys, "argv", ["gptj-dist", *map(str, with_files(arguments, requests))])
-    assert cli._call() in (FAILED, CANNOT_WORK)
+    assert call(with_files(arguments, requests), monkeypatch) in (FAILED, CANNOT_WORK)
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     told = err.splitlines()
@@ -211,11 +218,14 @@ def test_a_reader_who_leaves_is_no_success_and_no_traceback(arguments: list[str]
     ],
     ids=str,
 )
-def test_an_argument_that_is_no_text_and_names_nothing_is_refused(arguments: Arguments, requests: Path) -> None:
-    done = run(*with_files(arguments, requests))
-    told = lines(done)
-    assert done.returncode in (1, 2)
-    assert told or arguments[0] == "doctor"
+def test_an_argument_that_is_no_text_and_names_nothing_is_refused(
+    arguments: Arguments, requests: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`test_streams` gives some to a process of its own."""
+    assert call(with_files(arguments, requests), monkeypatch) in (FAILED, CANNOT_WORK)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert err or arguments[0] == "doctor"
 
 
 @pytest.mark.parametrize(
