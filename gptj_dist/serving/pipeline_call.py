@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
@@ -74,7 +75,8 @@ class PipelineCall:
         for choice in range(len(self._records)):
             self._feed.close(self._reply_to.plus(choice))
         self._watcher.cancel()
-        self._response.cancel()
+        with suppress(RayServeException):  # which `_watch` has handed out: no replica has taken the call
+            self._response.cancel()
 
 
 async def _watch(call: DeploymentResponse, mailboxes: Sequence[Mailbox]) -> None:

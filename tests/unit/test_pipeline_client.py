@@ -299,6 +299,29 @@ class FirstPipeline:
 NO_PIPELINE = DeploymentUnavailableError(DeploymentID("Pipeline"))
 
 
+class Unassigned:
+    """As Serve's response to a call that no replica takes: cancelling it raises the same error."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield
+        raise NO_PIPELINE
+
+    def cancel(self) -> None:
+        raise NO_PIPELINE
+
+
+def test_a_request_that_no_pipeline_takes_as_all_are_deleted_is_told_so() -> None:
+    async def ask() -> None:
+        inbox = FeedInbox("127.0.0.1", lambda error: pytest.fail(str(error)))
+        handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: Unassigned()))
+        call = PipelineCall(handle, inbox, Mailbox.take, new_records(PROMPT, PARAMS, 1, "a request"))
+        with pytest.raises(NotReadyError, match="no pipeline takes requests right now"):
+            await asyncio.wait_for(anext(call.stream(0)), TIMEOUT_S)
+        inbox.stop()
+
+    asyncio.run(ask())
+
+
 class ReadyHandle(FirstPipeline):
     """A handle to a pipeline whose proofs end as told; the last one hangs. `NO_PIPELINE`: there is none then."""
 
