@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED_BYTES = {75: 64 << 10, 89: 99 << 10, 90: 227 << 10}
-"""What one program may have, by compute capability: T4, L4, H100 and H200. An A100 runs the code of an L4."""
+SHARED_BYTES = {75: 64 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+"""What one program may have, by compute capability: T4, L4, H100 and H200, RTX 50. An A100 runs the code of an L4."""
 
-CASES = [(75, "fp16"), (89, "bf16"), (90, "bf16"), (90, "fp32")]
+CASES = [(75, "fp16"), (89, "bf16"), (90, "bf16"), (90, "fp32"), (120, "bf16")]
 
 
 @pytest.fixture(scope="module")
