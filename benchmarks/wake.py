@@ -1,7 +1,8 @@
 """Measures how long a server without a pipeline takes to its first token, and what happens under a burst.
 
     python -m benchmarks.wake demo                          the seconds from a request to its first token, three times
-    python -m benchmarks.wake demo --burst 16 --pipelines 3 16 clients wake it until so many pipelines run
+    python -m benchmarks.wake demo --burst 16 --serve-args="--stages 2 --max-batch-size 4 --cpus-per-stage 0.25"
+                                                            16 clients wake it until three pipelines run
 
 The server runs with `--min-replicas 0` and sleeps before each round. `first_token_s` is the time of each round. The
 parts of each round are read from the logs of Ray Serve, the coordinator and the stages: `decide_s` until Serve starts a
@@ -9,7 +10,8 @@ pipeline, `process_s` until its coordinator's process has imported its modules, 
 process has, `load_s` until the last stage has read its weights and has its cache, `prove_s` until a token was made,
 `answer_s` until the client has its first token. `cpu_s` is the computing time of all processes of the server in the
 round, without those that ended: on busy machines it says more than the clock. With `--burst` the clients go on until
-all pipelines run, and then the server sleeps again; `failed` counts answers other than 200. The last line on standard
+all pipelines run, for five minutes at most, and then the server sleeps again: they must need so many, and the machine
+have room for them. `failed` counts answers other than 200. The last line on standard
 output is one JSON document. Linux only.
 """
 
