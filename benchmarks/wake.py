@@ -11,8 +11,8 @@ process has, `load_s` until the last stage has read its weights and has its cach
 `answer_s` until the client has its first token. `cpu_s` is the computing time of all processes of the server in the
 round, without those that ended: on busy machines it says more than the clock. With `--burst` the clients go on until
 all pipelines run, for five minutes at most, and then the server sleeps again: they must need so many, and the machine
-have room for them. `failed` counts answers other than 200. The last line on standard
-output is one JSON document. Linux only.
+have room for them. `failed` counts answers other than 200. The last line on standard output is one JSON document. Linux
+only.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Pipeline:
         stages: how the replica's placement group was cut.
         model_name: what clients call the model.
         adapters: those that are there from the start.
-        source: a node with the model's files, which others may lack.
+        source: a node with the model's files, which others may lack; None if each has its own.
         weights: see `serving.weights`.
     """
 
@@ -122,10 +122,10 @@ class Pipeline:
         stages: Sequence[StageResources],
         model_name: str,
         log_format: LogFormat,
-        log_level: LogLevel = "info",
-        adapters: GivenAdapters = (),
-        source: FileSource | None = None,
-        weights: str = "",
+        log_level: LogLevel,
+        adapters: GivenAdapters,
+        source: FileSource | None,
+        weights: str,
     ) -> None:
         keep_replica_on_node_address()
         replica = serve.get_replica_context().replica_id
